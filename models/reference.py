@@ -1,0 +1,84 @@
+"""The slow, obviously right operator: a matrix for every pair, as the published layer computes it.
+
+Legend of shape suffixes: b batch, i query tokens, j key tokens, h heads, d width per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from translution.planner.relations import RelationGeometry
+
+
+def relation_index(geometry: RelationGeometry) -> Tensor:
+    """The relation of every pair (query, key) as an (N, N) tensor of int64; −1 where there is none."""
+    tokens = range(geometry.tokens)
+    rows = [[-1 if (r := geometry.relation(i, j)) is None else r for j in tokens] for i in tokens]
+    return torch.tensor(rows)
+
+
+def _reversed(geometry: RelationGeometry, index: Tensor) -> Tensor:
+    reverse = torch.tensor([geometry.reverse(r) for r in range(geometry.relations)])
+    return reverse[index]
+
+
+def _per_pair(x: Tensor, table: Tensor, index: Tensor, *, query: bool) -> Tensor:
+    """Rows of x times the matrix of each pair: (b, n, c) and (R, c, e) to (b, i, j, e).
+
+    The product broadcasts over the batch, which copies all N² matrices once per sample.
+    """
+    rows = x[:, :, None, None, :] if query else x[:, None, :, None, :]
+    return torch.matmul(rows, table[index]).squeeze(3)
+
+
+def gather_attention(
+    geometry: RelationGeometry,
+    heads: int,
+    scale: float,
+    sources: Mapping[str, Tensor],
+    tables: Mapping[str, Tensor],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Attention with relation tables, a matrix gathered for every pair and sample.
+
+    Args:
+        geometry: how the tokens lie.
+        heads: attention heads.
+        scale: factor of the summed logits.
+        sources: (b, n, width) each, named as `RelationTables.forward` describes.
+        tables: (R, width, width') for the roles that have one, numbered as in the paper.
+
+    Returns:
+        Outputs of the relative and of the plain values, (b, n, width) each, or None.
+    """
+    index = relation_index(geometry)
+    exists = index >= 0
+    index = index.clamp(min=0)
+    logits: Tensor | float = 0.0
+    if "query" in sources:
+        query, key = sources["query"], sources["key"]
+        shape = (len(query), geometry.tokens, geometry.tokens, heads, -1)
+        if "query" in tables:
+            query = _per_pair(query, tables["query"], _reversed(geometry, index), query=True)
+        else:
+            query = query[:, :, None].expand(-1, -1, geometry.tokens, -1)
+        if "key" in tables:
+            key = _per_pair(key, tables["key"], index, query=False)
+        else:
+            key = key[:, None].expand(-1, geometry.tokens, -1, -1)
+        logits = (query.reshape(shape) * key.reshape(shape)).sum(-1).permute(0, 3, 1, 2)
+    if "plain_query" in sources:
+        query, key = (sources[name].unflatten(2, (heads, -1)) for name in ("plain_query", "plain_key"))
+        logits = logits + torch.einsum("bihd,bjhd->bhij", query, key)
+    assert isinstance(logits, Tensor)
+    attention = (logits * scale).masked_fill(~exists, -torch.inf).softmax(-1)
+    relative = plain = None
+    if "value" in sources:
+        value = _per_pair(sources["value"], tables["value"], index, query=False).unflatten(3, (heads, -1))
+        relative = (attention.permute(0, 2, 3, 1).unsqueeze(-1) * value).sum(2).flatten(2)
+    if "plain_value" in sources:
+        value = sources["plain_value"].unflatten(2, (heads, -1))
+        plain = torch.einsum("bhij,bjhd->bihd", attention, value).flatten(2)
+    return relative, plain

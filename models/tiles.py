@@ -1,0 +1,173 @@
+"""Tables of relation matrices, stored as tiles, and the operator that runs over them.
+
+A *table* holds one matrix per relation for one role. ZeRO-3 gathers a whole Parameter at a time,
+so a table is cut into *tiles*, blocks of consecutive relations, each a Parameter of a submodule
+that is called: only one tile (and one being prefetched) is then whole at any moment.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from translution.planner.parameters import table_tiles
+from translution.planner.relations import RelationGeometry
+
+from . import grouped
+from .context import DEFAULT_WORKSPACE_BYTES, RelationContext
+from .reference import gather_attention
+
+
+class Tile(nn.Module):
+    """Matrices of consecutive relations for the roles that its call uses together.
+
+    Args:
+        first: first relation of the tile.
+        count: relations in it.
+        d_in: input width of a matrix.
+        d_out: output width of a matrix.
+        roles: names of its tables: "query" and "key", one of them, or "value".
+
+    Row ``n`` of every tile serves the pairs of relation ``first + n``. For the query table that is
+    the matrix which the paper numbers by the reversed relation.
+    """
+
+    def __init__(self, first: int, count: int, d_in: int, d_out: int, roles: tuple[str, ...]) -> None:
+        super().__init__()
+        self.first = first
+        for role in roles:
+            weight = nn.Parameter(torch.empty(count, d_in, d_out))
+            # As the published layer initialises its (R, C, C') table: the bound does not depend on
+            # the number of relations, so a tile's is the same as the whole table's.
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            self.register_parameter(role, weight)
+
+    def tile(self, role: str) -> Tensor | None:
+        """The Parameter of a role, or None if it has no table."""
+        return self._parameters.get(role)
+
+
+class LogitTile(Tile):
+    """Query and key matrices of a block of relations."""
+
+    def forward(self, token: Tensor, context: RelationContext) -> Tensor:
+        """Adds the logits of its relations to the context; token (1,) → token (1,)."""
+        result: Tensor = grouped.LogitTile.apply(token, context, self.first, self.tile("query"), self.tile("key"))
+        return result
+
+
+class ValueTile(Tile):
+    """Value matrices of a block of relations."""
+
+    def forward(self, token: Tensor, context: RelationContext) -> Tensor:
+        """Adds its relations' share of the output to the context; token (1,) → token (1,)."""
+        result: Tensor = grouped.ValueTile.apply(token, context, self.first, self.tile("value"))
+        return result
+
+
+class RelationTables(nn.Module):
+    """The tables of one layer, and attention with them.
+
+    Args:
+        geometry: how the tokens lie.
+        heads: attention heads.
+        d_in: input width of the matrices.
+        d_out: output width of the matrices, all heads together.
+        roles: roles with a table, a subset of "qkv".
+        scale: factor of the summed logits.
+        tile_relations: relations per tile; None keeps each table whole.
+        workspace_bytes: limit of the scratch memory.
+        implementation: "grouped", or "gather" for the published way, which copies a matrix for
+            every pair and sample; it exists to be compared with.
+    """
+
+    def __init__(
+        self,
+        geometry: RelationGeometry,
+        heads: int,
+        d_in: int,
+        d_out: int,
+        *,
+        roles: str,
+        scale: float,
+        tile_relations: int | None = None,
+        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        implementation: str = "grouped",
+    ) -> None:
+        super().__init__()
+        self.geometry, self.heads, self.scale = geometry, heads, scale
+        self.widths = (d_in, d_out)
+        self.workspace_bytes = workspace_bytes
+        self.implementation = implementation
+        names = {"q": "query", "k": "key", "v": "value"}
+        logit_roles = tuple(names[role] for role in "qk" if role in roles)
+        self.relative = frozenset(names[role] for role in roles)
+        self.logit_tiles = nn.ModuleList()
+        self.value_tiles = nn.ModuleList()
+        first = 0
+        for count in table_tiles(geometry.relations, tile_relations):
+            if logit_roles:
+                self.logit_tiles.append(LogitTile(first, count, d_in, d_out, logit_roles))
+            if "v" in roles:
+                self.value_tiles.append(ValueTile(first, count, d_in, d_out, ("value",)))
+            first += count
+
+    def forward(self, sources: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Attention over all pairs.
+
+        Args:
+            sources: (b, n, width) each. "query", "key", "value": what the role's table multiplies,
+                or the projected rows where only the other of query and key has a table.
+                "plain_query", "plain_key", "plain_value": a term without tables.
+
+        Returns:
+            Outputs of the relative and of the plain values, (b, n, width) each, or None.
+        """
+        if self.implementation == "gather":
+            tables = {name: self.table(name) for name in self.relative}
+            return gather_attention(self.geometry, self.heads, self.scale, sources, tables)
+        context = RelationContext(self.geometry, self.heads, self.scale, self.workspace_bytes)
+        context.widths, context.relative = self.widths, self.relative
+        context.adds_logits = "plain_query" in sources
+        ordered = [sources[name].contiguous() if name in sources else None for name in grouped.SOURCES]
+        first = next(x for x in ordered if x is not None)
+        trained = any(x is not None and x.requires_grad for x in ordered) or any(
+            weight.requires_grad for weight in self.parameters()
+        )
+        # ZeRO-3 releases a gathered tile after its backward only if an input of it requires grad.
+        anchor = first.new_zeros(1, requires_grad=trained and torch.is_grad_enabled())
+        token = grouped.Open.apply(context, anchor, *ordered)
+        for tile in self.logit_tiles:
+            token = tile(token, context)
+        token = grouped.Softmax.apply(token, context, first.dtype)
+        for tile in self.value_tiles:
+            token = tile(token, context)
+        relative, plain = grouped.Close.apply(token, context, first.dtype)
+        return relative, plain
+
+    def table(self, role: str) -> Tensor:
+        """A role's table (R, d_in, d_out), numbered as in the paper; gradients flow to the tiles.
+
+        Args:
+            role: "query", "key" or "value".
+        """
+        tiles = self.value_tiles if role == "value" else self.logit_tiles
+        whole = torch.cat([weight for tile in tiles if isinstance(tile, Tile) and (weight := tile.tile(role)) is not None])
+        return whole[self._order(role)]
+
+    @torch.no_grad()
+    def load_table(self, role: str, table: Tensor) -> None:
+        """Copy a table (R, d_in, d_out), numbered as in the paper, into the tiles."""
+        table = table[self._order(role)]
+        for tile in self.value_tiles if role == "value" else self.logit_tiles:
+            assert isinstance(tile, Tile)
+            weight = tile.tile(role)
+            assert weight is not None
+            weight.copy_(table[tile.first : tile.first + len(weight)])
+
+    def _order(self, role: str) -> list[int]:
+        relations = range(self.geometry.relations)
+        # Reversal is its own inverse, so the same order serves both directions.
+        return [self.geometry.reverse(r) for r in relations] if role == "query" else list(relations)

@@ -1,0 +1,1 @@
+"""Exact costs and DeepSpeed plans of Translution models. Imports no torch, pandas or deepspeed."""

@@ -1,0 +1,126 @@
+"""Reading specs from YAML and JSON, and writing files that are whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .model_spec import ModelSpec, parse_model_spec
+from .presets import preset, preset_name
+
+SPEC_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def read_mapping(path: Path) -> Any:
+    """The content of a YAML or JSON file.
+
+    Raises:
+        InputError: if it is absent, unreadable or not YAML or JSON.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if path.suffix == ".json":
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{path}: not valid JSON: {error}") from None
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def load_model_spec(name_or_path: str) -> ModelSpec:
+    """The spec that a preset name or a YAML or JSON file describes.
+
+    Raises:
+        InputError: for an unknown name, an absent or bad file, or a bad field in it.
+    """
+    path = Path(name_or_path)
+    if path.suffix in SPEC_SUFFIXES or (preset_name(name_or_path) is None and path.is_file()):
+        return parse_model_spec(read_mapping(path), what=str(path))
+    return preset(name_or_path)
+
+
+def dump_model_spec(spec: ModelSpec, suffix: str = ".yaml") -> str:
+    """The text of a spec file that `load_model_spec` reads back to the same spec."""
+    data = spec.model_dump(mode="json")
+    if suffix == ".json":
+        return json.dumps(data, indent=2) + "\n"
+    import yaml
+
+    return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+
+
+def save_model_spec(spec: ModelSpec, path: Path) -> None:
+    """Write a spec as YAML or JSON, by the suffix of the path.
+
+    Raises:
+        InputError: for another suffix, or a folder that cannot be written.
+    """
+    if path.suffix not in SPEC_SUFFIXES:
+        raise InputError(f"{path}: suffix {path.suffix!r} is not allowed: must be one of {', '.join(SPEC_SUFFIXES)}")
+    write_text(path, dump_model_spec(spec, path.suffix))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: under a temporary name beside it, then renamed.
+
+    Raises:
+        InputError: if the folder is absent or cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary folder that takes the name ``target`` when the block ends well.
+
+    Args:
+        target: the folder to make; its parents are made too.
+        force: replace an existing folder.
+
+    Raises:
+        InputError: if it exists and force is false, or cannot be written.
+    """
+    if target.exists() and not force:
+        raise InputError(f"{target}: exists already: choose another folder or pass --force to replace it")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: is a file: must be a folder")
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        yield temporary
+        temporary.chmod(0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            target.rename(old / "replaced")
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from None
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary)

@@ -1,0 +1,74 @@
+"""The base of every input and artefact, and how a validation error becomes one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from .errors import InputError, nearest
+
+T = TypeVar("T")
+
+
+class Schema(BaseModel):
+    """Frozen pydantic model that rejects unknown keys and non-finite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _describe(error: ErrorDetails, known_fields: tuple[str, ...]) -> str:
+    field = ".".join(str(part) for part in error["loc"] if part not in ("vit", "gpt"))
+    if error["type"] == "extra_forbidden":
+        name = str(error["loc"][-1])
+        return f"unknown key {field!r}{nearest(name, known_fields)}; allowed: {', '.join(known_fields)}"
+    if error["type"] == "missing":
+        return f"{field}: is required"
+    if error["type"] == "value_error":
+        message = str(error.get("ctx", {}).get("error", error["msg"]))
+        return f"{field}: {message}" if field else message
+    message = error["msg"][0].lower() + error["msg"][1:]
+    value = repr(error["input"])
+    if len(value) > 60:
+        value = value[:57] + "..."
+    return f"{field or 'value'}: {value} is not allowed: {message}"
+
+
+def validate(adapter: TypeAdapter[T], data: object, what: str, known_fields: tuple[str, ...]) -> T:
+    """Validate ``data``, turning pydantic's report into one line.
+
+    Args:
+        adapter: what the data must be.
+        data: parsed JSON or YAML, or keyword values.
+        what: the thing's name, which opens the error line.
+        known_fields: the allowed keys, listed when a key is unknown.
+
+    Raises:
+        InputError: naming the first bad field, its value and what is allowed.
+    """
+    if not isinstance(data, Mapping):
+        raise InputError(f"{what}: expected a mapping of keys to values, got {type(data).__name__}")
+    try:
+        return adapter.validate_python(data)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        rest = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+        text = f"{what}: {_describe(details[0], known_fields)}{rest}"
+        raise InputError(" ".join(text.split())) from None
+
+
+def parse_json(adapter: TypeAdapter[T], text: str | bytes, what: str) -> T:
+    """Validate a JSON document that the toolkit itself wrote.
+
+    Raises:
+        InputError: as `validate` does, and for text that is not JSON.
+    """
+    import json
+
+    try:
+        data: Any = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{what}: not valid JSON: {error}") from None
+    return validate(adapter, data, what, ())

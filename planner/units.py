@@ -1,0 +1,31 @@
+"""How bytes, counts and seconds are printed; inside they are plain integers and floats."""
+
+from __future__ import annotations
+
+KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
+
+
+def format_bytes(count: int) -> str:
+    """Bytes with a binary unit, such as ``1.5 GiB``."""
+    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(count) >= unit:
+            return f"{count / unit:,.2f} {name}" if count < 100 * unit else f"{count / unit:,.0f} {name}"
+    return f"{count} B"
+
+
+def _powers_of_1000(value: float, suffixes: tuple[str, ...]) -> str:
+    for exponent in range(len(suffixes), 0, -1):
+        if abs(value) >= 1000**exponent:
+            return f"{value / 1000**exponent:,.2f} {suffixes[exponent - 1]}"
+    return f"{value:,.0f}"
+
+
+def format_count(count: int) -> str:
+    """A parameter count in powers of 1000, such as ``15.61 G``."""
+    return _powers_of_1000(count, ("k", "M", "G", "T"))
+
+
+def format_flops(flops: int) -> str:
+    """Floating-point operations in powers of 1000, such as ``1.40 TFLOP``."""
+    text = _powers_of_1000(flops, ("k", "M", "G", "T", "P", "E"))
+    return f"{text}FLOP" if text[-1].isalpha() else f"{text} FLOP"
