@@ -1,0 +1,1 @@
+"""Training a plan with DeepSpeed: the ranks' entry point, launching, measuring."""

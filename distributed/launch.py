@@ -1,0 +1,254 @@
+"""Starting the ranks of a plan on this machine through DeepSpeed's launcher, and judging the run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from translution.planner.cluster import ClusterSpec, usable_cores
+from translution.planner.errors import InputError, MissingPackageError, RunFailedError
+from translution.planner.plan import PLAN_FILE, Plan, load_plan
+
+from .run_files import LOG, METRICS, judge, make_run_folders
+
+_GRACE_SECONDS = 15.0
+_POLL_SECONDS = 0.2
+
+OnMetrics = Callable[[Mapping[str, Any]], None]
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that nobody listens on now."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
+def launch_command(plan: Plan, plan_folder: Path, run: Path, port: int) -> list[str]:
+    """The command that starts all ranks: DeepSpeed's launcher with this toolkit's ``train``.
+
+    Args:
+        plan: gives the number of ranks.
+        plan_folder: what the ranks read.
+        run: what they write to.
+        port: of the rendezvous on the loopback.
+    """
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        str(plan.cluster.ranks_per_node),
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(port),
+        "--no_local_rank",
+        "--module",
+        "translution.cli",
+        "train",
+        str(plan_folder.resolve()),
+        str(run.resolve()),
+    ]
+
+
+def launch_environment(cluster: ClusterSpec) -> dict[str, str]:
+    """What the ranks need in their environment, beside this process's own."""
+    # An environment that is not activated still has its own ninja, which compiles DeepSpeed's ops.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    if cluster.device == "cuda":
+        return {"PATH": path}
+    threads = max(1, usable_cores() // cluster.ranks_per_node)
+    return {
+        "PATH": path,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        # Ranks of one machine talk over the loopback, whatever its name resolves to.
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    }
+
+
+def new_run_folder(plan_folder: Path, run: Path | None) -> Path:
+    """Make the run folder: the one named, or the next free ``runs/NNN`` of the plan folder.
+
+    Raises:
+        InputError: if the named one exists.
+    """
+    if run is None:
+        number = 1
+        while (run := plan_folder / "runs" / f"{number:03d}").exists():
+            number += 1
+    if run.exists():
+        raise InputError(f"{run}: exists already: choose another run folder")
+    try:
+        make_run_folders(run)
+        shutil.copy(plan_folder / PLAN_FILE, run / PLAN_FILE)
+    except OSError as error:
+        raise InputError(f"{run}: cannot be written: {error.strerror}") from None
+    return run
+
+
+def check_machine(plan: Plan) -> None:
+    """Whether this machine can run the plan's ranks.
+
+    Raises:
+        InputError: if the plan needs other nodes, more cores or GPUs.
+        MissingPackageError: if DeepSpeed or the C++ compiler for its communication op is absent.
+    """
+    cluster = plan.cluster
+    if cluster.nodes > 1:
+        raise InputError(
+            f"nodes: {cluster.nodes} is not allowed: launch starts the ranks of one machine; on each node run the "
+            "deepspeed command that launch --dry-run prints, with --hostfile, --no_ssh, --node_rank and --master_addr"
+        )
+    import importlib.util
+
+    for package in ("torch", "deepspeed"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError(f"{package} is missing: pip install 'translution-scale[train]'")
+    if cluster.device == "cpu":
+        cores = usable_cores()
+        if cluster.ranks > cores:
+            raise InputError(f"ranks: {cluster.ranks} is not allowed: this machine has {cores} cores")
+        if shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise MissingPackageError("g++ is missing, DeepSpeed compiles with it: sudo apt-get install g++")
+        return
+    import torch
+
+    if torch.cuda.device_count() < cluster.ranks_per_node:
+        raise InputError(f"ranks_per_node: {cluster.ranks_per_node} is not allowed: found {torch.cuda.device_count()} GPUs")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the launcher and every rank: they share its process group."""
+    for end in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, end)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS)
+            if end == signal.SIGTERM:
+                time.sleep(0.5)
+
+
+class _MetricsReader:
+    """Hands over each new whole line of the metrics file."""
+
+    def __init__(self, path: Path, on_metrics: OnMetrics) -> None:
+        self._path, self._on_metrics, self._offset = path, on_metrics, 0
+
+    def poll(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                self._on_metrics(json.loads(line))
+
+
+_COMPILE = """
+from deepspeed.accelerator import get_accelerator
+builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+if builder is not None:
+    builder.load()
+"""
+_COMPILE_SECONDS = 900.0
+
+
+def prepare_ops(environment: Mapping[str, str], log: Path) -> None:
+    """Compile DeepSpeed's communication op in one process, before ranks would race for it.
+
+    Raises:
+        RunFailedError: if it does not compile, or waits on the lock that a killed compilation left;
+            the compiler's words are in the log.
+    """
+    with log.open("ab") as file:
+        try:
+            result = subprocess.run(
+                [sys.executable, "-c", _COMPILE],
+                env={**os.environ, **environment},
+                stdout=file,
+                stderr=file,
+                timeout=_COMPILE_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            raise RunFailedError(
+                f"DeepSpeed's communication op did not compile in {_COMPILE_SECONDS:.0f} s: if nothing else is "
+                f"compiling, remove the stale file named lock under {_extensions_folder()} (log: {log})"
+            ) from None
+    if result.returncode:
+        raise RunFailedError(f"DeepSpeed's communication op does not compile (log: {log})")
+
+
+def _extensions_folder() -> Path:
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+
+
+def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path, on_metrics: OnMetrics) -> int:
+    """Start the launcher in its own process group and wait; no rank outlives the call.
+
+    Args:
+        command: what to start.
+        environment: added to this process's own.
+        run: the run folder; everything printed goes to its log.
+        on_metrics: called with each line of the metrics file as it is written.
+
+    Returns:
+        The launcher's exit code.
+    """
+    reader = _MetricsReader(run / METRICS, on_metrics)
+    with (run / LOG).open("ab") as log:
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            while process.poll() is None:
+                reader.poll()
+                time.sleep(_POLL_SECONDS)
+        finally:
+            _stop(process)
+    reader.poll()
+    return process.returncode
+
+
+def launch(plan_folder: Path, run: Path | None, on_metrics: OnMetrics, on_stage: Callable[[str], None]) -> Path:
+    """Run a plan on this machine.
+
+    Args:
+        plan_folder: as `translution plan` writes it.
+        run: the run folder to make; None takes the plan folder's next ``runs/NNN``.
+        on_metrics: called with each metrics line.
+        on_stage: called with a line for people when something slow begins.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: if this machine cannot run the plan.
+        RunFailedError: if any rank did not finish.
+    """
+    plan = load_plan(plan_folder)
+    check_machine(plan)
+    run = new_run_folder(plan_folder, run)
+    environment = launch_environment(plan.cluster)
+    if plan.cluster.device == "cpu":
+        on_stage("compiling DeepSpeed's communication op (about a minute the first time, then cached)")
+        prepare_ops(environment, run / LOG)
+    on_stage(f"starting {plan.cluster.ranks} ranks; they log to {run / LOG}")
+    command = launch_command(plan, plan_folder, run, free_port())
+    exit_code = run_ranks(command, environment, run, on_metrics)
+    judge(run, plan.cluster.ranks, exit_code)
+    return run

@@ -1,0 +1,127 @@
+"""The files of a run folder, and the status that every rank writes.
+
+A launcher's exit code can be 0 although a rank was killed, so a run is judged by these files: it
+succeeded if, and only if, every rank has written ``finished``.
+
+    plan.json               the plan, copied when the run began
+    metrics.jsonl           one JSON object per step and evaluation, by rank 0
+    status/rank_N.json      what rank N last said of itself
+    memory/rank_N.json      what rank N measured
+    checkpoint/             the last state, as DeepSpeed saves it
+    launcher.log            everything the ranks printed
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from translution.planner.errors import InputError, RunFailedError
+from translution.planner.files import write_text
+from translution.planner.schema import Schema, parse_json
+
+METRICS, LOG, CHECKPOINT, PLAN = "metrics.jsonl", "launcher.log", "checkpoint", "plan.json"
+
+
+class RankStatus(Schema):
+    """What a rank last said of itself."""
+
+    rank: int
+    state: Literal["started", "training", "failed", "finished"]
+    step: int = 0
+    message: str = ""
+    pid: int = 0
+    time_utc: str = ""
+
+
+class MemoryMeasurement(Schema):
+    """Bytes measured by one rank in one training step."""
+
+    rank: int
+    device: Literal["cpu", "cuda"]
+    step: int
+    entries_bytes: dict[str, int]
+    """Live tensors between two steps, told apart."""
+    resident_bytes: int
+    """All live tensors between two steps."""
+    phase_peak_bytes: dict[str, int]
+    """Highest sum of live memory within each phase of the step."""
+    peak_bytes: int
+    """The highest of them."""
+    process_peak_bytes: int
+    """Highest resident set of the process so far, libraries included."""
+
+
+_STATUS: TypeAdapter[RankStatus] = TypeAdapter(RankStatus)
+_MEMORY: TypeAdapter[MemoryMeasurement] = TypeAdapter(MemoryMeasurement)
+
+
+def status_path(run: Path, rank: int) -> Path:
+    """Where a rank's status lies."""
+    return run / "status" / f"rank_{rank}.json"
+
+
+def memory_path(run: Path, rank: int) -> Path:
+    """Where a rank's measurement lies."""
+    return run / "memory" / f"rank_{rank}.json"
+
+
+def make_run_folders(run: Path) -> None:
+    """Make the folders that the ranks write to."""
+    for path in (status_path(run, 0), memory_path(run, 0)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_status(run: Path, status: RankStatus) -> None:
+    """Replace a rank's status."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    write_text(status_path(run, status.rank), status.model_copy(update={"time_utc": now}).model_dump_json() + "\n")
+
+
+def read_status(run: Path, rank: int) -> RankStatus | None:
+    """A rank's last status, or None if it never wrote one."""
+    path = status_path(run, rank)
+    return parse_json(_STATUS, path.read_bytes(), str(path)) if path.exists() else None
+
+
+def read_memory(run: Path, rank: int) -> MemoryMeasurement | None:
+    """A rank's measurement, or None if it never wrote one."""
+    path = memory_path(run, rank)
+    return parse_json(_MEMORY, path.read_bytes(), str(path)) if path.exists() else None
+
+
+def judge(run: Path, ranks: int, exit_code: int) -> None:
+    """Decide whether a run ended well.
+
+    Args:
+        run: the run folder.
+        ranks: how many ranks it had.
+        exit_code: of the launcher.
+
+    Raises:
+        RunFailedError: naming the first rank that did not finish and what it said, or the exit code.
+    """
+    silent: list[str] = []
+    for rank in range(ranks):
+        status = read_status(run, rank)
+        if status is not None and status.state == "failed":
+            raise RunFailedError(f"rank {rank} failed at step {status.step}: {status.message} (log: {run / LOG})")
+        if status is None or status.state != "finished":
+            last = "never started" if status is None else f"was last seen {status.state} at step {status.step}"
+            silent.append(f"rank {rank} {last}")
+    if silent:
+        raise RunFailedError(f"{'; '.join(silent)}; launcher exit code {exit_code} (log: {run / LOG})")
+
+
+def require_run(run: Path) -> Path:
+    """The folder, if it is a run folder.
+
+    Raises:
+        InputError: if it has no plan.json and status folder.
+    """
+    if not (run / PLAN).is_file() or not status_path(run, 0).parent.is_dir():
+        raise InputError(f"{run}: is not a run folder: must hold plan.json and status/")
+    return run

@@ -1,0 +1,259 @@
+"""What every rank runs: build the model under ZeRO, train, measure one step, evaluate, save.
+
+The same code serves one process and many; the launcher's environment (RANK, LOCAL_RANK,
+WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says which rank this is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from translution.models import build
+from translution.planner.errors import InputError
+from translution.planner.plan import Plan, load_plan
+
+from . import measure
+from .data import Samples, load_samples, micro_batches
+from .run_files import CHECKPOINT, METRICS, MemoryMeasurement, RankStatus, memory_path, write_status
+from translution.planner.files import write_text
+
+MEASURED_STEP = 3
+"""The optimizer step that is measured: Adam's moments exist by then, buffers have their size."""
+
+
+def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to nought: the factor of the learning rate at a step from 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+class Rank:
+    """One rank of a run.
+
+    Args:
+        plan: what to train and how.
+        run: the run folder, shared by all ranks.
+    """
+
+    def __init__(self, plan: Plan, run: Path) -> None:
+        self.plan, self.run = plan, run
+        self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.step = 0
+        self.samples: list[Tensor] = []
+        self.engine: Any = None
+
+    def say(self, state: str, message: str = "") -> None:
+        """Write this rank's status."""
+        status = {"rank": self.rank, "state": state, "step": self.step, "message": message, "pid": os.getpid()}
+        write_status(self.run, RankStatus.model_validate(status))
+
+    def log(self, **values: object) -> None:
+        """Append a line to the metrics file; only rank 0 does."""
+        if self.rank == 0:
+            with (self.run / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def start(self) -> None:
+        """Join the process group and build the engine; the model is partitioned as it is made.
+
+        Raises:
+            InputError: if the world is not the plan's.
+        """
+        self.say("started")
+        if self.ranks != self.plan.cluster.ranks:
+            raise InputError(f"WORLD_SIZE: {self.ranks} is not allowed: must be {self.plan.cluster.ranks}, as planned")
+        cuda = self.plan.cluster.device == "cuda"
+        import deepspeed
+
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
+        config = self.plan.deepspeed_config()
+        torch.manual_seed(self.plan.training.seed)
+        with deepspeed.zero.Init(config_dict_or_path=config, enabled=self.plan.zero.stage == 3):
+            model = build(self.plan.model, tile_relations=self.plan.tile_relations)
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+
+    def loss(self, batch: Samples) -> Tensor:
+        """Mean cross-entropy of a micro-batch."""
+        device = self.engine.device
+        inputs = batch.inputs.to(device)
+        if inputs.is_floating_point() and self.plan.training.precision == "bf16":
+            inputs = inputs.bfloat16()
+        logits = self.engine(inputs)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, -2).float(), batch.targets.to(device).flatten())
+
+    def pass_forward_and_backward(self, batches: list[Samples]) -> float:
+        """All micro-batches of a step; the mean loss over them.
+
+        Raises:
+            FloatingPointError: if the loss is not finite.
+        """
+        total = 0.0
+        for number, batch in enumerate(batches):
+            if number:
+                self.engine.step()  # Between micro-batches it only counts.
+            loss = self.loss(batch)
+            self.engine.backward(loss)
+            total += loss.item() / len(batches)
+        if not math.isfinite(total):
+            raise FloatingPointError(f"loss is {total}")
+        return total
+
+    def optimizer_step(self) -> None:
+        """Clip and apply the gradients at the schedule's learning rate."""
+        training = self.plan.training
+        factor = learning_rate_factor(self.step, training.warmup_steps, training.steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = training.learning_rate * factor
+        self.engine.step()
+
+    def train_step(self, batches: list[Samples]) -> float:
+        """One optimizer step; the mean loss over this rank's micro-batches."""
+        loss = self.pass_forward_and_backward(batches)
+        self.optimizer_step()
+        return loss
+
+    def measured_step(self, batches: list[Samples]) -> float:
+        """A step whose memory is written down, phase by phase."""
+        loss = 0.0
+
+        def pass_both() -> None:
+            nonlocal loss
+            loss = self.pass_forward_and_backward(batches)
+
+        counter = measure.StorageCounter()
+        # The samples stand in for a data loader and are no part of the training state.
+        samples_bytes = counter.add(self.samples)
+        entries = {name: counter.add(tensors) for name, tensors in measure.zero_entries(self.engine).items()}
+        entries["micro-batches"] = counter.add(tensor for batch in batches for tensor in (batch.inputs, batch.targets))
+        resident, *peaks = (
+            total - samples_bytes for total in self._trace(pass_both) + self._trace(self.optimizer_step)[1:]
+        )
+        entries["other"] = resident - sum(entries.values())
+        measurement = MemoryMeasurement(
+            rank=self.rank,
+            device=self.plan.cluster.device,
+            step=self.step,
+            entries_bytes=entries,
+            resident_bytes=resident,
+            phase_peak_bytes=dict(zip(("forward and backward", "optimizer step"), peaks, strict=True)),
+            peak_bytes=max(peaks),
+            process_peak_bytes=measure.process_peak_bytes(),
+        )
+        write_text(memory_path(self.run, self.rank), measurement.model_dump_json(indent=2) + "\n")
+        return loss
+
+    def _trace(self, phase: Callable[[], None]) -> tuple[int, int]:
+        """Bytes allocated on the device before a phase, and at its worst moment."""
+        if self.plan.cluster.device == "cpu":
+            return measure.trace_allocations(phase)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        phase()
+        return before, torch.cuda.max_memory_allocated()
+
+    def mean_over_ranks(self, *values: float) -> list[float]:
+        """Each value's mean over all ranks."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.engine.device)
+        torch.distributed.all_reduce(tensor)
+        return [float(value) / self.ranks for value in tensor]
+
+    @torch.no_grad()
+    def evaluate(self, held_out: Samples) -> tuple[float, float]:
+        """Mean loss and accuracy over the held-out samples, each sample counted once.
+
+        Every rank runs the same number of batches, as ZeRO-3's gathers require; a rank that has no
+        sample left for one computes on a repeated sample and does not count it.
+        """
+        self.engine.eval()
+        micro, totals = self.plan.training.micro_batch, torch.zeros(3, dtype=torch.float64, device=self.engine.device)
+        for start in range(0, len(held_out), micro * self.ranks):
+            index = torch.arange(start + self.rank * micro, start + (self.rank + 1) * micro)
+            valid = index < len(held_out)
+            batch = held_out.select(index.clamp(max=len(held_out) - 1))
+            inputs = batch.inputs.to(self.engine.device)
+            if inputs.is_floating_point() and self.plan.training.precision == "bf16":
+                inputs = inputs.bfloat16()
+            logits = self.engine(inputs).float()[valid]
+            targets = batch.targets.to(self.engine.device)[valid]
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+            totals += torch.stack([losses, (logits.argmax(-1) == targets).sum(), torch.tensor(targets.numel())]).double()
+        self.engine.train()
+        torch.distributed.all_reduce(totals)
+        return float(totals[0] / totals[2]), float(totals[1] / totals[2])
+
+    def train(self) -> None:
+        """The whole run: all steps, the evaluation and the checkpoint."""
+        training = self.plan.training
+        training_samples, held_out = load_samples(self.plan.model, training.data, training.seed)
+        self.samples = [training_samples.inputs, training_samples.targets, held_out.inputs, held_out.targets]
+        batches: Iterator[list[Samples]] = micro_batches(
+            training_samples,
+            micro_batch=training.micro_batch,
+            accumulation=training.accumulation,
+            rank=self.rank,
+            ranks=self.ranks,
+            seed=training.seed,
+        )
+        self.start()
+        self.log(event="start", steps=training.steps, ranks=self.ranks, global_batch=training.global_batch(self.ranks))
+        measured = min(MEASURED_STEP, training.steps) - 1
+        for self.step in range(training.steps):
+            began = time.perf_counter()
+            step = self.measured_step if self.step == measured else self.train_step
+            (loss,) = self.mean_over_ranks(step(next(batches)))
+            seconds = time.perf_counter() - began
+            norm = self.engine.get_global_grad_norm()
+            self.log(
+                event="step",
+                step=self.step + 1,
+                loss=loss,
+                grad_norm=None if norm is None else float(norm),
+                learning_rate=self.engine.optimizer.param_groups[0]["lr"],
+                seconds=seconds,
+                samples_per_s=training.global_batch(self.ranks) / seconds,
+            )
+            if self.step % 20 == 0:
+                self.say("training")
+        self.step = training.steps
+        loss, accuracy = self.evaluate(held_out)
+        self.log(event="evaluation", step=self.step, loss=loss, accuracy=accuracy, samples=len(held_out))
+        self.engine.save_checkpoint(str(self.run / CHECKPOINT), tag=f"step_{self.step}")
+        self.say("finished")
+
+
+def train(plan_folder: Path, run: Path) -> None:
+    """Run one rank of a plan; called on every rank.
+
+    Args:
+        plan_folder: holds plan.json.
+        run: the run folder, made by the launcher.
+
+    Raises:
+        TranslutionError: for a bad plan or data that does not suit it.
+    """
+    plan = load_plan(plan_folder)
+    if plan.cluster.device == "cpu":
+        measure.count_every_allocation()
+    rank = Rank(plan, run)
+    try:
+        rank.train()
+        torch.distributed.barrier()
+    except BaseException as error:
+        rank.say("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        raise
+    finally:
+        # Without it a gloo process may abort at exit after success.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
