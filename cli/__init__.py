@@ -1,7 +1,12 @@
 """The ``translution`` command."""
-def main():
-    import sys
-    from pathlib import Path
-    from translution.distributed.train import train
-    a=[x for x in sys.argv[1:] if not x.startswith('--local_rank')]
-    train(Path(a[1]),Path(a[2]))
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line and exit: 0, or 1 for a failed run, 2 for bad input, 3 for no room."""
+    from .app import run
+
+    sys.exit(run(sys.argv[1:]))

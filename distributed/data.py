@@ -34,7 +34,7 @@ class Samples:
 def load_digits(spec: ModelSpec) -> tuple[Samples, Samples]:
     """The handwritten digits of scikit-learn, resized to the model's image: training and held-out.
 
-    Every fifth sample of each class is held out, 363 of 1,797.
+    Every fifth sample of each class is held out, 364 of 1,797.
 
     Raises:
         InputError: if the model does not classify images into at least ten classes.

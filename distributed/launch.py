@@ -19,7 +19,7 @@ from translution.planner.cluster import ClusterSpec, usable_cores
 from translution.planner.errors import InputError, MissingPackageError, RunFailedError
 from translution.planner.plan import PLAN_FILE, Plan, load_plan
 
-from .run_files import LOG, METRICS, judge, make_run_folders
+from .run_files import LOG, METRICS, RUNS, judge, make_run_folders
 
 _GRACE_SECONDS = 15.0
 _POLL_SECONDS = 0.2
@@ -87,8 +87,9 @@ def new_run_folder(plan_folder: Path, run: Path | None) -> Path:
     """
     if run is None:
         number = 1
-        while (run := plan_folder / "runs" / f"{number:03d}").exists():
+        while (plan_folder / RUNS / f"{number:03d}").exists():
             number += 1
+        run = plan_folder / RUNS / f"{number:03d}"
     if run.exists():
         raise InputError(f"{run}: exists already: choose another run folder")
     try:
@@ -127,7 +128,9 @@ def check_machine(plan: Plan) -> None:
     import torch
 
     if torch.cuda.device_count() < cluster.ranks_per_node:
-        raise InputError(f"ranks_per_node: {cluster.ranks_per_node} is not allowed: found {torch.cuda.device_count()} GPUs")
+        raise InputError(
+            f"ranks_per_node: {cluster.ranks_per_node} is not allowed: found {torch.cuda.device_count()} GPUs"
+        )
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -212,7 +215,12 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path,
     reader = _MetricsReader(run / METRICS, on_metrics)
     with (run / LOG).open("ab") as log:
         process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
         try:
             while process.poll() is None:

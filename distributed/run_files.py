@@ -23,7 +23,7 @@ from translution.planner.errors import InputError, RunFailedError
 from translution.planner.files import write_text
 from translution.planner.schema import Schema, parse_json
 
-METRICS, LOG, CHECKPOINT, PLAN = "metrics.jsonl", "launcher.log", "checkpoint", "plan.json"
+METRICS, LOG, CHECKPOINT, PLAN, RUNS = "metrics.jsonl", "launcher.log", "checkpoint", "plan.json", "runs"
 
 
 class RankStatus(Schema):

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from translution.models import build
 from translution.planner.errors import InputError
+from translution.planner.files import write_text
 from translution.planner.plan import Plan, load_plan
 
 from . import measure
 from .data import Samples, load_samples, micro_batches
 from .run_files import CHECKPOINT, METRICS, MemoryMeasurement, RankStatus, memory_path, write_status
-from translution.planner.files import write_text
 
 MEASURED_STEP = 3
 """The optimizer step that is measured: Adam's moments exist by then, buffers have their size."""
@@ -188,7 +188,9 @@ class Rank:
             logits = self.engine(inputs).float()[valid]
             targets = batch.targets.to(self.engine.device)[valid]
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
-            totals += torch.stack([losses, (logits.argmax(-1) == targets).sum(), torch.tensor(targets.numel())]).double()
+            totals += torch.stack(
+                [losses, (logits.argmax(-1) == targets).sum(), torch.tensor(targets.numel())]
+            ).double()
         self.engine.train()
         torch.distributed.all_reduce(totals)
         return float(totals[0] / totals[2]), float(totals[1] / totals[2])

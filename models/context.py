@@ -84,7 +84,6 @@ class Workspace:
         matrix.view(view.shape).copy_(view)
         return matrix
 
-
     def gathered(self, index: int, view: Tensor) -> Tensor:
         """The matrix that the last `gather` of this view gave, while nothing has overwritten it."""
         rows = view.shape[0] * view.shape[1] * view.shape[2]

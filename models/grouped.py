@@ -47,7 +47,9 @@ def _grad_buffer(context: RelationContext, name: str) -> Tensor:
     return context.grads[name]
 
 
-def _scatter_add(context: RelationContext, name: str, block: TokenBlock, piece: tuple[slice, slice], grad: Tensor) -> None:
+def _scatter_add(
+    context: RelationContext, name: str, block: TokenBlock, piece: tuple[slice, slice], grad: Tensor
+) -> None:
     """Add rows (b, r, s, width) to the gradient of a block's tokens, summed where one token is shared."""
     target = token_rows(_grad_buffer(context, name), block, *piece)
     if block.size == 1 and grad.shape[1] * grad.shape[2] > 1:
@@ -60,7 +62,7 @@ class Open(Function):
 
     @staticmethod
     def forward(ctx: Any, context: RelationContext, anchor: Tensor, *sources: Tensor | None) -> Tensor:
-        """anchor (1,) → token (1,); sources in the order of SOURCES, (b, n, width) each."""
+        """Anchor (1,) → token (1,); sources in the order of SOURCES, (b, n, width) each."""
         given = {name: x for name, x in zip(SOURCES, sources, strict=True) if x is not None}
         context.wanted = frozenset(name for name, x in given.items() if x.requires_grad)
         context.source = {name: x.detach() for name, x in given.items()}
@@ -81,6 +83,7 @@ class Open(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
+        """Continue the chain; what it leaves is in the context."""
         context: RelationContext = ctx.context
         if "plain_query" in context.source:
             assert context.grad_attention is not None
@@ -108,8 +111,9 @@ class LogitTile(Function):
         """Tiles (k, c, e) of the relations ``first`` to ``first + k − 1``; None where a role is plain."""
         ctx.context, ctx.first = context, first
         ctx.query, ctx.key = query_kce, key_kce
-        count = len(query_kce if query_kce is not None else key_kce)  # type: ignore[arg-type]  # one of them is given
-        ctx.count = count
+        given = query_kce if query_kce is not None else key_kce
+        assert given is not None
+        ctx.count = count = len(given)
         assert context.logits is not None
         for offset in range(count):
             pairs = context.geometry.pairs(first + offset)
@@ -128,12 +132,14 @@ class LogitTile(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
+        """Continue the chain; what it leaves is in the context."""
         context: RelationContext = ctx.context
         weights: dict[str, Tensor | None] = {"query": ctx.query, "key": ctx.key}
         grads: dict[str, Tensor | None] = {"query": None, "key": None}
         for index, name in enumerate(("query", "key")):
-            if weights[name] is not None and ctx.needs_input_grad[3 + index]:
-                grads[name] = torch.empty_like(weights[name], memory_format=torch.contiguous_format)
+            weight = weights[name]
+            if weight is not None and ctx.needs_input_grad[3 + index]:
+                grads[name] = torch.empty_like(weight, memory_format=torch.contiguous_format)
         assert context.grad_attention is not None
         for offset in range(ctx.count):
             pairs = context.geometry.pairs(ctx.first + offset)
@@ -226,6 +232,7 @@ class Softmax(Function):
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, context: RelationContext, dtype: torch.dtype) -> Tensor:
+        """Token (1,) → token (1,); the weights (b, h, n, n) have the given dtype."""
         logits = context.logits
         assert logits is not None
         ctx.context = context
@@ -243,6 +250,7 @@ class Softmax(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
+        """Continue the chain; what it leaves is in the context."""
         context: RelationContext = ctx.context
         grad, attention = context.grad_attention, context.attention
         assert grad is not None and attention is not None
@@ -280,6 +288,7 @@ class ValueTile(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
+        """Continue the chain; what it leaves is in the context."""
         context: RelationContext = ctx.context
         tile: Tensor = ctx.value
         grad_tile = torch.empty_like(tile, memory_format=torch.contiguous_format) if ctx.needs_input_grad[3] else None
@@ -306,7 +315,7 @@ class Close(Function):
     def forward(
         ctx: Any, token: Tensor, context: RelationContext, dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None]:
-        """token → outputs of the relative values (b, n, e) and of the plain values (b, n, e'), or None."""
+        """Token → outputs of the relative values (b, n, e) and of the plain values (b, n, e'), or None."""
         attention = context.attention
         assert attention is not None
         relative = None if context.out is None else context.out.to(dtype)
@@ -323,6 +332,7 @@ class Close(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_relative: Tensor | None, grad_plain: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Unpack what was saved and start the gradient of the attention weights."""
         context: RelationContext = ctx.context
         attention, *sources = ctx.saved_tensors
         context.attention = attention
@@ -339,6 +349,5 @@ class Close(Function):
             context.grad_attention = torch.zeros_like(attention, dtype=dtype)
         if "value" in context.source:
             shape = (*sources[0].shape[:2], context.widths[1])
-            missing = grad_relative is None
-            context.grad_out = attention.new_zeros(shape) if missing else grad_relative.contiguous()  # type: ignore[union-attr]
+            context.grad_out = attention.new_zeros(shape) if grad_relative is None else grad_relative.contiguous()
         return attention.new_zeros(1), None, None

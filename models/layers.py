@@ -1,8 +1,8 @@
 """The operators as layers: (B, N, C) in, (B, N, C) out.
 
-    Translution         a matrix per relation for each relative role (arXiv 2510.10060, section 3)
-    AlphaTranslution    plain attention plus a low-rank relative term (section 4)
-    SelfAttention       the baseline, plain or rotary
+Translution         a matrix per relation for each relative role (arXiv 2510.10060, section 3)
+AlphaTranslution    plain attention plus a low-rank relative term (section 4)
+SelfAttention       the baseline, plain or rotary
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from .tiles import RelationTables
 IMPLEMENTATIONS = ("grouped", "gather")
 
 
-def _geometry(
-    grid: tuple[int, int] | None, class_token: bool, length: int | None, causal: bool
-) -> RelationGeometry:
+def _geometry(grid: tuple[int, int] | None, class_token: bool, length: int | None, causal: bool) -> RelationGeometry:
     if (grid is None) == (length is None):
         raise InputError(f"grid: {grid!r} with length {length!r} is not allowed: give exactly one of grid and length")
     if grid is not None:

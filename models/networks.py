@@ -6,9 +6,11 @@ relative layers.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from translution.planner.errors import InputError
 from translution.planner.model_spec import GptSpec, ModelSpec, Operator, VitSpec
 
@@ -98,25 +100,23 @@ def make_operator(
         operator: attention, translution or alpha.
         tile_relations, workspace_bytes, implementation: as in `Translution`.
     """
-    place: dict[str, object]
+    place: dict[str, Any]
     if isinstance(spec, VitSpec):
         place = {"grid": spec.grid, "class_token": spec.class_token}
     else:
         place = {"length": spec.context, "causal": True}
-    sizes = {"head_dim": spec.head_dim, **place}
+    sizes: dict[str, Any] = {"head_dim": spec.head_dim, **place}
     if operator == "attention":
-        return SelfAttention(spec.dim, spec.heads, rotary=spec.rotary_attention, **sizes)  # type: ignore[arg-type]
-    tables = {
+        return SelfAttention(spec.dim, spec.heads, rotary=spec.rotary_attention, **sizes)
+    tables: dict[str, Any] = {
         "roles": spec.roles,
         "tile_relations": tile_relations,
         "workspace_bytes": workspace_bytes,
         "implementation": implementation,
     }
     if operator == "translution":
-        return Translution(spec.dim, spec.heads, **sizes, **tables)  # type: ignore[arg-type]
-    return AlphaTranslution(
-        spec.dim, spec.heads, c1=spec.c1, c2=spec.c2, rotary=spec.rotary, **sizes, **tables  # type: ignore[arg-type]
-    )
+        return Translution(spec.dim, spec.heads, **sizes, **tables)
+    return AlphaTranslution(spec.dim, spec.heads, c1=spec.c1, c2=spec.c2, rotary=spec.rotary, **sizes, **tables)
 
 
 class VisionTransformer(nn.Module):

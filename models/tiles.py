@@ -154,7 +154,9 @@ class RelationTables(nn.Module):
             role: "query", "key" or "value".
         """
         tiles = self.value_tiles if role == "value" else self.logit_tiles
-        whole = torch.cat([weight for tile in tiles if isinstance(tile, Tile) and (weight := tile.tile(role)) is not None])
+        whole = torch.cat(
+            [weight for tile in tiles if isinstance(tile, Tile) and (weight := tile.tile(role)) is not None]
+        )
         return whole[self._order(role)]
 
     @torch.no_grad()

@@ -71,7 +71,9 @@ def local_cpu_cluster(ranks: int) -> ClusterSpec:
     """
     cores = usable_cores()
     if not 1 <= ranks <= cores:
-        raise InputError(f"cluster: cpu:{ranks} is not allowed: ranks must be from 1 to {cores}, the cores of this machine")
+        raise InputError(
+            f"cluster: cpu:{ranks} is not allowed: ranks must be from 1 to {cores}, the cores of this machine"
+        )
     memory = total_memory_bytes()
     return ClusterSpec(
         name=f"cpu:{ranks}",
@@ -103,7 +105,9 @@ def load_cluster(name_or_path: str) -> ClusterSpec:
     nodes, per_node, gpu = int(gpus[1] or 1), int(gpus[2]), gpus[3].upper()
     if gpu not in GPU_MEMORY_BYTES:
         known = ", ".join(GPU_MEMORY_BYTES)
-        raise InputError(f"cluster: GPU {gpus[3]!r} is not allowed: must be one of {known}{nearest(gpu, GPU_MEMORY_BYTES)}")
+        raise InputError(
+            f"cluster: GPU {gpus[3]!r} is not allowed: must be one of {known}{nearest(gpu, GPU_MEMORY_BYTES)}"
+        )
     data = {
         "name": f"{nodes}x{per_node}x{gpu}",
         "nodes": nodes,

@@ -1,10 +1,10 @@
 """The exceptions of the toolkit, each with the exit code that the command line gives it.
 
-    TranslutionError            anything a user can put right; exit code 2
-    ├── InputError              a bad name, value, file or flag; exit code 2
-    ├── DoesNotFitError         no room on the cluster for the plan that was asked for; exit code 3
-    ├── MissingPackageError     an optional dependency or a system package is absent; exit code 2
-    └── RunFailedError          a rank failed, was killed or never reported; exit code 1
+TranslutionError            anything a user can put right; exit code 2
+├── InputError              a bad name, value, file or flag; exit code 2
+├── DoesNotFitError         no room on the cluster for the plan that was asked for; exit code 3
+├── MissingPackageError     an optional dependency or a system package is absent; exit code 2
+└── RunFailedError          a rank failed, was killed or never reported; exit code 1
 """
 
 from __future__ import annotations

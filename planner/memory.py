@@ -17,7 +17,6 @@ from .parameters import TABLES, ParameterGroup, parameter_groups
 from .schema import Schema
 from .training import TrainingSpec, ZeroSpec
 
-
 Phase: TypeAlias = Literal["resident", "forward and backward", "optimizer step"]
 """When an entry takes memory: always, or only within one phase of a step."""
 
@@ -127,6 +126,9 @@ def _forward_and_backward(
         total, share = sum(group.total for group in groups), partitioned(groups, cluster.ranks)
         text = f"{training.precision}, {_shared(zero.stage, 2)}"
         moment.append(("gradients", (share if zero.stage == 2 else total) * width, text, "stage_1_and_2.py"))
+        if zero.stage == 1:
+            text = "a rank's averaged share beside the whole gradients; measured"
+            moment.append(("averaged gradients", share * width, text, "stage_1_and_2.py"))
         bucket = min(zero.reduce_bucket_elements, total) if zero.stage else total
         text = "flat copies that are reduced"
         moment.append(("reduce buffer", 2 * bucket * width if zero.stage else bucket * width, text, "engine.py"))
@@ -180,7 +182,9 @@ def estimate_memory(
     entries += _forward_and_backward(spec, groups, training, zero, cluster)
     entries += _optimizer_step(groups, training, zero, cluster.ranks)
     phases: tuple[Phase, ...] = ("forward and backward", "optimizer step")
-    peaks = {phase: resident + sum(entry.bytes for entry in entries if entry.phase == phase) for phase in phases}
+    peaks: dict[str, int] = {
+        phase: resident + sum(entry.bytes for entry in entries if entry.phase == phase) for phase in phases
+    }
     return MemoryEstimate(
-        entries=tuple(entries), resident_bytes=resident, phase_peak_bytes=dict(peaks), peak_bytes=max(peaks.values())
+        entries=tuple(entries), resident_bytes=resident, phase_peak_bytes=peaks, peak_bytes=max(peaks.values())
     )

@@ -113,9 +113,7 @@ class ModelSpecBase(Schema):
         if isinstance(dim, int) and isinstance(heads, int) and dim > 0 and heads > 0:
             if data.get("head_dim") is None:
                 if dim % heads:
-                    raise ValueError(
-                        f"heads: {heads} is not allowed: must divide dim {dim} when head_dim is not given"
-                    )
+                    raise ValueError(f"heads: {heads} is not allowed: must divide dim {dim} when head_dim is not given")
                 data["head_dim"] = dim // heads
             if data.get("ffn_dim") is None:
                 data["ffn_dim"] = 4 * dim
@@ -159,7 +157,8 @@ class ModelSpecBase(Schema):
         if self.operator == "attention":
             return ("attention",) * self.depth
         relative = set(parse_layers(self.relative_layers, self.depth))
-        return tuple(self.operator if n in relative else "attention" for n in range(self.depth))
+        operators: list[Operator] = [self.operator if n in relative else "attention" for n in range(self.depth)]
+        return tuple(operators)
 
     @property
     def learned_positions(self) -> bool:
@@ -219,6 +218,7 @@ class VitSpec(ModelSpecBase):
 
     @property
     def geometry(self) -> RelationGeometry:
+        """The grid of patches, after the class token if there is one."""
         return RelationGeometry.grid(*self.grid, class_token=self.class_token)
 
 
@@ -236,6 +236,7 @@ class GptSpec(ModelSpecBase):
 
     @property
     def geometry(self) -> RelationGeometry:
+        """The causal sequence of the context."""
         return RelationGeometry.sequence(self.context, causal=True)
 
 

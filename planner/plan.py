@@ -18,7 +18,7 @@ from .schema import Schema, parse_json
 from .training import TrainingSpec, ZeroSpec
 from .units import format_bytes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 PLAN_FILE = "plan.json"
 TILE_ELEMENTS = 2**26
 """Largest tile that is chosen unasked: 128 MiB in bf16."""

@@ -27,7 +27,9 @@ def memory_table(plan: Plan) -> str:
     """The predicted memory of a rank as a Markdown table."""
     lines = ["| per rank | when | bytes | | how it is counted |", "|---|---|--:|--:|---|"]
     for entry in plan.prediction.entries:
-        lines.append(f"| {entry.name} | {entry.phase} | {entry.bytes} | {format_bytes(entry.bytes)} | {entry.formula} |")
+        lines.append(
+            f"| {entry.name} | {entry.phase} | {entry.bytes} | {format_bytes(entry.bytes)} | {entry.formula} |"
+        )
     prediction = plan.prediction
     lines.append(f"| **between steps** | | {prediction.resident_bytes} | {format_bytes(prediction.resident_bytes)} | |")
     lines.append(f"| **peak of a step** | | {prediction.peak_bytes} | {format_bytes(prediction.peak_bytes)} | |")

@@ -1,0 +1,232 @@
+"""Commands, their options, and how errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from translution.planner.errors import InputError, TranslutionError
+from translution.planner.files import load_model_spec
+from translution.planner.model_spec import ModelSpec, override
+
+app = typer.Typer(
+    name="translution",
+    help="Plan and train full Translution models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Preset (vit-base/16, gpt-base/1024) or YAML/JSON file.")]
+Operator = Annotated[str | None, typer.Option(help="attention, translution or alpha.")]
+Roles = Annotated[str | None, typer.Option(help="Relative roles, a subset of qkv.")]
+C1 = Annotated[int | None, typer.Option(help="First low width per head of alpha.")]
+C2 = Annotated[int | None, typer.Option(help="Second low width per head of alpha.")]
+Layers = Annotated[str | None, typer.Option(help="Relative layers: all, first:K or every:K; others are attention.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of the model; repeatable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+PrecisionName = Annotated[str, typer.Option("--precision", help="fp32, or bf16 with an fp32 master copy.")]
+Stage = Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.")]
+Tile = Annotated[int | None, typer.Option(help="Relations per tile of a table; chosen unless given.")]
+MicroBatch = Annotated[int, typer.Option(help="Samples per rank and forward pass.")]
+
+
+def parse_settings(settings: Sequence[str] | None) -> dict[str, object]:
+    """``FIELD=VALUE`` texts as a mapping; values are read as YAML.
+
+    Raises:
+        InputError: for a text without a field or value, or a value that is not YAML.
+    """
+    import yaml
+
+    values: dict[str, object] = {}
+    for text in settings or ():
+        field, equals, value = text.partition("=")
+        if not equals or not field:
+            raise InputError(f"--set: {text!r} is not allowed: must be FIELD=VALUE")
+        try:
+            values[field.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"--set: {text!r} is not allowed: the value must be YAML") from None
+    return values
+
+
+def resolve_model(
+    model: str,
+    operator: str | None,
+    roles: str | None,
+    c1: int | None,
+    c2: int | None,
+    relative_layers: str | None,
+    settings: Sequence[str] | None,
+) -> ModelSpec:
+    """The spec of MODEL with the flags' fields replaced.
+
+    Raises:
+        InputError: for an unknown model or a bad field.
+    """
+    flags = {"operator": operator, "roles": roles, "c1": c1, "c2": c2, "relative_layers": relative_layers}
+    return override(load_model_spec(model), **(flags | parse_settings(settings)))
+
+
+@app.command(
+    epilog="Examples: **translution estimate vit-base/16** · **translution estimate gpt-large/1024 --operator alpha "
+    "--c1 8 --c2 8** · **translution estimate my.yaml --ranks 64 --precision bf16 --json**"
+)
+def estimate(
+    model: Model,
+    operator: Operator = None,
+    roles: Roles = None,
+    c1: C1 = None,
+    c2: C2 = None,
+    relative_layers: Layers = None,
+    settings: Settings = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the training state.")] = 8,
+    micro_batch: MicroBatch = 1,
+    precision: PrecisionName = "fp32",
+    json: Json = False,
+) -> None:
+    """Say what a model costs: parameters, activations, memory per rank, operations."""
+    from .estimate import run_estimate
+
+    spec = resolve_model(model, operator, roles, c1, c2, relative_layers, settings)
+    run_estimate(model, spec, ranks=ranks, micro_batch=micro_batch, precision=precision, as_json=json)
+
+
+@app.command(
+    epilog="Examples: **translution plan my.yaml --cluster cpu:2 --out plans/small** · **translution plan vit-large/32 "
+    "--cluster 2x8xH100 --precision bf16 --data synthetic --out plans/large**"
+)
+def plan(
+    model: Model,
+    cluster: Annotated[
+        str, typer.Option(help="cpu:RANKS (this machine), GPUSxNAME, NODESxGPUSxNAME, or a YAML/JSON file.")
+    ],
+    out: Annotated[Path, typer.Option(help="Plan folder to write.")],
+    operator: Operator = None,
+    roles: Roles = None,
+    c1: C1 = None,
+    c2: C2 = None,
+    relative_layers: Layers = None,
+    settings: Settings = None,
+    micro_batch: MicroBatch = 8,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches per optimizer step.")] = 1,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
+    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up before the cosine.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.05,
+    gradient_clipping: Annotated[float, typer.Option(help="Largest gradient norm; 0 clips nothing.")] = 1.0,
+    precision: PrecisionName = "fp32",
+    data: Annotated[str, typer.Option(help="digits, or synthetic for load tests.")] = "digits",
+    seed: Annotated[int, typer.Option(help="Of weights and sample order.")] = 0,
+    stage: Stage = 3,
+    tile_relations: Tile = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing plan folder; its runs stay.")] = False,
+    json: Json = False,
+) -> None:
+    """Plan a training run on a cluster and write its folder."""
+    from .plan import run_plan
+
+    spec = resolve_model(model, operator, roles, c1, c2, relative_layers, settings)
+    training = {
+        "micro_batch": micro_batch,
+        "accumulation": accumulation,
+        "steps": steps,
+        "warmup_steps": warmup_steps,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "gradient_clipping": gradient_clipping,
+        "precision": precision,
+        "data": data,
+        "seed": seed,
+    }
+    zero_stage: Literal[0, 1, 2, 3] = stage  # type: ignore[assignment]  # typer keeps it within 0 and 3
+    run_plan(spec, cluster, out, training, stage=zero_stage, tile_relations=tile_relations, force=force, as_json=json)
+
+
+@app.command(epilog="Examples: **translution launch plans/small** · **translution launch plans/small --dry-run**")
+def launch(
+    plan_folder: Annotated[Path, typer.Argument(help="As `translution plan` writes it.")],
+    run: Annotated[Path | None, typer.Option(help="Run folder to make; else the next runs/NNN of the plan.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
+) -> None:
+    """Run a plan on this machine through DeepSpeed's launcher."""
+    from .launch import run_launch
+
+    run_launch(plan_folder, run, dry_run=dry_run)
+
+
+@app.command(hidden=True)
+def train(plan_folder: Path, run: Path) -> None:
+    """Run one rank of a plan; DeepSpeed's launcher or torchrun starts it on every rank."""
+    from translution.distributed.train import train as train_rank
+
+    train_rank(plan_folder, run)
+
+
+@app.command(epilog="Examples: **translution verify plans/small** · **translution verify plans/small/runs/001 --json**")
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder, or a plan folder: its newest run.")
+    ],
+    json: Json = False,
+) -> None:
+    """Set predicted memory beside what a run measured."""
+    from .verify import run_verify
+
+    run_verify(folder, as_json=json)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from translution.planner.plan import version
+
+        typer.echo(f"translution-scale {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Plan and train full Translution models."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line; errors are one line on stderr.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        code = app(args=list(arguments), standalone_mode=False)
+    except TranslutionError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output, such as head, has gone.
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        # Typer's usage errors; their classes moved between versions, their interface did not.
+        if not hasattr(error, "format_message"):
+            if type(error).__name__ == "Abort":
+                return _fail("interrupted", 130)
+            raise
+        return _fail(error.format_message() or "no command given: see translution --help", 2)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"translution: error: {' '.join(message.split())}", file=sys.stderr)
+    return code

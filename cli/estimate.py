@@ -1,0 +1,124 @@
+"""``translution estimate``."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from translution.planner.activations import Precision, kept_bytes
+from translution.planner.cluster import ClusterSpec
+from translution.planner.flops import count_flops
+from translution.planner.memory import MemoryEstimate, estimate_memory
+from translution.planner.model_spec import OPERATORS, ModelSpec, override
+from translution.planner.parameters import TABLES, count_parameters
+from translution.planner.plan import choose_tile, choose_zero
+from translution.planner.schema import validate
+from translution.planner.training import TrainingSpec
+from translution.planner.units import format_bytes, format_count, format_flops
+
+from .output import console, note, print_json, table
+
+_STATE_BYTES = 16
+_LABELS = {"translution": "full Translution", "alpha": "α-Translution", "attention": "attention"}
+_TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
+
+
+def describe(spec: ModelSpec, micro_batch: int, precision: Precision) -> dict[str, Any]:
+    """Costs of one model: parameters, operations and activations, published way and ours."""
+    parameters, flops = count_parameters(spec), count_flops(spec)
+    published = kept_bytes(spec, micro_batch, precision, "gather")
+    return {
+        "operator": spec.operator,
+        "parameters": parameters.model_dump(),
+        "training_state_bytes": parameters.total * _STATE_BYTES,
+        "activations_bytes": {"published": published, "ours": kept_bytes(spec, micro_batch, precision)},
+        "flops_per_sample": flops.model_dump(),
+    }
+
+
+def per_rank(spec: ModelSpec, training: TrainingSpec, ranks: int) -> dict[int, MemoryEstimate]:
+    """Memory of one of so many GPU ranks for each ZeRO stage."""
+    cluster = ClusterSpec(name="any", device="cuda", ranks_per_node=ranks, device_memory_bytes=2**63)
+    estimates = {}
+    for stage in (0, 1, 2, 3):
+        # Only stage 3 gains from tiles.
+        tile = choose_tile(spec, ranks) if stage == 3 else None
+        zero = choose_zero(spec, tile, stage, ranks)
+        estimates[stage] = estimate_memory(spec, cluster, training, zero, tile)
+    return estimates
+
+
+def run_estimate(asked: str, spec: ModelSpec, *, ranks: int, micro_batch: int, precision: str, as_json: bool) -> None:
+    """Print what a model costs, beside the same model with the other operators.
+
+    Args:
+        asked: the name as the user wrote it.
+        spec: the model.
+        ranks: ranks that share the training state.
+        micro_batch: samples per rank and forward pass.
+        precision: fp32 or bf16.
+        as_json: print JSON instead of tables.
+    """
+    values = {"micro_batch": micro_batch, "precision": precision, "data": "synthetic"}
+    training = validate(_TRAINING, values, "estimate", tuple(TrainingSpec.model_fields))
+    if re.match(r"vit-b/", asked.lower()):
+        note(f"{asked} is the paper's name for {spec.name}; for ViT-Base write vit-base/{asked.split('/')[-1]}")
+    widths = Precision.of(training.dtype_bytes, "cuda")
+    order = (spec.operator, *(name for name in ("translution", "alpha", "attention") if name != spec.operator))
+    assert set(order) == set(OPERATORS)
+    described = [describe(override(spec, operator=name), micro_batch, widths) for name in order]
+    estimates = per_rank(spec, training, ranks)
+    if as_json:
+        document = {"model": spec.model_dump(mode="json"), "precision": precision, "micro_batch": micro_batch}
+        own = {key: value for key, value in described[0].items() if key != "operator"}
+        stages = [{"stage": stage, **estimate.model_dump(mode="json")} for stage, estimate in estimates.items()]
+        print_json(document | own | {"comparison": described, "per_rank": {"ranks": ranks, "zero": stages}})
+        return
+    _print_tables(spec, described, estimates, ranks, micro_batch, precision)
+
+
+def _print_tables(
+    spec: ModelSpec,
+    described: list[dict[str, Any]],
+    estimates: dict[int, MemoryEstimate],
+    ranks: int,
+    micro_batch: int,
+    precision: str,
+) -> None:
+    out = console()
+    samples = "one sample" if micro_batch == 1 else f"{micro_batch} samples"
+    rows: list[tuple[str, ...]] = []
+    for entry in described:
+        kept = entry["activations_bytes"]
+        total = entry["parameters"]["total"]
+        rows.append(
+            (
+                _LABELS[entry["operator"]],
+                format_count(total),
+                f"{entry['parameters']['components'].get(TABLES, 0) / total:.1%}",
+                format_bytes(entry["training_state_bytes"]),
+                format_bytes(kept["published"]),
+                format_bytes(kept["ours"]),
+                format_flops(entry["flops_per_sample"]["training_step"]),
+            )
+        )
+    columns: tuple[str, ...] = (
+        "operator", "parameters", "in tables", "state (AdamW)", "kept, published", "kept, ours", "train / sample",
+    )  # fmt: skip
+    out.print(table(f"{spec.name}: {samples}, {precision}", columns, rows))
+    out.print("kept: activations that one forward pass keeps for backward; state: 16 bytes per parameter")
+    components = described[0]["parameters"]["components"]
+    rows = [(name, f"{count:,}") for name, count in components.items()]
+    rows.append(("total", f"{described[0]['parameters']['total']:,}"))
+    out.print()
+    out.print(table(f"Parameters of {_LABELS[spec.operator]}, exact", ("component", "parameters"), rows))
+    rows = []
+    for stage, estimate in estimates.items():
+        peaks = estimate.phase_peak_bytes
+        cells = (estimate.resident_bytes, peaks["forward and backward"], peaks["optimizer step"], estimate.peak_bytes)
+        rows.append((f"ZeRO-{stage}", *(format_bytes(size) for size in cells)))
+    columns = ("plan", "between steps", "forward, backward", "optimizer step", "peak")
+    out.print()
+    out.print(table(f"Memory of each of {ranks} GPU ranks, no offload, micro-batch {micro_batch}", columns, rows))

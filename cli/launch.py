@@ -1,0 +1,79 @@
+"""``translution launch``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from translution.distributed.launch import launch, launch_command, launch_environment
+from translution.planner.plan import load_plan
+from translution.planner.plan_folder import RUNS
+
+_LINE_EVERY = 20
+
+
+class _Display:
+    """A progress bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console, self._steps = console, steps
+        self._progress = Progress(
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=steps, text="")
+
+    def __enter__(self) -> _Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, metrics: Mapping[str, Any]) -> None:
+        """Take one line of the metrics file."""
+        if metrics["event"] == "step":
+            step = metrics["step"]
+            text = f"loss {metrics['loss']:.4f}, {metrics['samples_per_s']:.0f} samples/s"
+            self._progress.update(self._task, completed=step, text=text)
+            if not self._console.is_terminal and (step % _LINE_EVERY == 0 or step in (1, self._steps)):
+                self._console.print(f"step {step}/{self._steps}: {text}")
+        elif metrics["event"] == "evaluation":
+            self._console.print(
+                f"held-out: accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f} "
+                f"({metrics['samples']} samples)"
+            )
+
+
+def run_launch(plan_folder: Path, run: Path | None, *, dry_run: bool) -> None:
+    """Run a plan and show how it goes.
+
+    Args:
+        plan_folder: as `translution plan` writes it.
+        run: run folder to make, or None.
+        dry_run: print the command instead.
+    """
+    plan = load_plan(plan_folder)
+    if dry_run:
+        command = launch_command(plan, plan_folder, run or plan_folder / RUNS / "NNN", port=29500)
+        variables = launch_environment(plan.cluster)
+        variables.pop("PATH", None)
+        changed = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if os.environ.get(name) != value]
+        print(" ".join([*changed, shlex.join(command)]))
+        return
+    console = Console(highlight=False)
+    with _Display(console, plan.training.steps) as display:
+        made = launch(plan_folder, run, display.show, console.print)
+    console.print(f"finished: {made}")
+    console.print(f"predicted against measured memory: translution verify {made}")

@@ -1,0 +1,44 @@
+"""Printing: tables for people, one JSON document for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def console() -> Console:
+    """Where tables go; 100 columns when nothing says how wide the reader is."""
+    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> Table:
+    """A table whose first columns are text and whose others are figures.
+
+    Args:
+        title: printed above.
+        columns: headings.
+        rows: cells.
+        text_columns: how many leading columns are set flush left.
+    """
+    result = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        text = number < text_columns
+        result.add_column(column, justify="left" if text else "right", overflow="fold", no_wrap=text)
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print one JSON document on stdout."""
+    print(json.dumps(document, indent=2))
+
+
+def note(text: str) -> None:
+    """Say something on stderr that is no result."""
+    print(f"note: {text}", file=sys.stderr)

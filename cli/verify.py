@@ -1,0 +1,51 @@
+"""``translution verify``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from translution.planner.errors import MissingPackageError
+from translution.planner.units import format_bytes
+
+from .output import console, print_json, table
+
+
+def run_verify(folder: Path, *, as_json: bool) -> None:
+    """Print predicted beside measured memory.
+
+    Args:
+        folder: a run folder, or a plan folder, of which the newest run is taken.
+        as_json: print JSON instead of a table.
+    """
+    try:
+        from translution.reports.accuracy import compare, files_of, find_run, metrics_of
+    except ImportError as error:
+        raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[train]'") from None
+    run = find_run(folder)
+    rows = compare(run)
+    metrics = metrics_of(run)
+    evaluations = metrics[metrics["event"] == "evaluation"]
+    accuracy = None if evaluations.empty else float(evaluations["accuracy"].iloc[-1])
+    files = {name: str(path) for name, path in files_of(run).items()}
+    if as_json:
+        memory = json.loads(rows.to_json(orient="records"))
+        print_json({"run": str(run), "accuracy": accuracy, "memory": memory, "files": files})
+        return
+    cells = [
+        (
+            str(row["rank"]),
+            str(row["what"]),
+            format_bytes(row["predicted_bytes"]),
+            format_bytes(row["measured_bytes"]),
+            "" if row["ratio"] != row["ratio"] else f"{row['ratio']:.3f}",
+        )
+        for row in rows.to_dict("records")
+    ]
+    columns = ("rank", "what", "predicted", "measured", "predicted / measured")
+    out = console()
+    out.print(table(f"Memory per rank of {run}", columns, cells, text_columns=2))
+    if accuracy is not None:
+        out.print(f"accuracy on held-out samples: {accuracy:.2%}")
+    for name, path in files.items():
+        out.print(f"{name}: {path}", soft_wrap=True)
