@@ -96,7 +96,9 @@ class Open(Function):
                     product = torch.matmul(grad, _split_heads(context.source[other], context.heads))
                     context.grads[name] = product.transpose(1, 2).flatten(2)
         dtype = next(iter(context.source.values())).dtype
-        grads = [context.grads[name].to(dtype) if name in context.wanted else None for name in SOURCES]
+        # An input has none where it wants none, or where only the other output has a gradient.
+        found = {name: grad.to(dtype) for name, grad in context.grads.items() if name in context.wanted}
+        grads = [found.get(name) for name in SOURCES]
         context.close()
         return (None, grad_token, *grads)
 

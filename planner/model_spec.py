@@ -154,8 +154,6 @@ class ModelSpecBase(Schema):
     @property
     def layer_operators(self) -> tuple[Operator, ...]:
         """The operator of each layer."""
-        if self.operator == "attention":
-            return ("attention",) * self.depth
         relative = set(parse_layers(self.relative_layers, self.depth))
         operators: list[Operator] = [self.operator if n in relative else "attention" for n in range(self.depth)]
         return tuple(operators)
