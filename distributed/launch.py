@@ -38,29 +38,21 @@ def free_port() -> int:
 def launch_command(plan: Plan, plan_folder: Path, run: Path, port: int) -> list[str]:
     """The command that starts all ranks: DeepSpeed's launcher with this toolkit's ``train``.
 
+    For several nodes it is what each node runs, with HOSTFILE, NODE_RANK and FIRST_HOST to fill in.
+
     Args:
         plan: gives the number of ranks.
         plan_folder: what the ranks read.
         run: what they write to.
         port: of the rendezvous on the loopback.
     """
-    return [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        str(plan.cluster.ranks_per_node),
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(port),
-        "--no_local_rank",
-        "--module",
-        "translution.cli",
-        "train",
-        str(plan_folder.resolve()),
-        str(run.resolve()),
-    ]
+    if plan.cluster.nodes == 1:
+        place = ["--num_gpus", str(plan.cluster.ranks_per_node), "--master_addr", "127.0.0.1"]
+    else:
+        place = ["--hostfile", "HOSTFILE", "--no_ssh", "--node_rank", "NODE_RANK", "--master_addr", "FIRST_HOST"]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", *place, "--master_port", str(port)]
+    ranks = ["--no_local_rank", "--module", "translution.cli", "train", str(plan_folder.resolve()), str(run.resolve())]
+    return [*runner, *ranks]
 
 
 def launch_environment(cluster: ClusterSpec) -> dict[str, str]:
@@ -110,8 +102,8 @@ def check_machine(plan: Plan) -> None:
     cluster = plan.cluster
     if cluster.nodes > 1:
         raise InputError(
-            f"nodes: {cluster.nodes} is not allowed: launch starts the ranks of one machine; on each node run the "
-            "deepspeed command that launch --dry-run prints, with --hostfile, --no_ssh, --node_rank and --master_addr"
+            f"nodes: {cluster.nodes} is not allowed: launch starts the ranks of one machine; "
+            "run the command that launch --dry-run prints on each node"
         )
     import importlib.util
 

@@ -1,0 +1,121 @@
+"""The command line: results on stdout, one line per error on stderr, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from translution.cli.app import run
+from translution.planner.cluster import usable_cores
+
+Captured = pytest.CaptureFixture[str]
+
+
+def test_json_gives_the_exact_count_and_nothing_else(capsys: Captured) -> None:
+    assert run(["estimate", "vit-base/16", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["parameters"]["total"] == 15_608_200_168
+    by_operator = {entry["operator"]: entry["parameters"]["total"] for entry in document["comparison"]}
+    assert by_operator == {"translution": 15_608_200_168, "alpha": 1_064_909_800, "attention": 86_543_080}
+    assert [stage["stage"] for stage in document["per_rank"]["zero"]] == [0, 1, 2, 3]
+    assert isinstance(document["activations_bytes"]["published"], int)
+
+
+def test_flags_change_the_model(capsys: Captured) -> None:
+    arguments = ["--operator", "alpha", "--roles", "kv", "--c1", "16", "--c2", "16", "--json"]
+    assert run(["estimate", "gpt-tiny/160", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["total"] == 26_610_048
+    assert run(["estimate", "vit-tiny/56", "--relative-layers", "first:2", "--set", "depth=4", "--json"]) == 0
+    model = json.loads(capsys.readouterr().out)["model"]
+    assert (model["depth"], model["relative_layers"]) == (4, "first:2")
+
+
+def test_the_table_compares_the_three_operators(capsys: Captured) -> None:
+    assert run(["estimate", "vit-base/16"]) == 0
+    out = capsys.readouterr().out
+    for text in ("full Translution", "α-Translution", "attention", "15.61 G", "15,608,200,168", "ZeRO-3"):
+        assert text in out
+
+
+def test_the_papers_vit_b_is_explained(capsys: Captured) -> None:
+    assert run(["estimate", "ViT-B/16"]) == 0
+    assert "paper's name for vit-mini/16; for ViT-Base write vit-base/16" in capsys.readouterr().err
+
+
+def test_help_teaches_by_example(capsys: Captured) -> None:
+    for command in ("estimate", "plan", "launch", "verify"):
+        assert run([command, "--help"]) == 0
+        assert f"translution {command}" in " ".join(capsys.readouterr().out.split())
+
+
+BAD: list[tuple[str, list[str], int]] = [
+    ("model: 'vit-bse/16' is not allowed", ["estimate", "vit-bse/16"], 2),
+    ("patch: 15 is not allowed", ["estimate", "vit-base/15"], 2),
+    ("heads: 7 is not allowed", ["estimate", "vit-base/16", "--set", "heads=7"], 2),
+    ("unknown key 'hats'", ["estimate", "vit-base/16", "--set", "hats=7"], 2),
+    ("must be FIELD=VALUE", ["estimate", "vit-base/16", "--set", "heads"], 2),
+    ("c1: 0 is not allowed", ["estimate", "vit-base/16", "--operator", "alpha", "--c1", "0"], 2),
+    ("operator: 'conv'", ["estimate", "vit-base/16", "--operator", "conv"], 2),
+    ("precision: 'fp8'", ["estimate", "vit-base/16", "--precision", "fp8"], 2),
+    ("micro_batch: 0", ["estimate", "vit-base/16", "--micro-batch", "0"], 2),
+    ("No such option", ["estimate", "vit-base/16", "--opertor", "alpha"], 2),
+    ("No such command", ["estmate", "vit-base/16"], 2),
+    ("Missing argument 'MODEL'", ["estimate"], 2),
+    ("ranks must be from 1 to", ["plan", "MODEL", "--cluster", f"cpu:{usable_cores() + 1}", "--out", "OUT"], 2),
+    ("exists already", ["plan", "MODEL", "--cluster", "cpu:1", "--out", "EXISTING"], 2),
+    ("steps: 0 is not allowed", ["plan", "MODEL", "--cluster", "cpu:1", "--out", "OUT", "--steps", "0"], 2),
+    ("warmup_steps: 5", ["plan", "MODEL", "--cluster", "cpu:1", "--out", "OUT", "--steps", "5", "--warmup-steps", "5"], 2),
+    ("learning_rate", ["plan", "MODEL", "--cluster", "cpu:1", "--out", "OUT", "--learning-rate", "-1"], 2),
+    ("data: 'digts'", ["plan", "MODEL", "--cluster", "cpu:1", "--out", "OUT", "--data", "digts"], 2),
+    ("does not fit", ["plan", "vit-large/16", "--data", "synthetic", "--cluster", "8xH100", "--out", "OUT"], 3),
+    ("is not a plan folder", ["launch", "EXISTING"], 2),
+    ("is not a run folder", ["verify", "EXISTING"], 2),
+]
+
+
+@pytest.mark.parametrize(("message", "arguments", "code"), BAD, ids=[message for message, _, _ in BAD])
+def test_bad_input_is_one_line_and_writes_nothing(
+    message: str, arguments: list[str], code: int, tmp_path: Path, root: Path, capsys: Captured
+) -> None:
+    (tmp_path / "existing").mkdir()
+    places = {
+        "MODEL": str(root / "examples" / "digits.yaml"),
+        "OUT": str(tmp_path / "out"),
+        "EXISTING": str(tmp_path / "existing"),
+    }
+    assert run([places.get(argument, argument) for argument in arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("translution: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert [path.name for path in tmp_path.rglob("*")] == ["existing"]
+
+
+def test_plan_writes_a_folder_and_dry_run_shows_the_command(tmp_path: Path, root: Path, capsys: Captured) -> None:
+    folder = tmp_path / "plan"
+    model = str(root / "examples" / "digits.yaml")
+    assert run(["plan", model, "--cluster", "cpu:1", "--out", str(folder), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["plan"]["prediction"]["peak_bytes"] > document["plan"]["prediction"]["resident_bytes"] > 0
+    assert run(["launch", str(folder), "--dry-run"]) == 0
+    command = capsys.readouterr().out
+    assert "deepspeed.launcher.runner --num_gpus 1" in command
+    assert "DS_ACCELERATOR=cpu" in command
+    assert not (folder / "runs").exists()
+
+
+def test_several_nodes_get_a_command_to_fill_in_and_no_launch(tmp_path: Path, capsys: Captured) -> None:
+    folder = str(tmp_path / "plan")
+    arguments = ["plan", "vit-base/16", "--cluster", "2x8xH100", "--data", "synthetic", "--out", folder]
+    assert run([*arguments, "--precision", "bf16", "--micro-batch", "1"]) == 0
+    assert run(["launch", folder, "--dry-run"]) == 0
+    assert "--hostfile HOSTFILE --no_ssh --node_rank NODE_RANK --master_addr FIRST_HOST" in capsys.readouterr().out
+    assert run(["launch", folder]) == 2
+    assert "nodes: 2 is not allowed" in capsys.readouterr().err
+
+
+def test_the_version_is_the_distributions(capsys: Captured) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("translution-scale ")

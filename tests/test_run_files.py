@@ -1,0 +1,50 @@
+"""A run is judged by what its ranks wrote, whatever the launcher's exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from translution.distributed.run_files import RankStatus, judge, make_run_folders, read_status, status_path, write_status
+from translution.planner.errors import InputError, RunFailedError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    make_run_folders(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def say(run: Path, rank: int, state: str, message: str = "") -> None:
+    write_status(run, RankStatus.model_validate({"rank": rank, "state": state, "step": 7, "message": message}))
+
+
+def test_all_finished_is_success_even_with_a_bad_exit_code(run: Path) -> None:
+    say(run, 0, "finished")
+    say(run, 1, "finished")
+    judge(run, 2, exit_code=134)
+
+
+def test_a_silent_rank_is_failure_even_with_exit_code_nought(run: Path) -> None:
+    say(run, 0, "finished")
+    say(run, 1, "training")
+    with pytest.raises(RunFailedError, match="rank 1 was last seen training at step 7; launcher exit code 0"):
+        judge(run, 2, exit_code=0)
+
+
+def test_a_rank_that_never_started_is_named(run: Path) -> None:
+    with pytest.raises(RunFailedError, match="rank 0 never started; rank 1 never started"):
+        judge(run, 2, exit_code=0)
+
+
+def test_a_failed_rank_speaks_first(run: Path) -> None:
+    say(run, 0, "training")
+    say(run, 1, "failed", "FloatingPointError: loss is nan")
+    with pytest.raises(RunFailedError, match="rank 1 failed at step 7: FloatingPointError: loss is nan"):
+        judge(run, 2, exit_code=1)
+
+
+def test_a_damaged_status_is_named(run: Path) -> None:
+    status_path(run, 0).write_text("{")
+    with pytest.raises(InputError, match=r"rank_0.json: not valid JSON"):
+        read_status(run, 0)
