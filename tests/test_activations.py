@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
 from translution.models import Translution, build
 from translution.planner.activations import Precision, kept_bytes
 from translution.planner.flops import count_flops

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from translution.cli.app import run
 from translution.planner.cluster import usable_cores
 
@@ -65,7 +66,11 @@ BAD: list[tuple[str, list[str], int]] = [
     ("ranks must be from 1 to", ["plan", "MODEL", "--cluster", f"cpu:{usable_cores() + 1}", "--out", "OUT"], 2),
     ("exists already", ["plan", "MODEL", "--cluster", "cpu:1", "--out", "EXISTING"], 2),
     ("steps: 0 is not allowed", ["plan", "MODEL", "--cluster", "cpu:1", "--out", "OUT", "--steps", "0"], 2),
-    ("warmup_steps: 5", ["plan", "MODEL", "--cluster", "cpu:1", "--out", "OUT", "--steps", "5", "--warmup-steps", "5"], 2),
+    (
+        "warmup_steps: 5",
+        ["plan", "MODEL", "--cluster", "cpu:1", "--out", "OUT", "--steps", "5", "--warmup-steps", "5"],
+        2,
+    ),
     ("learning_rate", ["plan", "MODEL", "--cluster", "cpu:1", "--out", "OUT", "--learning-rate", "-1"], 2),
     ("data: 'digts'", ["plan", "MODEL", "--cluster", "cpu:1", "--out", "OUT", "--data", "digts"], 2),
     ("does not fit", ["plan", "vit-large/16", "--data", "synthetic", "--cluster", "8xH100", "--out", "OUT"], 3),

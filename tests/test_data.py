@@ -6,6 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
+
 from translution.distributed.data import Samples, load_digits, make_synthetic, micro_batches
 from translution.distributed.train import learning_rate_factor
 from translution.planner.errors import InputError
@@ -22,9 +23,7 @@ def numbered(count: int) -> Samples:
 def steps(ranks: int, micro_batch: int, accumulation: int, count: int = 7) -> list[set[int]]:
     """The samples of each global batch, put together from all ranks."""
     streams = [
-        micro_batches(
-            numbered(50), micro_batch=micro_batch, accumulation=accumulation, rank=rank, ranks=ranks, seed=3
-        )
+        micro_batches(numbered(50), micro_batch=micro_batch, accumulation=accumulation, rank=rank, ranks=ranks, seed=3)
         for rank in range(ranks)
     ]
     batches = []

@@ -32,7 +32,9 @@ def test_the_check_itself_sees_a_heavy_package() -> None:
 
 
 def test_no_module_of_the_planner_loads_a_heavy_package(root: Path) -> None:
-    modules = [f"translution.planner.{path.stem}" for path in (root / "planner").glob("*.py") if path.stem != "__init__"]
+    modules = [
+        f"translution.planner.{path.stem}" for path in (root / "planner").glob("*.py") if path.stem != "__init__"
+    ]
     assert len(modules) > 10
     assert loaded_by("\n".join(f"import {module}" for module in modules)) == []
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from translution.planner.errors import InputError
 from translution.planner.files import load_model_spec, save_model_spec
 from translution.planner.model_spec import GptSpec, VitSpec, override, parse_model_spec
@@ -44,7 +45,9 @@ def test_sizes_follow_the_definition() -> None:
 
 @pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
 @pytest.mark.parametrize(
-    "fields", [{}, {"image": [32, 16], "relative_layers": [0, 3]}, {"operator": "alpha", "c1": 2, "rotary": True}], ids=str
+    "fields",
+    [{}, {"image": [32, 16], "relative_layers": [0, 3]}, {"operator": "alpha", "c1": 2, "rotary": True}],
+    ids=str,
 )
 def test_a_saved_spec_loads_as_it_was(tmp_path: Path, suffix: str, fields: dict[str, Any]) -> None:
     spec = parse_model_spec(VIT | fields)
@@ -111,7 +114,10 @@ def test_roles_take_any_order() -> None:
         ({"family": "cnn"}, "family: 'cnn' is not allowed: must be vit or gpt"),
         ({"pool": "class", "class_token": False}, "class_token: False is not allowed"),
         ({"rotary": True}, "rotary: True is not allowed: must be false for operator translution"),
-        ({"operator": "attention", "rotary": True, "head_dim": 6}, "head_dim: 6 is not allowed: must be a multiple of 4"),
+        (
+            {"operator": "attention", "rotary": True, "head_dim": 6},
+            "head_dim: 6 is not allowed: must be a multiple of 4",
+        ),
         ({"context": 5}, "unknown key 'context'"),
         ({"classes": None}, "classes: None"),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
 from translution.models import AlphaTranslution, SelfAttention, Translution
 from translution.models.tiles import RelationTables
 from translution.planner.errors import InputError

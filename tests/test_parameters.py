@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from translution.models import build
 from translution.planner.model_spec import ModelSpec, override, parse_model_spec
 from translution.planner.parameters import count_parameters, parameter_groups, table_tiles

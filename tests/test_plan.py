@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from translution.planner.cluster import ClusterSpec, load_cluster, usable_cores
 from translution.planner.errors import DoesNotFitError, InputError
 from translution.planner.files import load_model_spec

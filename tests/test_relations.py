@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from translution.planner.errors import InputError
 from translution.planner.relations import RelationGeometry, RelationPairs, TokenBlock
 
@@ -72,7 +73,7 @@ def test_relation_counts_follow_the_definition() -> None:
 
 @pytest.mark.parametrize("length", [0, -1, 2.5, True])
 def test_a_bad_length_is_named(length: object) -> None:
-    with pytest.raises(InputError, match="height|length"):
+    with pytest.raises(InputError, match=r"height|length"):
         RelationGeometry.sequence(length)  # type: ignore[arg-type]  # the point of the test
 
 

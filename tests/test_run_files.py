@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from translution.distributed.run_files import RankStatus, judge, make_run_folders, read_status, status_path, write_status
+
+from translution.distributed.run_files import (
+    RankStatus,
+    judge,
+    make_run_folders,
+    read_status,
+    status_path,
+    write_status,
+)
 from translution.planner.errors import InputError, RunFailedError
 
 

@@ -1,0 +1,71 @@
+"""Run by every rank: one micro-batch under ZeRO-3, counting the tiles that are whole at any moment.
+
+usage: tiles.py PLAN_FOLDER RUN_FOLDER OUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from translution.distributed.data import load_samples, micro_batches
+from translution.distributed.train import Rank
+from translution.models import grouped
+from translution.models.tiles import Tile
+from translution.planner.plan import load_plan
+
+
+def main(plan_folder: Path, run: Path, out: Path) -> None:
+    plan = load_plan(plan_folder)
+    rank = Rank(plan, run)
+    rank.start()
+    import deepspeed
+
+    tiles = [module for module in rank.engine.module.modules() if isinstance(module, Tile)]
+    whole: dict[str, list[int]] = {"forward": [], "backward": []}
+
+    def count(direction: str) -> None:
+        # ZeRO-3 leaves a released parameter with no elements.
+        whole[direction].append(sum(any(p.numel() for p in tile.parameters()) for tile in tiles))
+
+    def watch(function: type[Any]) -> None:
+        for direction in ("forward", "backward"):
+            original = getattr(function, direction)
+
+            def counted(*arguments: Any, _original: Any = original, _direction: str = direction) -> Any:
+                count(_direction)
+                return _original(*arguments)
+
+            setattr(function, direction, staticmethod(counted))
+
+    watch(grouped.LogitTile)
+    watch(grouped.ValueTile)
+    watch(grouped.Softmax)
+    samples, _ = load_samples(plan.model, plan.training.data, plan.training.seed)
+    training = plan.training
+    stream = micro_batches(
+        samples,
+        micro_batch=training.micro_batch,
+        accumulation=1,
+        rank=rank.rank,
+        ranks=rank.ranks,
+        seed=training.seed,
+    )
+    (batch,) = next(stream)
+    rank.engine.backward(rank.loss(batch))
+    grads = {
+        name: deepspeed.utils.safe_get_full_grad(parameter) for name, parameter in rank.engine.module.named_parameters()
+    }
+    if rank.rank == 0:
+        torch.save(grads, out.with_suffix(".pt"))
+        out.write_text(json.dumps({"tiles": len(tiles), **whole}))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:]))
