@@ -1,0 +1,235 @@
+"""Speed and memory of the grouped operator, as ratios within one run.
+
+Against the gathered (published) implementation, and against the rate that plain ``torch.mm`` reaches
+on the same multiset of matrix shapes. Nothing is printed unless the operator agrees with its
+reference first.
+
+usage: python benchmarks/operator.py [--out FOLDER] [--repeats N] [--case NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from translution.distributed.measure import count_every_allocation, trace_allocations
+from translution.models import Translution
+from translution.planner.cluster import usable_cores
+from translution.planner.relations import RelationGeometry
+
+TOLERANCE = 1e-10
+
+
+class Case(NamedTuple):
+    """One layer of a model of the paper, and whether the gathered way fits in memory at its batch."""
+
+    place: dict[str, Any]
+    dim: int
+    heads: int
+    batch: int
+    gather: bool
+
+
+CASES = {
+    "ViT-A/56": Case({"grid": (4, 4), "class_token": True}, 192, 3, 32, True),
+    "ViT-A/32": Case({"grid": (7, 7), "class_token": True}, 192, 3, 32, False),
+    "ViT-C/16": Case({"grid": (14, 14), "class_token": True}, 384, 6, 1, False),
+    "GPT-A-256": Case({"length": 256, "causal": True}, 192, 3, 4, False),
+}
+
+
+def make(case: Case, implementation: str = "grouped", **changes: Any) -> tuple[Translution, torch.Tensor]:
+    torch.manual_seed(0)
+    layer = Translution(case.dim, case.heads, **case.place, implementation=implementation, **changes)
+    return layer, torch.randn(case.batch, layer.geometry.tokens, case.dim, requires_grad=True)
+
+
+def step(layer: Translution, x: torch.Tensor) -> None:
+    """Forward and backward, gradients made anew as in training."""
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+    layer(x).sum().backward()
+
+
+def check_parity() -> float:
+    """Largest difference in float64 of output and gradients, grouped against gathered, in each geometry.
+
+    Raises:
+        SystemExit: if it is above the tolerance.
+    """
+    worst = 0.0
+    places: list[dict[str, Any]] = [
+        {"grid": (3, 4), "class_token": True},
+        {"grid": (4, 3)},
+        {"length": 7},
+        {"length": 7, "causal": True},
+    ]
+    for place in places:
+        case = Case(place, 12, 3, 2, True)
+        results = []
+        for implementation in ("grouped", "gather"):
+            layer, x = make(case, implementation)
+            layer, x = layer.double(), x.detach().double().requires_grad_()
+            out = layer(x)
+            grads = torch.autograd.grad(out, [x, *layer.parameters()], torch.linspace(-1, 1, out.numel()).view_as(out))
+            results.append([out, *grads])
+        worst = max(worst, *(float((a - b).detach().abs().max()) for a, b in zip(*results, strict=True)))
+    if worst > TOLERANCE:
+        sys.exit(
+            f"parity: grouped and gathered differ by {worst:.1e} in float64, above {TOLERANCE:.0e}: no speed is shown"
+        )
+    return worst
+
+
+def seconds(run: Callable[[], None], repeats: int) -> float:
+    """Median time of a call, after one that is not counted."""
+    run()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def peak_bytes(layer: Translution, x: torch.Tensor) -> int:
+    """Highest sum of allocations in a step beyond weights and input; the gradients it makes count."""
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+    begin, peak = trace_allocations(lambda: step(layer, x))
+    return peak - begin
+
+
+def product_shapes(geometry: RelationGeometry, batch: int, dim: int) -> list[tuple[int, int, int]]:
+    """(rows, inner, columns) of every matrix product of a forward and backward pass, roles qkv."""
+    shapes = []
+    for relation in range(geometry.relations):
+        pairs = geometry.pairs(relation)
+        for block in (pairs.query, pairs.key, pairs.key):
+            rows = batch * block.size
+            # Forward, again in backward, the input's gradient, and the matrix's gradient.
+            shapes += [(rows, dim, dim)] * 3 + [(dim, rows, dim)]
+    return shapes
+
+
+def plain_products(shapes: list[tuple[int, int, int]]) -> Callable[[], None]:
+    """The same products by torch.mm on ready contiguous matrices, one after the other."""
+    largest = max(rows * inner for rows, inner, _ in shapes), max(inner * cols for _, inner, cols in shapes)
+    left, right = (torch.randn(size) for size in largest)
+    out = torch.empty(max(rows * cols for rows, _, cols in shapes))
+
+    def run() -> None:
+        for rows, inner, cols in shapes:
+            torch.mm(
+                left[: rows * inner].view(rows, inner),
+                right[: inner * cols].view(inner, cols),
+                out=out[: rows * cols].view(rows, cols),
+            )
+
+    return run
+
+
+def measure(name: str, case: Case, repeats: int) -> dict[str, Any]:
+    layer, x = make(case)
+    shapes = product_shapes(layer.geometry, case.batch, case.dim)
+    operations = sum(2 * rows * inner * cols for rows, inner, cols in shapes)
+    with torch.no_grad():
+        plain = seconds(plain_products(shapes), repeats)
+    grouped = seconds(lambda: step(layer, x), repeats)
+    result: dict[str, Any] = {
+        "case": name,
+        "batch": case.batch,
+        "grouped_seconds": grouped,
+        "grouped_peak_bytes": peak_bytes(layer, x),
+        "operations": operations,
+        "matmul_seconds": plain,
+        "matmul_flop_per_s": operations / plain,
+        "matmul_rate_share": plain / grouped,
+    }
+    if case.gather:
+        slow, x = make(case, "gather")
+        result["gather_seconds"] = seconds(lambda: step(slow, x), max(1, repeats // 3))
+        result["gather_peak_bytes"] = peak_bytes(slow, x)
+        result["times_faster"] = result["gather_seconds"] / grouped
+        result["times_smaller"] = result["gather_peak_bytes"] / result["grouped_peak_bytes"]
+    return result
+
+
+def markdown(document: dict[str, Any]) -> str:
+    machine = document["machine"]
+    lines = [
+        "# Grouped Translution layer, forward and backward, fp32, roles qkv",
+        "",
+        f"`{document['command']}` on {document['date']}: {machine['processor']}, {machine['cores']} cores, "
+        f"torch {machine['torch']}, Python {machine['python']}, translution-scale {machine['translution']}.",
+        f"Parity with the gathered reference in float64: {document['parity']:.1e}.",
+        "",
+        "| layer | batch | grouped | peak | gathered | peak | faster | smaller | of plain matmul's rate |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in document["results"]:
+        cells = [
+            row["case"],
+            row["batch"],
+            f"{row['grouped_seconds']:.3f} s",
+            f"{row['grouped_peak_bytes'] / 2**20:.1f} MiB",
+        ]
+        if "gather_seconds" in row:
+            cells += [f"{row['gather_seconds']:.2f} s", f"{row['gather_peak_bytes'] / 2**20:.0f} MiB"]
+            cells += [f"{row['times_faster']:.0f}×", f"{row['times_smaller']:.0f}×"]
+        else:
+            cells += ["", "", "", ""]
+        cells.append(f"{row['matmul_rate_share']:.0%}")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for operator.json and operator.md")
+    parser.add_argument("--repeats", type=int, default=7, help="counted runs of each case")
+    parser.add_argument("--case", action="append", choices=list(CASES), help="only these cases")
+    arguments = parser.parse_args()
+    count_every_allocation()
+    torch.set_num_threads(usable_cores())
+    document = {
+        "command": " ".join(["python", "benchmarks/operator.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": {
+            "processor": processor(),
+            "cores": usable_cores(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "translution": importlib.metadata.version("translution-scale"),
+        },
+        "parity": check_parity(),
+        "results": [measure(name, CASES[name], arguments.repeats) for name in arguments.case or CASES],
+    }
+    print(markdown(document))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "operator.json").write_text(json.dumps(document, indent=2) + "\n")
+        (arguments.out / "operator.md").write_text(markdown(document))
+
+
+if __name__ == "__main__":
+    main()
