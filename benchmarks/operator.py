@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
 from translution.distributed.measure import count_every_allocation, trace_allocations
 from translution.models import Translution
 from translution.planner.cluster import usable_cores
