@@ -28,7 +28,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     result = Table(title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
         text = number < text_columns
-        result.add_column(column, justify="left" if text else "right", overflow="fold", no_wrap=text)
+        result.add_column(column, justify="left" if text else "right", overflow="fold", no_wrap=number == 0)
     for row in rows:
         result.add_row(*row)
     return result

@@ -58,10 +58,10 @@ def run_plan(
         return
     prediction = plan.prediction
     rows: list[tuple[str, ...]] = [
-        (entry.name, entry.phase, format_bytes(entry.bytes), entry.formula) for entry in prediction.entries
+        (entry.name, entry.phase, entry.formula, format_bytes(entry.bytes)) for entry in prediction.entries
     ]
-    rows.append(("between steps", "", format_bytes(prediction.resident_bytes), ""))
-    rows += [(f"peak of {phase}", "", format_bytes(size), "") for phase, size in prediction.phase_peak_bytes.items()]
+    rows.append(("between steps", "", "", format_bytes(prediction.resident_bytes)))
+    rows += [(f"peak of {phase}", "", "", format_bytes(size)) for phase, size in prediction.phase_peak_bytes.items()]
     out_console = console()
     ranks = plan.cluster.ranks
     tiles = "" if plan.tile_relations is None else f", {plan.tile_relations} relations per tile"
@@ -69,7 +69,9 @@ def run_plan(
         f"{spec.name}: {format_count(_parameters(spec))} parameters, ZeRO-{stage} on {ranks} ranks "
         f"({plan.cluster.name}){tiles}, {plan.training.global_batch(ranks)} samples per step"
     )
-    out_console.print(table("Predicted memory of each rank", ("what", "when", "size", "how it is counted"), rows))
+    out_console.print(
+        table("Predicted memory of each rank", ("what", "when", "how it is counted", "size"), rows, text_columns=3)
+    )
     out_console.print(f"wrote {out}; run it: translution launch {out}")
 
 

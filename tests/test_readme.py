@@ -1,0 +1,68 @@
+"""What the README shows works as it stands there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from translution.cli.app import run
+
+
+@pytest.fixture
+def readme(root: Path) -> str:
+    return (root / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_python_examples_run(readme: str) -> None:
+    examples = blocks(readme, "python")
+    assert examples
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
+
+
+def test_the_planning_commands_work(
+    readme: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every estimate and plan of the README; launch and verify run in test_runs.py."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(root / "examples")
+    commands = [shlex.split(line) for block in blocks(readme, "sh") for line in block.splitlines()]
+    assert {command[1] for command in commands} == {"estimate", "plan", "launch", "verify"}
+    for command in commands:
+        assert command[0] == "translution"
+        if command[1] in ("estimate", "plan"):
+            assert run(command[1:]) == 0, capsys.readouterr().err
+        else:
+            assert (tmp_path / command[2] / "plan.json").exists()
+
+
+def test_the_costs_shown_are_the_planners(readme: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["estimate", "vit-base/16"]) == 0
+    printed = capsys.readouterr().out
+    rows = [line for line in readme.splitlines() if re.match(r"(full Translution|α-Translution|attention) ", line)]
+    assert len(rows) == 3
+    for row in rows:
+        for cell in re.split(r" {2,}", row):
+            assert cell in printed
+
+
+def test_the_benchmark_shown_is_the_committed_one(readme: str, root: Path) -> None:
+    results = root / "benchmarks" / "results"
+    document = json.loads((results / "operator.json").read_text())
+    row = next(row for row in document["results"] if row["case"] == "ViT-A/56")
+    shown = next(line for line in readme.splitlines() if line.startswith("| ViT-A/56"))
+    assert f"{row['grouped_seconds']:.3f} s" in shown
+    assert f"{row['times_faster']:.0f}×" in shown
+    assert f"{row['times_smaller']:.0f}×" in shown
+    assert shown.rsplit("|", 2)[0].strip() in (results / "operator.md").read_text()
+    assert row["times_faster"] >= 20
+    assert row["times_smaller"] >= 20
+    assert document["parity"] <= 1e-10
