@@ -16,7 +16,8 @@ def format_bytes(count: int) -> str:
 def _powers_of_1000(value: float, suffixes: tuple[str, ...]) -> str:
     for exponent in range(len(suffixes), 0, -1):
         if abs(value) >= 1000**exponent:
-            return f"{value / 1000**exponent:,.2f} {suffixes[exponent - 1]}"
+            scaled = value / 1000**exponent
+            return f"{scaled:,.{0 if scaled >= 100 else 2}f} {suffixes[exponent - 1]}"
     return f"{value:,.0f}"
 
 
