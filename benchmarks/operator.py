@@ -44,7 +44,7 @@ class Case(NamedTuple):
 CASES = {
     "ViT-A/56": Case({"grid": (4, 4), "class_token": True}, 192, 3, 32, True),
     "ViT-A/32": Case({"grid": (7, 7), "class_token": True}, 192, 3, 32, False),
-    "ViT-C/16": Case({"grid": (14, 14), "class_token": True}, 384, 6, 1, False),
+    "ViT-C/16": Case({"grid": (14, 14), "class_token": True}, 384, 6, 4, False),
     "GPT-A-256": Case({"length": 256, "causal": True}, 192, 3, 4, False),
 }
 
@@ -111,41 +111,46 @@ def peak_bytes(layer: Translution, x: torch.Tensor) -> int:
     return peak - begin
 
 
-def product_shapes(geometry: RelationGeometry, batch: int, dim: int) -> list[tuple[int, int, int]]:
-    """(rows, inner, columns) of every matrix product of a forward and backward pass, roles qkv."""
-    shapes = []
-    for relation in range(geometry.relations):
-        pairs = geometry.pairs(relation)
-        for block in (pairs.query, pairs.key, pairs.key):
-            rows = batch * block.size
-            # Forward, again in backward, the input's gradient, and the matrix's gradient.
-            shapes += [(rows, dim, dim)] * 3 + [(dim, rows, dim)]
-    return shapes
+def count_operations(geometry: RelationGeometry, batch: int, dim: int) -> int:
+    """Operations of a forward and backward pass, roles qkv, whose backward computes the rows again."""
+    return 3 * 4 * 2 * batch * geometry.table_rows * dim * dim
 
 
-def plain_products(shapes: list[tuple[int, int, int]]) -> Callable[[], None]:
-    """The same products by torch.mm on ready contiguous matrices, one after the other."""
-    largest = max(rows * inner for rows, inner, _ in shapes), max(inner * cols for _, inner, cols in shapes)
-    left, right = (torch.randn(size) for size in largest)
-    out = torch.empty(max(rows * cols for rows, _, cols in shapes))
+def plain_products(geometry: RelationGeometry, batch: int, dim: int) -> Callable[[], None]:
+    """The matrix products of a forward and backward pass by torch.mm, one after the other.
+
+    The same multiset of shapes: per relation and role, rows × matrix forward and again in backward,
+    the rows' gradient and the matrix's gradient. As in any implementation, every relation has its own
+    matrix in memory and gradients are made anew; the rows are ready, contiguous and reused.
+    """
+    tables = [torch.randn(geometry.relations, dim, dim) for _ in range(3)]
+    most = batch * geometry.patches
+    rows, out = torch.randn(most, dim), torch.empty(most, dim)
+    sizes = [
+        (role, relation, batch * block.size)
+        for relation in range(geometry.relations)
+        for pairs in [geometry.pairs(relation)]
+        for role, block in enumerate((pairs.query, pairs.key, pairs.key))
+    ]
 
     def run() -> None:
-        for rows, inner, cols in shapes:
-            torch.mm(
-                left[: rows * inner].view(rows, inner),
-                right[: inner * cols].view(inner, cols),
-                out=out[: rows * cols].view(rows, cols),
-            )
+        for role, relation, size in sizes:
+            torch.mm(rows[:size], tables[role][relation], out=out[:size])
+        grads = [torch.empty_like(table) for table in tables]
+        for role, relation, size in sizes:
+            matrix = tables[role][relation]
+            torch.mm(rows[:size], matrix, out=out[:size])
+            torch.mm(rows[:size], matrix, out=out[:size])
+            torch.mm(rows[:size].t(), out[:size], out=grads[role][relation])
 
     return run
 
 
 def measure(name: str, case: Case, repeats: int) -> dict[str, Any]:
     layer, x = make(case)
-    shapes = product_shapes(layer.geometry, case.batch, case.dim)
-    operations = sum(2 * rows * inner * cols for rows, inner, cols in shapes)
+    operations = count_operations(layer.geometry, case.batch, case.dim)
     with torch.no_grad():
-        plain = seconds(plain_products(shapes), repeats)
+        plain = seconds(plain_products(layer.geometry, case.batch, case.dim), repeats)
     grouped = seconds(lambda: step(layer, x), repeats)
     result: dict[str, Any] = {
         "case": name,
