@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from translution.planner.errors import InputError, TranslutionError
-from translution.planner.files import load_model_spec
+from translution.planner.files import load_model_spec, read_yaml
 from translution.planner.model_spec import ModelSpec, override
 
 app = typer.Typer(
@@ -44,17 +44,14 @@ def parse_settings(settings: Sequence[str] | None) -> dict[str, object]:
     Raises:
         InputError: for a text without a field or value, or a value that is not YAML.
     """
-    import yaml
-
     values: dict[str, object] = {}
     for text in settings or ():
         field, equals, value = text.partition("=")
         if not equals or not field:
             raise InputError(f"--set: {text!r} is not allowed: must be FIELD=VALUE")
-        try:
-            values[field.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(f"--set: {text!r} is not allowed: the value must be YAML") from None
+        values[field.strip()] = read_yaml(value, f"--set {field.strip()}")
+        if values[field.strip()] is None:
+            raise InputError(f"--set: {text!r} is not allowed: a value must follow the =")
     return values
 
 
@@ -88,7 +85,7 @@ def estimate(
     c2: C2 = None,
     relative_layers: Layers = None,
     settings: Settings = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the training state.")] = 8,
+    ranks: Annotated[int, typer.Option(min=1, max=2**20, help="Ranks that share the training state.")] = 8,
     micro_batch: MicroBatch = 1,
     precision: PrecisionName = "fp32",
     json: Json = False,

@@ -9,9 +9,10 @@ from pydantic import TypeAdapter
 
 from translution.planner.activations import Precision, kept_bytes
 from translution.planner.cluster import ClusterSpec
+from translution.planner.errors import InputError
 from translution.planner.flops import count_flops
 from translution.planner.memory import MemoryEstimate, estimate_memory
-from translution.planner.model_spec import OPERATORS, ModelSpec, override
+from translution.planner.model_spec import OPERATORS, ModelSpec, Operator, override
 from translution.planner.parameters import TABLES, count_parameters
 from translution.planner.plan import choose_tile, choose_zero
 from translution.planner.schema import validate
@@ -38,9 +39,19 @@ def describe(spec: ModelSpec, micro_batch: int, precision: Precision) -> dict[st
     }
 
 
+def _with_operator(spec: ModelSpec, operator: Operator) -> ModelSpec | None:
+    """The model with another operator, or None where that operator does not allow its other fields."""
+    if operator == spec.operator:
+        return spec
+    try:
+        return override(spec, operator=operator, rotary=spec.rotary and operator != "translution")
+    except InputError:
+        return None
+
+
 def per_rank(spec: ModelSpec, training: TrainingSpec, ranks: int) -> dict[int, MemoryEstimate]:
     """Memory of one of so many GPU ranks for each ZeRO stage."""
-    cluster = ClusterSpec(name="any", device="cuda", ranks_per_node=ranks, device_memory_bytes=2**63)
+    cluster = ClusterSpec(name="any", device="cuda", ranks_per_node=ranks, device_memory_bytes=2**60)
     estimates = {}
     for stage in (0, 1, 2, 3):
         # Only stage 3 gains from tiles.
@@ -66,9 +77,8 @@ def run_estimate(asked: str, spec: ModelSpec, *, ranks: int, micro_batch: int, p
     if re.match(r"vit-b/", asked.lower()):
         note(f"{asked} is the paper's name for {spec.name}; for ViT-Base write vit-base/{asked.split('/')[-1]}")
     widths = Precision.of(training.dtype_bytes, "cuda")
-    order = (spec.operator, *(name for name in ("translution", "alpha", "attention") if name != spec.operator))
-    assert set(order) == set(OPERATORS)
-    described = [describe(override(spec, operator=name), micro_batch, widths) for name in order]
+    order: tuple[Operator, ...] = (spec.operator, *(name for name in OPERATORS if name != spec.operator))
+    described = [describe(other, micro_batch, widths) for name in order if (other := _with_operator(spec, name))]
     estimates = per_rank(spec, training, ranks)
     if as_json:
         document = {"model": spec.model_dump(mode="json"), "precision": precision, "micro_batch": micro_batch}

@@ -11,9 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from translution.distributed.launch import launch, launch_command, launch_environment
+from translution.distributed.launch import launch, launch_command, launch_environment, next_run_folder
 from translution.planner.plan import load_plan
-from translution.planner.plan_folder import RUNS
 
 _LINE_EVERY = 20
 
@@ -27,7 +26,7 @@ class _Display:
             TextColumn("step"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -66,13 +65,13 @@ def run_launch(plan_folder: Path, run: Path | None, *, dry_run: bool) -> None:
     """
     plan = load_plan(plan_folder)
     if dry_run:
-        command = launch_command(plan, plan_folder, run or plan_folder / RUNS / "NNN", port=29500)
+        command = launch_command(plan, plan_folder, run or next_run_folder(plan_folder), port=29500)
         variables = launch_environment(plan.cluster)
         variables.pop("PATH", None)
         changed = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if os.environ.get(name) != value]
         print(" ".join([*changed, shlex.join(command)]))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     with _Display(console, plan.training.steps) as display:
         made = launch(plan_folder, run, display.show, console.print)
     console.print(f"finished: {made}")

@@ -13,7 +13,7 @@ from rich.table import Table
 
 def console() -> Console:
     """Where tables go; 100 columns when nothing says how wide the reader is."""
-    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> Table:

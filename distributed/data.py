@@ -59,10 +59,16 @@ def load_digits(spec: ModelSpec) -> tuple[Samples, Samples]:
     return Samples(images[~held_out], targets[~held_out]), Samples(images[held_out], targets[held_out])
 
 
-def make_synthetic(spec: ModelSpec, seed: int) -> tuple[Samples, Samples]:
-    """Random samples of the model's shape, for load tests; nothing can be learned from them."""
+def make_synthetic(spec: ModelSpec, seed: int, step: int = 1) -> tuple[Samples, Samples]:
+    """Random samples of the model's shape, for load tests; nothing can be learned from them.
+
+    Args:
+        spec: the model.
+        seed: of the samples.
+        step: samples of a global batch; there are at least so many to train on.
+    """
     generator = torch.Generator().manual_seed(seed)
-    count = _SYNTHETIC_SAMPLES
+    count = max(_SYNTHETIC_SAMPLES, 2 * step)
     if isinstance(spec, VitSpec):
         # One image viewed count times: the memory of a load test belongs to the model.
         inputs = torch.randn(1, spec.channels, *spec.image, generator=generator).expand(count, -1, -1, -1)
@@ -72,17 +78,17 @@ def make_synthetic(spec: ModelSpec, seed: int) -> tuple[Samples, Samples]:
         text = torch.randint(spec.vocabulary, (count + spec.context,), generator=generator)
         windows = text.unfold(0, spec.context + 1, 1)
         samples = Samples(windows[:, :-1], windows[:, 1:])
-    cut = count * 4 // 5
+    cut = count - _SYNTHETIC_SAMPLES // 4
     return Samples(samples.inputs[:cut], samples.targets[:cut]), Samples(samples.inputs[cut:], samples.targets[cut:])
 
 
-def load_samples(spec: ModelSpec, data: str, seed: int) -> tuple[Samples, Samples]:
-    """Training and held-out samples of a plan.
+def load_samples(spec: ModelSpec, data: str, seed: int, step: int = 1) -> tuple[Samples, Samples]:
+    """Training and held-out samples of a plan, as `load_digits` and `make_synthetic` describe.
 
     Raises:
         InputError: if the data does not suit the model.
     """
-    return load_digits(spec) if data == "digits" else make_synthetic(spec, seed)
+    return load_digits(spec) if data == "digits" else make_synthetic(spec, seed, step)
 
 
 def micro_batches(

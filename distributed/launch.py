@@ -10,16 +10,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from translution.planner.cluster import ClusterSpec, usable_cores
 from translution.planner.errors import InputError, MissingPackageError, RunFailedError
-from translution.planner.plan import PLAN_FILE, Plan, load_plan
+from translution.planner.plan import Plan, load_plan
 
 from .run_files import LOG, METRICS, RUNS, judge, make_run_folders
+
+LAUNCHER_PID = "TRANSLUTION_LAUNCHER_PID"
+"""Names, to the ranks, the process without which they must not go on."""
 
 _GRACE_SECONDS = 15.0
 _POLL_SECONDS = 0.2
@@ -71,25 +75,33 @@ def launch_environment(cluster: ClusterSpec) -> dict[str, str]:
     }
 
 
+def next_run_folder(plan_folder: Path) -> Path:
+    """The first ``runs/NNN`` of a plan folder that does not exist."""
+    number = 1
+    while (plan_folder / RUNS / f"{number:03d}").exists():
+        number += 1
+    return plan_folder / RUNS / f"{number:03d}"
+
+
 def new_run_folder(plan_folder: Path, run: Path | None) -> Path:
     """Make the run folder: the one named, or the next free ``runs/NNN`` of the plan folder.
 
     Raises:
         InputError: if the named one exists.
     """
-    if run is None:
-        number = 1
-        while (plan_folder / RUNS / f"{number:03d}").exists():
-            number += 1
-        run = plan_folder / RUNS / f"{number:03d}"
-    if run.exists():
-        raise InputError(f"{run}: exists already: choose another run folder")
     try:
-        make_run_folders(run)
-        shutil.copy(plan_folder / PLAN_FILE, run / PLAN_FILE)
+        while True:
+            folder = run or next_run_folder(plan_folder)
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:
+                if run is not None:
+                    raise InputError(f"{run}: exists already: choose another run folder") from None
+        make_run_folders(folder, plan_folder)
     except OSError as error:
-        raise InputError(f"{run}: cannot be written: {error.strerror}") from None
-    return run
+        raise InputError(f"{run or plan_folder}: cannot be written: {error.strerror}") from None
+    return folder
 
 
 def check_machine(plan: Plan) -> None:
@@ -192,8 +204,34 @@ def _extensions_folder() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
 
 
+class _EndedError(BaseException):
+    """A signal asks this process to end; no ``except Exception`` may keep it."""
+
+
+@contextlib.contextmanager
+def _ending_signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that the ranks are ended too."""
+
+    def end(number: int, _: object) -> None:
+        raise _EndedError(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Only the main thread may set handlers; there the caller has to.
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    except _EndedError as error:
+        raise RunFailedError(f"ended by {signal.Signals(error.args[0]).name}") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path, on_metrics: OnMetrics) -> int:
     """Start the launcher in its own process group and wait; no rank outlives the call.
+
+    Ranks also watch this process, and end by themselves when it is killed.
 
     Args:
         command: what to start.
@@ -205,10 +243,11 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path,
         The launcher's exit code.
     """
     reader = _MetricsReader(run / METRICS, on_metrics)
-    with (run / LOG).open("ab") as log:
+    environment = {**os.environ, **environment, LAUNCHER_PID: str(os.getpid())}
+    with (run / LOG).open("ab") as log, _ending_signals_raise():
         process = subprocess.Popen(
             command,
-            env={**os.environ, **environment},
+            env=environment,
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,

@@ -91,17 +91,26 @@ def zero_entries(engine: Any) -> dict[str, list[object]]:
     states = [value for state in inner.state.values() for value in state.values()]
 
     def attribute(name: str) -> list[object]:
-        value = getattr(optimizer, name, None)
+        return flatten(getattr(optimizer, name, None))
+
+    def flatten(value: object) -> list[object]:
         if isinstance(value, dict):
-            return [tensor for entry in value.values() for tensor in (entry if isinstance(entry, list) else [entry])]
-        return list(value) if isinstance(value, list | tuple) else [value]
+            value = list(value.values())
+        if isinstance(value, list | tuple):
+            return [tensor for entry in value for tensor in flatten(entry)]
+        return [value]
 
     buckets = getattr(optimizer, "ipg_buckets", {})
     return {
-        "parameters": [getattr(p, "ds_tensor", p) for p in parameters] + attribute("fp16_partitioned_groups_flat"),
+        "parameters": [getattr(p, "ds_tensor", p) for p in parameters]
+        + attribute("fp16_partitioned_groups_flat")
+        + attribute("fp16_groups_flat"),
         "persistent parameters": list(parameters),
         "gradients": attribute("grad_partitions_flat_buffer") + [p.grad for p in parameters],
-        "master parameters": attribute("fp32_partitioned_groups_flat") + attribute("single_partition_of_fp32_groups"),
+        "master parameters": attribute("fp32_partitioned_groups_flat")
+        + attribute("single_partition_of_fp32_groups")
+        + attribute("fp32_groups_flat")
+        + attribute("fp32_groups"),
         "optimizer states": states,
         "reduce bucket": [getattr(bucket, "buffer", None) for bucket in buckets.values()],
     }

@@ -14,6 +14,8 @@ succeeded if, and only if, every rank has written ``finished``.
 from __future__ import annotations
 
 import datetime
+import os
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -69,10 +71,14 @@ def memory_path(run: Path, rank: int) -> Path:
     return run / "memory" / f"rank_{rank}.json"
 
 
-def make_run_folders(run: Path) -> None:
-    """Make the folders that the ranks write to."""
+def make_run_folders(run: Path, plan_folder: Path) -> None:
+    """Make the folders that the ranks write to, and copy the plan; what is there already stays."""
     for path in (status_path(run, 0), memory_path(run, 0)):
         path.parent.mkdir(parents=True, exist_ok=True)
+    if not (run / PLAN).exists():
+        temporary = run / f".{PLAN}.{os.getpid()}.tmp"
+        shutil.copy(plan_folder / PLAN, temporary)
+        temporary.replace(run / PLAN)
 
 
 def write_status(run: Path, status: RankStatus) -> None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,16 @@ from translution.planner.plan import Plan, load_plan
 
 from . import measure
 from .data import Samples, load_samples, micro_batches
-from .run_files import CHECKPOINT, METRICS, MemoryMeasurement, RankStatus, memory_path, write_status
+from .launch import LAUNCHER_PID
+from .run_files import (
+    CHECKPOINT,
+    METRICS,
+    MemoryMeasurement,
+    RankStatus,
+    make_run_folders,
+    memory_path,
+    write_status,
+)
 
 MEASURED_STEP = 3
 """The optimizer step that is measured: Adam's moments exist by then, buffers have their size."""
@@ -132,11 +144,13 @@ class Rank:
             nonlocal loss
             loss = self.pass_forward_and_backward(batches)
 
+        device = self.plan.cluster.device
         counter = measure.StorageCounter()
         # The samples stand in for a data loader and are no part of the training state.
-        samples_bytes = counter.add(self.samples)
+        samples_bytes = counter.add(tensor for tensor in self.samples if tensor.device.type == device)
         entries = {name: counter.add(tensors) for name, tensors in measure.zero_entries(self.engine).items()}
-        entries["micro-batches"] = counter.add(tensor for batch in batches for tensor in (batch.inputs, batch.targets))
+        given = [tensor for batch in batches for tensor in (batch.inputs, batch.targets)]
+        entries["micro-batches"] = counter.add(tensor for tensor in given if tensor.device.type == device)
         resident, *peaks = (
             total - samples_bytes for total in self._trace(pass_both) + self._trace(self.optimizer_step)[1:]
         )
@@ -188,9 +202,8 @@ class Rank:
             logits = self.engine(inputs).float()[valid]
             targets = batch.targets.to(self.engine.device)[valid]
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
-            totals += torch.stack(
-                [losses, (logits.argmax(-1) == targets).sum(), torch.tensor(targets.numel())]
-            ).double()
+            right = (logits.argmax(-1) == targets).sum()
+            totals += torch.stack([losses.double(), right.double(), torch.full_like(right, targets.numel()).double()])
         self.engine.train()
         torch.distributed.all_reduce(totals)
         return float(totals[0] / totals[2]), float(totals[1] / totals[2])
@@ -198,7 +211,9 @@ class Rank:
     def train(self) -> None:
         """The whole run: all steps, the evaluation and the checkpoint."""
         training = self.plan.training
-        training_samples, held_out = load_samples(self.plan.model, training.data, training.seed)
+        training_samples, held_out = load_samples(
+            self.plan.model, training.data, training.seed, step=training.global_batch(self.ranks)
+        )
         self.samples = [training_samples.inputs, training_samples.targets, held_out.inputs, held_out.targets]
         batches: Iterator[list[Samples]] = micro_batches(
             training_samples,
@@ -210,7 +225,8 @@ class Rank:
         )
         self.start()
         self.log(event="start", steps=training.steps, ranks=self.ranks, global_batch=training.global_batch(self.ranks))
-        measured = min(MEASURED_STEP, training.steps) - 1
+        # In the first step Adam has no moments yet: a run of one step measures nothing.
+        measured = min(MEASURED_STEP, training.steps) - 1 or None
         for self.step in range(training.steps):
             began = time.perf_counter()
             step = self.measured_step if self.step == measured else self.train_step
@@ -229,10 +245,25 @@ class Rank:
             if self.step % 20 == 0:
                 self.say("training")
         self.step = training.steps
+        self.engine.save_checkpoint(str(self.run / CHECKPOINT), tag=f"step_{self.step}")
         loss, accuracy = self.evaluate(held_out)
         self.log(event="evaluation", step=self.step, loss=loss, accuracy=accuracy, samples=len(held_out))
-        self.engine.save_checkpoint(str(self.run / CHECKPOINT), tag=f"step_{self.step}")
         self.say("finished")
+
+
+def _end_with_launcher() -> None:
+    """End this rank soon after the launching process is gone, however that ended."""
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher is None:
+        return
+
+    def watch() -> None:
+        while Path(f"/proc/{launcher}").exists():
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if Path("/proc/self").exists():
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def train(plan_folder: Path, run: Path) -> None:
@@ -246,6 +277,11 @@ def train(plan_folder: Path, run: Path) -> None:
         TranslutionError: for a bad plan or data that does not suit it.
     """
     plan = load_plan(plan_folder)
+    # DeepSpeed 0.19.8 calls what torch 2.13 has renamed, and torch says so at every call.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+    # Nodes that were started by hand have no launcher that made the run folder.
+    make_run_folders(run, plan_folder)
+    _end_with_launcher()
     if plan.cluster.device == "cpu":
         measure.count_every_allocation()
     rank = Rank(plan, run)

@@ -150,6 +150,11 @@ class LogitTile(Function):
         return grad_token, None, None, grads["query"], grads["key"]
 
 
+def _matrix(tile_kce: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
+    """One relation's matrix (c, e), in the dtype of the rows: under autocast the tile's is another."""
+    return tile_kce[offset].to(dtype)
+
+
 def _project(
     context: RelationContext,
     name: str,
@@ -170,7 +175,7 @@ def _project(
     if tile_kce is None:
         result.view(view.shape).copy_(view)
     else:
-        torch.mm(context.workspace.gather(slot, view), tile_kce[offset], out=result)
+        torch.mm(context.workspace.gather(slot, view), _matrix(tile_kce, offset, result.dtype), out=result)
     return result.view(*view.shape[:3], context.heads, -1)
 
 
@@ -219,13 +224,18 @@ def _input_backward(
     grad_rows = grad_brshd.reshape(-1, tile_kce.shape[2])
     if grad_tile_kce is not None:
         rows = context.workspace.gathered(slot, view)
-        if piece[0].start == piece[1].start == 0:
+        first = piece[0].start == piece[1].start == 0
+        if grad_tile_kce.dtype != rows.dtype:
+            product = torch.mm(rows.t(), grad_rows)
+            grad_tile_kce[offset].copy_(product) if first else grad_tile_kce[offset].add_(product)
+        elif first:
             torch.mm(rows.t(), grad_rows, out=grad_tile_kce[offset])
         else:
             grad_tile_kce[offset].addmm_(rows.t(), grad_rows)
     if name not in context.wanted:
         return
-    grad_input = torch.mm(grad_rows, tile_kce[offset].t(), out=context.workspace.matrix(slot, len(grad_rows)))
+    matrix = _matrix(tile_kce, offset, grad_rows.dtype)
+    grad_input = torch.mm(grad_rows, matrix.t(), out=context.workspace.matrix(slot, len(grad_rows)))
     _scatter_add(context, name, block, piece, grad_input.view(view.shape))
 
 

@@ -13,7 +13,8 @@ from translution.planner.relations import RelationGeometry
 
 
 def _angles(positions: Tensor, width: int, base: float) -> Tensor:
-    frequencies = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    # Integers first: inside deepspeed.zero.Init every new floating-point tensor is a bf16 one.
+    frequencies = base ** (-torch.arange(0, width, 2).double() / width)
     return positions.double()[:, None] * frequencies
 
 
@@ -32,7 +33,7 @@ def rotary_angles(geometry: RelationGeometry, head_dim: int, base: float = 10000
         rows = _angles(patches // geometry.width, head_dim // 2, base)
         angles = torch.cat([rows, _angles(patches % geometry.width, head_dim // 2, base)], dim=1)
     if geometry.class_token:
-        angles = torch.cat([angles.new_zeros(1, angles.shape[1]), angles])
+        angles = torch.nn.functional.pad(angles, (0, 0, 1, 0))
     return angles
 
 
@@ -45,5 +46,6 @@ def rotate(x_bhnd: Tensor, cosine_nd: Tensor, sine_nd: Tensor) -> Tensor:
         sine_nd: (n, d / 2).
     """
     even, odd = x_bhnd.unflatten(-1, (-1, 2)).unbind(-1)
+    # Angles in fp32 raise a bf16 product to fp32; it is rounded once, at the end.
     turned = (even * cosine_nd - odd * sine_nd, even * sine_nd + odd * cosine_nd)
-    return torch.stack(turned, dim=-1).flatten(-2)
+    return torch.stack(turned, dim=-1).flatten(-2).to(x_bhnd.dtype)

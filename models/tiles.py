@@ -107,7 +107,8 @@ class RelationTables(nn.Module):
         self.logit_tiles = nn.ModuleList()
         self.value_tiles = nn.ModuleList()
         first = 0
-        for count in table_tiles(geometry.relations, tile_relations):
+        sizes = [size for size, copies in table_tiles(geometry.relations, tile_relations) for _ in range(copies)]
+        for count in sizes:
             if logit_roles:
                 self.logit_tiles.append(LogitTile(first, count, d_in, d_out, logit_roles))
             if "v" in roles:
@@ -128,6 +129,14 @@ class RelationTables(nn.Module):
         if self.implementation == "gather":
             tables = {name: self.table(name) for name in self.relative}
             return gather_attention(self.geometry, self.heads, self.scale, sources, tables)
+        device = next(iter(sources.values())).device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            sources = {name: x.to(dtype) for name, x in sources.items()}
+        with torch.autocast(device, enabled=False):
+            return self._grouped(sources)
+
+    def _grouped(self, sources: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
         context = RelationContext(self.geometry, self.heads, self.scale, self.workspace_bytes)
         context.widths, context.relative = self.widths, self.relative
         context.adds_logits = "plain_query" in sources

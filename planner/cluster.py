@@ -94,10 +94,10 @@ def load_cluster(name_or_path: str) -> ClusterSpec:
     if path.suffix in SPEC_SUFFIXES:
         data = read_mapping(path)
         return validate(_CLUSTER, data, str(path), tuple(ClusterSpec.model_fields))
-    cpu = re.fullmatch(r"cpu:(\d+)", name_or_path.lower())
+    cpu = re.fullmatch(r"cpu:(\d{1,6})", name_or_path.lower())
     if cpu:
         return local_cpu_cluster(int(cpu[1]))
-    gpus = re.fullmatch(r"(?:(\d+)x)?(\d+)x([A-Za-z0-9-]+)", name_or_path)
+    gpus = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x([A-Za-z0-9-]+)", name_or_path)
     if not gpus:
         raise InputError(
             f"cluster: {name_or_path!r} is not allowed: must be cpu:RANKS, GPUSxNAME, NODESxGPUSxNAME or a YAML file"

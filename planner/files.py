@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import InputError
 from .model_spec import ModelSpec, parse_model_spec
-from .presets import preset, preset_name
+from .presets import preset
 
 SPEC_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -33,14 +33,23 @@ def read_mapping(path: Path) -> Any:
     if path.suffix == ".json":
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not valid JSON: {error}") from None
+    return read_yaml(text, str(path))
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        InputError: if it is not YAML, or holds a date that does not exist or endless nesting.
+    """
     import yaml
 
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{what}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def load_model_spec(name_or_path: str) -> ModelSpec:
@@ -50,7 +59,7 @@ def load_model_spec(name_or_path: str) -> ModelSpec:
         InputError: for an unknown name, an absent or bad file, or a bad field in it.
     """
     path = Path(name_or_path)
-    if path.suffix in SPEC_SUFFIXES or (preset_name(name_or_path) is None and path.is_file()):
+    if path.suffix in SPEC_SUFFIXES:
         return parse_model_spec(read_mapping(path), what=str(path))
     return preset(name_or_path)
 
@@ -92,32 +101,40 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, *, marker: str, force: bool = False) -> Iterator[Path]:
     """A temporary folder that takes the name ``target`` when the block ends well.
+
+    With ``force``, an existing folder keeps its name and whatever else it holds; the new files
+    replace their namesakes one by one, the marker last.
 
     Args:
         target: the folder to make; its parents are made too.
-        force: replace an existing folder.
+        marker: a file of the new folder that tells its kind.
+        force: allow an existing folder, if it holds the marker.
 
     Raises:
-        InputError: if it exists and force is false, or cannot be written.
+        InputError: if it exists and force is false, is of another kind, or cannot be written.
     """
-    if target.exists() and not force:
+    target = target.absolute()
+    try:
+        exists = target.exists()
+        kind = (target / marker).is_file()
+    except OSError as error:
+        raise InputError(f"{str(target)[:200]}: cannot be written: {error.strerror}") from None
+    if exists and not force:
         raise InputError(f"{target}: exists already: choose another folder or pass --force to replace it")
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target}: is a file: must be a folder")
+    if exists and not kind:
+        raise InputError(f"{target}: is not replaced: --force replaces only a folder that holds {marker}")
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield temporary
-        temporary.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            target.rename(old / "replaced")
-            temporary.rename(target)
-            shutil.rmtree(old)
+        if exists:
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == marker):
+                path.replace(target / path.name)
         else:
+            temporary.chmod(0o755)
             temporary.rename(target)
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror or error}") from None

@@ -6,7 +6,6 @@ what torch keeps is in activations.py. States are exact; the step's moments err 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -42,14 +41,19 @@ class MemoryEstimate(Schema):
     peak_bytes: int
     """At the worst moment of a step."""
 
-    def of(self, name: str) -> int:
-        """Bytes of the entries with a name, 0 if there are none."""
-        return sum(entry.bytes for entry in self.entries if entry.name == name)
+    def of(self, name: str, phase: Phase) -> int:
+        """Bytes of an entry in a phase, 0 if there is none."""
+        return sum(entry.bytes for entry in self.entries if (entry.name, entry.phase) == (name, phase))
+
+
+def ceil_div(count: int, parts: int) -> int:
+    """Size of each of so many equal parts, the last one padded."""
+    return -(-count // parts)
 
 
 def partitioned(groups: Sequence[ParameterGroup], ranks: int) -> int:
     """Elements per rank when every tensor is padded to a multiple of the ranks and cut."""
-    return sum(math.ceil(group.numel / ranks) * group.copies for group in groups)
+    return sum(ceil_div(group.numel, ranks) * group.copies for group in groups)
 
 
 def _resident(
@@ -114,11 +118,14 @@ def _forward_and_backward(
         ("activations kept", kept, "what every module keeps for backward", "planner/activations.py"),
         ("activations of the moment", peak - kept, "workspace and gradients of one module", "planner/activations.py"),
     ]
+    if cluster.device == "cuda":
+        size = training.micro_batch * sample_bytes(spec)
+        moment.append(("micro-batch", size, "copied to the device for its forward", "distributed/train.py"))
     if zero.stage == 3:
         gathered = largest_gathered(spec, groups, zero)
         text = "largest module gathered whole; twice while several tensors are copied out of one buffer"
         moment.append(("gathered parameters", 2 * gathered * width, text, "partition_parameters.py:1329"))
-        own = gathered + math.ceil(gathered / cluster.ranks)
+        own = gathered + ceil_div(gathered, cluster.ranks)
         text = "gradients of that module, and a rank's reduced share"
         moment.append(("gradients of the moment", own * width, text, "stage3.py:1583"))
     else:
@@ -142,13 +149,15 @@ def _optimizer_step(
     if zero.stage == 0:
         total, largest = sum(group.total for group in groups), max(group.numel for group in groups)
         text = "three tensors as large as the largest parameter"
+        copies = 4 if training.precision != "fp32" else 0
         return [
             _entry("gradients", total * training.dtype_bytes, "whole", "torch", "optimizer step"),
+            _entry("fp32 gradients", total * copies, "flat copies", "fp16/fused_optimizer.py", "optimizer step"),
             _entry("Adam's temporaries", 3 * largest * 4, text, "torch AdamW", "optimizer step"),
         ]
     share = partitioned(groups, ranks)
     if zero.stage == 3:
-        largest = max(math.ceil(group.numel / ranks) for group in groups)
+        largest = max(ceil_div(group.numel, ranks) for group in groups)
         share = min(share, zero.sub_group_elements + largest)
     text = "two fp32 tensors of a sub-group"
     return [
@@ -175,9 +184,10 @@ def estimate_memory(
     """
     groups = parameter_groups(spec, tile_relations)
     entries = _resident(groups, training, zero, cluster.ranks)
-    samples = training.micro_batch * training.accumulation
-    text = "inputs in fp32 or token numbers, targets; of all accumulated micro-batches"
-    entries.append(_entry("micro-batches", samples * sample_bytes(spec), text, "distributed/data.py"))
+    if cluster.device == "cpu":
+        samples = training.micro_batch * training.accumulation
+        text = "inputs in fp32 or token numbers, targets; of all accumulated micro-batches"
+        entries.append(_entry("micro-batches", samples * sample_bytes(spec), text, "distributed/data.py"))
     resident = sum(entry.bytes for entry in entries)
     entries += _forward_and_backward(spec, groups, training, zero, cluster)
     entries += _optimizer_step(groups, training, zero, cluster.ranks)

@@ -16,16 +16,18 @@ from .relations import RelationGeometry
 from .schema import Schema, validate
 
 Operator: TypeAlias = Literal["attention", "translution", "alpha"]
-OPERATORS: tuple[Operator, ...] = ("attention", "translution", "alpha")
+OPERATORS: tuple[Operator, ...] = ("translution", "alpha", "attention")
 
-Positive: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
+Positive: TypeAlias = Annotated[int, Field(ge=1, le=2**60, strict=True)]
+Size: TypeAlias = Annotated[int, Field(ge=1, le=2**20, strict=True)]
+"""A size of a model; the bound keeps a slip of the pen from counting for hours."""
 
 
 def _pair(value: object) -> object:
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-SizePair: TypeAlias = Annotated[tuple[Positive, Positive], BeforeValidator(_pair)]
+SizePair: TypeAlias = Annotated[tuple[Size, Size], BeforeValidator(_pair)]
 
 
 def canonical_roles(value: object) -> str:
@@ -77,23 +79,23 @@ class ModelSpecBase(Schema):
 
     name: str = "custom"
     """What reports call the model."""
-    dim: Positive
+    dim: Size
     """Model width, C."""
-    depth: Positive
+    depth: Size
     """Number of blocks."""
-    heads: Positive
+    heads: Size
     """Attention heads, h."""
-    head_dim: Positive
+    head_dim: Size
     """Width per head, D; the inner width C' is h·D."""
-    ffn_dim: Positive
+    ffn_dim: Size
     """Hidden width of the feed-forward network."""
     operator: Operator = "translution"
     """The operator of the relative layers, or of all layers for attention."""
     roles: Annotated[str, BeforeValidator(canonical_roles)] = "qkv"
     """Which of query, key and value have a matrix per relation."""
-    c1: Positive = 16
+    c1: Size = 16
     """First low width per head of α-Translution."""
-    c2: Positive = 16
+    c2: Size = 16
     """Second low width per head of α-Translution."""
     relative_layers: str | tuple[int, ...] = "all"
     """Which layers use the relative operator; the others are rotary self-attention."""
@@ -182,8 +184,8 @@ class VitSpec(ModelSpecBase):
     """Image height and width in pixels; one number means a square."""
     patch: SizePair
     """Patch height and width in pixels."""
-    channels: Positive = 3
-    classes: Positive
+    channels: Size = 3
+    classes: Size
     """Width of the classification head."""
     pool: Literal["class", "mean"] = "class"
     """What the head reads: a class token, or the mean of all tokens."""
@@ -224,9 +226,9 @@ class GptSpec(ModelSpecBase):
     """A causal language model."""
 
     family: Literal["gpt"]
-    context: Positive
+    context: Size
     """Tokens per sample."""
-    vocabulary: Positive
+    vocabulary: Size
     """Number of token types."""
 
     def _rotary_multiple(self) -> int:
@@ -259,10 +261,12 @@ def parse_model_spec(data: object, what: str = "model") -> ModelSpec:
     Raises:
         InputError: naming the first bad field, its value and what is allowed.
     """
-    family = data.get("family") if isinstance(data, dict) else None
-    if isinstance(data, dict) and family not in _FAMILIES:
-        raise InputError(f"{what}: family: {family!r} is not allowed: must be vit or gpt")
-    fields = tuple(_FAMILIES[family].model_fields) if isinstance(family, str) else ()
+    fields: tuple[str, ...] = ()
+    if isinstance(data, dict):
+        family = data.get("family")
+        if not isinstance(family, str) or family not in _FAMILIES:
+            raise InputError(f"{what}: family: {family!r} is not allowed: must be vit or gpt")
+        fields = tuple(_FAMILIES[family].model_fields)
     return validate(MODEL_SPEC, data, what, fields)
 
 

@@ -61,8 +61,8 @@ def _norm(width: int, copies: int) -> ParameterGroup:
     return ParameterGroup(NORMS, (width,), 2 * copies)
 
 
-def table_tiles(relations: int, tile_relations: int | None) -> tuple[int, ...]:
-    """How many relations each tile of a table holds, in order.
+def table_tiles(relations: int, tile_relations: int | None) -> tuple[tuple[int, int], ...]:
+    """The tiles of a table in order, as pairs (relations of a tile, number of such tiles).
 
     Args:
         relations: relations of the table, R.
@@ -72,17 +72,17 @@ def table_tiles(relations: int, tile_relations: int | None) -> tuple[int, ...]:
         InputError: if tile_relations is below 1.
     """
     if tile_relations is None:
-        return (relations,)
+        return ((relations, 1),)
     if tile_relations < 1:
         raise InputError(f"tile_relations: {tile_relations} is not allowed: must be at least 1")
     full, rest = divmod(relations, tile_relations)
-    return (tile_relations,) * full + ((rest,) if rest else ())
+    tiles = ((tile_relations, full), (rest, 1))
+    return tuple(tile for tile in tiles if all(tile))
 
 
 def _table(spec: ModelSpec, d_in: int, d_out: int, tile_relations: int | None, copies: int) -> Iterator[ParameterGroup]:
-    tiles = table_tiles(spec.geometry.relations, tile_relations)
-    for size in sorted(set(tiles), reverse=True):
-        yield ParameterGroup(TABLES, (size, d_in, d_out), tiles.count(size) * copies)
+    for size, count in table_tiles(spec.geometry.relations, tile_relations):
+        yield ParameterGroup(TABLES, (size, d_in, d_out), count * copies)
 
 
 def operator_groups(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
-from .errors import InputError
 from .files import new_folder
 from .flops import count_flops
 from .parameters import count_parameters
@@ -68,7 +66,7 @@ Each run gets its own folder under `{RUNS}/` with metrics, logs, measured memory
 {memory_table(plan)}
 
 The device of a rank has {format_bytes(cluster.device_memory_bytes)}. Not counted: the process itself
-(libraries, and on a GPU the CUDA context) and the samples.
+(libraries, and on a GPU the CUDA context) and the data set.
 """
 
 
@@ -78,14 +76,12 @@ def write_plan_folder(plan: Plan, target: Path, *, force: bool = False) -> None:
     Args:
         plan: what to write.
         target: the folder to make.
-        force: replace an existing plan folder; its runs are kept.
+        force: write into an existing plan folder; its runs stay as they are.
 
     Raises:
         InputError: if it exists and force is false, is no plan folder, or cannot be written.
     """
-    if target.exists() and force and not (target / PLAN_FILE).is_file():
-        raise InputError(f"{target}: is not a plan folder: --force replaces only a folder that holds {PLAN_FILE}")
-    with new_folder(target, force=force) as folder:
+    with new_folder(target, marker=PLAN_FILE, force=force) as folder:
         (folder / PLAN_FILE).write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
         config = json.dumps(plan.deepspeed_config(), indent=2)
         (folder / "ds_config.json").write_text(config + "\n", encoding="utf-8")
@@ -93,5 +89,3 @@ def write_plan_folder(plan: Plan, target: Path, *, force: bool = False) -> None:
         script = folder / "launch.sh"
         script.write_text(_LAUNCH, encoding="utf-8")
         script.chmod(0o755)
-        if (target / RUNS).is_dir():
-            shutil.move(target / RUNS, folder / RUNS)

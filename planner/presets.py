@@ -34,7 +34,7 @@ PRESET_NAMES: tuple[str, ...] = tuple(f"vit-{size}/{patch}" for size in SIZES fo
 
 def preset_name(name: str) -> str | None:
     """The name in its plain form (``ViT-A/56`` → ``vit-tiny/56``), or None if it names no preset."""
-    match = re.fullmatch(r"(vit|gpt)-([a-z]+)[/-](\d+)", name.strip().lower())
+    match = re.fullmatch(r"(vit|gpt)-([a-z]+)[/-](\d{1,7})", name.strip().lower())
     if not match:
         return None
     family, size, number = match.groups()

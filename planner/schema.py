@@ -23,7 +23,8 @@ def _describe(error: ErrorDetails, known_fields: tuple[str, ...]) -> str:
     field = ".".join(str(part) for part in error["loc"] if part not in ("vit", "gpt"))
     if error["type"] == "extra_forbidden":
         name = str(error["loc"][-1])
-        return f"unknown key {field!r}{nearest(name, known_fields)}; allowed: {', '.join(known_fields)}"
+        allowed = f"; allowed: {', '.join(known_fields)}" if known_fields else ""
+        return f"unknown key {field!r}{nearest(name, known_fields)}{allowed}"
     if error["type"] == "missing":
         return f"{field}: is required"
     if error["type"] == "value_error":
@@ -71,4 +72,6 @@ def parse_json(adapter: TypeAdapter[T], text: str | bytes, what: str) -> T:
         data: Any = json.loads(text)
     except ValueError as error:
         raise InputError(f"{what}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise InputError(f"{what}: not valid JSON: nested too deeply") from None
     return validate(adapter, data, what, ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def find_run(folder: Path) -> Path:
     """
     if status_path(folder, 0).parent.is_dir():
         return require_run(folder)
-    runs = sorted(path for path in (folder / RUNS).glob("*") if path.is_dir())
+    runs = sorted((path for path in (folder / RUNS).glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise InputError(f"{folder}: is not a run folder, nor a plan folder with runs")
     return require_run(runs[-1])
@@ -46,7 +47,7 @@ def compare(run: Path) -> pd.DataFrame:
         measured = read_memory(run, rank)
         if measured is None:
             continue
-        pairs = [(name, prediction.of(name), size) for name, size in measured.entries_bytes.items()]
+        pairs = [(name, prediction.of(name, "resident"), size) for name, size in measured.entries_bytes.items()]
         pairs = [pair for pair in pairs if pair[1] or pair[2]]
         pairs.append((RESIDENT, prediction.resident_bytes, measured.resident_bytes))
         for phase, size in measured.phase_peak_bytes.items():
@@ -60,8 +61,21 @@ def compare(run: Path) -> pd.DataFrame:
 
 
 def metrics_of(run: Path) -> pd.DataFrame:
-    """The run's metrics, a row per line of its metrics file."""
-    metrics: pd.DataFrame = pd.read_json(run / METRICS, lines=True)
+    """The run's metrics, a row per line of its metrics file; a torn last line is left out.
+
+    Raises:
+        InputError: if another line is no JSON object.
+    """
+    path = run / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise InputError(f"{path}: line {number} is not valid JSON") from None
+    metrics: pd.DataFrame = pd.DataFrame(rows, columns=None if rows else ["event"])
     return metrics
 
 

@@ -60,6 +60,17 @@ BAD: list[tuple[str, list[str], int]] = [
     ("operator: 'conv'", ["estimate", "vit-base/16", "--operator", "conv"], 2),
     ("precision: 'fp8'", ["estimate", "vit-base/16", "--precision", "fp8"], 2),
     ("micro_batch: 0", ["estimate", "vit-base/16", "--micro-batch", "0"], 2),
+    ("must follow the =", ["estimate", "vit-base/16", "--set", "depth="], 2),
+    ("family: ['vit']", ["estimate", "vit-base/16", "--set", "family=[vit]"], 2),
+    ("not valid YAML", ["estimate", "vit-base/16", "--set", "name=2020-13-45"], 2),
+    ("not valid YAML", ["estimate", "vit-base/16", "--set", "name=" + "[" * 5000], 2),
+    ("is not allowed", ["estimate", "vit-base/16", "--set", "depth=1000000000"], 2),
+    ("is not allowed", ["estimate", "vit-base/16", "--set", "image=10000000000"], 2),
+    ("is not allowed", ["estimate", "gpt-base/" + "9" * 5000], 2),
+    ("is not allowed", ["estimate", "x" * 5000], 2),
+    ("cannot be read", ["estimate", "x" * 5000 + ".yaml"], 2),
+    ("cluster: 'cpu:99", ["plan", "MODEL", "--cluster", "cpu:" + "9" * 5000, "--out", "OUT"], 2),
+    ("cannot be written", ["plan", "MODEL", "--cluster", "cpu:1", "--out", "x" * 5000], 2),
     ("No such option", ["estimate", "vit-base/16", "--opertor", "alpha"], 2),
     ("No such command", ["estmate", "vit-base/16"], 2),
     ("Missing argument 'MODEL'", ["estimate"], 2),
@@ -79,7 +90,9 @@ BAD: list[tuple[str, list[str], int]] = [
 ]
 
 
-@pytest.mark.parametrize(("message", "arguments", "code"), BAD, ids=[message for message, _, _ in BAD])
+@pytest.mark.parametrize(
+    ("message", "arguments", "code"), BAD, ids=[f"{number}-{entry[0][:30]}" for number, entry in enumerate(BAD)]
+)
 def test_bad_input_is_one_line_and_writes_nothing(
     message: str, arguments: list[str], code: int, tmp_path: Path, root: Path, capsys: Captured
 ) -> None:
@@ -108,7 +121,24 @@ def test_plan_writes_a_folder_and_dry_run_shows_the_command(tmp_path: Path, root
     command = capsys.readouterr().out
     assert "deepspeed.launcher.runner --num_gpus 1" in command
     assert "DS_ACCELERATOR=cpu" in command
+    assert command.rstrip().endswith("runs/001")
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("operator", ["attention", "alpha"])
+def test_a_model_that_translution_does_not_allow_is_estimated(operator: str, capsys: Captured) -> None:
+    assert run(["estimate", "vit-base/16", "--operator", operator, "--set", "rotary=true", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {entry["operator"] for entry in document["comparison"]} == {"translution", "alpha", "attention"}
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path, root: Path, capsys: Captured) -> None:
+    folder = tmp_path / "x[" / "y]"
+    arguments = [str(root / "examples" / "digits.yaml"), "--cluster", "cpu:1", "--set", "name='[/bold]'"]
+    assert run(["plan", *arguments, "--out", str(folder)]) == 0
+    assert "[/bold]" in capsys.readouterr().out
+    assert run(["estimate", "vit-tiny/56", "--set", "name='[/x]'"]) == 0
+    assert "[/x]" in capsys.readouterr().out
 
 
 def test_several_nodes_get_a_command_to_fill_in_and_no_launch(tmp_path: Path, capsys: Captured) -> None:

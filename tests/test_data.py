@@ -11,6 +11,7 @@ from translution.distributed.data import Samples, load_digits, make_synthetic, m
 from translution.distributed.train import learning_rate_factor
 from translution.planner.errors import InputError
 from translution.planner.model_spec import parse_model_spec
+from translution.planner.plan import DIGITS_TRAINING_SAMPLES
 from translution.planner.presets import preset
 
 DIGITS = {"family": "vit", "image": 16, "patch": 4, "classes": 10, "dim": 8, "depth": 1, "heads": 1}
@@ -56,6 +57,17 @@ def test_digits_are_split_evenly_and_without_overlap() -> None:
     assert training.inputs.shape[1:] == (1, 16, 16)
     flat = {tuple(image.flatten().tolist()) for image in held_out.inputs}
     assert not flat & {tuple(image.flatten().tolist()) for image in training.inputs}
+
+
+def test_the_planner_knows_how_many_digits_there_are() -> None:
+    training, _ = load_digits(parse_model_spec(DIGITS))
+    assert len(training) == DIGITS_TRAINING_SAMPLES
+
+
+def test_synthetic_data_suffices_for_any_step() -> None:
+    training, held_out = make_synthetic(parse_model_spec(DIGITS), seed=0, step=10_000)
+    assert len(training) >= 10_000
+    assert len(held_out) > 0
 
 
 def test_synthetic_text_predicts_the_next_token() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from translution.models import AlphaTranslution, SelfAttention, Translution
+from translution.models.rotary import rotary_angles
 from translution.models.tiles import RelationTables
 from translution.planner.errors import InputError
 from translution.planner.relations import RelationGeometry
@@ -203,6 +204,46 @@ def test_bfloat16_is_as_close_to_float64_as_its_reference() -> None:
     floor = 1e-3
     error, reference = ((layer(x.bfloat16()).double() - truth).abs().max() for layer in (fast, slow))
     assert error <= reference + floor
+
+
+@pytest.mark.parametrize("roles", ["qkv", "kv", "q", "v"])
+@pytest.mark.parametrize("layer", [Translution, AlphaTranslution])
+def test_autocast_computes_in_bfloat16_and_keeps_gradients_in_float32(layer: type[Any], roles: str) -> None:
+    torch.manual_seed(0)
+    ours = layer(16, 2, grid=(3, 4), class_token=True, roles=roles, workspace_bytes=3000)
+    x = torch.randn(2, 13, 16, requires_grad=True)
+    exact = outputs(ours, x, torch.ones(2, 13, 16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ours(x)
+    assert out.dtype == torch.bfloat16
+    found = [out, *torch.autograd.grad(out, [x, *ours.parameters()], torch.ones_like(out))]
+    for near, true in zip(found[1:], exact[1:], strict=True):
+        assert near.dtype == torch.float32
+        # bf16 keeps 8 bits: the error is a few hundredths of the largest value.
+        assert (near - true).abs().max() <= 0.05 * true.abs().max() + 1e-3
+
+
+def test_rotary_angles_do_not_depend_on_zeros_patched_constructors() -> None:
+    """Inside deepspeed.zero.Init new floating-point tensors have the model's dtype."""
+    true = torch.outer(torch.arange(1024).double(), 10000.0 ** (-torch.arange(0, 64, 2).double() / 64))
+    patched = {name: getattr(torch, name) for name in ("arange", "zeros", "ones", "empty", "full", "tensor")}
+
+    def low(function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Tensor:
+            made: Tensor = function(*arguments, **options)
+            return made.bfloat16() if made.is_floating_point() else made
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in patched.items():
+            patch.setattr(torch, name, low(function))
+        angles = rotary_angles(RelationGeometry.sequence(1024), 64)
+        grid = rotary_angles(RelationGeometry.grid(5, 7, class_token=True), 16)
+    torch.testing.assert_close(angles, true, rtol=0, atol=1e-9)
+    assert grid.dtype == torch.float64
+    assert grid.shape == (36, 8)
+    assert not grid[0].any()
 
 
 def test_the_layer_runs_on_one_head_without_projection() -> None:

@@ -82,6 +82,7 @@ def test_components_add_up_and_tables_dominate() -> None:
 
 
 def test_tiles_cover_a_table() -> None:
-    assert table_tiles(10, 4) == (4, 4, 2)
-    assert table_tiles(8, 4) == (4, 4)
-    assert table_tiles(3, None) == (3,)
+    assert table_tiles(10, 4) == ((4, 2), (2, 1))
+    assert table_tiles(8, 4) == ((4, 2),)
+    assert table_tiles(3, 4) == ((3, 1),)
+    assert table_tiles(3, None) == ((3, 1),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -48,7 +49,9 @@ def test_model_states_of_vit_base_by_hand() -> None:
     estimate = estimate_memory(spec, gpus(8), training, zero, tile)
     share = partitioned(parameter_groups(spec, tile), 8)
     assert share == pytest.approx(15_608_200_168 / 8, rel=1e-5)
-    assert [estimate.of(name) for name in ("parameters", "gradients", "master parameters", "optimizer states")] == [
+    assert [
+        estimate.of(name, "resident") for name in ("parameters", "gradients", "master parameters", "optimizer states")
+    ] == [
         2 * share,
         2 * share,
         4 * share,
@@ -74,7 +77,7 @@ def test_more_ranks_or_a_higher_stage_never_hold_more_and_a_larger_batch_never_l
         zero = choose_zero(spec, 13, stage, ranks).model_copy(update={"persistence_threshold_elements": 0})
         training = TrainingSpec(precision=precision, micro_batch=micro_batch, data="synthetic")
         estimate = estimate_memory(spec, gpus(ranks), training, zero, 13)
-        return estimate.of("parameters") + estimate.of("master parameters") + estimate.of("optimizer states")
+        return sum(estimate.of(name, "resident") for name in ("parameters", "master parameters", "optimizer states"))
 
     assert resident(2 * ranks, stage) <= resident(ranks, stage)
     zero = choose_zero(spec, 13, stage, ranks)
@@ -132,9 +135,32 @@ def test_an_existing_folder_is_left_alone_unless_forced(plan: Plan, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["plan"]
 
 
+def test_a_failed_replacement_loses_no_run(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "plan"
+    write_plan_folder(plan, target)
+    checkpoint = target / "runs" / "001" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_text("days of work")
+
+    def refuse(*_: object) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    for name in ("replace", "rename"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, refuse)
+            with contextlib.suppress(InputError):
+                write_plan_folder(plan, target, force=True)
+        assert (checkpoint / "weights").exists()
+        assert load_plan(target) == plan
+    monkeypatch.chdir(target)
+    write_plan_folder(plan, Path(), force=True)
+    assert (checkpoint / "weights").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+
+
 def test_force_replaces_nothing_but_a_plan_folder(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="is not a plan folder"):
+    with pytest.raises(InputError, match=r"--force replaces only a folder that holds plan\.json"):
         write_plan_folder(plan, tmp_path, force=True)
     assert (tmp_path / "thesis.tex").exists()
 
@@ -209,6 +235,12 @@ def test_a_cluster_file_is_read(tmp_path: Path) -> None:
 def test_data_must_suit_the_model() -> None:
     with pytest.raises(InputError, match="data: 'digits' is not allowed"):
         make_plan(preset("gpt-tiny/160"), load_cluster("8xH100"), TrainingSpec())
+
+
+def test_a_step_larger_than_the_data_is_named(root: Path) -> None:
+    spec = load_model_spec(str(root / "examples" / "digits.yaml"))
+    with pytest.raises(InputError, match=r"global batch: 2000 .* must be at most 1433"):
+        make_plan(spec, load_cluster("cpu:1"), TrainingSpec(micro_batch=2000))
 
 
 def test_a_tile_out_of_range_is_named() -> None:

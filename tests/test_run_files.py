@@ -19,7 +19,10 @@ from translution.planner.errors import InputError, RunFailedError
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    make_run_folders(tmp_path / "run")
+    for name in ("run", "plan"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "plan" / "plan.json").write_text("{}")
+    make_run_folders(tmp_path / "run", tmp_path / "plan")
     return tmp_path / "run"
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,16 @@ import torch
 
 from translution.cli.app import run as run_cli
 from translution.distributed.data import load_digits, micro_batches
-from translution.distributed.launch import free_port, launch, launch_environment, prepare_ops
-from translution.distributed.run_files import CHECKPOINT, METRICS, make_run_folders, read_memory, read_status
+from translution.distributed.launch import free_port, launch_environment, prepare_ops
+from translution.distributed.run_files import (
+    CHECKPOINT,
+    METRICS,
+    judge,
+    make_run_folders,
+    memory_path,
+    read_memory,
+    read_status,
+)
 from translution.models import build
 from translution.planner.cluster import local_cpu_cluster, usable_cores
 from translution.planner.model_spec import parse_model_spec
@@ -46,10 +53,10 @@ def write_plan(
     *,
     stage: Any = 3,
     tile: int | None = None,
-    model: dict[str, Any] | None = None,
+    model: dict[str, Any] = TINY,
     **training: Any,
 ) -> Path:
-    spec = parse_model_spec(TINY | (model or {}))
+    spec = parse_model_spec(model)
     values = {"micro_batch": 8, "steps": 4, "warmup_steps": 1} | training
     plan = make_plan(spec, local_cpu_cluster(ranks), TrainingSpec(**values), stage=stage, tile_relations=tile)
     write_plan_folder(plan, folder)
@@ -61,10 +68,6 @@ def metrics(run: Path, event: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == event]
 
 
-def run_plan(folder: Path) -> Path:
-    return launch(folder, None, lambda _: None, lambda _: None)
-
-
 def alive(pid: int) -> bool:
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -72,29 +75,32 @@ def alive(pid: int) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def ranks_of(program: Path, arguments: Sequence[object], ranks: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start a program once per rank; nothing of it outlives the block."""
+def run_ranks_of(command: Sequence[object], ranks: int, log: Path) -> None:
+    """Run a command once per rank to its good end; nothing of it outlives the call."""
     port = str(free_port())
     processes = []
-    try:
-        for rank in range(ranks):
-            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-            environment = {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, str(program), *map(str, arguments)],
-                    env=os.environ | launch_environment(local_cpu_cluster(ranks)) | environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-            )
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+    with log.open("w+") as file:
+        try:
+            for rank in range(ranks):
+                world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+                environment = {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
+                environment = os.environ | launch_environment(local_cpu_cluster(ranks)) | environment
+                arguments = [sys.executable, *map(str, command)]
+                processes.append(subprocess.Popen(arguments, env=environment, stdout=file, stderr=file))
+            codes = [process.wait(timeout=240) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        assert codes == [0] * ranks, log.read_text()[-5000:]
+
+
+def run_plan(folder: Path, ranks: int) -> Path:
+    """Train a plan without a launcher, as on nodes where the ranks are started by hand."""
+    run = folder / "runs" / "by-hand"
+    run_ranks_of(["-m", "translution.cli", "train", folder, run], ranks, folder / "log")
+    judge(run, ranks, exit_code=0)
+    return run
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -102,12 +108,9 @@ def test_one_tile_is_whole_at_a_time_and_gradients_are_those_of_one_process(
     tmp_path: Path, ranks: int, root: Path
 ) -> None:
     folder = write_plan(tmp_path / "plan", ranks, tile=13, micro_batch=16 // ranks)
-    make_run_folders(tmp_path / "run")
+    make_run_folders(tmp_path / "run", folder)
     out = tmp_path / "counts.json"
-    with ranks_of(root / "tests" / "programs" / "tiles.py", (folder, tmp_path / "run", out), ranks) as processes:
-        for process in processes:
-            text, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, text
+    run_ranks_of([root / "tests" / "programs" / "tiles.py", folder, tmp_path / "run", out], ranks, tmp_path / "log")
     counts = json.loads(out.read_text())
     # 52 relations in tiles of 13, a tile of logits and one of values each, in 2 layers.
     assert counts["tiles"] == 2 * 2 * 4
@@ -137,7 +140,7 @@ def test_losses_do_not_depend_on_the_number_of_ranks_or_on_accumulation(tmp_path
         folder = write_plan(
             tmp_path / name, ranks, steps=6, micro_batch=micro_batch, accumulation=accumulation, learning_rate=3e-3
         )
-        run = run_plan(folder)
+        run = run_plan(folder, ranks)
         steps = metrics(run, "step")
         losses[name] = [step["loss"] for step in steps] + [metrics(run, "evaluation")[0]["loss"]]
         assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
@@ -148,38 +151,54 @@ def test_losses_do_not_depend_on_the_number_of_ranks_or_on_accumulation(tmp_path
     assert len(set(losses["one rank"])) == 7
 
 
+GPT = {"family": "gpt", "context": 12, "vocabulary": 50, "dim": 32, "depth": 2, "heads": 2}
+HYBRID = {"relative_layers": "first:1", "head_dim": 16}
+
+
 @pytest.mark.parametrize(
-    ("stage", "precision", "operator"),
+    ("stage", "precision", "model", "training"),
     [
-        (3, "fp32", "translution"),
-        (3, "bf16", "translution"),
-        (3, "fp32", "alpha"),
-        (2, "fp32", "translution"),
-        (1, "bf16", "attention"),
-        (0, "fp32", "translution"),
+        (3, "fp32", TINY | {"dim": 64}, {}),
+        (3, "bf16", TINY | {"dim": 64}, {"accumulation": 2}),
+        (3, "fp32", TINY | {"dim": 64, "operator": "alpha", "c1": 8, "c2": 12}, {}),
+        (3, "bf16", GPT | HYBRID, {"data": "synthetic"}),
+        (2, "fp32", TINY | {"dim": 64}, {}),
+        (2, "bf16", TINY | {"dim": 64}, {}),
+        (1, "fp32", TINY | {"dim": 64}, {}),
+        (1, "bf16", GPT | {"operator": "attention"}, {"data": "synthetic"}),
+        (0, "fp32", TINY | {"dim": 64}, {}),
+        (0, "bf16", TINY | {"dim": 64}, {}),
     ],
+    ids=lambda value: (
+        value["family"] + value.get("operator", "") if isinstance(value, dict) and "family" in value else None
+    ),
 )
 def test_states_are_predicted_to_the_byte_and_peaks_closely(
-    tmp_path: Path, stage: int, precision: str, operator: str
+    tmp_path: Path, stage: int, precision: str, model: dict[str, Any], training: dict[str, Any]
 ) -> None:
-    model = {"dim": 64, "operator": operator, "c1": 8, "c2": 12}
-    folder = write_plan(tmp_path / "plan", 2, stage=stage, precision=precision, micro_batch=16, model=model)
-    run = run_plan(folder)
+    values = {"precision": precision, "micro_batch": 16, **training}
+    folder = write_plan(tmp_path / "plan", 2, stage=stage, model=model, **values)
+    run = run_plan(folder, 2)
     table = compare(run)
     assert set(table["rank"]) == {0, 1}
     by_name = table[table["rank"] == 0].set_index("what")
-    exact = ["parameters", "micro-batches"]
-    exact += ["gradients", "persistent parameters", "reduce bucket"] if stage == 3 else []
-    for name in exact:
+    # Stages 1 and 2 pad the flat parameters by a few elements; Adam counts its steps.
+    padding = 16 if stage == 3 else 64
+    states = ["parameters", "micro-batches", "optimizer states"]
+    states += ["gradients", "persistent parameters", "reduce bucket"] if stage == 3 else []
+    states += ["master parameters"] if stage or precision == "bf16" else []
+    for name in states:
         predicted, measured = by_name.loc[name, ["predicted_bytes", "measured_bytes"]]
-        # Stages 1 and 2 pad the flat parameters to a few elements.
-        assert 0 <= measured - predicted <= (0 if stage == 3 else 64), name
+        assert 0 <= measured - predicted <= (padding if name != "optimizer states" else 1024), name
     predicted, measured = by_name.loc["between steps", ["predicted_bytes", "measured_bytes"]]
     # What is not counted: the order of the samples, 8 bytes each, and scalars.
-    assert 0 <= measured - predicted <= 16 * 1024
-    assert 0.95 <= by_name.loc["peak of the step", "ratio"] <= 1.25
+    order = 8 * 4096 + 1024
+    assert 0 <= measured - predicted <= order
+    for phase in ("forward and backward", "optimizer step"):
+        predicted, measured = by_name.loc[f"peak of {phase}", ["predicted_bytes", "measured_bytes"]]
+        assert predicted >= measured - order, phase
+    assert by_name.loc["peak of the step", "ratio"] <= 1.2
     assert (run / CHECKPOINT / "latest").is_file()
-    assert all((status := read_status(run, rank)) and status.state == "finished" for rank in (0, 1))
 
 
 def test_the_command_line_runs_a_plan_and_verifies_it(
@@ -229,23 +248,65 @@ def test_a_killed_process_fails_the_launch_and_leaves_nothing_behind(tmp_path: P
     assert not any(alive(pid) for pid in pids)
 
 
-def test_interrupting_the_launch_ends_every_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda end: end.name
+)
+def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) -> None:
     folder = write_plan(tmp_path / "plan", 2, steps=100_000)
     run = folder / "runs" / "001"
     command = [sys.executable, "-m", "translution.cli", "launch", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
         while not (run / METRICS).exists():
             assert time.monotonic() < deadline
             time.sleep(0.2)
         pids = [status.pid for rank in (0, 1) if (status := read_status(run, rank)) is not None]
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        process.send_signal(end)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert pids
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}.get(end, 1)
+    if end in (signal.SIGTERM, signal.SIGHUP):
+        assert errors == f"translution: error: ended by {end.name}\n"
+    assert len(pids) == 2
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.2)
     assert not any(alive(pid) for pid in pids)
+
+
+def test_the_printed_command_runs_a_plan_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_plan(tmp_path / "plan", 1, steps=3)
+    assert run_cli(["launch", str(folder), "--dry-run"]) == 0
+    command = capsys.readouterr().out.strip().replace("29500", str(free_port()))
+    subprocess.run(["sh", "-c", command], check=True, capture_output=True, timeout=240)
+    judge(folder / "runs" / "001", 1, exit_code=0)
+    assert run_cli(["verify", str(folder)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "accuracy"),
+    [('{"event": "evaluation", "accuracy": 0.5}\n{"event": "st', 0.5), ("", None), (None, None)],
+    ids=["torn", "empty", "missing"],
+)
+def test_verify_reads_what_a_killed_run_left(
+    tmp_path: Path, text: str | None, accuracy: float | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_plan(tmp_path / "plan", 1)
+    run = folder / "runs" / "001"
+    make_run_folders(run, folder)
+    assert run_cli(["verify", str(folder)]) == 2
+    assert "holds no measurement" in capsys.readouterr().err
+    measurement = {
+        "rank": 0, "device": "cpu", "step": 2, "entries_bytes": {"parameters": 5}, "resident_bytes": 5,
+        "phase_peak_bytes": {"forward and backward": 7, "optimizer step": 6}, "peak_bytes": 7, "process_peak_bytes": 9,
+    }  # fmt: skip
+    memory_path(run, 0).write_text(json.dumps(measurement))
+    if text is not None:
+        (run / METRICS).write_text(text)
+    assert run_cli(["verify", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == accuracy
 
 
 def test_a_diverged_loss_stops_the_run_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
