@@ -12,7 +12,7 @@ from translution.planner.cluster import ClusterSpec
 from translution.planner.errors import InputError
 from translution.planner.flops import count_flops
 from translution.planner.memory import MemoryEstimate, estimate_memory
-from translution.planner.model_spec import OPERATORS, ModelSpec, Operator, override
+from translution.planner.model_spec import OPERATORS, ModelSpec, Operator, parse_model_spec
 from translution.planner.parameters import TABLES, count_parameters
 from translution.planner.plan import choose_tile, choose_zero
 from translution.planner.schema import validate
@@ -44,7 +44,8 @@ def _with_operator(spec: ModelSpec, operator: Operator) -> ModelSpec | None:
     if operator == spec.operator:
         return spec
     try:
-        return override(spec, operator=operator, rotary=spec.rotary and operator != "translution")
+        fields = spec.model_dump() | {"operator": operator, "rotary": spec.rotary and operator != "translution"}
+        return parse_model_spec(fields | ({"window": None} if operator == "attention" else {}))
     except InputError:
         return None
 

@@ -50,6 +50,18 @@ def pair_values(a_bhnn: Tensor, pairs: RelationPairs, samples: slice, rows: slic
     )
 
 
+def missing_pairs(geometry: RelationGeometry, device: torch.device) -> Tensor:
+    """Which pairs do not exist, as an (n, n) mask."""
+    tokens = torch.arange(geometry.patches, device=device)
+    row, col = tokens // geometry.width, tokens % geometry.width
+    down = row[:, None] - row[None, :]
+    rows, cols = geometry.reach
+    missing = (down.abs() > rows) | ((col[:, None] - col[None, :]).abs() > cols)
+    if geometry.causal:
+        missing |= down < 0
+    return torch.nn.functional.pad(missing, (1, 0, 1, 0)) if geometry.class_token else missing
+
+
 class Workspace:
     """Bounded scratch memory: four matrices of up to ``rows`` rows, reused by every relation.
 
@@ -106,6 +118,7 @@ class RelationContext:
         self.workspace_bytes = workspace_bytes
         self.widths = (0, 0)
         self.adds_logits = False
+        self.key_padding: Tensor | None = None
         self.source: dict[str, Tensor] = {}
         self.relative: frozenset[str] = frozenset()
         self.wanted: frozenset[str] = frozenset()

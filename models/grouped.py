@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from translution.planner.relations import RelationPairs, TokenBlock
 
-from .context import RelationContext, accumulation_dtype, pair_values, token_rows
+from .context import RelationContext, accumulation_dtype, missing_pairs, pair_values, token_rows
 
 SOURCES = ("query", "key", "value", "plain_query", "plain_key", "plain_value")
 """Inputs of the operator: the three relative roles' (projected already where a role is not
@@ -73,7 +73,7 @@ class Open(Function):
             query = _split_heads(context.source["plain_query"], context.heads)
             key = _split_heads(context.source["plain_key"], context.heads)
             context.logits = torch.matmul(query, key.transpose(2, 3)).to(accumulation_dtype(first.dtype))
-        elif context.geometry.causal:
+        elif not context.geometry.complete:
             context.logits = first.new_full(shape, -torch.inf, dtype=accumulation_dtype(first.dtype))
         else:
             context.logits = first.new_empty(shape, dtype=accumulation_dtype(first.dtype))
@@ -248,13 +248,15 @@ class Softmax(Function):
         logits = context.logits
         assert logits is not None
         ctx.context = context
-        if context.geometry.causal and context.adds_logits:
-            tokens = context.geometry.tokens
-            existing = torch.ones(tokens, tokens, dtype=torch.bool, device=logits.device).tril_()
-            logits.masked_fill_(~existing, -torch.inf)
+        if context.adds_logits and not context.geometry.complete:
+            logits.masked_fill_(missing_pairs(context.geometry, logits.device), -torch.inf)
+        if context.key_padding is not None:
+            logits.masked_fill_(context.key_padding[:, None, None, :], -torch.inf)
         logits.mul_(context.scale)
-        logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-        logits.div_(logits.sum(-1, keepdim=True))
+        # A query whose keys are all padding weighs none of them, rather than giving NaN.
+        limits = torch.finfo(logits.dtype)
+        logits.sub_(logits.amax(-1, keepdim=True).clamp_(min=limits.min)).exp_()
+        logits.div_(logits.sum(-1, keepdim=True).clamp_(min=limits.tiny))
         context.attention = logits.to(dtype)
         context.logits = None
         return token.clone()

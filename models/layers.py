@@ -14,24 +14,26 @@ from translution.planner.errors import InputError
 from translution.planner.model_spec import canonical_roles
 from translution.planner.relations import RelationGeometry
 
-from .context import DEFAULT_WORKSPACE_BYTES
+from .context import DEFAULT_WORKSPACE_BYTES, missing_pairs
 from .rotary import rotary_angles, rotate
 from .tiles import RelationTables
 
 IMPLEMENTATIONS = ("grouped", "gather")
 
 
-def _geometry(grid: tuple[int, int] | None, class_token: bool, length: int | None, causal: bool) -> RelationGeometry:
+def _geometry(
+    grid: tuple[int, int] | None, class_token: bool, length: int | None, causal: bool, window: int | None
+) -> RelationGeometry:
     if (grid is None) == (length is None):
         raise InputError(f"grid: {grid!r} with length {length!r} is not allowed: give exactly one of grid and length")
     if grid is not None:
         if causal:
             raise InputError("causal: True is not allowed: must be False for a grid")
-        return RelationGeometry.grid(*grid, class_token=class_token)
+        return RelationGeometry.grid(*grid, class_token=class_token, window=window)
     if class_token:
         raise InputError("class_token: True is not allowed: must be False for a sequence")
     assert length is not None
-    return RelationGeometry.sequence(length, causal=causal)
+    return RelationGeometry.sequence(length, causal=causal, window=window)
 
 
 def _roles(roles: str) -> str:
@@ -52,6 +54,8 @@ class OperatorLayer(nn.Module):
         class_token: whether a class token stands before the patches.
         length: number of tokens, for sequences; give either grid or length.
         causal: whether a token sees only itself and earlier ones.
+        window: pairs of tokens farther apart than this, in rows or columns, do not exist; tables
+            then hold the nearer relations only. None: all pairs exist.
 
     Raises:
         InputError: naming the argument and what is allowed.
@@ -67,6 +71,7 @@ class OperatorLayer(nn.Module):
         class_token: bool = False,
         length: int | None = None,
         causal: bool = False,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("heads", heads), ("head_dim", head_dim)):
@@ -74,7 +79,7 @@ class OperatorLayer(nn.Module):
                 raise InputError(f"{name}: {value!r} is not allowed: must be an integer of at least 1")
         if head_dim is None and dim % heads:
             raise InputError(f"heads: {heads} is not allowed: must divide dim {dim} when head_dim is not given")
-        self.geometry = _geometry(grid, class_token, length, causal)
+        self.geometry = _geometry(grid, class_token, length, causal, window)
         self.dim, self.heads = dim, heads
         self.head_dim = dim // heads if head_dim is None else head_dim
         self.inner_dim = heads * self.head_dim
@@ -84,10 +89,13 @@ class OperatorLayer(nn.Module):
             return nn.Identity()
         return nn.Linear(self.inner_dim, self.dim)
 
-    def _check(self, x_bnc: Tensor) -> None:
+    def _check(self, x_bnc: Tensor, key_padding: Tensor | None) -> None:
         tokens = self.geometry.tokens
         if x_bnc.ndim != 3 or x_bnc.shape[1:] != (tokens, self.dim):
             raise InputError(f"x: shape {tuple(x_bnc.shape)} is not allowed: must be (batch, {tokens}, {self.dim})")
+        if key_padding is not None and (key_padding.dtype != torch.bool or key_padding.shape != x_bnc.shape[:2]):
+            found = f"{key_padding.dtype} {tuple(key_padding.shape)}"
+            raise InputError(f"key_padding_mask: {found} is not allowed: must be bool {tuple(x_bnc.shape[:2])}")
 
 
 def _table_options(tile_relations: int | None, workspace_bytes: int, implementation: str) -> None:
@@ -103,7 +111,7 @@ class Translution(OperatorLayer):
     """Full Translution: every relation between two tokens has its own matrix for each relative role.
 
     Args:
-        dim, heads, head_dim, grid, class_token, length, causal: as in `OperatorLayer`.
+        dim, heads, head_dim, grid, class_token, length, causal, window: as in `OperatorLayer`.
         roles: the relative roles, a subset of "qkv"; the others are plain projections.
         tile_relations: relations per tile of a table; None keeps each table one Parameter.
         workspace_bytes: limit of the scratch memory, whatever the batch.
@@ -125,13 +133,21 @@ class Translution(OperatorLayer):
         class_token: bool = False,
         length: int | None = None,
         causal: bool = False,
+        window: int | None = None,
         roles: str = "qkv",
         tile_relations: int | None = None,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
         implementation: str = "grouped",
     ) -> None:
         super().__init__(
-            dim, heads, head_dim=head_dim, grid=grid, class_token=class_token, length=length, causal=causal
+            dim,
+            heads,
+            head_dim=head_dim,
+            grid=grid,
+            class_token=class_token,
+            length=length,
+            causal=causal,
+            window=window,
         )
         _table_options(tile_relations, workspace_bytes, implementation)
         self.roles = _roles(roles)
@@ -151,16 +167,16 @@ class Translution(OperatorLayer):
         )
         self.output = self._make_output()
 
-    def forward(self, x_bnc: Tensor) -> Tensor:
-        """(B, N, C) → (B, N, C)."""
-        self._check(x_bnc)
+    def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
+        self._check(x_bnc, key_padding_mask)
         rows = {role: x_bnc if role in self.roles else self.plain[role](x_bnc) for role in "qkv"}
         if "q" in self.roles or "k" in self.roles:
             sources = {"query": rows["q"], "key": rows["k"]}
         else:
             sources = {"plain_query": rows["q"], "plain_key": rows["k"]}
         sources["value" if "v" in self.roles else "plain_value"] = rows["v"]
-        relative, plain = self.tables(sources)
+        relative, plain = self.tables(sources, key_padding_mask)
         result: Tensor = self.output(relative if relative is not None else plain)
         return result
 
@@ -169,7 +185,7 @@ class AlphaTranslution(OperatorLayer):
     """α-Translution: plain attention plus a relative term of low rank, averaged.
 
     Args:
-        dim, heads, head_dim, grid, class_token, length, causal: as in `OperatorLayer`.
+        dim, heads, head_dim, grid, class_token, length, causal, window: as in `OperatorLayer`.
         c1: first low width per head.
         c2: second low width per head.
         roles: the relative roles, a subset of "qkv".
@@ -189,6 +205,7 @@ class AlphaTranslution(OperatorLayer):
         class_token: bool = False,
         length: int | None = None,
         causal: bool = False,
+        window: int | None = None,
         roles: str = "qkv",
         rotary: bool = False,
         tile_relations: int | None = None,
@@ -196,7 +213,14 @@ class AlphaTranslution(OperatorLayer):
         implementation: str = "grouped",
     ) -> None:
         super().__init__(
-            dim, heads, head_dim=head_dim, grid=grid, class_token=class_token, length=length, causal=causal
+            dim,
+            heads,
+            head_dim=head_dim,
+            grid=grid,
+            class_token=class_token,
+            length=length,
+            causal=causal,
+            window=window,
         )
         _table_options(tile_relations, workspace_bytes, implementation)
         for name, value in (("c1", c1), ("c2", c2)):
@@ -226,9 +250,9 @@ class AlphaTranslution(OperatorLayer):
         self.turn = RotaryTurn(self.geometry, self.head_dim) if rotary else None
         self.output = self._make_output()
 
-    def forward(self, x_bnc: Tensor) -> Tensor:
-        """(B, N, C) → (B, N, C)."""
-        self._check(x_bnc)
+    def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
+        self._check(x_bnc, key_padding_mask)
         query, key, value = self.plain(x_bnc).chunk(3, dim=-1)
         if self.turn is not None:
             query, key = (
@@ -238,7 +262,7 @@ class AlphaTranslution(OperatorLayer):
         sources = {"plain_query": query, "plain_key": key, "plain_value": value}
         names = {"q": "query", "k": "key", "v": "value"}
         sources |= {names[role]: low(x_bnc) for role, low in self.low.items()}
-        relative, plain = self.tables(sources)
+        relative, plain = self.tables(sources, key_padding_mask)
         if self.low_output is not None:
             plain = (plain + self.low_output(relative)) / 2
         result: Tensor = self.output(plain)
@@ -293,12 +317,16 @@ class SelfAttention(OperatorLayer):
         self.turn = RotaryTurn(self.geometry, self.head_dim) if rotary else None
         self.output = self._make_output()
 
-    def forward(self, x_bnc: Tensor) -> Tensor:
-        """(B, N, C) → (B, N, C)."""
-        self._check(x_bnc)
+    def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
+        self._check(x_bnc, key_padding_mask)
         query, key, value = self.projections(x_bnc).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if self.turn is not None:
             query, key = self.turn(query), self.turn(key)
-        out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=self.geometry.causal)
+        seen = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
+        causal = self.geometry.causal
+        if seen is not None and causal:
+            seen, causal = seen & ~missing_pairs(self.geometry, x_bnc.device), False
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=causal)
         result: Tensor = self.output(out.transpose(1, 2).flatten(2))
         return result

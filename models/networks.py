@@ -109,6 +109,7 @@ def make_operator(
     if operator == "attention":
         return SelfAttention(spec.dim, spec.heads, rotary=spec.rotary_attention, **sizes)
     tables: dict[str, Any] = {
+        "window": spec.window,
         "roles": spec.roles,
         "tile_relations": tile_relations,
         "workspace_bytes": workspace_bytes,

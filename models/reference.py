@@ -40,6 +40,7 @@ def gather_attention(
     scale: float,
     sources: Mapping[str, Tensor],
     tables: Mapping[str, Tensor],
+    key_padding: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Attention with relation tables, a matrix gathered for every pair and sample.
 
@@ -49,6 +50,7 @@ def gather_attention(
         scale: factor of the summed logits.
         sources: (b, n, width) each, named as `RelationTables.forward` describes.
         tables: (R, width, width') for the roles that have one, numbered as in the paper.
+        key_padding: (b, n), true where a token is padding that no query may see.
 
     Returns:
         Outputs of the relative and of the plain values, (b, n, width) each, or None.
@@ -73,7 +75,12 @@ def gather_attention(
         query, key = (sources[name].unflatten(2, (heads, -1)) for name in ("plain_query", "plain_key"))
         logits = logits + torch.einsum("bihd,bjhd->bhij", query, key)
     assert isinstance(logits, Tensor)
-    attention = (logits * scale).masked_fill(~exists, -torch.inf).softmax(-1)
+    logits = (logits * scale).masked_fill(~exists, -torch.inf)
+    if key_padding is not None:
+        logits = logits.masked_fill(key_padding[:, None, None, :], -torch.inf)
+    attention = logits.softmax(-1)
+    # A query whose keys are all padding weighs none of them.
+    attention = attention.masked_fill((logits == -torch.inf).all(-1, keepdim=True), 0.0)
     relative = plain = None
     if "value" in sources:
         value = _per_pair(sources["value"], tables["value"], index, query=False).unflatten(3, (heads, -1))

@@ -115,31 +115,36 @@ class RelationTables(nn.Module):
                 self.value_tiles.append(ValueTile(first, count, d_in, d_out, ("value",)))
             first += count
 
-    def forward(self, sources: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    def forward(
+        self, sources: dict[str, Tensor], key_padding: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Attention over all pairs.
 
         Args:
             sources: (b, n, width) each. "query", "key", "value": what the role's table multiplies,
                 or the projected rows where only the other of query and key has a table.
                 "plain_query", "plain_key", "plain_value": a term without tables.
+            key_padding: (b, n), true where a token is padding that no query may see.
 
         Returns:
             Outputs of the relative and of the plain values, (b, n, width) each, or None.
         """
         if self.implementation == "gather":
             tables = {name: self.table(name) for name in self.relative}
-            return gather_attention(self.geometry, self.heads, self.scale, sources, tables)
+            return gather_attention(self.geometry, self.heads, self.scale, sources, tables, key_padding)
         device = next(iter(sources.values())).device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             sources = {name: x.to(dtype) for name, x in sources.items()}
         with torch.autocast(device, enabled=False):
-            return self._grouped(sources)
+            return self._grouped(sources, key_padding)
 
-    def _grouped(self, sources: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    def _grouped(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         context = RelationContext(self.geometry, self.heads, self.scale, self.workspace_bytes)
         context.widths, context.relative = self.widths, self.relative
         context.adds_logits = "plain_query" in sources
+        context.key_padding = key_padding
         ordered = [sources[name].contiguous() if name in sources else None for name in grouped.SOURCES]
         first = next(x for x in ordered if x is not None)
         trained = any(x is not None and x.requires_grad for x in ordered) or any(

@@ -99,6 +99,8 @@ class ModelSpecBase(Schema):
     """Second low width per head of α-Translution."""
     relative_layers: str | tuple[int, ...] = "all"
     """Which layers use the relative operator; the others are rotary self-attention."""
+    window: Annotated[int, Field(ge=0, le=2**20, strict=True)] | None = None
+    """Pairs of tokens farther apart than this do not exist in the relative layers; null: all exist."""
     rotary: bool = False
     """Turn the plain queries and keys of attention or α-Translution by rotary embedding.
 
@@ -125,6 +127,8 @@ class ModelSpecBase(Schema):
     def _check_layers(self) -> ModelSpecBase:
         relative = parse_layers(self.relative_layers, self.depth)
         hybrid = self.operator != "attention" and len(relative) < self.depth
+        if self.window is not None and self.operator == "attention":
+            raise ValueError(f"window: {self.window} is not allowed: must be null for operator attention")
         if self.rotary and self.operator == "translution":
             raise ValueError("rotary: True is not allowed: must be false for operator translution")
         if (self.rotary or hybrid) and self.head_dim % self._rotary_multiple():
@@ -219,7 +223,7 @@ class VitSpec(ModelSpecBase):
     @property
     def geometry(self) -> RelationGeometry:
         """The grid of patches, after the class token if there is one."""
-        return RelationGeometry.grid(*self.grid, class_token=self.class_token)
+        return RelationGeometry.grid(*self.grid, class_token=self.class_token, window=self.window)
 
 
 class GptSpec(ModelSpecBase):
@@ -237,7 +241,7 @@ class GptSpec(ModelSpecBase):
     @property
     def geometry(self) -> RelationGeometry:
         """The causal sequence of the context."""
-        return RelationGeometry.sequence(self.context, causal=True)
+        return RelationGeometry.sequence(self.context, causal=True, window=self.window)
 
 
 ModelSpec: TypeAlias = VitSpec | GptSpec

@@ -72,29 +72,36 @@ class RelationGeometry:
     Relations are numbered: on a grid ``(dy + H − 1)·(2W − 1) + dx + W − 1`` for the offset
     (dy, dx) from key to query, then class→class, class query→patch, patch query→class; in a
     causal sequence ``i − j``. A class token is token 0.
+
+    With a window, pairs of patches farther apart than it, in rows or in columns, do not exist: the
+    offsets reach from −window to window and are numbered as on a grid of so many rows and columns.
+    Pairs with the class token always exist.
     """
 
     height: int
     width: int
     class_token: bool = False
     causal: bool = False
+    window: int | None = None
 
     def __post_init__(self) -> None:
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 0):
+            raise InputError(f"window: {self.window!r} is not allowed: must be an integer of at least 0, or None")
         _positive("height", self.height)
         _positive("width", self.width)
         if self.causal and (self.width != 1 or self.class_token):
             raise InputError("causal: True is not allowed: only a sequence without class token can be causal")
 
     @classmethod
-    def sequence(cls, length: int, *, causal: bool = False) -> RelationGeometry:
+    def sequence(cls, length: int, *, causal: bool = False, window: int | None = None) -> RelationGeometry:
         """A 1-D sequence; causal keeps only the pairs with j ≤ i."""
         _positive("length", length)
-        return cls(height=length, width=1, causal=causal)
+        return cls(height=length, width=1, causal=causal, window=window)
 
     @classmethod
-    def grid(cls, height: int, width: int, *, class_token: bool = False) -> RelationGeometry:
+    def grid(cls, height: int, width: int, *, class_token: bool = False, window: int | None = None) -> RelationGeometry:
         """A 2-D grid of patches, in row-major order, optionally after a class token."""
-        return cls(height=height, width=width, class_token=class_token)
+        return cls(height=height, width=width, class_token=class_token, window=window)
 
     @property
     def patches(self) -> int:
@@ -107,9 +114,21 @@ class RelationGeometry:
         return self.patches + self.class_token
 
     @property
+    def reach(self) -> tuple[int, int]:
+        """Largest offset in rows and in columns."""
+        rows, cols = self.height - 1, self.width - 1
+        return (rows, cols) if self.window is None else (min(rows, self.window), min(cols, self.window))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every pair of tokens exists."""
+        return self.total_pairs == self.tokens**2
+
+    @property
     def offsets(self) -> int:
         """Number of relations between patches."""
-        return self.height if self.causal else (2 * self.height - 1) * (2 * self.width - 1)
+        rows, cols = self.reach
+        return rows + 1 if self.causal else (2 * rows + 1) * (2 * cols + 1)
 
     @property
     def relations(self) -> int:
@@ -137,11 +156,14 @@ class RelationGeometry:
             if key == 0:
                 return self.offsets + 2
             query, key = query - 1, key - 1
+        rows, cols = self.reach
         if self.causal:
-            return query - key if key <= query else None
+            return query - key if 0 <= query - key <= rows else None
         dy = query // self.width - key // self.width
         dx = query % self.width - key % self.width
-        return (dy + self.height - 1) * (2 * self.width - 1) + dx + self.width - 1
+        if abs(dy) > rows or abs(dx) > cols:
+            return None
+        return (dy + rows) * (2 * cols + 1) + dx + cols
 
     def pairs(self, relation: int) -> RelationPairs:
         """Where the pairs of one relation lie.
@@ -158,8 +180,9 @@ class RelationGeometry:
         if self.causal:
             dy, dx = relation, 0
         else:
-            dy, dx = divmod(relation, 2 * self.width - 1)
-            dy, dx = dy - (self.height - 1), dx - (self.width - 1)
+            reach_rows, reach_cols = self.reach
+            dy, dx = divmod(relation, 2 * reach_cols + 1)
+            dy, dx = dy - reach_rows, dx - reach_cols
         rows, cols = self.height - abs(dy), self.width - abs(dx)
         first = int(self.class_token)
         query_start = first + max(0, dy) * self.width + max(0, dx)
@@ -171,9 +194,14 @@ class RelationGeometry:
 
     @cached_property
     def total_pairs(self) -> int:
-        """Number of existing pairs, ΣP(r): N², or N(N+1)/2 when causal."""
-        tokens = self.tokens
-        return tokens * (tokens + 1) // 2 if self.causal else tokens * tokens
+        """Number of existing pairs, ΣP(r): N², or N(N+1)/2 when causal, without a window."""
+        rows, cols = self.reach
+        if self.causal:
+            return self.height * (rows + 1) - rows * (rows + 1) // 2
+        # Along an axis of n, the offsets from −a to a have n(2a + 1) − a(a + 1) pairs.
+        along_rows = self.height * (2 * rows + 1) - rows * (rows + 1)
+        along_cols = self.width * (2 * cols + 1) - cols * (cols + 1)
+        return along_rows * along_cols + (1 + 2 * self.patches if self.class_token else 0)
 
     @cached_property
     def table_rows(self) -> int:

@@ -32,6 +32,7 @@ OPERATORS: list[dict[str, Any]] = [
     *({"operator": "translution", "roles": roles} for roles in ROLES),
     *({"operator": "alpha", "roles": roles, "c1": 3, "c2": 5} for roles in ROLES),
     {"operator": "translution", "relative_layers": "first:1"},
+    {"operator": "translution", "window": 1},
 ]
 
 

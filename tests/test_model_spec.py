@@ -120,6 +120,8 @@ def test_roles_take_any_order() -> None:
         ),
         ({"context": 5}, "unknown key 'context'"),
         ({"classes": None}, "classes: None"),
+        ({"window": -1}, "window: -1 is not allowed"),
+        ({"window": 2, "operator": "attention"}, "window: 2 is not allowed: must be null for operator attention"),
     ],
     ids=str,
 )

@@ -22,6 +22,9 @@ PLACES: list[dict[str, Any]] = [
     {"grid": (1, 3)},
     {"grid": (2, 3), "class_token": True},
     {"grid": (3, 1), "class_token": True},
+    {"length": 6, "window": 2},
+    {"length": 6, "causal": True, "window": 2},
+    {"grid": (3, 4), "class_token": True, "window": 1},
 ]
 ROLES = ("qkv", "kv", "qv", "qk", "q", "k", "v")
 LAYERS: list[tuple[type[Any], dict[str, Any]]] = [
@@ -140,7 +143,7 @@ def test_nothing_is_tracked_when_nothing_is_trained() -> None:
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("place", [place for place in PLACES if "window" not in place], ids=str)
 def test_equal_matrices_make_it_self_attention(place: dict[str, Any]) -> None:
     torch.manual_seed(0)
     ours, attention = Translution(6, 2, tile_relations=3, **place), SelfAttention(6, 2, **place)
@@ -150,6 +153,85 @@ def test_equal_matrices_make_it_self_attention(place: dict[str, Any]) -> None:
     ours.output.load_state_dict(attention.output.state_dict())
     x = torch.randn(3, ours.geometry.tokens, 6)
     torch.testing.assert_close(ours(x), attention(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("double")
+def test_a_window_with_uniform_weights_is_a_convolution() -> None:
+    """Relations within one step of a token are a 3×3 kernel; the weights' common factor is 1/9 inside."""
+    torch.manual_seed(0)
+    geometry = RelationGeometry.grid(5, 6, window=1)
+    tables = RelationTables(geometry, 2, 4, 6, roles="v", scale=1.0, tile_relations=4)
+    weight = torch.randn(6, 4, 3, 3)
+    # Relation r is the offset query − key; conv2d reads its input at key − query.
+    tables.load_table("value", weight.flatten(2).flip(2).permute(2, 1, 0))
+    image = torch.randn(2, 4, 5, 6)
+    constant = torch.ones(2, 30, 4)
+    out, _ = tables({"plain_query": constant, "plain_key": constant, "value": image.flatten(2).transpose(1, 2)})
+    assert out is not None
+    convolved = nn.functional.conv2d(image, weight, padding=1)
+    inside = (out.transpose(1, 2).unflatten(2, (5, 6)) * 9)[:, :, 1:-1, 1:-1]
+    torch.testing.assert_close(inside, convolved[:, :, 1:-1, 1:-1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("double", "poisoned")
+@pytest.mark.parametrize("roles", ["qkv", "kv", "v"])
+@pytest.mark.parametrize(
+    "place", [{"length": 5}, {"length": 6, "causal": True}, {"grid": (2, 3), "window": 1}], ids=str
+)
+@pytest.mark.parametrize(("layer", "options"), LAYERS[:2], ids=["full", "alpha"])
+def test_padding_is_seen_by_no_query(
+    layer: type[Any], options: dict[str, Any], place: dict[str, Any], roles: str
+) -> None:
+    fast, slow = layer_pair(layer, {**options, **place, "roles": roles}, tile_relations=3)
+    tokens = fast.geometry.tokens
+    mask = torch.zeros(3, tokens, dtype=torch.bool)
+    mask[0, -2:] = True
+    mask[1, 0] = True  # The first token of a causal sequence then sees nothing.
+    x, grad = torch.randn(3, tokens, 6, requires_grad=True), torch.randn(3, tokens, 6)
+    results = []
+    for chosen in (fast, slow):
+        out = chosen(x, key_padding_mask=mask)
+        results.append([out, *torch.autograd.grad(out, [x, *chosen.parameters()], grad)])
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=1e-10)
+    changed = x.detach().clone()
+    changed[0, -2:] += 1
+    kept = fast(changed, key_padding_mask=mask)[0, :-2]
+    torch.testing.assert_close(kept, results[0][0][0, :-2].detach(), rtol=0, atol=1e-12)
+
+
+def test_attention_takes_the_same_mask() -> None:
+    torch.manual_seed(0)
+    layer, x = SelfAttention(6, 2, length=5, causal=True), torch.randn(2, 5, 6)
+    mask = torch.tensor([[False] * 5, [False, False, True, False, False]])
+    other = x.clone()
+    other[1, 2] += 1
+    kept = [0, 1, 3, 4]
+    torch.testing.assert_close(layer(x, mask)[1, kept], layer(other, mask)[1, kept])
+    torch.testing.assert_close(layer(x, mask)[0], layer(x)[0])
+
+
+def test_a_wrong_mask_names_itself() -> None:
+    with pytest.raises(InputError, match=r"key_padding_mask: torch.float32 \(2, 4\) is not allowed: must be bool"):
+        Translution(6, 2, length=4)(torch.randn(2, 4, 6), torch.zeros(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_surrounding_model_can_be_compiled() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(6, 6), Translution(6, 2, grid=(2, 3), tile_relations=4), nn.GELU(), nn.Linear(6, 2)
+    )
+    compiled = torch.compile(network, backend="aot_eager")
+    x = torch.randn(3, 6, 6)
+    torch.testing.assert_close(compiled(x), network(x))
+    grads = []
+    for model in (network, compiled):
+        network.zero_grad()
+        model(x).square().sum().backward()
+        grads.append([parameter.grad for parameter in network.parameters()])
+    for ours, reference in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, reference)
 
 
 @pytest.mark.usefixtures("double")

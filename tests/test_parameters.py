@@ -49,6 +49,7 @@ VARIANTS = [
     {"operator": "translution", "relative_layers": "first:1", "head_dim": 8},
     {"operator": "alpha", "relative_layers": [0, 2], "rotary": True, "head_dim": 8},
     {"operator": "translution", "heads": 1},
+    {"operator": "translution", "window": 1},
 ]
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from translution.models.context import missing_pairs
 from translution.planner.errors import InputError
 from translution.planner.relations import RelationGeometry, RelationPairs, TokenBlock
 
 
 def geometries() -> st.SearchStrategy[RelationGeometry]:
-    size = st.integers(1, 5)
+    size, length = st.integers(1, 5), st.integers(1, 9)
+    window = st.one_of(st.none(), st.integers(0, 9))
     return st.one_of(
-        st.builds(lambda n: RelationGeometry.sequence(n), st.integers(1, 9)),
-        st.builds(lambda n: RelationGeometry.sequence(n, causal=True), st.integers(1, 9)),
-        st.builds(lambda h, w, c: RelationGeometry.grid(h, w, class_token=c), size, size, st.booleans()),
+        st.builds(lambda n, c, w: RelationGeometry.sequence(n, causal=c, window=w), length, st.booleans(), window),
+        st.builds(
+            lambda h, w, c, r: RelationGeometry.grid(h, w, class_token=c, window=r), size, size, st.booleans(), window
+        ),
     )
 
 
@@ -62,6 +66,21 @@ def test_reverse_is_the_relation_of_the_reversed_pair(geometry: RelationGeometry
                 assert geometry.reverse(relation) == back
     for relation in range(geometry.relations):
         assert geometry.reverse(geometry.reverse(relation)) == relation
+
+
+@given(geometries())
+def test_the_mask_of_missing_pairs_follows_the_relations(geometry: RelationGeometry) -> None:
+    tokens = range(geometry.tokens)
+    expected = [[geometry.relation(i, j) is None for j in tokens] for i in tokens]
+    assert missing_pairs(geometry, torch.device("cpu")).tolist() == expected
+    assert geometry.complete == (not any(map(any, expected)))
+
+
+def test_a_window_shrinks_the_tables() -> None:
+    assert RelationGeometry.grid(14, 14, class_token=True, window=1).relations == 9 + 3
+    assert RelationGeometry.sequence(100, causal=True, window=7).relations == 8
+    with pytest.raises(InputError, match="window: -1 is not allowed"):
+        RelationGeometry.sequence(5, window=-1)
 
 
 def test_relation_counts_follow_the_definition() -> None:
