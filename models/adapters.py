@@ -131,7 +131,7 @@ def _translution_for(
     qkv, heads, projection = (getattr(attention, name, None) for name in ("qkv", "num_heads", "proj"))
     if not (isinstance(qkv, nn.Linear) and isinstance(heads, int) and isinstance(projection, nn.Linear)):
         raise InputError(f"layers: block {number} is not allowed: must have attn.qkv, attn.num_heads and attn.proj")
-    if start and qkv.bias is not None:
+    if start and "bias" in dict(qkv.named_parameters()):
         raise InputError("start_from_attention: True is not allowed: must be False where attn.qkv has a bias")
     dim, inner = qkv.in_features, qkv.out_features // 3
     layer = Translution(dim, heads, head_dim=inner // heads, grid=grid, class_token=class_token, **options)
