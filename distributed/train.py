@@ -96,14 +96,18 @@ class Rank:
             model = build(self.plan.model, tile_relations=self.plan.tile_relations)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 
-    def loss(self, batch: Samples) -> Tensor:
-        """Mean cross-entropy of a micro-batch."""
-        device = self.engine.device
-        inputs = batch.inputs.to(device)
+    def outputs(self, batch: Samples) -> Tensor:
+        """The network's logits for a micro-batch."""
+        inputs = batch.inputs.to(self.engine.device)
         if inputs.is_floating_point() and self.plan.training.precision == "bf16":
             inputs = inputs.bfloat16()
-        logits = self.engine(inputs)
-        return torch.nn.functional.cross_entropy(logits.flatten(0, -2).float(), batch.targets.to(device).flatten())
+        logits: Tensor = self.engine(inputs)
+        return logits
+
+    def loss(self, batch: Samples) -> Tensor:
+        """Mean cross-entropy of a micro-batch."""
+        logits = self.outputs(batch).flatten(0, -2).float()
+        return torch.nn.functional.cross_entropy(logits, batch.targets.to(self.engine.device).flatten())
 
     def pass_forward_and_backward(self, batches: list[Samples]) -> float:
         """All micro-batches of a step; the mean loss over them.
@@ -196,10 +200,7 @@ class Rank:
             index = torch.arange(start + self.rank * micro, start + (self.rank + 1) * micro)
             valid = index < len(held_out)
             batch = held_out.select(index.clamp(max=len(held_out) - 1))
-            inputs = batch.inputs.to(self.engine.device)
-            if inputs.is_floating_point() and self.plan.training.precision == "bf16":
-                inputs = inputs.bfloat16()
-            logits = self.engine(inputs).float()[valid]
+            logits = self.outputs(batch).float()[valid]
             targets = batch.targets.to(self.engine.device)[valid]
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
             right = (logits.argmax(-1) == targets).sum()

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from translution.planner.errors import InputError
+from translution.planner.errors import InputError, MissingPackageError
 from translution.planner.model_spec import GptSpec, ModelSpec, Operator, VitSpec
 
 from .context import DEFAULT_WORKSPACE_BYTES
@@ -85,6 +86,36 @@ class PatchEmbedding(nn.Module):
         return result
 
 
+def _checkpointed(block: Block, checkpointing: str) -> nn.Module:
+    """A block that keeps only its input for backward, on the device or on the host."""
+    if checkpointing == "none":
+        return block
+    if checkpointing == "block":
+        return CheckpointedBlock(block)
+    try:
+        from fairscale.nn.checkpoint import checkpoint_wrapper
+    except ImportError:
+        raise MissingPackageError("fairscale is missing: pip install 'translution-scale[train]'") from None
+    wrapped: nn.Module = checkpoint_wrapper(block, offload_to_cpu=True)
+    return wrapped
+
+
+class CheckpointedBlock(Block):
+    """The block, computed again in backward; its parameters have the same names."""
+
+    def __init__(self, block: Block) -> None:
+        nn.Module.__init__(self)
+        for name, module in block.named_children():
+            self.add_module(name, module)
+
+    def forward(self, x_bnc: Tensor) -> Tensor:
+        """(B, N, C) → (B, N, C)."""
+        if not torch.is_grad_enabled():
+            return super().forward(x_bnc)
+        result: Tensor = checkpoint(super().forward, x_bnc, use_reentrant=False)
+        return result
+
+
 def make_operator(
     spec: ModelSpec,
     operator: Operator,
@@ -129,7 +160,9 @@ class VisionTransformer(nn.Module):
         self.embedding = PatchEmbedding(spec)
         self.class_token = LearnedTokens(1, spec.dim) if spec.class_token else None
         self.positions = LearnedTokens(spec.tokens, spec.dim) if spec.learned_positions else None
-        self.blocks = nn.ModuleList(Block(spec.dim, operator, spec.ffn_dim) for operator in operators)
+        self.blocks = nn.ModuleList(
+            _checkpointed(Block(spec.dim, operator, spec.ffn_dim), spec.checkpointing) for operator in operators
+        )
         self.norm = nn.LayerNorm(spec.dim)
         self.head = nn.Linear(spec.dim, spec.classes)
 
@@ -155,7 +188,9 @@ class LanguageModel(nn.Module):
         self.context = spec.context
         self.embedding = nn.Embedding(spec.vocabulary, spec.dim)
         self.positions = LearnedTokens(spec.context, spec.dim) if spec.learned_positions else None
-        self.blocks = nn.ModuleList(Block(spec.dim, operator, spec.ffn_dim) for operator in operators)
+        self.blocks = nn.ModuleList(
+            _checkpointed(Block(spec.dim, operator, spec.ffn_dim), spec.checkpointing) for operator in operators
+        )
         self.norm = nn.LayerNorm(spec.dim)
         self.head_norm = nn.LayerNorm(spec.dim)
         self.head = nn.Linear(spec.dim, spec.vocabulary, bias=False)

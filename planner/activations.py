@@ -30,11 +30,14 @@ class Precision:
     """LayerNorm's mean and deviation: the model's dtype on a CPU, fp32 on a GPU."""
     accumulator: int = 4
     """Sums over relations and softmax: at least fp32."""
+    host_apart: bool = True
+    """Whether host memory is another than the device's."""
 
     @classmethod
     def of(cls, dtype_bytes: int, device: str) -> Precision:
         """The widths for a model dtype of so many bytes on "cpu" or "cuda"."""
-        return cls(dtype_bytes, dtype_bytes if device == "cpu" else max(4, dtype_bytes), max(4, dtype_bytes))
+        cpu, wide = device == "cpu", max(4, dtype_bytes)
+        return cls(dtype_bytes, dtype_bytes if cpu else wide, wide, host_apart=not cpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +137,10 @@ def _head(spec: ModelSpec, batch: int, p: Precision) -> Stage:
 
 
 def stages(
-    spec: ModelSpec, batch: int, precision: Precision, implementation: Implementation = "grouped"
+    spec: ModelSpec,
+    batch: int,
+    precision: Precision,
+    implementation: Implementation = "grouped",
 ) -> tuple[Stage, ...]:
     """The network's parts in forward order, equal neighbouring blocks folded into ``copies``.
 
@@ -145,6 +151,7 @@ def stages(
         implementation: "grouped", or "gather" for the published way.
     """
     rows = batch * spec.tokens
+    offloads = precision.host_apart
     hidden = rows * spec.ffn_dim * precision.value
     stream = rows * spec.dim * precision.value
     result = [_embedding(spec, batch, precision)]
@@ -153,6 +160,10 @@ def stages(
         kept = 2 * _norm(rows, spec.dim, precision) + 2 * stream + 2 * hidden + own.kept_bytes
         forward = max(own.forward_bytes, hidden) + 2 * stream
         backward = max(own.backward_bytes, 2 * hidden) + 3 * stream
+        if spec.checkpointing != "none":
+            # The block is computed again from its input, which is all that was kept.
+            forward, backward = forward + kept, backward + kept
+            kept = 0 if spec.checkpointing == "offload" and offloads else stream
         if result[-1].name == own.name:
             last = result.pop()
             result.append(Stage(own.name, kept, forward, backward, last.copies + 1))

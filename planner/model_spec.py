@@ -101,6 +101,8 @@ class ModelSpecBase(Schema):
     """Which layers use the relative operator; the others are rotary self-attention."""
     window: Annotated[int, Field(ge=0, le=2**20, strict=True)] | None = None
     """Pairs of tokens farther apart than this do not exist in the relative layers; null: all exist."""
+    checkpointing: Literal["none", "block", "offload"] = "none"
+    """Keep only each block's input and compute the rest again in backward; offload keeps it on the host."""
     rotary: bool = False
     """Turn the plain queries and keys of attention or α-Translution by rotary embedding.
 

@@ -103,11 +103,12 @@ def run_plan(folder: Path, ranks: int) -> Path:
     return run
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "checkpointing"), [(1, "none"), (2, "none"), (2, "block"), (2, "offload")])
 def test_one_tile_is_whole_at_a_time_and_gradients_are_those_of_one_process(
-    tmp_path: Path, ranks: int, root: Path
+    tmp_path: Path, ranks: int, checkpointing: str, root: Path
 ) -> None:
-    folder = write_plan(tmp_path / "plan", ranks, tile=13, micro_batch=16 // ranks)
+    model = TINY | {"checkpointing": checkpointing}
+    folder = write_plan(tmp_path / "plan", ranks, tile=13, micro_batch=16 // ranks, model=model)
     make_run_folders(tmp_path / "run", folder)
     out = tmp_path / "counts.json"
     run_ranks_of([root / "tests" / "programs" / "tiles.py", folder, tmp_path / "run", out], ranks, tmp_path / "log")
@@ -116,7 +117,9 @@ def test_one_tile_is_whole_at_a_time_and_gradients_are_those_of_one_process(
     assert counts["tiles"] == 2 * 2 * 4
     # Softmax runs between the tiles, with none gathered; everything else sees its own tile alone.
     assert sorted(set(counts["forward"])) == sorted(set(counts["backward"])) == [0, 1]
-    assert len(counts["forward"]) == len(counts["backward"]) == counts["tiles"] + 2
+    assert len(counts["backward"]) == counts["tiles"] + 2
+    # Checkpointing runs every tile a second time, in backward.
+    assert len(counts["forward"]) == len(counts["backward"]) * (1 if checkpointing == "none" else 2)
 
     spec = parse_model_spec(TINY)
     torch.manual_seed(0)
@@ -162,6 +165,7 @@ HYBRID = {"relative_layers": "first:1", "head_dim": 16}
         (3, "bf16", TINY | {"dim": 64}, {"accumulation": 2}),
         (3, "fp32", TINY | {"dim": 64, "operator": "alpha", "c1": 8, "c2": 12}, {}),
         (3, "bf16", GPT | HYBRID, {"data": "synthetic"}),
+        (3, "fp32", TINY | {"dim": 64, "checkpointing": "block"}, {}),
         (2, "fp32", TINY | {"dim": 64}, {}),
         (2, "bf16", TINY | {"dim": 64}, {}),
         (1, "fp32", TINY | {"dim": 64}, {}),
