@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from translution.distributed.measure import count_every_allocation, trace_allocations
-from translution.models import Translution
+from translution.models import AlphaTranslution, SelfAttention, Translution
 from translution.planner.cluster import usable_cores
 from translution.planner.relations import RelationGeometry
 
@@ -55,7 +56,7 @@ def make(case: Case, implementation: str = "grouped", **changes: Any) -> tuple[T
     return layer, torch.randn(case.batch, layer.geometry.tokens, case.dim, requires_grad=True)
 
 
-def step(layer: Translution, x: torch.Tensor) -> None:
+def step(layer: nn.Module, x: torch.Tensor) -> None:
     """Forward and backward, gradients made anew as in training."""
     layer.zero_grad(set_to_none=True)
     x.grad = None
@@ -171,6 +172,43 @@ def measure(name: str, case: Case, repeats: int) -> dict[str, Any]:
     return result
 
 
+class ProjectedAttention(nn.Module):
+    """Plain attention with the plain projections that α-Translution has beside its tables."""
+
+    def __init__(self, dim: int, heads: int, low: int, place: dict[str, Any]) -> None:
+        super().__init__()
+        self.attention = SelfAttention(dim, heads, **place)
+        self.down = nn.ModuleList(nn.Linear(dim, heads * low, bias=False) for _ in range(3))
+        self.up = nn.Linear(heads * low, dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        low = self.down[0](x) + self.down[1](x) + self.down[2](x)
+        result: torch.Tensor = self.attention(x) + self.up(low)
+        return result
+
+
+def measure_alpha(repeats: int) -> dict[str, Any]:
+    """α-Translution of ViT-B/16 (c1 = c2 = 16) against attention with the same projections."""
+    dim, heads, low, batch = 768, 12, 16, 4
+    place: dict[str, Any] = {"grid": (14, 14), "class_token": True}
+    torch.manual_seed(0)
+    alpha = AlphaTranslution(dim, heads, c1=low, c2=low, **place)
+    plain = ProjectedAttention(dim, heads, low, place)
+    x = torch.randn(batch, alpha.geometry.tokens, dim, requires_grad=True)
+    relative = count_operations(alpha.geometry, batch, heads * low)
+    weights = sum(parameter.numel() for parameter in plain.parameters() if parameter.ndim == 2)
+    # Every projection three times over (forward, both gradients); attention's two products likewise.
+    other = 3 * 2 * batch * 197 * weights + 3 * 2 * 2 * batch * 197**2 * dim
+    times = {name: seconds(lambda m=layer: step(m, x), repeats) for name, layer in (("alpha", alpha), ("plain", plain))}
+    return {
+        "batch": batch,
+        "alpha_seconds": times["alpha"],
+        "plain_seconds": times["plain"],
+        "time_ratio": times["alpha"] / times["plain"],
+        "operations_ratio": (other + relative) / other,
+    }
+
+
 def markdown(document: dict[str, Any]) -> str:
     machine = document["machine"]
     lines = [
@@ -197,6 +235,14 @@ def markdown(document: dict[str, Any]) -> str:
             cells += ["", "", "", ""]
         cells.append(f"{row['matmul_rate_share']:.0%}")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if "alpha" in document:
+        alpha = document["alpha"]
+        lines += [
+            "",
+            f"α-Translution of ViT-B/16 (c1 = c2 = 16), batch {alpha['batch']}: {alpha['alpha_seconds']:.2f} s, "
+            f"{alpha['time_ratio']:.1f}× attention with the same projections ({alpha['plain_seconds']:.2f} s); its "
+            f"tables make it {alpha['operations_ratio']:.1f}× the operations.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -230,6 +276,8 @@ def main() -> None:
         "parity": check_parity(),
         "results": [measure(name, CASES[name], arguments.repeats) for name in arguments.case or CASES],
     }
+    if not arguments.case:
+        document["alpha"] = measure_alpha(arguments.repeats)
     print(markdown(document))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)

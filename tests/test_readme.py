@@ -62,7 +62,11 @@ def test_the_benchmark_shown_is_the_committed_one(readme: str, root: Path) -> No
     assert f"{row['grouped_seconds']:.3f} s" in shown
     assert f"{row['times_faster']:.0f}×" in shown
     assert f"{row['times_smaller']:.0f}×" in shown
-    assert shown.rsplit("|", 2)[0].strip() in (results / "operator.md").read_text()
+    assert shown in (results / "operator.md").read_text()
+    shares = [round(other["matmul_rate_share"] * 100) for other in document["results"] if other is not row]
+    assert f"at {min(shares)} to {max(shares)}% of the rate" in readme
+    assert f"takes {document['alpha']['time_ratio']:.0f} times as long as attention" in readme
+    assert f"tables alone make it {document['alpha']['operations_ratio']:.0f} times the operations" in readme
     assert row["times_faster"] >= 20
     assert row["times_smaller"] >= 20
     assert document["parity"] <= 1e-10
