@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from translution.models import AlphaTranslution, SelfAttention, Translution
@@ -26,6 +28,7 @@ PLACES: list[dict[str, Any]] = [
     {"length": 6, "causal": True, "window": 2},
     {"grid": (3, 4), "class_token": True, "window": 1},
 ]
+WINDOWS = st.one_of(st.none(), st.integers(0, 4))
 ROLES = ("qkv", "kv", "qv", "qk", "q", "k", "v")
 LAYERS: list[tuple[type[Any], dict[str, Any]]] = [
     (Translution, {}),
@@ -260,6 +263,87 @@ def test_uniform_weights_over_all_offsets_make_it_a_convolution() -> None:
     assert out is not None
     convolved = nn.functional.conv2d(image, weight, padding=1).flatten(2).transpose(1, 2)
     torch.testing.assert_close(out * (height * width), convolved, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(
+    ("layer", "options"), [*LAYERS, (SelfAttention, {"rotary": True})], ids=["full", "alpha", "alpha-rotary", "rotary"]
+)
+def test_a_pattern_that_is_moved_moves_its_output_with_it(layer: type[Any], options: dict[str, Any]) -> None:
+    """A 2×3 pattern on a 4×5 grid, everything else masked; learned positions break what relations keep."""
+    torch.manual_seed(0)
+    ours = layer(8, 2, grid=(4, 5), **options)
+    pattern, positions = torch.randn(2, 3, 8), torch.randn(20, 8)
+
+    def place(row: int, col: int, *, absolute: bool) -> Tensor:
+        canvas, mask = torch.randn(4, 5, 8), torch.ones(4, 5, dtype=torch.bool)
+        canvas[row : row + 2, col : col + 3], mask[row : row + 2, col : col + 3] = pattern, False
+        x = canvas.flatten(0, 1) + (positions if absolute else 0)
+        out: Tensor = ours(x[None], mask.flatten()[None]).view(4, 5, 8)
+        return out[row : row + 2, col : col + 3]
+
+    at_home = place(0, 0, absolute=False)
+    for row, col in ((2, 0), (1, 2), (0, 1)):
+        torch.testing.assert_close(place(row, col, absolute=False), at_home, rtol=0, atol=1e-12)
+    assert (place(1, 2, absolute=True) - place(0, 0, absolute=True)).abs().max() > 1e-2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    place=st.one_of(
+        st.builds(lambda n, c, w: {"length": n, "causal": c, "window": w}, st.integers(1, 7), st.booleans(), WINDOWS),
+        st.builds(
+            lambda h, w, c, r: {"grid": (h, w), "class_token": c, "window": r},
+            st.integers(1, 4),
+            st.integers(1, 4),
+            st.booleans(),
+            WINDOWS,
+        ),
+    ),
+    roles=st.sampled_from(ROLES),
+    heads=st.integers(1, 3),
+    head_dim=st.integers(1, 5),
+    dim=st.integers(1, 7),
+    batch=st.integers(1, 3),
+    tile=st.one_of(st.none(), st.integers(1, 9)),
+    workspace=st.sampled_from([1, 500, 2**20]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    low=st.one_of(st.none(), st.tuples(st.integers(1, 4), st.integers(1, 4))),
+)
+def test_any_layer_is_as_exact_as_its_reference(
+    place: dict[str, Any],
+    roles: str,
+    heads: int,
+    head_dim: int,
+    dim: int,
+    batch: int,
+    tile: int | None,
+    workspace: int,
+    dtype: torch.dtype,
+    low: tuple[int, int] | None,
+) -> None:
+    """The error against float64 is at most the gathered reference's own and a floor of a few roundings."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"head_dim": head_dim, "roles": roles, "tile_relations": tile, **place}
+    kind: type[Any] = Translution
+    if low is not None:
+        kind, options = AlphaTranslution, options | {"c1": low[0], "c2": low[1]}
+    exact = kind(dim, heads, implementation="gather", **options).double()
+    fast = kind(dim, heads, workspace_bytes=workspace, **options).to(dtype)
+    slow = kind(dim, heads, implementation="gather", **options).to(dtype)
+    for layer in (fast, slow):
+        layer.load_state_dict(exact.state_dict())
+    exact.load_state_dict(fast.state_dict())  # The rounded weights, so that only the arithmetic differs.
+    x = torch.randn(batch, exact.geometry.tokens, dim).to(dtype)
+    results = []
+    for layer in (fast, slow, exact):
+        own = x.to(next(layer.parameters()).dtype).requires_grad_()
+        results.append([value.detach().double() for value in outputs(layer, own, torch.ones_like(own))])
+    for ours, reference, truth in zip(*results, strict=True):
+        scale = float(truth.abs().max()) + 1
+        floor = 16 * torch.finfo(dtype).eps * scale
+        error, allowed = (ours - truth).abs().max(), (reference - truth).abs().max()
+        assert error <= 2 * allowed + floor
 
 
 def test_tables_are_numbered_as_in_the_paper_and_survive_any_tiling() -> None:
