@@ -284,7 +284,7 @@ def launch(plan_folder: Path, run: Path | None, on_metrics: OnMetrics, on_stage:
     run = new_run_folder(plan_folder, run)
     environment = launch_environment(plan.cluster)
     if plan.cluster.device == "cpu":
-        on_stage("compiling DeepSpeed's communication op (about a minute the first time, then cached)")
+        on_stage("preparing DeepSpeed's communication op, which the first run compiles in about a minute")
         prepare_ops(environment, run / LOG)
     on_stage(f"starting {plan.cluster.ranks} ranks; they log to {run / LOG}")
     command = launch_command(plan, plan_folder, run, free_port())
