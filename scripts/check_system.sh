@@ -25,5 +25,7 @@ if [ -n "$missing" ]; then
     echo "install them: sudo apt-get install --yes$missing" >&2
     exit 1
 fi
-# Only offload to NVMe needs libaio, and nothing here does yet.
+if [ ! -e /usr/include/libaio.h ]; then
+    echo "note: libaio is missing; only offload to NVMe needs it: sudo apt-get install --yes libaio-dev" >&2
+fi
 exit 0
