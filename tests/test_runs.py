@@ -200,7 +200,8 @@ def test_states_are_predicted_to_the_byte_and_peaks_closely(
     assert 0 <= measured - predicted <= order
     for phase in ("forward and backward", "optimizer step"):
         predicted, measured = by_name.loc[f"peak of {phase}", ["predicted_bytes", "measured_bytes"]]
-        assert predicted >= measured - order, phase
+        # At stages 1 and 2 gloo frees reduced buckets when it gets to it, a few at a time.
+        assert predicted >= measured * (1.0 if stage in (0, 3) else 0.95) - order, phase
     assert by_name.loc["peak of the step", "ratio"] <= 1.2
     assert (run / CHECKPOINT / "latest").is_file()
 
