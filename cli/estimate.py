@@ -22,7 +22,14 @@ from translution.planner.units import format_bytes, format_count, format_flops
 from .output import console, note, print_json, table
 
 _STATE_BYTES = 16
-_LABELS = {"translution": "full Translution", "alpha": "α-Translution", "attention": "attention"}
+_LABELS = {
+    "translution": "full Translution",
+    "alpha": "α-Translution",
+    "attention": "attention",
+    "bias": "attention, scalar bias",
+    "shaw": "attention, relative vectors",
+    "absolute": "absolute matrices",
+}
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
 
 
@@ -44,8 +51,11 @@ def _with_operator(spec: ModelSpec, operator: Operator) -> ModelSpec | None:
     if operator == spec.operator:
         return spec
     try:
-        fields = spec.model_dump() | {"operator": operator, "rotary": spec.rotary and operator != "translution"}
-        return parse_model_spec(fields | ({"window": None} if operator == "attention" else {}))
+        fields = spec.model_dump() | {"operator": operator}
+        fields["rotary"] = spec.rotary and operator in ("attention", "alpha")
+        if operator in ("attention", "absolute"):
+            fields["window"] = None
+        return parse_model_spec(fields)
     except InputError:
         return None
 

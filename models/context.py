@@ -50,6 +50,21 @@ def pair_values(a_bhnn: Tensor, pairs: RelationPairs, samples: slice, rows: slic
     )
 
 
+def relation_index(geometry: RelationGeometry, device: torch.device) -> Tensor:
+    """The relation of every pair (query, key) as an (n, n) tensor of int64; −1 where there is none."""
+    tokens = torch.arange(geometry.patches, device=device)
+    row, col = tokens // geometry.width, tokens % geometry.width
+    rows, cols = geometry.reach
+    down, right = row[:, None] - row[None, :], col[:, None] - col[None, :]
+    index = down if geometry.causal else (down + rows) * (2 * cols + 1) + right + cols
+    index = index.masked_fill((down.abs() > rows) | (right.abs() > cols) | (geometry.causal & (down < 0)), -1)
+    if geometry.class_token:
+        index = torch.nn.functional.pad(index, (1, 0, 1, 0), value=geometry.offsets + 1)
+        index[1:, 0] = geometry.offsets + 2
+        index[0, 0] = geometry.offsets
+    return index
+
+
 def missing_pairs(geometry: RelationGeometry, device: torch.device) -> Tensor:
     """Which pairs do not exist, as an (n, n) mask."""
     tokens = torch.arange(geometry.patches, device=device)
@@ -60,6 +75,16 @@ def missing_pairs(geometry: RelationGeometry, device: torch.device) -> Tensor:
     if geometry.causal:
         missing |= down < 0
     return torch.nn.functional.pad(missing, (1, 0, 1, 0)) if geometry.class_token else missing
+
+
+def dropout_noise(like: Tensor, dropout: float, seed: int) -> Tensor:
+    """Nought with the probability of dropout, else 1 / (1 − dropout): the same for the same seed.
+
+    Backward makes it again instead of keeping it.
+    """
+    generator = torch.Generator(like.device)
+    generator.manual_seed(seed)
+    return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
 class Workspace:
@@ -105,7 +130,8 @@ class Workspace:
 class RelationContext:
     """Everything that the functions of one call share but autograd must not see.
 
-    Forward it holds the logits, then the attention weights and the output; backward their
+    Forward it holds the logits, then the attention weights (and the weights after dropout, which are
+    what values are multiplied by) and the output; backward their
     gradients. The functions run in a chain that autograd orders, so that each finds here what the
     one before it left. Between forward and backward it holds no buffers: what backward needs is
     saved once, by the last function of the chain, where checkpointing and saved-tensor hooks see it.
@@ -117,6 +143,8 @@ class RelationContext:
         self.scale = scale
         self.workspace_bytes = workspace_bytes
         self.widths = (0, 0)
+        self.dropout = 0.0
+        self.seed = 0
         self.adds_logits = False
         self.key_padding: Tensor | None = None
         self.source: dict[str, Tensor] = {}
@@ -124,6 +152,7 @@ class RelationContext:
         self.wanted: frozenset[str] = frozenset()
         self.logits: Tensor | None = None
         self.attention: Tensor | None = None
+        self.weights: Tensor | None = None
         self.out: Tensor | None = None
         self.workspace: Workspace | None = None
         self.grad_out: Tensor | None = None
@@ -139,10 +168,14 @@ class RelationContext:
         widths = (d_in, d_in, d_out, d_out)
         self.workspace = Workspace(like, largest, self.geometry.width, widths, self.workspace_bytes)
 
+    def drop(self, x_bhnn: Tensor) -> Tensor:
+        """The tensor with this call's dropout applied, always the same one; itself without dropout."""
+        return x_bhnn * dropout_noise(x_bhnn, self.dropout, self.seed) if self.dropout else x_bhnn
+
     def close(self) -> None:
         """Drop every buffer."""
         self.source, self.grads = {}, {}
-        self.logits = self.attention = self.out = self.workspace = None
+        self.logits = self.attention = self.weights = self.out = self.workspace = None
         self.grad_out = self.grad_attention = None
 
     def pieces(self, pairs: RelationPairs, batch: int) -> Iterator[tuple[slice, slice]]:

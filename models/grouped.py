@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from translution.planner.relations import RelationPairs, TokenBlock
 
-from .context import RelationContext, accumulation_dtype, missing_pairs, pair_values, token_rows
+from .context import RelationContext, accumulation_dtype, dropout_noise, missing_pairs, pair_values, token_rows
 
 SOURCES = ("query", "key", "value", "plain_query", "plain_key", "plain_value")
 """Inputs of the operator: the three relative roles' (projected already where a role is not
@@ -94,7 +94,9 @@ class Open(Function):
             ):
                 if name in context.wanted:
                     product = torch.matmul(grad, _split_heads(context.source[other], context.heads))
-                    context.grads[name] = product.transpose(1, 2).flatten(2)
+                    product = product.transpose(1, 2).flatten(2)
+                    # A term beside the tables, such as a relative vector's, may have begun the sum.
+                    context.grads[name] = context.grads[name] + product if name in context.grads else product
         dtype = next(iter(context.source.values())).dtype
         # An input has none where it wants none, or where only the other output has a gradient.
         found = {name: grad.to(dtype) for name, grad in context.grads.items() if name in context.wanted}
@@ -258,6 +260,7 @@ class Softmax(Function):
         logits.sub_(logits.amax(-1, keepdim=True).clamp_(min=limits.min)).exp_()
         logits.div_(logits.sum(-1, keepdim=True).clamp_(min=limits.tiny))
         context.attention = logits.to(dtype)
+        context.weights = context.drop(context.attention)
         context.logits = None
         return token.clone()
 
@@ -268,6 +271,9 @@ class Softmax(Function):
         context: RelationContext = ctx.context
         grad, attention = context.grad_attention, context.attention
         assert grad is not None and attention is not None
+        if context.dropout:
+            grad.mul_(dropout_noise(attention, context.dropout, context.seed))
+        context.weights = None
         grad.mul_(attention)
         total = grad.sum(-1, keepdim=True)
         grad.sub_(attention * total) if attention.dtype != grad.dtype else grad.addcmul_(attention, total, value=-1)
@@ -282,8 +288,8 @@ class ValueTile(Function):
     def forward(ctx: Any, token: Tensor, context: RelationContext, first: int, value_kce: Tensor) -> Tensor:
         """Tile (k, c, e) of the relations ``first`` to ``first + k − 1``."""
         ctx.context, ctx.first, ctx.value = context, first, value_kce
-        source, attention = context.source["value"], context.attention
-        assert attention is not None
+        source, weights = context.source["value"], context.weights
+        assert weights is not None
         if context.out is None:
             shape = (*source.shape[:2], value_kce.shape[2])
             context.out = source.new_zeros(shape, dtype=accumulation_dtype(source.dtype))
@@ -291,7 +297,7 @@ class ValueTile(Function):
             pairs = context.geometry.pairs(first + offset)
             for piece in context.pieces(pairs, source.shape[0]):
                 value = _project(context, "value", 0, pairs.key, piece, value_kce, offset)
-                weight = pair_values(attention, pairs, *piece).unsqueeze(-1)
+                weight = pair_values(weights, pairs, *piece).unsqueeze(-1)
                 value = value.mul_(weight) if pairs.key.size == pairs.count else value * weight
                 share = value.flatten(3)
                 if pairs.query.size == 1:
@@ -306,7 +312,7 @@ class ValueTile(Function):
         context: RelationContext = ctx.context
         tile: Tensor = ctx.value
         grad_tile = torch.empty_like(tile, memory_format=torch.contiguous_format) if ctx.needs_input_grad[3] else None
-        assert context.grad_out is not None and context.attention is not None and context.grad_attention is not None
+        assert context.grad_out is not None and context.weights is not None and context.grad_attention is not None
         for offset in range(len(tile)):
             pairs = context.geometry.pairs(ctx.first + offset)
             for piece in context.pieces(pairs, len(context.grad_out)):
@@ -316,7 +322,7 @@ class ValueTile(Function):
                 in_place = pairs.key.size == pairs.count
                 product = value.mul_(grad_out) if in_place else value * grad_out
                 pair_values(context.grad_attention, pairs, *piece).add_(product.sum(-1))
-                weight = pair_values(context.attention, pairs, *piece).unsqueeze(-1)
+                weight = pair_values(context.weights, pairs, *piece).unsqueeze(-1)
                 grad_value = torch.mul(grad_out, weight, out=value) if in_place else grad_out * weight
                 _input_backward(context, "value", 0, pairs.key, piece, grad_value, tile, grad_tile, offset)
         return grad_token, None, None, grad_tile
@@ -330,14 +336,14 @@ class Close(Function):
         ctx: Any, token: Tensor, context: RelationContext, dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None]:
         """Token → outputs of the relative values (b, n, e) and of the plain values (b, n, e'), or None."""
-        attention = context.attention
-        assert attention is not None
+        attention, weights = context.attention, context.weights
+        assert attention is not None and weights is not None
         relative = None if context.out is None else context.out.to(dtype)
         plain = None
         if "plain_value" in context.source:
             values = _split_heads(context.source["plain_value"], context.heads)
-            plain = torch.matmul(attention, values).transpose(1, 2).flatten(2)
-        ctx.context, ctx.names = context, tuple(context.source)
+            plain = torch.matmul(weights, values).transpose(1, 2).flatten(2)
+        ctx.context, ctx.names, ctx.has_relative = context, tuple(context.source), relative is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(attention, *context.source.values())
         context.close()
@@ -350,6 +356,7 @@ class Close(Function):
         context: RelationContext = ctx.context
         attention, *sources = ctx.saved_tensors
         context.attention = attention
+        context.weights = context.drop(attention)
         context.source = dict(zip(ctx.names, sources, strict=True))
         context.open_workspace(sources[0])
         dtype = accumulation_dtype(attention.dtype)
@@ -358,10 +365,11 @@ class Close(Function):
             grad = _split_heads(grad_plain.contiguous(), context.heads)
             context.grad_attention = torch.matmul(grad, values.transpose(2, 3)).to(dtype)
             if "plain_value" in context.wanted:
-                context.grads["plain_value"] = torch.matmul(attention.transpose(2, 3), grad).transpose(1, 2).flatten(2)
+                weights = context.weights.transpose(2, 3)
+                context.grads["plain_value"] = torch.matmul(weights, grad).transpose(1, 2).flatten(2)
         else:
             context.grad_attention = torch.zeros_like(attention, dtype=dtype)
-        if "value" in context.source:
+        if ctx.has_relative:
             shape = (*sources[0].shape[:2], context.widths[1])
             context.grad_out = attention.new_zeros(shape) if grad_relative is None else grad_relative.contiguous()
         return attention.new_zeros(1), None, None

@@ -16,7 +16,8 @@ from translution.planner.errors import InputError, MissingPackageError
 from translution.planner.model_spec import GptSpec, ModelSpec, Operator, VitSpec
 
 from .context import DEFAULT_WORKSPACE_BYTES
-from .layers import AlphaTranslution, SelfAttention, Translution
+from .attention import AbsoluteTranslution, BiasAttention, SelfAttention, ShawAttention
+from .layers import AlphaTranslution, Translution
 
 
 class LearnedTokens(nn.Module):
@@ -33,34 +34,36 @@ class LearnedTokens(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU, Linear on each token."""
+    """Linear, GELU, dropout, Linear on each token."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.up = nn.Linear(dim, hidden)
         self.activation = nn.GELU()
+        self.dropout = nn.Dropout(dropout)
         self.down = nn.Linear(hidden, dim)
 
     def forward(self, x_bnc: Tensor) -> Tensor:
         """(B, N, C) → (B, N, C)."""
-        result: Tensor = self.down(self.activation(self.up(x_bnc)))
+        result: Tensor = self.down(self.dropout(self.activation(self.up(x_bnc))))
         return result
 
 
 class Block(nn.Module):
-    """Pre-norm block: the operator and the feed-forward network, each added to its input."""
+    """Pre-norm block: the operator and the feed-forward network, each dropped out and added to its input."""
 
-    def __init__(self, dim: int, operator: nn.Module, hidden: int) -> None:
+    def __init__(self, dim: int, operator: nn.Module, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.operator_norm = nn.LayerNorm(dim)
         self.operator = operator
         self.ffn_norm = nn.LayerNorm(dim)
-        self.ffn = FeedForward(dim, hidden)
+        self.ffn = FeedForward(dim, hidden, dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_bnc: Tensor) -> Tensor:
         """(B, N, C) → (B, N, C)."""
-        x_bnc = x_bnc + self.operator(self.operator_norm(x_bnc))
-        result: Tensor = x_bnc + self.ffn(self.ffn_norm(x_bnc))
+        x_bnc = x_bnc + self.dropout(self.operator(self.operator_norm(x_bnc)))
+        result: Tensor = x_bnc + self.dropout(self.ffn(self.ffn_norm(x_bnc)))
         return result
 
 
@@ -128,7 +131,7 @@ def make_operator(
 
     Args:
         spec: sizes, roles and geometry.
-        operator: attention, translution or alpha.
+        operator: one of `OPERATORS`.
         tile_relations, workspace_bytes, implementation: as in `Translution`.
     """
     place: dict[str, Any]
@@ -136,16 +139,16 @@ def make_operator(
         place = {"grid": spec.grid, "class_token": spec.class_token}
     else:
         place = {"length": spec.context, "causal": True}
-    sizes: dict[str, Any] = {"head_dim": spec.head_dim, **place}
+    sizes: dict[str, Any] = {"head_dim": spec.head_dim, "dropout": spec.dropout, **place}
     if operator == "attention":
         return SelfAttention(spec.dim, spec.heads, rotary=spec.rotary_attention, **sizes)
-    tables: dict[str, Any] = {
-        "window": spec.window,
-        "roles": spec.roles,
-        "tile_relations": tile_relations,
-        "workspace_bytes": workspace_bytes,
-        "implementation": implementation,
-    }
+    sizes |= {"window": spec.window, "workspace_bytes": workspace_bytes}
+    if operator in ("bias", "shaw"):
+        return (BiasAttention if operator == "bias" else ShawAttention)(spec.dim, spec.heads, **sizes)
+    tables: dict[str, Any] = {"roles": spec.roles, "tile_relations": tile_relations}
+    if operator == "absolute":
+        return AbsoluteTranslution(spec.dim, spec.heads, **sizes, **tables)
+    tables["implementation"] = implementation
     if operator == "translution":
         return Translution(spec.dim, spec.heads, **sizes, **tables)
     return AlphaTranslution(spec.dim, spec.heads, c1=spec.c1, c2=spec.c2, rotary=spec.rotary, **sizes, **tables)
@@ -160,8 +163,10 @@ class VisionTransformer(nn.Module):
         self.embedding = PatchEmbedding(spec)
         self.class_token = LearnedTokens(1, spec.dim) if spec.class_token else None
         self.positions = LearnedTokens(spec.tokens, spec.dim) if spec.learned_positions else None
+        self.dropout = nn.Dropout(spec.dropout)
         self.blocks = nn.ModuleList(
-            _checkpointed(Block(spec.dim, operator, spec.ffn_dim), spec.checkpointing) for operator in operators
+            _checkpointed(Block(spec.dim, operator, spec.ffn_dim, spec.dropout), spec.checkpointing)
+            for operator in operators
         )
         self.norm = nn.LayerNorm(spec.dim)
         self.head = nn.Linear(spec.dim, spec.classes)
@@ -173,6 +178,7 @@ class VisionTransformer(nn.Module):
             x = torch.cat([self.class_token(len(x)), x], dim=1)
         if self.positions is not None:
             x = x + self.positions(len(x))
+        x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
@@ -188,8 +194,10 @@ class LanguageModel(nn.Module):
         self.context = spec.context
         self.embedding = nn.Embedding(spec.vocabulary, spec.dim)
         self.positions = LearnedTokens(spec.context, spec.dim) if spec.learned_positions else None
+        self.dropout = nn.Dropout(spec.dropout)
         self.blocks = nn.ModuleList(
-            _checkpointed(Block(spec.dim, operator, spec.ffn_dim), spec.checkpointing) for operator in operators
+            _checkpointed(Block(spec.dim, operator, spec.ffn_dim, spec.dropout), spec.checkpointing)
+            for operator in operators
         )
         self.norm = nn.LayerNorm(spec.dim)
         self.head_norm = nn.LayerNorm(spec.dim)
@@ -203,6 +211,7 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens_bn)
         if self.positions is not None:
             x = x + self.positions(len(x))
+        x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
         result: Tensor = self.head(self.head_norm(self.norm(x)))

@@ -41,6 +41,7 @@ def gather_attention(
     sources: Mapping[str, Tensor],
     tables: Mapping[str, Tensor],
     key_padding: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Attention with relation tables, a matrix gathered for every pair and sample.
 
@@ -51,6 +52,7 @@ def gather_attention(
         sources: (b, n, width) each, named as `RelationTables.forward` describes.
         tables: (R, width, width') for the roles that have one, numbered as in the paper.
         key_padding: (b, n), true where a token is padding that no query may see.
+        noise: (b, h, n, n), what dropout multiplies the attention weights by.
 
     Returns:
         Outputs of the relative and of the plain values, (b, n, width) each, or None.
@@ -81,6 +83,8 @@ def gather_attention(
     attention = logits.softmax(-1)
     # A query whose keys are all padding weighs none of them.
     attention = attention.masked_fill((logits == -torch.inf).all(-1, keepdim=True), 0.0)
+    if noise is not None:
+        attention = attention * noise
     relative = plain = None
     if "value" in sources:
         value = _per_pair(sources["value"], tables["value"], index, query=False).unflatten(3, (heads, -1))

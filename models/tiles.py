@@ -16,7 +16,7 @@ from translution.planner.parameters import table_tiles
 from translution.planner.relations import RelationGeometry
 
 from . import grouped
-from .context import DEFAULT_WORKSPACE_BYTES, RelationContext
+from .context import DEFAULT_WORKSPACE_BYTES, RelationContext, dropout_noise
 from .reference import gather_attention
 
 
@@ -67,53 +67,37 @@ class ValueTile(Tile):
         return result
 
 
-class RelationTables(nn.Module):
-    """The tables of one layer, and attention with them.
+class OperatorChain(nn.Module):
+    """Attention as a chain of tiles: each adds its part to the logits, or to the output.
+
+    What a call keeps for backward are its sources and the attention weights, whatever the tiles.
 
     Args:
         geometry: how the tokens lie.
         heads: attention heads.
-        d_in: input width of the matrices.
-        d_out: output width of the matrices, all heads together.
-        roles: roles with a table, a subset of "qkv".
+        widths: input and output width of the matrices or vectors of the tiles.
         scale: factor of the summed logits.
-        tile_relations: relations per tile; None keeps each table whole.
+        dropout: probability with which an attention weight is dropped in training.
         workspace_bytes: limit of the scratch memory.
-        implementation: "grouped", or "gather" for the published way, which copies a matrix for
-            every pair and sample; it exists to be compared with.
+        relative: sources that meet a matrix per relation.
     """
 
     def __init__(
         self,
         geometry: RelationGeometry,
         heads: int,
-        d_in: int,
-        d_out: int,
+        widths: tuple[int, int],
         *,
-        roles: str,
         scale: float,
-        tile_relations: int | None = None,
+        dropout: float = 0.0,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
-        implementation: str = "grouped",
+        relative: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
-        self.geometry, self.heads, self.scale = geometry, heads, scale
-        self.widths = (d_in, d_out)
-        self.workspace_bytes = workspace_bytes
-        self.implementation = implementation
-        names = {"q": "query", "k": "key", "v": "value"}
-        logit_roles = tuple(names[role] for role in "qk" if role in roles)
-        self.relative = frozenset(names[role] for role in roles)
+        self.geometry, self.heads, self.scale, self.widths = geometry, heads, scale, widths
+        self.dropout, self.workspace_bytes, self.relative = dropout, workspace_bytes, relative
         self.logit_tiles = nn.ModuleList()
         self.value_tiles = nn.ModuleList()
-        first = 0
-        sizes = [size for size, copies in table_tiles(geometry.relations, tile_relations) for _ in range(copies)]
-        for count in sizes:
-            if logit_roles:
-                self.logit_tiles.append(LogitTile(first, count, d_in, d_out, logit_roles))
-            if "v" in roles:
-                self.value_tiles.append(ValueTile(first, count, d_in, d_out, ("value",)))
-            first += count
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def forward(
@@ -130,21 +114,24 @@ class RelationTables(nn.Module):
         Returns:
             Outputs of the relative and of the plain values, (b, n, width) each, or None.
         """
-        if self.implementation == "gather":
-            tables = {name: self.table(name) for name in self.relative}
-            return gather_attention(self.geometry, self.heads, self.scale, sources, tables, key_padding)
         device = next(iter(sources.values())).device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             sources = {name: x.to(dtype) for name, x in sources.items()}
         with torch.autocast(device, enabled=False):
-            return self._grouped(sources, key_padding)
+            return self._run(sources, key_padding)
 
-    def _grouped(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def draw_seed(self) -> int:
+        """The seed of this call's dropout: from torch's default generator, whatever the device."""
+        return int(torch.randint(2**63 - 1, (), dtype=torch.int64)) if self.dropout and self.training else 0
+
+    def _run(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         context = RelationContext(self.geometry, self.heads, self.scale, self.workspace_bytes)
         context.widths, context.relative = self.widths, self.relative
         context.adds_logits = "plain_query" in sources
         context.key_padding = key_padding
+        context.dropout = self.dropout if self.training else 0.0
+        context.seed = self.draw_seed()
         ordered = [sources[name].contiguous() if name in sources else None for name in grouped.SOURCES]
         first = next(x for x in ordered if x is not None)
         trained = any(x is not None and x.requires_grad for x in ordered) or any(
@@ -160,6 +147,61 @@ class RelationTables(nn.Module):
             token = tile(token, context)
         relative, plain = grouped.Close.apply(token, context, first.dtype)
         return relative, plain
+
+
+class RelationTables(OperatorChain):
+    """The tables of one layer, and attention with them.
+
+    Args:
+        geometry, heads, scale, dropout, workspace_bytes: as in `OperatorChain`.
+        d_in: input width of the matrices.
+        d_out: output width of the matrices, all heads together.
+        roles: roles with a table, a subset of "qkv".
+        tile_relations: relations per tile; None keeps each table whole.
+        implementation: "grouped", or "gather" for the published way, which copies a matrix for
+            every pair and sample; it exists to be compared with.
+    """
+
+    def __init__(
+        self,
+        geometry: RelationGeometry,
+        heads: int,
+        d_in: int,
+        d_out: int,
+        *,
+        roles: str,
+        scale: float,
+        dropout: float = 0.0,
+        tile_relations: int | None = None,
+        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        implementation: str = "grouped",
+    ) -> None:
+        names = {"q": "query", "k": "key", "v": "value"}
+        relative = frozenset(names[role] for role in roles)
+        limits = {"dropout": dropout, "workspace_bytes": workspace_bytes}
+        super().__init__(geometry, heads, (d_in, d_out), scale=scale, relative=relative, **limits)
+        self.implementation = implementation
+        logit_roles = tuple(names[role] for role in "qk" if role in roles)
+        first = 0
+        sizes = [size for size, copies in table_tiles(geometry.relations, tile_relations) for _ in range(copies)]
+        for count in sizes:
+            if logit_roles:
+                self.logit_tiles.append(LogitTile(first, count, d_in, d_out, logit_roles))
+            if "v" in roles:
+                self.value_tiles.append(ValueTile(first, count, d_in, d_out, ("value",)))
+            first += count
+
+    def _run(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if self.implementation != "gather":
+            return super()._run(sources, key_padding)
+        tables = {name: self.table(name) for name in self.relative}
+        noise = None
+        if self.dropout and self.training:
+            first = next(iter(sources.values()))
+            tokens = self.geometry.tokens
+            like = first.new_empty(len(first), self.heads, tokens, tokens)
+            noise = dropout_noise(like, self.dropout, self.draw_seed())
+        return gather_attention(self.geometry, self.heads, self.scale, sources, tables, key_padding, noise)
 
     def table(self, role: str) -> Tensor:
         """A role's table (R, d_in, d_out), numbered as in the paper; gradients flow to the tiles.

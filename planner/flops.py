@@ -26,8 +26,9 @@ def _operator_forward(spec: ModelSpec, operator: Operator) -> tuple[int, int]:
     plain = 2 * tokens * inner * dim if spec.has_output_projection else 0
     grouped = 0
     logits_relative = bool({"q", "k"} & set(spec.roles))
-    if operator == "attention":
-        plain += 2 * tokens * dim * 3 * inner + 2 * pairs_product
+    if operator in ("attention", "bias", "shaw", "absolute"):
+        # A matrix per position is as much work as one for all; vectors meet every pair twice.
+        plain += 2 * tokens * dim * 3 * inner + (4 if operator == "shaw" else 2) * pairs_product
     elif operator == "translution":
         plain += 2 * tokens * dim * inner * (3 - relative)
         plain += pairs_product * ((not logits_relative) + ("v" not in spec.roles))

@@ -15,8 +15,10 @@ from .errors import InputError
 from .relations import RelationGeometry
 from .schema import Schema, validate
 
-Operator: TypeAlias = Literal["attention", "translution", "alpha"]
-OPERATORS: tuple[Operator, ...] = ("translution", "alpha", "attention")
+Operator: TypeAlias = Literal["attention", "translution", "alpha", "bias", "shaw", "absolute"]
+OPERATORS: tuple[Operator, ...] = ("translution", "alpha", "attention", "bias", "shaw", "absolute")
+"""Full and low-rank Translution; self-attention plain, with a scalar (bias) or vectors (shaw) per
+relation; and a matrix per position (absolute)."""
 
 Positive: TypeAlias = Annotated[int, Field(ge=1, le=2**60, strict=True)]
 Size: TypeAlias = Annotated[int, Field(ge=1, le=2**20, strict=True)]
@@ -103,6 +105,8 @@ class ModelSpecBase(Schema):
     """Pairs of tokens farther apart than this do not exist in the relative layers; null: all exist."""
     checkpointing: Literal["none", "block", "offload"] = "none"
     """Keep only each block's input and compute the rest again in backward; offload keeps it on the host."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability with which attention weights, hidden values and each part's output are dropped in training."""
     rotary: bool = False
     """Turn the plain queries and keys of attention or α-Translution by rotary embedding.
 
@@ -129,10 +133,10 @@ class ModelSpecBase(Schema):
     def _check_layers(self) -> ModelSpecBase:
         relative = parse_layers(self.relative_layers, self.depth)
         hybrid = self.operator != "attention" and len(relative) < self.depth
-        if self.window is not None and self.operator == "attention":
-            raise ValueError(f"window: {self.window} is not allowed: must be null for operator attention")
-        if self.rotary and self.operator == "translution":
-            raise ValueError("rotary: True is not allowed: must be false for operator translution")
+        if self.window is not None and self.operator in ("attention", "absolute"):
+            raise ValueError(f"window: {self.window} is not allowed: must be null for operator {self.operator}")
+        if self.rotary and self.operator not in ("attention", "alpha"):
+            raise ValueError(f"rotary: True is not allowed: must be false for operator {self.operator}")
         if (self.rotary or hybrid) and self.head_dim % self._rotary_multiple():
             raise ValueError(
                 f"head_dim: {self.head_dim} is not allowed: must be a multiple of {self._rotary_multiple()} "

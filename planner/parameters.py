@@ -15,6 +15,7 @@ from .schema import Schema
 
 EMBEDDING = "embeddings"
 TABLES = "relation tables"
+RELATION_TERMS = "relative scalars and vectors"
 PROJECTIONS = "projections"
 LOW_RANK = "low-rank projections"
 OUTPUT = "output projections"
@@ -80,8 +81,13 @@ def table_tiles(relations: int, tile_relations: int | None) -> tuple[tuple[int, 
     return tuple(tile for tile in tiles if all(tile))
 
 
+def table_entries(spec: ModelSpec) -> int:
+    """Matrices of one table: a relation's each, or a position's."""
+    return spec.tokens if spec.operator == "absolute" else spec.geometry.relations
+
+
 def _table(spec: ModelSpec, d_in: int, d_out: int, tile_relations: int | None, copies: int) -> Iterator[ParameterGroup]:
-    for size, count in table_tiles(spec.geometry.relations, tile_relations):
+    for size, count in table_tiles(table_entries(spec), tile_relations):
         yield ParameterGroup(TABLES, (size, d_in, d_out), count * copies)
 
 
@@ -92,15 +98,20 @@ def operator_groups(
 
     Args:
         spec: gives sizes, roles and geometry.
-        operator: which of the three.
+        operator: which of `OPERATORS`.
         tile_relations: relations per tile of a table; None keeps tables whole.
         copies: number of layers.
     """
     dim, inner = spec.dim, spec.inner_dim
     relative = len(spec.roles)
-    if operator == "attention":
+    if operator in ("attention", "bias", "shaw"):
         yield from _linear(PROJECTIONS, dim, 3 * inner, bias=False, copies=copies)
-    elif operator == "translution":
+        relations = spec.geometry.relations
+        if operator == "bias":
+            yield ParameterGroup(RELATION_TERMS, (relations, spec.heads), copies)
+        elif operator == "shaw":
+            yield ParameterGroup(RELATION_TERMS, (relations, spec.head_dim), 2 * copies)
+    elif operator in ("translution", "absolute"):
         if relative < 3:
             yield from _linear(PROJECTIONS, dim, inner, bias=False, copies=copies * (3 - relative))
         yield from _table(spec, dim, inner, tile_relations, copies * relative)

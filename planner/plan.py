@@ -13,7 +13,7 @@ from .deepspeed_config import deepspeed_config
 from .errors import DoesNotFitError, InputError
 from .memory import MemoryEstimate, estimate_memory, partitioned
 from .model_spec import ModelSpec, Positive, VitSpec
-from .parameters import TABLES, parameter_groups
+from .parameters import TABLES, parameter_groups, table_entries
 from .schema import Schema, parse_json
 from .training import TrainingSpec, ZeroSpec
 from .units import format_bytes
@@ -67,7 +67,7 @@ def choose_tile(spec: ModelSpec, ranks: int) -> int | None:
     tables = [group for group in parameter_groups(spec) if group.component == TABLES]
     if not tables:
         return None
-    relations = spec.geometry.relations
+    relations = table_entries(spec)
     matrix = tables[0].numel // relations
     count = max(1, min(TILE_ELEMENTS // matrix, -(-relations // 4)))
     for smaller in range(count, count // 2, -1):
@@ -138,7 +138,7 @@ def make_plan(
         DoesNotFitError: if a rank's device has less memory than predicted.
     """
     _check_data(spec, training, cluster.ranks)
-    relations = spec.geometry.relations
+    relations = table_entries(spec)
     if tile_relations is None:
         tile_relations = choose_tile(spec, cluster.ranks)
     elif not 1 <= tile_relations <= relations:
