@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from translution.planner.activations import Precision, kept_bytes
+from translution.planner.activations import kept_bytes
 from translution.planner.cluster import ClusterSpec
 from translution.planner.errors import InputError
 from translution.planner.flops import count_flops
@@ -17,6 +17,7 @@ from translution.planner.parameters import TABLES, count_parameters
 from translution.planner.plan import choose_tile, choose_zero
 from translution.planner.schema import validate
 from translution.planner.training import TrainingSpec
+from translution.planner.twins import Widths
 from translution.planner.units import format_bytes, format_count, format_flops
 
 from .output import console, note, print_json, table
@@ -33,15 +34,15 @@ _LABELS = {
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
 
 
-def describe(spec: ModelSpec, micro_batch: int, precision: Precision) -> dict[str, Any]:
+def describe(spec: ModelSpec, micro_batch: int, widths: Widths) -> dict[str, Any]:
     """Costs of one model: parameters, operations and activations, published way and ours."""
     parameters, flops = count_parameters(spec), count_flops(spec)
-    published = kept_bytes(spec, micro_batch, precision, "gather")
+    published = kept_bytes(spec, micro_batch, widths, "gather")
     return {
         "operator": spec.operator,
         "parameters": parameters.model_dump(),
         "training_state_bytes": parameters.total * _STATE_BYTES,
-        "activations_bytes": {"published": published, "ours": kept_bytes(spec, micro_batch, precision)},
+        "activations_bytes": {"published": published, "ours": kept_bytes(spec, micro_batch, widths)},
         "flops_per_sample": flops.model_dump(),
     }
 
@@ -87,7 +88,7 @@ def run_estimate(asked: str, spec: ModelSpec, *, ranks: int, micro_batch: int, p
     training = validate(_TRAINING, values, "estimate", tuple(TrainingSpec.model_fields))
     if re.match(r"vit-b/", asked.lower()):
         note(f"{asked} is the paper's name for {spec.name}; for ViT-Base write vit-base/{asked.split('/')[-1]}")
-    widths = Precision.of(training.dtype_bytes, "cuda")
+    widths = Widths.of(training.dtype_bytes, "cuda")
     order: tuple[Operator, ...] = (spec.operator, *(name for name in OPERATORS if name != spec.operator))
     described = [describe(other, micro_batch, widths) for name in order if (other := _with_operator(spec, name))]
     estimates = per_rank(spec, training, ranks)

@@ -9,6 +9,7 @@ AbsoluteTranslution   a matrix per position: as many parameters as relations wou
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,9 +55,7 @@ class DenseAttention(OperatorLayer):
         workspace_bytes: limit of the scratch memory.
     """
 
-    def __init__(
-        self, dim: int, heads: int, *, workspace_bytes: int = DEFAULT_WORKSPACE_BYTES, **options: Any
-    ) -> None:
+    def __init__(self, dim: int, heads: int, *, workspace_bytes: int = DEFAULT_WORKSPACE_BYTES, **options: Any) -> None:
         super().__init__(dim, heads, **options)
         check_table_options(None, workspace_bytes, "grouped")
         self.chain = OperatorChain(
@@ -69,15 +68,16 @@ class DenseAttention(OperatorLayer):
         )
         self.output = self._make_output()
 
-    def attend(self, query_bne: Tensor, key_bne: Tensor, value_bne: Tensor, key_padding: Tensor | None) -> Tensor:
-        """(B, N, h·D) each → (B, N, C), with the chain's terms; keeps no dropout mask."""
-        sources = {"plain_query": query_bne, "plain_key": key_bne, "plain_value": value_bne}
+    def attend(self, rows_bne: Sequence[Tensor], key_padding: Tensor | None) -> Tensor:
+        """Queries, keys and values (B, N, h·D) each → (B, N, C), with the chain's terms; keeps no dropout mask."""
+        sources = dict(zip(("plain_query", "plain_key", "plain_value"), rows_bne, strict=True))
         relative, plain = self.chain(sources, key_padding)
         result: Tensor = self.output(plain if relative is None else plain + relative)
         return result
 
-    def attend_fused(self, query: Tensor, key: Tensor, value: Tensor, key_padding: Tensor | None) -> Tensor:
-        """(B, h, N, D) each → (B, N, C) by torch's fused attention; the chain's terms play no part."""
+    def attend_fused(self, rows_bhnd: Sequence[Tensor], key_padding: Tensor | None) -> Tensor:
+        """Queries, keys and values (B, h, N, D) → (B, N, C) by torch's fused attention, without the chain."""
+        query, key, value = rows_bhnd
         seen = None if key_padding is None else ~key_padding[:, None, None, :]
         causal = self.geometry.causal
         if seen is not None and causal:
@@ -114,9 +114,9 @@ class SelfAttention(DenseAttention):
         if self.turn is not None:
             query, key = self.turn(query), self.turn(key)
         if not self.drops:
-            return self.attend_fused(query, key, value, key_padding_mask)
+            return self.attend_fused([query, key, value], key_padding_mask)
         rows = [x_bhnd.transpose(1, 2).flatten(2) for x_bhnd in (query, key, value)]
-        return self.attend(*rows, key_padding_mask)
+        return self.attend(rows, key_padding_mask)
 
 
 class BiasAttention(DenseAttention):
@@ -135,7 +135,7 @@ class BiasAttention(DenseAttention):
     def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
         self._check(x_bnc, key_padding_mask)
-        return self.attend(*self.projections(x_bnc).chunk(3, dim=-1), key_padding_mask)
+        return self.attend(self.projections(x_bnc).chunk(3, dim=-1), key_padding_mask)
 
 
 class ShawAttention(DenseAttention):
@@ -158,7 +158,7 @@ class ShawAttention(DenseAttention):
     def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
         self._check(x_bnc, key_padding_mask)
-        return self.attend(*self.projections(x_bnc).chunk(3, dim=-1), key_padding_mask)
+        return self.attend(self.projections(x_bnc).chunk(3, dim=-1), key_padding_mask)
 
 
 class PositionTile(nn.Module):
@@ -226,6 +226,6 @@ class AbsoluteTranslution(DenseAttention):
         self._check(x_bnc, key_padding_mask)
         rows = [self._project(role, x_bnc) for role in "qkv"]
         if self.drops:
-            return self.attend(*rows, key_padding_mask)
+            return self.attend(rows, key_padding_mask)
         heads = [x_bne.unflatten(2, (self.heads, -1)).transpose(1, 2) for x_bne in rows]
-        return self.attend_fused(*heads, key_padding_mask)
+        return self.attend_fused(heads, key_padding_mask)

@@ -15,6 +15,7 @@ IMPLEMENTATIONS = ("grouped", "gather")
 def make_geometry(
     grid: tuple[int, int] | None, class_token: bool, length: int | None, causal: bool, window: int | None
 ) -> RelationGeometry:
+    """The geometry that a layer's arguments name; an `InputError` names the one that is wrong."""
     if (grid is None) == (length is None):
         raise InputError(f"grid: {grid!r} with length {length!r} is not allowed: give exactly one of grid and length")
     if grid is not None:
@@ -28,6 +29,7 @@ def make_geometry(
 
 
 def check_roles(roles: str) -> str:
+    """The roles in the order "qkv", or an `InputError`."""
     try:
         return canonical_roles(roles)
     except ValueError as error:
@@ -95,6 +97,7 @@ class OperatorLayer(nn.Module):
 
 
 def check_table_options(tile_relations: int | None, workspace_bytes: int, implementation: str) -> None:
+    """Refuse what no table can be built with by an `InputError`."""
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
             f"implementation: {implementation!r} is not allowed: must be one of {', '.join(IMPLEMENTATIONS)}"

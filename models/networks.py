@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from translution.planner.errors import InputError, MissingPackageError
 from translution.planner.model_spec import GptSpec, ModelSpec, Operator, VitSpec
 
-from .context import DEFAULT_WORKSPACE_BYTES
 from .attention import AbsoluteTranslution, BiasAttention, SelfAttention, ShawAttention
+from .context import DEFAULT_WORKSPACE_BYTES
 from .layers import AlphaTranslution, Translution
 
 

@@ -5,7 +5,7 @@ Legend of shape suffixes: b batch, i query tokens, j key tokens, h heads, d widt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,57 @@ def _per_pair(x: Tensor, table: Tensor, index: Tensor, *, query: bool) -> Tensor
     """
     rows = x[:, :, None, None, :] if query else x[:, None, :, None, :]
     return torch.matmul(rows, table[index]).squeeze(3)
+
+
+def _weights(logits: Tensor, exists: Tensor, key_padding: Tensor | None, noise: Tensor | None) -> Tensor:
+    """Softmax over the keys that exist and are not padding, (b, h, i, j)."""
+    logits = logits.masked_fill(~exists, -torch.inf)
+    if key_padding is not None:
+        logits = logits.masked_fill(key_padding[:, None, None, :], -torch.inf)
+    attention = logits.softmax(-1)
+    # A query whose keys are all padding weighs none of them.
+    attention = attention.masked_fill((logits == -torch.inf).all(-1, keepdim=True), 0.0)
+    return attention if noise is None else attention * noise
+
+
+def term_attention(
+    geometry: RelationGeometry,
+    heads: int,
+    rows: Sequence[Tensor],
+    *,
+    bias: Tensor | None = None,
+    key_vectors: Tensor | None = None,
+    value_vectors: Tensor | None = None,
+    key_padding: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Self-attention with a scalar or a vector of each pair's relation, gathered for every pair.
+
+    Args:
+        geometry: how the tokens lie.
+        heads: attention heads.
+        rows: queries, keys and values (b, n, h·d).
+        bias: (R, h), added to the scaled logits.
+        key_vectors: (R, d), added to the keys.
+        value_vectors: (R, d), added to the values.
+        key_padding, noise: as in `gather_attention`.
+
+    Returns:
+        (b, n, h·d).
+    """
+    index = relation_index(geometry)
+    exists, index = index >= 0, index.clamp(min=0)
+    query, key, value = (x.unflatten(2, (heads, -1)) for x in rows)
+    keys, values = (x[:, None].expand(-1, geometry.tokens, -1, -1, -1) for x in (key, value))
+    if key_vectors is not None:
+        keys = keys + key_vectors[index][:, :, None]
+    if value_vectors is not None:
+        values = values + value_vectors[index][:, :, None]
+    logits = torch.einsum("bihd,bijhd->bhij", query, keys) / query.shape[3] ** 0.5
+    if bias is not None:
+        logits = logits + bias[index].permute(2, 0, 1)
+    attention = _weights(logits, exists, key_padding, noise)
+    return torch.einsum("bhij,bijhd->bihd", attention, values).flatten(2)
 
 
 def gather_attention(
@@ -77,14 +128,7 @@ def gather_attention(
         query, key = (sources[name].unflatten(2, (heads, -1)) for name in ("plain_query", "plain_key"))
         logits = logits + torch.einsum("bihd,bjhd->bhij", query, key)
     assert isinstance(logits, Tensor)
-    logits = (logits * scale).masked_fill(~exists, -torch.inf)
-    if key_padding is not None:
-        logits = logits.masked_fill(key_padding[:, None, None, :], -torch.inf)
-    attention = logits.softmax(-1)
-    # A query whose keys are all padding weighs none of them.
-    attention = attention.masked_fill((logits == -torch.inf).all(-1, keepdim=True), 0.0)
-    if noise is not None:
-        attention = attention * noise
+    attention = _weights(logits * scale, exists, key_padding, noise)
     relative = plain = None
     if "value" in sources:
         value = _per_pair(sources["value"], tables["value"], index, query=False).unflatten(3, (heads, -1))

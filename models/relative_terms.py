@@ -87,7 +87,8 @@ def _chunks(context: RelationContext, vectors_rd: Tensor) -> Iterator[tuple[slic
 
 def _rows(x_bne: Tensor, chunk: slice, heads: int) -> Tensor:
     """The chunk's positions of (b, n, h·d) as (i, b·h, d)."""
-    return x_bne[:, chunk].unflatten(2, (heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
+    rows: Tensor = x_bne[:, chunk].unflatten(2, (heads, -1))
+    return rows.permute(1, 0, 2, 3).flatten(1, 2)
 
 
 def _pairs(x_bhnn: Tensor, chunk: slice) -> Tensor:

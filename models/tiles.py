@@ -178,8 +178,15 @@ class RelationTables(OperatorChain):
     ) -> None:
         names = {"q": "query", "k": "key", "v": "value"}
         relative = frozenset(names[role] for role in roles)
-        limits = {"dropout": dropout, "workspace_bytes": workspace_bytes}
-        super().__init__(geometry, heads, (d_in, d_out), scale=scale, relative=relative, **limits)
+        super().__init__(
+            geometry,
+            heads,
+            (d_in, d_out),
+            scale=scale,
+            dropout=dropout,
+            workspace_bytes=workspace_bytes,
+            relative=relative,
+        )
         self.implementation = implementation
         logit_roles = tuple(names[role] for role in "qk" if role in roles)
         first = 0

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-from .activations import Precision, kept_bytes, peak_bytes, sample_bytes
+from .activations import kept_bytes, peak_bytes, sample_bytes
 from .cluster import ClusterSpec
 from .model_spec import ModelSpec
 from .parameters import TABLES, ParameterGroup, parameter_groups
 from .schema import Schema
 from .training import TrainingSpec, ZeroSpec
+from .twins import Widths
 
 Phase: TypeAlias = Literal["resident", "forward and backward", "optimizer step"]
 """When an entry takes memory: always, or only within one phase of a step."""
@@ -111,9 +112,9 @@ def _forward_and_backward(
     spec: ModelSpec, groups: Sequence[ParameterGroup], training: TrainingSpec, zero: ZeroSpec, cluster: ClusterSpec
 ) -> list[MemoryEntry]:
     width = training.dtype_bytes
-    precision = Precision.of(width, cluster.device)
-    kept = kept_bytes(spec, training.micro_batch, precision)
-    peak = peak_bytes(spec, training.micro_batch, precision)
+    widths = Widths.of(width, cluster.device)
+    kept = kept_bytes(spec, training.micro_batch, widths)
+    peak = peak_bytes(spec, training.micro_batch, widths)
     moment = [
         ("activations kept", kept, "what every module keeps for backward", "planner/activations.py"),
         ("activations of the moment", peak - kept, "workspace and gradients of one module", "planner/activations.py"),

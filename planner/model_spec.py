@@ -164,6 +164,11 @@ class ModelSpecBase(Schema):
         return self.heads * self.head_dim
 
     @property
+    def low_dims(self) -> tuple[int, int]:
+        """The two low widths of α-Translution, all heads together."""
+        return self.heads * self.c1, self.heads * self.c2
+
+    @property
     def layer_operators(self) -> tuple[Operator, ...]:
         """The operator of each layer."""
         relative = set(parse_layers(self.relative_layers, self.depth))

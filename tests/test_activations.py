@@ -11,10 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from translution.models import Translution, build
-from translution.planner.activations import Precision, kept_bytes
+from translution.planner.activations import kept_bytes
 from translution.planner.flops import count_flops
 from translution.planner.model_spec import ModelSpec, VitSpec, parse_model_spec
 from translution.planner.presets import preset
+from translution.planner.twins import Widths
 
 VIT = {"family": "vit", "image": [12, 8], "patch": 4, "channels": 2, "classes": 7, "dim": 24, "depth": 2, "ffn_dim": 40}
 GPT = {"family": "gpt", "context": 11, "vocabulary": 13, "dim": 24, "depth": 2, "ffn_dim": 40}
@@ -33,6 +34,11 @@ OPERATORS: list[dict[str, Any]] = [
     *({"operator": "alpha", "roles": roles, "c1": 3, "c2": 5} for roles in ROLES),
     {"operator": "translution", "relative_layers": "first:1"},
     {"operator": "translution", "window": 1},
+    {"operator": "bias"},
+    {"operator": "shaw"},
+    *({"operator": "absolute", "roles": roles} for roles in ("qkv", "kv", "q")),
+    {"operator": "bias", "window": 1},
+    {"operator": "shaw", "window": 2, "relative_layers": "every:2"},
 ]
 
 
@@ -72,7 +78,7 @@ def test_kept_for_backward_is_exact(
     base: dict[str, Any], operator: dict[str, Any], dtype: torch.dtype, batch: int
 ) -> None:
     spec = spec_of(base, operator)
-    assert kept_bytes(spec, batch, Precision.of(dtype.itemsize, "cpu")) == counted_bytes(spec, batch, dtype)
+    assert kept_bytes(spec, batch, Widths.of(dtype.itemsize, "cpu")) == counted_bytes(spec, batch, dtype)
 
 
 def test_a_layer_keeps_its_input_and_the_attention_weights_and_nothing_else() -> None:
@@ -94,7 +100,7 @@ def test_a_layer_keeps_its_input_and_the_attention_weights_and_nothing_else() ->
 
 def test_the_published_way_is_estimated_within_three_percent() -> None:
     spec = parse_model_spec({"heads": 2, "head_dim": 8, **VIT, "operator": "translution"})
-    estimated = kept_bytes(spec, 2, Precision.of(4, "cpu"), "gather")
+    estimated = kept_bytes(spec, 2, Widths.of(4, "cpu"), "gather")
     assert estimated == pytest.approx(counted_bytes(spec, 2, torch.float32, "gather"), rel=0.03)
 
 
@@ -105,7 +111,7 @@ def test_the_published_way_is_estimated_within_three_percent() -> None:
 )
 def test_the_published_way_keeps_what_the_paper_says(name: str, gibibytes: float) -> None:
     spec = preset(name)
-    kept = kept_bytes(spec, 1, Precision.of(4, "cuda"), "gather") / spec.depth / 2**30
+    kept = kept_bytes(spec, 1, Widths.of(4, "cuda"), "gather") / spec.depth / 2**30
     assert kept == pytest.approx(gibibytes, rel=0.03)
 
 

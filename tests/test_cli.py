@@ -9,6 +9,7 @@ import pytest
 
 from translution.cli.app import run
 from translution.planner.cluster import usable_cores
+from translution.planner.model_spec import OPERATORS
 
 Captured = pytest.CaptureFixture[str]
 
@@ -18,7 +19,16 @@ def test_json_gives_the_exact_count_and_nothing_else(capsys: Captured) -> None:
     document = json.loads(capsys.readouterr().out)
     assert document["parameters"]["total"] == 15_608_200_168
     by_operator = {entry["operator"]: entry["parameters"]["total"] for entry in document["comparison"]}
-    assert by_operator == {"translution": 15_608_200_168, "alpha": 1_064_909_800, "attention": 86_543_080}
+    # Attention has 197·768 positions; instead of them a scalar has 732·12·12 entries, two vectors
+    # have 2·732·64·12, and absolute matrices are 197 times 12·3·768² parameters.
+    assert by_operator == {
+        "translution": 15_608_200_168,
+        "alpha": 1_064_909_800,
+        "attention": 86_543_080,
+        "bias": 86_497_192,
+        "shaw": 87_516_136,
+        "absolute": 4_248_189_928,
+    }
     assert [stage["stage"] for stage in document["per_rank"]["zero"]] == [0, 1, 2, 3]
     assert isinstance(document["activations_bytes"]["published"], int)
 
@@ -129,7 +139,7 @@ def test_plan_writes_a_folder_and_dry_run_shows_the_command(tmp_path: Path, root
 def test_a_model_that_translution_does_not_allow_is_estimated(operator: str, capsys: Captured) -> None:
     assert run(["estimate", "vit-base/16", "--operator", operator, "--set", "rotary=true", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert {entry["operator"] for entry in document["comparison"]} == {"translution", "alpha", "attention"}
+    assert {entry["operator"] for entry in document["comparison"]} == set(OPERATORS)
 
 
 def test_names_are_printed_as_they_are(tmp_path: Path, root: Path, capsys: Captured) -> None:

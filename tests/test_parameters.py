@@ -50,6 +50,11 @@ VARIANTS = [
     {"operator": "alpha", "relative_layers": [0, 2], "rotary": True, "head_dim": 8},
     {"operator": "translution", "heads": 1},
     {"operator": "translution", "window": 1},
+    {"operator": "bias"},
+    {"operator": "shaw"},
+    *({"operator": "absolute", "roles": roles} for roles in ("qkv", "kv", "q")),
+    {"operator": "shaw", "relative_layers": "every:2", "head_dim": 8},
+    {"operator": "bias", "window": 1},
 ]
 
 

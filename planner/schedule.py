@@ -1,0 +1,185 @@
+"""One training step replayed: the networks of models/ as twins that allocate what those allocate.
+
+Source: models/networks.py; a block is in block_twin.py, what torch's own operations allocate in
+twins.py, the relation operator in relation_twin.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .block_twin import BlockTwin, linear_weights
+from .model_spec import GptSpec, ModelSpec, VitSpec
+from .tape import Memory, ParameterPolicy, Storage, Tape, Tensor, Weights
+from .twins import (
+    GRADIENTS,
+    INDEX_BYTES,
+    Widths,
+    add_positions,
+    cast,
+    cross_entropy,
+    dropout,
+    embed,
+    layer_norm,
+    linear,
+    pool_first,
+    pool_mean,
+    prepend,
+)
+
+RANDOM_STATE_BYTES = 5056
+"""The state of torch's random numbers on a CPU, which a checkpoint restores."""
+OFFLOADED = "offloaded activations"
+MICRO_BATCHES = "micro-batches"
+
+
+class NetworkTwin:
+    """A whole network and its loss.
+
+    Args:
+        spec: the model.
+        batch: samples of a micro-batch.
+        w: widths of values.
+        tile_relations: relations per tile; None keeps tables whole.
+    """
+
+    def __init__(self, spec: ModelSpec, batch: int, w: Widths, tile_relations: int | None = None) -> None:
+        self.spec, self.batch, self.w = spec, batch, w
+        self.host = Memory()
+        self.blocks = [BlockTwin(spec, operator, tile_relations, batch, w) for operator in spec.layer_operators]
+        dim = spec.dim
+        self.embedding: tuple[Weights, ...]
+        if isinstance(spec, VitSpec):
+            self.embedding = (
+                Weights((spec.patch_dim,) * 2),
+                linear_weights(spec.patch_dim, dim),
+                Weights((dim, dim)),
+            )
+            self.head = linear_weights(dim, spec.classes)
+        else:
+            self.embedding = (Weights((spec.vocabulary * dim,)),)
+            self.head = linear_weights(dim, spec.vocabulary, bias=False)
+        self.class_token = Weights((dim,))
+        self.positions = Weights((spec.tokens * dim,)) if spec.learned_positions else None
+        self.norm, self.head_norm = Weights((dim, dim)), Weights((dim, dim))
+
+    @property
+    def input_bytes(self) -> int:
+        """An image batch in the model's dtype, or token numbers."""
+        if isinstance(self.spec, VitSpec):
+            return self.batch * self.spec.channels * self.spec.image[0] * self.spec.image[1] * self.w.value
+        return self.batch * self.spec.tokens * INDEX_BYTES
+
+    def _embed(self, tape: Tape, inputs: Storage) -> Tensor:
+        spec, w, batch = self.spec, self.w, self.batch
+        tape.memory.moment = "embedding"
+        if isinstance(spec, GptSpec):
+            return embed(tape, batch * spec.tokens, spec.dim, self.embedding[0], inputs, w)
+        patches = batch * spec.geometry.patches
+        x = Tensor(tape.new(patches * spec.patch_dim * w.value))
+        x = layer_norm(tape, x, patches, spec.patch_dim, self.embedding[0], w)
+        x = linear(tape, x, patches, spec.patch_dim, spec.dim, self.embedding[1], w)
+        copies = patches * spec.dim * w.value if spec.class_token else 0
+        return layer_norm(tape, x, patches, spec.dim, self.embedding[2], w, copies=copies)
+
+    def forward(self, tape: Tape, inputs: Storage) -> Tensor:
+        """The logits of a micro-batch."""
+        spec, w, batch = self.spec, self.w, self.batch
+        rows = batch * spec.tokens
+        x = self._embed(tape, inputs)
+        if isinstance(spec, VitSpec) and spec.class_token:
+            x = prepend(tape, x, rows * spec.dim * w.value, self.class_token, w)
+        if self.positions is not None:
+            x = add_positions(tape, x, self.positions, w)
+        if spec.dropout:
+            x = dropout(tape, x, w)
+        for block in self.blocks:
+            x = block.forward(tape, x) if spec.checkpointing == "none" else self._checkpointed(tape, block, x)
+        tape.memory.moment = "head"
+        x = layer_norm(tape, x, rows, spec.dim, self.norm, w)
+        if isinstance(spec, VitSpec):
+            pooled = pool_first(tape, x) if spec.pool == "class" else pool_mean(tape, x, batch * spec.dim * w.value, w)
+            return linear(tape, pooled, batch, spec.dim, spec.classes, self.head, w)
+        x = layer_norm(tape, x, rows, spec.dim, self.head_norm, w)
+        return linear(tape, x, rows, spec.dim, spec.vocabulary, self.head, w)
+
+    def _checkpointed(self, tape: Tape, block: BlockTwin, x: Tensor) -> Tensor:
+        """A block that keeps its input alone, and runs again in backward to be remembered."""
+        spec = self.spec
+        offloaded = spec.checkpointing == "offload" and self.w.device != "cpu"
+        on_cpu = self.w.device == "cpu"
+        states = [tape.new(RANDOM_STATE_BYTES, "random states")] if on_cpu else []
+        with tape.forgetting():
+            out = block.forward(tape, Tensor(x.storage)).storage
+        kept = Storage(self.host, OFFLOADED, x.size) if offloaded else x.storage
+
+        def backward(grad: Storage) -> tuple[Storage | None]:
+            inner = Tape(tape.memory, tape.policy)
+            del states[1:]
+            again = inner.leaf(tape.new(kept.size) if offloaded else kept)
+            result = block.forward(inner, again)
+            # torch's own checkpoint stops where nothing more is needed; fairscale's holds the output.
+            last, held = result.node, [result.storage]
+            if spec.checkpointing == "offload":
+                inner.outer = grad
+                held.append(tape.new(3 * RANDOM_STATE_BYTES if on_cpu else 0, "random states"))
+            else:
+                held.clear()
+            del result, again
+            given = inner.backward(last, grad)
+            del held
+            return (given,)
+
+        return tape.result(out, (x,), backward, (kept,))
+
+    def loss(self, tape: Tape, inputs: Storage, targets: Storage) -> Tensor:
+        """The mean cross-entropy of a micro-batch, in fp32."""
+        logits = self.forward(tape, inputs)
+        tape.memory.moment = "loss"
+        if self.w.value != 4:
+            logits = cast(tape, logits, logits.size // self.w.value * 4)
+        return cross_entropy(tape, logits, targets)
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What a replayed step left."""
+
+    memory: Memory
+    """Its peaks, and its events where they were recorded."""
+    kept_bytes: int
+    """Kept for backward when forward ends, on the device itself."""
+
+
+def replay(
+    spec: ModelSpec,
+    batch: int,
+    w: Widths,
+    tile_relations: int | None = None,
+    *,
+    memory: Memory | None = None,
+    policy: ParameterPolicy | None = None,
+) -> Replay:
+    """Forward and backward of one micro-batch, as phases of those names.
+
+    Args:
+        spec: the model.
+        batch: samples.
+        w: widths of values.
+        tile_relations: relations per tile; None keeps tables whole.
+        memory: where to allocate; what it holds already counts.
+        policy: how parameters lie.
+    """
+    memory = Memory() if memory is None else memory
+    tape = Tape(memory, policy)
+    network = NetworkTwin(spec, batch, w, tile_relations)
+    inputs = tape.new(network.input_bytes, MICRO_BATCHES)
+    outputs = batch * (spec.tokens if isinstance(spec, GptSpec) else 1)
+    targets = tape.new(outputs * INDEX_BYTES, MICRO_BATCHES)
+    with memory.phase("forward"):
+        loss = network.loss(tape, inputs, targets)
+    kept = tape.kept_bytes()
+    with memory.phase("backward"):
+        tape.backward(loss.node, tape.new(4, GRADIENTS))
+        tape.policy.finish()
+    return Replay(memory, kept)

@@ -1,0 +1,245 @@
+"""Tensors with a size and a life but no values: torch's allocator and autograd, replayed in plain Python.
+
+A module of the real network has a twin here that allocates what it allocates, in the same order, and
+holds on to it for as long. Lives are Python's own: a `Storage` gives its bytes back when the last
+reference to it goes, as a tensor does, so a twin written like its original has its original's peaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+Moment: TypeAlias = tuple[str, str, int]
+"""Where the schedule is, what is allocated or freed there, and how many bytes (negative: freed)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The most that was live within a phase."""
+
+    total_bytes: int
+    live_bytes: dict[str, int]
+    """What it was made of."""
+    moment: str
+    """Where in the schedule it was."""
+
+
+class Memory:
+    """The live bytes of one device, by what they are, and the peak of every phase.
+
+    Args:
+        record: keep every event, for a timeline.
+        ignored: what is not to be counted.
+    """
+
+    def __init__(self, *, record: bool = False, ignored: frozenset[str] = frozenset()) -> None:
+        self._ignored = ignored
+        self.live: dict[str, int] = {}
+        self.total = 0
+        self.moment = ""
+        self.events: list[Moment] | None = [] if record else None
+        self.peaks: dict[str, Peak] = {}
+        self._phase = ""
+        self._peak = -1
+
+    def allocate(self, what: str, size: int) -> None:
+        """Add bytes to what is live."""
+        if what in self._ignored:
+            return
+        self.live[what] = self.live.get(what, 0) + size
+        self.total += size
+        if self.events is not None:
+            self.events.append((self.moment, what, size))
+        if self.total > self._peak:
+            self._peak = self.total
+            self.peaks[self._phase] = Peak(self.total, dict(self.live), self.moment)
+
+    def free(self, what: str, size: int) -> None:
+        """Take bytes from what is live."""
+        if what in self._ignored:
+            return
+        self.live[what] -= size
+        self.total -= size
+        if self.events is not None:
+            self.events.append((self.moment, what, -size))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Let the events of the block count for a phase; a phase met again keeps its higher peak."""
+        before = self._phase, self._peak
+        earlier = self.peaks.get(name)
+        self._phase, self._peak = name, -1 if earlier is None else earlier.total_bytes
+        if self.total > self._peak:
+            self._peak = self.total
+            self.peaks[name] = Peak(self.total, dict(self.live), self.moment)
+        try:
+            yield
+        finally:
+            self._phase, self._peak = before
+
+
+class Storage:
+    """Bytes that live as long as somebody refers to them."""
+
+    __slots__ = ("_memory", "size", "what")
+
+    def __init__(self, memory: Memory, what: str, size: int) -> None:
+        self._memory, self.what, self.size = memory, what, size
+        memory.allocate(what, size)
+
+    def lies_in(self, memory: Memory) -> bool:
+        """Whether it is there that the bytes are."""
+        return self._memory is memory
+
+    def __del__(self) -> None:
+        self._memory.free(self.what, self.size)
+
+
+Gradients: TypeAlias = Sequence["Storage | None"]
+Backward: TypeAlias = Callable[[Storage], Gradients]
+
+
+def _spent(grad: Storage) -> Gradients:
+    raise AssertionError("a backward ran twice")
+
+
+class Node:
+    """An operation that autograd remembers: its inputs, what its backward does and what it needs."""
+
+    __slots__ = ("backward", "grad", "inputs", "moment", "saved")
+
+    def __init__(self, inputs: Sequence[Tensor], backward: Backward, saved: Sequence[Storage], moment: str) -> None:
+        self.inputs = tuple(tensor.node for tensor in inputs)
+        self.backward = backward
+        self.saved = tuple(saved)
+        self.moment = moment
+        self.grad: Storage | None = None
+
+
+class Tensor:
+    """A storage, and the operation that gave it if a gradient flows through it."""
+
+    __slots__ = ("node", "storage")
+
+    def __init__(self, storage: Storage, node: Node | None = None) -> None:
+        self.storage, self.node = storage, node
+
+    @property
+    def size(self) -> int:
+        """Bytes of the storage."""
+        return self.storage.size
+
+
+@dataclass(slots=True, eq=False)
+class Weights:
+    """The parameters of one module: elements of each tensor, in the order of its gradients."""
+
+    numels: tuple[int, ...]
+    grads: list[Storage | None] = field(default_factory=list)
+
+
+class ParameterPolicy:
+    """How parameters lie in memory and where their gradients go; this one is training without ZeRO.
+
+    Parameters are whole and live throughout, so modules need not fetch them, and gradients stay
+    beside them until the optimizer step.
+    """
+
+    def fetch(self, weights: Weights, *, backward: bool) -> None:
+        """A module is about to run."""
+
+    def release(self, weights: Weights, *, backward: bool) -> None:
+        """A module has run."""
+
+    def gradients(self, weights: Weights, grads: Sequence[Storage]) -> None:
+        """The gradients of a module's parameters are ready; added to those of earlier micro-batches."""
+        if not weights.grads:
+            weights.grads = list(grads)
+
+    def finish(self) -> None:
+        """The backward pass is over."""
+
+
+class Tape:
+    """Runs twins forward, remembers them, and runs them backward.
+
+    Args:
+        memory: where they allocate.
+        policy: how parameters are held.
+    """
+
+    def __init__(self, memory: Memory, policy: ParameterPolicy | None = None) -> None:
+        self.memory = memory
+        self.policy = policy or ParameterPolicy()
+        self.outer: Storage | None = None
+        """A gradient that somebody outside holds too, so that nothing is added to it in place."""
+        self._nodes: list[Node] | None = []
+
+    def new(self, size: int, what: str = "activations") -> Storage:
+        """A storage of so many bytes."""
+        return Storage(self.memory, what, size)
+
+    @property
+    def records(self) -> bool:
+        """Whether operations are remembered for backward."""
+        return self._nodes is not None
+
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Run operations without remembering them, as under ``torch.no_grad``."""
+        before, self._nodes = self._nodes, None
+        try:
+            yield
+        finally:
+            self._nodes = before
+
+    def result(
+        self, storage: Storage, inputs: Sequence[Tensor], backward: Backward, saved: Sequence[Storage] = ()
+    ) -> Tensor:
+        """The output of an operation, remembered with its backward and what that keeps."""
+        if self._nodes is None:
+            return Tensor(storage)
+        node = Node(inputs, backward, saved, self.memory.moment)
+        self._nodes.append(node)
+        return Tensor(storage, node)
+
+    def kept_bytes(self) -> int:
+        """Bytes that the remembered operations keep for backward here, each storage counted once."""
+        saved = [storage for node in self._nodes or [] for storage in node.saved if storage.lies_in(self.memory)]
+        return sum({id(storage): storage.size for storage in saved}.values())
+
+    def leaf(self, storage: Storage) -> Tensor:
+        """A tensor that wants a gradient, which the end of `backward` drops."""
+        return self.result(storage, (), lambda grad: ())
+
+    def backward(self, output: Node | None, grad: Storage) -> Storage | None:
+        """Run the remembered operations in reverse; the gradient of the first leaf, if there is one."""
+        assert output is not None and self._nodes is not None
+        output.grad = grad
+        del grad
+        last = None
+        while self._nodes:
+            last = self._step(self._nodes.pop())
+        return last
+
+    def _step(self, node: Node) -> Storage | None:
+        """One operation's backward; what it kept and received is dropped when this returns."""
+        saved, node.saved = node.saved, ()
+        backward, node.backward = node.backward, _spent
+        grad, node.grad = node.grad, None
+        if grad is None:
+            return None
+        self.memory.moment = f"{node.moment}, backward"
+        for source, result in zip(node.inputs, backward(grad), strict=True):
+            if source is None or result is None:
+                continue
+            if source.grad is None:
+                source.grad = result
+            elif source.grad is self.outer:
+                source.grad = self.new(result.size, result.what)
+            # Otherwise a second gradient is added to the first one in place.
+        del saved
+        return None if node.inputs else grad
