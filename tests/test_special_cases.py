@@ -9,7 +9,7 @@ import torch
 from operator_pairs import LAYERS, PLACES
 from torch import Tensor, nn
 
-from translution.models import SelfAttention, Translution
+from translution.models import AbsoluteTranslution, BiasAttention, SelfAttention, ShawAttention, Translution
 from translution.models.tiles import RelationTables
 from translution.planner.relations import RelationGeometry
 
@@ -73,24 +73,36 @@ def test_uniform_weights_over_all_offsets_make_it_a_convolution() -> None:
     torch.testing.assert_close(out * (height * width), convolved, rtol=0, atol=1e-12)
 
 
+def placed(layer: nn.Module, pattern: Tensor, row: int, col: int, positions: Tensor | None = None) -> Tensor:
+    """The layer's output at a 2×3 pattern that lies so on a 4×5 grid of noise, which is masked."""
+    canvas, mask = torch.randn(4, 5, 8), torch.ones(4, 5, dtype=torch.bool)
+    canvas[row : row + 2, col : col + 3], mask[row : row + 2, col : col + 3] = pattern, False
+    x = canvas.flatten(0, 1) + (0 if positions is None else positions)
+    out: Tensor = layer(x[None], mask.flatten()[None]).view(4, 5, 8)
+    return out[row : row + 2, col : col + 3]
+
+
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(
-    ("layer", "options"), [*LAYERS, (SelfAttention, {"rotary": True})], ids=["full", "alpha", "alpha-rotary", "rotary"]
+    ("layer", "options"),
+    [*LAYERS, (SelfAttention, {"rotary": True}), (BiasAttention, {}), (ShawAttention, {})],
+    ids=["full", "alpha", "alpha-rotary", "rotary", "bias", "shaw"],
 )
 def test_a_pattern_that_is_moved_moves_its_output_with_it(layer: type[Any], options: dict[str, Any]) -> None:
-    """A 2×3 pattern on a 4×5 grid, everything else masked; learned positions break what relations keep."""
+    """Learned positions break what relations keep."""
     torch.manual_seed(0)
     ours = layer(8, 2, grid=(4, 5), **options)
     pattern, positions = torch.randn(2, 3, 8), torch.randn(20, 8)
-
-    def place(row: int, col: int, *, absolute: bool) -> Tensor:
-        canvas, mask = torch.randn(4, 5, 8), torch.ones(4, 5, dtype=torch.bool)
-        canvas[row : row + 2, col : col + 3], mask[row : row + 2, col : col + 3] = pattern, False
-        x = canvas.flatten(0, 1) + (positions if absolute else 0)
-        out: Tensor = ours(x[None], mask.flatten()[None]).view(4, 5, 8)
-        return out[row : row + 2, col : col + 3]
-
-    at_home = place(0, 0, absolute=False)
+    at_home = placed(ours, pattern, 0, 0)
     for row, col in ((2, 0), (1, 2), (0, 1)):
-        torch.testing.assert_close(place(row, col, absolute=False), at_home, rtol=0, atol=1e-12)
-    assert (place(1, 2, absolute=True) - place(0, 0, absolute=True)).abs().max() > 1e-2
+        torch.testing.assert_close(placed(ours, pattern, row, col), at_home, rtol=0, atol=1e-12)
+    absolute = [placed(ours, pattern, *place, positions) for place in ((1, 2), (0, 0))]
+    assert (absolute[0] - absolute[1]).abs().max() > 1e-2
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("roles", ["qkv", "q", "v"])
+def test_a_pattern_that_is_moved_changes_under_absolute_matrices(roles: str) -> None:
+    torch.manual_seed(0)
+    ours, pattern = AbsoluteTranslution(8, 2, grid=(4, 5), roles=roles), torch.randn(2, 3, 8)
+    assert (placed(ours, pattern, 1, 2) - placed(ours, pattern, 0, 0)).abs().max() > 1e-2
