@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Preset (vit-base/16, gpt-base/1024) or YAML/JSON file.")]
-Operator = Annotated[str | None, typer.Option(help="attention, translution or alpha.")]
+Operator = Annotated[str | None, typer.Option(help="translution, alpha, attention, bias, shaw or absolute.")]
 Roles = Annotated[str | None, typer.Option(help="Relative roles, a subset of qkv.")]
 C1 = Annotated[int | None, typer.Option(help="First low width per head of alpha.")]
 C2 = Annotated[int | None, typer.Option(help="Second low width per head of alpha.")]

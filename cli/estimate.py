@@ -27,8 +27,8 @@ _LABELS = {
     "translution": "full Translution",
     "alpha": "α-Translution",
     "attention": "attention",
-    "bias": "attention, scalar bias",
-    "shaw": "attention, relative vectors",
+    "bias": "attention, scalars",
+    "shaw": "attention, vectors",
     "absolute": "absolute matrices",
 }
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)

@@ -94,6 +94,8 @@ class Rank:
         torch.manual_seed(self.plan.training.seed)
         with deepspeed.zero.Init(config_dict_or_path=config, enabled=self.plan.zero.stage == 3):
             model = build(self.plan.model, tile_relations=self.plan.tile_relations)
+        # Every rank has samples of its own, so it drops other values.
+        torch.manual_seed(self.plan.training.seed + 1 + self.rank)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 
     def outputs(self, batch: Samples) -> Tensor:
