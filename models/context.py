@@ -154,19 +154,28 @@ class RelationContext:
         self.attention: Tensor | None = None
         self.weights: Tensor | None = None
         self.out: Tensor | None = None
-        self.workspace: Workspace | None = None
+        self.batched = False
+        self._workspace: Workspace | None = None
         self.grad_out: Tensor | None = None
         self.grad_attention: Tensor | None = None
         self.grads: dict[str, Tensor] = {}
 
-    def open_workspace(self, like: Tensor) -> None:
-        """Allocate the scratch memory of a forward or backward pass."""
-        if not self.relative:
-            return
+    def open_workspace(self) -> None:
+        """Allocate the scratch memory of a forward or backward pass, where it is sure to be needed."""
+        if self.relative and not self.batched:
+            self.scratch()
+
+    def scratch(self) -> Workspace:
+        """The scratch memory, allocated when it is first asked for."""
+        if self._workspace is None:
+            self._workspace = self._make_workspace(next(iter(self.source.values())))
+        return self._workspace
+
+    def _make_workspace(self, like: Tensor) -> Workspace:
         d_in, d_out = self.widths
         largest = like.shape[0] * self.geometry.patches
         widths = (d_in, d_in, d_out, d_out)
-        self.workspace = Workspace(like, largest, self.geometry.width, widths, self.workspace_bytes)
+        return Workspace(like, largest, self.geometry.width, widths, self.workspace_bytes)
 
     def drop(self, x_bhnn: Tensor) -> Tensor:
         """The tensor with this call's dropout applied, always the same one; itself without dropout."""
@@ -175,13 +184,12 @@ class RelationContext:
     def close(self) -> None:
         """Drop every buffer."""
         self.source, self.grads = {}, {}
-        self.logits = self.attention = self.weights = self.out = self.workspace = None
+        self.logits = self.attention = self.weights = self.out = self._workspace = None
         self.grad_out = self.grad_attention = None
 
     def pieces(self, pairs: RelationPairs, batch: int) -> Iterator[tuple[slice, slice]]:
         """Split a relation's pairs into (samples, rows) that fit the workspace."""
-        assert self.workspace is not None
-        limit = self.workspace.rows
+        limit = self.scratch().rows
         samples = limit // pairs.count
         if samples:
             for start in range(0, batch, samples):

@@ -18,6 +18,7 @@ Source: arXiv 2510.10060, equations of Translution and α-Translution; shapes as
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from translution.planner.relations import RelationPairs, TokenBlock
 
+from .batched import Batch
 from .context import RelationContext, accumulation_dtype, dropout_noise, missing_pairs, pair_values, token_rows
 
 SOURCES = ("query", "key", "value", "plain_query", "plain_key", "plain_value")
@@ -68,7 +70,7 @@ class Open(Function):
         context.source = {name: x.detach() for name, x in given.items()}
         first = next(iter(context.source.values()))
         shape = (first.shape[0], context.heads, context.geometry.tokens, context.geometry.tokens)
-        context.open_workspace(first)
+        context.open_workspace()
         if "plain_query" in context.source:
             query = _split_heads(context.source["plain_query"], context.heads)
             key = _split_heads(context.source["plain_key"], context.heads)
@@ -119,8 +121,13 @@ class LogitTile(Function):
         assert given is not None
         ctx.count = count = len(given)
         assert context.logits is not None
-        for offset in range(count):
-            pairs = context.geometry.pairs(first + offset)
+        rest: Iterable[int] = range(first, first + count)
+        if context.batched:
+            batch = Batch(context, first, count)
+            batch.add_logits(query_kce, key_kce)
+            rest = batch.others
+        for relation in rest:
+            pairs, offset = context.geometry.pairs(relation), relation - first
             for piece in context.pieces(pairs, context.logits.shape[0]):
                 query = _project(context, "query", 0, pairs.query, piece, query_kce, offset)
                 key = _project(context, "key", 1, pairs.key, piece, key_kce, offset)
@@ -145,10 +152,15 @@ class LogitTile(Function):
             if weight is not None and ctx.needs_input_grad[3 + index]:
                 grads[name] = torch.empty_like(weight, memory_format=torch.contiguous_format)
         assert context.grad_attention is not None
-        for offset in range(ctx.count):
-            pairs = context.geometry.pairs(ctx.first + offset)
+        rest: Iterable[int] = range(ctx.first, ctx.first + ctx.count)
+        if context.batched:
+            batch = Batch(context, ctx.first, ctx.count)
+            batch.logits_backward(weights, grads)
+            rest = batch.others
+        for relation in rest:
+            pairs = context.geometry.pairs(relation)
             for piece in context.pieces(pairs, context.grad_attention.shape[0]):
-                _logit_piece_backward(context, pairs, piece, offset, weights, grads)
+                _logit_piece_backward(context, pairs, piece, relation - ctx.first, weights, grads)
         return grad_token, None, None, grads["query"], grads["key"]
 
 
@@ -170,14 +182,13 @@ def _project(
 
     The result lies in matrix ``2 + slot`` of the workspace and the gathered rows in ``slot``.
     """
-    assert context.workspace is not None
     view = token_rows(context.source[name], block, *piece)
     rows = view.shape[0] * view.shape[1] * view.shape[2]
-    result = context.workspace.matrix(2 + slot, rows)
+    result = context.scratch().matrix(2 + slot, rows)
     if tile_kce is None:
         result.view(view.shape).copy_(view)
     else:
-        torch.mm(context.workspace.gather(slot, view), _matrix(tile_kce, offset, result.dtype), out=result)
+        torch.mm(context.scratch().gather(slot, view), _matrix(tile_kce, offset, result.dtype), out=result)
     return result.view(*view.shape[:3], context.heads, -1)
 
 
@@ -215,7 +226,6 @@ def _input_backward(
     offset: int,
 ) -> None:
     """From the gradient of a role's rows to that of its matrix and of its input."""
-    assert context.workspace is not None
     if block.size == 1 and grad_brshd.shape[1] * grad_brshd.shape[2] > 1:
         grad_brshd = grad_brshd.sum((1, 2), keepdim=True)
     if tile_kce is None:
@@ -225,7 +235,7 @@ def _input_backward(
     view = token_rows(context.source[name], block, *piece)
     grad_rows = grad_brshd.reshape(-1, tile_kce.shape[2])
     if grad_tile_kce is not None:
-        rows = context.workspace.gathered(slot, view)
+        rows = context.scratch().gathered(slot, view)
         first = piece[0].start == piece[1].start == 0
         if grad_tile_kce.dtype != rows.dtype:
             product = torch.mm(rows.t(), grad_rows)
@@ -237,7 +247,7 @@ def _input_backward(
     if name not in context.wanted:
         return
     matrix = _matrix(tile_kce, offset, grad_rows.dtype)
-    grad_input = torch.mm(grad_rows, matrix.t(), out=context.workspace.matrix(slot, len(grad_rows)))
+    grad_input = torch.mm(grad_rows, matrix.t(), out=context.scratch().matrix(slot, len(grad_rows)))
     _scatter_add(context, name, block, piece, grad_input.view(view.shape))
 
 
@@ -293,8 +303,13 @@ class ValueTile(Function):
         if context.out is None:
             shape = (*source.shape[:2], value_kce.shape[2])
             context.out = source.new_zeros(shape, dtype=accumulation_dtype(source.dtype))
-        for offset in range(len(value_kce)):
-            pairs = context.geometry.pairs(first + offset)
+        rest: Iterable[int] = range(first, first + len(value_kce))
+        if context.batched:
+            batch = Batch(context, first, len(value_kce))
+            batch.add_values(value_kce)
+            rest = batch.others
+        for relation in rest:
+            pairs, offset = context.geometry.pairs(relation), relation - first
             for piece in context.pieces(pairs, source.shape[0]):
                 value = _project(context, "value", 0, pairs.key, piece, value_kce, offset)
                 weight = pair_values(weights, pairs, *piece).unsqueeze(-1)
@@ -313,8 +328,13 @@ class ValueTile(Function):
         tile: Tensor = ctx.value
         grad_tile = torch.empty_like(tile, memory_format=torch.contiguous_format) if ctx.needs_input_grad[3] else None
         assert context.grad_out is not None and context.weights is not None and context.grad_attention is not None
-        for offset in range(len(tile)):
-            pairs = context.geometry.pairs(ctx.first + offset)
+        rest: Iterable[int] = range(ctx.first, ctx.first + len(tile))
+        if context.batched:
+            batch = Batch(context, ctx.first, len(tile))
+            batch.values_backward(tile, grad_tile)
+            rest = batch.others
+        for relation in rest:
+            pairs, offset = context.geometry.pairs(relation), relation - ctx.first
             for piece in context.pieces(pairs, len(context.grad_out)):
                 value = _project(context, "value", 0, pairs.key, piece, tile, offset)
                 grad_out = token_rows(context.grad_out, pairs.query, *piece)
@@ -358,7 +378,7 @@ class Close(Function):
         context.attention = attention
         context.weights = context.drop(attention)
         context.source = dict(zip(ctx.names, sources, strict=True))
-        context.open_workspace(sources[0])
+        context.open_workspace()
         dtype = accumulation_dtype(attention.dtype)
         if grad_plain is not None:
             values = _split_heads(context.source["plain_value"], context.heads)

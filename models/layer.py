@@ -9,7 +9,7 @@ from translution.planner.errors import InputError
 from translution.planner.model_spec import canonical_roles
 from translution.planner.relations import RelationGeometry
 
-IMPLEMENTATIONS = ("grouped", "gather")
+IMPLEMENTATIONS = ("grouped", "batched", "gather")
 
 
 def make_geometry(

@@ -24,7 +24,8 @@ class Translution(OperatorLayer):
         roles: the relative roles, a subset of "qkv"; the others are plain projections.
         tile_relations: relations per tile of a table; None keeps each table one Parameter.
         workspace_bytes: limit of the scratch memory, whatever the batch.
-        implementation: "grouped", or "gather" for the published way (slow and enormous).
+        implementation: "grouped", relation by relation on a CPU and many at a time on a GPU; "batched",
+            many at a time anywhere; "gather", the published way (slow and enormous).
 
     Example:
         >>> layer = Translution(192, 3, grid=(14, 14), class_token=True)

@@ -96,6 +96,7 @@ class OperatorChain(nn.Module):
         super().__init__()
         self.geometry, self.heads, self.scale, self.widths = geometry, heads, scale, widths
         self.dropout, self.workspace_bytes, self.relative = dropout, workspace_bytes, relative
+        self.batched = False
         self.logit_tiles = nn.ModuleList()
         self.value_tiles = nn.ModuleList()
 
@@ -130,6 +131,7 @@ class OperatorChain(nn.Module):
         context.widths, context.relative = self.widths, self.relative
         context.adds_logits = "plain_query" in sources
         context.key_padding = key_padding
+        context.batched = self.batched or next(iter(sources.values())).device.type == "cuda"
         context.dropout = self.dropout if self.training else 0.0
         context.seed = self.draw_seed()
         ordered = [sources[name].contiguous() if name in sources else None for name in grouped.SOURCES]
@@ -158,8 +160,9 @@ class RelationTables(OperatorChain):
         d_out: output width of the matrices, all heads together.
         roles: roles with a table, a subset of "qkv".
         tile_relations: relations per tile; None keeps each table whole.
-        implementation: "grouped", or "gather" for the published way, which copies a matrix for
-            every pair and sample; it exists to be compared with.
+        implementation: "grouped": relation by relation on a CPU and many at a time on a GPU;
+            "batched": many at a time anywhere; "gather": the published way, which copies a matrix
+            for every pair and sample and exists to be compared with.
     """
 
     def __init__(
@@ -187,7 +190,7 @@ class RelationTables(OperatorChain):
             workspace_bytes=workspace_bytes,
             relative=relative,
         )
-        self.implementation = implementation
+        self.implementation, self.batched = implementation, implementation == "batched"
         logit_roles = tuple(names[role] for role in "qk" if role in roles)
         first = 0
         sizes = [size for size, copies in table_tiles(geometry.relations, tile_relations) for _ in range(copies)]

@@ -17,16 +17,21 @@ WINDOWS = st.one_of(st.none(), st.integers(0, 4))
 
 
 @pytest.mark.usefixtures("double", "poisoned")
-@pytest.mark.parametrize("tiling", [(None, 2**28), (1, 1), (3, 700)], ids=["whole", "single-rows", "pieces"])
+@pytest.mark.parametrize(
+    "way",
+    [("grouped", None, 2**28), ("grouped", 1, 1), ("grouped", 3, 700), ("batched", None, 2**28), ("batched", 5, 4000)],
+    ids=["whole", "single-rows", "pieces", "batched", "chunks"],
+)
 @pytest.mark.parametrize("roles", ROLES)
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize(("layer", "options"), LAYERS, ids=["full", "alpha", "alpha-rotary"])
 def test_grouped_equals_gathered(
-    layer: type[Any], options: dict[str, Any], place: dict[str, Any], roles: str, tiling: tuple[int | None, int]
+    layer: type[Any], options: dict[str, Any], place: dict[str, Any], roles: str, way: tuple[str, int | None, int]
 ) -> None:
-    tile, workspace = tiling
+    implementation, tile, workspace = way
     options = {**options, **place, "roles": roles}
-    fast, slow = layer_pair(layer, options, tile_relations=tile, workspace_bytes=workspace)
+    ours: dict[str, Any] = {"tile_relations": tile, "workspace_bytes": workspace, "implementation": implementation}
+    fast, slow = layer_pair(layer, options, **ours)
     tokens = fast.geometry.tokens
     x, grad = torch.randn(3, tokens, 6, requires_grad=True), torch.randn(3, tokens, 6)
     for ours, reference in zip(outputs(fast, x, grad), outputs(slow, x, grad), strict=True):
@@ -64,9 +69,11 @@ def test_the_reference_is_the_definition_pair_by_pair(place: dict[str, Any]) -> 
 @pytest.mark.usefixtures("double", "poisoned")
 @pytest.mark.parametrize("place", [{"length": 3, "causal": True}, {"grid": (2, 2), "class_token": True}], ids=str)
 @pytest.mark.parametrize("roles", ["qkv", "k", "v"])
-def test_gradcheck(place: dict[str, Any], roles: str) -> None:
+@pytest.mark.parametrize("way", [("grouped", 1), ("batched", 600)], ids=["grouped", "batched"])
+def test_gradcheck(place: dict[str, Any], roles: str, way: tuple[str, int]) -> None:
     torch.manual_seed(0)
-    layer = Translution(2, 1, head_dim=3, roles=roles, tile_relations=2, workspace_bytes=1, **place)
+    ours: dict[str, Any] = {"tile_relations": 2, "implementation": way[0], "workspace_bytes": way[1]}
+    layer = Translution(2, 1, head_dim=3, roles=roles, **ours, **place)
     names = [name for name, _ in layer.named_parameters()]
     weights = [torch.randn_like(parameter, requires_grad=True) for parameter in layer.parameters()]
 
@@ -80,9 +87,10 @@ def test_gradcheck(place: dict[str, Any], roles: str) -> None:
 
 @pytest.mark.usefixtures("double", "poisoned")
 @pytest.mark.parametrize("frozen", ["query", "key", "value", "x", "all but x", "all but value"])
-def test_any_subset_of_gradients(frozen: str) -> None:
+@pytest.mark.parametrize("implementation", ["grouped", "batched"])
+def test_any_subset_of_gradients(frozen: str, implementation: str) -> None:
     options = {"grid": (2, 3), "class_token": True}
-    fast, slow = layer_pair(Translution, options, tile_relations=4)
+    fast, slow = layer_pair(Translution, options, tile_relations=4, implementation=implementation)
     x = torch.randn(2, 7, 6, requires_grad=frozen != "x")
     for layer in (fast, slow):
         for name, parameter in layer.named_parameters():
@@ -124,9 +132,10 @@ def test_nothing_is_tracked_when_nothing_is_trained() -> None:
     dim=st.integers(1, 7),
     batch=st.integers(1, 3),
     tile=st.one_of(st.none(), st.integers(1, 9)),
-    workspace=st.sampled_from([1, 500, 2**20]),
+    workspace=st.sampled_from([1, 500, 5000, 2**20]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     low=st.one_of(st.none(), st.tuples(st.integers(1, 4), st.integers(1, 4))),
+    implementation=st.sampled_from(["grouped", "batched"]),
 )
 def test_any_layer_is_as_exact_as_its_reference(
     place: dict[str, Any],
@@ -139,6 +148,7 @@ def test_any_layer_is_as_exact_as_its_reference(
     workspace: int,
     dtype: torch.dtype,
     low: tuple[int, int] | None,
+    implementation: str,
 ) -> None:
     """The error against float64 is at most the gathered reference's own and a floor of a few roundings."""
     torch.manual_seed(0)
@@ -147,7 +157,7 @@ def test_any_layer_is_as_exact_as_its_reference(
     if low is not None:
         kind, options = AlphaTranslution, options | {"c1": low[0], "c2": low[1]}
     exact = kind(dim, heads, implementation="gather", **options).double()
-    fast = kind(dim, heads, workspace_bytes=workspace, **options).to(dtype)
+    fast = kind(dim, heads, workspace_bytes=workspace, implementation=implementation, **options).to(dtype)
     slow = kind(dim, heads, implementation="gather", **options).to(dtype)
     for layer in (fast, slow):
         layer.load_state_dict(exact.state_dict())
