@@ -10,37 +10,18 @@ usage: python benchmarks/operator.py [--out FOLDER] [--repeats N] [--case NAME .
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from common import Case, check_parity, count_operations, describe_run, make, seconds, step, write_report
 from torch import nn
 
 from translution.distributed.measure import count_every_allocation, trace_allocations
 from translution.models import AlphaTranslution, SelfAttention, Translution
 from translution.planner.cluster import usable_cores
 from translution.planner.relations import RelationGeometry
-
-TOLERANCE = 1e-10
-
-
-class Case(NamedTuple):
-    """One layer of a model of the paper, and whether the gathered way fits in memory at its batch."""
-
-    place: dict[str, Any]
-    dim: int
-    heads: int
-    batch: int
-    gather: bool
-
 
 CASES = {
     "ViT-A/56": Case({"grid": (4, 4), "class_token": True}, 192, 3, 32, True),
@@ -50,71 +31,12 @@ CASES = {
 }
 
 
-def make(case: Case, implementation: str = "grouped", **changes: Any) -> tuple[Translution, torch.Tensor]:
-    torch.manual_seed(0)
-    layer = Translution(case.dim, case.heads, **case.place, implementation=implementation, **changes)
-    return layer, torch.randn(case.batch, layer.geometry.tokens, case.dim, requires_grad=True)
-
-
-def step(layer: nn.Module, x: torch.Tensor) -> None:
-    """Forward and backward, gradients made anew as in training."""
-    layer.zero_grad(set_to_none=True)
-    x.grad = None
-    layer(x).sum().backward()
-
-
-def check_parity() -> float:
-    """Largest difference in float64 of output and gradients, grouped against gathered, in each geometry.
-
-    Raises:
-        SystemExit: if it is above the tolerance.
-    """
-    worst = 0.0
-    places: list[dict[str, Any]] = [
-        {"grid": (3, 4), "class_token": True},
-        {"grid": (4, 3)},
-        {"length": 7},
-        {"length": 7, "causal": True},
-    ]
-    for place in places:
-        case = Case(place, 12, 3, 2, True)
-        results = []
-        for implementation in ("grouped", "gather"):
-            layer, x = make(case, implementation)
-            layer, x = layer.double(), x.detach().double().requires_grad_()
-            out = layer(x)
-            grads = torch.autograd.grad(out, [x, *layer.parameters()], torch.linspace(-1, 1, out.numel()).view_as(out))
-            results.append([out, *grads])
-        worst = max(worst, *(float((a - b).detach().abs().max()) for a, b in zip(*results, strict=True)))
-    if worst > TOLERANCE:
-        sys.exit(
-            f"parity: grouped and gathered differ by {worst:.1e} in float64, above {TOLERANCE:.0e}: no speed is shown"
-        )
-    return worst
-
-
-def seconds(run: Callable[[], None], repeats: int) -> float:
-    """Median time of a call, after one that is not counted."""
-    run()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
 def peak_bytes(layer: Translution, x: torch.Tensor) -> int:
     """Highest sum of allocations in a step beyond weights and input; the gradients it makes count."""
     layer.zero_grad(set_to_none=True)
     x.grad = None
     begin, peak = trace_allocations(lambda: step(layer, x))
     return peak - begin
-
-
-def count_operations(geometry: RelationGeometry, batch: int, dim: int) -> int:
-    """Operations of a forward and backward pass, roles qkv, whose backward computes the rows again."""
-    return 3 * 4 * 2 * batch * geometry.table_rows * dim * dim
 
 
 def plain_products(geometry: RelationGeometry, batch: int, dim: int) -> Callable[[], None]:
@@ -246,15 +168,6 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for operator.json and operator.md")
@@ -263,26 +176,14 @@ def main() -> None:
     arguments = parser.parse_args()
     count_every_allocation()
     torch.set_num_threads(usable_cores())
-    document = {
-        "command": " ".join(["python", "benchmarks/operator.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": {
-            "processor": processor(),
-            "cores": usable_cores(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "translution": importlib.metadata.version("translution-scale"),
-        },
+    document: dict[str, Any] = {
+        **describe_run("operator"),
         "parity": check_parity(),
         "results": [measure(name, CASES[name], arguments.repeats) for name in arguments.case or CASES],
     }
     if not arguments.case:
         document["alpha"] = measure_alpha(arguments.repeats)
-    print(markdown(document))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "operator.json").write_text(json.dumps(document, indent=2) + "\n")
-        (arguments.out / "operator.md").write_text(markdown(document))
+    write_report(arguments.out, "operator", document, markdown(document))
 
 
 if __name__ == "__main__":

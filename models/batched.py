@@ -35,7 +35,7 @@ class Batch:
         d_in, d_out = context.widths
         # Gathered rows and products of two roles, a gradient, and slots up to twice as many as pairs.
         row_bytes = (3 * d_in + 2 * d_out + 2 * max(d_in, d_out)) * like.element_size()
-        most_pairs = context.workspace_bytes // (row_bytes * self.batch)
+        most_pairs = context.workspace_bytes * 3 // 4 // (row_bytes * self.batch)
         self.chunks, self.others = cut_tile(context.geometry, first, count, most_pairs, like.device)
         self.products: Products = choose_products(like.device, like.dtype, d_in, d_out)
 

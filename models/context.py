@@ -175,7 +175,9 @@ class RelationContext:
         d_in, d_out = self.widths
         largest = like.shape[0] * self.geometry.patches
         widths = (d_in, d_in, d_out, d_out)
-        return Workspace(like, largest, self.geometry.width, widths, self.workspace_bytes)
+        # Beside chunks of many relations, which have the rest of the limit.
+        limit = self.workspace_bytes // 4 if self.batched else self.workspace_bytes
+        return Workspace(like, largest, self.geometry.width, widths, limit)
 
     def drop(self, x_bhnn: Tensor) -> Tensor:
         """The tensor with this call's dropout applied, always the same one; itself without dropout."""

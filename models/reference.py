@@ -21,7 +21,7 @@ def relation_index(geometry: RelationGeometry) -> Tensor:
 
 
 def _reversed(geometry: RelationGeometry, index: Tensor) -> Tensor:
-    reverse = torch.tensor([geometry.reverse(r) for r in range(geometry.relations)])
+    reverse = torch.tensor([geometry.reverse(r) for r in range(geometry.relations)], device=index.device)
     return reverse[index]
 
 
@@ -70,7 +70,7 @@ def term_attention(
     Returns:
         (b, n, h·d).
     """
-    index = relation_index(geometry)
+    index = relation_index(geometry).to(rows[0].device)
     exists, index = index >= 0, index.clamp(min=0)
     query, key, value = (x.unflatten(2, (heads, -1)) for x in rows)
     keys, values = (x[:, None].expand(-1, geometry.tokens, -1, -1, -1) for x in (key, value))
@@ -108,9 +108,8 @@ def gather_attention(
     Returns:
         Outputs of the relative and of the plain values, (b, n, width) each, or None.
     """
-    index = relation_index(geometry)
-    exists = index >= 0
-    index = index.clamp(min=0)
+    index = relation_index(geometry).to(next(iter(sources.values())).device)
+    exists, index = index >= 0, index.clamp(min=0)
     logits: Tensor | float = 0.0
     if "query" in sources:
         query, key = sources["query"], sources["key"]

@@ -116,6 +116,8 @@ class OperatorChain(nn.Module):
             Outputs of the relative and of the plain values, (b, n, width) each, or None.
         """
         device = next(iter(sources.values())).device.type
+        if not torch.amp.is_autocast_available(device):
+            return self._run(sources, key_padding)
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             sources = {name: x.to(dtype) for name, x in sources.items()}

@@ -1,6 +1,6 @@
 """Sizes of one call of the relation operator: its tiles, its terms, its scratch matrices.
 
-Source: models/context.py, models/tiles.py.
+Source: models/context.py, models/tiles.py, models/batched.py.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ class RelationShape:
 
     @property
     def workspace_bytes(self) -> int:
-        """The scratch matrices: gathered rows and their products, twice."""
+        """The scratch matrices: gathered rows and their products, twice; on a GPU of as many pairs as fit."""
+        if self.widths.device != "cpu":
+            row = 3 * self.d_in + 2 * self.d_out + 2 * max(self.d_in, self.d_out)
+            return min(self.workspace_limit, self.batch * self.geometry.total_pairs * row * self.widths.value)
         return self.workspace_rows * 2 * (self.d_in + self.d_out) * self.widths.value
 
     def piece(self, rows: int, cols: int) -> int:

@@ -10,7 +10,7 @@ from operator_pairs import LAYERS, PLACES, layer_pair, outputs
 from torch import Tensor
 
 from translution.distributed.measure import count_every_allocation, trace_allocations
-from translution.models import Translution, batched
+from translution.models import AlphaTranslution, BiasAttention, ShawAttention, Translution, batched
 from translution.models.pair_chunks import cut_tile
 from translution.models.products import GroupedProducts, SeparateProducts, choose_products, grouped_is_right
 from translution.planner.relations import RelationGeometry
@@ -181,6 +181,23 @@ def test_scratch_memory_stays_within_its_bound(limit: int, batch: int) -> None:
     begin, highest = trace_allocations(out[0].backward)
     tables = 3 * 95 * 32 * 32 * 4
     assert highest - begin <= limit + tables + pairs + pairs // 48 + 7 * rows
+
+
+@pytest.mark.parametrize("implementation", ["grouped", "batched", "gather"])
+@pytest.mark.parametrize("place", [PLACES[2], PLACES[5], PLACES[9]], ids=str)
+@pytest.mark.parametrize(("layer", "options"), [*LAYERS, (BiasAttention, {}), (ShawAttention, {})])
+def test_everything_is_made_where_the_layer_lies(
+    layer: type[Any], options: dict[str, Any], place: dict[str, Any], implementation: str
+) -> None:
+    """Another device than the CPU, without a GPU: tensors without values, which mix with no others."""
+    if layer in (Translution, AlphaTranslution):
+        options = options | {"implementation": implementation, "tile_relations": 4}
+    ours = layer(8, 2, **place, **options).to("meta")
+    tokens = ours.geometry.tokens
+    x, mask = torch.randn(2, tokens, 8, device="meta", requires_grad=True), torch.zeros(2, tokens, device="meta").bool()
+    ours(x, mask).sum().backward()
+    assert x.grad is not None
+    assert all(parameter.grad is not None for parameter in ours.parameters())
 
 
 @pytest.mark.usefixtures("double", "poisoned")
