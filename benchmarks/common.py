@@ -98,6 +98,25 @@ def seconds(run: Callable[[], None], repeats: int, wait: Callable[[], None] = la
     return statistics.median(times)
 
 
+def alternate(first: Callable[[], None], second: Callable[[], None], repeats: int) -> tuple[float, float, float]:
+    """Median times of two calls, made by turns, and the median of first / second of each turn.
+
+    A machine that is slow for a while is so for both.
+    """
+    first()
+    second()
+    turns = [(seconds_once(first), seconds_once(second)) for _ in range(repeats)]
+    times = [statistics.median(column) for column in zip(*turns, strict=True)]
+    return times[0], times[1], statistics.median(one / other for one, other in turns)
+
+
+def seconds_once(run: Callable[[], None]) -> float:
+    """Time of one call."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
 def count_operations(geometry: RelationGeometry, batch: int, dim: int) -> int:
     """Operations of a forward and backward pass, roles qkv, whose backward computes the rows again."""
     return 3 * 4 * 2 * batch * geometry.table_rows * dim * dim

@@ -10,12 +10,13 @@ usage: python benchmarks/operator.py [--out FOLDER] [--repeats N] [--case NAME .
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Case, check_parity, count_operations, describe_run, make, seconds, step, write_report
+from common import Case, alternate, check_parity, count_operations, describe_run, make, step, write_report
 from torch import nn
 
 from translution.distributed.measure import count_every_allocation, trace_allocations
@@ -72,9 +73,8 @@ def plain_products(geometry: RelationGeometry, batch: int, dim: int) -> Callable
 def measure(name: str, case: Case, repeats: int) -> dict[str, Any]:
     layer, x = make(case)
     operations = count_operations(layer.geometry, case.batch, case.dim)
-    with torch.no_grad():
-        plain = seconds(plain_products(layer.geometry, case.batch, case.dim), repeats)
-    grouped = seconds(lambda: step(layer, x), repeats)
+    products = torch.no_grad()(plain_products(layer.geometry, case.batch, case.dim))
+    plain, grouped, share = alternate(products, functools.partial(step, layer, x), repeats)
     result: dict[str, Any] = {
         "case": name,
         "batch": case.batch,
@@ -83,13 +83,13 @@ def measure(name: str, case: Case, repeats: int) -> dict[str, Any]:
         "operations": operations,
         "matmul_seconds": plain,
         "matmul_flop_per_s": operations / plain,
-        "matmul_rate_share": plain / grouped,
+        "matmul_rate_share": share,
     }
     if case.gather:
         slow, x = make(case, "gather")
-        result["gather_seconds"] = seconds(lambda: step(slow, x), max(1, repeats // 3))
+        turn = functools.partial(step, slow, x), functools.partial(step, layer, x)
+        result["gather_seconds"], _, result["times_faster"] = alternate(*turn, max(1, repeats // 2))
         result["gather_peak_bytes"] = peak_bytes(slow, x)
-        result["times_faster"] = result["gather_seconds"] / grouped
         result["times_smaller"] = result["gather_peak_bytes"] / result["grouped_peak_bytes"]
     return result
 
@@ -121,12 +121,12 @@ def measure_alpha(repeats: int) -> dict[str, Any]:
     weights = sum(parameter.numel() for parameter in plain.parameters() if parameter.ndim == 2)
     # Every projection three times over (forward, both gradients); attention's two products likewise.
     other = 3 * 2 * batch * 197 * weights + 3 * 2 * 2 * batch * 197**2 * dim
-    times = {name: seconds(lambda m=layer: step(m, x), repeats) for name, layer in (("alpha", alpha), ("plain", plain))}
+    ours, theirs, ratio = alternate(functools.partial(step, alpha, x), functools.partial(step, plain, x), repeats)
     return {
         "batch": batch,
-        "alpha_seconds": times["alpha"],
-        "plain_seconds": times["plain"],
-        "time_ratio": times["alpha"] / times["plain"],
+        "alpha_seconds": ours,
+        "plain_seconds": theirs,
+        "time_ratio": ratio,
         "operations_ratio": (other + relative) / other,
     }
 
