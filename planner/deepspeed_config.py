@@ -33,9 +33,13 @@ def check_training_state(training: TrainingSpec, zero: ZeroSpec, device: str) ->
             "optimizer: 'lion' is not allowed: must be adamw, adagrad or sgd on CPU ranks without optimizer offload"
         )
     if training.optimizer == "sgd" and offloaded == "nvme":
-        raise InputError("optimizer: 'sgd' is not allowed: must be adamw, lion or adagrad with optimizer offload to nvme")
+        raise InputError(
+            "optimizer: 'sgd' is not allowed: must be adamw, lion or adagrad with optimizer offload to nvme"
+        )
     if zero.offload_optimizer.ratio < 1 and training.optimizer != "adamw":
-        raise InputError(f"optimizer: {training.optimizer!r} is not allowed: must be adamw with an offload ratio below 1")
+        raise InputError(
+            f"optimizer: {training.optimizer!r} is not allowed: must be adamw with an offload ratio below 1"
+        )
     _check_bf16_master(training, zero)
     if zero.stage == 0 and training.accumulation_dtype != training.precision:
         raise InputError(
