@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import resource
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +33,6 @@ class StorageCounter:
                 self._seen.add(pointer)
                 total += size
         return total
-
-
-def process_peak_bytes() -> int:
-    """Highest resident set of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def count_every_allocation() -> None:
@@ -79,38 +71,32 @@ def trace_allocations(phase: Callable[[], None]) -> tuple[int, int]:
     return begin, max(total for _, total in totals)
 
 
-def zero_entries(engine: Any) -> dict[str, list[object]]:
-    """The long-lived tensors of a ZeRO engine, told apart.
+class KeptCounter:
+    """Adds up what autograd keeps for backward: unique storages, weights and buffers left out.
 
-    Attribute names are those of DeepSpeed 0.19.8's DeepSpeedZeroOptimizer_Stage3 and of the
-    stage 1 and 2 optimizer; an attribute that a stage does not have gives nothing.
+    Args:
+        module: the network, whose parameters and buffers are not counted.
     """
-    parameters = list(engine.module.parameters())
-    optimizer = engine.optimizer
-    inner = getattr(optimizer, "optimizer", optimizer)
-    states = [value for state in inner.state.values() for value in state.values()]
 
-    def attribute(name: str) -> list[object]:
-        return flatten(getattr(optimizer, name, None))
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in module.buffers()}
+        self._saved: dict[int, int] = {}
 
-    def flatten(value: object) -> list[object]:
-        if isinstance(value, dict):
-            value = list(value.values())
-        if isinstance(value, list | tuple):
-            return [tensor for entry in value for tensor in flatten(entry)]
-        return [value]
+    @property
+    def total_bytes(self) -> int:
+        """Bytes kept by everything that ran under `counting`."""
+        return sum(self._saved.values())
 
-    buckets = getattr(optimizer, "ipg_buckets", {})
-    return {
-        "parameters": [getattr(p, "ds_tensor", p) for p in parameters]
-        + attribute("fp16_partitioned_groups_flat")
-        + attribute("fp16_groups_flat"),
-        "persistent parameters": list(parameters),
-        "gradients": attribute("grad_partitions_flat_buffer") + [p.grad for p in parameters],
-        "master parameters": attribute("fp32_partitioned_groups_flat")
-        + attribute("single_partition_of_fp32_groups")
-        + attribute("fp32_groups_flat")
-        + attribute("fp32_groups"),
-        "optimizer states": states,
-        "reduce bucket": [getattr(bucket, "buffer", None) for bucket in buckets.values()],
-    }
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what is kept while the context lasts; a forward pass belongs in it."""
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+            yield
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        # A gathered weight has a storage of the moment, so it is known by what it is.
+        parameter = isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)
+        storage = tensor.untyped_storage()
+        if not parameter and storage.data_ptr() not in self._own:
+            self._saved[storage.data_ptr()] = storage.nbytes()
+        return tensor

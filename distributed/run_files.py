@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from translution.planner.errors import InputError, RunFailedError
 from translution.planner.files import write_text
@@ -55,6 +55,22 @@ class MemoryMeasurement(Schema):
     """The highest of them."""
     process_peak_bytes: int
     """Highest resident set of the process so far, libraries included."""
+    host_entries_bytes: dict[str, int] = Field(default_factory=dict)
+    """Live tensors in host memory between two steps, where the device has memory of its own."""
+    swap_buffers_bytes: dict[str, int] = Field(default_factory=dict)
+    """Locked buffers for NVMe, which are in no other figure but the process's and ``locked_bytes``."""
+    locked_bytes: int = 0
+    """Memory of the process that is locked (mlock), between two steps."""
+    pinned_bytes: int = 0
+    """Memory of the process that a driver has pinned, between two steps."""
+    disk_bytes: dict[str, int] = Field(default_factory=dict)
+    """Files of this rank on NVMe between two steps, by what they hold."""
+    kept_bytes: int | None = None
+    """What one micro-batch's forward keeps for backward, parameters left out."""
+    process_start_bytes: int = 0
+    """Resident set before the model was made: libraries, data and the process group."""
+    process_phase_peak_bytes: dict[str, int] = Field(default_factory=dict)
+    """Highest resident set within each phase, libraries included."""
 
 
 _STATUS: TypeAdapter[RankStatus] = TypeAdapter(RankStatus)

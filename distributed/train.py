@@ -13,7 +13,8 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ from translution.planner.errors import InputError
 from translution.planner.files import write_text
 from translution.planner.plan import Plan, load_plan
 
-from . import measure
+from . import host, measure
 from .data import Samples, load_samples, micro_batches
 from .launch import LAUNCHER_PID
+from .recorder import BACKWARD, FORWARD, INIT, SAVE, STEP, Between, Recorder, RunPhase, run_phase
 from .run_files import (
     CHECKPOINT,
     METRICS,
-    MemoryMeasurement,
     RankStatus,
     make_run_folders,
     memory_path,
@@ -40,6 +41,7 @@ from .run_files import (
 
 MEASURED_STEP = 3
 """The optimizer step that is measured: Adam's moments exist by then, buffers have their size."""
+_MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
@@ -63,6 +65,8 @@ class Rank:
         self.step = 0
         self.samples: list[Tensor] = []
         self.engine: Any = None
+        self.recorder: Recorder | None = None
+        self.between: Between | None = None
 
     def say(self, state: str, message: str = "") -> None:
         """Write this rank's status."""
@@ -76,7 +80,7 @@ class Rank:
                 file.write(json.dumps(values) + "\n")
 
     def start(self) -> None:
-        """Join the process group and build the engine; the model is partitioned as it is made.
+        """Join the process group and build the engine.
 
         Raises:
             InputError: if the world is not the plan's.
@@ -84,12 +88,23 @@ class Rank:
         self.say("started")
         if self.ranks != self.plan.cluster.ranks:
             raise InputError(f"WORLD_SIZE: {self.ranks} is not allowed: must be {self.plan.cluster.ranks}, as planned")
+        self.join()
+        self.recorder = Recorder(self.plan, self.rank)
+        self.recorder.both(INIT, self.build)
+
+    def join(self) -> None:
+        """Join the process group."""
         cuda = self.plan.cluster.device == "cuda"
         import deepspeed
 
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
+
+    def build(self) -> None:
+        """Make the model, partitioned as it is made under ZeRO-3, and the engine."""
+        import deepspeed
+
         config = self.plan.deepspeed_config()
         torch.manual_seed(self.plan.training.seed)
         with deepspeed.zero.Init(config_dict_or_path=config, enabled=self.plan.zero.stage == 3):
@@ -101,8 +116,8 @@ class Rank:
     def outputs(self, batch: Samples) -> Tensor:
         """The network's logits for a micro-batch."""
         inputs = batch.inputs.to(self.engine.device)
-        if inputs.is_floating_point() and self.plan.training.precision == "bf16":
-            inputs = inputs.bfloat16()
+        if inputs.is_floating_point():
+            inputs = inputs.to(_MODEL_DTYPES[self.plan.training.precision])
         logits: Tensor = self.engine(inputs)
         return logits
 
@@ -111,18 +126,28 @@ class Rank:
         logits = self.outputs(batch).flatten(0, -2).float()
         return torch.nn.functional.cross_entropy(logits, batch.targets.to(self.engine.device).flatten())
 
-    def pass_forward_and_backward(self, batches: list[Samples]) -> float:
+    def pass_forward_and_backward(self, batches: list[Samples], phase: RunPhase = run_phase) -> float:
         """All micro-batches of a step; the mean loss over them.
+
+        Args:
+            batches: the micro-batches.
+            phase: called with the name and the work of each forward and backward.
 
         Raises:
             FloatingPointError: if the loss is not finite.
         """
         total = 0.0
+        loss = torch.zeros(())
+
+        def forward(batch: Samples) -> None:
+            nonlocal loss
+            loss = self.loss(batch)
+
         for number, batch in enumerate(batches):
             if number:
                 self.engine.step()  # Between micro-batches it only counts.
-            loss = self.loss(batch)
-            self.engine.backward(loss)
+            phase(FORWARD, partial(forward, batch))
+            phase(BACKWARD, lambda: self.engine.backward(loss))
             total += loss.item() / len(batches)
         if not math.isfinite(total):
             raise FloatingPointError(f"loss is {total}")
@@ -132,56 +157,47 @@ class Rank:
         """Clip and apply the gradients at the schedule's learning rate."""
         training = self.plan.training
         factor = learning_rate_factor(self.step, training.warmup_steps, training.steps)
-        for group in self.engine.optimizer.param_groups:
+        # With part of the states offloaded DeepSpeed has a second optimizer for what stays.
+        optimizers = [self.engine.optimizer, getattr(self.engine.optimizer, "backup_optimizer", None)]
+        for group in (group for optimizer in optimizers if optimizer for group in optimizer.param_groups):
             group["lr"] = training.learning_rate * factor
         self.engine.step()
 
-    def train_step(self, batches: list[Samples]) -> float:
+    def train_step(self, batches: list[Samples], phase: RunPhase = run_phase) -> float:
         """One optimizer step; the mean loss over this rank's micro-batches."""
-        loss = self.pass_forward_and_backward(batches)
-        self.optimizer_step()
+        loss = self.pass_forward_and_backward(batches, phase)
+        phase(STEP, self.optimizer_step)
         return loss
 
-    def measured_step(self, batches: list[Samples]) -> float:
-        """A step whose memory is written down, phase by phase."""
-        loss = 0.0
+    def recorded_step(self, batches: list[Samples], measured: int | None) -> float:
+        """A step like any other, but the measured one and the one before are watched."""
+        assert self.recorder is not None
+        if measured is None or self.step not in (measured - 1, measured):
+            return self.train_step(batches)
+        if self.step == measured - 1:
+            self.recorder.count_kept(self.engine.module)
+            return self.train_step(batches, self.recorder.resident)
+        self.between = self.recorder.between_steps(self.engine, self.samples, batches)
+        loss = self.train_step(batches, self.recorder.allocated)
+        self.write_measurement(measured)
+        return loss
 
-        def pass_both() -> None:
-            nonlocal loss
-            loss = self.pass_forward_and_backward(batches)
-
-        device = self.plan.cluster.device
-        counter = measure.StorageCounter()
-        # The samples stand in for a data loader and are no part of the training state.
-        samples_bytes = counter.add(tensor for tensor in self.samples if tensor.device.type == device)
-        entries = {name: counter.add(tensors) for name, tensors in measure.zero_entries(self.engine).items()}
-        given = [tensor for batch in batches for tensor in (batch.inputs, batch.targets)]
-        entries["micro-batches"] = counter.add(tensor for tensor in given if tensor.device.type == device)
-        resident, *peaks = (
-            total - samples_bytes for total in self._trace(pass_both) + self._trace(self.optimizer_step)[1:]
-        )
-        entries["other"] = resident - sum(entries.values())
-        measurement = MemoryMeasurement(
-            rank=self.rank,
-            device=self.plan.cluster.device,
-            step=self.step,
-            entries_bytes=entries,
-            resident_bytes=resident,
-            phase_peak_bytes=dict(zip(("forward and backward", "optimizer step"), peaks, strict=True)),
-            peak_bytes=max(peaks),
-            process_peak_bytes=measure.process_peak_bytes(),
-        )
+    def write_measurement(self, step: int) -> None:
+        """Write what has been measured so far."""
+        assert self.recorder is not None and self.between is not None
+        measurement = self.recorder.measurement(step, self.between)
         write_text(memory_path(self.run, self.rank), measurement.model_dump_json(indent=2) + "\n")
-        return loss
 
-    def _trace(self, phase: Callable[[], None]) -> tuple[int, int]:
-        """Bytes allocated on the device before a phase, and at its worst moment."""
-        if self.plan.cluster.device == "cpu":
-            return measure.trace_allocations(phase)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        phase()
-        return before, torch.cuda.max_memory_allocated()
+    def save(self, measured: int | None) -> None:
+        """Save the checkpoint and note the memory it takes."""
+        assert self.recorder is not None
+
+        def work() -> None:
+            self.engine.save_checkpoint(str(self.run / CHECKPOINT), tag=f"step_{self.step}")
+
+        self.recorder.both(SAVE, work)
+        if measured is not None:
+            self.write_measurement(measured)
 
     def mean_over_ranks(self, *values: float) -> list[float]:
         """Each value's mean over all ranks."""
@@ -232,15 +248,14 @@ class Rank:
         measured = min(MEASURED_STEP, training.steps) - 1 or None
         for self.step in range(training.steps):
             began = time.perf_counter()
-            step = self.measured_step if self.step == measured else self.train_step
-            (loss,) = self.mean_over_ranks(step(next(batches)))
+            (loss,) = self.mean_over_ranks(self.recorded_step(next(batches), measured))
             seconds = time.perf_counter() - began
             norm = self.engine.get_global_grad_norm()
             self.log(
                 event="step",
                 step=self.step + 1,
                 loss=loss,
-                grad_norm=None if norm is None else float(norm),
+                grad_norm=float(norm) if norm is not None and math.isfinite(norm) else None,
                 learning_rate=self.engine.optimizer.param_groups[0]["lr"],
                 seconds=seconds,
                 samples_per_s=training.global_batch(self.ranks) / seconds,
@@ -248,7 +263,7 @@ class Rank:
             if self.step % 20 == 0:
                 self.say("training")
         self.step = training.steps
-        self.engine.save_checkpoint(str(self.run / CHECKPOINT), tag=f"step_{self.step}")
+        self.save(measured)
         loss, accuracy = self.evaluate(held_out)
         self.log(event="evaluation", step=self.step, loss=loss, accuracy=accuracy, samples=len(held_out))
         self.say("finished")
@@ -295,6 +310,8 @@ def train(plan_folder: Path, run: Path) -> None:
         rank.say("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
         raise
     finally:
+        for path in {plan.zero.offload_optimizer.nvme_path, plan.zero.offload_param.nvme_path}:
+            host.remove_swap_files(path, rank.rank)
         # Without it a gloo process may abort at exit after success.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import TypeAdapter
 
 from .cluster import ClusterSpec
-from .deepspeed_config import deepspeed_config
+from .deepspeed_config import check_training_state, deepspeed_config
 from .errors import DoesNotFitError, InputError
 from .memory import MemoryEstimate, estimate_memory, partitioned
 from .model_spec import ModelSpec, Positive, VitSpec
 from .parameters import TABLES, parameter_groups, table_entries
-from .schema import Schema, parse_json
-from .training import TrainingSpec, ZeroSpec
+from .schema import Schema, parse_json, validate
+from .training import OffloadDevice, TrainingSpec, ZeroSpec
 from .units import format_bytes
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -26,6 +26,17 @@ DIGITS_TRAINING_SAMPLES = 1433
 """Of scikit-learn's 1,797 digits; the others are held out."""
 SUB_GROUP_ELEMENTS = 2**24
 """Largest sub-group that the optimizer updates at once."""
+Offload: TypeAlias = Literal["none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme"]
+OFFLOAD: dict[Offload, tuple[OffloadDevice, OffloadDevice]] = {
+    "none": ("none", "none"),
+    "cpu-optimizer": ("cpu", "none"),
+    "cpu": ("cpu", "cpu"),
+    "nvme-optimizer": ("nvme", "none"),
+    "nvme": ("nvme", "nvme"),
+}
+"""Where each mode keeps the optimizer's states and the parameters."""
+PARAM_BUFFERS = 3
+"""Buffers for parameters read from NVMe: the two of a tile of logits, and one to spare."""
 
 
 class Plan(Schema):
@@ -48,6 +59,7 @@ class Plan(Schema):
 
 
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
+_ZERO: TypeAdapter[ZeroSpec] = TypeAdapter(ZeroSpec)
 
 
 def version() -> str:
@@ -76,29 +88,61 @@ def choose_tile(spec: ModelSpec, ranks: int) -> int | None:
     return count
 
 
-def choose_zero(spec: ModelSpec, tile_relations: int | None, stage: Literal[0, 1, 2, 3], ranks: int) -> ZeroSpec:
+def choose_zero(
+    spec: ModelSpec,
+    tile_relations: int | None,
+    stage: Literal[0, 1, 2, 3],
+    ranks: int,
+    *,
+    offload: Offload = "none",
+    nvme_path: str | None = None,
+    ratio: float = 1.0,
+) -> ZeroSpec:
     """The knobs under which ZeRO-3 holds one tile at a time.
 
     No prefetch, no reuse distance, a bucket that takes the largest tensor: with DeepSpeed's own
     defaults every tile would stay gathered. Tensors below the smallest tile persist.
+
+    Args:
+        spec: the model.
+        tile_relations: relations per tile; None keeps tables whole.
+        stage: the ZeRO stage.
+        ranks: number of shares of a tensor.
+        offload: what leaves the device, and for where.
+        nvme_path: a folder on every node's NVMe drive, for the modes that use it.
+        ratio: share of the sub-groups whose states leave the device.
+
+    Raises:
+        InputError: if the stage does not go with the mode, or a path is missing.
     """
     groups = parameter_groups(spec, tile_relations)
     largest = max(group.numel for group in groups)
     tiles = [group.numel for group in groups if group.component == TABLES]
     threshold = min(100_000, min(tiles) - 1) if tiles else 100_000
     share = partitioned(groups, ranks)
+    largest_share = -(-largest // ranks)
     # An eighth of a rank's share bounds the optimizer step's copies; above 16 Mi elements a
     # sub-group gains nothing, and below the largest tensor's share it cannot shrink.
-    sub_group = max(-(-largest // ranks), min(SUB_GROUP_ELEMENTS, share // 8))
-    return ZeroSpec(
-        stage=stage,
-        reduce_bucket_elements=largest,
-        prefetch_bucket_elements=0,
-        max_live_elements=4 * largest,
-        max_reuse_distance_elements=0,
-        persistence_threshold_elements=threshold,
-        sub_group_elements=sub_group,
-    )
+    sub_group = max(largest_share, min(SUB_GROUP_ELEMENTS, share // 8))
+    optimizer, param = OFFLOAD[offload]
+    if param == "nvme":
+        # DeepSpeed locks the largest sub-group's whole tensors, not a rank's shares of them.
+        sub_group = largest_share
+    paths = {"nvme_path": nvme_path}
+    values: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_elements": largest,
+        "prefetch_bucket_elements": 0,
+        "max_live_elements": 4 * largest,
+        "max_reuse_distance_elements": 0,
+        "persistence_threshold_elements": threshold,
+        "sub_group_elements": sub_group,
+        "offload_optimizer": {"device": optimizer, "ratio": ratio, "pin_memory": optimizer != "nvme"}
+        | (paths if optimizer == "nvme" else {}),
+        "offload_param": {"device": param, "pin_memory": False, "buffer_elements": largest_share}
+        | (paths | {"buffer_count": PARAM_BUFFERS} if param == "nvme" else {}),
+    }
+    return validate(_ZERO, values, "plan", tuple(ZeroSpec.model_fields))
 
 
 def _check_data(spec: ModelSpec, training: TrainingSpec, ranks: int) -> None:
@@ -123,6 +167,9 @@ def make_plan(
     *,
     stage: Literal[0, 1, 2, 3] = 3,
     tile_relations: int | None = None,
+    offload: Offload = "none",
+    nvme_path: str | None = None,
+    offload_ratio: float = 1.0,
 ) -> Plan:
     """Choose the knobs and predict the memory of each rank.
 
@@ -132,9 +179,13 @@ def make_plan(
         training: how it trains.
         stage: the ZeRO stage.
         tile_relations: relations per tile; None chooses.
+        offload: what leaves the device, and for where.
+        nvme_path: a folder on every node's NVMe drive.
+        offload_ratio: share of the optimizer's sub-groups that leave the device.
 
     Raises:
-        InputError: if the data does not suit the model, or the tile is out of range.
+        InputError: if the data does not suit the model, the tile is out of range, or DeepSpeed
+            does not run the combination of optimizer, dtypes and offload.
         DoesNotFitError: if a rank's device has less memory than predicted.
     """
     _check_data(spec, training, cluster.ranks)
@@ -143,7 +194,10 @@ def make_plan(
         tile_relations = choose_tile(spec, cluster.ranks)
     elif not 1 <= tile_relations <= relations:
         raise InputError(f"tile_relations: {tile_relations} is not allowed: must be from 1 to {relations}")
-    zero = choose_zero(spec, tile_relations, stage, cluster.ranks)
+    zero = choose_zero(
+        spec, tile_relations, stage, cluster.ranks, offload=offload, nvme_path=nvme_path, ratio=offload_ratio
+    )
+    check_training_state(training, zero, cluster.device)
     prediction = estimate_memory(spec, cluster, training, zero, tile_relations)
     if prediction.peak_bytes > cluster.device_memory_bytes:
         raise DoesNotFitError(

@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 from .model_spec import Positive
 from .schema import Schema
 
-Precision: TypeAlias = Literal["fp32", "bf16"]
-DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+Optimizer: TypeAlias = Literal["adamw", "lion", "adagrad", "sgd"]
 
 NonNegative: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
@@ -21,7 +22,13 @@ class TrainingSpec(Schema):
     """Everything about training that is not the model or the cluster."""
 
     precision: Precision = "fp32"
-    """Dtype of parameters, activations and collectives; bf16 keeps an fp32 master copy."""
+    """Dtype of parameters, activations and collectives; bf16 and fp16 keep an fp32 master copy."""
+    grad_accum_dtype: Precision | None = None
+    """Dtype in which gradients are added up and kept until the step; null is the model's."""
+    bf16_master: bool = False
+    """Keep the master copy and the gradients of the step in bf16 too, with precision bf16."""
+    bf16_states: bool = False
+    """Keep the optimizer's moments in bf16 too, with bf16_master."""
     micro_batch: Positive = 8
     """Samples per rank and forward pass."""
     accumulation: Positive = 1
@@ -30,10 +37,16 @@ class TrainingSpec(Schema):
     """Optimizer steps of the whole run."""
     warmup_steps: NonNegative = 0
     """Steps of linear warm-up before the cosine decay."""
+    optimizer: Optimizer = "adamw"
+    """Offloaded states are updated by DeepSpeed's own CPU version of adamw, lion and adagrad."""
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.05
     betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.95)
+    """Of adamw and lion."""
     epsilon: PositiveFloat = 1e-8
+    """Of adamw and adagrad."""
+    momentum: NonNegativeFloat = 0.9
+    """Of sgd; 0 keeps none."""
     gradient_clipping: NonNegativeFloat = 1.0
     """Largest global L2 norm of the gradients; 0 clips nothing."""
     data: Literal["digits", "synthetic"] = "digits"
@@ -47,6 +60,19 @@ class TrainingSpec(Schema):
             raise ValueError(f"warmup_steps: {self.warmup_steps} is not allowed: must be below steps {self.steps}")
         if max(self.betas) >= 1:
             raise ValueError(f"betas: {self.betas} is not allowed: must be below 1")
+        if self.momentum >= 1:
+            raise ValueError(f"momentum: {self.momentum} is not allowed: must be below 1")
+        return self
+
+    @model_validator(mode="after")
+    def _check_dtypes(self) -> TrainingSpec:
+        if self.grad_accum_dtype not in (None, self.precision, "fp32"):
+            allowed = " or ".join(dict.fromkeys((self.precision, "fp32")))
+            raise ValueError(f"grad_accum_dtype: {self.grad_accum_dtype!r} is not allowed: must be {allowed}")
+        if self.bf16_master and self.precision != "bf16":
+            raise ValueError(f"bf16_master: True is not allowed: precision must be bf16, not {self.precision}")
+        if self.bf16_states and not self.bf16_master:
+            raise ValueError("bf16_states: True is not allowed: bf16_master must be true too")
         return self
 
     @property
@@ -54,9 +80,91 @@ class TrainingSpec(Schema):
         """Bytes of one parameter or activation."""
         return DTYPE_BYTES[self.precision]
 
+    @property
+    def accumulation_dtype(self) -> Precision:
+        """Dtype in which gradients are kept until the step."""
+        return self.grad_accum_dtype or self.precision
+
+    @property
+    def master_dtype(self) -> Precision:
+        """Dtype of the copy of the parameters that the optimizer updates, and of its gradients."""
+        return "bf16" if self.bf16_master else "fp32"
+
+    @property
+    def states_dtype(self) -> Precision:
+        """Dtype of the optimizer's moments."""
+        return "bf16" if self.bf16_states else "fp32"
+
     def global_batch(self, ranks: int) -> int:
         """Samples per optimizer step over all ranks."""
         return self.micro_batch * self.accumulation * ranks
+
+
+OffloadDevice: TypeAlias = Literal["none", "cpu", "nvme"]
+
+
+def _check_path(offload: OffloadOptimizer | OffloadParam) -> None:
+    if offload.device == "nvme" and not offload.nvme_path:
+        raise ValueError("nvme_path: is required with device nvme")
+
+
+class OffloadOptimizer(Schema):
+    """Where the optimizer's states, master copy and gradients lie between steps."""
+
+    device: OffloadDevice = "none"
+    ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the sub-groups whose states lie on the host; the first ones stay on the device."""
+    pin_memory: bool = True
+    """Lock the host's buffers of gradients in memory."""
+    buffer_count: Positive = 4
+    """Locked buffers, each of the largest sub-group's size, through which states go to NVMe."""
+    pipeline_read: bool = False
+    """Read the next sub-group from NVMe while one is updated."""
+    pipeline_write: bool = False
+    """Write the last sub-group to NVMe while one is updated."""
+    nvme_path: str | None = None
+    """A folder on the NVMe drive of every node."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OffloadOptimizer:
+        _check_path(self)
+        if self.device == "nvme":
+            least = least_buffers(self.pipeline_read, self.pipeline_write)
+            if self.buffer_count < least:
+                raise ValueError(f"buffer_count: {self.buffer_count} is not allowed: must be at least {least}")
+        if self.ratio < 1 and self.device != "cpu":
+            raise ValueError(f"ratio: {self.ratio} is not allowed: must be 1 unless the device is cpu")
+        return self
+
+
+def least_buffers(pipeline_read: bool, pipeline_write: bool) -> int:
+    """Fewest buffers with which the optimizer's swapping to NVMe does not run dry.
+
+    A sub-group's parameters, gradients and two moments take one each; reading and writing ahead
+    take as many again. Source: runs of DeepSpeed 0.19.8 with AdamW.
+    """
+    return 4 * (1 + pipeline_read + pipeline_write)
+
+
+class OffloadParam(Schema):
+    """Where a rank's shares of the parameters lie while they are not gathered."""
+
+    device: OffloadDevice = "none"
+    pin_memory: bool = False
+    """Lock each share before it is copied into the flat buffer, which is locked in any case."""
+    buffer_count: Positive = 5
+    """Locked buffers for shares read from NVMe, of which every gathered parameter holds one."""
+    buffer_elements: Positive = 100_000_000
+    """Size of such a buffer, at least the largest share."""
+    max_in_cpu_elements: NonNegative = 0
+    """Elements of a rank's shares that stay on the host before NVMe is used."""
+    nvme_path: str | None = None
+    """A folder on the NVMe drive of every node."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OffloadParam:
+        _check_path(self)
+        return self
 
 
 class ZeroSpec(Schema):
@@ -69,3 +177,29 @@ class ZeroSpec(Schema):
     max_reuse_distance_elements: NonNegative = 0
     persistence_threshold_elements: NonNegative = 100_000
     sub_group_elements: Positive = 100_000_000
+    offload_optimizer: OffloadOptimizer = OffloadOptimizer()
+    offload_param: OffloadParam = OffloadParam()
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> ZeroSpec:
+        optimizer, param = self.offload_optimizer, self.offload_param
+        # DeepSpeed accepts each of these, and then ignores it or fails in the first step.
+        if self.stage < 3 and param.device != "none":
+            raise ValueError(f"offload_param: {param.device!r} is not allowed: must be none below stage 3")
+        if self.stage < 3 and optimizer.device == "nvme":
+            raise ValueError("offload_optimizer: 'nvme' is not allowed: must be none or cpu below stage 3")
+        if self.stage == 0 and optimizer.device != "none":
+            raise ValueError(f"offload_optimizer: {optimizer.device!r} is not allowed: must be none at stage 0")
+        if self.stage < 3 and optimizer.ratio < 1:
+            raise ValueError(f"offload_optimizer.ratio: {optimizer.ratio} is not allowed: must be 1 below stage 3")
+        return self
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything lies off the device."""
+        return self.offload_optimizer.device != "none" or self.offload_param.device != "none"
+
+    @property
+    def uses_nvme(self) -> bool:
+        """Whether anything lies on NVMe."""
+        return "nvme" in (self.offload_optimizer.device, self.offload_param.device)

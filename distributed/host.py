@@ -1,0 +1,68 @@
+"""What the operating system says of this process: resident and locked memory, and files on NVMe."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+_FIELDS = {"resident": "VmRSS", "peak": "VmHWM", "locked": "VmLck", "pinned": "VmPin"}
+SWAP_FOLDER = "zero_stage_3"
+"""What DeepSpeed makes under an NVMe path."""
+
+
+def process_bytes() -> dict[str, int]:
+    """Resident, highest resident, locked (mlock) and pinned (by a driver) memory of this process.
+
+    Only the highest is known where there is no /proc.
+    """
+    try:
+        text = _STATUS.read_text(encoding="ascii")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"peak": peak if sys.platform == "darwin" else peak * 1024}
+    lines = dict(re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE))
+    return {name: int(lines.get(field, 0)) * 1024 for name, field in _FIELDS.items()}
+
+
+def forget_peak() -> None:
+    """Let the highest resident memory begin anew at the present one, where Linux allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def swap_folders(nvme_path: str, rank: int) -> list[Path]:
+    """The folders in which DeepSpeed keeps one rank's files under an NVMe path."""
+    base = Path(nvme_path) / SWAP_FOLDER
+    return [base / "optimizer" / f"rank{rank}", *(path / f"rank{rank}" for path in base.glob("*params"))]
+
+
+def _kind(path: Path) -> str:
+    """What a swap file holds, from the name that DeepSpeed gave it."""
+    if path.parent.parent.name.endswith("params"):
+        return "parameters"
+    for kind in ("gradient", "exp_avg_sq", "exp_avg"):
+        if kind in path.name:
+            return {"gradient": "gradients"}.get(kind, kind)
+    return "master parameters"
+
+
+def disk_bytes(nvme_path: str | None, rank: int) -> dict[str, int]:
+    """Bytes of a rank's files under an NVMe path, by what they hold."""
+    result: dict[str, int] = {}
+    for folder in swap_folders(nvme_path, rank) if nvme_path else []:
+        for path in folder.glob("**/*"):
+            if path.is_file():
+                kind = _kind(path)
+                result[kind] = result.get(kind, 0) + path.stat().st_size
+    return result
+
+
+def remove_swap_files(nvme_path: str | None, rank: int) -> None:
+    """Delete a rank's own files under an NVMe path: no later run can use them."""
+    for folder in swap_folders(nvme_path, rank) if nvme_path else []:
+        shutil.rmtree(folder, ignore_errors=True)

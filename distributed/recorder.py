@@ -1,0 +1,149 @@
+"""Measuring a rank phase by phase: init, forward, backward, optimizer step, checkpoint save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from translution.planner.plan import Plan
+
+from . import host, measure
+from .data import Samples
+from .entries import swap_buffers, zero_entries
+from .run_files import MemoryMeasurement
+
+INIT, FORWARD, BACKWARD, STEP, SAVE = "init", "forward", "backward", "optimizer step", "checkpoint save"
+
+RunPhase = Any
+"""Called with a phase's name and what it does, ``(str, () -> None) -> None``."""
+
+
+def run_phase(name: str, work: Callable[[], None]) -> None:
+    """Do a phase's work and measure nothing."""
+    work()
+
+
+class Recorder:
+    """What one rank measures of itself.
+
+    Torch's allocator is watched in one step and the process's resident memory in another, because
+    watching takes memory too.
+
+    Args:
+        plan: gives the device and the NVMe path.
+        rank: which rank this is.
+    """
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        self.device: Literal["cpu", "cuda"] = plan.cluster.device
+        self._path = plan.zero.offload_optimizer.nvme_path or plan.zero.offload_param.nvme_path
+        self._rank = rank
+        self._peaks: dict[str, int] = {}
+        self._process_peaks: dict[str, int] = {}
+        self._start = host.process_bytes().get("resident", 0)
+        self._kept: measure.KeptCounter | None = None
+        self._network: torch.nn.Module | None = None
+        self._before: int | None = None
+        self._samples = 0
+
+    def allocated(self, name: str, work: Callable[[], None]) -> None:
+        """Do a phase's work and note the most that was allocated on the device."""
+        if self.device == "cpu":
+            before, peak = measure.trace_allocations(work)
+        else:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            work()
+            peak = torch.cuda.max_memory_allocated()
+        if self._before is None:
+            self._before = before
+        self._peaks[name] = max(self._peaks.get(name, 0), peak)
+
+    def both(self, name: str, work: Callable[[], None]) -> None:
+        """Do a phase's work that happens once, noting allocations and resident memory."""
+        host.forget_peak()
+        self.allocated(name, work)
+        self._process_peaks[name] = host.process_bytes()["peak"]
+
+    def resident(self, name: str, work: Callable[[], None]) -> None:
+        """Do a phase's work and note the process's highest resident memory."""
+        host.forget_peak()
+        if name == FORWARD and self._network is not None:
+            # A later micro-batch would be given the addresses of the first one's tensors again.
+            self._kept, self._network = measure.KeptCounter(self._network), None
+            with self._kept.counting():
+                work()
+        else:
+            work()
+        self._process_peaks[name] = max(self._process_peaks.get(name, 0), host.process_bytes()["peak"])
+
+    def count_kept(self, network: torch.nn.Module) -> None:
+        """Count what the next forward pass under `resident` keeps for backward."""
+        self._network = network
+
+    def between_steps(self, engine: Any, samples: list[torch.Tensor], batches: list[Samples]) -> Between:
+        """Tell apart what is alive now.
+
+        Args:
+            engine: DeepSpeed's.
+            samples: the data set, which stands in for a data loader and is no part of the state.
+            batches: micro-batches of the coming step.
+        """
+        self._before = None
+        device = torch.device(self.device).type
+        counter = measure.StorageCounter()
+        self._samples = counter.add(tensor for tensor in samples if tensor.device.type == device)
+        named = zero_entries(engine) | {
+            "micro-batches": [tensor for batch in batches for tensor in (batch.inputs, batch.targets)]
+        }
+        entries, on_host = {}, {}
+        for name, tensors in named.items():
+            real = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+            entries[name] = counter.add(tensor for tensor in real if tensor.device.type == device)
+            if device != "cpu":
+                on_host[name] = counter.add(tensor for tensor in real if tensor.device.type == "cpu")
+        buffers = {name: counter.add(tensors) for name, tensors in swap_buffers(engine).items()}
+        process = host.process_bytes()
+        return Between(entries, on_host, buffers, process, host.disk_bytes(self._path, self._rank))
+
+    def measurement(self, step: int, between: Between) -> MemoryMeasurement:
+        """Everything measured, in the form of a run's files."""
+        resident = (self._before or 0) - self._samples
+        # Samples are loaded before the engine is made, so they are in every figure.
+        peaks = {name: peak - self._samples for name, peak in self._peaks.items()}
+        entries = between.entries | {"other": resident - sum(between.entries.values())}
+        return MemoryMeasurement(
+            rank=self._rank,
+            device=self.device,
+            step=step,
+            entries_bytes=entries,
+            resident_bytes=resident,
+            phase_peak_bytes=peaks,
+            peak_bytes=max(peaks[name] for name in (FORWARD, BACKWARD, STEP)),
+            process_peak_bytes=max(between.process["peak"], *self._process_peaks.values()),
+            host_entries_bytes=between.on_host,
+            swap_buffers_bytes={name: size for name, size in between.buffers.items() if size},
+            locked_bytes=between.process.get("locked", 0),
+            pinned_bytes=between.process.get("pinned", 0),
+            disk_bytes=between.disk,
+            kept_bytes=None if self._kept is None else self._kept.total_bytes,
+            process_start_bytes=self._start,
+            process_phase_peak_bytes=self._process_peaks,
+        )
+
+
+class Between:
+    """What was alive between two steps."""
+
+    def __init__(
+        self,
+        entries: dict[str, int],
+        on_host: dict[str, int],
+        buffers: dict[str, int],
+        process: dict[str, int],
+        disk: dict[str, int],
+    ) -> None:
+        self.entries, self.on_host, self.buffers = entries, on_host, buffers
+        self.process, self.disk = process, disk
