@@ -56,7 +56,7 @@ def trace_allocations(phase: Callable[[], None]) -> tuple[int, int]:
     from torch._C._profiler import _EventType
 
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         first = torch.empty(1, dtype=torch.uint8)
         phase()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None

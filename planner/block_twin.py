@@ -5,14 +5,14 @@ Source: models/networks.py, models/layers.py and models/attention.py, module by 
 
 from __future__ import annotations
 
+from .gather_twin import GatherTwin
 from .model_spec import ModelSpec, Operator
 from .parameters import table_tiles
-from .relation_shape import RelationShape, TermTwin, TileTwin
+from .relation_shape import Implementation, RelationShape, TermTwin, TileTwin
 from .relation_twin import RelationTwin
 from .tape import Storage, Tape, Tensor, Weights
 from .twins import (
     GRADIENTS,
-    TEMPORARY,
     Widths,
     add,
     dropout,
@@ -21,8 +21,11 @@ from .twins import (
     layer_norm,
     linear,
     positions,
-    separate_attention,
+    rotate,
 )
+
+_ROLES = {"q": "query", "k": "key", "v": "value"}
+_PLAIN = ("plain_query", "plain_key", "plain_value")
 
 
 def linear_weights(d_in: int, d_out: int, *, bias: bool = True) -> Weights:
@@ -39,10 +42,19 @@ class BlockTwin:
         tile_relations: relations per tile; None keeps tables whole.
         batch: samples of a micro-batch.
         w: widths of values.
+        implementation: of relation tables.
     """
 
-    def __init__(self, spec: ModelSpec, operator: Operator, tile_relations: int | None, batch: int, w: Widths) -> None:
-        self.spec, self.operator, self.batch, self.w = spec, operator, batch, w
+    def __init__(
+        self,
+        spec: ModelSpec,
+        operator: Operator,
+        tile_relations: int | None,
+        batch: int,
+        w: Widths,
+        implementation: Implementation = "grouped",
+    ) -> None:
+        self.spec, self.operator, self.batch, self.w, self.implementation = spec, operator, batch, w, implementation
         self.rows = batch * spec.tokens
         dim, inner = spec.dim, spec.inner_dim
         self.norms = (Weights((dim, dim)), Weights((dim, dim)))
@@ -92,23 +104,28 @@ class BlockTwin:
         self.low = {role: (width, linear_weights(spec.dim, width, bias=False)) for role, width in widths.items()}
         self.low_output = linear_weights(low2, spec.inner_dim, bias=False)
 
-    def forward(self, tape: Tape, x: Tensor) -> Tensor:
-        """(rows, C) → (rows, C)."""
+    def forward(self, tape: Tape, x: Tensor, *, again: bool = False) -> Tensor:
+        """(rows, C) → (rows, C).
+
+        Args:
+            tape: where it runs.
+            x: the input.
+            again: compute what backward needs and no more, as torch's checkpoint does.
+        """
         spec, rows, w = self.spec, self.rows, self.w
-        out = self._operator(tape, layer_norm(tape, x, rows, spec.dim, self.norms[0], w))
-        x = add(tape, x, self._drop(tape, out))
-        del out
-        out = self._feed_forward(tape, layer_norm(tape, x, rows, spec.dim, self.norms[1], w))
-        return add(tape, x, self._drop(tape, out))
+        # Nested as the layers call each other: a name would keep what is dropped out alive.
+        x = add(tape, x, self._drop(tape, self._operator(tape, layer_norm(tape, x, rows, spec.dim, self.norms[0], w))))
+        normed = layer_norm(tape, x, rows, spec.dim, self.norms[1], w)
+        return add(tape, x, self._drop(tape, self._feed_forward(tape, normed, again=again), last=again))
 
-    def _drop(self, tape: Tape, x: Tensor) -> Tensor:
-        return dropout(tape, x, self.w) if self.spec.dropout else x
+    def _drop(self, tape: Tape, x: Tensor, *, last: bool = False) -> Tensor:
+        return dropout(tape, x, self.w, last=last) if self.spec.dropout else x
 
-    def _feed_forward(self, tape: Tape, x: Tensor) -> Tensor:
+    def _feed_forward(self, tape: Tape, x: Tensor, *, again: bool) -> Tensor:
         spec, rows, w = self.spec, self.rows, self.w
         tape.memory.moment = "feed-forward"
-        # Nested as the layers call each other: a name would keep the hidden layer alive.
         hidden = self._drop(tape, gelu(tape, linear(tape, x, rows, spec.dim, spec.ffn_dim, self.up, w)))
+        tape.stopped = again and not spec.dropout
         return linear(tape, hidden, rows, spec.ffn_dim, spec.dim, self.down, w)
 
     def _operator(self, tape: Tape, x: Tensor) -> Tensor:
@@ -133,22 +150,23 @@ class BlockTwin:
         if spec.dropout and not spec.rotary_attention:
             return self._with_terms(tape, x)
         projected = linear(tape, x, self.rows, spec.dim, 3 * spec.inner_dim, self.joint, w)
-        turned = None
-        if spec.rotary_attention:
-            turned = self._turn(tape)
-            if spec.dropout:
-                one = self.rows * spec.inner_dim * w.value
-                names = ("plain_query", "plain_key", "plain_value")
-                joined = tape.result(turned, (projected,), lambda grad: (grad,))
-                del turned
-                return self._attend(tape, dict(zip(names, _split(tape, joined, one), strict=True)))
-        out = fused_attention(tape, projected, turned, self.batch, spec.tokens, spec.heads, spec.head_dim, w)
-        if turned is not None:
+        one = self.rows * spec.inner_dim * w.value
+        rows = _split(tape, projected, one, copies=False, by_heads=True)
+        for n in (0, 1) if spec.rotary_attention else ():
+            rows[n] = rotate(tape, rows[n], one // w.value, w)
+        if spec.dropout:
+            copies = [tape.result(tape.new(one), (row,), lambda grad: (grad,)) for row in rows]
+            out = self._attend(tape, dict(zip(_PLAIN, copies, strict=True)))
+            del rows, projected
+            return out
+        out = joined = fused_attention(tape, rows, self.batch, spec.tokens, spec.heads, spec.head_dim, w)
+        if spec.rotary_attention and spec.heads > 1 and spec.tokens > 1:
             # The kernel gives turned queries' output by heads; joined again it is a copy.
-            size = out.size
-            out = tape.result(tape.new(size), (out,), lambda grad: (grad,))
-        del projected, turned
-        return self._project(tape, out)
+            joined = tape.result(tape.new(one), (out,), lambda grad: (grad,))
+        result = self._project(tape, joined)
+        # The layer's own names hold them until it returns.
+        del rows, projected, out
+        return result
 
     def _attend(self, tape: Tape, sources: dict[str, Tensor]) -> Tensor:
         """Projected rows through the operator's chain, and the output projection."""
@@ -161,8 +179,7 @@ class BlockTwin:
     def _with_terms(self, tape: Tape, x: Tensor) -> Tensor:
         joint = linear(tape, x, self.rows, self.spec.dim, 3 * self.spec.inner_dim, self.joint, self.w)
         one = self.rows * self.spec.inner_dim * self.w.value
-        names = ("plain_query", "plain_key", "plain_value")
-        return self._attend(tape, dict(zip(names, _split(tape, joint, one), strict=True)))
+        return self._attend(tape, dict(zip(_PLAIN, _split(tape, joint, one), strict=True)))
 
     def _absolute(self, tape: Tape, x: Tensor) -> Tensor:
         spec, w = self.spec, self.w
@@ -175,16 +192,15 @@ class BlockTwin:
                 rows[names[role]] = linear(tape, x, self.rows, spec.dim, spec.inner_dim, self.plain[role], w)
         if spec.dropout:
             return self._attend(tape, rows)
-        out = separate_attention(tape, list(rows.values()), self.batch, spec.tokens, spec.heads, spec.head_dim, w)
+        out = fused_attention(tape, list(rows.values()), self.batch, spec.tokens, spec.heads, spec.head_dim, w)
         return self._project(tape, out)
 
-    def _turn(self, tape: Tape) -> Storage:
-        one = self.rows * self.spec.inner_dim * self.w.accumulator
-        first = tape.new(one * self.w.value // self.w.accumulator)
-        tape.new(2 * one, TEMPORARY)
-        second = tape.new(first.size)
-        del first, second
-        return tape.new(2 * one * self.w.value // self.w.accumulator)
+    def _relate(self, tape: Tape, sources: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """The operator with its tables."""
+        if self.implementation == "grouped":
+            return RelationTwin(tape, self.shape, dict(sources), self.logit_tiles, self.value_tiles).forward()
+        relative = [_ROLES[role] for role in self.spec.roles]
+        return GatherTwin(tape, self.shape, dict(sources), relative, self.logit_tiles, self.value_tiles).forward()
 
     def _translution(self, tape: Tape, x: Tensor) -> Tensor:
         spec = self.spec
@@ -199,20 +215,37 @@ class BlockTwin:
         else:
             sources = {"plain_query": rows["q"], "plain_key": rows["k"]}
         sources["value" if "v" in spec.roles else "plain_value"] = rows["v"]
-        relative, plain = RelationTwin(tape, self.shape, sources, self.logit_tiles, self.value_tiles).forward()
+        relative, plain = self._relate(tape, sources)
         out = relative if relative is not None else plain
         assert out is not None
         return self._project(tape, out)
+
+    def _plain_parts(self, tape: Tape, joint: Tensor) -> list[Tensor]:
+        """Plain queries, keys and values; the grouped operator copies those that are views."""
+        size = self.rows * self.spec.inner_dim * self.w.value
+        copies = self.implementation == "grouped"
+        if not self.spec.rotary:
+            return _split(tape, joint, size, copies=copies)
+        parts = _split(tape, joint, size, copies=False)
+        for n in (0, 1):
+            turned = rotate(tape, parts[n], size // self.w.value, self.w)
+            # Token by token again.
+            parts[n] = tape.result(tape.new(size), (turned,), lambda grad: (tape.new(size, GRADIENTS),))
+            del turned
+        if copies:
+            parts[2] = tape.result(tape.new(size), (parts[2],), lambda grad: (grad,))
+        return parts
 
     def _alpha(self, tape: Tape, x: Tensor) -> Tensor:
         spec, w, n = self.spec, self.w, self.rows
         joint = linear(tape, x, n, spec.dim, 3 * spec.inner_dim, self.joint, w)
         lows = {role: linear(tape, x, n, spec.dim, width, weights, w) for role, (width, weights) in self.low.items()}
-        one = n * spec.inner_dim * w.value
-        sources = dict(zip(("plain_query", "plain_key", "plain_value"), _split(tape, joint, one), strict=True))
-        names = {"q": "query", "k": "key", "v": "value"}
-        sources |= {names[role]: low for role, low in lows.items()}
-        relative, plain = RelationTwin(tape, self.shape, dict(sources), self.logit_tiles, self.value_tiles).forward()
+        parts = self._plain_parts(tape, joint)
+        # Turned queries and keys are the layer's own, and its names hold them until it returns.
+        turned = parts[:2] if spec.rotary else []
+        sources = dict(zip(_PLAIN, parts, strict=True)) | {_ROLES[role]: low for role, low in lows.items()}
+        del parts
+        relative, plain = self._relate(tape, sources)
         assert plain is not None
         del sources
         if relative is not None:
@@ -220,17 +253,26 @@ class BlockTwin:
             total = add(tape, plain, up)
             plain = tape.result(tape.new(total.size), (total,), lambda grad: (tape.new(grad.size, GRADIENTS),))
             del total, up
-        return self._project(tape, plain)
+        out = self._project(tape, plain)
+        del turned
+        return out
 
 
-def _split(tape: Tape, joint: Tensor, one: int) -> list[Tensor]:
-    """Three contiguous copies of a tensor's parts; backward joins their gradients."""
+def _split(tape: Tape, joint: Tensor, one: int, *, copies: bool = True, by_heads: bool = False) -> list[Tensor]:
+    """A tensor's three parts, as contiguous copies or as views; backward joins their gradients.
+
+    Args:
+        tape, joint: the tensor, and where it lies.
+        one: bytes of a part.
+        copies: whether the parts are copied.
+        by_heads: whether they are seen head by head: their gradients are then put in order once more.
+    """
     received: list[Storage] = []
 
     def join(grad: Storage) -> tuple[Storage]:
         whole = tape.new(3 * one, GRADIENTS)
         received.clear()
-        return (whole,)
+        return (tape.new(3 * one, GRADIENTS) if by_heads else whole,)
 
     parts = tape.result(joint.storage, (joint,), join)
 
@@ -238,4 +280,4 @@ def _split(tape: Tape, joint: Tensor, one: int) -> list[Tensor]:
         received.append(grad)
         return (grad,)
 
-    return [tape.result(tape.new(one), (parts,), receive) for _ in range(3)]
+    return [tape.result(tape.new(one) if copies else joint.storage, (parts,), receive) for _ in range(3)]

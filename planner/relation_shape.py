@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from .relations import RelationGeometry
 from .tape import Weights
 from .twins import Widths
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
+
+Implementation: TypeAlias = Literal["grouped", "gather"]
+"""How tables meet rows: pairs of one relation together, or as published, a matrix for every pair."""
 
 
 @dataclass(frozen=True, slots=True)

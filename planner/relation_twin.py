@@ -13,7 +13,7 @@ from .tape import Gradients, Storage, Tape, Tensor
 from .twins import GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS, product_scratch_bytes
 
 WORKSPACE, ATTENTION = "workspace", "attention weights"
-INDEXING = 48
+INDEXING = 34
 """Bytes per pair of tokens while the number of its relation is worked out."""
 
 
@@ -89,11 +89,23 @@ class RelationTwin:
     def _plain_bytes(self) -> int:
         return self.shape.rows * self.shape.inner * self.w.value
 
+    def _by_heads(self, count: int = 1) -> Storage:
+        """Copies of plain rows head by head, as products want them unless they lie so already."""
+        copied = self.shape.heads > 1 and self.shape.batch > 1
+        return self.tape.new(count * self._plain_bytes() if copied else 0, TEMPORARY)
+
+    def _plain_product(self, what: str = GRADIENTS) -> Storage:
+        """A product of attention weights and plain rows by heads, then token by token."""
+        copy = self._by_heads()
+        product = self.tape.new(self._plain_bytes(), what)
+        self._moment(self._heads_scratch())
+        del copy
+        return self.tape.new(self._plain_bytes(), what) if self.shape.heads > 1 else product
+
     def _logits(self) -> None:
         shape, w = self.shape, self.w
         if "plain_query" in self.sources:
-            # The products want contiguous heads, so queries and keys are copied.
-            copies = self.tape.new(2 * self._plain_bytes(), TEMPORARY)
+            copies = self._by_heads(2)
             self._open("logits", shape.pairs * w.value, ATTENTION)
             self._moment(self._heads_scratch())
             del copies
@@ -135,8 +147,8 @@ class RelationTwin:
         self._moment(shape.rows * shape.heads * w.accumulator)
         logits = self.buffers.pop("logits")
         self.buffers["attention"] = self.tape.new(shape.pairs * w.value, ATTENTION) if self.half else logits
-        del logits
         self._drop()
+        del logits
 
     def _drop(self) -> None:
         """The weights that values are multiplied by: others than the attention's only under dropout."""
@@ -168,18 +180,28 @@ class RelationTwin:
                 8 * square, square * shape.heads * w.value, square * shape.heads * w.accumulator if self.half else 0
             )
         else:
-            self._moment(8 * square, *self._chunk_sizes())
+            self._chunks(term.kind)
         tape.policy.release(term.weights, backward=False)
 
-    def _chunk_sizes(self) -> list[int]:
-        """A chunk of query positions: its vectors, two tensors of its pairs and two of its rows."""
+    def _chunks(self, kind: str, *, backward: bool = False) -> None:
+        """What vectors take for a chunk of query positions, moment by moment."""
         shape, w = self.shape, self.w
         tokens, head_dim = shape.geometry.tokens, shape.inner // shape.heads
         chunk = min(tokens, max(1, shape.workspace_limit // (2 * tokens * head_dim * w.value)))
-        vectors = chunk * tokens * head_dim * w.value
-        pairs = chunk * shape.batch * shape.heads * tokens * w.value
-        rows = chunk * shape.batch * shape.inner * w.value
-        return [vectors, pairs, rows, rows]
+        vectors = chunk * tokens * head_dim
+        pairs, rows = chunk * shape.batch * shape.heads * tokens, chunk * shape.batch * shape.inner
+        copied = rows if shape.heads > 1 and shape.batch > 1 else 0
+        wide = w.accumulator if self.half else 0
+        # Operands and a product beside the vectors, and what of them is widened to be added.
+        grads = pairs if self.half else 0
+        moments = [(copied + pairs, pairs) if kind == "key" else (rows, rows)]
+        if backward and kind == "key":
+            moments = [(grads + rows, rows), (grads + copied + vectors, 0), (grads + vectors, vectors)]
+        elif backward:
+            moments = [(copied + pairs, pairs), (copied + pairs + vectors, vectors)]
+        index = 8 * tokens**2 * (2 if backward else 1)
+        for narrow, widened in moments:
+            self._moment(index, (vectors + narrow) * w.value + widened * wide)
 
     def _term_backward(self, term: TermTwin) -> None:
         shape, w, tape = self.shape, self.w, self.tape
@@ -192,8 +214,7 @@ class RelationTwin:
         else:
             if term.kind == "key":
                 self._open("plain_query", shape.rows * shape.inner * w.accumulator, GRADIENTS)
-            sizes = self._chunk_sizes()
-            self._moment(8 * square, *sizes, sizes[0])
+            self._chunks(term.kind, backward=True)
         grads = [tape.new(numel * w.value, WEIGHT_GRADIENTS)] if self.half else [sums]
         del sums
         tape.policy.gradients(term.weights, grads)
@@ -206,12 +227,7 @@ class RelationTwin:
             out = self.buffers["out"]
             outputs["relative"] = tape.new(shape.rows * shape.d_out * w.value) if self.half else out
         if "plain_value" in self.sources:
-            copy = tape.new(self._plain_bytes(), TEMPORARY)
-            product = tape.new(self._plain_bytes(), TEMPORARY)
-            del copy
-            outputs["plain"] = tape.new(self._plain_bytes())
-            self._moment(self._heads_scratch())
-            del product
+            outputs["plain"] = self._plain_product("activations")
         self.buffers.clear()
         saved = (attention, *(source.storage for source in self.sources.values()))
         close = tape.result(attention, list(self.sources.values()), self._backward, saved)
@@ -263,18 +279,14 @@ class RelationTwin:
         if plain_grad is None:
             self._open("logits", shape.pairs * w.accumulator, GRADIENTS)
             return
-        copies = self.tape.new(2 * self._plain_bytes(), TEMPORARY)
+        copies = self._by_heads(2)
         self._open("logits", shape.pairs * w.value, GRADIENTS)
         self._moment(self._heads_scratch())
         del copies
         if self.half:
             self.buffers["logits"] = self.tape.new(shape.pairs * w.accumulator, GRADIENTS)
         if "plain_value" in self.wanted:
-            copy = self.tape.new(self._plain_bytes(), TEMPORARY)
-            product = self.tape.new(self._plain_bytes(), TEMPORARY)
-            del copy
-            self._open("plain_value", self._plain_bytes(), GRADIENTS)
-            del product
+            self.buffers["plain_value"] = self._plain_product()
 
     def _input_gradient(self, name: str, width: int) -> None:
         """The sum of a source's gradient over relations begins with the first tile that adds to it."""
@@ -316,23 +328,28 @@ class RelationTwin:
 
     def _finish(self) -> Gradients:
         shape, w, tape = self.shape, self.w, self.tape
-        cast = None
+        cast = product = None
+        narrow = {"plain_value"}
         if "plain_query" in self.names:
             cast = tape.new(shape.pairs * w.value, GRADIENTS) if self.half else None
             for name in ("plain_query", "plain_key"):
-                if name in self.wanted:
-                    copy = tape.new(self._plain_bytes(), TEMPORARY)
-                    product = tape.new(self._plain_bytes(), TEMPORARY)
-                    self._moment(self._heads_scratch())
-                    del copy
-                    self._open(name, self._plain_bytes(), GRADIENTS)
-                    del product
+                if name not in self.wanted:
+                    continue
+                product = self._plain_product()
+                if name in self.buffers:
+                    # A relative vector's term has begun the sum; a name holds the product until the next.
+                    widened = tape.new(self.buffers[name].size if self.half else 0, TEMPORARY)
+                    self.buffers[name] = tape.new(self.buffers[name].size, GRADIENTS)
+                    del widened
+                else:
+                    self.buffers[name] = product
+                    narrow.add(name)
         results: list[Storage | None] = []
         for name in self.names:
             held = self.buffers.get(name)
-            if held is not None and self.half and not name.startswith("plain"):
+            if held is not None and self.half and name not in narrow:
                 held = tape.new(held.size * w.value // w.accumulator, GRADIENTS)
             results.append(held)
         self.buffers.clear()
-        del cast
+        del cast, product
         return results

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from .block_twin import BlockTwin, linear_weights
 from .model_spec import GptSpec, ModelSpec, VitSpec
+from .relation_shape import Implementation
 from .tape import Memory, ParameterPolicy, Storage, Tape, Tensor, Weights
 from .twins import (
     GRADIENTS,
@@ -41,12 +42,23 @@ class NetworkTwin:
         batch: samples of a micro-batch.
         w: widths of values.
         tile_relations: relations per tile; None keeps tables whole.
+        implementation: of relation tables.
     """
 
-    def __init__(self, spec: ModelSpec, batch: int, w: Widths, tile_relations: int | None = None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        batch: int,
+        w: Widths,
+        tile_relations: int | None = None,
+        implementation: Implementation = "grouped",
+    ) -> None:
         self.spec, self.batch, self.w = spec, batch, w
         self.host = Memory()
-        self.blocks = [BlockTwin(spec, operator, tile_relations, batch, w) for operator in spec.layer_operators]
+        self.states: list[Storage] = []
+        self.blocks = [
+            BlockTwin(spec, operator, tile_relations, batch, w, implementation) for operator in spec.layer_operators
+        ]
         dim = spec.dim
         self.embedding: tuple[Weights, ...]
         if isinstance(spec, VitSpec):
@@ -106,25 +118,30 @@ class NetworkTwin:
     def _checkpointed(self, tape: Tape, block: BlockTwin, x: Tensor) -> Tensor:
         """A block that keeps its input alone, and runs again in backward to be remembered."""
         spec = self.spec
-        offloaded = spec.checkpointing == "offload" and self.w.device != "cpu"
-        on_cpu = self.w.device == "cpu"
-        states = [tape.new(RANDOM_STATE_BYTES, "random states")] if on_cpu else []
+        offload = spec.checkpointing == "offload"
+        offloaded = offload and self.w.device != "cpu"
+        state_bytes = RANDOM_STATE_BYTES if self.w.device == "cpu" else 0
+        state = tape.new(state_bytes, "random states")
+        if offload:
+            # fairscale's function holds it as an attribute, for as long as the graph lives.
+            self.states.append(state)
         with tape.forgetting():
             out = block.forward(tape, Tensor(x.storage)).storage
         kept = Storage(self.host, OFFLOADED, x.size) if offloaded else x.storage
 
         def backward(grad: Storage) -> tuple[Storage | None]:
             inner = Tape(tape.memory, tape.policy)
-            del states[1:]
+            held = [state, tape.new(state_bytes, "random states")]
             again = inner.leaf(tape.new(kept.size) if offloaded else kept)
-            result = block.forward(inner, again)
             # torch's own checkpoint stops where nothing more is needed; fairscale's holds the output.
-            last, held = result.node, [result.storage]
-            if spec.checkpointing == "offload":
+            result = block.forward(inner, again, again=not offload)
+            inner.stopped = False
+            last = result.node
+            if offload:
                 inner.outer = grad
-                held.append(tape.new(3 * RANDOM_STATE_BYTES if on_cpu else 0, "random states"))
+                held.append(result.storage)
             else:
-                held.clear()
+                held.pop()
             del result, again
             given = inner.backward(last, grad)
             del held
@@ -159,6 +176,7 @@ def replay(
     *,
     memory: Memory | None = None,
     policy: ParameterPolicy | None = None,
+    implementation: Implementation = "grouped",
 ) -> Replay:
     """Forward and backward of one micro-batch, as phases of those names.
 
@@ -169,10 +187,11 @@ def replay(
         tile_relations: relations per tile; None keeps tables whole.
         memory: where to allocate; what it holds already counts.
         policy: how parameters lie.
+        implementation: "grouped", or "gather" for the published way.
     """
     memory = Memory() if memory is None else memory
     tape = Tape(memory, policy)
-    network = NetworkTwin(spec, batch, w, tile_relations)
+    network = NetworkTwin(spec, batch, w, tile_relations, implementation)
     inputs = tape.new(network.input_bytes, MICRO_BATCHES)
     outputs = batch * (spec.tokens if isinstance(spec, GptSpec) else 1)
     targets = tape.new(outputs * INDEX_BYTES, MICRO_BATCHES)

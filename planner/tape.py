@@ -176,11 +176,13 @@ class Tape:
         self.policy = policy or ParameterPolicy()
         self.outer: Storage | None = None
         """A gradient that somebody outside holds too, so that nothing is added to it in place."""
+        self.stopped = False
+        """Whether operations only leave their nodes: a checkpoint computes nothing again that nobody keeps."""
         self._nodes: list[Node] | None = []
 
     def new(self, size: int, what: str = "activations") -> Storage:
         """A storage of so many bytes."""
-        return Storage(self.memory, what, size)
+        return Storage(self.memory, what, 0 if self.stopped else size)
 
     @property
     def records(self) -> bool:

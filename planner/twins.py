@@ -29,12 +29,14 @@ class Widths:
     device: str = "cpu"
     threads: int = 1
     """CPU threads, each with blocks of its own."""
+    packs: bool = True
+    """Whether a CPU multiplies half-width matrices by oneDNN: only with AVX-512."""
 
     @classmethod
-    def of(cls, dtype_bytes: int, device: str, threads: int = 1) -> Widths:
+    def of(cls, dtype_bytes: int, device: str, threads: int = 1, *, packs: bool = True) -> Widths:
         """The widths for a model dtype of so many bytes on "cpu" or "cuda"."""
         wide = max(4, dtype_bytes)
-        return cls(dtype_bytes, dtype_bytes if device == "cpu" else wide, wide, device, threads)
+        return cls(dtype_bytes, dtype_bytes if device == "cpu" else wide, wide, device, threads, packs)
 
 
 def product_scratch_bytes(rows: int, inner: int, cols: int, w: Widths, *, transposed: bool = False) -> int:
@@ -44,7 +46,7 @@ def product_scratch_bytes(rows: int, inner: int, cols: int, w: Widths, *, transp
     copied. Its block sizes depend on the processor: this errs high. Source: measured, torch 2.13,
     oneDNN's kernels for AVX-512 bf16.
     """
-    if w.device != "cpu" or w.value >= w.accumulator:
+    if w.device != "cpu" or not w.packs or w.value >= w.accumulator:
         return 0
     block = min(64, -(-cols // 16) * 16)
     packed = 2 * min(inner, 1024) * block + 4 * min(rows, 256) * block + 4096
@@ -197,10 +199,16 @@ def cross_entropy(tape: Tape, logits: Tensor, targets: Storage) -> Tensor:
     return tape.result(loss, (logits,), backward, (probabilities, targets, weight))
 
 
-def dropout(tape: Tape, x: Tensor, w: Widths) -> Tensor:
-    """Elementwise; keeps its noise, on a CPU as wide as the values, on a GPU one byte each."""
+def dropout(tape: Tape, x: Tensor, w: Widths, *, last: bool = False) -> Tensor:
+    """Elementwise; keeps its noise, on a CPU as wide as the values, on a GPU one byte each.
+
+    Args:
+        tape, x, w: as in `linear`.
+        last: whether the noise is the last thing that is kept, so that a checkpoint stops here.
+    """
     size = x.size
     noise = tape.new(size if w.device == "cpu" else size // w.value)
+    tape.stopped |= last
     return tape.result(tape.new(size), (x,), lambda grad: (tape.new(size, GRADIENTS),), (noise,))
 
 
@@ -217,36 +225,19 @@ def flash_block_bytes(tokens: int, head_dim: int, w: Widths) -> int:
     return w.threads * (block + (queries * keys * w.value if w.value < w.accumulator else 0))
 
 
-def fused_attention(
-    tape: Tape, projected: Tensor, turned: Storage | None, batch: int, tokens: int, heads: int, head_dim: int, w: Widths
-) -> Tensor:
-    """(rows, 3·inner) → (rows, inner) through one fused kernel; keeps q, k, v, its output and a sum per row.
-
-    Args:
-        tape, w: as in `linear`.
-        projected: queries, keys and values in one storage.
-        turned: queries and keys turned by rotary embedding, which are kept beside it.
-        batch, tokens, heads, head_dim: sizes.
-    """
-    one = batch * tokens * heads * head_dim * w.value
-    out = tape.new(one)
-    sums = tape.new(batch * heads * tokens * w.accumulator)
-    block = flash_block_bytes(tokens, head_dim, w)
-    tape.new(block, TEMPORARY)
+def rotate(tape: Tape, x: Tensor, numel: int, w: Widths) -> Tensor:
+    """Queries or keys turned by rotary embedding, into a new tensor; nothing is kept."""
+    size = numel * w.value
+    halves = tape.new(size, TEMPORARY)
+    tape.new(size, TEMPORARY)
+    out = tape.new(size)
+    del halves
 
     def backward(grad: Storage) -> Gradients:
-        grads = tape.new(3 * one, GRADIENTS)
-        tape.new(2 * block, TEMPORARY)
-        extra = tape.new(3 * one, GRADIENTS) if turned is not None else None
-        del extra
-        stacked = tape.new(3 * one, GRADIENTS)
-        del grads
-        result = tape.new(3 * one, GRADIENTS)
-        del stacked
-        return (result,)
+        tape.new(2 * size, TEMPORARY)
+        return (tape.new(size, GRADIENTS),)
 
-    kept = (projected.storage, out, sums) + (() if turned is None else (turned,))
-    return tape.result(out, (projected,), backward, kept)
+    return tape.result(out, (x,), backward)
 
 
 def positions(
@@ -261,6 +252,9 @@ def positions(
 def _position_tile(
     tape: Tape, x: Tensor, rows: int, all_rows: int, d_in: int, d_out: int, weights: Weights, w: Widths
 ) -> Tensor:
+    whole = all_rows * d_in * w.value
+    # A slice's gradient is as large as the whole input, nought elsewhere.
+    x = tape.result(x.storage, (x,), lambda grad: (tape.new(whole, GRADIENTS),))
     tape.policy.fetch(weights, backward=False)
     out = tape.new(rows * d_out * w.value)
     tape.policy.release(weights, backward=False)
@@ -270,28 +264,31 @@ def _position_tile(
         part = tape.new(rows * d_in * w.value, GRADIENTS)
         weight_gradients(tape, weights, w.value)
         tape.policy.release(weights, backward=True)
-        # A slice's gradient is as large as the whole input, nought elsewhere.
-        whole = tape.new(all_rows * d_in * w.value, GRADIENTS)
-        del part
-        return (whole,)
+        return (part,)
 
     return tape.result(out, (x,), backward, (x.storage,))
 
 
-def separate_attention(
+def fused_attention(
     tape: Tape, rows: list[Tensor], batch: int, tokens: int, heads: int, head_dim: int, w: Widths
 ) -> Tensor:
-    """Fused attention of queries, keys and values that lie apart: as `fused_attention`."""
+    """Queries, keys and values through one fused kernel; keeps them, the output and a sum per row.
+
+    Args:
+        tape, w: as in `linear`.
+        rows: queries, keys and values, each of its own or as parts of one storage.
+        batch, tokens, heads, head_dim: sizes.
+    """
     one = batch * tokens * heads * head_dim * w.value
     out = tape.new(one)
     sums = tape.new(batch * heads * tokens * w.accumulator)
     block = flash_block_bytes(tokens, head_dim, w)
     tape.new(block, TEMPORARY)
+    count = len(rows)
 
     def backward(grad: Storage) -> Gradients:
-        grads = [tape.new(one, GRADIENTS) for _ in rows_given]
+        grads = [tape.new(one, GRADIENTS) for _ in range(count)]
         tape.new(2 * block, TEMPORARY)
         return grads
 
-    rows_given = range(len(rows))
     return tape.result(out, rows, backward, (*(row.storage for row in rows), out, sums))

@@ -28,6 +28,15 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch's CPU kernels work in one thread: each has blocks of its own, and on tiny tensors they mostly wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def double() -> Iterator[None]:
     """New tensors are float64."""
     torch.set_default_dtype(torch.float64)
