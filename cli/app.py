@@ -38,7 +38,7 @@ Tile = Annotated[int | None, typer.Option(help="Relations per tile of a table; c
 MicroBatch = Annotated[int, typer.Option(help="Samples per rank and forward pass.")]
 
 
-def parse_settings(settings: Sequence[str] | None) -> dict[str, object]:
+def parse_settings(settings: Sequence[str] | None, flag: str = "--set") -> dict[str, object]:
     """``FIELD=VALUE`` texts as a mapping; values are read as YAML.
 
     Raises:
@@ -48,10 +48,10 @@ def parse_settings(settings: Sequence[str] | None) -> dict[str, object]:
     for text in settings or ():
         field, equals, value = text.partition("=")
         if not equals or not field:
-            raise InputError(f"--set: {text!r} is not allowed: must be FIELD=VALUE")
-        values[field.strip()] = read_yaml(value, f"--set {field.strip()}")
+            raise InputError(f"{flag}: {text!r} is not allowed: must be FIELD=VALUE")
+        values[field.strip()] = read_yaml(value, f"{flag} {field.strip()}")
         if values[field.strip()] is None:
-            raise InputError(f"--set: {text!r} is not allowed: a value must follow the =")
+            raise InputError(f"{flag}: {text!r} is not allowed: a value must follow the =")
     return values
 
 
@@ -125,6 +125,19 @@ def plan(
     seed: Annotated[int, typer.Option(help="Of weights and sample order.")] = 0,
     stage: Stage = 3,
     tile_relations: Tile = None,
+    offload: Annotated[
+        str, typer.Option(help="What leaves the device: none, cpu-optimizer, cpu, nvme-optimizer or nvme.")
+    ] = "none",
+    nvme_path: Annotated[str | None, typer.Option(help="Folder on every node's NVMe drive, for nvme.")] = None,
+    offload_ratio: Annotated[float, typer.Option(help="Share of the optimizer that leaves, for cpu-optimizer.")] = 1.0,
+    training_settings: Annotated[
+        list[str] | None,
+        typer.Option("--train", metavar="FIELD=VALUE", help="Any other field of training; repeatable."),
+    ] = None,
+    knobs: Annotated[
+        list[str] | None,
+        typer.Option("--zero", metavar="FIELD=VALUE", help="A knob of ZeRO, set otherwise than chosen; repeatable."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing plan folder; its runs stay.")] = False,
     json: Json = False,
 ) -> None:
@@ -143,9 +156,22 @@ def plan(
         "precision": precision,
         "data": data,
         "seed": seed,
-    }
+    } | parse_settings(training_settings, "--train")
     zero_stage: Literal[0, 1, 2, 3] = stage  # type: ignore[assignment]  # typer keeps it within 0 and 3
-    run_plan(spec, cluster, out, training, stage=zero_stage, tile_relations=tile_relations, force=force, as_json=json)
+    run_plan(
+        spec,
+        cluster,
+        out,
+        training,
+        stage=zero_stage,
+        tile_relations=tile_relations,
+        offload=offload,
+        nvme_path=nvme_path,
+        offload_ratio=offload_ratio,
+        knobs=parse_settings(knobs, "--zero"),
+        force=force,
+        as_json=json,
+    )
 
 
 @app.command(epilog="Examples: **translution launch plans/small** · **translution launch plans/small --dry-run**")

@@ -9,14 +9,16 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from translution.planner.cluster import load_cluster
+from translution.planner.deepspeed_config import remarks
 from translution.planner.model_spec import ModelSpec
 from translution.planner.plan import make_plan
 from translution.planner.plan_folder import write_plan_folder
 from translution.planner.schema import validate
 from translution.planner.training import TrainingSpec
-from translution.planner.units import format_bytes, format_count
+from translution.planner.units import format_count
 
-from .output import console, print_json, table
+from .ledger import phase_table, worst_moments
+from .output import console, print_json
 
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
 
@@ -29,6 +31,10 @@ def run_plan(
     *,
     stage: Literal[0, 1, 2, 3],
     tile_relations: int | None,
+    offload: str,
+    nvme_path: str | None,
+    offload_ratio: float,
+    knobs: Mapping[str, object],
     force: bool,
     as_json: bool,
 ) -> None:
@@ -41,6 +47,10 @@ def run_plan(
         training: fields of `TrainingSpec`.
         stage: the ZeRO stage.
         tile_relations: relations per tile; None chooses.
+        offload: what leaves the device, and for where.
+        nvme_path: a folder on every node's NVMe drive.
+        offload_ratio: share of the optimizer's sub-groups that leave the device.
+        knobs: fields of `ZeroSpec` to set otherwise than chosen.
         force: replace an existing plan folder.
         as_json: print the plan as JSON instead of tables.
     """
@@ -51,17 +61,15 @@ def run_plan(
         validate(_TRAINING, dict(training), "plan", known),
         stage=stage,
         tile_relations=tile_relations,
+        offload=offload,
+        nvme_path=nvme_path,
+        offload_ratio=offload_ratio,
+        knobs=knobs,
     )
     write_plan_folder(plan, out, force=force)
     if as_json:
         print_json({"folder": str(out), "plan": plan.model_dump(mode="json")})
         return
-    prediction = plan.prediction
-    rows: list[tuple[str, ...]] = [
-        (entry.name, entry.phase, entry.formula, format_bytes(entry.bytes)) for entry in prediction.entries
-    ]
-    rows.append(("between steps", "", "", format_bytes(prediction.resident_bytes)))
-    rows += [(f"peak of {phase}", "", "", format_bytes(size)) for phase, size in prediction.phase_peak_bytes.items()]
     out_console = console()
     ranks = plan.cluster.ranks
     tiles = "" if plan.tile_relations is None else f", {plan.tile_relations} relations per tile"
@@ -69,9 +77,11 @@ def run_plan(
         f"{spec.name}: {format_count(_parameters(spec))} parameters, ZeRO-{stage} on {ranks} ranks "
         f"({plan.cluster.name}){tiles}, {plan.training.global_batch(ranks)} samples per step"
     )
-    out_console.print(
-        table("Predicted memory of each rank", ("what", "when", "how it is counted", "size"), rows, text_columns=3)
-    )
+    out_console.print(phase_table("Predicted memory of each rank, at the worst moment of each phase", plan.prediction))
+    for worst in worst_moments(plan.prediction):
+        out_console.print(worst)
+    for remark in remarks(plan.training, plan.zero):
+        out_console.print(f"note: {remark}")
     out_console.print(f"wrote {out}; run it: translution launch {out}")
 
 

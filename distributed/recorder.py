@@ -46,7 +46,8 @@ class Recorder:
         self._kept: measure.KeptCounter | None = None
         self._network: torch.nn.Module | None = None
         self._before: int | None = None
-        self._samples = 0
+        self._base: int | None = None
+        """Allocated before the model was made: the data set, and what libraries keep."""
 
     def allocated(self, name: str, work: Callable[[], None]) -> None:
         """Do a phase's work and note the most that was allocated on the device."""
@@ -57,6 +58,8 @@ class Recorder:
             before = torch.cuda.memory_allocated()
             work()
             peak = torch.cuda.max_memory_allocated()
+        if self._base is None:
+            self._base = before
         if self._before is None:
             self._before = before
         self._peaks[name] = max(self._peaks.get(name, 0), peak)
@@ -94,7 +97,7 @@ class Recorder:
         self._before = None
         device = torch.device(self.device).type
         counter = measure.StorageCounter()
-        self._samples = counter.add(tensor for tensor in samples if tensor.device.type == device)
+        counter.add(samples)
         named = zero_entries(engine) | {
             "micro-batches": [tensor for batch in batches for tensor in (batch.inputs, batch.targets)]
         }
@@ -110,9 +113,9 @@ class Recorder:
 
     def measurement(self, step: int, between: Between) -> MemoryMeasurement:
         """Everything measured, in the form of a run's files."""
-        resident = (self._before or 0) - self._samples
-        # Samples are loaded before the engine is made, so they are in every figure.
-        peaks = {name: peak - self._samples for name, peak in self._peaks.items()}
+        base = self._base or 0
+        resident = (self._before or 0) - base
+        peaks = {name: peak - base for name, peak in self._peaks.items()}
         entries = between.entries | {"other": resident - sum(between.entries.values())}
         return MemoryMeasurement(
             rank=self._rank,

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-Moment: TypeAlias = tuple[str, str, int]
-"""Where the schedule is, what is allocated or freed there, and how many bytes (negative: freed)."""
+Event: TypeAlias = tuple[str, str, str, int]
+"""The phase, where in the schedule, what is allocated or freed there, and how many bytes (negative: freed)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Memory:
         self.live: dict[str, int] = {}
         self.total = 0
         self.moment = ""
-        self.events: list[Moment] | None = [] if record else None
+        self.events: list[Event] | None = [] if record else None
         self.peaks: dict[str, Peak] = {}
         self._phase = ""
         self._peak = -1
@@ -52,7 +52,7 @@ class Memory:
         self.live[what] = self.live.get(what, 0) + size
         self.total += size
         if self.events is not None:
-            self.events.append((self.moment, what, size))
+            self.events.append((self._phase, self.moment, what, size))
         if self.total > self._peak:
             self._peak = self.total
             self.peaks[self._phase] = Peak(self.total, dict(self.live), self.moment)
@@ -64,7 +64,7 @@ class Memory:
         self.live[what] -= size
         self.total -= size
         if self.events is not None:
-            self.events.append((self.moment, what, -size))
+            self.events.append((self._phase, self.moment, what, -size))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -154,8 +154,11 @@ class ParameterPolicy:
     def release(self, weights: Weights, *, backward: bool) -> None:
         """A module has run."""
 
-    def gradients(self, weights: Weights, grads: Sequence[Storage]) -> None:
-        """The gradients of a module's parameters are ready; added to those of earlier micro-batches."""
+    def gradients(self, weights: Weights, grads: list[Storage]) -> None:
+        """The gradients of a module's parameters are ready; added to those of earlier micro-batches.
+
+        Whoever takes one out of the list is its only holder.
+        """
         if not weights.grads:
             weights.grads = list(grads)
 

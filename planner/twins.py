@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .tape import Gradients, Storage, Tape, Tensor, Weights
 
-ACTIVATIONS, GRADIENTS, WEIGHT_GRADIENTS = "activations", "activation gradients", "gradients"
+ACTIVATIONS, GRADIENTS, WEIGHT_GRADIENTS = "activations", "activation gradients", "whole gradients"
 TEMPORARY = "temporaries of one operation"
 INDEX_BYTES = 8
 """Class and token numbers are int64."""
