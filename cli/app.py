@@ -35,6 +35,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 PrecisionName = Annotated[str, typer.Option("--precision", help="fp32, or bf16 with an fp32 master copy.")]
 Stage = Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.")]
 Tile = Annotated[int | None, typer.Option(help="Relations per tile of a table; chosen unless given.")]
+Offload = Annotated[str, typer.Option(help="What leaves the device: none, cpu-optimizer, cpu, nvme-optimizer or nvme.")]
+NvmePath = Annotated[str | None, typer.Option(help="Folder on every node's NVMe drive, for nvme.")]
+OffloadRatio = Annotated[float, typer.Option(help="Share of the optimizer that leaves, for cpu-optimizer.")]
+TrainingSettings = Annotated[
+    list[str] | None, typer.Option("--train", metavar="FIELD=VALUE", help="Any other field of training; repeatable.")
+]
+Knobs = Annotated[
+    list[str] | None,
+    typer.Option("--zero", metavar="FIELD=VALUE", help="A knob of ZeRO, set otherwise than chosen; repeatable."),
+]
 MicroBatch = Annotated[int, typer.Option(help="Samples per rank and forward pass.")]
 
 
@@ -125,24 +135,16 @@ def plan(
     seed: Annotated[int, typer.Option(help="Of weights and sample order.")] = 0,
     stage: Stage = 3,
     tile_relations: Tile = None,
-    offload: Annotated[
-        str, typer.Option(help="What leaves the device: none, cpu-optimizer, cpu, nvme-optimizer or nvme.")
-    ] = "none",
-    nvme_path: Annotated[str | None, typer.Option(help="Folder on every node's NVMe drive, for nvme.")] = None,
-    offload_ratio: Annotated[float, typer.Option(help="Share of the optimizer that leaves, for cpu-optimizer.")] = 1.0,
-    training_settings: Annotated[
-        list[str] | None,
-        typer.Option("--train", metavar="FIELD=VALUE", help="Any other field of training; repeatable."),
-    ] = None,
-    knobs: Annotated[
-        list[str] | None,
-        typer.Option("--zero", metavar="FIELD=VALUE", help="A knob of ZeRO, set otherwise than chosen; repeatable."),
-    ] = None,
+    offload: Offload = "none",
+    nvme_path: NvmePath = None,
+    offload_ratio: OffloadRatio = 1.0,
+    training_settings: TrainingSettings = None,
+    knobs: Knobs = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing plan folder; its runs stay.")] = False,
     json: Json = False,
 ) -> None:
     """Plan a training run on a cluster and write its folder."""
-    from .plan import run_plan
+    from .plan import plan_from, run_plan
 
     spec = resolve_model(model, operator, roles, c1, c2, relative_layers, settings)
     training = {
@@ -157,21 +159,64 @@ def plan(
         "data": data,
         "seed": seed,
     } | parse_settings(training_settings, "--train")
-    zero_stage: Literal[0, 1, 2, 3] = stage  # type: ignore[assignment]  # typer keeps it within 0 and 3
-    run_plan(
+    made = plan_from(
         spec,
         cluster,
-        out,
         training,
-        stage=zero_stage,
+        stage=_stage(stage),
         tile_relations=tile_relations,
         offload=offload,
         nvme_path=nvme_path,
         offload_ratio=offload_ratio,
         knobs=parse_settings(knobs, "--zero"),
-        force=force,
-        as_json=json,
     )
+    run_plan(made, out, force=force, as_json=json)
+
+
+def _stage(value: int) -> Literal[0, 1, 2, 3]:
+    return value  # type: ignore[return-value]  # typer keeps it within 0 and 3
+
+
+@app.command(
+    epilog="Examples: **translution measure plans/small** · **translution measure vit-tiny/56 --cluster cpu:2 "
+    "--stage 2** · **translution measure my.yaml --cluster cpu:2 --offload nvme --nvme-path /nvme/swap**"
+)
+def measure(
+    target: Annotated[str, typer.Argument(metavar="PLAN_OR_MODEL", help="A plan folder; or a preset or spec file.")],
+    cluster: Annotated[str, typer.Option(help="cpu:RANKS, or GPUSxNAME of this machine; for a model.")] = "cpu:1",
+    settings: Settings = None,
+    precision: PrecisionName = "fp32",
+    micro_batch: MicroBatch = 1,
+    stage: Stage = 3,
+    tile_relations: Tile = None,
+    offload: Offload = "none",
+    nvme_path: NvmePath = None,
+    offload_ratio: OffloadRatio = 1.0,
+    training_settings: TrainingSettings = None,
+    knobs: Knobs = None,
+    resume: Annotated[bool, typer.Option(help="Also measure resuming from the checkpoint.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Folder to keep plan and run in; else they are removed.")] = None,
+    json: Json = False,
+) -> None:
+    """Run a model or plan for a few steps; set predicted memory beside measured, phase by phase."""
+    from .measure import plan_of, run_measure
+    from .plan import plan_from
+
+    plan = plan_of(Path(target))
+    if plan is None:
+        training = {"precision": precision, "micro_batch": micro_batch, "data": "synthetic"}
+        plan = plan_from(
+            resolve_model(target, None, None, None, None, None, settings),
+            cluster,
+            training | parse_settings(training_settings, "--train"),
+            stage=_stage(stage),
+            tile_relations=tile_relations,
+            offload=offload,
+            nvme_path=nvme_path,
+            offload_ratio=offload_ratio,
+            knobs=parse_settings(knobs, "--zero"),
+        )
+    run_measure(plan, out, resume=resume, as_json=json)
 
 
 @app.command(epilog="Examples: **translution launch plans/small** · **translution launch plans/small --dry-run**")
@@ -187,11 +232,16 @@ def launch(
 
 
 @app.command(hidden=True)
-def train(plan_folder: Path, run: Path) -> None:
+def train(
+    plan_folder: Path,
+    run: Path,
+    no_evaluation: Annotated[bool, typer.Option("--no-evaluation")] = False,
+    resume_only: Annotated[bool, typer.Option("--resume-only")] = False,
+) -> None:
     """Run one rank of a plan; DeepSpeed's launcher or torchrun starts it on every rank."""
     from translution.distributed.train import train as train_rank
 
-    train_rank(plan_folder, run)
+    train_rank(plan_folder, run, evaluation=not no_evaluation, resume_only=resume_only)
 
 
 @app.command(epilog="Examples: **translution verify plans/small** · **translution verify plans/small/runs/001 --json**")

@@ -8,13 +8,12 @@ from typing import Any, Literal
 import torch
 
 from translution.planner.plan import Plan
+from translution.planner.simulation import BACKWARD, FORWARD, STEP
 
 from . import host, measure
 from .data import Samples
 from .entries import swap_buffers, zero_entries
 from .run_files import MemoryMeasurement
-
-INIT, FORWARD, BACKWARD, STEP, SAVE = "init", "forward", "backward", "optimizer step", "checkpoint save"
 
 RunPhase = Any
 """Called with a phase's name and what it does, ``(str, () -> None) -> None``."""
@@ -110,6 +109,17 @@ class Recorder:
         buffers = {name: counter.add(tensors) for name, tensors in swap_buffers(engine).items()}
         process = host.process_bytes()
         return Between(entries, on_host, buffers, process, host.disk_bytes(self._path, self._rank))
+
+    def add_to(self, measurement: MemoryMeasurement) -> MemoryMeasurement:
+        """An earlier measurement with this process's phases in place of its own, or beside them."""
+        base = self._base or 0
+        peaks = {name: peak - base for name, peak in self._peaks.items()}
+        return measurement.model_copy(
+            update={
+                "phase_peak_bytes": measurement.phase_peak_bytes | peaks,
+                "process_phase_peak_bytes": measurement.process_phase_peak_bytes | self._process_peaks,
+            }
+        )
 
     def measurement(self, step: int, between: Between) -> MemoryMeasurement:
         """Everything measured, in the form of a run's files."""

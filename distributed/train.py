@@ -25,17 +25,19 @@ from translution.models import build
 from translution.planner.errors import InputError
 from translution.planner.files import write_text
 from translution.planner.plan import Plan, load_plan
+from translution.planner.simulation import BACKWARD, FORWARD, INIT, RESUME, SAVE, STEP
 
 from . import host, measure
 from .data import Samples, load_samples, micro_batches
 from .launch import LAUNCHER_PID
-from .recorder import BACKWARD, FORWARD, INIT, SAVE, STEP, Between, Recorder, RunPhase, run_phase
+from .recorder import Between, Recorder, RunPhase, run_phase
 from .run_files import (
     CHECKPOINT,
     METRICS,
     RankStatus,
     make_run_folders,
     memory_path,
+    read_memory,
     write_status,
 )
 
@@ -227,8 +229,23 @@ class Rank:
         torch.distributed.all_reduce(totals)
         return float(totals[0] / totals[2]), float(totals[1] / totals[2])
 
-    def train(self) -> None:
-        """The whole run: all steps, the evaluation and the checkpoint."""
+    def resume(self) -> None:
+        """Build the engine, read the run's checkpoint, and add that to what the run measured."""
+        self.start()
+        assert self.recorder is not None
+
+        def load() -> None:
+            self.engine.load_checkpoint(str(self.run / CHECKPOINT))
+
+        self.recorder.both(RESUME, load)
+        before = read_memory(self.run, self.rank)
+        if before is not None:
+            text = self.recorder.add_to(before).model_dump_json(indent=2) + "\n"
+            write_text(memory_path(self.run, self.rank), text)
+        self.say("finished")
+
+    def train(self, *, evaluation: bool = True) -> None:
+        """The whole run: all steps, the checkpoint, and the evaluation unless it is not wanted."""
         training = self.plan.training
         training_samples, held_out = load_samples(
             self.plan.model, training.data, training.seed, step=training.global_batch(self.ranks)
@@ -264,8 +281,9 @@ class Rank:
                 self.say("training")
         self.step = training.steps
         self.save(measured)
-        loss, accuracy = self.evaluate(held_out)
-        self.log(event="evaluation", step=self.step, loss=loss, accuracy=accuracy, samples=len(held_out))
+        if evaluation:
+            loss, accuracy = self.evaluate(held_out)
+            self.log(event="evaluation", step=self.step, loss=loss, accuracy=accuracy, samples=len(held_out))
         self.say("finished")
 
 
@@ -284,12 +302,14 @@ def _end_with_launcher() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def train(plan_folder: Path, run: Path) -> None:
+def train(plan_folder: Path, run: Path, *, evaluation: bool = True, resume_only: bool = False) -> None:
     """Run one rank of a plan; called on every rank.
 
     Args:
         plan_folder: holds plan.json.
         run: the run folder, made by the launcher.
+        evaluation: whether the run ends with one.
+        resume_only: read the run's checkpoint instead of training.
 
     Raises:
         TranslutionError: for a bad plan or data that does not suit it.
@@ -304,7 +324,10 @@ def train(plan_folder: Path, run: Path) -> None:
         measure.count_every_allocation()
     rank = Rank(plan, run)
     try:
-        rank.train()
+        if resume_only:
+            rank.resume()
+        else:
+            rank.train(evaluation=evaluation)
         torch.distributed.barrier()
     except BaseException as error:
         rank.say("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")

@@ -85,9 +85,9 @@ class EngineTwin(ParameterPolicy):
         """Whether the host's own optimizer updates."""
         return self.setting.zero.offload_optimizer.device != "none"
 
-    def update(self, numel: int, *, offloaded: bool) -> None:
-        """The optimizer's update of so many elements."""
-        count = temporary_tensors(self.setting.training, offloaded=offloaded)
+    def update(self, numel: int, *, offloaded: bool, one_by_one: bool = False) -> None:
+        """The optimizer's update of so many elements, or of parameters with at most so many."""
+        count = temporary_tensors(self.setting.training, offloaded=offloaded, one_by_one=one_by_one)
         piece = (self.memory.device, OPTIMIZER_TEMPORARIES, numel * self.setting.master_width)
         self.memory.pass_through(*[piece] * count)
 

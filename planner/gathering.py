@@ -38,6 +38,8 @@ class Gathering:
         self.memory, self.zero, self.ranks, self.width = memory, zero, ranks, width
         self.order = order
         self.live_elements = 0
+        self._late: Storage | None = None
+        """The last gather's buffer on a CPU: gloo's thread lets go of it some time before the next one."""
         self._held: dict[int, Storage] = {}
         """Common buffers of gathers that have not been waited for."""
         self.begin()
@@ -58,10 +60,21 @@ class Gathering:
             self._prefetch()
         self.call += 1
 
-    def gather(self, shards: list[Shard]) -> None:
-        """Start the gather of parameters that lie in shares, together."""
+    def settle(self) -> None:
+        """Nothing is being gathered, and gloo has let go of what it gathered last."""
+        self._late = None
+
+    def gather(self, shards: list[Shard], *, at_once: bool = False) -> None:
+        """Start the gather of parameters that lie in shares, together.
+
+        Args:
+            shards: none of them whole.
+            at_once: whether the last gather has only just ended.
+        """
         if not shards:
             return
+        if not at_once:
+            self.settle()
         self.live_elements += sum(shard.numel for shard in shards)
         whole = [shard.share * self.ranks * self.width for shard in shards]
         together = Storage(self.memory.device, _name(shards[0]) if len(shards) == 1 else GATHERED, sum(whole))
@@ -72,6 +85,7 @@ class Gathering:
             # gloo gathers into a tensor of its own.
             pieces.append((self.memory.device, BACKEND_COPIES, sum(whole)))
         self.memory.pass_through(*pieces)
+        self._late = together if self.memory.on_cpu else None
         if len(shards) == 1:
             shards[0].whole = together
             return

@@ -26,18 +26,19 @@ def state_name(training: TrainingSpec) -> str:
     }[training.optimizer]
 
 
-def temporary_tensors(training: TrainingSpec, *, offloaded: bool) -> int:
+def temporary_tensors(training: TrainingSpec, *, offloaded: bool, one_by_one: bool = False) -> int:
     """Tensors of the updated size that live beside one another at the worst moment of an update.
 
     Args:
         training: names the optimizer.
         offloaded: whether the host's own version updates it.
+        one_by_one: whether parameters are updated in a loop, where the last one's denominator is still held.
     """
     if offloaded or training.optimizer == "lion":
         return 0
     decays = training.weight_decay > 0
     # AdamW: the square root of v, then that divided. Others add the decay to a copy of the gradient.
-    return {"adamw": 2, "adagrad": 1 + decays, "sgd": int(decays)}[training.optimizer]
+    return {"adamw": 2 + one_by_one, "adagrad": 1 + decays, "sgd": int(decays)}[training.optimizer]
 
 
 def widths(training: TrainingSpec) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Twin of DeepSpeed's engine at ZeRO stage 0: every rank holds everything.
 
 Source: DeepSpeed 0.19.8, runtime/engine.py (`buffered_allreduce_fallback`) and
-runtime/fp16/fused_optimizer.py, and traces of torch's allocator on CPU ranks.
+runtime/fp16/unfused_optimizer.py, and traces of torch's allocator on CPU ranks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class WholeTwin(EngineTwin):
         self.numels = [numel for weights in network.modules for numel in weights.numels]
         self.elements = sum(self.numels)
         self.half = setting.width != setting.master_width
-        self.waiting: list[Storage] = []
+        self.has_states = False
 
     def build(self) -> None:
         """The model alone in fp32; beside a master copy in half precision."""
@@ -44,6 +44,16 @@ class WholeTwin(EngineTwin):
         if self.half:
             self.memory.at("master parameters")
             self.keep(self.memory.device, MASTER, self.elements * self.setting.master_width)
+            self.memory.at("optimizer states")
+            # A step with gradients of nought makes the moments (unfused_optimizer.py).
+            self._make_states()
+            both = self.setting.master_width + self.setting.width
+            zeros = Storage(self.memory.device, STEP_GRADIENTS, self.elements * both)
+            self._update()
+            del zeros
+
+    def _update(self) -> None:
+        self.update(max(self.numels), offloaded=False, one_by_one=True)
 
     def gradients(self, weights: Weights, grads: list[Storage]) -> None:
         """They stay whole until the step; those of later micro-batches are added."""
@@ -64,7 +74,7 @@ class WholeTwin(EngineTwin):
         wide = None
         if self.half:
             wide = Storage(self.memory.device, STEP_GRADIENTS, self.elements * setting.master_width)
-        self.update(max(self.numels), offloaded=False)
+        self._update()
         del wide
         for weights in self.network.modules:
             weights.grads = []
@@ -77,8 +87,12 @@ class WholeTwin(EngineTwin):
 
     def load(self) -> None:
         """A rank reads the file whole, and copies it into what the engine has made."""
-        self.memory.at("resume")
         setting = self.setting
         loaded = Storage(self.memory.host, LOADED, self.elements * (setting.master_width + setting.state_width))
-        self.keep(self.memory.device, STATES, self.elements * setting.state_width)
+        if not self.has_states:
+            self._make_states()
         del loaded
+
+    def _make_states(self) -> None:
+        self.has_states = True
+        self.keep(self.memory.device, STATES, self.elements * self.setting.state_width)

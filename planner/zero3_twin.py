@@ -183,15 +183,11 @@ class Zero3Twin(EngineTwin):
     def _gather_each(self) -> None:
         """Hooks for gradients are set while each parameter is whole, one after the other (stage3.py:1501)."""
         self.memory.at("gradient hooks")
-        before: Storage | None = None
-        # The largest two in a row are the worst moment of the walk.
+        # Two of the largest in a row are the worst moment of the walk.
         for shard in [max(self.shards, key=lambda shard: shard.numel)] * 2:
-            self.gathering.gather([shard])
-            if self.memory.on_cpu:
-                # gloo's thread lets go of a gathered tensor a moment later.
-                before = shard.whole
+            self.gathering.gather([shard], at_once=True)
             self.gathering.drop(shard)
-        del before
+        self.gathering.settle()
 
     # One training step.
 
@@ -226,6 +222,7 @@ class Zero3Twin(EngineTwin):
         """What is left in the bucket is reduced."""
         if self.in_bucket:
             self._reduce()
+        self.gathering.settle()
 
     def _reduce(self) -> None:
         memory, width = self.memory, self.width
@@ -273,6 +270,7 @@ class Zero3Twin(EngineTwin):
         self.memory.at("optimizer step")
         for shard in self.shards:
             self.gathering.drop(shard)
+        self.gathering.settle()
         if not self.offloaded:
             largest = max(shard.share for shard in self.shards)
             self.memory.pass_through((self.memory.device, NORM, largest * NORM_BYTES))

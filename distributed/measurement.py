@@ -1,0 +1,49 @@
+"""Running a plan for a few steps, to measure what each rank holds from init to resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from translution.planner.plan import Plan
+from translution.planner.plan_folder import write_plan_folder
+
+from .launch import launch, start_and_judge
+
+STEPS = 4
+"""The third is watched process by process, the fourth allocation by allocation."""
+
+
+def _quiet(_: Mapping[str, Any]) -> None:
+    """Metrics of a run that learns nothing are not shown."""
+
+
+def measure_plan(plan: Plan, folder: Path, on_stage: Callable[[str], None], *, resume: bool = True) -> Path:
+    """Run a plan on this machine for a few steps, save, and resume.
+
+    Args:
+        plan: with as few steps as `few_steps` gives.
+        folder: the plan folder to write.
+        on_stage: called with a line for people when something slow begins.
+        resume: also start the ranks anew and read the checkpoint.
+
+    Returns:
+        The run folder, with what each rank measured.
+
+    Raises:
+        InputError: if this machine cannot run the plan, or the folder exists.
+        RunFailedError: if a rank did not finish.
+    """
+    write_plan_folder(plan, folder)
+    run = launch(folder, None, _quiet, on_stage, "--no-evaluation")
+    if resume:
+        on_stage("starting the ranks anew, to resume from the checkpoint")
+        start_and_judge(plan, folder, run, _quiet, "--resume-only")
+    return run
+
+
+def few_steps(plan: Plan) -> Plan:
+    """The plan with so few steps that it is over when everything has been measured."""
+    training = plan.training.model_copy(update={"steps": STEPS, "warmup_steps": 0})
+    return plan.model_copy(update={"training": training})
