@@ -104,7 +104,8 @@ def estimate(
 def plan(
     model: Model,
     cluster: Annotated[
-        str, typer.Option(help="cpu:RANKS (this machine), GPUSxNAME, NODESxGPUSxNAME, or a YAML/JSON file.")
+        str,
+        typer.Option(help="cpu:RANKS (this machine), [NODESx]GPUSxNAME, [NODESx]NODE, or a YAML/JSON file."),
     ],
     out: Annotated[Path, typer.Option(help="Plan folder to write.")],
     operator: Operator = None,
@@ -146,6 +147,14 @@ def plan(
     }
     zero_stage: Literal[0, 1, 2, 3] = stage  # type: ignore[assignment]  # typer keeps it within 0 and 3
     run_plan(spec, cluster, out, training, stage=zero_stage, tile_relations=tile_relations, force=force, as_json=json)
+
+
+@app.command(epilog="Examples: **translution clusters** · **translution clusters --json**")
+def clusters(json: Json = False) -> None:
+    """List the GPUs and nodes that `--cluster` knows, each figure with its source."""
+    from .clusters import run_clusters
+
+    run_clusters(as_json=json)
 
 
 @app.command(epilog="Examples: **translution launch plans/small** · **translution launch plans/small --dry-run**")
