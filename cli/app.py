@@ -114,7 +114,8 @@ def estimate(
 def plan(
     model: Model,
     cluster: Annotated[
-        str, typer.Option(help="cpu:RANKS (this machine), GPUSxNAME, NODESxGPUSxNAME, or a YAML/JSON file.")
+        str,
+        typer.Option(help="cpu:RANKS (this machine), [NODESx]GPUSxNAME, [NODESx]NODE, or a YAML/JSON file."),
     ],
     out: Annotated[Path, typer.Option(help="Plan folder to write.")],
     operator: Operator = None,
@@ -217,6 +218,14 @@ def measure(
             knobs=parse_settings(knobs, "--zero"),
         )
     run_measure(plan, out, resume=resume, as_json=json)
+
+
+@app.command(epilog="Examples: **translution clusters** · **translution clusters --json**")
+def clusters(json: Json = False) -> None:
+    """List the GPUs and nodes that `--cluster` knows, each figure with its source."""
+    from .clusters import run_clusters
+
+    run_clusters(as_json=json)
 
 
 @app.command(epilog="Examples: **translution launch plans/small** · **translution launch plans/small --dry-run**")
