@@ -62,8 +62,8 @@ def _with_operator(spec: ModelSpec, operator: Operator) -> ModelSpec | None:
 
 
 def per_rank(spec: ModelSpec, training: TrainingSpec, ranks: int) -> dict[int, MemoryEstimate]:
-    """Memory of one of so many GPU ranks for each ZeRO stage."""
-    cluster = ClusterSpec(name="any", device="cuda", ranks_per_node=ranks, device_memory_bytes=2**60)
+    """Memory of one of so many GPU ranks for each ZeRO stage, with the constants of an H100."""
+    cluster = ClusterSpec(name="any", gpu="H100", ranks_per_node=ranks, device_memory_bytes=2**60)
     estimates = {}
     for stage in (0, 1, 2, 3):
         # Only stage 3 gains from tiles.
@@ -143,4 +143,4 @@ def _print_tables(
         rows.append((f"ZeRO-{stage}", *(format_bytes(size) for size in cells)))
     columns = ("plan", "between steps", "forward, backward", "optimizer step", "peak of device", "peak of host")
     out.print()
-    out.print(table(f"Memory of each of {ranks} GPU ranks, no offload, micro-batch {micro_batch}", columns, rows))
+    out.print(table(f"Memory of each of {ranks} ranks on H100s, no offload, micro-batch {micro_batch}", columns, rows))

@@ -28,6 +28,9 @@ OPTIMIZER_BUFFERS, PARAM_BUFFERS = "optimizer swap buffers", "parameter swap buf
 SUB_GROUP_BUFFER = "sub-group swap buffer"
 OFFLOAD_COPIES, FIRST_COPIES = "offload copies", "first pinned copies"
 
+SIMULATED_MICRO_BATCHES = 2
+"""Of those that are accumulated: later ones do what the second does."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -71,6 +74,8 @@ class EngineTwin(ParameterPolicy):
         self.memory, self.setting, self.network = memory, setting, network
         self.kept: list[Storage] = []
         """What lives as long as the engine."""
+        self.passes = 0
+        """Backward passes since the last optimizer step."""
 
     def keep(self, memory: Memory, what: str, size: int) -> Storage | None:
         """Allocate for the engine's life; nothing for no bytes."""
@@ -107,5 +112,11 @@ class EngineTwin(ParameterPolicy):
     def load(self) -> None:
         """A checkpoint is read into the engine that has just been built: it has moments then."""
 
-    def next_micro_batch(self) -> None:
-        """Another forward pass begins before the optimizer step."""
+    def finish(self) -> None:
+        """A backward pass is over."""
+        self.passes += 1
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether another micro-batch follows the one that runs before the optimizer step."""
+        return self.passes + 1 < min(self.setting.training.accumulation, SIMULATED_MICRO_BATCHES)

@@ -11,6 +11,7 @@ from functools import lru_cache
 from .cluster import ClusterSpec
 from .engine_twin import Setting
 from .entry_texts import entry_text
+from .gpu_constants import GpuConstants
 from .model_spec import ModelSpec
 from .parameters import TABLES, parameter_groups
 from .rank_memory import Tier
@@ -18,6 +19,7 @@ from .schema import Schema
 from .simulation import BACKWARD, BETWEEN, FIRST_STEP, FORWARD, INIT, PHASES, RESUME, SAVE, STEP, Simulation, simulate
 from .tape import Peak
 from .training import TrainingSpec, ZeroSpec
+from .units import format_bytes
 
 BOOKKEEPING = "bookkeeping"
 BOOKKEEPING_BYTES = 2**16
@@ -68,6 +70,8 @@ class MemoryEstimate(Schema):
     """What one micro-batch's forward pass keeps for backward on the device itself, parameters left out."""
     own_tier: Tier
     """Where the rank computes: "device", or "host" for a CPU rank."""
+    device_interval_bytes: tuple[int, int] | None = None
+    """The device at its worst moment, with every constant of the GPU at the low and at the high end."""
 
     def peak(self, phase: str, tier: Tier | None = None) -> PhasePeak | None:
         """The worst moment of a phase on a tier, or on the rank's own; None where nothing is held."""
@@ -116,26 +120,51 @@ def _entries(peak: Peak, setting: Setting) -> Iterator[LedgerEntry]:
             yield LedgerEntry(name=name, bytes=size, formula=formula, source=source)
 
 
-def ledger(simulation: Simulation, setting: Setting) -> MemoryEstimate:
-    """The ledger of a replayed life."""
+def _constants(constants: GpuConstants, tier: Tier, tensor_bytes: int) -> Iterator[LedgerEntry]:
+    """What a GPU rank holds beside torch's tensors, at the likeliest figures of their intervals."""
+    for entry in constants.entries:
+        if entry.tier == tier and entry.likely_bytes:
+            interval = f"{format_bytes(entry.low_bytes)} to {format_bytes(entry.high_bytes)}"
+            formula = f"{entry.formula}; {interval}"
+            yield LedgerEntry(
+                name=entry.name.replace("_", " "), bytes=entry.likely_bytes, formula=formula, source=entry.source
+            )
+    if tier == "device":
+        allocated = tensor_bytes + constants.total("likely", in_torch=True)
+        waste = constants.reserved_bytes(allocated) - allocated
+        shares = constants.fragmentation
+        formula = f"{shares.likely:.0%} of what torch reserves; {shares.low:.0%} to {shares.high:.0%}"
+        yield LedgerEntry(name="fragmentation", bytes=waste, formula=formula, source=shares.source)
+
+
+def ledger(simulation: Simulation, setting: Setting, constants: GpuConstants | None) -> MemoryEstimate:
+    """The ledger of a replayed life.
+
+    Args:
+        simulation: the life.
+        setting: what the engine ran under.
+        constants: what a GPU's device holds beside tensors; None for CPU ranks.
+    """
     own: Tier = "host" if simulation.memory.on_cpu else "device"
-    extra = LedgerEntry(
-        name=BOOKKEEPING,
-        bytes=BOOKKEEPING_BYTES,
-        formula="scalars, order of samples; an upper bound",
-        source="measured",
-    )
+    text = "scalars, order of samples; an upper bound"
+    extra = LedgerEntry(name=BOOKKEEPING, bytes=BOOKKEEPING_BYTES, formula=text, source="measured")
     peaks = []
     for phase in PHASES:
         for tier in simulation.memory.tiers:
             peak = simulation.peaks[phase, tier]
-            entries = tuple(_entries(peak, setting))
-            size = peak.total_bytes
-            if tier == own:
-                entries, size = (*entries, extra), size + BOOKKEEPING_BYTES
+            entries = [*_entries(peak, setting), *([extra] if tier == own else [])]
+            if constants is not None:
+                entries += _constants(constants, tier, peak.total_bytes)
+            size = sum(entry.bytes for entry in entries)
             if size:
-                peaks.append(PhasePeak(phase=phase, tier=tier, bytes=size, moment=peak.moment, entries=entries))
-    return MemoryEstimate(peaks=tuple(peaks), kept_bytes=simulation.kept_bytes, own_tier=own)
+                peaks.append(PhasePeak(phase=phase, tier=tier, bytes=size, moment=peak.moment, entries=tuple(entries)))
+    worst = max(simulation.peaks[phase, own].total_bytes for phase in PHASES)
+    interval = None
+    if constants is not None:
+        interval = constants.device_bytes(worst, "low"), constants.device_bytes(worst, "high")
+    return MemoryEstimate(
+        peaks=tuple(peaks), kept_bytes=simulation.kept_bytes, own_tier=own, device_interval_bytes=interval
+    )
 
 
 @lru_cache(maxsize=32)
@@ -156,7 +185,7 @@ def estimate_memory(
         tile_relations: relations per tile; None keeps tables whole.
     """
     setting = Setting(training, zero, cluster.ranks)
-    return ledger(simulate(spec, cluster, training, zero, tile_relations), setting)
+    return ledger(simulate(spec, cluster, training, zero, tile_relations), setting, cluster.constants())
 
 
 def atomic_floor(spec: ModelSpec, training: TrainingSpec, tile_relations: int | None) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .activations import sample_bytes
 from .cluster import ClusterSpec
-from .engine_twin import EngineTwin, Setting
+from .engine_twin import SIMULATED_MICRO_BATCHES, EngineTwin, Setting
 from .model_spec import ModelSpec
 from .rank_memory import RankMemory, Tier
 from .schedule import MICRO_BATCHES, NetworkTwin, run_micro_batch
@@ -109,10 +109,7 @@ def simulate(
     with memory.phase(BETWEEN):
         pass
     kept = 0
-    # Later micro-batches add to what the first two have left.
-    for number in range(min(training.accumulation, 2)):
-        if number:
-            engine.next_micro_batch()
+    for _ in range(min(training.accumulation, SIMULATED_MICRO_BATCHES)):
         kept = run_micro_batch(network, memory.device, engine, memory.phase)
     with memory.phase(STEP):
         engine.step()

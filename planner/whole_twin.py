@@ -62,14 +62,17 @@ class WholeTwin(EngineTwin):
         grads.clear()
 
     def finish(self) -> None:
-        """All are reduced in one flat copy."""
-        self.memory.at("reduction")
-        flat = Storage(self.memory.device, REDUCE_COPIES, self.elements * self.setting.width)
-        del flat
+        """All are reduced in one flat copy, when the last micro-batch has added to them."""
+        if not self.accumulates:
+            self.memory.at("reduction")
+            flat = Storage(self.memory.device, REDUCE_COPIES, self.elements * self.setting.width)
+            del flat
+        super().finish()
 
     def step(self, *, first: bool = False) -> None:
         """In half precision flat fp32 gradients are made; otherwise parameters are updated one by one."""
         self.memory.at("optimizer step")
+        self.passes = 0
         setting = self.setting
         wide = None
         if self.half:

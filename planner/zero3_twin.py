@@ -223,6 +223,7 @@ class Zero3Twin(EngineTwin):
         if self.in_bucket:
             self._reduce()
         self.gathering.settle()
+        super().finish()
 
     def _reduce(self) -> None:
         memory, width = self.memory, self.width
@@ -268,6 +269,7 @@ class Zero3Twin(EngineTwin):
     def step(self, *, first: bool = False) -> None:
         """Sub-groups are updated one after the other; persistent parameters are cut and gathered anew."""
         self.memory.at("optimizer step")
+        self.passes = 0
         for shard in self.shards:
             self.gathering.drop(shard)
         self.gathering.settle()

@@ -61,8 +61,11 @@ class ZeroTwin(EngineTwin):
         self.home = memory.host if self.offloaded else memory.device
         self.bucket: Storage | None = None
         self.in_bucket = 0
+        self.part: Storage | None = None
+        """What a rank has of the gradients of the micro-batch that runs."""
         self.averaged: Storage | None = None
-        self.waiting: list[Storage] = []
+        self.waiting: dict[int, list[Storage]] = {}
+        """Whole gradients by module, at stage 1."""
 
     def build(self) -> None:
         """The flat copy is made beside the model; then the optimizer's share of it is widened."""
@@ -111,7 +114,8 @@ class ZeroTwin(EngineTwin):
             size = self.setting.zero.reduce_bucket_elements * self.setting.width
             self.bucket = Storage(self.memory.device, BUCKET, size)
         if not self.cuts:
-            self.waiting.extend(grads)
+            # Those of a later micro-batch are added to the first ones.
+            self.waiting.setdefault(id(weights), list(grads))
             grads.clear()
             return
         for numel in weights.numels:
@@ -121,11 +125,10 @@ class ZeroTwin(EngineTwin):
             self.in_bucket += numel
 
     def _reduce(self) -> None:
-        """The bucket's sum over ranks; a rank's own part goes to its averaged gradients."""
+        """The bucket's sum over ranks; a rank's own part is copied from it."""
         self.in_bucket = 0
-        if self.averaged is None and not self.offloaded:
-            size = self.overlapping * self.setting.accumulation_width
-            self.averaged = Storage(self.memory.device, SHARED_GRADIENTS, size)
+        if self.part is None and not self.offloaded:
+            self.part = Storage(self.memory.device, SHARED_GRADIENTS, self.overlapping * self.setting.width)
 
     @property
     def overlapping(self) -> int:
@@ -143,17 +146,29 @@ class ZeroTwin(EngineTwin):
         return most
 
     def finish(self) -> None:
-        """Everything is reduced, and the bucket dropped."""
-        self.memory.at("reduction")
-        self._reduce()
-        self.waiting.clear()
+        """Stage 2 adds its part to that of earlier micro-batches; stage 1 reduces when all are there."""
+        if self.cuts or not self.accumulates:
+            self.memory.at("reduction")
+            self._reduce()
+            self.waiting.clear()
+            self._add_part()
         self.bucket = None
+        super().finish()
+
+    def _add_part(self) -> None:
+        if self.averaged is None and self.setting.accumulation_width == self.setting.width:
+            self.averaged = self.part
+        elif self.averaged is None and self.part is not None:
+            size = self.part.size // self.setting.width * self.setting.accumulation_width
+            self.averaged = Storage(self.memory.device, SHARED_GRADIENTS, size)
+        self.part = None
 
     # The optimizer step, and checkpoints.
 
     def step(self, *, first: bool = False) -> None:
         """The share of the flat buffer is updated at once."""
         self.memory.at("optimizer step")
+        self.passes = 0
         setting = self.setting
         if self.offloaded:
             self.update(self.share, offloaded=True)
