@@ -28,6 +28,8 @@ OPTIMIZER_BUFFERS, PARAM_BUFFERS = "optimizer swap buffers", "parameter swap buf
 SUB_GROUP_BUFFER = "sub-group swap buffer"
 OFFLOAD_COPIES, FIRST_COPIES = "offload copies", "first pinned copies"
 
+NORM_BYTES = 8
+"""Gradients are squared in fp64."""
 SIMULATED_MICRO_BATCHES = 2
 """Of those that are accumulated: later ones do what the second does."""
 

@@ -29,12 +29,14 @@ class Widths:
     device: str = "cpu"
     threads: int = 1
     """CPU threads, each with blocks of its own."""
+    packs: bool = True
+    """Whether the CPU packs the matrices of half-width products: with AVX-512; other CPUs need no scratch."""
 
     @classmethod
-    def of(cls, dtype_bytes: int, device: str, threads: int = 1) -> Widths:
+    def of(cls, dtype_bytes: int, device: str, threads: int = 1, *, packs: bool = True) -> Widths:
         """The widths for a model dtype of so many bytes on "cpu" or "cuda"."""
         wide = max(4, dtype_bytes)
-        return cls(dtype_bytes, dtype_bytes if device == "cpu" else wide, wide, device, threads)
+        return cls(dtype_bytes, dtype_bytes if device == "cpu" else wide, wide, device, threads, packs)
 
 
 def product_scratch_bytes(rows: int, inner: int, cols: int, w: Widths, *, transposed: bool = False) -> int:
@@ -44,7 +46,7 @@ def product_scratch_bytes(rows: int, inner: int, cols: int, w: Widths, *, transp
     copied. Its block sizes depend on the processor: this errs high. Source: measured, torch 2.13,
     oneDNN's kernels for AVX-512 bf16.
     """
-    if w.device != "cpu" or w.value >= w.accumulator:
+    if w.device != "cpu" or w.value >= w.accumulator or not w.packs:
         return 0
     block = min(64, -(-cols // 16) * 16)
     packed = 2 * min(inner, 1024) * block + 4 * min(rows, 256) * block + 4096

@@ -18,6 +18,7 @@ from .engine_twin import (
     LOADED,
     MASTER,
     NORM,
+    NORM_BYTES,
     OPTIMIZER_BUFFERS,
     PARAM_BUFFERS,
     PARAMETERS,
@@ -38,7 +39,6 @@ from .tape import Memory, Storage, Weights
 
 NORM_ELEMENTS = 250_000_000
 """Gradients are squared so many elements at a time (stage3.py:1960)."""
-NORM_BYTES = 8
 FP32 = 4
 
 

@@ -7,11 +7,14 @@ allocator on CPU ranks.
 from __future__ import annotations
 
 from .engine_twin import (
+    BACKEND_COPIES,
     BUCKET,
     BUFFERS,
     CONSTRUCTION,
     LOADED,
     MASTER,
+    NORM,
+    NORM_BYTES,
     OFFLOAD_COPIES,
     PARAMETERS,
     SHARED_GRADIENTS,
@@ -60,12 +63,14 @@ class ZeroTwin(EngineTwin):
         self.cuts = setting.zero.stage == 2
         self.home = memory.host if self.offloaded else memory.device
         self.bucket: Storage | None = None
-        self.in_bucket = 0
+        self.in_bucket: list[int] = []
         self.part: Storage | None = None
         """What a rank has of the gradients of the micro-batch that runs."""
         self.averaged: Storage | None = None
         self.waiting: dict[int, list[Storage]] = {}
         """Whole gradients by module, at stage 1."""
+        self.accumulated = False
+        """Whether the host has begun to add up micro-batches."""
 
     def build(self) -> None:
         """The flat copy is made beside the model; then the optimizer's share of it is widened."""
@@ -119,16 +124,24 @@ class ZeroTwin(EngineTwin):
             grads.clear()
             return
         for numel in weights.numels:
-            if self.in_bucket + numel > self.setting.zero.reduce_bucket_elements:
+            if sum(self.in_bucket) + numel > self.setting.zero.reduce_bucket_elements:
                 self._reduce()
             grads.pop(0)
-            self.in_bucket += numel
+            self.in_bucket.append(numel)
 
     def _reduce(self) -> None:
         """The bucket's sum over ranks; a rank's own part is copied from it."""
-        self.in_bucket = 0
+        memory, setting = self.memory, self.setting
+        if self.offloaded:
+            # Each gradient is squared in fp64 on its way to the host.
+            largest = max(self.in_bucket if self.cuts else self.numels, default=0)
+            memory.pass_through((memory.device, NORM, largest * NORM_BYTES))
+            if setting.training.accumulation > 1 and not self.accumulated:
+                self._keep_pinned(SHARED_GRADIENTS, self.overlapping * setting.width)
+                self.accumulated = True
+        self.in_bucket.clear()
         if self.part is None and not self.offloaded:
-            self.part = Storage(self.memory.device, SHARED_GRADIENTS, self.overlapping * self.setting.width)
+            self.part = Storage(memory.device, SHARED_GRADIENTS, self.overlapping * setting.width)
 
     @property
     def overlapping(self) -> int:
@@ -152,7 +165,7 @@ class ZeroTwin(EngineTwin):
             self._reduce()
             self.waiting.clear()
             self._add_part()
-        self.bucket = None
+            self.bucket = None
         super().finish()
 
     def _add_part(self) -> None:
@@ -172,6 +185,7 @@ class ZeroTwin(EngineTwin):
         setting = self.setting
         if self.offloaded:
             self.update(self.share, offloaded=True)
+            self._gather_parameters()
             return
         joined = Storage(self.memory.device, STEP_GRADIENTS, self.share * setting.accumulation_width)
         grads = joined
@@ -181,6 +195,12 @@ class ZeroTwin(EngineTwin):
         self.averaged = None
         self.update(self.share, offloaded=False)
         del grads
+        self._gather_parameters()
+
+    def _gather_parameters(self) -> None:
+        """Ranks exchange what each has updated, in place; gloo in a tensor of its own."""
+        if self.memory.on_cpu:
+            self.memory.pass_through((self.memory.device, BACKEND_COPIES, self.flat * self.setting.width))
 
     def save(self) -> None:
         """Tensors on a device are copied to the host storage by storage."""

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from translution.distributed.measure import count_every_allocation, trace_allocations
-from translution.models import build
-from translution.planner.model_spec import ModelSpec, VitSpec, parse_model_spec
+from translution.distributed.measure import count_every_allocation
+from translution.distributed.single import measure_passes
+from translution.planner.model_spec import parse_model_spec
 from translution.planner.schedule import MICRO_BATCHES, replay
 from translution.planner.twins import Widths
 
@@ -63,34 +62,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def samples(spec: ModelSpec, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if isinstance(spec, VitSpec):
-        return torch.randn(batch, spec.channels, *spec.image).to(dtype), torch.randint(spec.classes, (batch,))
-    return torch.randint(spec.vocabulary, (batch, spec.context)), torch.randint(spec.vocabulary, (batch, spec.context))
-
-
-def measured_peaks(spec: ModelSpec, batch: int, dtype: torch.dtype, tile: int) -> dict[str, int]:
-    """The most that forward and backward had allocated beyond the parameters and the samples."""
-    torch.manual_seed(0)
-    network = build(spec, tile_relations=tile).to(dtype)
-    inputs, targets = samples(spec, batch, dtype)
-    losses: list[Tensor] = []
-
-    def forward() -> None:
-        logits = network(inputs).flatten(0, -2).float()
-        losses.append(torch.nn.functional.cross_entropy(logits, targets.flatten()))
-
-    def backward() -> None:
-        losses[0].backward()
-
-    forward()
-    backward()  # What torch allocates once and keeps is there from here on.
-    losses.clear()
-    network.zero_grad(set_to_none=True)
-    begin, highest = trace_allocations(forward)
-    return {"forward": highest - begin, "backward": trace_allocations(backward)[1] - begin}
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore:.*None of the inputs have requires_grad")
 @pytest.mark.parametrize(
@@ -101,7 +72,8 @@ def measured_peaks(spec: ModelSpec, batch: int, dtype: torch.dtype, tile: int) -
 def test_the_peak_of_forward_and_backward_is_predicted(case: dict[str, Any], dtype: torch.dtype) -> None:
     count_every_allocation()
     spec = parse_model_spec(case)
-    predicted = replay(spec, 16, Widths.of(dtype.itemsize, "cpu"), 9).memory.peaks
-    for phase, measured in measured_peaks(spec, 16, dtype, 9).items():
+    packs = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    predicted = replay(spec, 16, Widths.of(dtype.itemsize, "cpu", packs=packs), 9).memory.peaks
+    for phase, measured in measure_passes(spec, 16, dtype, 9).items():
         ours = predicted[phase].total_bytes - predicted[phase].live_bytes[MICRO_BATCHES]
         assert 0.998 * measured <= ours <= 1.02 * measured
