@@ -241,16 +241,11 @@ def launch(
 
 
 @app.command(hidden=True)
-def train(
-    plan_folder: Path,
-    run: Path,
-    no_evaluation: Annotated[bool, typer.Option("--no-evaluation")] = False,
-    resume_only: Annotated[bool, typer.Option("--resume-only")] = False,
-) -> None:
+def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
     """Run one rank of a plan; DeepSpeed's launcher or torchrun starts it on every rank."""
     from translution.distributed.train import train as train_rank
 
-    train_rank(plan_folder, run, evaluation=not no_evaluation, resume_only=resume_only)
+    train_rank(plan_folder, run, mode)
 
 
 @app.command(epilog="Examples: **translution verify plans/small** · **translution verify plans/small/runs/001 --json**")

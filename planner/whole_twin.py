@@ -91,7 +91,9 @@ class WholeTwin(EngineTwin):
     def load(self) -> None:
         """A rank reads the file whole, and copies it into what the engine has made."""
         setting = self.setting
-        loaded = Storage(self.memory.host, LOADED, self.elements * (setting.master_width + setting.state_width))
+        # Moments that stay on the host are those that were read.
+        width = setting.master_width + (0 if self.memory.on_cpu else setting.state_width)
+        loaded = Storage(self.memory.host, LOADED, self.elements * width)
         if not self.has_states:
             self._make_states()
         del loaded

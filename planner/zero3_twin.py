@@ -309,7 +309,8 @@ class Zero3Twin(EngineTwin):
             self.update(group.numel, offloaded=False)
             del grads
         elif not group.swapped:
-            self.update(group.numel, offloaded=group.on_host)
+            # On CPU ranks the part that would stay on the device is the host's optimizer's too.
+            self.update(group.numel, offloaded=group.on_host or memory.on_cpu)
         if self.offloaded and not memory.on_cpu and self.zero.offload_param.device == "none":
             # A copy in the parameters' dtype is made on the host before it goes to the device.
             memory.pass_through((memory.host, STAGING, group.numel * training.width))
@@ -335,8 +336,14 @@ class Zero3Twin(EngineTwin):
     def load(self) -> None:
         """A rank reads its own file whole, and copies it into what the engine has made."""
         self.memory.at("resume")
-        inside = sum(group.numel for group in self.groups if not group.swapped)
-        loaded = Storage(self.memory.host, LOADED, inside * (self.setting.master_width + self.setting.state_width))
+        loaded: list[Storage] = []
+        setting = self.setting
+        for group in self.groups:
+            if not group.swapped:
+                # Moments that stay on the host are those that were read.
+                stay = self._home(group) is self.memory.host
+                width = setting.master_width + (0 if stay else setting.state_width)
+                loaded.append(Storage(self.memory.host, LOADED, group.numel * width))
         if not self.has_states:
             self._make_states()
         del loaded

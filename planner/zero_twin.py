@@ -212,6 +212,8 @@ class ZeroTwin(EngineTwin):
         """A rank reads its own file whole, and copies it into what the engine has made."""
         self.memory.at("resume")
         setting = self.setting
-        loaded = Storage(self.memory.host, LOADED, self.share * (setting.master_width + setting.state_width))
+        # Moments that stay on the host are those that were read.
+        width = setting.master_width + (0 if self.home is self.memory.host else setting.state_width)
+        loaded = Storage(self.memory.host, LOADED, self.share * width)
         self.keep(self.home, STATES, self.share * setting.state_width)
         del loaded

@@ -26,6 +26,8 @@ from translution.planner.rank_memory import Tier
 
 COLUMNS = ("rank", "tier", "what", "predicted_bytes", "measured_bytes", "ratio")
 RESIDENT, KEPT, PROCESS = "between steps", "kept for backward", "process"
+PROCESS_GROWTH_BYTES = 40 * 2**20
+"""What a process loads after it has begun to be watched: DeepSpeed's engine, gloo's threads, kernels. Measured."""
 SWAP_ENTRIES = {"exp_avg": STATES, "exp_avg_sq": STATES}
 """Entries of the ledger that files on NVMe belong to, where the file has another name."""
 
@@ -67,7 +69,7 @@ def _pairs(prediction: MemoryEstimate, measured: MemoryMeasurement) -> Iterator[
         yield own, f"peak of {phase}", prediction.bytes_of(phase), size
     for phase, size in measured.process_phase_peak_bytes.items():
         held = prediction.bytes_of(phase, "host") + prediction.bytes_of(phase, "pinned")
-        yield "host", f"{PROCESS} in {phase}", measured.process_start_bytes + held, size
+        yield "host", f"{PROCESS} in {phase}", measured.process_start_bytes + PROCESS_GROWTH_BYTES + held, size
 
 
 def compare(run: Path) -> pd.DataFrame:
@@ -75,7 +77,7 @@ def compare(run: Path) -> pd.DataFrame:
 
     Entries that can be told apart come first, then what is live between steps, what is kept for
     backward and the peak of each phase. The process's resident memory is predicted as what it was
-    before the model was made, and what the ledger adds. ``ratio`` is predicted over measured; what
+    before the model was made, `PROCESS_GROWTH_BYTES`, and what the ledger adds. ``ratio`` is predicted over measured; what
     was measured as nought has none.
 
     Raises:
