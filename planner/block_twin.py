@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .model_spec import ModelSpec, Operator
 from .parameters import table_tiles
-from .relation_shape import RelationShape, TermTwin, TileTwin
+from .relation_shape import RelationShape, TermTwin, TileTwin, largest_rectangle
 from .relation_twin import RelationTwin
 from .tape import Storage, Tape, Tensor, Weights
 from .twins import (
@@ -100,10 +100,11 @@ class BlockTwin:
         first = 0
         for count in sizes:
             numel = count * d_in * d_out
+            rectangle = largest_rectangle(spec.geometry, first, count)
             if both:
-                self.logit_tiles.append(TileTwin(first, count, Weights((numel,) * both)))
+                self.logit_tiles.append(TileTwin(first, count, Weights((numel,) * both), rectangle))
             if "v" in spec.roles:
-                self.value_tiles.append(TileTwin(first, count, Weights((numel,))))
+                self.value_tiles.append(TileTwin(first, count, Weights((numel,)), rectangle))
             first += count
         low1, low2 = d_in, d_out
         coupled = bool(both)

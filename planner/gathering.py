@@ -39,7 +39,7 @@ class Gathering:
         self.order = order
         self.live_elements = 0
         self._late: Storage | None = None
-        """The last gather's buffer on a CPU: gloo's thread lets go of it some time before the next one."""
+        """The last gather's buffer on a CPU, which gloo's thread lets go of while the module runs; measured."""
         self._held: dict[int, Storage] = {}
         """Common buffers of gathers that have not been waited for."""
         self.begin()

@@ -58,6 +58,7 @@ class Zero3Twin(EngineTwin):
         self.zero, self.ranks, self.width = zero, ranks, setting.width
         self.by_module = make_shards(network.modules, zero, ranks, self.width)
         self.shards = [shard for weights in network.modules for shard in self.by_module[id(weights)]]
+        self.persistent = [shard for shard in self.shards if shard.persistent]
         self.groups = make_sub_groups(self.shards, zero, setting.master_width)
         calls = [[self.shards[number] for number in call] for call in order]
         self.gathering = Gathering(memory, zero, ranks, self.width, calls)
@@ -79,8 +80,7 @@ class Zero3Twin(EngineTwin):
         self.keep(self.memory.device, BUFFERS, self.network.buffer_bytes)
         if self.zero.offload_param.device == "nvme":
             self._lock_param_buffers()
-        for weights in self.network.construction:
-            self._construct(weights)
+        self._construct()
         self._flatten()
         self._make_master()
         self._make_step_gradients()
@@ -95,20 +95,44 @@ class Zero3Twin(EngineTwin):
         storage = self.memory.lock(PARAM_BUFFERS, size)
         self.kept.append(storage)
 
-    def _construct(self, weights: Weights) -> None:
-        """Tensors are made in fp32 and cast; a module's are cut when it is complete."""
+    def _construct(self) -> None:
+        """Tensors are made in fp32 and cast; a module's are cut when it is complete.
+
+        Of the modules only the one at whose making the device holds the most is replayed.
+        """
         self.memory.at("construction")
-        device, whole = self.memory.device, []
-        for numel in weights.numels:
-            first = Storage(device, CONSTRUCTION, numel * FP32)
-            whole.append(first if self.width == FP32 else Storage(device, CONSTRUCTION, numel * self.width))
-            del first
+        shares = [self._shares(weights) for weights in self.network.construction]
+        device = self.memory.device
+        held, worst, number = 0, -1, 0
+        for index, (weights, own) in enumerate(zip(self.network.construction, shares, strict=True)):
+            if held + self._making(weights) > worst:
+                worst, number = held + self._making(weights), index
+            held += sum(size for home, size in own if home is device)
+        for index, part in enumerate((shares[:number], shares[number:])):
+            for home in {id(home): home for own in part for home, _ in own}.values():
+                size = sum(size for own in part for where, size in own if where is home)
+                (self.kept if home is self.memory.nvme else self.parts).append(Storage(home, PARAMETERS, size))
+            if index == 0:
+                self.memory.pass_through((device, CONSTRUCTION, self._making(self.network.construction[number])))
+
+    def _shares(self, weights: Weights) -> list[tuple[Memory, int]]:
+        """Where a rank's shares of a module's parameters lie, and their bytes."""
+        result = []
         for shard in self.by_module[id(weights)]:
             if shard.on_nvme:
-                self.keep(self.memory.nvme, PARAMETERS, align(shard.share, self.width) * self.width)
+                result.append((self.memory.nvme, align(shard.share, self.width) * self.width))
             else:
                 home = self.memory.device if shard.persistent else self.param_home
-                self.parts.append(Storage(home, PARAMETERS, shard.share * self.width))
+                result.append((home, shard.share * self.width))
+        return result
+
+    def _making(self, weights: Weights) -> int:
+        """The most bytes of a module's tensors while it is made: the last one in fp32 beside all of its dtype."""
+        made = most = 0
+        for numel in weights.numels:
+            made += numel * self.width
+            most = max(most, made + (numel * FP32 if self.width != FP32 else 0))
+        return most
 
     def _flatten(self) -> None:
         """Shares move into one buffer: through the host, or on it to stay."""
@@ -194,8 +218,8 @@ class Zero3Twin(EngineTwin):
     def begin_step(self) -> None:
         """Persistent parameters are whole; nothing else is."""
         self.gathering.begin()
-        self.gathering.gather([shard for shard in self.shards if shard.persistent and shard.whole is None])
-        for shard in self.shards:
+        self.gathering.gather([shard for shard in self.persistent if shard.whole is None])
+        for shard in self.persistent:
             self.gathering.wait(shard)
 
     def fetch(self, weights: Weights, *, backward: bool) -> None:
@@ -208,6 +232,7 @@ class Zero3Twin(EngineTwin):
 
     def gradients(self, weights: Weights, grads: list[Storage]) -> None:
         """Each whole gradient waits in the bucket, which is reduced when the next one does not fit."""
+        self.gathering.settle()
         for shard in self.by_module[id(weights)]:
             if self.bucket_elements + shard.numel > self.zero.reduce_bucket_elements and self.in_bucket:
                 self._reduce()
@@ -271,11 +296,15 @@ class Zero3Twin(EngineTwin):
         self.memory.at("optimizer step")
         self.passes = 0
         for shard in self.shards:
-            self.gathering.drop(shard)
+            if shard.whole is not None or shard.flight is not None:
+                self.gathering.drop(shard)
         self.gathering.settle()
         if not self.offloaded:
             largest = max(shard.share for shard in self.shards)
             self.memory.pass_through((self.memory.device, NORM, largest * NORM_BYTES))
+        if self.setting.training.precision == "fp16":
+            # Each is asked whether it is finite (stage3.py:3012).
+            self.memory.pass_through((self.state_home, NORM, self.elements))
         for group in self.groups:
             self._update_group(group)
             if first and group.swapped:

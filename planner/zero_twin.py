@@ -69,8 +69,6 @@ class ZeroTwin(EngineTwin):
         self.averaged: Storage | None = None
         self.waiting: dict[int, list[Storage]] = {}
         """Whole gradients by module, at stage 1."""
-        self.accumulated = False
-        """Whether the host has begun to add up micro-batches."""
 
     def build(self) -> None:
         """The flat copy is made beside the model; then the optimizer's share of it is widened."""
@@ -136,9 +134,6 @@ class ZeroTwin(EngineTwin):
             # Each gradient is squared in fp64 on its way to the host.
             largest = max(self.in_bucket if self.cuts else self.numels, default=0)
             memory.pass_through((memory.device, NORM, largest * NORM_BYTES))
-            if setting.training.accumulation > 1 and not self.accumulated:
-                self._keep_pinned(SHARED_GRADIENTS, self.overlapping * setting.width)
-                self.accumulated = True
         self.in_bucket.clear()
         if self.part is None and not self.offloaded:
             self.part = Storage(memory.device, SHARED_GRADIENTS, self.overlapping * setting.width)
@@ -184,6 +179,9 @@ class ZeroTwin(EngineTwin):
         self.passes = 0
         setting = self.setting
         if self.offloaded:
+            if first and setting.training.accumulation > 1:
+                # Made by the first backward pass: where the host adds micro-batches up.
+                self._keep_pinned(SHARED_GRADIENTS, self.overlapping * setting.width)
             self.update(self.share, offloaded=True)
             self._gather_parameters()
             return

@@ -77,8 +77,8 @@ def compare(run: Path) -> pd.DataFrame:
 
     Entries that can be told apart come first, then what is live between steps, what is kept for
     backward and the peak of each phase. The process's resident memory is predicted as what it was
-    before the model was made, `PROCESS_GROWTH_BYTES`, and what the ledger adds. ``ratio`` is predicted over measured; what
-    was measured as nought has none.
+    before the model was made, `PROCESS_GROWTH_BYTES`, and what the ledger adds. ``ratio`` is predicted
+    over measured; what was measured as nought has none.
 
     Raises:
         InputError: if it is no run folder, or no rank has measured anything.
