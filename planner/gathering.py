@@ -64,17 +64,11 @@ class Gathering:
         """Nothing is being gathered, and gloo has let go of what it gathered last."""
         self._late = None
 
-    def gather(self, shards: list[Shard], *, at_once: bool = False) -> None:
-        """Start the gather of parameters that lie in shares, together.
-
-        Args:
-            shards: none of them whole.
-            at_once: whether the last gather has only just ended.
-        """
+    def gather(self, shards: list[Shard]) -> None:
+        """Start the gather of parameters that lie in shares, together."""
         if not shards:
             return
-        if not at_once:
-            self.settle()
+        self.settle()
         self.live_elements += sum(shard.numel for shard in shards)
         whole = [shard.share * self.ranks * self.width for shard in shards]
         together = Storage(self.memory.device, _name(shards[0]) if len(shards) == 1 else GATHERED, sum(whole))

@@ -15,6 +15,7 @@ from .engine_twin import (
     BUFFERS,
     CONSTRUCTION,
     FIRST_COPIES,
+    GATHERED,
     LOADED,
     MASTER,
     NORM,
@@ -154,7 +155,7 @@ class Zero3Twin(EngineTwin):
         elif any(shard.on_nvme for shard in self.shards):
             # The largest sub-group's whole tensors, not a rank's shares of them (stage3.py:1009).
             largest = max(self.groups, key=lambda group: group.numel)
-            aligned = sum(align(shard.share, self.width) for shard in largest.shards)
+            aligned = sum(align(shard.numel, self.width) for shard in largest.shards)
             self.kept.append(memory.lock(SUB_GROUP_BUFFER, aligned * self.width))
 
     def _make_master(self) -> None:
@@ -207,11 +208,15 @@ class Zero3Twin(EngineTwin):
     def _gather_each(self) -> None:
         """Hooks for gradients are set while each parameter is whole, one after the other (stage3.py:1501)."""
         self.memory.at("gradient hooks")
-        # Two of the largest in a row are the worst moment of the walk.
-        for shard in [max(self.shards, key=lambda shard: shard.numel)] * 2:
-            self.gathering.gather([shard], at_once=True)
-            self.gathering.drop(shard)
+        largest = max(self.shards, key=lambda shard: shard.numel)
+        late = None
+        if self.memory.on_cpu:
+            # gloo's thread has not yet let go of the last one. Measured.
+            late = Storage(self.memory.device, GATHERED, largest.share * self.ranks * self.width)
+        self.gathering.gather([largest])
+        self.gathering.drop(largest)
         self.gathering.settle()
+        del late
 
     # One training step.
 
@@ -256,8 +261,8 @@ class Zero3Twin(EngineTwin):
         padded = sum(shard.share for shard in shards) * self.ranks
         single = len(shards) == 1 and shards[0].numel % self.ranks == 0
         flat = None if single else Storage(memory.device, REDUCE_COPIES, padded * width)
-        if memory.on_cpu:
-            memory.pass_through((memory.device, BACKEND_COPIES, padded * width))
+        # gloo reduces a copy, and lets go of it some time before the shares have been taken over.
+        copy = Storage(memory.device, BACKEND_COPIES, padded * width) if memory.on_cpu else None
         accumulated = self.setting.accumulation_width
         cast = None
         if accumulated != width:
@@ -267,7 +272,7 @@ class Zero3Twin(EngineTwin):
             self._take_over(shard, copies)
         self.in_bucket.clear()
         self.bucket_elements = 0
-        del flat, cast, copies
+        del flat, cast, copies, copy
 
     def _take_over(self, shard: Shard, copies: list[Storage]) -> None:
         """A rank's share of a reduced gradient goes to where gradients are accumulated, and to the optimizer."""
