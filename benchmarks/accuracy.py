@@ -12,7 +12,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,10 +27,11 @@ from translution.distributed.measure import count_every_allocation
 from translution.distributed.measurement import few_steps, measure_plan
 from translution.distributed.single import measure_passes
 from translution.models import build
-from translution.planner.cluster import local_cpu_cluster
+from translution.planner.cluster import load_cluster, local_cpu_cluster
+from translution.planner.memory import estimate_memory
 from translution.planner.model_spec import ModelSpec, parse_model_spec
 from translution.planner.parameters import count_parameters
-from translution.planner.plan import make_plan
+from translution.planner.plan import choose_tile, choose_zero, make_plan
 from translution.planner.presets import preset
 from translution.planner.schedule import MICRO_BATCHES, replay
 from translution.planner.training import TrainingSpec
@@ -83,7 +85,7 @@ PRESET_OPERATORS: list[dict[str, Any]] = [
     {"operator": "translution", "relative_layers": "every:2"}, {"operator": "attention"},
     {"operator": "bias"}, {"operator": "shaw"}, {"operator": "absolute"},
 ]  # fmt: skip
-SECTIONS = ("counts", "passes", "ranks")
+SECTIONS = ("counts", "passes", "ranks", "times")
 
 
 def _with(base: dict[str, Any], changes: dict[str, Any]) -> ModelSpec:
@@ -99,6 +101,23 @@ def count_rows() -> list[dict[str, Any]]:
             built = sum(parameter.numel() for parameter in build(spec).parameters())
         predicted = count_parameters(spec).total
         rows.append({"what": f"{name}, {changes}", "predicted": predicted, "measured": built})
+    return rows
+
+
+def time_rows() -> list[dict[str, Any]]:
+    """Seconds of the processor for an estimate of each preset on 512 ranks, the least of five."""
+    rows, cluster = [], load_cluster("64x8xH100")
+    for name in PRESETS:
+        spec = preset(name)
+        tile = choose_tile(spec, cluster.ranks)
+        zero = choose_zero(spec, tile, 3, cluster.ranks)
+        seconds = []
+        for micro_batch in range(1, 6):  # Another one each time: nothing may be remembered.
+            training = TrainingSpec(precision="bf16", micro_batch=micro_batch, data="synthetic")
+            begin = time.process_time()
+            estimate_memory(spec, cluster, training, zero, tile)
+            seconds.append(time.process_time() - begin)
+        rows.append({"what": name, "seconds": min(seconds)})
     return rows
 
 
@@ -182,7 +201,7 @@ def render(document: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in document["machine"].items())
     parts = ["# Predicted and measured memory", "", f"`{document['command']}` on {document['date']}: {versions}."]
     parts += ["Ratios are predicted over measured; all rows are in [accuracy.json](accuracy.json).", ""]
-    counts, passes, ranks = (document["sections"].get(name, []) for name in SECTIONS)
+    counts, passes, ranks, times = (document["sections"].get(name, []) for name in SECTIONS)
     if counts:
         exact = sum(row["predicted"] == row["measured"] for row in counts)
         parts += ["## Parameters", "", f"{exact} of {len(counts)} presets with an operator are exact.", ""]
@@ -196,6 +215,10 @@ def render(document: dict[str, Any]) -> str:
         parts += ["## Two ranks, init to resume", "", *_ranks_table(ranks), ""]
         misses = _misses(ranks)
         parts += ["Outside 1.00 to 1.05, or 0.9 to 1.1 of the resident set:", "", *(misses or ["- nothing"]), ""]
+    if times:
+        slowest = max(times, key=lambda row: row["seconds"])
+        text = f"{len(times)} presets on 512 ranks: at most {slowest['seconds'] * 1e3:.0f} ms, for {slowest['what']}."
+        parts += ["## Time of an estimate", "", text, ""]
     for line in document.get("rehearsals", []):
         parts += ["## One rank of a large world", "", line, ""]
     return "\n".join(parts)
@@ -224,7 +247,11 @@ def main() -> None:
     document["machine"]["deepspeed"] = importlib.metadata.version("deepspeed")
     sections: dict[str, list[dict[str, Any]]] = {}
     for name in arguments.only:
-        sections[name] = list(rank_rows(arguments.runs)) if name == "ranks" else _apart(name)
+        here: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+            "ranks": partial(rank_rows, arguments.runs),
+            "times": time_rows,
+        }
+        sections[name] = list(here[name]()) if name in here else _apart(name)
     document["sections"] = sections
     write_report(arguments.out, "accuracy", document, render(document))
 

@@ -44,41 +44,54 @@ class Memory:
         self.peaks: dict[str, Peak] = {}
         self._phase = ""
         self._peak = -1
+        self._peak_moment = ""
 
     def allocate(self, what: str, size: int) -> None:
         """Add bytes to what is live."""
         if what in self._ignored:
             return
-        self.live[what] = self.live.get(what, 0) + size
+        live = self.live
+        live[what] = live.get(what, 0) + size
         self.total += size
         if self.events is not None:
             self.events.append((self._phase, self.moment, what, size))
         if self.total > self._peak:
-            self._peak = self.total
-            self.peaks[self._phase] = Peak(self.total, dict(self.live), self.moment)
+            self._peak, self._peak_moment = self.total, self.moment
 
     def free(self, what: str, size: int) -> None:
         """Take bytes from what is live."""
         if what in self._ignored:
             return
+        if self.total == self._peak:
+            self._note()
         self.live[what] -= size
         self.total -= size
         if self.events is not None:
             self.events.append((self._phase, self.moment, what, -size))
 
+    def _note(self) -> None:
+        """Keep what the phase's peak is made of; a peak lasts until something is freed."""
+        noted = self.peaks.get(self._phase)
+        if noted is None or noted.total_bytes < self._peak:
+            self.peaks[self._phase] = Peak(self._peak, dict(self.live), self._peak_moment)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Let the events of the block count for a phase; a phase met again keeps its higher peak."""
-        before = self._phase, self._peak
+        if self.total == self._peak:
+            self._note()
+        before = self._phase, self._peak, self._peak_moment
         earlier = self.peaks.get(name)
         self._phase, self._peak = name, -1 if earlier is None else earlier.total_bytes
         if self.total > self._peak:
-            self._peak = self.total
-            self.peaks[name] = Peak(self.total, dict(self.live), self.moment)
+            self._peak, self._peak_moment = self.total, self.moment
+            self._note()
         try:
             yield
         finally:
-            self._phase, self._peak = before
+            if self.total == self._peak:
+                self._note()
+            self._phase, self._peak, self._peak_moment = before
 
 
 class Storage:

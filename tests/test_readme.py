@@ -35,7 +35,7 @@ def test_the_planning_commands_work(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(root / "examples")
     commands = [shlex.split(line) for block in blocks(readme, "sh") for line in block.splitlines()]
-    assert {command[1] for command in commands} == {"estimate", "plan", "launch", "verify"}
+    assert {command[1] for command in commands} == {"estimate", "plan", "launch", "verify", "measure", "rehearse"}
     for command in commands:
         assert command[0] == "translution"
         if command[1] in ("estimate", "plan"):
