@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -25,6 +27,7 @@ from translution.models import build
 from translution.planner.errors import InputError
 from translution.planner.files import write_text
 from translution.planner.plan import Plan, load_plan
+from translution.planner.provenance import provenance
 
 from . import host, measure
 from .data import Samples, load_samples, micro_batches
@@ -243,7 +246,14 @@ class Rank:
             seed=training.seed,
         )
         self.start()
-        self.log(event="start", steps=training.steps, ranks=self.ranks, global_batch=training.global_batch(self.ranks))
+        made = provenance(shlex.join(["translution", *sys.argv[1:]]), ("torch", "deepspeed"))
+        self.log(
+            event="start",
+            steps=training.steps,
+            ranks=self.ranks,
+            global_batch=training.global_batch(self.ranks),
+            made=made.model_dump(),
+        )
         # In the first step Adam has no moments yet: a run of one step measures nothing.
         measured = min(MEASURED_STEP, training.steps) - 1 or None
         for self.step in range(training.steps):
