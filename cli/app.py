@@ -261,6 +261,23 @@ def verify(
     run_verify(folder, as_json=json)
 
 
+@app.command(
+    epilog="Examples: **translution report plans/small --out small.html** · **translution report plans/small/runs/001 "
+    "--out run.html --png timeline.png**"
+)
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A plan folder or a run folder.")],
+    out: Annotated[Path, typer.Option(help="HTML page to write; it needs no network.")],
+    png: Annotated[Path | None, typer.Option(help="Write the memory timeline as PNG too.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the memory timeline as SVG too.")] = None,
+    json: Json = False,
+) -> None:
+    """Write a page with a plan's memory, phase by phase, and what its newest run measured."""
+    from .report import run_report
+
+    run_report(folder, out, png, svg, as_json=json)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         from translution.planner.plan import version

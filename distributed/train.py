@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -25,6 +27,7 @@ from translution.models import build
 from translution.planner.errors import InputError
 from translution.planner.files import write_text
 from translution.planner.plan import Plan, load_plan
+from translution.planner.provenance import provenance
 from translution.planner.simulation import BACKWARD, FORWARD, INIT, RESUME, SAVE, STEP
 
 from . import host, measure
@@ -80,8 +83,8 @@ class Rank:
         write_status(self.run, RankStatus.model_validate(status))
 
     def log(self, **values: object) -> None:
-        """Append a line to the metrics file; only rank 0 does."""
-        if self.rank == 0:
+        """Append a line to the metrics file; only rank 0 does, and no second process that measures the run."""
+        if self.rank == 0 and self.watch == "allocations":
             with (self.run / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
 
@@ -288,7 +291,14 @@ class Rank:
         self.start()
         if resume:
             self.load()
-        self.log(event="start", steps=training.steps, ranks=self.ranks, global_batch=training.global_batch(self.ranks))
+        made = provenance(shlex.join(["translution", *sys.argv[1:]]), ("torch", "deepspeed"))
+        self.log(
+            event="start",
+            steps=training.steps,
+            ranks=self.ranks,
+            global_batch=training.global_batch(self.ranks),
+            made=made.model_dump(),
+        )
         # In the first step Adam has no moments yet: a run of one step measures nothing.
         measured = min(MEASURED_STEP, training.steps) - 1 or None
         for self.step in range(training.steps):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "pandas", "deepspeed", "fairscale", "numpy", "sklearn")
+HEAVY = ("torch", "pandas", "deepspeed", "fairscale", "numpy", "sklearn", "altair", "vl_convert")
 
 ALLOWED = {
     "planner": set(),
@@ -47,6 +47,7 @@ def test_no_module_of_the_planner_loads_a_heavy_package(root: Path) -> None:
         ["--help"],
         ["launch", "--help"],
         ["clusters"],
+        ["report", "--help"],
     ],
     ids=" ".join,
 )

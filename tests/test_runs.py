@@ -205,7 +205,7 @@ def test_verify_reads_what_a_killed_run_left(
     assert "holds no measurement" in capsys.readouterr().err
     measurement = {
         "rank": 0, "device": "cpu", "step": 2, "entries_bytes": {"parameters": 5}, "resident_bytes": 5,
-        "phase_peak_bytes": {"forward and backward": 7, "optimizer step": 6}, "peak_bytes": 7, "process_peak_bytes": 9,
+        "phase_peak_bytes": {"forward": 7, "optimizer step": 6}, "peak_bytes": 7, "process_peak_bytes": 9,
     }  # fmt: skip
     memory_path(run, 0).write_text(json.dumps(measurement))
     if text is not None:
