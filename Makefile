@@ -25,11 +25,11 @@ format: $(VENV)/.dev
 $(VENV)/.demo: pyproject.toml constraints.txt scripts/check_system.sh
 	sh scripts/check_system.sh $(PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) --editable '.[train]'
+	$(PIP_INSTALL) --editable '.[train,report]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP_INSTALL) --editable '.[train,dev]'
+	$(PIP_INSTALL) --editable '.[train,report,dev]'
 	touch $@
 
 clean:

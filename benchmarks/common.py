@@ -18,6 +18,7 @@ from torch import nn
 
 from translution.models import Translution
 from translution.planner.cluster import usable_cores
+from translution.planner.provenance import processor
 from translution.planner.relations import RelationGeometry
 
 TOLERANCE = 1e-10
@@ -122,22 +123,13 @@ def count_operations(geometry: RelationGeometry, batch: int, dim: int) -> int:
     return 3 * 4 * 2 * batch * geometry.table_rows * dim * dim
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def describe_run(script: str) -> dict[str, Any]:
     """The command, the date, the machine and the versions, for the report."""
     return {
         "command": " ".join(["python", f"benchmarks/{script}.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": usable_cores(),
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -35,10 +35,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 PrecisionName = Annotated[str, typer.Option("--precision", help="fp32, or bf16 with an fp32 master copy.")]
 Stage = Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.")]
 Tile = Annotated[int | None, typer.Option(help="Relations per tile of a table; chosen unless given.")]
+Offload = Annotated[str, typer.Option(help="What leaves the device: none, cpu-optimizer, cpu, nvme-optimizer or nvme.")]
+NvmePath = Annotated[str | None, typer.Option(help="Folder on every node's NVMe drive, for nvme.")]
+OffloadRatio = Annotated[float, typer.Option(help="Share of the optimizer that leaves, for cpu-optimizer.")]
+TrainingSettings = Annotated[
+    list[str] | None, typer.Option("--train", metavar="FIELD=VALUE", help="Any other field of training; repeatable.")
+]
+Knobs = Annotated[
+    list[str] | None,
+    typer.Option("--zero", metavar="FIELD=VALUE", help="A knob of ZeRO, set otherwise than chosen; repeatable."),
+]
 MicroBatch = Annotated[int, typer.Option(help="Samples per rank and forward pass.")]
 
 
-def parse_settings(settings: Sequence[str] | None) -> dict[str, object]:
+def parse_settings(settings: Sequence[str] | None, flag: str = "--set") -> dict[str, object]:
     """``FIELD=VALUE`` texts as a mapping; values are read as YAML.
 
     Raises:
@@ -48,10 +58,10 @@ def parse_settings(settings: Sequence[str] | None) -> dict[str, object]:
     for text in settings or ():
         field, equals, value = text.partition("=")
         if not equals or not field:
-            raise InputError(f"--set: {text!r} is not allowed: must be FIELD=VALUE")
-        values[field.strip()] = read_yaml(value, f"--set {field.strip()}")
+            raise InputError(f"{flag}: {text!r} is not allowed: must be FIELD=VALUE")
+        values[field.strip()] = read_yaml(value, f"{flag} {field.strip()}")
         if values[field.strip()] is None:
-            raise InputError(f"--set: {text!r} is not allowed: a value must follow the =")
+            raise InputError(f"{flag}: {text!r} is not allowed: a value must follow the =")
     return values
 
 
@@ -104,7 +114,8 @@ def estimate(
 def plan(
     model: Model,
     cluster: Annotated[
-        str, typer.Option(help="cpu:RANKS (this machine), GPUSxNAME, NODESxGPUSxNAME, or a YAML/JSON file.")
+        str,
+        typer.Option(help="cpu:RANKS (this machine), [NODESx]GPUSxNAME, [NODESx]NODE, or a YAML/JSON file."),
     ],
     out: Annotated[Path, typer.Option(help="Plan folder to write.")],
     operator: Operator = None,
@@ -125,11 +136,16 @@ def plan(
     seed: Annotated[int, typer.Option(help="Of weights and sample order.")] = 0,
     stage: Stage = 3,
     tile_relations: Tile = None,
+    offload: Offload = "none",
+    nvme_path: NvmePath = None,
+    offload_ratio: OffloadRatio = 1.0,
+    training_settings: TrainingSettings = None,
+    knobs: Knobs = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing plan folder; its runs stay.")] = False,
     json: Json = False,
 ) -> None:
     """Plan a training run on a cluster and write its folder."""
-    from .plan import run_plan
+    from .plan import plan_from, run_plan
 
     spec = resolve_model(model, operator, roles, c1, c2, relative_layers, settings)
     training = {
@@ -143,9 +159,73 @@ def plan(
         "precision": precision,
         "data": data,
         "seed": seed,
-    }
-    zero_stage: Literal[0, 1, 2, 3] = stage  # type: ignore[assignment]  # typer keeps it within 0 and 3
-    run_plan(spec, cluster, out, training, stage=zero_stage, tile_relations=tile_relations, force=force, as_json=json)
+    } | parse_settings(training_settings, "--train")
+    made = plan_from(
+        spec,
+        cluster,
+        training,
+        stage=_stage(stage),
+        tile_relations=tile_relations,
+        offload=offload,
+        nvme_path=nvme_path,
+        offload_ratio=offload_ratio,
+        knobs=parse_settings(knobs, "--zero"),
+    )
+    run_plan(made, out, force=force, as_json=json)
+
+
+def _stage(value: int) -> Literal[0, 1, 2, 3]:
+    return value  # type: ignore[return-value]  # typer keeps it within 0 and 3
+
+
+@app.command(
+    epilog="Examples: **translution measure plans/small** · **translution measure vit-tiny/56 --cluster cpu:2 "
+    "--stage 2** · **translution measure my.yaml --cluster cpu:2 --offload nvme --nvme-path /nvme/swap**"
+)
+def measure(
+    target: Annotated[str, typer.Argument(metavar="PLAN_OR_MODEL", help="A plan folder; or a preset or spec file.")],
+    cluster: Annotated[str, typer.Option(help="cpu:RANKS, or GPUSxNAME of this machine; for a model.")] = "cpu:1",
+    settings: Settings = None,
+    precision: PrecisionName = "fp32",
+    micro_batch: MicroBatch = 1,
+    stage: Stage = 3,
+    tile_relations: Tile = None,
+    offload: Offload = "none",
+    nvme_path: NvmePath = None,
+    offload_ratio: OffloadRatio = 1.0,
+    training_settings: TrainingSettings = None,
+    knobs: Knobs = None,
+    resume: Annotated[bool, typer.Option(help="Also measure resuming from the checkpoint.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Folder to keep plan and run in; else they are removed.")] = None,
+    json: Json = False,
+) -> None:
+    """Run a model or plan for a few steps; set predicted memory beside measured, phase by phase."""
+    from .measure import plan_of, run_measure
+    from .plan import plan_from
+
+    plan = plan_of(Path(target))
+    if plan is None:
+        training = {"precision": precision, "micro_batch": micro_batch, "data": "synthetic"}
+        plan = plan_from(
+            resolve_model(target, None, None, None, None, None, settings),
+            cluster,
+            training | parse_settings(training_settings, "--train"),
+            stage=_stage(stage),
+            tile_relations=tile_relations,
+            offload=offload,
+            nvme_path=nvme_path,
+            offload_ratio=offload_ratio,
+            knobs=parse_settings(knobs, "--zero"),
+        )
+    run_measure(plan, out, resume=resume, as_json=json)
+
+
+@app.command(epilog="Examples: **translution clusters** · **translution clusters --json**")
+def clusters(json: Json = False) -> None:
+    """List the GPUs and nodes that `--cluster` knows, each figure with its source."""
+    from .clusters import run_clusters
+
+    run_clusters(as_json=json)
 
 
 @app.command(epilog="Examples: **translution launch plans/small** · **translution launch plans/small --dry-run**")
@@ -161,11 +241,11 @@ def launch(
 
 
 @app.command(hidden=True)
-def train(plan_folder: Path, run: Path) -> None:
+def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
     """Run one rank of a plan; DeepSpeed's launcher or torchrun starts it on every rank."""
     from translution.distributed.train import train as train_rank
 
-    train_rank(plan_folder, run)
+    train_rank(plan_folder, run, mode)
 
 
 @app.command(epilog="Examples: **translution verify plans/small** · **translution verify plans/small/runs/001 --json**")
@@ -179,6 +259,23 @@ def verify(
     from .verify import run_verify
 
     run_verify(folder, as_json=json)
+
+
+@app.command(
+    epilog="Examples: **translution report plans/small --out small.html** · **translution report plans/small/runs/001 "
+    "--out run.html --png timeline.png**"
+)
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A plan folder or a run folder.")],
+    out: Annotated[Path, typer.Option(help="HTML page to write; it needs no network.")],
+    png: Annotated[Path | None, typer.Option(help="Write the memory timeline as PNG too.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the memory timeline as SVG too.")] = None,
+    json: Json = False,
+) -> None:
+    """Write a page with a plan's memory, phase by phase, and what its newest run measured."""
+    from .report import run_report
+
+    run_report(folder, out, png, svg, as_json=json)
 
 
 def _show_version(wanted: bool) -> None:

@@ -11,7 +11,7 @@ from translution.planner.activations import kept_bytes
 from translution.planner.cluster import ClusterSpec
 from translution.planner.errors import InputError
 from translution.planner.flops import count_flops
-from translution.planner.memory import MemoryEstimate, estimate_memory
+from translution.planner.memory import BACKWARD, FORWARD, STEP, MemoryEstimate, estimate_memory
 from translution.planner.model_spec import OPERATORS, ModelSpec, Operator, parse_model_spec
 from translution.planner.parameters import TABLES, count_parameters
 from translution.planner.plan import choose_tile, choose_zero
@@ -62,8 +62,8 @@ def _with_operator(spec: ModelSpec, operator: Operator) -> ModelSpec | None:
 
 
 def per_rank(spec: ModelSpec, training: TrainingSpec, ranks: int) -> dict[int, MemoryEstimate]:
-    """Memory of one of so many GPU ranks for each ZeRO stage."""
-    cluster = ClusterSpec(name="any", device="cuda", ranks_per_node=ranks, device_memory_bytes=2**60)
+    """Memory of one of so many GPU ranks for each ZeRO stage, with the constants of an H100."""
+    cluster = ClusterSpec(name="any", gpu="H100", ranks_per_node=ranks, device_memory_bytes=2**60)
     estimates = {}
     for stage in (0, 1, 2, 3):
         # Only stage 3 gains from tiles.
@@ -138,9 +138,9 @@ def _print_tables(
     out.print(table(f"Parameters of {_LABELS[spec.operator]}, exact", ("component", "parameters"), rows))
     rows = []
     for stage, estimate in estimates.items():
-        peaks = estimate.phase_peak_bytes
-        cells = (estimate.resident_bytes, peaks["forward and backward"], peaks["optimizer step"], estimate.peak_bytes)
+        step = max(estimate.bytes_of(phase) for phase in (FORWARD, BACKWARD))
+        cells = (estimate.resident_bytes, step, estimate.bytes_of(STEP), estimate.peak_bytes, estimate.host_bytes)
         rows.append((f"ZeRO-{stage}", *(format_bytes(size) for size in cells)))
-    columns = ("plan", "between steps", "forward, backward", "optimizer step", "peak")
+    columns = ("plan", "between steps", "forward, backward", "optimizer step", "peak of device", "peak of host")
     out.print()
-    out.print(table(f"Memory of each of {ranks} GPU ranks, no offload, micro-batch {micro_batch}", columns, rows))
+    out.print(table(f"Memory of each of {ranks} ranks on H100s, no offload, micro-batch {micro_batch}", columns, rows))

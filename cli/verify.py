@@ -35,6 +35,7 @@ def run_verify(folder: Path, *, as_json: bool) -> None:
     cells = [
         (
             str(row["rank"]),
+            str(row["tier"]),
             str(row["what"]),
             format_bytes(row["predicted_bytes"]),
             format_bytes(row["measured_bytes"]),
@@ -42,9 +43,9 @@ def run_verify(folder: Path, *, as_json: bool) -> None:
         )
         for row in rows.to_dict("records")
     ]
-    columns = ("rank", "what", "predicted", "measured", "predicted / measured")
+    columns = ("rank", "tier", "what", "predicted", "measured", "predicted / measured")
     out = console()
-    out.print(table(f"Memory per rank of {run}", columns, cells, text_columns=2))
+    out.print(table(f"Memory per rank of {run}", columns, cells, text_columns=3))
     if accuracy is not None:
         out.print(f"accuracy on held-out samples: {accuracy:.2%}")
     for name, path in files.items():

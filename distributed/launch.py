@@ -20,6 +20,7 @@ from translution.planner.cluster import ClusterSpec, usable_cores
 from translution.planner.errors import InputError, MissingPackageError, RunFailedError
 from translution.planner.plan import Plan, load_plan
 
+from .ops import needed_ops, prepare_ops
 from .run_files import LOG, METRICS, RUNS, judge, make_run_folders
 
 LAUNCHER_PID = "TRANSLUTION_LAUNCHER_PID"
@@ -39,7 +40,7 @@ def free_port() -> int:
         return port
 
 
-def launch_command(plan: Plan, plan_folder: Path, run: Path, port: int) -> list[str]:
+def launch_command(plan: Plan, plan_folder: Path, run: Path, port: int, *options: str) -> list[str]:
     """The command that starts all ranks: DeepSpeed's launcher with this toolkit's ``train``.
 
     For several nodes it is what each node runs, with HOSTFILE, NODE_RANK and FIRST_HOST to fill in.
@@ -49,6 +50,7 @@ def launch_command(plan: Plan, plan_folder: Path, run: Path, port: int) -> list[
         plan_folder: what the ranks read.
         run: what they write to.
         port: of the rendezvous on the loopback.
+        options: of this toolkit's ``train``.
     """
     if plan.cluster.nodes == 1:
         place = ["--num_gpus", str(plan.cluster.ranks_per_node), "--master_addr", "127.0.0.1"]
@@ -56,6 +58,7 @@ def launch_command(plan: Plan, plan_folder: Path, run: Path, port: int) -> list[
         place = ["--hostfile", "HOSTFILE", "--no_ssh", "--node_rank", "NODE_RANK", "--master_addr", "FIRST_HOST"]
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", *place, "--master_port", str(port)]
     ranks = ["--no_local_rank", "--module", "translution.cli", "train", str(plan_folder.resolve()), str(run.resolve())]
+    ranks += options
     return [*runner, *ranks]
 
 
@@ -166,44 +169,6 @@ class _MetricsReader:
                 self._on_metrics(json.loads(line))
 
 
-_COMPILE = """
-from deepspeed.accelerator import get_accelerator
-builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-if builder is not None:
-    builder.load()
-"""
-_COMPILE_SECONDS = 900.0
-
-
-def prepare_ops(environment: Mapping[str, str], log: Path) -> None:
-    """Compile DeepSpeed's communication op in one process, before ranks would race for it.
-
-    Raises:
-        RunFailedError: if it does not compile, or waits on the lock that a killed compilation left;
-            the compiler's words are in the log.
-    """
-    with log.open("ab") as file:
-        try:
-            result = subprocess.run(
-                [sys.executable, "-c", _COMPILE],
-                env={**os.environ, **environment},
-                stdout=file,
-                stderr=file,
-                timeout=_COMPILE_SECONDS,
-            )
-        except subprocess.TimeoutExpired:
-            raise RunFailedError(
-                f"DeepSpeed's communication op did not compile in {_COMPILE_SECONDS:.0f} s: if nothing else is "
-                f"compiling, remove the stale file named lock under {_extensions_folder()} (log: {log})"
-            ) from None
-    if result.returncode:
-        raise RunFailedError(f"DeepSpeed's communication op does not compile (log: {log})")
-
-
-def _extensions_folder() -> Path:
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-
-
 class _EndedError(BaseException):
     """A signal asks this process to end; no ``except Exception`` may keep it."""
 
@@ -263,7 +228,9 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path,
     return process.returncode
 
 
-def launch(plan_folder: Path, run: Path | None, on_metrics: OnMetrics, on_stage: Callable[[str], None]) -> Path:
+def launch(
+    plan_folder: Path, run: Path | None, on_metrics: OnMetrics, on_stage: Callable[[str], None], *options: str
+) -> Path:
     """Run a plan on this machine.
 
     Args:
@@ -271,6 +238,7 @@ def launch(plan_folder: Path, run: Path | None, on_metrics: OnMetrics, on_stage:
         run: the run folder to make; None takes the plan folder's next ``runs/NNN``.
         on_metrics: called with each metrics line.
         on_stage: called with a line for people when something slow begins.
+        options: of this toolkit's ``train``.
 
     Returns:
         The run folder.
@@ -282,12 +250,21 @@ def launch(plan_folder: Path, run: Path | None, on_metrics: OnMetrics, on_stage:
     plan = load_plan(plan_folder)
     check_machine(plan)
     run = new_run_folder(plan_folder, run)
-    environment = launch_environment(plan.cluster)
-    if plan.cluster.device == "cpu":
-        on_stage("preparing DeepSpeed's communication op, which the first run compiles in about a minute")
-        prepare_ops(environment, run / LOG)
+    ops = needed_ops(plan)
+    if ops:
+        on_stage(f"preparing {len(ops)} of DeepSpeed's ops, which the first run compiles in a minute or more each")
+        prepare_ops(ops, launch_environment(plan.cluster), run / LOG)
     on_stage(f"starting {plan.cluster.ranks} ranks; they log to {run / LOG}")
-    command = launch_command(plan, plan_folder, run, free_port())
-    exit_code = run_ranks(command, environment, run, on_metrics)
-    judge(run, plan.cluster.ranks, exit_code)
+    start_and_judge(plan, plan_folder, run, on_metrics, *options)
     return run
+
+
+def start_and_judge(plan: Plan, plan_folder: Path, run: Path, on_metrics: OnMetrics, *options: str) -> None:
+    """Start the ranks of a run whose folder exists, and wait for their end.
+
+    Raises:
+        RunFailedError: if any rank did not finish.
+    """
+    command = launch_command(plan, plan_folder, run, free_port(), *options)
+    exit_code = run_ranks(command, launch_environment(plan.cluster), run, on_metrics)
+    judge(run, plan.cluster.ranks, exit_code)

@@ -47,6 +47,22 @@ def count_every_allocation() -> None:
         ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
 
 
+def load_libraries() -> None:
+    """Let the parts of torch and DeepSpeed that load themselves when first used be loaded now.
+
+    What a process holds from here on is the run's.
+    """
+    import deepspeed.runtime.zero.stage3
+    import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401  # loading is what is wanted
+
+    for dtype in (torch.float32, torch.bfloat16):
+        parts = torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.LayerNorm(64)
+        layer = torch.nn.Sequential(*parts).to(dtype)
+        optimizer = torch.optim.AdamW(layer.parameters(), foreach=False)
+        layer(torch.randn(64, 64, dtype=dtype)).float().logsumexp(-1).sum().backward()
+        optimizer.step()
+
+
 def trace_allocations(phase: Callable[[], None]) -> tuple[int, int]:
     """Call a function and watch torch's CPU allocator.
 

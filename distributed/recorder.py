@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from translution.planner.plan import Plan
+from translution.planner.simulation import BACKWARD, FORWARD, STEP
 
 from . import host, measure
 from .data import Samples
 from .entries import swap_buffers, zero_entries
 from .run_files import MemoryMeasurement
-
-INIT, FORWARD, BACKWARD, STEP, SAVE = "init", "forward", "backward", "optimizer step", "checkpoint save"
 
 RunPhase = Any
 """Called with a phase's name and what it does, ``(str, () -> None) -> None``."""
@@ -25,31 +24,46 @@ def run_phase(name: str, work: Callable[[], None]) -> None:
     work()
 
 
-class Recorder:
-    """What one rank measures of itself.
+Watch: TypeAlias = Literal["allocations", "process"]
 
-    Torch's allocator is watched in one step and the process's resident memory in another, because
-    watching takes memory too.
+
+class Recorder:
+    """What one rank measures of itself: torch's allocations, or the process's resident memory.
+
+    One or the other, because watching allocations takes memory too.
 
     Args:
         plan: gives the device and the NVMe path.
         rank: which rank this is.
+        watch: what to measure.
     """
 
-    def __init__(self, plan: Plan, rank: int) -> None:
+    def __init__(self, plan: Plan, rank: int, watch: Watch = "allocations") -> None:
         self.device: Literal["cpu", "cuda"] = plan.cluster.device
+        self.watch = watch
         self._path = plan.zero.offload_optimizer.nvme_path or plan.zero.offload_param.nvme_path
         self._rank = rank
         self._peaks: dict[str, int] = {}
         self._process_peaks: dict[str, int] = {}
+        if watch == "process":
+            measure.load_libraries()
         self._start = host.process_bytes().get("resident", 0)
         self._kept: measure.KeptCounter | None = None
         self._network: torch.nn.Module | None = None
         self._before: int | None = None
-        self._samples = 0
+        self._base: int | None = None
+        """Allocated before the model was made: the data set, and what libraries keep."""
 
-    def allocated(self, name: str, work: Callable[[], None]) -> None:
-        """Do a phase's work and note the most that was allocated on the device."""
+    def record(self, name: str, work: Callable[[], None]) -> None:
+        """Do a phase's work and note the most of what is watched; a phase met again keeps its higher peak."""
+        if self.watch == "allocations":
+            self._record_allocations(name, work)
+            return
+        host.forget_peak()
+        work()
+        self._process_peaks[name] = max(self._process_peaks.get(name, 0), host.process_bytes()["peak"])
+
+    def _record_allocations(self, name: str, work: Callable[[], None]) -> None:
         if self.device == "cpu":
             before, peak = measure.trace_allocations(work)
         else:
@@ -57,30 +71,24 @@ class Recorder:
             before = torch.cuda.memory_allocated()
             work()
             peak = torch.cuda.max_memory_allocated()
+        if self._base is None:
+            self._base = before
         if self._before is None:
             self._before = before
         self._peaks[name] = max(self._peaks.get(name, 0), peak)
 
-    def both(self, name: str, work: Callable[[], None]) -> None:
-        """Do a phase's work that happens once, noting allocations and resident memory."""
-        host.forget_peak()
-        self.allocated(name, work)
-        self._process_peaks[name] = host.process_bytes()["peak"]
-
-    def resident(self, name: str, work: Callable[[], None]) -> None:
-        """Do a phase's work and note the process's highest resident memory."""
-        host.forget_peak()
-        if name == FORWARD and self._network is not None:
-            # A later micro-batch would be given the addresses of the first one's tensors again.
-            self._kept, self._network = measure.KeptCounter(self._network), None
-            with self._kept.counting():
-                work()
-        else:
+    def counted(self, name: str, work: Callable[[], None]) -> None:
+        """Do a phase's work; the first forward pass is counted for what it keeps."""
+        if name != FORWARD or self._network is None:
             work()
-        self._process_peaks[name] = max(self._process_peaks.get(name, 0), host.process_bytes()["peak"])
+            return
+        # A later micro-batch would be given the addresses of the first one's tensors again.
+        self._kept, self._network = measure.KeptCounter(self._network), None
+        with self._kept.counting():
+            work()
 
     def count_kept(self, network: torch.nn.Module) -> None:
-        """Count what the next forward pass under `resident` keeps for backward."""
+        """Count what the next forward pass under `counted` keeps for backward."""
         self._network = network
 
     def between_steps(self, engine: Any, samples: list[torch.Tensor], batches: list[Samples]) -> Between:
@@ -94,7 +102,7 @@ class Recorder:
         self._before = None
         device = torch.device(self.device).type
         counter = measure.StorageCounter()
-        self._samples = counter.add(tensor for tensor in samples if tensor.device.type == device)
+        counter.add(samples)
         named = zero_entries(engine) | {
             "micro-batches": [tensor for batch in batches for tensor in (batch.inputs, batch.targets)]
         }
@@ -108,11 +116,20 @@ class Recorder:
         process = host.process_bytes()
         return Between(entries, on_host, buffers, process, host.disk_bytes(self._path, self._rank))
 
+    def add_to(self, measurement: MemoryMeasurement) -> MemoryMeasurement:
+        """An earlier measurement with this process's phases beside or in place of its own."""
+        base = self._base or 0
+        peaks = {name: peak - base for name, peak in self._peaks.items()}
+        changes: dict[str, Any] = {"phase_peak_bytes": measurement.phase_peak_bytes | peaks}
+        if self.watch == "process":
+            changes |= {"process_start_bytes": self._start, "process_phase_peak_bytes": self._process_peaks}
+        return measurement.model_copy(update=changes)
+
     def measurement(self, step: int, between: Between) -> MemoryMeasurement:
         """Everything measured, in the form of a run's files."""
-        resident = (self._before or 0) - self._samples
-        # Samples are loaded before the engine is made, so they are in every figure.
-        peaks = {name: peak - self._samples for name, peak in self._peaks.items()}
+        base = self._base or 0
+        resident = (self._before or 0) - base
+        peaks = {name: peak - base for name, peak in self._peaks.items()}
         entries = between.entries | {"other": resident - sum(between.entries.values())}
         return MemoryMeasurement(
             rank=self._rank,
@@ -122,15 +139,13 @@ class Recorder:
             resident_bytes=resident,
             phase_peak_bytes=peaks,
             peak_bytes=max(peaks[name] for name in (FORWARD, BACKWARD, STEP)),
-            process_peak_bytes=max(between.process["peak"], *self._process_peaks.values()),
+            process_peak_bytes=between.process["peak"],
             host_entries_bytes=between.on_host,
             swap_buffers_bytes={name: size for name, size in between.buffers.items() if size},
             locked_bytes=between.process.get("locked", 0),
             pinned_bytes=between.process.get("pinned", 0),
             disk_bytes=between.disk,
             kept_bytes=None if self._kept is None else self._kept.total_bytes,
-            process_start_bytes=self._start,
-            process_phase_peak_bytes=self._process_peaks,
         )
 
 

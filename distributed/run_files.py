@@ -27,6 +27,11 @@ from translution.planner.schema import Schema, parse_json
 
 METRICS, LOG, CHECKPOINT, PLAN, RUNS = "metrics.jsonl", "launcher.log", "checkpoint", "plan.json", "runs"
 
+MEASURE, RESUMING, PROCESS = "measure", "resume", "process"
+MODES = ("train", MEASURE, RESUMING, PROCESS)
+"""What ranks do: train and evaluate; train, watching allocations; only resume, watching them; resume and
+train, watching the process."""
+
 
 class RankStatus(Schema):
     """What a rank last said of itself."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -25,17 +27,23 @@ from translution.models import build
 from translution.planner.errors import InputError
 from translution.planner.files import write_text
 from translution.planner.plan import Plan, load_plan
+from translution.planner.provenance import provenance
+from translution.planner.simulation import BACKWARD, FORWARD, INIT, RESUME, SAVE, STEP
 
 from . import host, measure
 from .data import Samples, load_samples, micro_batches
 from .launch import LAUNCHER_PID
-from .recorder import BACKWARD, FORWARD, INIT, SAVE, STEP, Between, Recorder, RunPhase, run_phase
+from .recorder import Between, Recorder, RunPhase, Watch, run_phase
 from .run_files import (
     CHECKPOINT,
     METRICS,
+    PROCESS,
+    RESUMING,
+    MemoryMeasurement,
     RankStatus,
     make_run_folders,
     memory_path,
+    read_memory,
     write_status,
 )
 
@@ -57,10 +65,11 @@ class Rank:
     Args:
         plan: what to train and how.
         run: the run folder, shared by all ranks.
+        watch: what its recorder measures.
     """
 
-    def __init__(self, plan: Plan, run: Path) -> None:
-        self.plan, self.run = plan, run
+    def __init__(self, plan: Plan, run: Path, watch: Watch = "allocations") -> None:
+        self.plan, self.run, self.watch = plan, run, watch
         self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.step = 0
         self.samples: list[Tensor] = []
@@ -74,8 +83,8 @@ class Rank:
         write_status(self.run, RankStatus.model_validate(status))
 
     def log(self, **values: object) -> None:
-        """Append a line to the metrics file; only rank 0 does."""
-        if self.rank == 0:
+        """Append a line to the metrics file; only rank 0 does, and no second process that measures the run."""
+        if self.rank == 0 and self.watch == "allocations":
             with (self.run / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
 
@@ -89,8 +98,8 @@ class Rank:
         if self.ranks != self.plan.cluster.ranks:
             raise InputError(f"WORLD_SIZE: {self.ranks} is not allowed: must be {self.plan.cluster.ranks}, as planned")
         self.join()
-        self.recorder = Recorder(self.plan, self.rank)
-        self.recorder.both(INIT, self.build)
+        self.recorder = Recorder(self.plan, self.rank, self.watch)
+        self.recorder.record(INIT, self.build)
 
     def join(self) -> None:
         """Join the process group."""
@@ -171,32 +180,48 @@ class Rank:
 
     def recorded_step(self, batches: list[Samples], measured: int | None) -> float:
         """A step like any other, but the measured one and the one before are watched."""
-        assert self.recorder is not None
+        recorder = self.recorder
+        assert recorder is not None
+        if recorder.watch == "process":
+            return self.train_step(batches, recorder.record if self.step else run_phase)
         if measured is None or self.step not in (measured - 1, measured):
             return self.train_step(batches)
         if self.step == measured - 1:
-            self.recorder.count_kept(self.engine.module)
-            return self.train_step(batches, self.recorder.resident)
-        self.between = self.recorder.between_steps(self.engine, self.samples, batches)
-        loss = self.train_step(batches, self.recorder.allocated)
+            recorder.count_kept(self.engine.module)
+            return self.train_step(batches, recorder.counted)
+        self.between = recorder.between_steps(self.engine, self.samples, batches)
+        loss = self.train_step(batches, recorder.record)
         self.write_measurement(measured)
         return loss
 
     def write_measurement(self, step: int) -> None:
         """Write what has been measured so far."""
         assert self.recorder is not None and self.between is not None
-        measurement = self.recorder.measurement(step, self.between)
+        self._write(self.recorder.measurement(step, self.between))
+
+    def add_measurement(self) -> None:
+        """Add what this process has measured to what an earlier one wrote."""
+        assert self.recorder is not None
+        before = read_memory(self.run, self.rank)
+        if before is not None:
+            self._write(self.recorder.add_to(before))
+
+    def _write(self, measurement: MemoryMeasurement) -> None:
         write_text(memory_path(self.run, self.rank), measurement.model_dump_json(indent=2) + "\n")
 
     def save(self, measured: int | None) -> None:
         """Save the checkpoint and note the memory it takes."""
         assert self.recorder is not None
+        # A second process that measures the same run saves beside the first one's checkpoint.
+        kind = "step" if self.watch == "allocations" else self.watch
 
         def work() -> None:
-            self.engine.save_checkpoint(str(self.run / CHECKPOINT), tag=f"step_{self.step}")
+            self.engine.save_checkpoint(str(self.run / CHECKPOINT), tag=f"{kind}_{self.step}")
 
-        self.recorder.both(SAVE, work)
-        if measured is not None:
+        self.recorder.record(SAVE, work)
+        if self.watch == "process":
+            self.add_measurement()
+        elif measured is not None:
             self.write_measurement(measured)
 
     def mean_over_ranks(self, *values: float) -> list[float]:
@@ -227,8 +252,29 @@ class Rank:
         torch.distributed.all_reduce(totals)
         return float(totals[0] / totals[2]), float(totals[1] / totals[2])
 
-    def train(self) -> None:
-        """The whole run: all steps, the evaluation and the checkpoint."""
+    def load(self) -> None:
+        """Read the run's checkpoint into the engine."""
+        assert self.recorder is not None
+
+        def work() -> None:
+            self.engine.load_checkpoint(str(self.run / CHECKPOINT))
+
+        self.recorder.record(RESUME, work)
+
+    def resume(self) -> None:
+        """Build the engine, read the run's checkpoint, and add that to what the run measured."""
+        self.start()
+        self.load()
+        self.add_measurement()
+        self.say("finished")
+
+    def train(self, *, evaluation: bool = True, resume: bool = False) -> None:
+        """The whole run: all steps, the checkpoint, and the evaluation unless it is not wanted.
+
+        Args:
+            evaluation: whether to evaluate.
+            resume: read the run's checkpoint first, to measure that.
+        """
         training = self.plan.training
         training_samples, held_out = load_samples(
             self.plan.model, training.data, training.seed, step=training.global_batch(self.ranks)
@@ -243,7 +289,16 @@ class Rank:
             seed=training.seed,
         )
         self.start()
-        self.log(event="start", steps=training.steps, ranks=self.ranks, global_batch=training.global_batch(self.ranks))
+        if resume:
+            self.load()
+        made = provenance(shlex.join(["translution", *sys.argv[1:]]), ("torch", "deepspeed"))
+        self.log(
+            event="start",
+            steps=training.steps,
+            ranks=self.ranks,
+            global_batch=training.global_batch(self.ranks),
+            made=made.model_dump(),
+        )
         # In the first step Adam has no moments yet: a run of one step measures nothing.
         measured = min(MEASURED_STEP, training.steps) - 1 or None
         for self.step in range(training.steps):
@@ -264,8 +319,9 @@ class Rank:
                 self.say("training")
         self.step = training.steps
         self.save(measured)
-        loss, accuracy = self.evaluate(held_out)
-        self.log(event="evaluation", step=self.step, loss=loss, accuracy=accuracy, samples=len(held_out))
+        if evaluation:
+            loss, accuracy = self.evaluate(held_out)
+            self.log(event="evaluation", step=self.step, loss=loss, accuracy=accuracy, samples=len(held_out))
         self.say("finished")
 
 
@@ -284,12 +340,13 @@ def _end_with_launcher() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def train(plan_folder: Path, run: Path) -> None:
+def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
     """Run one rank of a plan; called on every rank.
 
     Args:
         plan_folder: holds plan.json.
         run: the run folder, made by the launcher.
+        mode: one of `run_files.MODES`.
 
     Raises:
         TranslutionError: for a bad plan or data that does not suit it.
@@ -302,9 +359,12 @@ def train(plan_folder: Path, run: Path) -> None:
     _end_with_launcher()
     if plan.cluster.device == "cpu":
         measure.count_every_allocation()
-    rank = Rank(plan, run)
+    rank = Rank(plan, run, "process" if mode == PROCESS else "allocations")
     try:
-        rank.train()
+        if mode == RESUMING:
+            rank.resume()
+        else:
+            rank.train(evaluation=mode == "train", resume=mode == PROCESS)
         torch.distributed.barrier()
     except BaseException as error:
         rank.say("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")

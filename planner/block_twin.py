@@ -8,7 +8,7 @@ from __future__ import annotations
 from .gather_twin import GatherTwin
 from .model_spec import ModelSpec, Operator
 from .parameters import table_tiles
-from .relation_shape import Implementation, RelationShape, TermTwin, TileTwin
+from .relation_shape import Implementation, RelationShape, TermTwin, TileTwin, largest_rectangle
 from .relation_twin import RelationTwin
 from .tape import Storage, Tape, Tensor, Weights
 from .twins import (
@@ -78,6 +78,27 @@ class BlockTwin:
             sizes = [n for n, copies in table_tiles(spec.tokens, tile_relations) for _ in range(copies)]
             self.positions = {role: [(n, Weights((n * dim * inner,))) for n in sizes] for role in spec.roles}
 
+    @property
+    def modules(self) -> list[Weights]:
+        """The parameters of each module, in the order in which torch walks the block's modules."""
+        return [self.norms[0], *self.operator_modules, self.norms[1], self.up, self.down]
+
+    @property
+    def operator_modules(self) -> list[Weights]:
+        """Those of the operator alone."""
+        spec = self.spec
+        output = [self.output] if self.output is not None else []
+        if self.operator in ("attention", "bias", "shaw"):
+            return [*(term.weights for term in self.terms), *output, self.joint]
+        plain = [self.plain[role] for role in "qkv" if role not in spec.roles]
+        if self.operator == "absolute":
+            return [*output, *plain, *(weights for role in spec.roles for _, weights in self.positions[role])]
+        tiles = [tile.weights for tile in (*self.logit_tiles, *self.value_tiles)]
+        if self.operator == "translution":
+            return [*plain, *tiles, *output]
+        low = [weights for _, weights in self.low.values()]
+        return [self.joint, *low, *tiles, *([self.low_output] if "v" in spec.roles else []), *output]
+
     def _shape(self, d_in: int, d_out: int) -> RelationShape:
         spec = self.spec
         return RelationShape(spec.geometry, self.batch, spec.heads, d_in, d_out, spec.inner_dim, self.w, spec.dropout)
@@ -91,10 +112,11 @@ class BlockTwin:
         first = 0
         for count in sizes:
             numel = count * d_in * d_out
+            rectangle = largest_rectangle(spec.geometry, first, count)
             if both:
-                self.logit_tiles.append(TileTwin(first, count, Weights((numel,) * both)))
+                self.logit_tiles.append(TileTwin(first, count, Weights((numel,) * both), rectangle))
             if "v" in spec.roles:
-                self.value_tiles.append(TileTwin(first, count, Weights((numel,))))
+                self.value_tiles.append(TileTwin(first, count, Weights((numel,)), rectangle))
             first += count
         low1, low2 = d_in, d_out
         coupled = bool(both)

@@ -1,37 +1,36 @@
-"""Where a plan runs: nodes, ranks per node and the memory of each.
+"""Where a plan runs: nodes, ranks per node, the memory of each and what joins them.
 
-A cluster is named ``cpu:RANKS`` (this machine), ``8xH100`` (one node of eight) or ``2x8xH100``
-(two nodes of eight), or described in a YAML or JSON file.
+A cluster is named ``cpu:RANKS`` (this machine), ``8xH100`` (one node of eight), ``2x8xH100`` (two nodes
+of eight), ``dgx-h100`` or ``2xdgx-h100`` (nodes of the catalogue), or described in a YAML or JSON file,
+which may start from any of these names: ``base: 2x8xH100``.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
-from .errors import InputError, nearest
+from .catalogue import GpuSpec, NodeSpec, catalogue, find_gpu, find_node, nearest_names
+from .constant_entry import GpuOverrides, read_overrides
+from .errors import InputError
 from .files import SPEC_SUFFIXES, read_mapping
+from .gpu_constants import GpuConstants, gpu_constants
 from .model_spec import Positive
 from .schema import Schema, validate
-from .units import GIB, MIB
-
-GPU_MEMORY_BYTES: dict[str, int] = {
-    "A100-40": 40_536 * MIB,
-    "A100-80": 81_920 * MIB,
-    "H100": 81_559 * MIB,
-    "H200": 143_771 * MIB,
-}
-"""Total memory as nvidia-smi reports it for the SXM parts."""
+from .units import GIB
 
 _DEFAULT_HOST_BYTES = 1024 * GIB
 
+Rate: TypeAlias = Annotated[float, Field(gt=0)]
+
 
 class ClusterSpec(Schema):
-    """A set of equal nodes."""
+    """A set of equal nodes. Rates are peaks, per direction; None where nobody said."""
 
     name: str = "custom"
     device: Literal["cpu", "cuda"] = "cuda"
@@ -40,17 +39,69 @@ class ClusterSpec(Schema):
     ranks_per_node: Positive
     """One rank per GPU, or per CPU process."""
     device_memory_bytes: Positive
-    """Memory of one rank's device."""
+    """Memory of one rank's device, as its driver reports it."""
     host_memory_bytes: Positive = _DEFAULT_HOST_BYTES
     """Memory of one node beside the devices."""
+    gpu: str | None = None
+    """Its name in the catalogue."""
+    bf16_flops_per_s: Rate | None = None
+    fp16_flops_per_s: Rate | None = None
+    tf32_flops_per_s: Rate | None = None
+    fp32_flops_per_s: Rate | None = None
+    """Of one device, dense; likewise the other three."""
+    memory_bytes_per_s: Rate | None = None
+    """Of one device's memory."""
+    intra_node_bytes_per_s: Rate | None = None
+    """From one device to the others of its node."""
+    pcie_bytes_per_s: Rate | None = None
+    """Between the host and one device."""
+    host_cores: Positive | None = None
+    """Of one node; likewise what follows."""
+    host_memory_bytes_per_s: Rate | None = None
+    nics: Positive | None = None
+    nic_bytes_per_s: Rate | None = None
+    """Of one network adapter."""
+    nvme_bytes: Positive | None = None
+    nvme_read_bytes_per_s: Rate | None = None
+    nvme_write_bytes_per_s: Rate | None = None
+    """Of all drives together."""
+    price_per_gpu_hour: Rate | None = None
+    """In whatever currency the user counts."""
+    gpu_constants: GpuOverrides | None = None
+    """This machine's own figures of what a device holds beside torch's tensors."""
 
     @property
     def ranks(self) -> int:
         """Ranks in all, the ZeRO partition world size."""
         return self.nodes * self.ranks_per_node
 
+    def constants(self, *, expandable_segments: bool = False) -> GpuConstants | None:
+        """What a rank's GPU holds beside torch's tensors; None for CPU ranks.
+
+        Args:
+            expandable_segments: as torch's allocator is set.
+        """
+        if self.device == "cpu":
+            return None
+        return gpu_constants(
+            self.gpu, self.ranks, self.nodes, self.gpu_constants, expandable_segments=expandable_segments
+        )
+
 
 _CLUSTER: TypeAdapter[ClusterSpec] = TypeAdapter(ClusterSpec)
+_FIELDS = tuple(ClusterSpec.model_fields)
+_GPU_RATES = ("bf16_flops_per_s", "fp16_flops_per_s", "tf32_flops_per_s", "fp32_flops_per_s", "memory_bytes_per_s")
+_NODE_SHARES = (
+    "host_memory_bytes",
+    "host_cores",
+    "host_memory_bytes_per_s",
+    "nics",
+    "nvme_bytes",
+    "nvme_read_bytes_per_s",
+    "nvme_write_bytes_per_s",
+)
+_NODE_RATES = ("intra_node_bytes_per_s", "pcie_bytes_per_s", "nic_bytes_per_s")
+_FORMS = "must be cpu:RANKS, GPUSxNAME, NODESxGPUSxNAME, NODE, NODESxNODE or a YAML or JSON file"
 
 
 def usable_cores() -> int:
@@ -81,37 +132,101 @@ def local_cpu_cluster(ranks: int) -> ClusterSpec:
         ranks_per_node=ranks,
         device_memory_bytes=memory // ranks,
         host_memory_bytes=memory,
+        host_cores=cores,
     )
+
+
+def _gpu_fields(name: str, gpu: GpuSpec) -> dict[str, Any]:
+    rates = {field: getattr(gpu, field).value for field in _GPU_RATES}
+    return {"gpu": name, "device_memory_bytes": gpu.memory_bytes.value} | rates
+
+
+def _node_fields(node: NodeSpec, ranks_per_node: int) -> dict[str, Any]:
+    """Figures of a node with so many GPUs: a proportional share, at least one of what is counted."""
+    fields: dict[str, Any] = {field: getattr(node, field).value for field in _NODE_RATES}
+    for field in _NODE_SHARES:
+        whole, gpus = getattr(node, field).value, int(node.gpus.value)
+        if isinstance(whole, int):
+            fields[field] = max(1, whole * ranks_per_node // gpus)
+        else:
+            fields[field] = whole * ranks_per_node / gpus
+    return fields
+
+
+def _gpu_cluster(nodes: int, ranks_per_node: int, gpu_name: str) -> dict[str, Any]:
+    name, gpu = find_gpu(gpu_name, "cluster", catalogue().nodes)
+    return {
+        "name": f"{nodes}x{ranks_per_node}x{name}",
+        "nodes": nodes,
+        "ranks_per_node": ranks_per_node,
+        **_gpu_fields(name, gpu),
+        **_node_fields(catalogue().nodes[gpu.node], ranks_per_node),
+    }
+
+
+def _node_cluster(nodes: int, node_name: str) -> dict[str, Any]:
+    name, node = find_node(node_name, "cluster")
+    ranks_per_node = int(node.gpus.value)
+    return {
+        "name": f"{nodes}x{name}",
+        "nodes": nodes,
+        "ranks_per_node": ranks_per_node,
+        **_gpu_fields(node.gpu, catalogue().gpus[node.gpu]),
+        **_node_fields(node, ranks_per_node),
+    }
+
+
+def named_cluster(name: str) -> ClusterSpec:
+    """The cluster that a name describes.
+
+    A node with fewer or more GPUs than the catalogue's has a proportional share of its host memory,
+    cores, network adapters and drives.
+
+    Raises:
+        InputError: for another form, an unknown GPU or node, or more CPU ranks than cores.
+    """
+    cpu = re.fullmatch(r"cpu:(\d{1,6})", name.lower())
+    if cpu:
+        return local_cpu_cluster(int(cpu[1]))
+    node = re.fullmatch(r"(?:(\d{1,6})x)?(\w[\w.-]*)", name)
+    gpus = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x([A-Za-z0-9-]+)", name)
+    known_nodes = {key.lower() for key in catalogue().nodes}
+    if node and node[2].lower() in known_nodes:
+        data = _node_cluster(int(node[1] or 1), node[2])
+    elif gpus:
+        data = _gpu_cluster(int(gpus[1] or 1), int(gpus[2]), gpus[3])
+    else:
+        hint = nearest_names(name, (*catalogue().nodes, *catalogue().gpus))
+        raise InputError(f"cluster: {name[:60]!r} is not allowed: {_FORMS}{hint}")
+    return validate(_CLUSTER, data, f"cluster {name!r}", _FIELDS)
+
+
+def _described_cluster(path: Path) -> ClusterSpec:
+    """The cluster of a file: the base's fields, those of its GPU, and on top the file's own."""
+    data = read_mapping(path)
+    if not isinstance(data, Mapping):
+        return validate(_CLUSTER, data, str(path), _FIELDS)
+    own, start = dict(data), {}
+    if "base" in own:
+        base = own.pop("base")
+        if not isinstance(base, str) or Path(base).suffix in SPEC_SUFFIXES:
+            raise InputError(f"{path}: base: {base!r} is not allowed: must be the name of a cluster, such as 2x8xH100")
+        start = named_cluster(base).model_dump() | {"name": path.stem}
+    if isinstance(own.get("gpu"), str):
+        own["gpu"], gpu = find_gpu(own["gpu"], str(path))
+        start |= _gpu_fields(own["gpu"], gpu)
+    if isinstance(own.get("gpu_constants"), Mapping):
+        own["gpu_constants"] = read_overrides(own["gpu_constants"], f"{path}: gpu_constants")
+    return validate(_CLUSTER, start | own, str(path), ("base", *_FIELDS))
 
 
 def load_cluster(name_or_path: str) -> ClusterSpec:
     """The cluster that a name or a YAML or JSON file describes.
 
     Raises:
-        InputError: for an unknown name or GPU, more CPU ranks than cores, or a bad file.
+        InputError: for an unknown name, GPU or node, more CPU ranks than cores, or a bad file.
     """
     path = Path(name_or_path)
     if path.suffix in SPEC_SUFFIXES:
-        data = read_mapping(path)
-        return validate(_CLUSTER, data, str(path), tuple(ClusterSpec.model_fields))
-    cpu = re.fullmatch(r"cpu:(\d{1,6})", name_or_path.lower())
-    if cpu:
-        return local_cpu_cluster(int(cpu[1]))
-    gpus = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x([A-Za-z0-9-]+)", name_or_path)
-    if not gpus:
-        raise InputError(
-            f"cluster: {name_or_path!r} is not allowed: must be cpu:RANKS, GPUSxNAME, NODESxGPUSxNAME or a YAML file"
-        )
-    nodes, per_node, gpu = int(gpus[1] or 1), int(gpus[2]), gpus[3].upper()
-    if gpu not in GPU_MEMORY_BYTES:
-        known = ", ".join(GPU_MEMORY_BYTES)
-        raise InputError(
-            f"cluster: GPU {gpus[3]!r} is not allowed: must be one of {known}{nearest(gpu, GPU_MEMORY_BYTES)}"
-        )
-    data = {
-        "name": f"{nodes}x{per_node}x{gpu}",
-        "nodes": nodes,
-        "ranks_per_node": per_node,
-        "device_memory_bytes": GPU_MEMORY_BYTES[gpu],
-    }
-    return validate(_CLUSTER, data, f"cluster {name_or_path!r}", tuple(ClusterSpec.model_fields))
+        return _described_cluster(path)
+    return named_cluster(name_or_path)

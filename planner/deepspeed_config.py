@@ -28,6 +28,8 @@ def check_training_state(training: TrainingSpec, zero: ZeroSpec, device: str) ->
     """
     offloaded = zero.offload_optimizer.device
     plain = offloaded == "none"
+    if training.precision == "fp16" and device == "cpu":
+        raise InputError("precision: 'fp16' is not allowed: must be fp32 or bf16 on CPU ranks")
     if training.optimizer == "lion" and plain and device == "cpu":
         raise InputError(
             "optimizer: 'lion' is not allowed: must be adamw, adagrad or sgd on CPU ranks without optimizer offload"

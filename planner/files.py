@@ -86,6 +86,15 @@ def save_model_spec(spec: ModelSpec, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file whole, as `write_bytes` does.
+
+    Raises:
+        InputError: if the folder is absent or cannot be written.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole: under a temporary name beside it, then renamed.
 
     Raises:
@@ -93,7 +102,7 @@ def write_text(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -1,172 +1,173 @@
-"""Memory of one rank in a training step, as a list of named entries for ZeRO 0 to 3 without offload.
+"""The memory ledger of a rank: for each phase and tier what is live at the worst moment, entry by entry.
 
-Sources: DeepSpeed 0.19.8, runtime/zero/stage3.py, stage_1_and_2.py and partition_parameters.py;
-what torch keeps is in activations.py. States are exact; the step's moments err high.
+The figures come from a replay of the rank's life (simulation.py), the words from entry_texts.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Iterator
+from functools import lru_cache
 
-from .activations import kept_bytes, peak_bytes, sample_bytes
 from .cluster import ClusterSpec
+from .engine_twin import Setting
+from .entry_texts import entry_text
+from .gpu_constants import GpuConstants
 from .model_spec import ModelSpec
-from .parameters import TABLES, ParameterGroup, parameter_groups
+from .parameters import TABLES, parameter_groups
+from .rank_memory import Tier
 from .schema import Schema
+from .simulation import BACKWARD, BETWEEN, FIRST_STEP, FORWARD, INIT, PHASES, RESUME, SAVE, STEP, Simulation, simulate
+from .tape import Peak
 from .training import TrainingSpec, ZeroSpec
-from .twins import Widths
+from .units import format_bytes
 
-Phase: TypeAlias = Literal["resident", "forward and backward", "optimizer step"]
-"""When an entry takes memory: always, or only within one phase of a step."""
+BOOKKEEPING = "bookkeeping"
+BOOKKEEPING_BYTES = 2**16
+"""Scalars, counts of steps, the order of the samples: measured below this on CPU ranks of small runs."""
+TRAINING_PHASES = (FORWARD, BACKWARD, STEP)
+__all__ = [
+    "BACKWARD", "BETWEEN", "FIRST_STEP", "FORWARD", "INIT", "PHASES", "RESUME", "SAVE", "STEP",
+    "LedgerEntry", "MemoryEstimate", "PhasePeak", "atomic_floor", "estimate_memory",
+]  # fmt: skip
 
 
-class MemoryEntry(Schema):
-    """One thing that takes memory on a rank."""
+class LedgerEntry(Schema):
+    """One thing that takes memory at a moment."""
 
     name: str
-    phase: Phase
     bytes: int
     formula: str
+    """In words."""
     source: str
 
 
+class PhasePeak(Schema):
+    """A phase's worst moment on one tier; its entries add up to ``bytes``."""
+
+    phase: str
+    tier: Tier
+    bytes: int
+    moment: str
+    """Where in the schedule it is."""
+    entries: tuple[LedgerEntry, ...]
+    """Largest first."""
+
+    def of(self, name: str) -> int:
+        """Bytes of an entry, 0 if there is none."""
+        return sum(entry.bytes for entry in self.entries if entry.name == name)
+
+
 class MemoryEstimate(Schema):
-    """Memory of one rank: its entries, and their sums."""
+    """Memory of one rank.
 
-    entries: tuple[MemoryEntry, ...]
-    resident_bytes: int
-    """Between two steps."""
-    phase_peak_bytes: dict[str, int]
-    """At the worst moment of each phase of a step, what is resident included."""
-    peak_bytes: int
-    """At the worst moment of a step."""
-
-    def of(self, name: str, phase: Phase) -> int:
-        """Bytes of an entry in a phase, 0 if there is none."""
-        return sum(entry.bytes for entry in self.entries if (entry.name, entry.phase) == (name, phase))
-
-
-def ceil_div(count: int, parts: int) -> int:
-    """Size of each of so many equal parts, the last one padded."""
-    return -(-count // parts)
-
-
-def partitioned(groups: Sequence[ParameterGroup], ranks: int) -> int:
-    """Elements per rank when every tensor is padded to a multiple of the ranks and cut."""
-    return sum(ceil_div(group.numel, ranks) * group.copies for group in groups)
-
-
-def _resident(
-    groups: Sequence[ParameterGroup], training: TrainingSpec, zero: ZeroSpec, ranks: int
-) -> list[MemoryEntry]:
-    total = sum(group.total for group in groups)
-    share = partitioned(groups, ranks)
-    width, name = training.dtype_bytes, training.precision
-    local = {
-        "parameters": share if zero.stage == 3 else total,
-        "states": share if zero.stage >= 1 else total,
-    }
-    entries = [
-        _entry("parameters", local["parameters"] * width, f"{name}, {_shared(zero.stage, 3)}", "stage3.py:906"),
-        _entry("optimizer states", local["states"] * 8, f"fp32 m and v, {_shared(zero.stage, 1)}", "torch AdamW"),
-    ]
-    # DeepSpeed means to share an fp32 model's parameters with the master copy at stage 3, but
-    # compares a torch.device with a string there, so it copies; measured.
-    if training.precision != "fp32" or zero.stage >= 1:
-        text = f"fp32 copy, {_shared(zero.stage, 1)}"
-        entries.append(_entry("master parameters", local["states"] * 4, text, "stage3.py:1162"))
-    if zero.stage == 3:
-        text = f"{name} accumulator, {_shared(3, 3)}"
-        entries.append(_entry("gradients", share * width, text, "stage3.py:791"))
-        persistent = sum(group.total for group in groups if group.numel <= zero.persistence_threshold_elements)
-        text = "tensors up to the persistence threshold stay whole"
-        entries.append(_entry("persistent parameters", persistent * width, text, "partition_parameters.py"))
-        text = "reduce_bucket_size, always allocated"
-        entries.append(_entry("reduce bucket", zero.reduce_bucket_elements * width, text, "stage3.py:780"))
-    return entries
-
-
-def _shared(stage: int, from_stage: int) -> str:
-    return "1/ranks of each tensor, padded" if stage >= from_stage else "whole"
-
-
-def _entry(name: str, size: int, formula: str, source: str, phase: Phase = "resident") -> MemoryEntry:
-    return MemoryEntry(name=name, phase=phase, bytes=size, formula=formula, source=source)
-
-
-def largest_gathered(spec: ModelSpec, groups: Sequence[ParameterGroup], zero: ZeroSpec) -> int:
-    """Elements of the largest module that ZeRO-3 gathers at once.
-
-    The tile of logits holds the query's and the key's matrices of its relations.
+    A GPU rank has a device, pageable and pinned host memory and NVMe; a CPU rank computes in the host's
+    memory, which is then one tier, "host", beside the buffers that the I/O library pins.
     """
-    both = 2 if {"q", "k"} <= set(spec.roles) else 1
-    largest = 0
-    for group in groups:
-        if group.numel > zero.persistence_threshold_elements:
-            largest = max(largest, group.numel * (both if group.component == TABLES else 1))
-    return largest
+
+    peaks: tuple[PhasePeak, ...]
+    """One for each phase and each tier that holds anything."""
+    kept_bytes: int
+    """What one micro-batch's forward pass keeps for backward on the device itself, parameters left out."""
+    own_tier: Tier
+    """Where the rank computes: "device", or "host" for a CPU rank."""
+    device_interval_bytes: tuple[int, int] | None = None
+    """The device at its worst moment, with every constant of the GPU at the low and at the high end."""
+
+    def peak(self, phase: str, tier: Tier | None = None) -> PhasePeak | None:
+        """The worst moment of a phase on a tier, or on the rank's own; None where nothing is held."""
+        wanted = tier or self.own_tier
+        return next((peak for peak in self.peaks if (peak.phase, peak.tier) == (phase, wanted)), None)
+
+    def bytes_of(self, phase: str, tier: Tier | None = None) -> int:
+        """Bytes at that moment."""
+        peak = self.peak(phase, tier)
+        return 0 if peak is None else peak.bytes
+
+    def of(self, name: str, phase: str = BETWEEN, tier: Tier | None = None) -> int:
+        """Bytes of an entry at a phase's worst moment, on the rank's own tier unless another is named."""
+        peak = self.peak(phase, tier)
+        return 0 if peak is None else peak.of(name)
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """The tiers that hold anything."""
+        return tuple(dict.fromkeys(peak.tier for peak in self.peaks))
+
+    @property
+    def resident_bytes(self) -> int:
+        """Between two steps, on the rank's own tier."""
+        return self.bytes_of(BETWEEN)
+
+    @property
+    def peak_bytes(self) -> int:
+        """At the worst moment of the rank's life, on its own tier."""
+        return self.highest(self.own_tier)
+
+    def highest(self, tier: Tier) -> int:
+        """At the worst moment of the rank's life on a tier."""
+        return max((peak.bytes for peak in self.peaks if peak.tier == tier), default=0)
+
+    @property
+    def host_bytes(self) -> int:
+        """Pageable and pinned host memory at the worst moments of the same phase."""
+        return max(self.bytes_of(phase, "host") + self.bytes_of(phase, "pinned") for phase in PHASES)
 
 
-def _forward_and_backward(
-    spec: ModelSpec, groups: Sequence[ParameterGroup], training: TrainingSpec, zero: ZeroSpec, cluster: ClusterSpec
-) -> list[MemoryEntry]:
-    width = training.dtype_bytes
-    widths = Widths.of(width, cluster.device)
-    kept = kept_bytes(spec, training.micro_batch, widths)
-    peak = peak_bytes(spec, training.micro_batch, widths)
-    moment = [
-        ("activations kept", kept, "what every module keeps for backward", "planner/activations.py"),
-        ("activations of the moment", peak - kept, "workspace and gradients of one module", "planner/activations.py"),
-    ]
-    if cluster.device == "cuda":
-        size = training.micro_batch * sample_bytes(spec)
-        moment.append(("micro-batch", size, "copied to the device for its forward", "distributed/train.py"))
-    if zero.stage == 3:
-        gathered = largest_gathered(spec, groups, zero)
-        text = "largest module gathered whole; twice while several tensors are copied out of one buffer"
-        moment.append(("gathered parameters", 2 * gathered * width, text, "partition_parameters.py:1329"))
-        own = gathered + ceil_div(gathered, cluster.ranks)
-        text = "gradients of that module, and a rank's reduced share"
-        moment.append(("gradients of the moment", own * width, text, "stage3.py:1583"))
-    else:
-        # Without stage 3 gradients live from backward to the optimizer step only.
-        total, share = sum(group.total for group in groups), partitioned(groups, cluster.ranks)
-        text = f"{training.precision}, {_shared(zero.stage, 2)}"
-        moment.append(("gradients", (share if zero.stage == 2 else total) * width, text, "stage_1_and_2.py"))
-        if zero.stage == 1:
-            text = "a rank's averaged share beside the whole gradients; measured"
-            moment.append(("averaged gradients", share * width, text, "stage_1_and_2.py"))
-        bucket = min(zero.reduce_bucket_elements, total) if zero.stage else total
-        text = "flat copies that are reduced"
-        moment.append(("reduce buffer", 2 * bucket * width if zero.stage else bucket * width, text, "engine.py"))
-    return [_entry(*entry, "forward and backward") for entry in moment]
+def _entries(peak: Peak, setting: Setting) -> Iterator[LedgerEntry]:
+    for name, size in sorted(peak.live_bytes.items(), key=lambda item: -item[1]):
+        if size:
+            formula, source = entry_text(name, setting)
+            yield LedgerEntry(name=name, bytes=size, formula=formula, source=source)
 
 
-def _optimizer_step(
-    groups: Sequence[ParameterGroup], training: TrainingSpec, zero: ZeroSpec, ranks: int
-) -> list[MemoryEntry]:
-    """Stages 1 to 3 update a sub-group at a time; torch's AdamW takes two temporaries of its size."""
-    if zero.stage == 0:
-        total, largest = sum(group.total for group in groups), max(group.numel for group in groups)
-        text = "three tensors as large as the largest parameter"
-        copies = 4 if training.precision != "fp32" else 0
-        return [
-            _entry("gradients", total * training.dtype_bytes, "whole", "torch", "optimizer step"),
-            _entry("fp32 gradients", total * copies, "flat copies", "fp16/fused_optimizer.py", "optimizer step"),
-            _entry("Adam's temporaries", 3 * largest * 4, text, "torch AdamW", "optimizer step"),
-        ]
-    share = partitioned(groups, ranks)
-    if zero.stage == 3:
-        largest = max(ceil_div(group.numel, ranks) for group in groups)
-        share = min(share, zero.sub_group_elements + largest)
-    text = "two fp32 tensors of a sub-group"
-    return [
-        _entry("Adam's temporaries", share * 8, text, "torch AdamW", "optimizer step"),
-        _entry("flat gradients", share * 4, "a sub-group's gradients in fp32", "stage3.py:2683", "optimizer step"),
-    ]
+def _constants(constants: GpuConstants, tier: Tier, tensor_bytes: int) -> Iterator[LedgerEntry]:
+    """What a GPU rank holds beside torch's tensors, at the likeliest figures of their intervals."""
+    for entry in constants.entries:
+        if entry.tier == tier and entry.likely_bytes:
+            interval = f"{format_bytes(entry.low_bytes)} to {format_bytes(entry.high_bytes)}"
+            formula = f"{entry.formula}; {interval}"
+            yield LedgerEntry(
+                name=entry.name.replace("_", " "), bytes=entry.likely_bytes, formula=formula, source=entry.source
+            )
+    if tier == "device":
+        allocated = tensor_bytes + constants.total("likely", in_torch=True)
+        waste = constants.reserved_bytes(allocated) - allocated
+        shares = constants.fragmentation
+        formula = f"{shares.likely:.0%} of what torch reserves; {shares.low:.0%} to {shares.high:.0%}"
+        yield LedgerEntry(name="fragmentation", bytes=waste, formula=formula, source=shares.source)
 
 
+def ledger(simulation: Simulation, setting: Setting, constants: GpuConstants | None) -> MemoryEstimate:
+    """The ledger of a replayed life.
+
+    Args:
+        simulation: the life.
+        setting: what the engine ran under.
+        constants: what a GPU's device holds beside tensors; None for CPU ranks.
+    """
+    own: Tier = "host" if simulation.memory.on_cpu else "device"
+    text = "scalars, order of samples; an upper bound"
+    extra = LedgerEntry(name=BOOKKEEPING, bytes=BOOKKEEPING_BYTES, formula=text, source="measured")
+    peaks = []
+    for phase in PHASES:
+        for tier in simulation.memory.tiers:
+            peak = simulation.peaks[phase, tier]
+            entries = [*_entries(peak, setting), *([extra] if tier == own else [])]
+            if constants is not None:
+                entries += _constants(constants, tier, peak.total_bytes)
+            size = sum(entry.bytes for entry in entries)
+            if size:
+                peaks.append(PhasePeak(phase=phase, tier=tier, bytes=size, moment=peak.moment, entries=tuple(entries)))
+    worst = max(simulation.peaks[phase, own].total_bytes for phase in PHASES)
+    interval = None
+    if constants is not None:
+        interval = constants.device_bytes(worst, "low"), constants.device_bytes(worst, "high")
+    return MemoryEstimate(
+        peaks=tuple(peaks), kept_bytes=simulation.kept_bytes, own_tier=own, device_interval_bytes=interval
+    )
+
+
+@lru_cache(maxsize=32)
 def estimate_memory(
     spec: ModelSpec,
     cluster: ClusterSpec,
@@ -179,23 +180,21 @@ def estimate_memory(
     Args:
         spec: the model.
         cluster: gives the number of ranks and the device.
-        training: precision and micro-batch.
-        zero: stage and knobs.
+        training: precision, batch and optimizer.
+        zero: stage, knobs and offload.
         tile_relations: relations per tile; None keeps tables whole.
     """
+    setting = Setting(training, zero, cluster.ranks)
+    return ledger(simulate(spec, cluster, training, zero, tile_relations), setting, cluster.constants())
+
+
+def atomic_floor(spec: ModelSpec, training: TrainingSpec, tile_relations: int | None) -> int:
+    """Bytes below which ZeRO-3 cannot go on a device, however many ranks share the model.
+
+    The largest module is gathered whole, and its gradients are whole beside it. A tile of logits holds
+    the matrices of queries and of keys.
+    """
+    both = 2 if {"q", "k"} <= set(spec.roles) and spec.operator != "absolute" else 1
     groups = parameter_groups(spec, tile_relations)
-    entries = _resident(groups, training, zero, cluster.ranks)
-    if cluster.device == "cpu":
-        samples = training.micro_batch * training.accumulation
-        text = "inputs in fp32 or token numbers, targets; of all accumulated micro-batches"
-        entries.append(_entry("micro-batches", samples * sample_bytes(spec), text, "distributed/data.py"))
-    resident = sum(entry.bytes for entry in entries)
-    entries += _forward_and_backward(spec, groups, training, zero, cluster)
-    entries += _optimizer_step(groups, training, zero, cluster.ranks)
-    phases: tuple[Phase, ...] = ("forward and backward", "optimizer step")
-    peaks: dict[str, int] = {
-        phase: resident + sum(entry.bytes for entry in entries if entry.phase == phase) for phase in phases
-    }
-    return MemoryEstimate(
-        entries=tuple(entries), resident_bytes=resident, phase_peak_bytes=peaks, peak_bytes=max(peaks.values())
-    )
+    largest = max(group.numel * (both if group.component == TABLES else 1) for group in groups)
+    return 2 * largest * training.dtype_bytes

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
 from .cluster import ClusterSpec
 from .deepspeed_config import check_training_state, deepspeed_config
-from .errors import DoesNotFitError, InputError
-from .memory import MemoryEstimate, estimate_memory, partitioned
+from .errors import DoesNotFitError, InputError, nearest
+from .memory import MemoryEstimate, atomic_floor, estimate_memory
 from .model_spec import ModelSpec, Positive, VitSpec
 from .parameters import TABLES, parameter_groups, table_entries
 from .schema import Schema, parse_json, validate
+from .shards import partitioned
 from .training import OffloadDevice, TrainingSpec, ZeroSpec
 from .units import format_bytes
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 PLAN_FILE = "plan.json"
 TILE_ELEMENTS = 2**26
 """Largest tile that is chosen unasked: 128 MiB in bf16."""
@@ -26,8 +28,7 @@ DIGITS_TRAINING_SAMPLES = 1433
 """Of scikit-learn's 1,797 digits; the others are held out."""
 SUB_GROUP_ELEMENTS = 2**24
 """Largest sub-group that the optimizer updates at once."""
-Offload: TypeAlias = Literal["none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme"]
-OFFLOAD: dict[Offload, tuple[OffloadDevice, OffloadDevice]] = {
+OFFLOAD: dict[str, tuple[OffloadDevice, OffloadDevice]] = {
     "none": ("none", "none"),
     "cpu-optimizer": ("cpu", "none"),
     "cpu": ("cpu", "cpu"),
@@ -42,7 +43,7 @@ PARAM_BUFFERS = 3
 class Plan(Schema):
     """Everything a run needs, and its prediction. ``schema_version`` rises when a field changes meaning."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     made_by: str
     """The distribution and version that made it."""
     model: ModelSpec
@@ -94,7 +95,7 @@ def choose_zero(
     stage: Literal[0, 1, 2, 3],
     ranks: int,
     *,
-    offload: Offload = "none",
+    offload: str = "none",
     nvme_path: str | None = None,
     ratio: float = 1.0,
 ) -> ZeroSpec:
@@ -160,6 +161,55 @@ def _check_data(spec: ModelSpec, training: TrainingSpec, ranks: int) -> None:
         )
 
 
+def override_zero(zero: ZeroSpec, knobs: Mapping[str, object]) -> ZeroSpec:
+    """The knobs with some set otherwise, validated anew.
+
+    Raises:
+        InputError: naming the first unknown field or bad value.
+    """
+    values = zero.model_dump()
+    for name, value in knobs.items():
+        section, _, field = name.partition(".")
+        if field and isinstance(values.get(section), dict):
+            values[section][field] = value
+        else:
+            values[name] = value
+    return validate(_ZERO, values, "plan", tuple(ZeroSpec.model_fields))
+
+
+def _check_room(
+    spec: ModelSpec,
+    cluster: ClusterSpec,
+    training: TrainingSpec,
+    zero: ZeroSpec,
+    tile_relations: int | None,
+    prediction: MemoryEstimate,
+) -> None:
+    """Refuse what a rank's device or a node's host memory has no room for."""
+    subject = f"{spec.name} does not fit on {cluster.name} with ZeRO-{zero.stage}"
+    if prediction.peak_bytes > cluster.device_memory_bytes:
+        floor = atomic_floor(spec, training, tile_relations)
+        if zero.stage == 3 and tile_relations and floor > cluster.device_memory_bytes:
+            smaller = tile_relations * cluster.device_memory_bytes // (2 * floor)
+            advice = f"tile_relations: {max(1, smaller)}" if smaller else "a narrower model"
+            raise DoesNotFitError(
+                f"{subject}: a tile of {tile_relations} relations and its gradients take {format_bytes(floor)}, "
+                f"whole, on every rank; a rank has {format_bytes(cluster.device_memory_bytes)}: take {advice}"
+            )
+        raise DoesNotFitError(
+            f"{subject}: needs {format_bytes(prediction.peak_bytes)} per rank, of which "
+            f"{format_bytes(prediction.resident_bytes)} are states; a rank has "
+            f"{format_bytes(cluster.device_memory_bytes)}: take more ranks, offload, a higher stage or a smaller "
+            "micro-batch"
+        )
+    host = prediction.host_bytes * cluster.ranks_per_node
+    if cluster.device == "cuda" and host > cluster.host_memory_bytes:
+        raise DoesNotFitError(
+            f"{subject}: needs {format_bytes(host)} of host memory per node; "
+            f"a node has {format_bytes(cluster.host_memory_bytes)}: take more nodes or other offload"
+        )
+
+
 def make_plan(
     spec: ModelSpec,
     cluster: ClusterSpec,
@@ -167,9 +217,10 @@ def make_plan(
     *,
     stage: Literal[0, 1, 2, 3] = 3,
     tile_relations: int | None = None,
-    offload: Offload = "none",
+    offload: str = "none",
     nvme_path: str | None = None,
     offload_ratio: float = 1.0,
+    knobs: Mapping[str, object] | None = None,
 ) -> Plan:
     """Choose the knobs and predict the memory of each rank.
 
@@ -182,13 +233,18 @@ def make_plan(
         offload: what leaves the device, and for where.
         nvme_path: a folder on every node's NVMe drive.
         offload_ratio: share of the optimizer's sub-groups that leave the device.
+        knobs: fields of `ZeroSpec` to set otherwise than chosen; those of its offloads as
+            ``offload_optimizer.buffer_count``.
 
     Raises:
         InputError: if the data does not suit the model, the tile is out of range, or DeepSpeed
             does not run the combination of optimizer, dtypes and offload.
-        DoesNotFitError: if a rank's device has less memory than predicted.
+        DoesNotFitError: if a rank's device or a node's host has less memory than predicted.
     """
     _check_data(spec, training, cluster.ranks)
+    if offload not in OFFLOAD:
+        allowed = ", ".join(OFFLOAD)
+        raise InputError(f"offload: {offload!r} is not allowed: must be one of {allowed}{nearest(offload, OFFLOAD)}")
     relations = table_entries(spec)
     if tile_relations is None:
         tile_relations = choose_tile(spec, cluster.ranks)
@@ -197,15 +253,11 @@ def make_plan(
     zero = choose_zero(
         spec, tile_relations, stage, cluster.ranks, offload=offload, nvme_path=nvme_path, ratio=offload_ratio
     )
+    if knobs:
+        zero = override_zero(zero, knobs)
     check_training_state(training, zero, cluster.device)
     prediction = estimate_memory(spec, cluster, training, zero, tile_relations)
-    if prediction.peak_bytes > cluster.device_memory_bytes:
-        raise DoesNotFitError(
-            f"{spec.name} does not fit on {cluster.name} with ZeRO-{stage}: needs "
-            f"{format_bytes(prediction.peak_bytes)} per rank, of which "
-            f"{format_bytes(prediction.resident_bytes)} are states; a rank has "
-            f"{format_bytes(cluster.device_memory_bytes)}: take more ranks, a higher stage or a smaller micro-batch"
-        )
+    _check_room(spec, cluster, training, zero, tile_relations, prediction)
     return Plan(
         made_by=f"translution-scale {version()}",
         model=spec,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .files import new_folder
 from .flops import count_flops
+from .memory import PHASES
 from .parameters import count_parameters
 from .plan import PLAN_FILE, Plan
 from .units import format_bytes, format_count, format_flops
@@ -22,15 +23,20 @@ exec translution launch "$here" "$@"
 
 
 def memory_table(plan: Plan) -> str:
-    """The predicted memory of a rank as a Markdown table."""
-    lines = ["| per rank | when | bytes | | how it is counted |", "|---|---|--:|--:|---|"]
-    for entry in plan.prediction.entries:
-        lines.append(
-            f"| {entry.name} | {entry.phase} | {entry.bytes} | {format_bytes(entry.bytes)} | {entry.formula} |"
-        )
+    """The predicted memory of a rank as Markdown: phases by tiers, and each tier's worst moment."""
     prediction = plan.prediction
-    lines.append(f"| **between steps** | | {prediction.resident_bytes} | {format_bytes(prediction.resident_bytes)} | |")
-    lines.append(f"| **peak of a step** | | {prediction.peak_bytes} | {format_bytes(prediction.peak_bytes)} | |")
+    tiers = prediction.tiers
+    lines = [f"| phase | {' | '.join(tiers)} |", f"|---|{'--:|' * len(tiers)}"]
+    for phase in PHASES:
+        lines.append(f"| {phase} | {' | '.join(format_bytes(prediction.bytes_of(phase, tier)) for tier in tiers)} |")
+    for tier in tiers:
+        worst = max((peak for peak in prediction.peaks if peak.tier == tier), key=lambda peak: peak.bytes)
+        lines += ["", f"### {tier}: {format_bytes(worst.bytes)} in {worst.phase}, at {worst.moment}", ""]
+        lines += ["| what | bytes | | how it is counted | source |", "|---|--:|--:|---|---|"]
+        for entry in worst.entries:
+            size = f"{entry.bytes} | {format_bytes(entry.bytes)}"
+            lines.append(f"| {entry.name} | {size} | {entry.formula} | {entry.source} |")
+        lines.append(f"| **together** | {worst.bytes} | {format_bytes(worst.bytes)} | | |")
     return "\n".join(lines)
 
 

@@ -26,6 +26,8 @@ class TileTwin:
     first: int
     count: int
     weights: Weights
+    rectangle: tuple[int, int] = (0, 0)
+    """Rows and columns of its relation between patches with the most pairs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .relation_shape import RelationShape, TermTwin, TileTwin, largest_rectangle
+from .relation_shape import RelationShape, TermTwin, TileTwin
 from .tape import Gradients, Storage, Tape, Tensor
 from .twins import GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS, product_scratch_bytes
 
@@ -125,7 +125,7 @@ class RelationTwin:
         return self.shape.piece(geometry.height, geometry.width) if found else 0, found
 
     def _patch_rows(self, tile: TileTwin) -> int:
-        return self.shape.piece(*largest_rectangle(self.shape.geometry, tile.first, tile.count))
+        return self.shape.piece(*tile.rectangle)
 
     def _logit_tile(self, tile: TileTwin) -> None:
         heads, w = self.shape.heads, self.w

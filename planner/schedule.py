@@ -6,6 +6,8 @@ twins.py, the relation operator in relation_twin.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from .block_twin import BlockTwin, linear_weights
@@ -74,6 +76,31 @@ class NetworkTwin:
         self.class_token = Weights((dim,))
         self.positions = Weights((spec.tokens * dim,)) if spec.learned_positions else None
         self.norm, self.head_norm = Weights((dim, dim)), Weights((dim, dim))
+
+    @property
+    def modules(self) -> list[Weights]:
+        """The parameters of each module, in the order in which torch walks the modules."""
+        learned = [self.class_token] if isinstance(self.spec, VitSpec) and self.spec.class_token else []
+        learned += [self.positions] if self.positions is not None else []
+        ends = [self.norm] if isinstance(self.spec, VitSpec) else [self.norm, self.head_norm]
+        blocks = [weights for block in self.blocks for weights in block.modules]
+        return [*self.embedding, *learned, *blocks, *ends, self.head]
+
+    @property
+    def construction(self) -> list[Weights]:
+        """The same in the order in which they are made: all operators first."""
+        operators = [weights for block in self.blocks for weights in block.operator_modules]
+        made = set(map(id, operators))
+        return operators + [weights for weights in self.modules if id(weights) not in made]
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Cosines and sines of the layers that turn by rotary embedding."""
+        spec = self.spec
+        turning = sum(
+            spec.rotary_attention if operator == "attention" else spec.rotary for operator in spec.layer_operators
+        )
+        return turning * spec.tokens * spec.head_dim * self.w.value
 
     @property
     def input_bytes(self) -> int:
@@ -168,6 +195,35 @@ class Replay:
     """Kept for backward when forward ends, on the device itself."""
 
 
+Phase = Callable[[str], AbstractContextManager[None]]
+"""Opens a phase of the step by its name."""
+
+
+def run_micro_batch(network: NetworkTwin, memory: Memory, policy: ParameterPolicy | None, phase: Phase) -> int:
+    """Forward and backward of one micro-batch, as phases of those names.
+
+    Args:
+        network: the model.
+        memory: of the device; what it holds already counts.
+        policy: how parameters lie.
+        phase: opens each phase.
+
+    Returns:
+        Bytes kept for backward when forward ends, on the device itself.
+    """
+    tape, spec = Tape(memory, policy), network.spec
+    inputs = tape.new(network.input_bytes, MICRO_BATCHES)
+    outputs = network.batch * (spec.tokens if isinstance(spec, GptSpec) else 1)
+    targets = tape.new(outputs * INDEX_BYTES, MICRO_BATCHES)
+    with phase("forward"):
+        loss = network.loss(tape, inputs, targets)
+    kept = tape.kept_bytes()
+    with phase("backward"):
+        tape.backward(loss.node, tape.new(4, GRADIENTS))
+        tape.policy.finish()
+    return kept
+
+
 def replay(
     spec: ModelSpec,
     batch: int,
@@ -178,7 +234,7 @@ def replay(
     policy: ParameterPolicy | None = None,
     implementation: Implementation = "grouped",
 ) -> Replay:
-    """Forward and backward of one micro-batch, as phases of those names.
+    """Forward and backward of one micro-batch on one process, without ZeRO unless the policy is another.
 
     Args:
         spec: the model.
@@ -190,15 +246,6 @@ def replay(
         implementation: "grouped", or "gather" for the published way.
     """
     memory = Memory() if memory is None else memory
-    tape = Tape(memory, policy)
     network = NetworkTwin(spec, batch, w, tile_relations, implementation)
-    inputs = tape.new(network.input_bytes, MICRO_BATCHES)
-    outputs = batch * (spec.tokens if isinstance(spec, GptSpec) else 1)
-    targets = tape.new(outputs * INDEX_BYTES, MICRO_BATCHES)
-    with memory.phase("forward"):
-        loss = network.loss(tape, inputs, targets)
-    kept = tape.kept_bytes()
-    with memory.phase("backward"):
-        tape.backward(loss.node, tape.new(4, GRADIENTS))
-        tape.policy.finish()
+    kept = run_micro_batch(network, memory, policy, memory.phase)
     return Replay(memory, kept)

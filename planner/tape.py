@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-Moment: TypeAlias = tuple[str, str, int]
-"""Where the schedule is, what is allocated or freed there, and how many bytes (negative: freed)."""
+Event: TypeAlias = tuple[str, str, str, int]
+"""The phase, where in the schedule, what is allocated or freed there, and how many bytes (negative: freed)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,45 +40,58 @@ class Memory:
         self.live: dict[str, int] = {}
         self.total = 0
         self.moment = ""
-        self.events: list[Moment] | None = [] if record else None
+        self.events: list[Event] | None = [] if record else None
         self.peaks: dict[str, Peak] = {}
         self._phase = ""
         self._peak = -1
+        self._peak_moment = ""
 
     def allocate(self, what: str, size: int) -> None:
         """Add bytes to what is live."""
         if what in self._ignored:
             return
-        self.live[what] = self.live.get(what, 0) + size
+        live = self.live
+        live[what] = live.get(what, 0) + size
         self.total += size
         if self.events is not None:
-            self.events.append((self.moment, what, size))
+            self.events.append((self._phase, self.moment, what, size))
         if self.total > self._peak:
-            self._peak = self.total
-            self.peaks[self._phase] = Peak(self.total, dict(self.live), self.moment)
+            self._peak, self._peak_moment = self.total, self.moment
 
     def free(self, what: str, size: int) -> None:
         """Take bytes from what is live."""
         if what in self._ignored:
             return
+        if self.total == self._peak:
+            self._note()
         self.live[what] -= size
         self.total -= size
         if self.events is not None:
-            self.events.append((self.moment, what, -size))
+            self.events.append((self._phase, self.moment, what, -size))
+
+    def _note(self) -> None:
+        """Keep what the phase's peak is made of; a peak lasts until something is freed."""
+        noted = self.peaks.get(self._phase)
+        if noted is None or noted.total_bytes < self._peak:
+            self.peaks[self._phase] = Peak(self._peak, dict(self.live), self._peak_moment)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Let the events of the block count for a phase; a phase met again keeps its higher peak."""
-        before = self._phase, self._peak
+        if self.total == self._peak:
+            self._note()
+        before = self._phase, self._peak, self._peak_moment
         earlier = self.peaks.get(name)
         self._phase, self._peak = name, -1 if earlier is None else earlier.total_bytes
         if self.total > self._peak:
-            self._peak = self.total
-            self.peaks[name] = Peak(self.total, dict(self.live), self.moment)
+            self._peak, self._peak_moment = self.total, self.moment
+            self._note()
         try:
             yield
         finally:
-            self._phase, self._peak = before
+            if self.total == self._peak:
+                self._note()
+            self._phase, self._peak, self._peak_moment = before
 
 
 class Storage:
@@ -154,8 +167,11 @@ class ParameterPolicy:
     def release(self, weights: Weights, *, backward: bool) -> None:
         """A module has run."""
 
-    def gradients(self, weights: Weights, grads: Sequence[Storage]) -> None:
-        """The gradients of a module's parameters are ready; added to those of earlier micro-batches."""
+    def gradients(self, weights: Weights, grads: list[Storage]) -> None:
+        """The gradients of a module's parameters are ready; added to those of earlier micro-batches.
+
+        Whoever takes one out of the list is its only holder.
+        """
         if not weights.grads:
             weights.grads = list(grads)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .tape import Gradients, Storage, Tape, Tensor, Weights
 
-ACTIVATIONS, GRADIENTS, WEIGHT_GRADIENTS = "activations", "activation gradients", "gradients"
+ACTIVATIONS, GRADIENTS, WEIGHT_GRADIENTS = "activations", "activation gradients", "whole gradients"
 TEMPORARY = "temporaries of one operation"
 INDEX_BYTES = 8
 """Class and token numbers are int64."""
@@ -30,7 +30,7 @@ class Widths:
     threads: int = 1
     """CPU threads, each with blocks of its own."""
     packs: bool = True
-    """Whether a CPU multiplies half-width matrices by oneDNN: only with AVX-512."""
+    """Whether the CPU packs the matrices of half-width products: with AVX-512; other CPUs need no scratch."""
 
     @classmethod
     def of(cls, dtype_bytes: int, device: str, threads: int = 1, *, packs: bool = True) -> Widths:
@@ -46,7 +46,7 @@ def product_scratch_bytes(rows: int, inner: int, cols: int, w: Widths, *, transp
     copied. Its block sizes depend on the processor: this errs high. Source: measured, torch 2.13,
     oneDNN's kernels for AVX-512 bf16.
     """
-    if w.device != "cpu" or not w.packs or w.value >= w.accumulator:
+    if w.device != "cpu" or w.value >= w.accumulator or not w.packs:
         return 0
     block = min(64, -(-cols // 16) * 16)
     packed = 2 * min(inner, 1024) * block + 4 * min(rows, 256) * block + 4096

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from translution.distributed.run_files import CHECKPOINT, METRICS, RUNS, read_memory, require_run, status_path
+from translution.distributed.run_files import (
+    CHECKPOINT,
+    METRICS,
+    RUNS,
+    MemoryMeasurement,
+    read_memory,
+    require_run,
+    status_path,
+)
+from translution.planner.engine_twin import STATES
 from translution.planner.errors import InputError
+from translution.planner.memory import MemoryEstimate
 from translution.planner.plan import load_plan
+from translution.planner.rank_memory import Tier
 
-COLUMNS = ("rank", "what", "predicted_bytes", "measured_bytes", "ratio")
-RESIDENT, PEAK = "between steps", "peak of the step"
+COLUMNS = ("rank", "tier", "what", "predicted_bytes", "measured_bytes", "ratio")
+RESIDENT, KEPT, PROCESS = "between steps", "kept for backward", "process"
+PROCESS_GROWTH_BYTES = 40 * 2**20
+"""What a process loads after it has begun to be watched: DeepSpeed's engine, gloo's threads, kernels. Measured."""
+SWAP_ENTRIES = {"exp_avg": STATES, "exp_avg_sq": STATES}
+"""Entries of the ledger that files on NVMe belong to, where the file has another name."""
 
 
 def find_run(folder: Path) -> Path:
@@ -30,30 +46,53 @@ def find_run(folder: Path) -> Path:
     return require_run(runs[-1])
 
 
+def _pairs(prediction: MemoryEstimate, measured: MemoryMeasurement) -> Iterator[tuple[Tier, str, int, int]]:
+    """Tier, what, predicted and measured bytes: entries that can be told apart, then totals."""
+    own: Tier = prediction.own_tier
+    for name, size in measured.entries_bytes.items():
+        yield own, name, prediction.of(name), size
+    for name, size in measured.host_entries_bytes.items():
+        kinds: tuple[Tier, ...] = ("host", "pinned")
+        yield "host", name, sum(prediction.of(name, RESIDENT, tier) for tier in kinds), size
+    for name, size in measured.swap_buffers_bytes.items():
+        yield "pinned", name, prediction.of(name, RESIDENT, "pinned"), size
+    files: dict[str, int] = {}
+    for name, size in measured.disk_bytes.items():
+        entry = SWAP_ENTRIES.get(name, name)
+        files[entry] = files.get(entry, 0) + size
+    for name, size in files.items():
+        yield "nvme", name, prediction.of(name, RESIDENT, "nvme"), size
+    yield own, RESIDENT, prediction.resident_bytes, measured.resident_bytes
+    if measured.kept_bytes is not None:
+        yield own, KEPT, prediction.kept_bytes, measured.kept_bytes
+    for phase, size in measured.phase_peak_bytes.items():
+        yield own, f"peak of {phase}", prediction.bytes_of(phase), size
+    for phase, size in measured.process_phase_peak_bytes.items():
+        held = prediction.bytes_of(phase, "host") + prediction.bytes_of(phase, "pinned")
+        yield "host", f"{PROCESS} in {phase}", measured.process_start_bytes + PROCESS_GROWTH_BYTES + held, size
+
+
 def compare(run: Path) -> pd.DataFrame:
     """Predicted and measured bytes of every rank, with the columns of `COLUMNS`.
 
-    Entries that can be told apart come first, then what is live between steps, the peak of each
-    phase, and the peak of the step. ``ratio`` is predicted over measured; entries measured as
-    nought have none.
+    Entries that can be told apart come first, then what is live between steps, what is kept for
+    backward and the peak of each phase. The process's resident memory is predicted as what it was
+    before the model was made, `PROCESS_GROWTH_BYTES`, and what the ledger adds. ``ratio`` is predicted
+    over measured; what was measured as nought has none.
 
     Raises:
         InputError: if it is no run folder, or no rank has measured anything.
     """
     plan = load_plan(require_run(run))
-    prediction = plan.prediction
     rows: list[dict[str, Any]] = []
     for rank in range(plan.cluster.ranks):
         measured = read_memory(run, rank)
         if measured is None:
             continue
-        pairs = [(name, prediction.of(name, "resident"), size) for name, size in measured.entries_bytes.items()]
-        pairs = [pair for pair in pairs if pair[1] or pair[2]]
-        pairs.append((RESIDENT, prediction.resident_bytes, measured.resident_bytes))
-        for phase, size in measured.phase_peak_bytes.items():
-            pairs.append((f"peak of {phase}", prediction.phase_peak_bytes[phase], size))
-        pairs.append((PEAK, prediction.peak_bytes, measured.peak_bytes))
-        rows += [dict(zip(COLUMNS, (rank, *pair, pair[1] / (pair[2] or float("nan"))), strict=True)) for pair in pairs]
+        for tier, what, predicted, size in _pairs(plan.prediction, measured):
+            if predicted or size:
+                values = (rank, tier, what, predicted, size, predicted / (size or float("nan")))
+                rows.append(dict(zip(COLUMNS, values, strict=True)))
     if not rows:
         raise InputError(f"{run}: holds no measurement: the run ended before its measured step")
     table: pd.DataFrame = pd.DataFrame(rows, columns=list(COLUMNS))

@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+from report_folders import MALICIOUS, plan_folder, run_folder
+
+from translution.cli.app import run
+
+# A machine with other work to do is no slower for being right.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,3 +51,17 @@ def double() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report beside its plan folder: a malicious name, and three runs of which the second is the newest measured."""
+    folder = tmp_path_factory.mktemp("report")
+    plan_folder(folder / "plan", name=MALICIOUS)
+    for number, name in enumerate(("001", "002", "003")):
+        path = run_folder(folder / "plan", name, more=1000 * number)
+        os.utime(path, (number, number))
+    (path / "memory" / "rank_0.json").unlink()
+    os.utime(path, (9, 9))
+    assert run(["report", str(folder / "plan"), "--out", str(folder / "report.html")]) == 0
+    return folder / "report.html"

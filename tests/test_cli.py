@@ -55,7 +55,7 @@ def test_the_papers_vit_b_is_explained(capsys: Captured) -> None:
 
 
 def test_help_teaches_by_example(capsys: Captured) -> None:
-    for command in ("estimate", "plan", "launch", "verify"):
+    for command in ("estimate", "plan", "clusters", "launch", "verify"):
         assert run([command, "--help"]) == 0
         assert f"translution {command}" in " ".join(capsys.readouterr().out.split())
 
@@ -81,6 +81,8 @@ BAD: list[tuple[str, list[str], int]] = [
     ("cannot be read", ["estimate", "x" * 5000 + ".yaml"], 2),
     ("cluster: 'cpu:99", ["plan", "MODEL", "--cluster", "cpu:" + "9" * 5000, "--out", "OUT"], 2),
     ("cannot be written", ["plan", "MODEL", "--cluster", "cpu:1", "--out", "x" * 5000], 2),
+    ("did you mean 'H100'", ["plan", "MODEL", "--cluster", "8xH10", "--out", "OUT"], 2),
+    ("did you mean 'dgx-h100'", ["plan", "MODEL", "--cluster", "2xdgx-h10", "--out", "OUT"], 2),
     ("No such option", ["estimate", "vit-base/16", "--opertor", "alpha"], 2),
     ("No such command", ["estmate", "vit-base/16"], 2),
     ("Missing argument 'MODEL'", ["estimate"], 2),
@@ -159,6 +161,19 @@ def test_several_nodes_get_a_command_to_fill_in_and_no_launch(tmp_path: Path, ca
     assert "--hostfile HOSTFILE --no_ssh --node_rank NODE_RANK --master_addr FIRST_HOST" in capsys.readouterr().out
     assert run(["launch", folder]) == 2
     assert "nodes: 2 is not allowed" in capsys.readouterr().err
+
+
+def test_clusters_are_listed_with_their_sources(capsys: Captured) -> None:
+    assert run(["clusters"]) == 0
+    out = capsys.readouterr().out
+    for text in ("RTX4090", "dgx-h100", "nd-mi300x-v5", "nvidia-tensor-core-gpu-datasheet", "estimate, not measured"):
+        assert text in out
+    assert run(["clusters", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    figure = document["gpus"]["H100"]["memory_bytes_per_s"]
+    assert (figure["value"], document["sources"][figure["source"]]["title"][:11]) == (3.35e12, "NVIDIA H100")
+    assert document["nodes"]["dgx-h100"]["host_cores"] == {"value": 112, "source": "dgx-h100"}
+    assert document["gpu_constants"]["H100"]["entries"][0]["name"] == "driver_reserve"
 
 
 def test_the_version_is_the_distributions(capsys: Captured) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "pandas", "deepspeed", "fairscale", "numpy", "sklearn")
+HEAVY = ("torch", "pandas", "deepspeed", "fairscale", "numpy", "sklearn", "altair", "vl_convert")
 
 ALLOWED = {
     "planner": set(),
@@ -41,7 +41,14 @@ def test_no_module_of_the_planner_loads_a_heavy_package(root: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["estimate", "vit-base/16"], ["estimate", "gpt-base/160", "--json"], ["--help"], ["launch", "--help"]],
+    [
+        ["estimate", "vit-base/16"],
+        ["estimate", "gpt-base/160", "--json"],
+        ["--help"],
+        ["launch", "--help"],
+        ["clusters"],
+        ["report", "--help"],
+    ],
     ids=" ".join,
 )
 def test_a_planning_command_loads_no_heavy_package(arguments: list[str]) -> None:

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from translution.planner.cluster import ClusterSpec, load_cluster, usable_cores
 from translution.planner.errors import DoesNotFitError, InputError
 from translution.planner.files import load_model_spec
-from translution.planner.memory import estimate_memory, partitioned
+from translution.planner.memory import estimate_memory
 from translution.planner.model_spec import override
 from translution.planner.parameters import ParameterGroup, parameter_groups
 from translution.planner.plan import Plan, choose_tile, choose_zero, load_plan, make_plan
 from translution.planner.plan_folder import write_plan_folder
 from translution.planner.presets import preset
+from translution.planner.shards import partitioned
 from translution.planner.training import TrainingSpec
 from translution.planner.units import format_bytes, format_count, format_flops
 
@@ -49,16 +50,14 @@ def test_model_states_of_vit_base_by_hand() -> None:
     estimate = estimate_memory(spec, gpus(8), training, zero, tile)
     share = partitioned(parameter_groups(spec, tile), 8)
     assert share == pytest.approx(15_608_200_168 / 8, rel=1e-5)
-    assert [
-        estimate.of(name, "resident") for name in ("parameters", "gradients", "master parameters", "optimizer states")
-    ] == [
+    assert [estimate.of(name) for name in ("parameters", "gradients", "master parameters", "optimizer states")] == [
         2 * share,
         2 * share,
         4 * share,
         8 * share,
     ]
-    assert estimate.resident_bytes == sum(entry.bytes for entry in estimate.entries if entry.phase == "resident")
-    assert estimate.peak_bytes == max(estimate.phase_peak_bytes.values())
+    assert all(peak.bytes == sum(entry.bytes for entry in peak.entries) for peak in estimate.peaks)
+    assert estimate.peak_bytes == max(peak.bytes for peak in estimate.peaks if peak.tier == "device")
 
 
 @given(
@@ -77,7 +76,7 @@ def test_more_ranks_or_a_higher_stage_never_hold_more_and_a_larger_batch_never_l
         zero = choose_zero(spec, 13, stage, ranks).model_copy(update={"persistence_threshold_elements": 0})
         training = TrainingSpec(precision=precision, micro_batch=micro_batch, data="synthetic")
         estimate = estimate_memory(spec, gpus(ranks), training, zero, 13)
-        return sum(estimate.of(name, "resident") for name in ("parameters", "master parameters", "optimizer states"))
+        return sum(estimate.of(name) for name in ("parameters", "master parameters", "optimizer states"))
 
     assert resident(2 * ranks, stage) <= resident(ranks, stage)
     zero = choose_zero(spec, 13, stage, ranks)
@@ -175,7 +174,7 @@ def test_a_failed_write_leaves_nothing(plan: Plan, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.update(schema_version=2), "schema_version"),
+        (lambda data: data.update(schema_version=3), "schema_version"),
         (lambda data: data.pop("model"), "model: is required"),
         (lambda data: data["training"].update(steps=0), "training.steps: 0 is not allowed"),
         (lambda data: data.update(extra=1), "unknown key 'extra'"),

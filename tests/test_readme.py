@@ -31,14 +31,15 @@ def test_the_python_examples_run(readme: str) -> None:
 def test_the_planning_commands_work(
     readme: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every estimate and plan of the README; launch and verify run in test_runs.py."""
+    """Every estimate, plan and report of the README; launch and verify run in test_runs.py."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(root / "examples")
     commands = [shlex.split(line) for block in blocks(readme, "sh") for line in block.splitlines()]
-    assert {command[1] for command in commands} == {"estimate", "plan", "launch", "verify"}
+    known = {"estimate", "plan", "launch", "verify", "measure", "rehearse", "report"}
+    assert {command[1] for command in commands} == known
     for command in commands:
         assert command[0] == "translution"
-        if command[1] in ("estimate", "plan"):
+        if command[1] in ("estimate", "plan", "report"):
             assert run(command[1:]) == 0, capsys.readouterr().err
         else:
             assert (tmp_path / command[2] / "plan.json").exists()

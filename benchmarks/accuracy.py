@@ -1,0 +1,260 @@
+"""Sets what the planner predicts beside what runs measure, and writes the table with its misses.
+
+python benchmarks/accuracy.py --out reports             # everything, about half an hour on 2 cores
+python benchmarks/accuracy.py --only counts passes      # without runs of several ranks
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from common import describe_run, write_report
+
+from translution.distributed.measure import count_every_allocation
+from translution.distributed.measurement import few_steps, measure_plan
+from translution.distributed.single import measure_passes
+from translution.models import build
+from translution.planner.cluster import load_cluster, local_cpu_cluster
+from translution.planner.memory import estimate_memory
+from translution.planner.model_spec import ModelSpec, parse_model_spec
+from translution.planner.parameters import count_parameters
+from translution.planner.plan import choose_tile, choose_zero, make_plan
+from translution.planner.presets import preset
+from translution.planner.schedule import MICRO_BATCHES, replay
+from translution.planner.training import TrainingSpec
+from translution.planner.twins import Widths
+from translution.reports.accuracy import KEPT, PROCESS, RESIDENT, compare
+
+SIZES: dict[str, Any] = {"dim": 96, "depth": 3, "heads": 3}
+VIT: dict[str, Any] = {"family": "vit", "image": [64, 48], "patch": 8, "channels": 3, "classes": 100} | SIZES
+GPT: dict[str, Any] = {"family": "gpt", "context": 64, "vocabulary": 500} | SIZES
+LOW = {"operator": "alpha", "c1": 8, "c2": 4}
+OPERATORS: list[dict[str, Any]] = [
+    {"operator": "translution"},
+    {"operator": "translution", "roles": "kv"},
+    {"operator": "translution", "roles": "q"},
+    {"operator": "translution", "window": 2},
+    {"operator": "translution", "relative_layers": "first:1", "head_dim": 32},
+    {"operator": "translution", "checkpointing": "block"},
+    {"operator": "translution", "dropout": 0.1},
+    LOW,
+    LOW | {"roles": "v"},
+    LOW | {"checkpointing": "block"},
+    {"operator": "attention"},
+    {"operator": "attention", "rotary": True},
+    {"operator": "attention", "checkpointing": "block"},
+    {"operator": "bias"},
+    {"operator": "shaw"},
+    {"operator": "absolute"},
+]
+LARGE: dict[str, Any] = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10}
+LARGE |= {"dim": 256, "depth": 2, "heads": 4}
+TILE = 16
+RUNS: dict[str, dict[str, Any]] = {
+    "ZeRO-0, fp32": {"stage": 0},
+    "ZeRO-0, bf16": {"stage": 0, "precision": "bf16"},
+    "ZeRO-1, fp32": {"stage": 1},
+    "ZeRO-1, bf16": {"stage": 1, "precision": "bf16"},
+    "ZeRO-2, fp32": {"stage": 2},
+    "ZeRO-2, bf16, two micro-batches": {"stage": 2, "precision": "bf16", "accumulation": 2},
+    "ZeRO-3, fp32": {"stage": 3},
+    "ZeRO-3, bf16": {"stage": 3, "precision": "bf16"},
+    "ZeRO-3, bf16, optimizer on the host": {"stage": 3, "precision": "bf16", "offload": "cpu-optimizer"},
+    "ZeRO-3, bf16, both on the host": {"stage": 3, "precision": "bf16", "offload": "cpu"},
+    "ZeRO-3, bf16, optimizer on NVMe": {"stage": 3, "precision": "bf16", "offload": "nvme-optimizer"},
+    "ZeRO-3, bf16, both on NVMe": {"stage": 3, "precision": "bf16", "offload": "nvme"},
+}
+PRESETS = [f"vit-{size}/{patch}" for size in ("tiny", "mini", "small", "base", "large") for patch in (56, 32, 16)]
+PRESETS += [f"gpt-{size}/{context}" for size in ("tiny", "mini", "small", "base", "large") for context in (160, 1024)]
+PRESET_OPERATORS: list[dict[str, Any]] = [
+    {"operator": "translution", "roles": "qkv"}, {"operator": "translution", "roles": "kv"},
+    {"operator": "alpha", "c1": 16, "c2": 8}, {"operator": "alpha", "roles": "k"},
+    {"operator": "translution", "relative_layers": "every:2"}, {"operator": "attention"},
+    {"operator": "bias"}, {"operator": "shaw"}, {"operator": "absolute"},
+]  # fmt: skip
+SECTIONS = ("counts", "passes", "ranks", "times")
+
+
+def _with(base: dict[str, Any], changes: dict[str, Any]) -> ModelSpec:
+    return parse_model_spec(base | changes)
+
+
+def count_rows() -> list[dict[str, Any]]:
+    """Parameters of presets, predicted and of a network on the meta device."""
+    rows = []
+    for name, changes in product(PRESETS, PRESET_OPERATORS):
+        spec = parse_model_spec(preset(name).model_dump() | changes)
+        with torch.device("meta"):
+            built = sum(parameter.numel() for parameter in build(spec).parameters())
+        predicted = count_parameters(spec).total
+        rows.append({"what": f"{name}, {changes}", "predicted": predicted, "measured": built})
+    return rows
+
+
+def time_rows() -> list[dict[str, Any]]:
+    """Seconds of the processor for an estimate of each preset on 512 ranks, the least of five."""
+    rows, cluster = [], load_cluster("64x8xH100")
+    for name in PRESETS:
+        spec = preset(name)
+        tile = choose_tile(spec, cluster.ranks)
+        zero = choose_zero(spec, tile, 3, cluster.ranks)
+        seconds = []
+        for micro_batch in range(1, 6):  # Another one each time: nothing may be remembered.
+            training = TrainingSpec(precision="bf16", micro_batch=micro_batch, data="synthetic")
+            begin = time.process_time()
+            estimate_memory(spec, cluster, training, zero, tile)
+            seconds.append(time.process_time() - begin)
+        rows.append({"what": name, "seconds": min(seconds)})
+    return rows
+
+
+def pass_rows() -> list[dict[str, Any]]:
+    """Peaks of forward and backward of one process, predicted and as torch's allocator counted."""
+    torch.set_num_threads(1)
+    packs = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    rows = []
+    for base, changes, dtype in product((VIT, GPT), OPERATORS, (torch.float32, torch.bfloat16)):
+        spec = _with(base, changes)
+        peaks = replay(spec, 16, Widths.of(dtype.itemsize, "cpu", packs=packs), 24).memory.peaks
+        for phase, measured in measure_passes(spec, 16, dtype, 24).items():
+            predicted = peaks[phase].total_bytes - peaks[phase].live_bytes[MICRO_BATCHES]
+            text = ", ".join(f"{name} {value}" for name, value in changes.items())
+            what = f"{spec.family}, {text}, {str(dtype).removeprefix('torch.')}, {phase}"
+            rows.append({"what": what, "predicted": predicted, "measured": measured})
+    return rows
+
+
+def _say(name: str, text: str) -> None:
+    print(f"{name}: {text}", file=sys.stderr, flush=True)
+
+
+def rank_rows(names: list[str]) -> Iterator[dict[str, Any]]:
+    """Everything that two ranks measure of themselves, from init to resume."""
+    spec, cluster = parse_model_spec(LARGE), local_cpu_cluster(2)
+    for name in names:
+        options = dict(RUNS[name])
+        stage, offload = options.pop("stage"), options.pop("offload", "none")
+        with tempfile.TemporaryDirectory(prefix="translution-accuracy-") as folder:
+            nvme = str(Path(folder) / "nvme") if "nvme" in offload else None
+            if nvme:
+                Path(nvme).mkdir()
+            training = TrainingSpec(data="synthetic", micro_batch=8, **options)
+            plan = make_plan(spec, cluster, training, stage=stage, tile_relations=TILE, offload=offload, nvme_path=nvme)
+            run = measure_plan(few_steps(plan), Path(folder) / "plan", partial(_say, name))
+            for row in compare(run).to_dict("records"):
+                yield {"run": name} | {str(key): value for key, value in row.items()}
+
+
+def _ratios(rows: list[dict[str, Any]]) -> pd.Series[float]:
+    table = pd.DataFrame(rows)
+    return table["predicted"] / table["measured"]
+
+
+def _span(ratios: pd.Series[float]) -> str:
+    known = ratios.dropna()
+    return "" if known.empty else f"{known.min():.3f} to {known.max():.3f}"
+
+
+def _ranks_table(rows: list[dict[str, Any]]) -> list[str]:
+    table = pd.DataFrame(rows)
+    kinds = {
+        "states between steps": table["what"] == RESIDENT,
+        "peaks by phase": table["what"].str.startswith("peak of"),
+        "kept for backward": table["what"] == KEPT,
+        "pinned buffers": table["tier"] == "pinned",
+        "files on NVMe": table["tier"] == "nvme",
+        "resident set": table["what"].str.startswith(PROCESS),
+    }
+    lines = [f"| run | {' | '.join(kinds)} |", f"|---|{'--:|' * len(kinds)}"]
+    for name in table["run"].unique():
+        own = table["run"] == name
+        lines.append(f"| {name} | {' | '.join(_span(table[own & kind]['ratio']) for kind in kinds.values())} |")
+    return lines
+
+
+def _misses(rows: list[dict[str, Any]]) -> list[str]:
+    """Peaks outside [1.00, 1.05] and resident sets more than 10% off, one line each."""
+    lines = []
+    for row in rows:
+        process = row["what"].startswith(PROCESS)
+        low, high = (0.9, 1.1) if process else (1.0, 1.05)
+        if (process or row["what"].startswith("peak of")) and not low <= row["ratio"] <= high:
+            lines.append(f"- {row['run']}, rank {row['rank']}, {row['what']}: {row['ratio']:.3f}")
+    return lines
+
+
+def render(document: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in document["machine"].items())
+    parts = ["# Predicted and measured memory", "", f"`{document['command']}` on {document['date']}: {versions}."]
+    parts += ["Ratios are predicted over measured; all rows are in [accuracy.json](accuracy.json).", ""]
+    counts, passes, ranks, times = (document["sections"].get(name, []) for name in SECTIONS)
+    if counts:
+        exact = sum(row["predicted"] == row["measured"] for row in counts)
+        parts += ["## Parameters", "", f"{exact} of {len(counts)} presets with an operator are exact.", ""]
+    if passes:
+        ratios = _ratios(passes)
+        inside = int(ratios.between(0.998, 1.02).sum())
+        parts += ["## Peaks of one process", "", f"{len(passes)} peaks of forward and backward: {_span(ratios)}; "]
+        parts[-1] += f"{inside} of them within 0.998 and 1.02."
+        parts.append("")
+    if ranks:
+        parts += ["## Two ranks, init to resume", "", *_ranks_table(ranks), ""]
+        misses = _misses(ranks)
+        parts += ["Outside 1.00 to 1.05, or 0.9 to 1.1 of the resident set:", "", *(misses or ["- nothing"]), ""]
+    if times:
+        slowest = max(times, key=lambda row: row["seconds"])
+        text = f"{len(times)} presets on 512 ranks: at most {slowest['seconds'] * 1e3:.0f} ms, for {slowest['what']}."
+        parts += ["## Time of an estimate", "", text, ""]
+    for line in document.get("rehearsals", []):
+        parts += ["## One rank of a large world", "", line, ""]
+    return "\n".join(parts)
+
+
+def _apart(section: str) -> list[dict[str, Any]]:
+    """A section's rows from a process of its own: allocations are counted from the first tensor."""
+    done = subprocess.run([sys.executable, __file__, "--rows", section], capture_output=True, text=True, check=True)
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for accuracy.md and accuracy.json")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="runs of two ranks")
+    parser.add_argument("--rows", choices=("counts", "passes"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rows:
+        count_every_allocation()
+        print(json.dumps(count_rows() if arguments.rows == "counts" else pass_rows()))
+        return
+    document = describe_run("accuracy")
+    document["machine"]["deepspeed"] = importlib.metadata.version("deepspeed")
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for name in arguments.only:
+        here: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+            "ranks": partial(rank_rows, arguments.runs),
+            "times": time_rows,
+        }
+        sections[name] = list(here[name]()) if name in here else _apart(name)
+    document["sections"] = sections
+    write_report(arguments.out, "accuracy", document, render(document))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""A rank's life replayed: the model and engine are made, train a step, save and resume.
+
+The engine's twin is the policy of the replayed network (schedule.py), so that what DeepSpeed holds and
+what the network allocates meet at the moments when they do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .activations import sample_bytes
+from .cluster import ClusterSpec
+from .engine_twin import SIMULATED_MICRO_BATCHES, EngineTwin, Setting
+from .model_spec import ModelSpec
+from .rank_memory import RankMemory, Tier
+from .schedule import MICRO_BATCHES, NetworkTwin, run_micro_batch
+from .tape import Memory, ParameterPolicy, Peak, Storage, Weights
+from .training import TrainingSpec, ZeroSpec
+from .twins import Widths
+from .whole_twin import WholeTwin
+from .zero3_twin import Zero3Twin
+from .zero_twin import ZeroTwin
+
+INIT, FORWARD, BACKWARD, STEP = "init", "forward", "backward", "optimizer step"
+FIRST_STEP, SAVE, RESUME, BETWEEN = "first optimizer step", "checkpoint save", "resume", "between steps"
+PHASES = (INIT, FIRST_STEP, BETWEEN, FORWARD, BACKWARD, STEP, SAVE, RESUME)
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """What a rank's life left."""
+
+    memory: RankMemory
+    """With the events of a training step where they were recorded."""
+    peaks: dict[tuple[str, Tier], Peak]
+    """By phase and tier."""
+    kept_bytes: int
+    """Kept for backward by one micro-batch, on the device itself."""
+
+
+class _Order(ParameterPolicy):
+    """Notes which parameters each module call of a step needs."""
+
+    def __init__(self, network: NetworkTwin) -> None:
+        self.calls: list[tuple[int, ...]] = []
+        self._numbers: dict[int, tuple[int, ...]] = {}
+        first = 0
+        for weights in network.modules:
+            self._numbers[id(weights)] = tuple(range(first, first + len(weights.numels)))
+            first += len(weights.numels)
+
+    def fetch(self, weights: Weights, *, backward: bool) -> None:
+        self.calls.append(self._numbers[id(weights)])
+
+    def gradients(self, weights: Weights, grads: list[Storage]) -> None:
+        grads.clear()
+
+
+def _engine(memory: RankMemory, setting: Setting, network: NetworkTwin) -> EngineTwin:
+    zero = setting.zero
+    if zero.stage == 0:
+        return WholeTwin(memory, setting, network)
+    if zero.stage < 3:
+        return ZeroTwin(memory, setting, network)
+    if not (zero.prefetch_bucket_elements or zero.max_reuse_distance_elements):
+        return Zero3Twin(memory, setting, network)
+    order = _Order(network)
+    scratch = Memory()
+    run_micro_batch(network, scratch, order, scratch.phase)
+    return Zero3Twin(memory, setting, network, order.calls)
+
+
+def simulate(
+    spec: ModelSpec,
+    cluster: ClusterSpec,
+    training: TrainingSpec,
+    zero: ZeroSpec,
+    tile_relations: int | None = None,
+    *,
+    record: bool = False,
+    threads: int = 1,
+) -> Simulation:
+    """Replay a rank's life.
+
+    Args:
+        spec: the model.
+        cluster: gives the number of ranks and the device.
+        training: precision, batch and optimizer.
+        zero: stage, knobs and offload.
+        tile_relations: relations per tile; None keeps tables whole.
+        record: keep every event of the training step.
+        threads: CPU threads of a rank.
+    """
+    widths = Widths.of(training.dtype_bytes, cluster.device, threads)
+    network = NetworkTwin(spec, training.micro_batch, widths, tile_relations)
+    setting = Setting(training, zero, cluster.ranks)
+    memory = RankMemory(cluster.device, record=record)
+    network.host = memory.host
+    engine = _engine(memory, setting, network)
+    with memory.phase(INIT):
+        engine.build()
+    # A resumed run has built the engine too, and has the moments that a first step makes.
+    with memory.phase(RESUME):
+        engine.load()
+    with memory.phase(FIRST_STEP):
+        engine.step(first=True)
+    samples = training.micro_batch * training.accumulation * sample_bytes(spec)
+    batches = Storage(memory.host, MICRO_BATCHES, samples)
+    with memory.phase(BETWEEN):
+        pass
+    kept = 0
+    for _ in range(min(training.accumulation, SIMULATED_MICRO_BATCHES)):
+        kept = run_micro_batch(network, memory.device, engine, memory.phase)
+    with memory.phase(STEP):
+        engine.step()
+    del batches
+    with memory.phase(SAVE):
+        engine.save()
+    peaks = {(phase, tier): peak for tier, m in memory.tiers.items() for phase, peak in m.peaks.items() if phase}
+    for tier in memory.tiers:
+        built, resumed = peaks[INIT, tier], peaks[RESUME, tier]
+        peaks[RESUME, tier] = max(built, resumed, key=lambda peak: peak.total_bytes)
+    return Simulation(memory, peaks, kept)

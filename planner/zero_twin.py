@@ -1,0 +1,217 @@
+"""Twin of DeepSpeed's engine at ZeRO stages 1 and 2, with or without the optimizer on the host.
+
+Source: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py, function by function, and traces of torch's
+allocator on CPU ranks.
+"""
+
+from __future__ import annotations
+
+from .engine_twin import (
+    BACKEND_COPIES,
+    BUCKET,
+    BUFFERS,
+    CONSTRUCTION,
+    LOADED,
+    MASTER,
+    NORM,
+    NORM_BYTES,
+    OFFLOAD_COPIES,
+    PARAMETERS,
+    SHARED_GRADIENTS,
+    STAGING,
+    STATES,
+    STEP_GRADIENTS,
+    EngineTwin,
+    Setting,
+)
+from .rank_memory import RankMemory
+from .schedule import NetworkTwin
+from .shards import ceil_div
+from .tape import Storage, Weights
+
+FP32 = 4
+START_ALIGNMENT = 2
+"""Flat buffers hold a multiple of twice the ranks (stage_1_and_2.py, ``nccl_start_alignment_factor``)."""
+
+
+def make_whole_model(twin: EngineTwin, elements: int) -> None:
+    """Build the model whole in fp32 on the host, cast it there, and move it to the device."""
+    memory, width = twin.memory, twin.setting.width
+    memory.at("construction")
+    twin.keep(memory.device, BUFFERS, twin.network.buffer_bytes)
+    made = Storage(memory.host, CONSTRUCTION, elements * FP32)
+    cast = made if width == FP32 else Storage(memory.host, CONSTRUCTION, elements * width)
+    del made
+    moved = None if memory.on_cpu else Storage(memory.device, CONSTRUCTION, elements * width)
+    del cast, moved
+
+
+class ZeroTwin(EngineTwin):
+    """Stages 1 and 2: states are cut into shares of one flat buffer, at stage 2 gradients too.
+
+    Args:
+        memory, setting, network: as in `EngineTwin`.
+    """
+
+    def __init__(self, memory: RankMemory, setting: Setting, network: NetworkTwin) -> None:
+        super().__init__(memory, setting, network)
+        self.numels = [numel for weights in network.modules for numel in weights.numels]
+        unit = START_ALIGNMENT * setting.ranks
+        self.elements = sum(self.numels)
+        self.flat = ceil_div(self.elements, unit) * unit
+        self.share = self.flat // setting.ranks
+        self.cuts = setting.zero.stage == 2
+        self.home = memory.host if self.offloaded else memory.device
+        self.bucket: Storage | None = None
+        self.in_bucket: list[int] = []
+        self.part: Storage | None = None
+        """What a rank has of the gradients of the micro-batch that runs."""
+        self.averaged: Storage | None = None
+        self.waiting: dict[int, list[Storage]] = {}
+        """Whole gradients by module, at stage 1."""
+
+    def build(self) -> None:
+        """The flat copy is made beside the model; then the optimizer's share of it is widened."""
+        memory, setting = self.memory, self.setting
+        make_whole_model(self, self.elements)
+        memory.at("flat parameters")
+        # The parameters wait on the host while the flat buffer is made there.
+        parts = Storage(memory.host, CONSTRUCTION, self.elements * setting.width)
+        flat = Storage(memory.host, PARAMETERS if memory.on_cpu else STAGING, self.flat * setting.width)
+        self.kept.append(flat if memory.on_cpu else Storage(memory.device, PARAMETERS, self.flat * setting.width))
+        del parts, flat
+        memory.at("master parameters")
+        clone = Storage(memory.device, CONSTRUCTION, self.share * setting.width)
+        self._keep_pinned(MASTER, self.share * setting.master_width)
+        del clone
+        memory.at("optimizer states")
+        if self.offloaded:
+            self._keep_pinned(STEP_GRADIENTS, self.share * setting.master_width)
+        else:
+            memory.pass_through((memory.device, STEP_GRADIENTS, self.share * setting.master_width))
+        if self.offloaded:
+            self._make_offload_copies()
+
+    def _keep_pinned(self, what: str, size: int) -> None:
+        pinned = self.offloaded and self.setting.zero.offload_optimizer.pin_memory and not self.memory.on_cpu
+        if pinned:
+            plain = Storage(self.memory.host, STAGING, size)
+            self.kept.append(self.memory.pin(what, size))
+            del plain
+        else:
+            self.keep(self.home, what, size)
+
+    def _make_offload_copies(self) -> None:
+        """Buffers through which gradients of the largest parameter and the share of parameters pass."""
+        memory, setting = self.memory, self.setting
+        largest = max(self.numels)
+        self.kept.append(memory.pin(OFFLOAD_COPIES, self.share * setting.width))
+        self.kept.append(memory.pin(OFFLOAD_COPIES, largest * setting.width))
+        self.keep(memory.device, OFFLOAD_COPIES, largest * setting.width)
+
+    # One training step.
+
+    def gradients(self, weights: Weights, grads: list[Storage]) -> None:
+        """Stage 2 reduces them bucket by bucket, stage 1 when backward is over."""
+        if self.bucket is None:
+            size = self.setting.zero.reduce_bucket_elements * self.setting.width
+            self.bucket = Storage(self.memory.device, BUCKET, size)
+        if not self.cuts:
+            # Those of a later micro-batch are added to the first ones.
+            self.waiting.setdefault(id(weights), list(grads))
+            grads.clear()
+            return
+        for numel in weights.numels:
+            if sum(self.in_bucket) + numel > self.setting.zero.reduce_bucket_elements:
+                self._reduce()
+            grads.pop(0)
+            self.in_bucket.append(numel)
+
+    def _reduce(self) -> None:
+        """The bucket's sum over ranks; a rank's own part is copied from it."""
+        memory, setting = self.memory, self.setting
+        if self.offloaded:
+            # Each gradient is squared in fp64 on its way to the host.
+            largest = max(self.in_bucket if self.cuts else self.numels, default=0)
+            memory.pass_through((memory.device, NORM, largest * NORM_BYTES))
+        self.in_bucket.clear()
+        if self.part is None and not self.offloaded:
+            self.part = Storage(memory.device, SHARED_GRADIENTS, self.overlapping * setting.width)
+
+    @property
+    def overlapping(self) -> int:
+        """Elements of all parameters of which a part belongs to a rank, for the rank with the most."""
+        ends, total = [], 0
+        for numel in self.numels:
+            total += numel
+            ends.append(total)
+        most = 0
+        for rank in range(self.setting.ranks):
+            begin, end = rank * self.share, (rank + 1) * self.share
+            most = max(
+                most, sum(n for n, stop in zip(self.numels, ends, strict=True) if stop > begin and stop - n < end)
+            )
+        return most
+
+    def finish(self) -> None:
+        """Stage 2 adds its part to that of earlier micro-batches; stage 1 reduces when all are there."""
+        if self.cuts or not self.accumulates:
+            self.memory.at("reduction")
+            self._reduce()
+            self.waiting.clear()
+            self._add_part()
+            self.bucket = None
+        super().finish()
+
+    def _add_part(self) -> None:
+        if self.averaged is None and self.setting.accumulation_width == self.setting.width:
+            self.averaged = self.part
+        elif self.averaged is None and self.part is not None:
+            size = self.part.size // self.setting.width * self.setting.accumulation_width
+            self.averaged = Storage(self.memory.device, SHARED_GRADIENTS, size)
+        self.part = None
+
+    # The optimizer step, and checkpoints.
+
+    def step(self, *, first: bool = False) -> None:
+        """The share of the flat buffer is updated at once."""
+        self.memory.at("optimizer step")
+        self.passes = 0
+        setting = self.setting
+        if self.offloaded:
+            if first and setting.training.accumulation > 1:
+                # Made by the first backward pass: where the host adds micro-batches up.
+                self._keep_pinned(SHARED_GRADIENTS, self.overlapping * setting.width)
+            self.update(self.share, offloaded=True)
+            self._gather_parameters()
+            return
+        joined = Storage(self.memory.device, STEP_GRADIENTS, self.share * setting.accumulation_width)
+        grads = joined
+        if setting.accumulation_width != setting.master_width:
+            grads = Storage(self.memory.device, STEP_GRADIENTS, self.share * setting.master_width)
+        del joined
+        self.averaged = None
+        self.update(self.share, offloaded=False)
+        del grads
+        self._gather_parameters()
+
+    def _gather_parameters(self) -> None:
+        """Ranks exchange what each has updated, in place; gloo in a tensor of its own."""
+        if self.memory.on_cpu:
+            self.memory.pass_through((self.memory.device, BACKEND_COPIES, self.flat * self.setting.width))
+
+    def save(self) -> None:
+        """Tensors on a device are copied to the host storage by storage."""
+        self.memory.at("checkpoint save")
+        if not self.memory.on_cpu and not self.offloaded:
+            self.memory.pass_through((self.memory.host, STAGING, self.share * FP32))
+
+    def load(self) -> None:
+        """A rank reads its own file whole, and copies it into what the engine has made."""
+        self.memory.at("resume")
+        setting = self.setting
+        # Moments that stay on the host are those that were read.
+        width = setting.master_width + (0 if self.home is self.memory.host else setting.state_width)
+        loaded = Storage(self.memory.host, LOADED, self.share * width)
+        self.keep(self.home, STATES, self.share * setting.state_width)
+        del loaded

@@ -1,0 +1,71 @@
+"""One chart for every medium: PNG and SVG files without a browser, and specs for an HTML page.
+
+Charts hold no colours of text, axes and background: each medium adds its own.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+COLOURS = ("#3c54d8", "#f09c3c", "#84c090", "#d884fc", "#90003c", "#24d8e4", "#a88448", "#6c489c", "#6c4800")
+"""Told apart from each other, and from the grey, with any colour vision, on white and on near-black.
+
+Source: a search of ours for the largest least difference; `tests/test_timeline_picture.py` has the figures.
+"""
+REST_COLOUR = "#8a8f98"
+FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
+
+
+def config(ink: str, faint: str, page: str, legend_columns: int) -> dict[str, Any]:
+    """Vega-Lite's configuration for a medium.
+
+    Args:
+        ink: colour of text and rules.
+        faint: colour of grid lines.
+        page: colour of what is behind.
+        legend_columns: beside each other, in legends below a picture.
+    """
+    text = {"labelColor": ink, "titleColor": ink, "labelFontSize": 12, "titleFontSize": 12}
+    return {
+        "font": FONT,
+        "background": page,
+        "view": {"stroke": None},
+        "axis": text | {"gridColor": faint, "domainColor": faint, "tickColor": faint, "titleFontWeight": "normal"},
+        "legend": text | {"titleFontWeight": "normal", "labelLimit": 0, "titleLimit": 0, "columns": legend_columns},
+        "title": {"color": ink, "subtitleColor": ink, "fontSize": 15, "subtitleFontSize": 12, "anchor": "start"},
+        "text": {"color": ink, "fontSize": 12},
+        "rule": {"color": ink},
+        "point": {"color": ink},
+        "area": {"stroke": page, "strokeWidth": 0.3},
+    }
+
+
+_PAPER = config("#1b1f24", "#d0d7de", "#ffffff", legend_columns=4)
+
+
+def _version() -> str:
+    return ".".join(alt.SCHEMA_VERSION.split(".")[:2])
+
+
+def png(spec: dict[str, Any], scale: float = 2.0) -> bytes:
+    """The picture on white."""
+    picture: bytes = vl_convert.vegalite_to_png(json.dumps(spec), vl_version=_version(), config=_PAPER, scale=scale)
+    return picture
+
+
+def svg(spec: dict[str, Any]) -> str:
+    """The picture on white, as text."""
+    picture: str = vl_convert.vegalite_to_svg(json.dumps(spec), vl_version=_version(), config=_PAPER)
+    return picture
+
+
+@lru_cache(maxsize=1)
+def javascript() -> str:
+    """Vega, Vega-Lite and Vega-Embed for a page's script element; it sets ``window.vegaEmbed``."""
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_version())
+    return bundle.replace("</script", r"<\/script").replace("<!--", r"<\!--")

@@ -1,0 +1,147 @@
+"""A headless Chromium, spoken to over its debugging pipe."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",  # CI runs as root.
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-sync",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--remote-debugging-pipe",
+)
+PATIENCE_S = 60.0
+
+
+class Browser:
+    """One page in one browser that no name resolves for.
+
+    Args:
+        folder: for its profile.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        program = next((path for name in NAMES if (path := shutil.which(name))), None)
+        assert program, "a browser is missing: sudo apt-get install --yes chromium"
+        commands, self._commands = os.pipe()
+        self._answers, answers = os.pipe()
+        # Chromium reads commands from descriptor 3 and answers on 4.
+        script = f'exec "$0" "$@" 3<&{commands} 4>&{answers}'
+        self._process = subprocess.Popen(
+            ["bash", "-c", script, program, *FLAGS, f"--user-data-dir={folder}"],
+            pass_fds=(commands, answers),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(commands)
+        os.close(answers)
+        self._rest = b""
+        self._number = 0
+        self.events: list[dict[str, Any]] = []
+        """All that the page has told, console messages and requests among it."""
+        try:
+            self._attach()
+        except BaseException:
+            self._end()
+            raise
+
+    def _attach(self) -> None:
+        target = self._ask("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def close(self) -> None:
+        """End the browser."""
+        try:
+            self._ask("Browser.close")
+            self._process.wait(PATIENCE_S)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._commands)
+        os.close(self._answers)
+
+    def _receive(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            part = os.read(self._answers, 2**20)
+            assert part, "the browser has ended"
+            self._rest += part
+        message, _, self._rest = self._rest.partition(b"\0")
+        return dict(json.loads(message))
+
+    def _ask(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        os.write(self._commands, json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0")
+        while (answer := self._receive()).get("id") != self._number:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return dict(answer["result"])
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Call a method of the page's debugging protocol."""
+        return self._ask(method, self._session, **parameters)
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression in the page."""
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def wait(self, what: str, done: Callable[[Any], bool] = bool) -> Any:
+        """Evaluate an expression until it satisfies."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not done(value := self.evaluate(what)):
+            assert time.monotonic() < deadline, f"{what}: {value}"
+            time.sleep(0.05)
+        return value
+
+    def open(self, path: Path, *, width: int = 1200, height: int = 900, scheme: str = "light") -> None:
+        """Show a file in a window of that size and colour scheme."""
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.call("Page.navigate", url=path.as_uri())
+        self.wait("document.readyState + location.href", lambda value: value == "complete" + path.as_uri())
+
+    def screenshot(self, *, whole: bool = True) -> bytes:
+        """The page as PNG, beyond the window where it is longer."""
+        return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"])
+
+    def complaints(self) -> list[str]:
+        """What the page has complained of: exceptions, and warnings and errors of console and browser."""
+        found = []
+        for event in self.events:
+            parameters = event.get("params", {})
+            if event["method"] == "Runtime.exceptionThrown":
+                found.append(str(parameters["exceptionDetails"]))
+            elif event["method"] == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning"):
+                found.append(str(parameters["args"]))
+            elif event["method"] == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
+                found.append(str(parameters["entry"]))
+        return found
+
+    def requests(self) -> list[str]:
+        """The addresses that the page has asked for; data within it is no request."""
+        sent = [event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        urls = [str(parameters["request"]["url"]) for parameters in sent]
+        return [url for url in urls if not url.startswith("data:")]

@@ -1,0 +1,76 @@
+"""Real ranks for tests: plans on two processes, started by hand as on nodes without a launcher."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from translution.distributed.launch import free_port, launch_environment
+from translution.distributed.run_files import judge
+from translution.planner.cluster import local_cpu_cluster
+from translution.planner.model_spec import parse_model_spec
+from translution.planner.plan import make_plan
+from translution.planner.plan_folder import write_plan_folder
+from translution.planner.training import TrainingSpec
+
+TINY = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, "dim": 16, "depth": 2, "heads": 2}
+
+
+def write_plan(
+    folder: Path,
+    ranks: int,
+    *,
+    stage: Any = 3,
+    tile: int | None = None,
+    model: dict[str, Any] = TINY,
+    offload: str = "none",
+    nvme_path: Path | None = None,
+    ratio: float = 1.0,
+    **training: Any,
+) -> Path:
+    """Plan a model on this machine's ranks and write the folder."""
+    values = {"micro_batch": 8, "steps": 4, "warmup_steps": 1} | training
+    plan = make_plan(
+        parse_model_spec(model),
+        local_cpu_cluster(ranks),
+        TrainingSpec(**values),
+        stage=stage,
+        tile_relations=tile,
+        offload=offload,
+        nvme_path=None if nvme_path is None else str(nvme_path),
+        offload_ratio=ratio,
+    )
+    write_plan_folder(plan, folder)
+    return folder
+
+
+def run_ranks_of(command: Sequence[object], ranks: int, log: Path) -> None:
+    """Run a command once per rank to its good end; nothing of it outlives the call."""
+    port = str(free_port())
+    processes = []
+    with log.open("w+") as file:
+        try:
+            for rank in range(ranks):
+                world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+                environment = {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
+                environment = os.environ | launch_environment(local_cpu_cluster(ranks)) | environment
+                arguments = [sys.executable, *map(str, command)]
+                processes.append(subprocess.Popen(arguments, env=environment, stdout=file, stderr=file))
+            codes = [process.wait(timeout=240) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        assert codes == [0] * ranks, log.read_text()[-5000:]
+
+
+def run_plan(folder: Path, ranks: int, mode: str = "train") -> Path:
+    """Run a plan without a launcher; in a mode of `run_files.MODES`."""
+    run = folder / "runs" / "by-hand"
+    run_ranks_of(["-m", "translution.cli", "train", folder, run, "--mode", mode], ranks, folder / "log")
+    judge(run, ranks, exit_code=0)
+    return run
