@@ -43,7 +43,7 @@ def timelines_of(plan: Plan) -> dict[str, Timeline]:
     What the ledger holds beside the replayed tensors, such as a GPU's context, is there throughout.
     """
     memory = simulate(plan.model, plan.cluster, plan.training, plan.zero, plan.tile_relations, record=True).memory
-    result = {}
+    result: dict[str, Timeline] = {}
     for tier, recorded in memory.tiers.items():
         events: list[Event] = []
         initial: dict[str, int] = {}
@@ -60,4 +60,4 @@ def timelines_of(plan: Plan) -> dict[str, Timeline]:
                 initial[entry.name] = entry.bytes
         if any(initial.values()) or events:
             result[tier] = make_timeline(events, {what: size for what, size in initial.items() if size})
-    return dict(result)
+    return result

@@ -31,7 +31,7 @@ def test_the_python_examples_run(readme: str) -> None:
 def test_the_planning_commands_work(
     readme: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every estimate, plan and report of the README; launch and verify run in test_runs.py."""
+    """Every estimate, plan and report of the README; what runs ranks is run in other tests."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(root / "examples")
     commands = [shlex.split(line) for block in blocks(readme, "sh") for line in block.splitlines()]
@@ -41,6 +41,8 @@ def test_the_planning_commands_work(
         assert command[0] == "translution"
         if command[1] in ("estimate", "plan", "report"):
             assert run(command[1:]) == 0, capsys.readouterr().err
+        elif command[1] == "measure":
+            assert (tmp_path / command[2]).exists()
         else:
             assert (tmp_path / command[2] / "plan.json").exists()
 

@@ -110,7 +110,7 @@ def test_the_live_bytes_of_every_category_are_those_of_the_replay() -> None:
     memory = Memory(record=True)
     result = replay(preset("vit-tiny/56"), 2, Widths.of(2, "cuda"), 13, memory=memory)
     assert memory.events is not None
-    timeline = make_timeline([("step", *event) for event in memory.events], points=50)
+    timeline = make_timeline([("step", *event[1:]) for event in memory.events], points=50)
     peak = max(result.memory.peaks.values(), key=lambda peak: peak.total_bytes)
     assert timeline.peak_bytes == peak.total_bytes
     assert timeline.peak.moment == peak.moment
