@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_SETTLE_SECONDS = 0.002
 
 
 class StorageCounter:
@@ -85,6 +88,33 @@ def trace_allocations(phase: Callable[[], None]) -> tuple[int, int]:
             totals.append((event.start_time_ns, event.extra_fields.total_allocated))
     begin = min(totals)[1] - first.nbytes
     return begin, max(total for _, total in totals)
+
+
+@contextlib.contextmanager
+def settled_collectives() -> Iterator[None]:
+    """Let gloo's thread let go of what it gathered or reduced before a rank goes on.
+
+    It does so some time later otherwise, now before and now after the next tensors are made, so
+    that no two runs have the same peak. DeepSpeed's releases and reductions wait two milliseconds here.
+    """
+    from deepspeed.runtime.zero import partition_parameters, stage3
+
+    release, reduce = partition_parameters.free_param, stage3.reduce_scatter_coalesced
+
+    def free_param(*arguments: Any) -> Any:
+        time.sleep(_SETTLE_SECONDS)
+        return release(*arguments)
+
+    def reduce_scatter_coalesced(*arguments: Any) -> Any:
+        shares = reduce(*arguments)
+        time.sleep(_SETTLE_SECONDS)
+        return shares
+
+    partition_parameters.free_param, stage3.reduce_scatter_coalesced = free_param, reduce_scatter_coalesced
+    try:
+        yield
+    finally:
+        partition_parameters.free_param, stage3.reduce_scatter_coalesced = release, reduce
 
 
 class KeptCounter:

@@ -79,6 +79,7 @@ def simulate(
     *,
     record: bool = False,
     threads: int = 1,
+    rank: int | None = None,
 ) -> Simulation:
     """Replay a rank's life.
 
@@ -90,10 +91,11 @@ def simulate(
         tile_relations: relations per tile; None keeps tables whole.
         record: keep every event of the training step.
         threads: CPU threads of a rank.
+        rank: which rank; None is the one that holds the most.
     """
     widths = Widths.of(training.dtype_bytes, cluster.device, threads)
     network = NetworkTwin(spec, training.micro_batch, widths, tile_relations)
-    setting = Setting(training, zero, cluster.ranks)
+    setting = Setting(training, zero, cluster.ranks, rank)
     memory = RankMemory(cluster.device, record=record)
     network.host = memory.host
     engine = _engine(memory, setting, network)
