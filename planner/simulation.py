@@ -6,7 +6,7 @@ what the network allocates meet at the moments when they do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .activations import sample_bytes
 from .cluster import ClusterSpec
@@ -79,6 +79,7 @@ def simulate(
     *,
     record: bool = False,
     threads: int = 1,
+    rehearsed: bool = False,
 ) -> Simulation:
     """Replay a rank's life.
 
@@ -90,11 +91,14 @@ def simulate(
         tile_relations: relations per tile; None keeps tables whole.
         record: keep every event of the training step.
         threads: CPU threads of a rank.
+        rehearsed: the rank runs alone, and a CPU stands in for its device.
     """
     widths = Widths.of(training.dtype_bytes, cluster.device, threads)
+    if rehearsed:
+        widths = replace(widths, statistic=training.dtype_bytes)
     network = NetworkTwin(spec, training.micro_batch, widths, tile_relations)
     setting = Setting(training, zero, cluster.ranks)
-    memory = RankMemory(cluster.device, record=record)
+    memory = RankMemory("cpu" if rehearsed else cluster.device, record=record, alone=rehearsed)
     network.host = memory.host
     engine = _engine(memory, setting, network)
     with memory.phase(INIT):

@@ -210,7 +210,7 @@ class Zero3Twin(EngineTwin):
         self.memory.at("gradient hooks")
         largest = max(self.shards, key=lambda shard: shard.numel)
         late = None
-        if self.memory.on_cpu:
+        if self.memory.by_gloo:
             # gloo's thread has not yet let go of the last one. Measured.
             late = Storage(self.memory.device, GATHERED, largest.share * self.ranks * self.width)
         self.gathering.gather([largest])
@@ -262,7 +262,7 @@ class Zero3Twin(EngineTwin):
         single = len(shards) == 1 and shards[0].numel % self.ranks == 0
         flat = None if single else Storage(memory.device, REDUCE_COPIES, padded * width)
         # gloo reduces a copy, and lets go of it some time before the shares have been taken over.
-        copy = Storage(memory.device, BACKEND_COPIES, padded * width) if memory.on_cpu else None
+        copy = Storage(memory.device, BACKEND_COPIES, padded * width) if memory.by_gloo else None
         accumulated = self.setting.accumulation_width
         cast = None
         if accumulated != width:
