@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_profiler
+from torch._C._profiler import RecordScope, _EventType
 
 _SETTLE_SECONDS = 0.002
 
@@ -72,15 +74,19 @@ def trace_allocations(phase: Callable[[], None]) -> tuple[int, int]:
     Returns:
         Bytes that were allocated when it began, and the most that were at any moment of it.
     """
-    from torch._C._profiler import _EventType
-
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    config = torch.autograd.profiler.profile(profile_memory=True).config()
+    activities = {torch.profiler.ProfilerActivity.CPU}
+    _prepare_profiler(config, activities)
+    # Of all that the profiler can record, only allocations: a step has millions of operations, and
+    # this scope has none.
+    _enable_profiler(config, activities, {RecordScope.LITE_INTERPRETER})  # type: ignore[call-arg]  # its stub lacks it
+    try:
         first = torch.empty(1, dtype=torch.uint8)
         phase()
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    finally:
+        results = _disable_profiler()
     totals = []
-    pending: list[Any] = list(profile.profiler.kineto_results.experimental_event_tree())
+    pending: list[Any] = list(results.experimental_event_tree())
     while pending:
         event = pending.pop()
         pending.extend(event.children)

@@ -259,7 +259,7 @@ class Zero3Twin(EngineTwin):
         single = len(shards) == 1 and shards[0].numel % self.ranks == 0
         flat = None if single else Storage(memory.device, REDUCE_COPIES, padded * width)
         # gloo reduces a copy, and lets go of it some time before the shares have been taken over.
-        copy = Storage(memory.device, BACKEND_COPIES, padded * width) if memory.on_cpu else None
+        copy = Storage(memory.device, BACKEND_COPIES, padded * width) if memory.by_gloo else None
         accumulated = self.setting.accumulation_width
         cast = None
         if accumulated != width:

@@ -217,7 +217,7 @@ class ZeroTwin(EngineTwin):
 
     def _gather_parameters(self) -> None:
         """Ranks exchange what each has updated, in place; gloo in a tensor of its own."""
-        if self.memory.on_cpu:
+        if self.memory.by_gloo:
             self.memory.pass_through((self.memory.device, BACKEND_COPIES, self.flat * self.setting.width))
 
     def save(self) -> None:

@@ -46,7 +46,7 @@ def find_run(folder: Path) -> Path:
     return require_run(runs[-1])
 
 
-def _pairs(prediction: MemoryEstimate, measured: MemoryMeasurement) -> Iterator[tuple[Tier, str, int, int]]:
+def pairs(prediction: MemoryEstimate, measured: MemoryMeasurement) -> Iterator[tuple[Tier, str, int, int]]:
     """Tier, what, predicted and measured bytes: entries that can be told apart, then totals."""
     own: Tier = prediction.own_tier
     for name, size in measured.entries_bytes.items():
@@ -96,7 +96,7 @@ def compare(run: Path) -> pd.DataFrame:
         measured = read_memory(run, rank)
         if measured is None:
             continue
-        for tier, what, predicted, size in _pairs(_prediction(plan, rank), measured):
+        for tier, what, predicted, size in pairs(_prediction(plan, rank), measured):
             if predicted or size:
                 values = (rank, tier, what, predicted, size, predicted / (size or float("nan")))
                 rows.append(dict(zip(COLUMNS, values, strict=True)))
