@@ -8,7 +8,7 @@ from __future__ import annotations
 from .gather_twin import GatherTwin
 from .model_spec import ModelSpec, Operator
 from .parameters import table_tiles
-from .relation_shape import Implementation, RelationShape, TermTwin, TileTwin, largest_rectangle
+from .relation_shape import Implementation, RelationShape, TermTwin, TileTwin, largest_rectangle, pairs_of
 from .relation_twin import RelationTwin
 from .tape import Storage, Tape, Tensor, Weights
 from .twins import (
@@ -112,11 +112,11 @@ class BlockTwin:
         first = 0
         for count in sizes:
             numel = count * d_in * d_out
-            rectangle = largest_rectangle(spec.geometry, first, count)
+            sizes_of = largest_rectangle(spec.geometry, first, count), pairs_of(spec.geometry, first, count)
             if both:
-                self.logit_tiles.append(TileTwin(first, count, Weights((numel,) * both), rectangle))
+                self.logit_tiles.append(TileTwin(first, count, Weights((numel,) * both), *sizes_of))
             if "v" in spec.roles:
-                self.value_tiles.append(TileTwin(first, count, Weights((numel,)), rectangle))
+                self.value_tiles.append(TileTwin(first, count, Weights((numel,)), *sizes_of))
             first += count
         low1, low2 = d_in, d_out
         coupled = bool(both)

@@ -20,7 +20,7 @@ _FIXED: dict[str, tuple[str, str]] = {
     MICRO_BATCHES: ("inputs and targets of the step's micro-batches", "distributed/data.py"),
     OFFLOADED: ("inputs of checkpointed blocks, kept on the host", "fairscale nn/checkpoint"),
     "random states": ("of torch's generator, kept by each checkpointed block", "torch/utils/checkpoint.py"),
-    names.BUFFERS: ("cosines and sines of rotary layers", "models/rotary.py"),
+    names.BUFFERS: ("cosines and sines of rotary layers; index lists of pairs on a GPU", "models/rotary.py"),
     names.GATHERED: ("parameters of the modules that run, whole", f"{_PARTITION}:1329"),
     names.GATHER_COPIES: ("a rank's shares on their way to the gather", f"{_PARTITION}:1329"),
     names.BACKEND_COPIES: (

@@ -28,6 +28,8 @@ class TileTwin:
     weights: Weights
     rectangle: tuple[int, int] = (0, 0)
     """Rows and columns of its relation between patches with the most pairs."""
+    pairs: int = 0
+    """Pairs of all its relations between patches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +70,49 @@ class RelationShape:
     def workspace_rows(self) -> int:
         """Rows of the scratch matrices."""
         row = 2 * (self.d_in + self.d_out) * self.widths.value
-        return max(self.geometry.width, min(self.batch * self.geometry.patches, self.workspace_limit // row))
+        limit = self.workspace_limit // (1 if self.widths.device == "cpu" else 4)
+        return max(self.geometry.width, min(self.batch * self.geometry.patches, limit // row))
+
+    @property
+    def most_pairs(self) -> int:
+        """Pairs that are taken at a time on a GPU (models/batched.py)."""
+        row = 3 * self.d_in + 2 * self.d_out + 2 * max(self.d_in, self.d_out)
+        return self.workspace_limit * 3 // 4 // (row * self.batch * self.widths.value)
+
+    @property
+    def _too_large(self) -> bool:
+        return self.geometry.patches > self.most_pairs
+
+    def batched_bytes(self, tile: TileTwin, *, values: bool, backward: bool) -> int:
+        """The most scratch of a chunk of a tile's pairs on a GPU: rows, products, sums by token; an upper bound.
+
+        Tokens have up to twice as many slots as a chunk has pairs (models/pair_chunks.py).
+        """
+        pairs = min(tile.pairs, self.most_pairs)
+        if not pairs or self.widths.device == "cpu":
+            return 0
+        value, wide = self.widths.value, self.widths.accumulator
+        if backward:
+            row = self.d_out + 3 * self.d_in if values else 4 * self.d_in + 2 * self.d_out
+            row, summed = max(row, self.d_in + 2 * self.d_out), self.d_in
+        else:
+            row, summed = (
+                (max(self.d_in + self.d_out, 3 * self.d_out), self.d_out) if values else (self.d_in + 2 * self.d_out, 0)
+            )
+        rows = (pairs + 1) * self.batch
+        by_heads = 3 * rows * self.heads * wide
+        # torch's grouped product gives a tile's gradients in a tensor of its own.
+        product = tile.count * self.d_in * self.d_out * value if backward and self.widths.copies_products else 0
+        return rows * row * value + self.rows * summed * wide + by_heads + product
 
     @property
     def workspace_bytes(self) -> int:
-        """The scratch matrices: gathered rows and their products, twice; on a GPU of as many pairs as fit."""
-        if self.widths.device != "cpu":
-            row = 3 * self.d_in + 2 * self.d_out + 2 * max(self.d_in, self.d_out)
-            return min(self.workspace_limit, self.batch * self.geometry.total_pairs * row * self.widths.value)
+        """The scratch matrices: gathered rows and their products, twice.
+
+        On a GPU they serve the relations that are not taken many at a time, and have a quarter of the limit.
+        """
+        if self.widths.device != "cpu" and not (self.geometry.class_token or self._too_large):
+            return 0
         return self.workspace_rows * 2 * (self.d_in + self.d_out) * self.widths.value
 
     def piece(self, rows: int, cols: int) -> int:
@@ -86,6 +123,12 @@ class RelationShape:
         if samples:
             return min(samples, self.batch) * rows * cols
         return max(1, self.workspace_rows // cols) * cols
+
+
+@lru_cache(maxsize=4096)
+def pairs_of(geometry: RelationGeometry, first: int, count: int) -> int:
+    """Pairs of a tile's relations between patches."""
+    return sum(geometry.pairs(r).count for r in range(first, min(first + count, geometry.offsets)))
 
 
 @lru_cache(maxsize=4096)

@@ -74,6 +74,10 @@ class RelationTwin:
         held = [self.tape.new(size, TEMPORARY) for size in sizes if size]
         del held
 
+    def _moment_of(self, what: str, size: int) -> None:
+        if size:
+            self.tape.new(size, what)
+
     def _product_scratch(self, rows: int, *, backward: bool = False) -> None:
         """Scratch of a product of so many rows with a relation's matrix, and of that matrix' gradient."""
         shape = self.shape
@@ -128,13 +132,14 @@ class RelationTwin:
         return self.shape.piece(*tile.rectangle)
 
     def _logit_tile(self, tile: TileTwin) -> None:
-        heads, w = self.shape.heads, self.w
+        shape, heads, w = self.shape, self.shape.heads, self.w
         self.tape.policy.fetch(tile.weights, backward=False)
         value = heads * w.value
         cast = heads * w.accumulator if self.half and "plain_query" in self.sources else 0
         rows = self._patch_rows(tile)
         self._moment(2 * rows * value, rows * cast)
         self._product_scratch(rows)
+        self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=False, backward=False))
         rows, found = self._class_rows(tile)
         # One side is the class token, broadcast: the products of both relations are new tensors.
         self._moment(found * rows * self.shape.d_out * w.value, 2 * rows * value, rows * cast)
@@ -164,6 +169,7 @@ class RelationTwin:
         rows = self._patch_rows(tile)
         self._moment(rows * shape.d_out * w.accumulator if self.half else 0)
         self._product_scratch(rows)
+        self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=False))
         rows, found = self._class_rows(tile)
         if found == 2 or tile.first + tile.count == shape.geometry.relations:
             # The class token's value, weighted for every query, and its copy with contiguous heads.
@@ -298,6 +304,7 @@ class RelationTwin:
         tape.policy.fetch(tile.weights, backward=True)
         grads = [tape.new(numel * w.value, WEIGHT_GRADIENTS) for numel in tile.weights.numels]
         cast = w.accumulator if self.half else 0
+        self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=True))
         rows, found = self._class_rows(tile)
         last = tile.first + tile.count == shape.geometry.relations
         self._input_gradient("value", shape.d_in)
@@ -318,6 +325,7 @@ class RelationTwin:
         width = shape.d_in
         for name in ("query", "key"):
             self._input_gradient(name, self.source_widths.get(name, width))
+        self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=False, backward=True))
         row = (shape.heads * w.value if self.half else 0) + shape.d_in * cast
         self._moment(self._patch_rows(tile) * row)
         self._product_scratch(self._patch_rows(tile), backward=True)

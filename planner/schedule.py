@@ -95,12 +95,17 @@ class NetworkTwin:
 
     @property
     def buffer_bytes(self) -> int:
-        """Cosines and sines of the layers that turn by rotary embedding."""
+        """Cosines and sines of the layers that turn by rotary embedding, and a GPU's index lists of pairs.
+
+        The lists are kept once for all layers: queries, keys and places of pairs, and slots of both sides.
+        """
         spec = self.spec
         turning = sum(
             spec.rotary_attention if operator == "attention" else spec.rotary for operator in spec.layer_operators
         )
-        return turning * spec.tokens * spec.head_dim * self.w.value
+        grouped = {"translution", "alpha"} & set(spec.layer_operators) and self.w.device != "cpu"
+        lists = spec.geometry.total_pairs * 7 * INDEX_BYTES if grouped else 0
+        return turning * spec.tokens * spec.head_dim * self.w.value + lists
 
     @property
     def input_bytes(self) -> int:

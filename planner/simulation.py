@@ -36,6 +36,8 @@ class Simulation:
     """By phase and tier."""
     kept_bytes: int
     """Kept for backward by one micro-batch, on the device itself."""
+    tensors: int
+    """Parameter tensors of the model."""
 
 
 class _Order(ParameterPolicy):
@@ -127,4 +129,4 @@ def simulate(
     for tier in memory.tiers:
         built, resumed = peaks[INIT, tier], peaks[RESUME, tier]
         peaks[RESUME, tier] = max(built, resumed, key=lambda peak: peak.total_bytes)
-    return Simulation(memory, peaks, kept)
+    return Simulation(memory, peaks, kept, sum(len(weights.numels) for weights in network.modules))

@@ -32,11 +32,16 @@ class Widths:
     packs: bool = True
     """Whether the CPU packs the matrices of half-width products: with AVX-512; other CPUs need no scratch."""
 
+    copies_products: bool = False
+    """Whether gradients of a tile's matrices are made in another tensor first, as a GPU's grouped product does."""
+
     @classmethod
     def of(cls, dtype_bytes: int, device: str, threads: int = 1, *, packs: bool = True) -> Widths:
         """The widths for a model dtype of so many bytes on "cpu" or "cuda"."""
         wide = max(4, dtype_bytes)
-        return cls(dtype_bytes, dtype_bytes if device == "cpu" else wide, wide, device, threads, packs)
+        return cls(
+            dtype_bytes, dtype_bytes if device == "cpu" else wide, wide, device, threads, packs, device == "cuda"
+        )
 
 
 def product_scratch_bytes(rows: int, inner: int, cols: int, w: Widths, *, transposed: bool = False) -> int:
