@@ -248,6 +248,38 @@ def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
     train_rank(plan_folder, run, mode)
 
 
+@app.command(
+    epilog="Examples: **translution rehearse plans/large** · **translution rehearse plans/large --rank 511 --layers 3**"
+)
+def rehearse(
+    plan_folder: Annotated[Path, typer.Argument(help="As `translution plan` writes it.")],
+    rank: Annotated[int, typer.Option(help="Rank of the planned world to run.")] = 0,
+    layers: Annotated[
+        int | None, typer.Option(help="Run a model of so many layers, and of one less, and extrapolate; else all.")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder to make; else the next runs/NNN of the plan.")] = None,
+    nvme_path: Annotated[
+        str | None, typer.Option(help="Folder of this machine that stands in for the plan's NVMe path.")
+    ] = None,
+    compute: Annotated[
+        bool, typer.Option("--compute", help="Compute the matrix products too: much slower, the same memory.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Run one rank of a plan alone on this machine, to measure its memory; its values are meaningless."""
+    from .rehearse import run_rehearse
+
+    run_rehearse(plan_folder, rank, layers=layers, run=run, nvme_path=nvme_path, compute=compute, as_json=json)
+
+
+@app.command(hidden=True)
+def rehearse_rank(run: Path, compute: Annotated[bool, typer.Option("--compute")] = False) -> None:
+    """Run the one rank of a rehearsal; `rehearse` starts it."""
+    from translution.distributed.rehearse import rehearse_rank as run_rank
+
+    run_rank(run, compute=compute)
+
+
 @app.command(epilog="Examples: **translution verify plans/small** · **translution verify plans/small/runs/001 --json**")
 def verify(
     folder: Annotated[

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from translution.distributed.rehearsal import read_rehearsal
 from translution.planner.errors import MissingPackageError
 from translution.planner.units import format_bytes
 
 from .output import console, print_json, table
+from .rehearse import show_rehearsal
 
 
 def run_verify(folder: Path, *, as_json: bool) -> None:
-    """Print predicted beside measured memory.
+    """Print predicted beside measured memory, of a run or of a rehearsal.
 
     Args:
         folder: a run folder, or a plan folder, of which the newest run is taken.
@@ -23,6 +25,10 @@ def run_verify(folder: Path, *, as_json: bool) -> None:
     except ImportError as error:
         raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[train]'") from None
     run = find_run(folder)
+    rehearsal = read_rehearsal(run)
+    if rehearsal is not None:
+        show_rehearsal(rehearsal, run, as_json=as_json)
+        return
     rows = compare(run)
     metrics = metrics_of(run)
     evaluations = metrics[metrics["event"] == "evaluation"]

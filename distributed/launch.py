@@ -30,6 +30,7 @@ _GRACE_SECONDS = 15.0
 _POLL_SECONDS = 0.2
 
 OnMetrics = Callable[[Mapping[str, Any]], None]
+OnStage = Callable[[str], None]
 
 
 def free_port() -> int:
@@ -107,6 +108,21 @@ def new_run_folder(plan_folder: Path, run: Path | None) -> Path:
     return folder
 
 
+def check_packages(ops: Sequence[str]) -> None:
+    """Whether torch and DeepSpeed are installed, and a C++ compiler if there are ops to compile.
+
+    Raises:
+        MissingPackageError: naming the one that is absent.
+    """
+    import importlib.util
+
+    for package in ("torch", "deepspeed"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError(f"{package} is missing: pip install 'translution-scale[train]'")
+    if ops and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise MissingPackageError("g++ is missing, DeepSpeed compiles with it: sudo apt-get install g++")
+
+
 def check_machine(plan: Plan) -> None:
     """Whether this machine can run the plan's ranks.
 
@@ -120,17 +136,11 @@ def check_machine(plan: Plan) -> None:
             f"nodes: {cluster.nodes} is not allowed: launch starts the ranks of one machine; "
             "run the command that launch --dry-run prints on each node"
         )
-    import importlib.util
-
-    for package in ("torch", "deepspeed"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingPackageError(f"{package} is missing: pip install 'translution-scale[train]'")
+    check_packages(needed_ops(plan))
     if cluster.device == "cpu":
         cores = usable_cores()
         if cluster.ranks > cores:
             raise InputError(f"ranks: {cluster.ranks} is not allowed: this machine has {cores} cores")
-        if shutil.which(os.environ.get("CXX", "g++")) is None:
-            raise MissingPackageError("g++ is missing, DeepSpeed compiles with it: sudo apt-get install g++")
         return
     import torch
 
@@ -228,9 +238,7 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path,
     return process.returncode
 
 
-def launch(
-    plan_folder: Path, run: Path | None, on_metrics: OnMetrics, on_stage: Callable[[str], None], *options: str
-) -> Path:
+def launch(plan_folder: Path, run: Path | None, on_metrics: OnMetrics, on_stage: OnStage, *options: str) -> Path:
     """Run a plan on this machine.
 
     Args:

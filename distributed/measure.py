@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_profiler
+from torch._C._profiler import RecordScope, _EventType
+
+_SETTLE_SECONDS = 0.002
 
 
 class StorageCounter:
@@ -69,15 +74,19 @@ def trace_allocations(phase: Callable[[], None]) -> tuple[int, int]:
     Returns:
         Bytes that were allocated when it began, and the most that were at any moment of it.
     """
-    from torch._C._profiler import _EventType
-
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    config = torch.autograd.profiler.profile(profile_memory=True).config()
+    activities = {torch.profiler.ProfilerActivity.CPU}
+    _prepare_profiler(config, activities)
+    # Of all that the profiler can record, only allocations: a step has millions of operations, and
+    # this scope has none.
+    _enable_profiler(config, activities, {RecordScope.LITE_INTERPRETER})  # type: ignore[call-arg]  # its stub lacks it
+    try:
         first = torch.empty(1, dtype=torch.uint8)
         phase()
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    finally:
+        results = _disable_profiler()
     totals = []
-    pending: list[Any] = list(profile.profiler.kineto_results.experimental_event_tree())
+    pending: list[Any] = list(results.experimental_event_tree())
     while pending:
         event = pending.pop()
         pending.extend(event.children)
@@ -85,6 +94,33 @@ def trace_allocations(phase: Callable[[], None]) -> tuple[int, int]:
             totals.append((event.start_time_ns, event.extra_fields.total_allocated))
     begin = min(totals)[1] - first.nbytes
     return begin, max(total for _, total in totals)
+
+
+@contextlib.contextmanager
+def settled_collectives() -> Iterator[None]:
+    """Let gloo's thread let go of what it gathered or reduced before a rank goes on.
+
+    It does so some time later otherwise, now before and now after the next tensors are made, so
+    that no two runs have the same peak. DeepSpeed's releases and reductions wait two milliseconds here.
+    """
+    from deepspeed.runtime.zero import partition_parameters, stage3
+
+    release, reduce = partition_parameters.free_param, stage3.reduce_scatter_coalesced
+
+    def free_param(*arguments: Any) -> Any:
+        time.sleep(_SETTLE_SECONDS)
+        return release(*arguments)
+
+    def reduce_scatter_coalesced(*arguments: Any) -> Any:
+        shares = reduce(*arguments)
+        time.sleep(_SETTLE_SECONDS)
+        return shares
+
+    partition_parameters.free_param, stage3.reduce_scatter_coalesced = free_param, reduce_scatter_coalesced
+    try:
+        yield
+    finally:
+        partition_parameters.free_param, stage3.reduce_scatter_coalesced = release, reduce
 
 
 class KeptCounter:

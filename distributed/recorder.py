@@ -65,7 +65,8 @@ class Recorder:
 
     def _record_allocations(self, name: str, work: Callable[[], None]) -> None:
         if self.device == "cpu":
-            before, peak = measure.trace_allocations(work)
+            with measure.settled_collectives():
+                before, peak = measure.trace_allocations(work)
         else:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()

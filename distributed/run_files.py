@@ -16,6 +16,7 @@ from __future__ import annotations
 import datetime
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -120,19 +121,19 @@ def read_memory(run: Path, rank: int) -> MemoryMeasurement | None:
     return parse_json(_MEMORY, path.read_bytes(), str(path)) if path.exists() else None
 
 
-def judge(run: Path, ranks: int, exit_code: int) -> None:
+def judge(run: Path, ranks: int | Iterable[int], exit_code: int) -> None:
     """Decide whether a run ended well.
 
     Args:
         run: the run folder.
-        ranks: how many ranks it had.
+        ranks: how many ranks it had, or which.
         exit_code: of the launcher.
 
     Raises:
         RunFailedError: naming the first rank that did not finish and what it said, or the exit code.
     """
     silent: list[str] = []
-    for rank in range(ranks):
+    for rank in range(ranks) if isinstance(ranks, int) else ranks:
         status = read_status(run, rank)
         if status is not None and status.state == "failed":
             raise RunFailedError(f"rank {rank} failed at step {status.step}: {status.message} (log: {run / LOG})")

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ class Rank:
         self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.step = 0
         self.samples: list[Tensor] = []
+        self.model: torch.nn.Module | None = None
+        """Between its construction and the engine's."""
         self.engine: Any = None
         self.recorder: Recorder | None = None
         self.between: Between | None = None
@@ -82,9 +84,14 @@ class Rank:
         status = {"rank": self.rank, "state": state, "step": self.step, "message": message, "pid": os.getpid()}
         write_status(self.run, RankStatus.model_validate(status))
 
+    @property
+    def logs(self) -> bool:
+        """Whether this rank writes the metrics: only rank 0 does, and no second process that measures the run."""
+        return self.rank == 0 and self.watch == "allocations"
+
     def log(self, **values: object) -> None:
-        """Append a line to the metrics file; only rank 0 does, and no second process that measures the run."""
-        if self.rank == 0 and self.watch == "allocations":
+        """Append a line to the metrics file, if it is this rank that does."""
+        if self.logs:
             with (self.run / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
 
@@ -99,7 +106,8 @@ class Rank:
             raise InputError(f"WORLD_SIZE: {self.ranks} is not allowed: must be {self.plan.cluster.ranks}, as planned")
         self.join()
         self.recorder = Recorder(self.plan, self.rank, self.watch)
-        self.recorder.record(INIT, self.build)
+        self.recorder.record(INIT, self.construct)
+        self.recorder.record(INIT, self.engage)
 
     def join(self) -> None:
         """Join the process group."""
@@ -110,17 +118,31 @@ class Rank:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
 
-    def build(self) -> None:
-        """Make the model, partitioned as it is made under ZeRO-3, and the engine."""
+    def config(self) -> dict[str, Any]:
+        """What DeepSpeed is told."""
+        return self.plan.deepspeed_config()
+
+    def network(self) -> torch.nn.Module:
+        """The network, not yet under the engine."""
+        return build(self.plan.model, tile_relations=self.plan.tile_relations)
+
+    def construct(self) -> None:
+        """Make the model, partitioned as it is made under ZeRO-3."""
         import deepspeed
 
-        config = self.plan.deepspeed_config()
         torch.manual_seed(self.plan.training.seed)
-        with deepspeed.zero.Init(config_dict_or_path=config, enabled=self.plan.zero.stage == 3):
-            model = build(self.plan.model, tile_relations=self.plan.tile_relations)
+        with deepspeed.zero.Init(config_dict_or_path=self.config(), enabled=self.plan.zero.stage == 3):
+            self.model = self.network()
+
+    def engage(self) -> None:
+        """Put the model under DeepSpeed's engine."""
+        import deepspeed
+
         # Every rank has samples of its own, so it drops other values.
         torch.manual_seed(self.plan.training.seed + 1 + self.rank)
-        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+        model, self.model = self.model, None
+        assert model is not None
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=self.config())
 
     def outputs(self, batch: Samples) -> Tensor:
         """The network's logits for a micro-batch."""
@@ -352,19 +374,23 @@ def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
         TranslutionError: for a bad plan or data that does not suit it.
     """
     plan = load_plan(plan_folder)
-    # DeepSpeed 0.19.8 calls what torch 2.13 has renamed, and torch says so at every call.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     # Nodes that were started by hand have no launcher that made the run folder.
     make_run_folders(run, plan_folder)
+    rank = Rank(plan, run, "process" if mode == PROCESS else "allocations")
+    evaluation, resume = mode == "train", mode == PROCESS
+    run_rank(rank, rank.resume if mode == RESUMING else partial(rank.train, evaluation=evaluation, resume=resume))
+
+
+def run_rank(rank: Rank, work: Callable[[], None]) -> None:
+    """Do a rank's work, leave its last word in its status, and clear up."""
+    # DeepSpeed 0.19.8 calls what torch 2.13 has renamed, and torch says so at every call.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     _end_with_launcher()
+    plan = rank.plan
     if plan.cluster.device == "cpu":
         measure.count_every_allocation()
-    rank = Rank(plan, run, "process" if mode == PROCESS else "allocations")
     try:
-        if mode == RESUMING:
-            rank.resume()
-        else:
-            rank.train(evaluation=mode == "train", resume=mode == PROCESS)
+        work()
         torch.distributed.barrier()
     except BaseException as error:
         rank.say("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")

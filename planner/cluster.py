@@ -114,6 +114,16 @@ def total_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def available_memory_bytes() -> int:
+    """Memory of this machine that a new process may take; all of it where the system does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return total_memory_bytes()
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else total_memory_bytes()
+
+
 def local_cpu_cluster(ranks: int) -> ClusterSpec:
     """This machine, with one process per rank, each with an equal share of its memory.
 

@@ -41,6 +41,8 @@ class Setting:
     training: TrainingSpec
     zero: ZeroSpec
     ranks: int
+    rank: int | None = None
+    """Which rank; None is the one that holds the most."""
 
     @property
     def width(self) -> int:

@@ -75,11 +75,11 @@ class Gathering:
         pieces = []
         if not self.memory.on_cpu and self.zero.offload_param.device != "none":
             pieces.append((self.memory.device, GATHER_COPIES, sum(shard.share for shard in shards) * self.width))
-        if self.memory.on_cpu:
+        if self.memory.by_gloo:
             # gloo gathers into a tensor of its own.
             pieces.append((self.memory.device, BACKEND_COPIES, sum(whole)))
         self.memory.pass_through(*pieces)
-        self._late = together if self.memory.on_cpu else None
+        self._late = together if self.memory.by_gloo else None
         if len(shards) == 1:
             shards[0].whole = together
             return

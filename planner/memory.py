@@ -174,6 +174,7 @@ def estimate_memory(
     training: TrainingSpec,
     zero: ZeroSpec,
     tile_relations: int | None = None,
+    rank: int | None = None,
 ) -> MemoryEstimate:
     """Memory of one rank.
 
@@ -183,9 +184,10 @@ def estimate_memory(
         training: precision, batch and optimizer.
         zero: stage, knobs and offload.
         tile_relations: relations per tile; None keeps tables whole.
+        rank: which rank; None is the one that holds the most. They differ at stages 1 and 2 alone.
     """
-    setting = Setting(training, zero, cluster.ranks)
-    return ledger(simulate(spec, cluster, training, zero, tile_relations), setting, cluster.constants())
+    setting = Setting(training, zero, cluster.ranks, rank)
+    return ledger(simulate(spec, cluster, training, zero, tile_relations, rank=rank), setting, cluster.constants())
 
 
 def atomic_floor(spec: ModelSpec, training: TrainingSpec, tile_relations: int | None) -> int:

@@ -27,10 +27,12 @@ class RankMemory:
     Args:
         device: "cpu" or "cuda".
         record: keep every event, for a timeline.
+        alone: a CPU rank without others, whose process group copies nothing.
     """
 
-    def __init__(self, device: str, *, record: bool = False) -> None:
+    def __init__(self, device: str, *, record: bool = False, alone: bool = False) -> None:
         self.on_cpu = device == "cpu"
+        self.by_gloo = self.on_cpu and not alone
         self.host = Memory(record=record)
         self.device = self.host if self.on_cpu else Memory(record=record)
         self.pinned = Memory(record=record)

@@ -79,6 +79,8 @@ def simulate(
     *,
     record: bool = False,
     threads: int = 1,
+    rank: int | None = None,
+    rehearsed: bool = False,
 ) -> Simulation:
     """Replay a rank's life.
 
@@ -90,11 +92,16 @@ def simulate(
         tile_relations: relations per tile; None keeps tables whole.
         record: keep every event of the training step.
         threads: CPU threads of a rank.
+        rank: which rank; None is the one that holds the most.
+        rehearsed: the rank runs alone, and a CPU stands in for its device.
     """
     widths = Widths.of(training.dtype_bytes, cluster.device, threads)
+    if rehearsed:
+        # The operator takes the CPU's way, and its products need no scratch where they are not computed.
+        widths = Widths.of(training.dtype_bytes, "cpu", threads, packs=False)
     network = NetworkTwin(spec, training.micro_batch, widths, tile_relations)
-    setting = Setting(training, zero, cluster.ranks)
-    memory = RankMemory(cluster.device, record=record)
+    setting = Setting(training, zero, cluster.ranks, rank)
+    memory = RankMemory("cpu" if rehearsed else cluster.device, record=record, alone=rehearsed)
     network.host = memory.host
     engine = _engine(memory, setting, network)
     with memory.phase(INIT):

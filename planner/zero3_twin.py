@@ -15,7 +15,6 @@ from .engine_twin import (
     BUFFERS,
     CONSTRUCTION,
     FIRST_COPIES,
-    GATHERED,
     LOADED,
     MASTER,
     NORM,
@@ -206,17 +205,15 @@ class Zero3Twin(EngineTwin):
             self.keep(self.memory.host, what, size)
 
     def _gather_each(self) -> None:
-        """Hooks for gradients are set while each parameter is whole, one after the other (stage3.py:1501)."""
+        """Hooks for gradients are set while each parameter is whole, one after the other (stage3.py:1501).
+
+        What gloo still holds of the last one then is left out: init has never a rank's highest peak.
+        """
         self.memory.at("gradient hooks")
         largest = max(self.shards, key=lambda shard: shard.numel)
-        late = None
-        if self.memory.on_cpu:
-            # gloo's thread has not yet let go of the last one. Measured.
-            late = Storage(self.memory.device, GATHERED, largest.share * self.ranks * self.width)
         self.gathering.gather([largest])
         self.gathering.drop(largest)
         self.gathering.settle()
-        del late
 
     # One training step.
 
@@ -262,7 +259,7 @@ class Zero3Twin(EngineTwin):
         single = len(shards) == 1 and shards[0].numel % self.ranks == 0
         flat = None if single else Storage(memory.device, REDUCE_COPIES, padded * width)
         # gloo reduces a copy, and lets go of it some time before the shares have been taken over.
-        copy = Storage(memory.device, BACKEND_COPIES, padded * width) if memory.on_cpu else None
+        copy = Storage(memory.device, BACKEND_COPIES, padded * width) if memory.by_gloo else None
         accumulated = self.setting.accumulation_width
         cast = None
         if accumulated != width:

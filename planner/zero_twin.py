@@ -6,6 +6,8 @@ allocator on CPU ranks.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 from .engine_twin import (
     BACKEND_COPIES,
     BUCKET,
@@ -55,7 +57,12 @@ class ZeroTwin(EngineTwin):
 
     def __init__(self, memory: RankMemory, setting: Setting, network: NetworkTwin) -> None:
         super().__init__(memory, setting, network)
-        self.numels = [numel for weights in network.modules for numel in weights.numels]
+        self.numels: list[int] = []
+        self.first: dict[int, int] = {}
+        """Number of the first parameter of each module."""
+        for weights in network.modules:
+            self.first[id(weights)] = len(self.numels)
+            self.numels += weights.numels
         unit = START_ALIGNMENT * setting.ranks
         self.elements = sum(self.numels)
         self.flat = ceil_div(self.elements, unit) * unit
@@ -63,7 +70,9 @@ class ZeroTwin(EngineTwin):
         self.cuts = setting.zero.stage == 2
         self.home = memory.host if self.offloaded else memory.device
         self.bucket: Storage | None = None
+        self.ends = list(accumulate(self.numels))
         self.in_bucket: list[int] = []
+        """Numbers of the parameters whose gradients wait to be reduced."""
         self.part: Storage | None = None
         """What a rank has of the gradients of the micro-batch that runs."""
         self.averaged: Storage | None = None
@@ -121,44 +130,55 @@ class ZeroTwin(EngineTwin):
             self.waiting.setdefault(id(weights), list(grads))
             grads.clear()
             return
-        for numel in weights.numels:
-            if sum(self.in_bucket) + numel > self.setting.zero.reduce_bucket_elements:
+        self._fill(weights, grads)
+
+    def _fill(self, weights: Weights, grads: list[Storage]) -> None:
+        """Copy gradients into the bucket, one by one, and reduce it when the next does not fit."""
+        for offset, numel in enumerate(weights.numels):
+            waiting = sum(self.numels[number] for number in self.in_bucket)
+            if waiting + numel > self.setting.zero.reduce_bucket_elements:
                 self._reduce()
+            self.in_bucket.append(self.first[id(weights)] + offset)
             grads.pop(0)
-            self.in_bucket.append(numel)
 
     def _reduce(self) -> None:
         """The bucket's sum over ranks; a rank's own part is copied from it."""
         memory, setting = self.memory, self.setting
         if self.offloaded:
             # Each gradient is squared in fp64 on its way to the host.
-            largest = max(self.in_bucket if self.cuts else self.numels, default=0)
+            largest = max((self.numels[number] for number in self.in_bucket), default=0)
             memory.pass_through((memory.device, NORM, largest * NORM_BYTES))
+        owns = setting.rank is None or any(setting.rank in self.owners(number) for number in self.in_bucket)
         self.in_bucket.clear()
-        if self.part is None and not self.offloaded:
+        if self.part is None and owns and not self.offloaded:
             self.part = Storage(memory.device, SHARED_GRADIENTS, self.overlapping * setting.width)
+
+    def owners(self, number: int) -> range:
+        """The ranks that a parameter's elements belong to."""
+        end = self.ends[number]
+        return range((end - self.numels[number]) // self.share, (end - 1) // self.share + 1)
 
     @property
     def overlapping(self) -> int:
-        """Elements of all parameters of which a part belongs to a rank, for the rank with the most."""
-        ends, total = [], 0
-        for numel in self.numels:
-            total += numel
-            ends.append(total)
-        most = 0
-        for rank in range(self.setting.ranks):
-            begin, end = rank * self.share, (rank + 1) * self.share
-            most = max(
-                most, sum(n for n, stop in zip(self.numels, ends, strict=True) if stop > begin and stop - n < end)
-            )
-        return most
+        """Elements of all parameters of which a part belongs to the rank, or to the rank with the most."""
+        held = [0] * self.setting.ranks
+        for number, numel in enumerate(self.numels):
+            for rank in self.owners(number):
+                held[rank] += numel
+        return max(held) if self.setting.rank is None else held[self.setting.rank]
 
     def finish(self) -> None:
         """Stage 2 adds its part to that of earlier micro-batches; stage 1 reduces when all are there."""
         if self.cuts or not self.accumulates:
             self.memory.at("reduction")
+            if self.waiting and self.setting.rank is None and self.part is None:
+                # The first rank's part is made when all gradients are whole.
+                self.in_bucket.append(0)
+                self._reduce()
+            for weights in self.network.modules:
+                if id(weights) in self.waiting:
+                    self._fill(weights, self.waiting.pop(id(weights)))
             self._reduce()
-            self.waiting.clear()
             self._add_part()
             self.bucket = None
         super().finish()
@@ -197,7 +217,7 @@ class ZeroTwin(EngineTwin):
 
     def _gather_parameters(self) -> None:
         """Ranks exchange what each has updated, in place; gloo in a tensor of its own."""
-        if self.memory.on_cpu:
+        if self.memory.by_gloo:
             self.memory.pass_through((self.memory.device, BACKEND_COPIES, self.flat * self.setting.width))
 
     def save(self) -> None:

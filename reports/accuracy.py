@@ -20,8 +20,8 @@ from translution.distributed.run_files import (
 )
 from translution.planner.engine_twin import STATES
 from translution.planner.errors import InputError
-from translution.planner.memory import MemoryEstimate
-from translution.planner.plan import load_plan
+from translution.planner.memory import MemoryEstimate, estimate_memory
+from translution.planner.plan import Plan, load_plan
 from translution.planner.rank_memory import Tier
 
 COLUMNS = ("rank", "tier", "what", "predicted_bytes", "measured_bytes", "ratio")
@@ -46,7 +46,7 @@ def find_run(folder: Path) -> Path:
     return require_run(runs[-1])
 
 
-def _pairs(prediction: MemoryEstimate, measured: MemoryMeasurement) -> Iterator[tuple[Tier, str, int, int]]:
+def pairs(prediction: MemoryEstimate, measured: MemoryMeasurement) -> Iterator[tuple[Tier, str, int, int]]:
     """Tier, what, predicted and measured bytes: entries that can be told apart, then totals."""
     own: Tier = prediction.own_tier
     for name, size in measured.entries_bytes.items():
@@ -72,6 +72,13 @@ def _pairs(prediction: MemoryEstimate, measured: MemoryMeasurement) -> Iterator[
         yield "host", f"{PROCESS} in {phase}", measured.process_start_bytes + PROCESS_GROWTH_BYTES + held, size
 
 
+def _prediction(plan: Plan, rank: int) -> MemoryEstimate:
+    """The plan's, which is of the rank with the most; at stages 1 and 2 that of the rank itself."""
+    if plan.zero.stage not in (1, 2):
+        return plan.prediction
+    return estimate_memory(plan.model, plan.cluster, plan.training, plan.zero, plan.tile_relations, rank)
+
+
 def compare(run: Path) -> pd.DataFrame:
     """Predicted and measured bytes of every rank, with the columns of `COLUMNS`.
 
@@ -89,7 +96,7 @@ def compare(run: Path) -> pd.DataFrame:
         measured = read_memory(run, rank)
         if measured is None:
             continue
-        for tier, what, predicted, size in _pairs(plan.prediction, measured):
+        for tier, what, predicted, size in pairs(_prediction(plan, rank), measured):
             if predicted or size:
                 values = (rank, tier, what, predicted, size, predicted / (size or float("nan")))
                 rows.append(dict(zip(COLUMNS, values, strict=True)))

@@ -46,6 +46,7 @@ def test_no_module_of_the_planner_loads_a_heavy_package(root: Path) -> None:
         ["estimate", "gpt-base/160", "--json"],
         ["--help"],
         ["launch", "--help"],
+        ["rehearse", "--help"],
         ["clusters"],
         ["report", "--help"],
     ],

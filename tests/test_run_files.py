@@ -55,6 +55,13 @@ def test_a_failed_rank_speaks_first(run: Path) -> None:
         judge(run, 2, exit_code=1)
 
 
+def test_a_rank_alone_is_judged_alone(run: Path) -> None:
+    say(run, 5, "finished")
+    judge(run, [5], exit_code=0)
+    with pytest.raises(RunFailedError, match="rank 4 never started"):
+        judge(run, [4], exit_code=0)
+
+
 def test_a_damaged_status_is_named(run: Path) -> None:
     status_path(run, 0).write_text("{")
     with pytest.raises(InputError, match=r"rank_0.json: not valid JSON"):

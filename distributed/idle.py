@@ -1,0 +1,95 @@
+"""Torch without its arithmetic: products and random values are zeros, everything is allocated as ever.
+
+Almost all the time of a training step goes into matrix products, whose values a rehearsal does not
+need. With weights, gathered or not, and products all zero, every other value stays finite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+
+Shape = tuple[int, ...]
+
+
+def _product(left: Tensor, right: Tensor) -> Shape:
+    """(…, m, k) times (…, k, n)."""
+    return (*left.shape[:-1], right.shape[-1])
+
+
+def _grouped(left: Tensor, right: Tensor, ends: Tensor | None) -> Shape:
+    """Torch's grouped product: the rows, or with two matrices the columns, lie in groups."""
+    if left.ndim == right.ndim == 2:
+        assert ends is not None
+        return (len(ends), left.shape[0], right.shape[1])
+    rows = left.shape[-2]
+    return (rows, right.shape[-1]) if left.ndim == 2 else (left.shape[0], rows, right.shape[-1])
+
+
+def _new_product(left: Tensor, right: Tensor, *_: Any, **__: Any) -> Tensor:
+    return left.new_zeros(_product(left, right))
+
+
+def _new_sum(_: Tensor, left: Tensor, right: Tensor, **__: Any) -> Tensor:
+    return left.new_zeros(_product(left, right))
+
+
+def _new_grouped(left: Tensor, right: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    return left.new_zeros(_grouped(left, right, offs))
+
+
+def _zero_out(*_: Any, out: Tensor, **__: Any) -> Tensor:
+    return out.zero_()
+
+
+def _zero_self(target: Tensor, *_: Any, **__: Any) -> Tensor:
+    return target.zero_()
+
+
+def _replacements() -> dict[Any, Callable[..., Tensor]]:
+    found: dict[Any, Callable[..., Tensor]] = {
+        _aten.mm.default: _new_product,
+        _aten.bmm.default: _new_product,
+        _aten.addmm.default: _new_sum,
+        _aten.baddbmm.default: _new_sum,
+    }
+    found |= dict.fromkeys((_aten.mm.out, _aten.bmm.out, _aten.addmm.out, _aten.baddbmm.out), _zero_out)
+    found |= dict.fromkeys(
+        (_aten.addmm_.default, _aten.baddbmm_.default, _aten.uniform_.default, _aten.normal_.default), _zero_self
+    )
+    if hasattr(_aten, "_grouped_mm"):
+        found[_aten._grouped_mm.default] = _new_grouped
+    return found
+
+
+class IdleArithmetic(TorchDispatchMode):
+    """While it is entered, matrix products and random values are zeros, allocated as torch allocates them.
+
+    What a processor's own kernels take as scratch within one product is not allocated.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._replacements = _replacements()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch for every operation."""
+        return self._replacements.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """An attribute has another value while the context lasts."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
