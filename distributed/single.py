@@ -25,6 +25,7 @@ def measure_passes(
     dtype: torch.dtype,
     tile_relations: int | None = None,
     implementation: str = "grouped",
+    autocast: torch.dtype | None = None,
 ) -> dict[str, int]:
     """The most that forward and backward have allocated beyond the parameters and the samples, in bytes.
 
@@ -37,6 +38,7 @@ def measure_passes(
         dtype: of parameters and activations.
         tile_relations: relations per tile; None keeps tables whole.
         implementation: "grouped" or "gather".
+        autocast: dtype that autocast computes in, around the network but not the loss, as DeepSpeed's engine does.
     """
     torch.manual_seed(0)
     network = build(spec, tile_relations=tile_relations, implementation=implementation).to(dtype)
@@ -44,7 +46,9 @@ def measure_passes(
     losses: list[Tensor] = []
 
     def forward() -> None:
-        logits = network(inputs).flatten(0, -2).float()
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            logits = network(inputs)
+        logits = logits.flatten(0, -2).float()
         losses.append(torch.nn.functional.cross_entropy(logits, targets.flatten()))
 
     def backward() -> None:

@@ -206,10 +206,11 @@ class RelationTables(OperatorChain):
     def _run(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if self.implementation != "gather":
             return super()._run(sources, key_padding)
-        tables = {name: self.table(name) for name in self.relative}
+        first = next(iter(sources.values()))
+        # Under autocast the rows are narrower than the tables.
+        tables = {name: self.table(name).to(first.dtype) for name in self.relative}
         noise = None
         if self.dropout and self.training:
-            first = next(iter(sources.values()))
             tokens = self.geometry.tokens
             like = first.new_empty(len(first), self.heads, tokens, tokens)
             noise = dropout_noise(like, self.dropout, self.draw_seed())

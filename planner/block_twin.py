@@ -5,24 +5,14 @@ Source: models/networks.py, models/layers.py and models/attention.py, module by 
 
 from __future__ import annotations
 
+from .attention_twins import fused_attention, positions, rotate
 from .gather_twin import GatherTwin
 from .model_spec import ModelSpec, Operator
 from .parameters import table_tiles
 from .relation_shape import Implementation, RelationShape, TermTwin, TileTwin, largest_rectangle, pairs_of
 from .relation_twin import RelationTwin
 from .tape import Storage, Tape, Tensor, Weights
-from .twins import (
-    GRADIENTS,
-    Widths,
-    add,
-    dropout,
-    fused_attention,
-    gelu,
-    layer_norm,
-    linear,
-    positions,
-    rotate,
-)
+from .twins import GRADIENTS, Widths, add, add_narrow, cast, dropout, gelu, layer_norm, linear
 
 _ROLES = {"q": "query", "k": "key", "v": "value"}
 _PLAIN = ("plain_query", "plain_key", "plain_value")
@@ -43,6 +33,7 @@ class BlockTwin:
         batch: samples of a micro-batch.
         w: widths of values.
         implementation: of relation tables.
+        stream: widths of the values between blocks, where autocast makes them others.
     """
 
     def __init__(
@@ -53,8 +44,10 @@ class BlockTwin:
         batch: int,
         w: Widths,
         implementation: Implementation = "grouped",
+        stream: Widths | None = None,
     ) -> None:
         self.spec, self.operator, self.batch, self.w, self.implementation = spec, operator, batch, w, implementation
+        self.stream = w if stream is None else stream
         self.rows = batch * spec.tokens
         dim, inner = spec.dim, spec.inner_dim
         self.norms = (Weights((dim, dim)), Weights((dim, dim)))
@@ -134,21 +127,29 @@ class BlockTwin:
             x: the input.
             again: compute what backward needs and no more, as torch's checkpoint does.
         """
-        spec, rows, w = self.spec, self.rows, self.w
         # Nested as the layers call each other: a name would keep what is dropped out alive.
-        x = add(tape, x, self._drop(tape, self._operator(tape, layer_norm(tape, x, rows, spec.dim, self.norms[0], w))))
-        normed = layer_norm(tape, x, rows, spec.dim, self.norms[1], w)
-        return add(tape, x, self._drop(tape, self._feed_forward(tape, normed, again=again), last=again))
+        widths = (self.stream, self.w)
+        x = add_narrow(tape, x, self._drop(tape, self._operator(tape, self._norm(tape, x, 0))), *widths)
+        return add_narrow(
+            tape, x, self._drop(tape, self._feed_forward(tape, self._norm(tape, x, 1), again), last=again), *widths
+        )
+
+    def _norm(self, tape: Tape, x: Tensor, number: int) -> Tensor:
+        return layer_norm(tape, x, self.rows, self.spec.dim, self.norms[number], self.stream)
+
+    def _linear(self, tape: Tape, x: Tensor, d_out: int, weights: Weights) -> Tensor:
+        """A product of the normed input, which autocast casts for each one."""
+        return linear(tape, x, self.rows, self.spec.dim, d_out, weights, self.w, given=self.stream)
 
     def _drop(self, tape: Tape, x: Tensor, *, last: bool = False) -> Tensor:
         return dropout(tape, x, self.w, last=last) if self.spec.dropout else x
 
-    def _feed_forward(self, tape: Tape, x: Tensor, *, again: bool) -> Tensor:
+    def _feed_forward(self, tape: Tape, x: Tensor, again: bool) -> Tensor:
         spec, rows, w = self.spec, self.rows, self.w
         tape.memory.moment = "feed-forward"
-        hidden = self._drop(tape, gelu(tape, linear(tape, x, rows, spec.dim, spec.ffn_dim, self.up, w)))
-        tape.stopped = again and not spec.dropout
-        return linear(tape, hidden, rows, spec.ffn_dim, spec.dim, self.down, w)
+        hidden = self._drop(tape, gelu(tape, self._linear(tape, x, spec.ffn_dim, self.up)))
+        last = again and not spec.dropout
+        return linear(tape, hidden, rows, spec.ffn_dim, spec.dim, self.down, w, last=last)
 
     def _operator(self, tape: Tape, x: Tensor) -> Tensor:
         tape.memory.moment = self.operator
@@ -171,13 +172,18 @@ class BlockTwin:
         spec, w = self.spec, self.w
         if spec.dropout and not spec.rotary_attention:
             return self._with_terms(tape, x)
-        projected = linear(tape, x, self.rows, spec.dim, 3 * spec.inner_dim, self.joint, w)
+        projected = self._linear(tape, x, 3 * spec.inner_dim, self.joint)
         one = self.rows * spec.inner_dim * w.value
         rows = _split(tape, projected, one, copies=False, by_heads=True)
         for n in (0, 1) if spec.rotary_attention else ():
             rows[n] = rotate(tape, rows[n], one // w.value, w)
         if spec.dropout:
-            copies = [tape.result(tape.new(one), (row,), lambda grad: (grad,)) for row in rows]
+            # With one head turned rows lie token by token already.
+            sizes = [one if n == 2 or spec.heads > 1 else 0 for n in range(3)]
+            copies = [
+                tape.result(tape.new(size) if size else row.storage, (row,), lambda grad: (grad,))
+                for row, size in zip(rows, sizes, strict=True)
+            ]
             out = self._attend(tape, dict(zip(_PLAIN, copies, strict=True)))
             del rows, projected
             return out
@@ -199,7 +205,7 @@ class BlockTwin:
         return self._project(tape, out)
 
     def _with_terms(self, tape: Tape, x: Tensor) -> Tensor:
-        joint = linear(tape, x, self.rows, self.spec.dim, 3 * self.spec.inner_dim, self.joint, self.w)
+        joint = self._linear(tape, x, 3 * self.spec.inner_dim, self.joint)
         one = self.rows * self.spec.inner_dim * self.w.value
         return self._attend(tape, dict(zip(_PLAIN, _split(tape, joint, one), strict=True)))
 
@@ -209,9 +215,10 @@ class BlockTwin:
         rows = {}
         for role in "qkv":
             if role in spec.roles:
-                rows[names[role]] = positions(tape, x, self.batch, spec.dim, spec.inner_dim, self.positions[role], w)
+                sizes = (self.batch, spec.dim, spec.inner_dim)
+                rows[names[role]] = positions(tape, x, *sizes, self.positions[role], w, self.stream)
             else:
-                rows[names[role]] = linear(tape, x, self.rows, spec.dim, spec.inner_dim, self.plain[role], w)
+                rows[names[role]] = self._linear(tape, x, spec.inner_dim, self.plain[role])
         if spec.dropout:
             return self._attend(tape, rows)
         out = fused_attention(tape, list(rows.values()), self.batch, spec.tokens, spec.heads, spec.head_dim, w)
@@ -219,18 +226,23 @@ class BlockTwin:
 
     def _relate(self, tape: Tape, sources: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """The operator with its tables."""
+        sources, relative = dict(sources), [_ROLES[role] for role in self.spec.roles]
+        if self.operator == "translution":
+            # Under autocast each of them is cast, though it is the same tensor.
+            for name in relative:
+                sources[name] = cast(tape, sources[name], self.rows * self.spec.dim, self.stream, self.w)
         if self.implementation == "grouped":
-            return RelationTwin(tape, self.shape, dict(sources), self.logit_tiles, self.value_tiles).forward()
-        relative = [_ROLES[role] for role in self.spec.roles]
-        return GatherTwin(tape, self.shape, dict(sources), relative, self.logit_tiles, self.value_tiles).forward()
+            twin = RelationTwin(tape, self.shape, sources, self.logit_tiles, self.value_tiles)
+            del sources
+            return twin.forward()
+        gathered = GatherTwin(tape, self.shape, sources, relative, self.logit_tiles, self.value_tiles)
+        del sources
+        return gathered.forward()
 
     def _translution(self, tape: Tape, x: Tensor) -> Tensor:
         spec = self.spec
         rows = {
-            role: x
-            if role in spec.roles
-            else linear(tape, x, self.rows, spec.dim, spec.inner_dim, self.plain[role], self.w)
-            for role in "qkv"
+            role: x if role in spec.roles else self._linear(tape, x, spec.inner_dim, self.plain[role]) for role in "qkv"
         }
         if self.logit_tiles:
             sources = {"query": rows["q"], "key": rows["k"]}
@@ -250,18 +262,20 @@ class BlockTwin:
             return _split(tape, joint, size, copies=copies)
         parts = _split(tape, joint, size, copies=False)
         for n in (0, 1):
-            turned = rotate(tape, parts[n], size // self.w.value, self.w)
-            # Token by token again.
-            parts[n] = tape.result(tape.new(size), (turned,), lambda grad: (tape.new(size, GRADIENTS),))
-            del turned
+            parts[n] = rotate(tape, parts[n], size // self.w.value, self.w)
+            if self.spec.heads > 1:
+                # Token by token again.
+                turned = parts.pop(n)
+                parts.insert(n, tape.result(tape.new(size), (turned,), lambda grad: (tape.new(size, GRADIENTS),)))
+                del turned
         if copies:
             parts[2] = tape.result(tape.new(size), (parts[2],), lambda grad: (grad,))
         return parts
 
     def _alpha(self, tape: Tape, x: Tensor) -> Tensor:
         spec, w, n = self.spec, self.w, self.rows
-        joint = linear(tape, x, n, spec.dim, 3 * spec.inner_dim, self.joint, w)
-        lows = {role: linear(tape, x, n, spec.dim, width, weights, w) for role, (width, weights) in self.low.items()}
+        joint = self._linear(tape, x, 3 * spec.inner_dim, self.joint)
+        lows = {role: self._linear(tape, x, width, weights) for role, (width, weights) in self.low.items()}
         parts = self._plain_parts(tape, joint)
         # Turned queries and keys are the layer's own, and its names hold them until it returns.
         turned = parts[:2] if spec.rotary else []

@@ -7,7 +7,7 @@ from .engine_twin import Setting
 from .optimizer_twin import state_name
 from .relation_twin import ATTENTION, WORKSPACE
 from .schedule import MICRO_BATCHES, OFFLOADED
-from .twins import ACTIVATIONS, GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS
+from .twins import ACTIVATIONS, CASTS, GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS
 
 _ZERO3, _ZERO12 = "runtime/zero/stage3.py", "runtime/zero/stage_1_and_2.py"
 _PARTITION, _SWAP = "runtime/zero/partition_parameters.py", "runtime/swap_tensor"
@@ -17,6 +17,7 @@ _FIXED: dict[str, tuple[str, str]] = {
     ATTENTION: ("weights of every pair of tokens, B·h·N² a layer, and their logits", "models/grouped.py"),
     WORKSPACE: ("rows of one relation's pairs and their products, bounded by workspace_bytes", "models/context.py"),
     TEMPORARY: ("what one operation makes and drops", "planner/twins.py"),
+    CASTS: ("parameters as products take them, held by autocast or kept for backward", "torch.autocast"),
     MICRO_BATCHES: ("inputs and targets of the step's micro-batches", "distributed/data.py"),
     OFFLOADED: ("inputs of checkpointed blocks, kept on the host", "fairscale nn/checkpoint"),
     "random states": ("of torch's generator, kept by each checkpointed block", "torch/utils/checkpoint.py"),

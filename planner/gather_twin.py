@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from .relation_shape import RelationShape, TileTwin
 from .tape import Gradients, Storage, Tape, Tensor, Weights
-from .twins import GRADIENTS, INDEX_BYTES, TEMPORARY, WEIGHT_GRADIENTS, product_scratch_bytes
+from .twins import GRADIENTS, INDEX_BYTES, TEMPORARY, WEIGHT_GRADIENTS, cast, product_scratch_bytes
 
 ATTENTION, GATHERED, TABLE = "attention weights", "gathered matrices", "joined tables"
 
@@ -76,9 +76,11 @@ class GatherTwin:
         return relative, plain
 
     def _table(self, name: str) -> Tensor:
-        """A role's tiles joined, then in the paper's order; keeps the order."""
-        tape, size = self.tape, self.table_bytes
+        """A role's tiles joined, in the paper's order, and in the rows' dtype; keeps the order."""
+        tape, w = self.tape, self.shape.widths
         tiles = self.value_tiles if name == "value" else self.logit_tiles
+        numel = self.table_bytes // w.value
+        size = numel * w.parameter
 
         def give(grad: Storage) -> Gradients:
             # A tile's gradient is its part of the table's, and stays in that storage.
@@ -91,7 +93,11 @@ class GatherTwin:
 
         joined = tape.result(tape.new(size, TABLE), (), give)
         order = tape.new(self.shape.geometry.relations * INDEX_BYTES)
-        return tape.result(tape.new(size, TABLE), (joined,), lambda grad: (tape.new(size, WEIGHT_GRADIENTS),), (order,))
+        ordered = tape.result(
+            tape.new(size, TABLE), (joined,), lambda grad: (tape.new(size, WEIGHT_GRADIENTS),), (order,)
+        )
+        del joined
+        return cast(tape, ordered, numel, w.wide, w)
 
     def _logits(
         self, sources: dict[str, Tensor], tables: dict[str, Tensor], index: Storage

@@ -131,12 +131,19 @@ class RelationTwin:
     def _patch_rows(self, tile: TileTwin) -> int:
         return self.shape.piece(*tile.rectangle)
 
+    def _matrix_bytes(self, tile: TileTwin) -> int:
+        """What autocast casts at a time: a relation's matrix, on a GPU at most a tile's."""
+        shape, w = self.shape, self.w
+        count = 1 if w.device == "cpu" else tile.count
+        return count * shape.d_in * shape.d_out * w.value if w.casts else 0
+
     def _logit_tile(self, tile: TileTwin) -> None:
         shape, heads, w = self.shape, self.shape.heads, self.w
         self.tape.policy.fetch(tile.weights, backward=False)
         value = heads * w.value
         cast = heads * w.accumulator if self.half and "plain_query" in self.sources else 0
         rows = self._patch_rows(tile)
+        self._moment(self._matrix_bytes(tile))
         self._moment(2 * rows * value, rows * cast)
         self._product_scratch(rows)
         self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=False, backward=False))
@@ -167,6 +174,7 @@ class RelationTwin:
         self.tape.policy.fetch(tile.weights, backward=False)
         self._open("out", shape.rows * shape.d_out * w.accumulator)
         rows = self._patch_rows(tile)
+        self._moment(self._matrix_bytes(tile))
         self._moment(rows * shape.d_out * w.accumulator if self.half else 0)
         self._product_scratch(rows)
         self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=False))
@@ -193,7 +201,7 @@ class RelationTwin:
         """What vectors take for a chunk of query positions, moment by moment."""
         shape, w = self.shape, self.w
         tokens, head_dim = shape.geometry.tokens, shape.inner // shape.heads
-        chunk = min(tokens, max(1, shape.workspace_limit // (2 * tokens * head_dim * w.value)))
+        chunk = min(tokens, max(1, shape.workspace_limit // (2 * tokens * head_dim * w.parameter)))
         vectors = chunk * tokens * head_dim
         pairs, rows = chunk * shape.batch * shape.heads * tokens, chunk * shape.batch * shape.inner
         copied = rows if shape.heads > 1 and shape.batch > 1 else 0
@@ -207,7 +215,9 @@ class RelationTwin:
             moments = [(copied + pairs, pairs), (copied + pairs + vectors, vectors)]
         index = 8 * tokens**2 * (2 if backward else 1)
         for narrow, widened in moments:
-            self._moment(index, (vectors + narrow) * w.value + widened * wide)
+            # Vectors that autocast casts are dropped before anything is widened.
+            other = max(widened * wide, vectors * w.value if w.casts else 0)
+            self._moment(index, vectors * w.parameter + narrow * w.value + other)
 
     def _term_backward(self, term: TermTwin) -> None:
         shape, w, tape = self.shape, self.w, self.tape
@@ -221,7 +231,8 @@ class RelationTwin:
             if term.kind == "key":
                 self._open("plain_query", shape.rows * shape.inner * w.accumulator, GRADIENTS)
             self._chunks(term.kind, backward=True)
-        grads = [tape.new(numel * w.value, WEIGHT_GRADIENTS)] if self.half else [sums]
+        narrow = w.parameter < w.accumulator
+        grads = [tape.new(numel * w.parameter, WEIGHT_GRADIENTS)] if narrow else [sums]
         del sums
         tape.policy.gradients(term.weights, grads)
         tape.policy.release(term.weights, backward=True)
@@ -302,24 +313,24 @@ class RelationTwin:
     def _value_tile_backward(self, tile: TileTwin) -> None:
         shape, w, tape = self.shape, self.w, self.tape
         tape.policy.fetch(tile.weights, backward=True)
-        grads = [tape.new(numel * w.value, WEIGHT_GRADIENTS) for numel in tile.weights.numels]
+        grads = [tape.new(numel * w.parameter, WEIGHT_GRADIENTS) for numel in tile.weights.numels]
         cast = w.accumulator if self.half else 0
         self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=True))
         rows, found = self._class_rows(tile)
         last = tile.first + tile.count == shape.geometry.relations
         self._input_gradient("value", shape.d_in)
         row = shape.heads * w.value + max(shape.heads, shape.d_in) * cast
-        self._moment(self._patch_rows(tile) * row)
+        self._moment(self._patch_rows(tile) * row, 2 * self._matrix_bytes(tile))
         self._product_scratch(self._patch_rows(tile), backward=True)
         if found and last:
-            self._moment(2 * rows * shape.d_out * w.value, rows * row)
+            self._moment(2 * rows * shape.d_out * w.value, rows * row, 2 * self._matrix_bytes(tile))
         tape.policy.gradients(tile.weights, grads)
         tape.policy.release(tile.weights, backward=True)
 
     def _logit_tile_backward(self, tile: TileTwin) -> None:
         shape, w, tape = self.shape, self.w, self.tape
         tape.policy.fetch(tile.weights, backward=True)
-        grads = [tape.new(numel * w.value, WEIGHT_GRADIENTS) for numel in tile.weights.numels]
+        grads = [tape.new(numel * w.parameter, WEIGHT_GRADIENTS) for numel in tile.weights.numels]
         cast = w.accumulator if self.half else 0
         rows, found = self._class_rows(tile)
         width = shape.d_in
@@ -327,10 +338,10 @@ class RelationTwin:
             self._input_gradient(name, self.source_widths.get(name, width))
         self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=False, backward=True))
         row = (shape.heads * w.value if self.half else 0) + shape.d_in * cast
-        self._moment(self._patch_rows(tile) * row)
+        self._moment(self._patch_rows(tile) * row, 2 * self._matrix_bytes(tile))
         self._product_scratch(self._patch_rows(tile), backward=True)
         if found:
-            self._moment(3 * rows * shape.d_out * w.value, rows * row)
+            self._moment(3 * rows * shape.d_out * w.value, rows * row, 2 * self._matrix_bytes(tile))
         tape.policy.gradients(tile.weights, grads)
         tape.policy.release(tile.weights, backward=True)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .block_twin import BlockTwin, linear_weights
+from .errors import InputError
 from .model_spec import GptSpec, ModelSpec, VitSpec
 from .relation_shape import Implementation
 from .tape import Memory, ParameterPolicy, Storage, Tape, Tensor, Weights
@@ -58,8 +59,16 @@ class NetworkTwin:
         self.spec, self.batch, self.w = spec, batch, w
         self.host = Memory()
         self.states: list[Storage] = []
+        if w.casts and spec.checkpointing == "offload":
+            # fairscale computes again outside autocast on a CPU, and in fp16 on a GPU.
+            raise InputError("checkpointing: offload is not allowed: must be none or block under autocast")
+        # What stands between blocks: autocast widens what is joined or added to a parameter.
+        self.embedded = w if isinstance(spec, VitSpec) and w.device == "cpu" else w.wide
+        widened = spec.learned_positions or (isinstance(spec, VitSpec) and spec.class_token)
+        self.stream = w.wide if widened else self.embedded
         self.blocks = [
-            BlockTwin(spec, operator, tile_relations, batch, w, implementation) for operator in spec.layer_operators
+            BlockTwin(spec, operator, tile_relations, batch, w, implementation, self.stream)
+            for operator in spec.layer_operators
         ]
         dim = spec.dim
         self.embedding: tuple[Weights, ...]
@@ -105,53 +114,67 @@ class NetworkTwin:
         )
         grouped = {"translution", "alpha"} & set(spec.layer_operators) and self.w.device != "cpu"
         lists = spec.geometry.total_pairs * 7 * INDEX_BYTES if grouped else 0
-        return turning * spec.tokens * spec.head_dim * self.w.value + lists
+        return turning * spec.tokens * spec.head_dim * self.w.parameter + lists
 
     @property
     def input_bytes(self) -> int:
-        """An image batch in the model's dtype, or token numbers."""
+        """An image batch in the parameters' dtype, or token numbers."""
         if isinstance(self.spec, VitSpec):
-            return self.batch * self.spec.channels * self.spec.image[0] * self.spec.image[1] * self.w.value
+            return self.batch * self.spec.channels * self.spec.image[0] * self.spec.image[1] * self.w.parameter
         return self.batch * self.spec.tokens * INDEX_BYTES
 
     def _embed(self, tape: Tape, inputs: Storage) -> Tensor:
         spec, w, batch = self.spec, self.w, self.batch
         tape.memory.moment = "embedding"
         if isinstance(spec, GptSpec):
-            return embed(tape, batch * spec.tokens, spec.dim, self.embedding[0], inputs, w)
+            return embed(tape, batch * spec.tokens, spec.dim, self.embedding[0], inputs, w.wide)
         patches = batch * spec.geometry.patches
-        x = Tensor(tape.new(patches * spec.patch_dim * w.value))
-        x = layer_norm(tape, x, patches, spec.patch_dim, self.embedding[0], w)
-        x = linear(tape, x, patches, spec.patch_dim, spec.dim, self.embedding[1], w)
-        copies = patches * spec.dim * w.value if spec.class_token else 0
-        return layer_norm(tape, x, patches, spec.dim, self.embedding[2], w, copies=copies)
+        x = Tensor(tape.new(patches * spec.patch_dim * w.parameter))
+        x = layer_norm(tape, x, patches, spec.patch_dim, self.embedding[0], w.wide)
+        x = linear(tape, x, patches, spec.patch_dim, spec.dim, self.embedding[1], w, given=w.wide)
+        # On a GPU autocast norms in fp32.
+        x = cast(tape, x, patches * spec.dim, w, self.embedded)
+        copies = patches * spec.dim * w.value if spec.class_token and not w.casts else 0
+        return layer_norm(tape, x, patches, spec.dim, self.embedding[2], self.embedded, copies=copies)
 
     def forward(self, tape: Tape, inputs: Storage) -> Tensor:
         """The logits of a micro-batch."""
-        spec, w, batch = self.spec, self.w, self.batch
+        logits = self._forward(tape, inputs)
+        # Autocast's context ends with the network's forward.
+        tape.casts.clear()
+        return logits
+
+    def _forward(self, tape: Tape, inputs: Storage) -> Tensor:
+        spec, w, batch, stream = self.spec, self.w, self.batch, self.stream
         rows = batch * spec.tokens
-        x = self._embed(tape, inputs)
+        x, widths = self._embed(tape, inputs), self.embedded
         if isinstance(spec, VitSpec) and spec.class_token:
-            x = prepend(tape, x, rows * spec.dim * w.value, self.class_token, w)
+            size = batch * spec.geometry.patches * spec.dim
+            x, widths = (
+                prepend(tape, cast(tape, x, size, widths, stream), rows * spec.dim, self.class_token, stream),
+                stream,
+            )
         if self.positions is not None:
-            x = add_positions(tape, x, self.positions, w)
+            x = add_positions(tape, x, self.positions, widths)
         if spec.dropout:
-            x = dropout(tape, x, w)
+            x = dropout(tape, x, stream)
         for block in self.blocks:
             x = block.forward(tape, x) if spec.checkpointing == "none" else self._checkpointed(tape, block, x)
         tape.memory.moment = "head"
-        x = layer_norm(tape, x, rows, spec.dim, self.norm, w)
+        x = layer_norm(tape, x, rows, spec.dim, self.norm, stream)
         if isinstance(spec, VitSpec):
-            pooled = pool_first(tape, x) if spec.pool == "class" else pool_mean(tape, x, batch * spec.dim * w.value, w)
-            return linear(tape, pooled, batch, spec.dim, spec.classes, self.head, w)
-        x = layer_norm(tape, x, rows, spec.dim, self.head_norm, w)
-        return linear(tape, x, rows, spec.dim, spec.vocabulary, self.head, w)
+            size = batch * spec.dim * stream.value
+            pooled = pool_first(tape, x) if spec.pool == "class" else pool_mean(tape, x, size, stream)
+            return linear(tape, pooled, batch, spec.dim, spec.classes, self.head, w, given=stream)
+        x = layer_norm(tape, x, rows, spec.dim, self.head_norm, stream)
+        return linear(tape, x, rows, spec.dim, spec.vocabulary, self.head, w, given=stream)
 
     def _checkpointed(self, tape: Tape, block: BlockTwin, x: Tensor) -> Tensor:
         """A block that keeps its input alone, and runs again in backward to be remembered."""
         spec = self.spec
         offload = spec.checkpointing == "offload"
         offloaded = offload and self.w.device != "cpu"
+        narrows = self.stream.value != self.w.value
         state_bytes = RANDOM_STATE_BYTES if self.w.device == "cpu" else 0
         state = tape.new(state_bytes, "random states")
         if offload:
@@ -164,10 +187,14 @@ class NetworkTwin:
         def backward(grad: Storage) -> tuple[Storage | None]:
             inner = Tape(tape.memory, tape.policy)
             held = [state, tape.new(state_bytes, "random states")]
+            # The last sum's backward, which needs nothing that was kept, has run before.
+            cast_grad = tape.new(kept.size // self.stream.value * self.w.value if narrows else 0, GRADIENTS)
             again = inner.leaf(tape.new(kept.size) if offloaded else kept)
             # torch's own checkpoint stops where nothing more is needed; fairscale's holds the output.
             result = block.forward(inner, again, again=not offload)
             inner.stopped = False
+            inner.casts.clear()
+            del cast_grad
             last = result.node
             if offload:
                 inner.outer = grad
@@ -185,8 +212,7 @@ class NetworkTwin:
         """The mean cross-entropy of a micro-batch, in fp32."""
         logits = self.forward(tape, inputs)
         tape.memory.moment = "loss"
-        if self.w.value != 4:
-            logits = cast(tape, logits, logits.size // self.w.value * 4)
+        logits = cast(tape, logits, logits.size // self.w.value, self.w, replace(self.w, value=4))
         return cross_entropy(tape, logits, targets)
 
 
@@ -226,6 +252,7 @@ def run_micro_batch(network: NetworkTwin, memory: Memory, policy: ParameterPolic
     with phase("backward"):
         tape.backward(loss.node, tape.new(4, GRADIENTS))
         tape.policy.finish()
+    network.states.clear()
     return kept
 
 

@@ -192,6 +192,8 @@ class Tape:
         self.policy = policy or ParameterPolicy()
         self.outer: Storage | None = None
         """A gradient that somebody outside holds too, so that nothing is added to it in place."""
+        self.casts: list[Storage] = []
+        """Copies of parameters that autocast holds until its context ends."""
         self.stopped = False
         """Whether operations only leave their nodes: a checkpoint computes nothing again that nobody keeps."""
         self._nodes: list[Node] | None = []

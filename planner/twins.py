@@ -6,12 +6,12 @@ operation; `tests/test_schedule.py` compares whole training steps with them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .tape import Gradients, Storage, Tape, Tensor, Weights
+from .tape import Backward, Gradients, Storage, Tape, Tensor, Weights
 
 ACTIVATIONS, GRADIENTS, WEIGHT_GRADIENTS = "activations", "activation gradients", "whole gradients"
-TEMPORARY = "temporaries of one operation"
+TEMPORARY, CASTS = "temporaries of one operation", "cast parameters"
 INDEX_BYTES = 8
 """Class and token numbers are int64."""
 
@@ -21,7 +21,9 @@ class Widths:
     """Bytes per value of the tensors of a run, and what they depend on."""
 
     value: int
-    """An activation, a parameter, a gradient."""
+    """An activation and its gradient; under autocast, those of products."""
+    parameter: int
+    """A parameter and its gradient: as a value, but for autocast."""
     statistic: int
     """LayerNorm's mean and deviation: the model's dtype on a CPU, at least fp32 on a GPU."""
     accumulator: int = 4
@@ -39,9 +41,23 @@ class Widths:
     def of(cls, dtype_bytes: int, device: str, threads: int = 1, *, packs: bool = True) -> Widths:
         """The widths for a model dtype of so many bytes on "cpu" or "cuda"."""
         wide = max(4, dtype_bytes)
-        return cls(
-            dtype_bytes, dtype_bytes if device == "cpu" else wide, wide, device, threads, packs, device == "cuda"
-        )
+        statistic = dtype_bytes if device == "cpu" else wide
+        return cls(dtype_bytes, dtype_bytes, statistic, wide, device, threads, packs, device == "cuda")
+
+    @classmethod
+    def autocast(cls, device: str, threads: int = 1, *, packs: bool = True) -> Widths:
+        """The widths for fp32 parameters under `torch.autocast` to bf16 or fp16 on "cpu" or "cuda"."""
+        return cls(2, 4, 4, 4, device, threads, packs, device == "cuda")
+
+    @property
+    def casts(self) -> bool:
+        """Whether products cast their operands, as autocast lets them."""
+        return self.value != self.parameter
+
+    @property
+    def wide(self) -> Widths:
+        """Those of what autocast leaves in the parameters' dtype."""
+        return replace(self, value=self.parameter)
 
 
 def product_scratch_bytes(rows: int, inner: int, cols: int, w: Widths, *, transposed: bool = False) -> int:
@@ -63,9 +79,59 @@ def weight_gradients(tape: Tape, weights: Weights, width: int) -> None:
     tape.policy.gradients(weights, [tape.new(numel * width, WEIGHT_GRADIENTS) for numel in weights.numels])
 
 
-def linear(tape: Tape, x: Tensor, rows: int, d_in: int, d_out: int, weights: Weights, w: Widths) -> Tensor:
-    """(rows, d_in) → (rows, d_out); keeps its input."""
+def cast_parameters(tape: Tape, weights: Weights, w: Widths) -> list[Tensor]:
+    """Copies of a module's parameters for its products, which autocast holds until its context ends.
+
+    They are made last to first, as a call's arguments are; nothing where products take them as they are.
+    """
+    if not w.casts:
+        return []
+    found: dict[int, Storage] = {}
+
+    def cast_back(number: int, numel: int) -> Backward:
+        def backward(grad: Storage) -> Gradients:
+            found[number] = tape.new(numel * w.parameter, WEIGHT_GRADIENTS)
+            if len(found) == len(weights.numels):
+                tape.policy.gradients(weights, [found.pop(n) for n in range(len(weights.numels))])
+            return ()
+
+        return backward
+
+    copies = []
+    for number, numel in reversed(list(enumerate(weights.numels))):
+        copies.append(tape.result(tape.new(numel * w.value, CASTS), (), cast_back(number, numel)))
+    copies.reverse()
+    tape.casts += [copy.storage for copy in copies]
+    return copies
+
+
+def linear(
+    tape: Tape,
+    x: Tensor,
+    rows: int,
+    d_in: int,
+    d_out: int,
+    weights: Weights,
+    w: Widths,
+    *,
+    given: Widths | None = None,
+    last: bool = False,
+) -> Tensor:
+    """(rows, d_in) → (rows, d_out); keeps its input, and under autocast its weight's copy.
+
+    Args:
+        tape: where it runs.
+        x: the input.
+        rows, d_in, d_out: sizes.
+        weights: the module's.
+        w: widths of values.
+        given: widths of the input, which autocast casts, where they are others.
+        last: whether the input is the last thing that is kept, so that a checkpoint stops here.
+    """
     tape.policy.fetch(weights, backward=False)
+    casts = cast_parameters(tape, weights, w)
+    x = cast(tape, x, rows * d_in, given or w, w)
+    tape.stopped |= last
     out = tape.new(rows * d_out * w.value)
     tape.new(product_scratch_bytes(rows, d_in, d_out, w), TEMPORARY)
     tape.policy.release(weights, backward=False)
@@ -74,14 +140,20 @@ def linear(tape: Tape, x: Tensor, rows: int, d_in: int, d_out: int, weights: Wei
     def backward(grad: Storage) -> Gradients:
         tape.policy.fetch(weights, backward=True)
         given = tape.new(rows * d_in * w.value, GRADIENTS) if wanted else None
-        grads = [tape.new(numel * w.value, WEIGHT_GRADIENTS) for numel in weights.numels]
+        what = GRADIENTS if casts_back else WEIGHT_GRADIENTS
+        grads = [tape.new(numel * w.value, what) for numel in weights.numels]
         tape.new(product_scratch_bytes(d_out, rows, d_in, w, transposed=True), TEMPORARY)
+        if casts_back:
+            tape.policy.release(weights, backward=True)
+            return (given, *grads)
         tape.policy.gradients(weights, grads)
         del grads
         tape.policy.release(weights, backward=True)
         return (given,)
 
-    return tape.result(out, (x,), backward, (x.storage,))
+    casts_back = len(casts)
+    kept = (x.storage, *(copy.storage for copy in casts[:1]))
+    return tape.result(out, (x, *casts), backward, kept)
 
 
 def layer_norm(tape: Tape, x: Tensor, rows: int, width: int, weights: Weights, w: Widths, *, copies: int = 0) -> Tensor:
@@ -103,7 +175,7 @@ def layer_norm(tape: Tape, x: Tensor, rows: int, width: int, weights: Weights, w
         given = tape.new(rows * width * w.value, GRADIENTS) if wanted else None
         copy = tape.new(copies, TEMPORARY)
         block = tape.new(2 * w.threads * width * w.accumulator, TEMPORARY)
-        weight_gradients(tape, weights, w.value)
+        weight_gradients(tape, weights, w.parameter)
         del copy, block
         tape.policy.release(weights, backward=True)
         return (given,)
@@ -122,30 +194,55 @@ def add(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     return tape.result(tape.new(max(x.size, y.size)), (x, y), lambda grad: (grad, grad))
 
 
-def add_positions(tape: Tape, x: Tensor, weights: Weights, w: Widths) -> Tensor:
-    """Adds a learned (1, N, C) tensor; its gradient is the sum over the batch."""
-    tape.policy.fetch(weights, backward=False)
+def add_narrow(tape: Tape, x: Tensor, y: Tensor, given: Widths, w: Widths) -> Tensor:
+    """Sum of x and a y that may be narrower, which a CPU widens first; y's gradient is cast back.
+
+    Args:
+        tape, x, y: the terms, and where they lie.
+        given: widths of x.
+        w: widths of y.
+    """
+    if given.value == w.value:
+        return add(tape, x, y)
+    narrow = x.size // given.value * w.value
+    widened = tape.new(x.size if w.device == "cpu" else 0, TEMPORARY)
     out = tape.new(x.size)
+    del widened
+    return tape.result(out, (x, y), lambda grad: (grad, tape.new(narrow, GRADIENTS)))
+
+
+def add_positions(tape: Tape, x: Tensor, weights: Weights, w: Widths) -> Tensor:
+    """Adds a learned (1, N, C) tensor; its gradient is the sum over the batch.
+
+    Args:
+        tape, x, weights: as in `linear`.
+        w: widths of x; the sum is as wide as the parameters.
+    """
+    tape.policy.fetch(weights, backward=False)
+    narrow, size = x.size, x.size // w.value * w.parameter
+    widened = tape.new(size if w.casts and w.device == "cpu" else 0, TEMPORARY)
+    out = tape.new(size)
+    del widened
     tape.policy.release(weights, backward=False)
 
     def backward(grad: Storage) -> Gradients:
         tape.policy.fetch(weights, backward=True)
-        weight_gradients(tape, weights, w.value)
+        weight_gradients(tape, weights, w.parameter)
         tape.policy.release(weights, backward=True)
-        return (grad,)
+        return (tape.new(narrow, GRADIENTS) if w.casts else grad,)
 
     return tape.result(out, (x,), backward)
 
 
-def prepend(tape: Tape, x: Tensor, size: int, weights: Weights, w: Widths) -> Tensor:
-    """Joins a learned token before the others into a tensor of so many bytes; x's gradient is a view."""
+def prepend(tape: Tape, x: Tensor, numel: int, weights: Weights, w: Widths) -> Tensor:
+    """Joins a learned token before the others into so many values; x's gradient is a view."""
     tape.policy.fetch(weights, backward=False)
-    out = tape.new(size)
+    out = tape.new(numel * w.value)
     tape.policy.release(weights, backward=False)
 
     def backward(grad: Storage) -> Gradients:
         tape.policy.fetch(weights, backward=True)
-        weight_gradients(tape, weights, w.value)
+        weight_gradients(tape, weights, w.parameter)
         tape.policy.release(weights, backward=True)
         return (grad,)
 
@@ -160,7 +257,7 @@ def embed(tape: Tape, rows: int, width: int, weights: Weights, indices: Storage,
 
     def backward(grad: Storage) -> Gradients:
         tape.policy.fetch(weights, backward=True)
-        weight_gradients(tape, weights, w.value)
+        weight_gradients(tape, weights, w.parameter)
         tape.policy.release(weights, backward=True)
         return ()
 
@@ -183,10 +280,12 @@ def pool_mean(tape: Tape, x: Tensor, size: int, w: Widths) -> Tensor:
     return tape.result(out, (x,), lambda grad: (tape.new(whole, GRADIENTS),))
 
 
-def cast(tape: Tape, x: Tensor, size: int) -> Tensor:
-    """Another dtype, of so many bytes."""
-    before = x.size
-    return tape.result(tape.new(size), (x,), lambda grad: (tape.new(before, GRADIENTS),))
+def cast(tape: Tape, x: Tensor, numel: int, before: Widths, after: Widths) -> Tensor:
+    """So many values in another width; the tensor itself where it has that width already."""
+    if before.value == after.value:
+        return x
+    size = numel * before.value
+    return tape.result(tape.new(numel * after.value), (x,), lambda grad: (tape.new(size, GRADIENTS),))
 
 
 def cross_entropy(tape: Tape, logits: Tensor, targets: Storage) -> Tensor:
@@ -215,85 +314,3 @@ def dropout(tape: Tape, x: Tensor, w: Widths, *, last: bool = False) -> Tensor:
     noise = tape.new(size if w.device == "cpu" else size // w.value)
     tape.stopped |= last
     return tape.result(tape.new(size), (x,), lambda grad: (tape.new(size, GRADIENTS),), (noise,))
-
-
-def flash_block_bytes(tokens: int, head_dim: int, w: Widths) -> int:
-    """Scratch of fused attention on a CPU: per thread a block of scores, two rows and an output block.
-
-    Source: torch 2.13, aten/src/ATen/native/cpu/FlashAttentionKernel.cpp.
-    """
-    if w.device != "cpu":
-        return 0
-    queries = min(tokens, 256 if tokens >= 768 else 64 if tokens >= 192 else 32)
-    keys = min(tokens, 512)
-    block = (queries * keys + 2 * queries + queries * head_dim) * w.accumulator
-    return w.threads * (block + (queries * keys * w.value if w.value < w.accumulator else 0))
-
-
-def rotate(tape: Tape, x: Tensor, numel: int, w: Widths) -> Tensor:
-    """Queries or keys turned by rotary embedding, into a new tensor; nothing is kept."""
-    size = numel * w.value
-    halves = tape.new(size, TEMPORARY)
-    tape.new(size, TEMPORARY)
-    out = tape.new(size)
-    del halves
-
-    def backward(grad: Storage) -> Gradients:
-        tape.new(2 * size, TEMPORARY)
-        return (tape.new(size, GRADIENTS),)
-
-    return tape.result(out, (x,), backward)
-
-
-def positions(
-    tape: Tape, x: Tensor, batch: int, d_in: int, d_out: int, tiles: list[tuple[int, Weights]], w: Widths
-) -> Tensor:
-    """Every token times its position's matrix, tile by tile, joined into one tensor; keeps its input."""
-    total = sum(count for count, _ in tiles)
-    parts = [_position_tile(tape, x, batch * count, batch * total, d_in, d_out, weights, w) for count, weights in tiles]
-    return tape.result(tape.new(batch * total * d_out * w.value), parts, lambda grad: [grad] * len(tiles))
-
-
-def _position_tile(
-    tape: Tape, x: Tensor, rows: int, all_rows: int, d_in: int, d_out: int, weights: Weights, w: Widths
-) -> Tensor:
-    whole = all_rows * d_in * w.value
-    # A slice's gradient is as large as the whole input, nought elsewhere.
-    x = tape.result(x.storage, (x,), lambda grad: (tape.new(whole, GRADIENTS),))
-    tape.policy.fetch(weights, backward=False)
-    out = tape.new(rows * d_out * w.value)
-    tape.policy.release(weights, backward=False)
-
-    def backward(grad: Storage) -> Gradients:
-        tape.policy.fetch(weights, backward=True)
-        part = tape.new(rows * d_in * w.value, GRADIENTS)
-        weight_gradients(tape, weights, w.value)
-        tape.policy.release(weights, backward=True)
-        return (part,)
-
-    return tape.result(out, (x,), backward, (x.storage,))
-
-
-def fused_attention(
-    tape: Tape, rows: list[Tensor], batch: int, tokens: int, heads: int, head_dim: int, w: Widths
-) -> Tensor:
-    """Queries, keys and values through one fused kernel; keeps them, the output and a sum per row.
-
-    Args:
-        tape, w: as in `linear`.
-        rows: queries, keys and values, each of its own or as parts of one storage.
-        batch, tokens, heads, head_dim: sizes.
-    """
-    one = batch * tokens * heads * head_dim * w.value
-    out = tape.new(one)
-    sums = tape.new(batch * heads * tokens * w.accumulator)
-    block = flash_block_bytes(tokens, head_dim, w)
-    tape.new(block, TEMPORARY)
-    count = len(rows)
-
-    def backward(grad: Storage) -> Gradients:
-        grads = [tape.new(one, GRADIENTS) for _ in range(count)]
-        tape.new(2 * block, TEMPORARY)
-        return grads
-
-    return tape.result(out, rows, backward, (*(row.storage for row in rows), out, sums))

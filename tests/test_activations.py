@@ -58,7 +58,13 @@ def random_samples(spec: ModelSpec, batch: int, dtype: torch.dtype) -> tuple[Ten
     return torch.randint(spec.vocabulary, (batch, spec.context)), torch.randint(spec.vocabulary, (batch, spec.context))
 
 
-def counted_bytes(spec: ModelSpec, batch: int, dtype: torch.dtype, implementation: str = "grouped") -> int:
+def counted_bytes(
+    spec: ModelSpec,
+    batch: int,
+    dtype: torch.dtype,
+    implementation: str = "grouped",
+    autocast: torch.dtype | None = None,
+) -> int:
     """Unique storages that autograd saves in one forward pass and loss, weights and buffers left out."""
     network = build(spec, implementation=implementation, tile_relations=4).to(dtype)
     own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
@@ -72,7 +78,8 @@ def counted_bytes(spec: ModelSpec, batch: int, dtype: torch.dtype, implementatio
 
     inputs, targets = random_samples(spec, batch, dtype)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = network(inputs)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            logits = network(inputs)
         torch.nn.functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
@@ -94,6 +101,20 @@ def test_kept_for_backward_is_exact(base: dict[str, Any], operator: dict[str, An
         for dtype, batch in ((torch.float32, 3), (torch.bfloat16, 2), (torch.float16, 1)):
             predicted = kept_bytes(spec, batch, Widths.of(dtype.itemsize, "cpu"), implementation)
             assert predicted == counted_bytes(spec, batch, dtype, implementation), (implementation, dtype)
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+@pytest.mark.parametrize(
+    ("base", "checkpointing"),
+    [*((base, "none") for base in BASES), (VIT, "block"), (GPT, "block")],
+    ids=["vit", "mean", "no-class", "one-head", "gpt", "vit-block", "gpt-block"],
+)
+def test_kept_under_autocast_is_exact(base: dict[str, Any], operator: dict[str, Any], checkpointing: str) -> None:
+    spec = spec_of(base, operator | {"checkpointing": checkpointing})
+    for implementation in implementations(operator):
+        predicted = kept_bytes(spec, 2, Widths.autocast("cpu"), implementation)
+        counted = counted_bytes(spec, 2, torch.float32, implementation, autocast=torch.bfloat16)
+        assert predicted == counted, implementation
 
 
 def test_a_layer_keeps_its_input_and_the_attention_weights_and_nothing_else() -> None:

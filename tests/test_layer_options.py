@@ -90,11 +90,15 @@ def test_bfloat16_is_as_close_to_float64_as_its_reference() -> None:
     assert error <= reference + floor
 
 
+@pytest.mark.parametrize("implementation", ["grouped", "gather"])
 @pytest.mark.parametrize("roles", ["qkv", "kv", "q", "v"])
 @pytest.mark.parametrize("layer", [Translution, AlphaTranslution])
-def test_autocast_computes_in_bfloat16_and_keeps_gradients_in_float32(layer: type[Any], roles: str) -> None:
+def test_autocast_computes_in_bfloat16_and_keeps_gradients_in_float32(
+    layer: type[Any], roles: str, implementation: str
+) -> None:
     torch.manual_seed(0)
-    ours = layer(16, 2, grid=(3, 4), class_token=True, roles=roles, workspace_bytes=3000)
+    options: dict[str, Any] = {"roles": roles, "workspace_bytes": 3000, "implementation": implementation}
+    ours = layer(16, 2, grid=(3, 4), class_token=True, **options)
     x = torch.randn(2, 13, 16, requires_grad=True)
     exact = outputs(ours, x, torch.ones(2, 13, 16))
     with torch.autocast("cpu", dtype=torch.bfloat16):

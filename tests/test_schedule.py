@@ -10,7 +10,9 @@ import torch
 
 from translution.distributed.measure import count_every_allocation
 from translution.distributed.single import measure_passes
+from translution.planner.errors import InputError
 from translution.planner.model_spec import ModelSpec, parse_model_spec
+from translution.planner.relation_shape import Implementation
 from translution.planner.schedule import MICRO_BATCHES, replay
 from translution.planner.twins import Widths
 
@@ -70,13 +72,34 @@ GATHERED: list[dict[str, Any]] = [
     GPT | SMALL | LOW | {"context": 12, "roles": "kv", "dropout": 0.1},
     GPT | SMALL | {"context": 8, "operator": "translution", "heads": 1, "head_dim": 32},
 ]
+AUTOCAST: list[dict[str, Any]] = [
+    {"operator": "attention"},
+    {"operator": "attention", "rotary": True, "dropout": 0.2},
+    {"operator": "translution"},
+    {"operator": "translution", "roles": "kv", "checkpointing": "block"},
+    {"operator": "translution", "roles": "q", "dropout": 0.2, "relative_layers": "first:1"},
+    LOW,
+    LOW | {"roles": "qv", "rotary": True, "checkpointing": "block"},
+    {"operator": "bias"},
+    {"operator": "shaw"},
+    {"operator": "absolute", "checkpointing": "block"},
+]
 
 
-def check_peaks(spec: ModelSpec, batch: int, dtype: torch.dtype, **options: Any) -> None:
+def check_peaks(
+    spec: ModelSpec,
+    batch: int,
+    dtype: torch.dtype,
+    implementation: Implementation = "grouped",
+    autocast: torch.dtype | None = None,
+) -> None:
     count_every_allocation()
     packs = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    predicted = replay(spec, batch, Widths.of(dtype.itemsize, "cpu", packs=packs), 9, **options).memory.peaks
-    for phase, measured in measure_passes(spec, batch, dtype, 9, **options).items():
+    widths = Widths.of(dtype.itemsize, "cpu", packs=packs)
+    if autocast is not None:
+        widths = Widths.autocast("cpu", packs=packs)
+    predicted = replay(spec, batch, widths, 9, implementation=implementation).memory.peaks
+    for phase, measured in measure_passes(spec, batch, dtype, 9, implementation, autocast).items():
         ours = predicted[phase].total_bytes - predicted[phase].live_bytes[MICRO_BATCHES]
         assert 0.998 * measured <= ours <= 1.02 * measured, phase
 
@@ -113,3 +136,20 @@ def test_the_scratch_of_many_relations_at_a_time_is_bounded_from_above(
         for phase, measured in measure_passes(spec, 8, torch.float32, tile, "batched").items():
             ours = predicted[phase].total_bytes - predicted[phase].live_bytes[MICRO_BATCHES]
             assert 0.998 * measured <= ours <= 1.25 * measured
+
+
+@pytest.mark.parametrize("case", AUTOCAST, ids=str)
+@pytest.mark.parametrize("base", [VIT, VIT | {"pool": "mean", "class_token": False}, GPT], ids=["vit", "mean", "gpt"])
+def test_the_peak_under_autocast_is_predicted(base: dict[str, Any], case: dict[str, Any]) -> None:
+    check_peaks(parse_model_spec(base | case), 16, torch.float32, autocast=torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", GATHERED[1:4], ids=str)
+def test_the_published_ways_peak_under_autocast_is_predicted(case: dict[str, Any]) -> None:
+    check_peaks(parse_model_spec(case), 8, torch.float32, "gather", torch.bfloat16)
+
+
+def test_offload_is_refused_under_autocast() -> None:
+    spec = parse_model_spec(VIT | {"checkpointing": "offload"})
+    with pytest.raises(InputError, match="checkpointing: offload is not allowed: must be none or block under autocast"):
+        replay(spec, 2, Widths.autocast("cpu"))
