@@ -25,6 +25,7 @@ from common import describe_run, write_report
 
 from translution.distributed.measure import count_every_allocation
 from translution.distributed.measurement import few_steps, measure_plan
+from translution.distributed.rehearsal import read_rehearsal
 from translution.distributed.single import measure_passes
 from translution.models import build
 from translution.planner.cluster import load_cluster, local_cpu_cluster
@@ -36,7 +37,8 @@ from translution.planner.presets import preset
 from translution.planner.schedule import MICRO_BATCHES, replay
 from translution.planner.training import TrainingSpec
 from translution.planner.twins import Widths
-from translution.reports.accuracy import KEPT, PROCESS, RESIDENT, compare
+from translution.planner.units import format_bytes
+from translution.reports.accuracy import KEPT, PROCESS, RESIDENT, compare, pairs
 
 SIZES: dict[str, Any] = {"dim": 96, "depth": 3, "heads": 3}
 VIT: dict[str, Any] = {"family": "vit", "image": [64, 48], "patch": 8, "channels": 3, "classes": 100} | SIZES
@@ -198,6 +200,32 @@ def _misses(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def rehearsal_rows(run: Path) -> dict[str, Any]:
+    """A rehearsal of a run folder: what it was, and its rows."""
+    found = read_rehearsal(run)
+    if found is None:
+        sys.exit(f"rehearsal: {run} holds none")
+    rows = [
+        {"what": what, "predicted": predicted, "measured": measured}
+        for _, what, predicted, measured in pairs(found.prediction, found.measurement)
+        if measured and what != "other"
+    ]
+    text = f"Rank {found.rank} of {found.ranks} of {found.plan}, {found.layers} of {found.depth} layers run"
+    seconds = max(found.seconds.items())[1]
+    return {"what": text, "made": found.made.model_dump(), "seconds": sum(seconds.values()), "rows": rows}
+
+
+def _rehearsal_lines(rehearsal: dict[str, Any]) -> list[str]:
+    made = rehearsal["made"]
+    lines = ["## One rank of a large world", "", f"{rehearsal['what']}: `{made['command']}`, {made['date_utc']}."]
+    lines += ["Every value was meaningless, matrix products were allocated and not computed; the memory was real.", ""]
+    lines += ["| what | predicted | measured | ratio |", "|---|--:|--:|--:|"]
+    for row in rehearsal["rows"]:
+        sizes = f"{format_bytes(row['predicted'])} | {format_bytes(row['measured'])}"
+        lines.append(f"| {row['what']} | {sizes} | {row['predicted'] / row['measured']:.3f} |")
+    return [*lines, ""]
+
+
 def render(document: dict[str, Any]) -> str:
     """The report as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in document["machine"].items())
@@ -221,8 +249,8 @@ def render(document: dict[str, Any]) -> str:
         slowest = max(times, key=lambda row: row["seconds"])
         text = f"{len(times)} presets on 512 ranks: at most {slowest['seconds'] * 1e3:.0f} ms, for {slowest['what']}."
         parts += ["## Time of an estimate", "", text, ""]
-    for line in document.get("rehearsals", []):
-        parts += ["## One rank of a large world", "", line, ""]
+    if "rehearsal" in document:
+        parts += _rehearsal_lines(document["rehearsal"])
     return "\n".join(parts)
 
 
@@ -239,6 +267,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for accuracy.md and accuracy.json")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="runs of two ranks")
+    parser.add_argument("--rehearsal", type=Path, help="run folder of a rehearsal, to be shown too")
     parser.add_argument("--rows", choices=("counts", "passes"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rows:
@@ -255,6 +284,8 @@ def main() -> None:
         }
         sections[name] = list(here[name]()) if name in here else _apart(name)
     document["sections"] = sections
+    if arguments.rehearsal:
+        document["rehearsal"] = rehearsal_rows(arguments.rehearsal)
     write_report(arguments.out, "accuracy", document, render(document))
 
 

@@ -87,6 +87,21 @@ def next_run_folder(plan_folder: Path) -> Path:
     return plan_folder / RUNS / f"{number:03d}"
 
 
+def end_with_launcher() -> None:
+    """End this rank soon after the launching process is gone, however that ended."""
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher is None:
+        return
+
+    def watch() -> None:
+        while Path(f"/proc/{launcher}").exists():
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if Path("/proc/self").exists():
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def new_run_folder(plan_folder: Path, run: Path | None) -> Path:
     """Make the run folder: the one named, or the next free ``runs/NNN`` of the plan folder.
 

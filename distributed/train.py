@@ -10,9 +10,7 @@ import json
 import math
 import os
 import shlex
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,7 +30,7 @@ from translution.planner.simulation import BACKWARD, FORWARD, INIT, RESUME, SAVE
 
 from . import host, measure
 from .data import Samples, load_samples, micro_batches
-from .launch import LAUNCHER_PID
+from .launch import end_with_launcher
 from .recorder import Between, Recorder, RunPhase, Watch, run_phase
 from .run_files import (
     CHECKPOINT,
@@ -347,21 +345,6 @@ class Rank:
         self.say("finished")
 
 
-def _end_with_launcher() -> None:
-    """End this rank soon after the launching process is gone, however that ended."""
-    launcher = os.environ.get(LAUNCHER_PID)
-    if launcher is None:
-        return
-
-    def watch() -> None:
-        while Path(f"/proc/{launcher}").exists():
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    if Path("/proc/self").exists():
-        threading.Thread(target=watch, daemon=True).start()
-
-
 def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
     """Run one rank of a plan; called on every rank.
 
@@ -385,7 +368,7 @@ def run_rank(rank: Rank, work: Callable[[], None]) -> None:
     """Do a rank's work, leave its last word in its status, and clear up."""
     # DeepSpeed 0.19.8 calls what torch 2.13 has renamed, and torch says so at every call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
-    _end_with_launcher()
+    end_with_launcher()
     plan = rank.plan
     if plan.cluster.device == "cpu":
         measure.count_every_allocation()
