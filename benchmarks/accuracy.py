@@ -217,7 +217,7 @@ def rehearsal_rows(run: Path) -> dict[str, Any]:
 
 def _rehearsal_lines(rehearsal: dict[str, Any]) -> list[str]:
     made = rehearsal["made"]
-    lines = ["## One rank of a large world", "", f"{rehearsal['what']}: `{made['command']}`, {made['date_utc']}."]
+    lines = ["## One rank of a large world", "", f"{rehearsal['what']}: `{made['command']}`, {made['time_utc']}."]
     lines += ["Every value was meaningless, matrix products were allocated and not computed; the memory was real.", ""]
     lines += ["| what | predicted | measured | ratio |", "|---|--:|--:|--:|"]
     for row in rehearsal["rows"]:
