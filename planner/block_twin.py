@@ -92,6 +92,13 @@ class BlockTwin:
         low = [weights for _, weights in self.low.values()]
         return [self.joint, *low, *tiles, *([self.low_output] if "v" in spec.roles else []), *output]
 
+    @property
+    def construction(self) -> list[Weights]:
+        """The operator's in the order in which they are made: a block of relations after the other."""
+        tiles = sorted((*self.logit_tiles, *self.value_tiles), key=lambda tile: tile.first)
+        own, made = {id(tile.weights) for tile in tiles}, iter(tiles)
+        return [next(made).weights if id(weights) in own else weights for weights in self.operator_modules]
+
     def _shape(self, d_in: int, d_out: int) -> RelationShape:
         spec = self.spec
         return RelationShape(spec.geometry, self.batch, spec.heads, d_in, d_out, spec.inner_dim, self.w, spec.dropout)

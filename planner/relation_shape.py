@@ -70,7 +70,7 @@ class RelationShape:
     def workspace_rows(self) -> int:
         """Rows of the scratch matrices."""
         row = 2 * (self.d_in + self.d_out) * self.widths.value
-        limit = self.workspace_limit // (1 if self.widths.device == "cpu" else 4)
+        limit = self.workspace_limit // (4 if self.widths.batched else 1)
         return max(self.geometry.width, min(self.batch * self.geometry.patches, limit // row))
 
     @property
@@ -89,7 +89,7 @@ class RelationShape:
         Tokens have up to twice as many slots as a chunk has pairs (models/pair_chunks.py).
         """
         pairs = min(tile.pairs, self.most_pairs)
-        if not pairs or self.widths.device == "cpu":
+        if not pairs or not self.widths.batched:
             return 0
         value, wide = self.widths.value, self.widths.accumulator
         if backward:
@@ -111,7 +111,7 @@ class RelationShape:
 
         On a GPU they serve the relations that are not taken many at a time, and have a quarter of the limit.
         """
-        if self.widths.device != "cpu" and not (self.geometry.class_token or self._too_large):
+        if self.widths.batched and not (self.geometry.class_token or self._too_large):
             return 0
         return self.workspace_rows * 2 * (self.d_in + self.d_out) * self.widths.value
 

@@ -134,7 +134,7 @@ class RelationTwin:
     def _matrix_bytes(self, tile: TileTwin) -> int:
         """What autocast casts at a time: a relation's matrix, on a GPU at most a tile's."""
         shape, w = self.shape, self.w
-        count = 1 if w.device == "cpu" else tile.count
+        count = tile.count if w.batched else 1
         return count * shape.d_in * shape.d_out * w.value if w.casts else 0
 
     def _logit_tile(self, tile: TileTwin) -> None:

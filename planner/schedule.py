@@ -98,7 +98,7 @@ class NetworkTwin:
     @property
     def construction(self) -> list[Weights]:
         """The same in the order in which they are made: all operators first."""
-        operators = [weights for block in self.blocks for weights in block.operator_modules]
+        operators = [weights for block in self.blocks for weights in block.construction]
         made = set(map(id, operators))
         return operators + [weights for weights in self.modules if id(weights) not in made]
 
@@ -112,7 +112,7 @@ class NetworkTwin:
         turning = sum(
             spec.rotary_attention if operator == "attention" else spec.rotary for operator in spec.layer_operators
         )
-        grouped = {"translution", "alpha"} & set(spec.layer_operators) and self.w.device != "cpu"
+        grouped = {"translution", "alpha"} & set(spec.layer_operators) and self.w.batched
         lists = spec.geometry.total_pairs * 7 * INDEX_BYTES if grouped else 0
         return turning * spec.tokens * spec.head_dim * self.w.parameter + lists
 

@@ -6,7 +6,7 @@ what the network allocates meet at the moments when they do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .activations import sample_bytes
 from .cluster import ClusterSpec
@@ -99,8 +99,9 @@ def simulate(
     """
     widths = Widths.of(training.dtype_bytes, cluster.device, threads)
     if rehearsed:
-        # The operator takes the CPU's way, and its products need no scratch where they are not computed.
-        widths = Widths.of(training.dtype_bytes, "cpu", threads, packs=False)
+        # Products need no scratch where they are not computed; the operator takes its device's way.
+        own = Widths.of(training.dtype_bytes, "cpu", threads, packs=False)
+        widths = replace(own, batched=widths.batched, copies_products=widths.copies_products)
     network = NetworkTwin(spec, training.micro_batch, widths, tile_relations)
     setting = Setting(training, zero, cluster.ranks, rank)
     memory = RankMemory("cpu" if rehearsed else cluster.device, record=record, alone=rehearsed)

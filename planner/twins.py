@@ -33,7 +33,8 @@ class Widths:
     """CPU threads, each with blocks of its own."""
     packs: bool = True
     """Whether the CPU packs the matrices of half-width products: with AVX-512; other CPUs need no scratch."""
-
+    batched: bool = False
+    """Whether many relations are multiplied at a time, as on a GPU."""
     copies_products: bool = False
     """Whether gradients of a tile's matrices are made in another tensor first, as a GPU's grouped product does."""
 
@@ -41,13 +42,14 @@ class Widths:
     def of(cls, dtype_bytes: int, device: str, threads: int = 1, *, packs: bool = True) -> Widths:
         """The widths for a model dtype of so many bytes on "cpu" or "cuda"."""
         wide = max(4, dtype_bytes)
-        statistic = dtype_bytes if device == "cpu" else wide
-        return cls(dtype_bytes, dtype_bytes, statistic, wide, device, threads, packs, device == "cuda")
+        statistic, gpu = dtype_bytes if device == "cpu" else wide, device == "cuda"
+        return cls(dtype_bytes, dtype_bytes, statistic, wide, device, threads, packs, gpu, gpu)
 
     @classmethod
     def autocast(cls, device: str, threads: int = 1, *, packs: bool = True) -> Widths:
         """The widths for fp32 parameters under `torch.autocast` to bf16 or fp16 on "cpu" or "cuda"."""
-        return cls(2, 4, 4, 4, device, threads, packs, device == "cuda")
+        gpu = device == "cuda"
+        return cls(2, 4, 4, 4, device, threads, packs, gpu, gpu)
 
     @property
     def casts(self) -> bool:
