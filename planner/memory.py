@@ -23,9 +23,7 @@ from .units import format_bytes
 
 BOOKKEEPING = "bookkeeping"
 BOOKKEEPING_BYTES = 2**16
-BOOKKEEPING_TENSOR_BYTES = 1280
-"""Scalars, counts of steps, the order of the samples, and what DeepSpeed notes of each parameter: measured below
-this on CPU ranks, 25 KB for 55 parameters and 2.2 MB for 1,784."""
+"""Scalars, counts of steps, the order of the samples: measured below this on CPU ranks of small runs."""
 TRAINING_PHASES = (FORWARD, BACKWARD, STEP)
 __all__ = [
     "BACKWARD", "BETWEEN", "FIRST_STEP", "FORWARD", "INIT", "PHASES", "RESUME", "SAVE", "STEP",
@@ -148,9 +146,8 @@ def ledger(simulation: Simulation, setting: Setting, constants: GpuConstants | N
         constants: what a GPU's device holds beside tensors; None for CPU ranks.
     """
     own: Tier = "host" if simulation.memory.on_cpu else "device"
-    text = "64 KiB, and 1,280 bytes a parameter tensor: scalars, order of samples; an upper bound"
-    size = BOOKKEEPING_BYTES + BOOKKEEPING_TENSOR_BYTES * simulation.tensors
-    extra = LedgerEntry(name=BOOKKEEPING, bytes=size, formula=text, source="measured")
+    text = "scalars, order of samples; an upper bound"
+    extra = LedgerEntry(name=BOOKKEEPING, bytes=BOOKKEEPING_BYTES, formula=text, source="measured")
     peaks = []
     for phase in PHASES:
         for tier in simulation.memory.tiers:

@@ -36,8 +36,6 @@ class Simulation:
     """By phase and tier."""
     kept_bytes: int
     """Kept for backward by one micro-batch, on the device itself."""
-    tensors: int
-    """Parameter tensors of the model."""
 
 
 class _Order(ParameterPolicy):
@@ -130,4 +128,4 @@ def simulate(
     for tier in memory.tiers:
         built, resumed = peaks[INIT, tier], peaks[RESUME, tier]
         peaks[RESUME, tier] = max(built, resumed, key=lambda peak: peak.total_bytes)
-    return Simulation(memory, peaks, kept, sum(len(weights.numels) for weights in network.modules))
+    return Simulation(memory, peaks, kept)
