@@ -25,14 +25,14 @@ from common import describe_run, write_report
 
 from translution.distributed.measure import count_every_allocation
 from translution.distributed.measurement import few_steps, measure_plan
-from translution.distributed.rehearsal import read_rehearsal
+from translution.distributed.rehearsal import predict, read_rehearsal
 from translution.distributed.single import measure_passes
 from translution.models import build
 from translution.planner.cluster import load_cluster, local_cpu_cluster
 from translution.planner.memory import estimate_memory
 from translution.planner.model_spec import ModelSpec, parse_model_spec
 from translution.planner.parameters import count_parameters
-from translution.planner.plan import choose_tile, choose_zero, make_plan
+from translution.planner.plan import choose_tile, choose_zero, load_plan, make_plan
 from translution.planner.presets import preset
 from translution.planner.schedule import MICRO_BATCHES, replay
 from translution.planner.training import TrainingSpec
@@ -207,7 +207,8 @@ def rehearsal_rows(run: Path) -> dict[str, Any]:
         sys.exit(f"rehearsal: {run} holds none")
     rows = [
         {"what": what, "predicted": predicted, "measured": measured}
-        for _, what, predicted, measured in pairs(found.prediction, found.measurement)
+        # Predicted by the planner as it is now: a measurement outlives a mended prediction.
+        for _, what, predicted, measured in pairs(predict(load_plan(run)), found.measurement)
         if measured and what != "other"
     ]
     text = f"Rank {found.rank} of {found.ranks} of {found.plan}, {found.layers} of {found.depth} layers run"
