@@ -333,11 +333,12 @@ class RelationTwin:
         grads = [tape.new(numel * w.parameter, WEIGHT_GRADIENTS) for numel in tile.weights.numels]
         cast = w.accumulator if self.half else 0
         rows, found = self._class_rows(tile)
-        width = shape.d_in
-        for name in ("query", "key"):
-            self._input_gradient(name, self.source_widths.get(name, width))
+        widths = {name: self.source_widths.get(name, shape.d_in) for name in ("query", "key")}
+        for name, width in widths.items():
+            self._input_gradient(name, width)
         self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=False, backward=True))
-        row = (shape.heads * w.value if self.half else 0) + shape.d_in * cast
+        # Rows are widened to be added; a plain role's are as wide as its source.
+        row = (shape.heads * w.value if self.half else 0) + max(widths.values()) * cast
         self._moment(self._patch_rows(tile) * row, 2 * self._matrix_bytes(tile))
         self._product_scratch(self._patch_rows(tile), backward=True)
         if found:

@@ -58,6 +58,9 @@ CASES: list[dict[str, Any]] = [
     WIDE | {"operator": "translution", "window": 2},
     WIDE | LOW | {"rotary": True},
 ]
+# A plain role beside a relative one, whose rows are wider than the model: at the peak in half precision alone.
+WIDER: dict[str, Any] = GPT | {"operator": "translution", "roles": "k", "dim": 32, "head_dim": 32, "depth": 1}
+WIDER |= {"context": 40, "vocabulary": 53, "ffn_dim": 32}
 
 SMALL: dict[str, Any] = {"dim": 32, "heads": 2, "ffn_dim": 48}
 GATHERED: list[dict[str, Any]] = [
@@ -106,7 +109,7 @@ def check_peaks(
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [*((case, torch.float32) for case in CASES), *((case, torch.bfloat16) for case in CASES[: len(BOTH)])],
+    [*((case, torch.float32) for case in CASES), *((case, torch.bfloat16) for case in (*CASES[: len(BOTH)], WIDER))],
     ids=str,
 )
 def test_the_peak_of_forward_and_backward_is_predicted(case: dict[str, Any], dtype: torch.dtype) -> None:
