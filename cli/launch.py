@@ -67,7 +67,6 @@ def run_launch(plan_folder: Path, run: Path | None, *, dry_run: bool) -> None:
     if dry_run:
         command = launch_command(plan, plan_folder, run or next_run_folder(plan_folder), port=29500)
         variables = launch_environment(plan.cluster)
-        variables.pop("PATH", None)
         changed = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if os.environ.get(name) != value]
         print(" ".join([*changed, shlex.join(command)]))
         return

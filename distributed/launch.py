@@ -65,8 +65,10 @@ def launch_command(plan: Plan, plan_folder: Path, run: Path, port: int, *options
 
 def launch_environment(cluster: ClusterSpec) -> dict[str, str]:
     """What the ranks need in their environment, beside this process's own."""
-    # An environment that is not activated still has its own ninja, which compiles DeepSpeed's ops.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    # An environment that is not activated still has its own ninja, which compiles DeepSpeed's ops. Another ninja
+    # would compile them anew, and the next run with this one too: versions do not know each other's commands.
+    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    path = path if path.split(os.pathsep)[0] == own else os.pathsep.join([own, path])
     if cluster.device == "cuda":
         return {"PATH": path}
     threads = max(1, usable_cores() // cluster.ranks_per_node)
@@ -87,6 +89,15 @@ def next_run_folder(plan_folder: Path) -> Path:
     return plan_folder / RUNS / f"{number:03d}"
 
 
+def process_lives(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
 def end_with_launcher() -> None:
     """End this rank soon after the launching process is gone, however that ended."""
     launcher = os.environ.get(LAUNCHER_PID)
@@ -94,7 +105,7 @@ def end_with_launcher() -> None:
         return
 
     def watch() -> None:
-        while Path(f"/proc/{launcher}").exists():
+        while process_lives(int(launcher)):
             time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -20,6 +20,7 @@ from .constant_entry import GpuOverrides, read_overrides
 from .errors import InputError
 from .files import SPEC_SUFFIXES, read_mapping
 from .gpu_constants import GpuConstants, gpu_constants
+from .measured_rates import MeasuredRates
 from .model_spec import Positive
 from .schema import Schema, validate
 from .units import GIB
@@ -69,6 +70,8 @@ class ClusterSpec(Schema):
     """In whatever currency the user counts."""
     gpu_constants: GpuOverrides | None = None
     """This machine's own figures of what a device holds beside torch's tensors."""
+    measured: MeasuredRates | None = None
+    """What `translution calibrate` measured; the rates above are peaks."""
 
     @property
     def ranks(self) -> int:

@@ -158,7 +158,7 @@ def deepspeed_config(training: TrainingSpec, zero: ZeroSpec, ranks: int) -> dict
     stage: dict[str, Any] = {
         "stage": zero.stage,
         "contiguous_gradients": True,
-        "overlap_comm": False,
+        "overlap_comm": zero.overlap_comm,
         "reduce_bucket_size": zero.reduce_bucket_elements,
     }
     if zero.stage in (1, 2):

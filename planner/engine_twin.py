@@ -26,6 +26,7 @@ OPTIMIZER_TEMPORARIES, NORM = "optimizer temporaries", "gradient norm"
 CONSTRUCTION, STAGING, LOADED = "construction", "host staging", "loaded checkpoint"
 OPTIMIZER_BUFFERS, PARAM_BUFFERS = "optimizer swap buffers", "parameter swap buffers"
 SUB_GROUP_BUFFER = "sub-group swap buffer"
+STREAMS = "other streams"
 OFFLOAD_COPIES, FIRST_COPIES = "offload copies", "first pinned copies"
 
 NORM_BYTES = 8

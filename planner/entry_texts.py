@@ -36,6 +36,7 @@ _FIXED: dict[str, tuple[str, str]] = {
     ),
     names.PARAM_BUFFERS: ("buffer_count · buffer_size, aligned", f"{_SWAP}/partitioned_param_swapper.py:104"),
     names.SUB_GROUP_BUFFER: ("the largest sub-group's whole tensors, for all ranks' shares", f"{_ZERO3}:1009"),
+    names.STREAMS: ("two gathers and two reductions that wait for another stream; an upper bound", f"{_ZERO3}:462"),
     names.FIRST_COPIES: ("pinned shares that the flat buffer replaced, kept by the allocator", f"{_ZERO3}:906"),
     names.LOADED: ("a rank's own file, read whole", "runtime/engine.py:4816"),
 }

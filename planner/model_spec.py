@@ -100,7 +100,9 @@ class ModelSpecBase(Schema):
     c2: Size = 16
     """Second low width per head of α-Translution."""
     relative_layers: str | tuple[int, ...] = "all"
-    """Which layers use the relative operator; the others are rotary self-attention."""
+    """Which layers use the relative operator."""
+    other_layers: Literal["attention", "alpha"] = "attention"
+    """What the others are: rotary self-attention, or beside full Translution its low-rank form."""
     window: Annotated[int, Field(ge=0, le=2**20, strict=True)] | None = None
     """Pairs of tokens farther apart than this do not exist in the relative layers; null: all exist."""
     checkpointing: Literal["none", "block", "offload"] = "none"
@@ -137,7 +139,10 @@ class ModelSpecBase(Schema):
             raise ValueError(f"window: {self.window} is not allowed: must be null for operator {self.operator}")
         if self.rotary and self.operator not in ("attention", "alpha"):
             raise ValueError(f"rotary: True is not allowed: must be false for operator {self.operator}")
-        if (self.rotary or hybrid) and self.head_dim % self._rotary_multiple():
+        if self.other_layers == "alpha" and self.operator != "translution":
+            raise ValueError(f"other_layers: 'alpha' is not allowed: must be attention for operator {self.operator}")
+        turning = self.rotary or (hybrid and self.other_layers == "attention")
+        if turning and self.head_dim % self._rotary_multiple():
             raise ValueError(
                 f"head_dim: {self.head_dim} is not allowed: must be a multiple of {self._rotary_multiple()} "
                 "for rotary layers"
@@ -172,7 +177,7 @@ class ModelSpecBase(Schema):
     def layer_operators(self) -> tuple[Operator, ...]:
         """The operator of each layer."""
         relative = set(parse_layers(self.relative_layers, self.depth))
-        operators: list[Operator] = [self.operator if n in relative else "attention" for n in range(self.depth)]
+        operators: list[Operator] = [self.operator if n in relative else self.other_layers for n in range(self.depth)]
         return tuple(operators)
 
     @property

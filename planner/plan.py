@@ -17,11 +17,13 @@ from .model_spec import ModelSpec, Positive, VitSpec
 from .parameters import TABLES, parameter_groups, table_entries
 from .schema import Schema, parse_json, validate
 from .shards import partitioned
+from .step_time import StepTime, estimate_step_time
 from .training import OffloadDevice, TrainingSpec, ZeroSpec
 from .units import format_bytes
 
 SCHEMA_VERSION: Literal[2] = 2
 PLAN_FILE = "plan.json"
+DEEPSPEED_VERSION, TORCH_VERSION = "0.19.8", "2.13"
 TILE_ELEMENTS = 2**26
 """Largest tile that is chosen unasked: 128 MiB in bf16."""
 DIGITS_TRAINING_SAMPLES = 1433
@@ -53,6 +55,11 @@ class Plan(Schema):
     tile_relations: Positive | None
     """Relations per tile of a table; null keeps tables whole."""
     prediction: MemoryEstimate
+    time: StepTime | None = None
+    """Predicted, where the cluster's rates are known."""
+    deepspeed_version: str = DEEPSPEED_VERSION
+    torch_version: str = TORCH_VERSION
+    """What the knobs and the predictions were made for."""
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The content of ``ds_config.json``."""
@@ -81,7 +88,7 @@ def choose_tile(spec: ModelSpec, ranks: int) -> int | None:
     if not tables:
         return None
     relations = table_entries(spec)
-    matrix = tables[0].numel // relations
+    matrix = max(group.shape[1] * group.shape[2] for group in tables)
     count = max(1, min(TILE_ELEMENTS // matrix, -(-relations // 4)))
     for smaller in range(count, count // 2, -1):
         if smaller * matrix % ranks == 0:
@@ -146,13 +153,17 @@ def choose_zero(
     return validate(_ZERO, values, "plan", tuple(ZeroSpec.model_fields))
 
 
-def _check_data(spec: ModelSpec, training: TrainingSpec, ranks: int) -> None:
+def check_data(spec: ModelSpec, training: TrainingSpec, global_batch: int) -> None:
+    """Refuse data that does not suit the model, or more samples in a step than there are.
+
+    Raises:
+        InputError: naming the field.
+    """
     if training.data != "digits":
         return
-    step = training.global_batch(ranks)
-    if step > DIGITS_TRAINING_SAMPLES:
+    if global_batch > DIGITS_TRAINING_SAMPLES:
         raise InputError(
-            f"global batch: {step} (micro-batch x accumulation x ranks) is not allowed: must be at most "
+            f"global batch: {global_batch} (micro-batch x accumulation x ranks) is not allowed: must be at most "
             f"{DIGITS_TRAINING_SAMPLES}, the training samples of digits"
         )
     if not (isinstance(spec, VitSpec) and spec.classes >= 10):
@@ -177,15 +188,10 @@ def override_zero(zero: ZeroSpec, knobs: Mapping[str, object]) -> ZeroSpec:
     return validate(_ZERO, values, "plan", tuple(ZeroSpec.model_fields))
 
 
-def _check_room(
-    spec: ModelSpec,
-    cluster: ClusterSpec,
-    training: TrainingSpec,
-    zero: ZeroSpec,
-    tile_relations: int | None,
-    prediction: MemoryEstimate,
-) -> None:
+def _check_room(plan: Plan) -> None:
     """Refuse what a rank's device or a node's host memory has no room for."""
+    spec, cluster, training, zero, prediction = plan.model, plan.cluster, plan.training, plan.zero, plan.prediction
+    tile_relations = plan.tile_relations
     subject = f"{spec.name} does not fit on {cluster.name} with ZeRO-{zero.stage}"
     if prediction.peak_bytes > cluster.device_memory_bytes:
         floor = atomic_floor(spec, training, tile_relations)
@@ -241,7 +247,7 @@ def make_plan(
             does not run the combination of optimizer, dtypes and offload.
         DoesNotFitError: if a rank's device or a node's host has less memory than predicted.
     """
-    _check_data(spec, training, cluster.ranks)
+    check_data(spec, training, training.global_batch(cluster.ranks))
     if offload not in OFFLOAD:
         allowed = ", ".join(OFFLOAD)
         raise InputError(f"offload: {offload!r} is not allowed: must be one of {allowed}{nearest(offload, OFFLOAD)}")
@@ -256,8 +262,28 @@ def make_plan(
     if knobs:
         zero = override_zero(zero, knobs)
     check_training_state(training, zero, cluster.device)
-    prediction = estimate_memory(spec, cluster, training, zero, tile_relations)
-    _check_room(spec, cluster, training, zero, tile_relations, prediction)
+    plan = finish_plan(spec, cluster, training, zero, tile_relations)
+    _check_room(plan)
+    return plan
+
+
+def finish_plan(
+    spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, zero: ZeroSpec, tile_relations: int | None
+) -> Plan:
+    """A plan whose knobs are all chosen, with what it is predicted to need.
+
+    Args:
+        spec: the model.
+        cluster: where it runs.
+        training: how it trains.
+        zero: the stage, its knobs and offload.
+        tile_relations: relations per tile; None keeps tables whole.
+    """
+    try:
+        time = estimate_step_time(spec, cluster, training, zero, tile_relations)
+    except InputError:
+        # A cluster whose rates nobody gave.
+        time = None
     return Plan(
         made_by=f"translution-scale {version()}",
         model=spec,
@@ -265,7 +291,8 @@ def make_plan(
         training=training,
         zero=zero,
         tile_relations=tile_relations,
-        prediction=prediction,
+        prediction=estimate_memory(spec, cluster, training, zero, tile_relations),
+        time=time,
     )
 
 

@@ -177,6 +177,8 @@ class ZeroSpec(Schema):
     max_reuse_distance_elements: NonNegative = 0
     persistence_threshold_elements: NonNegative = 100_000
     sub_group_elements: Positive = 100_000_000
+    overlap_comm: bool = False
+    """Reduce and, with prefetch, gather beside the computation, on a GPU's other streams."""
     offload_optimizer: OffloadOptimizer = OffloadOptimizer()
     offload_param: OffloadParam = OffloadParam()
 

@@ -27,6 +27,7 @@ from .engine_twin import (
     STAGING,
     STATES,
     STEP_GRADIENTS,
+    STREAMS,
     SUB_GROUP_BUFFER,
     EngineTwin,
     Setting,
@@ -85,6 +86,9 @@ class Zero3Twin(EngineTwin):
         self._make_master()
         self._make_step_gradients()
         self.keep(self.memory.device, BUCKET, self.zero.reduce_bucket_elements * self.width)
+        if self.zero.overlap_comm and not self.memory.on_cpu:
+            largest = max(shard.numel for shard in self.shards)
+            self.keep(self.memory.device, STREAMS, 2 * (largest + self.zero.reduce_bucket_elements) * self.width)
         self.memory.at("gradients")
         self._keep_on_host_pinned(SHARED_GRADIENTS, self.elements * self.setting.accumulation_width)
         self._gather_each()

@@ -124,7 +124,9 @@ class ZeroTwin(EngineTwin):
         """Stage 2 reduces them bucket by bucket, stage 1 when backward is over."""
         if self.bucket is None:
             size = self.setting.zero.reduce_bucket_elements * self.setting.width
-            self.bucket = Storage(self.memory.device, BUCKET, size)
+            # A second one is filled while the first is reduced on another stream.
+            double = self.setting.zero.overlap_comm and not self.memory.on_cpu
+            self.bucket = Storage(self.memory.device, BUCKET, size * (1 + double))
         if not self.cuts:
             # Those of a later micro-batch are added to the first ones.
             self.waiting.setdefault(id(weights), list(grads))

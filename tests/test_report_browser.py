@@ -93,7 +93,8 @@ def test_hovering_says_what_is_live_where(browser: Browser, report_page: Path) -
     assert rows["phase"] == "backward"
     assert rows["moment"].endswith(", backward")
     assert {"parameters", "optimizer states", "activations"} <= set(rows)
-    points = timelines_of(load_plan(report_page.parent / "plan"))["device"].points
+    plan = load_plan(report_page.parent / "plan")
+    points = timelines_of(plan)[plan.prediction.own_tier].points
     assert rows["in all"] in {format_bytes(point.total_bytes) for point in points}
 
 

@@ -17,7 +17,7 @@ from runs import TINY, run_plan, run_ranks_of, write_plan
 
 from translution.cli.app import run as run_cli
 from translution.distributed.data import load_digits, micro_batches
-from translution.distributed.launch import free_port, launch_environment
+from translution.distributed.launch import free_port, launch_environment, process_lives
 from translution.distributed.ops import prepare_ops
 from translution.distributed.run_files import (
     METRICS,
@@ -46,13 +46,6 @@ def compiled_ops(tmp_path_factory: pytest.TempPathFactory) -> None:
 def metrics(run: Path, event: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     return [line for line in lines if line["event"] == event]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize(("ranks", "checkpointing"), [(1, "none"), (2, "none"), (2, "block"), (2, "offload")])
@@ -147,10 +140,11 @@ def test_a_killed_process_fails_the_launch_and_leaves_nothing_behind(tmp_path: P
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.wait()
     assert process.returncode == 1
     assert errors.count("\n") == 1
     assert "translution: error: rank" in errors
-    assert not any(alive(pid) for pid in pids)
+    assert not any(process_lives(pid) for pid in pids)
 
 
 @pytest.mark.parametrize(
@@ -171,14 +165,15 @@ def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) 
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.wait()
     assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}.get(end, 1)
     if end in (signal.SIGTERM, signal.SIGHUP):
         assert errors == f"translution: error: ended by {end.name}\n"
     assert len(pids) == 2
     deadline = time.monotonic() + 20
-    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+    while any(process_lives(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not any(alive(pid) for pid in pids)
+    assert not any(process_lives(pid) for pid in pids)
 
 
 def test_the_printed_command_runs_a_plan_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

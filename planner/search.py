@@ -1,0 +1,310 @@
+"""The search for the best plan: thousands of candidates by closed forms, the chosen one by a replay.
+
+``search(model, cluster, training)`` is the planner's main entry: which stage, offload, batch, tile and knobs to run
+on how many nodes, why, and why not otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .bounds import Bounds, bound_memory
+from .cluster import ClusterSpec
+from .deepspeed_config import NVME_BLOCK_BYTES, check_training_state
+from .errors import DoesNotFitError, InputError
+from .memory import BOOKKEEPING_BYTES, MemoryEstimate, estimate_memory
+from .model_spec import ModelSpec
+from .parameters import TABLES, parameter_groups
+from .plan import Plan, check_data, finish_plan
+from .rates import Rates
+from .search_space import (
+    SAMPLES_PER_RANK,
+    Family,
+    Objective,
+    Variant,
+    Wishes,
+    batches,
+    families,
+    node_counts,
+    tiles,
+    variants,
+)
+from .step_time import step_parts, total_seconds
+from .training import TrainingSpec, ZeroSpec
+
+NEARLY = 1.25
+"""Closed forms are above the replayed peaks by at most about so much; beyond it a candidate is not replayed."""
+REPLAYS = 4
+"""Replays of candidates that the closed forms reject; each takes up to some hundredths of a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to train."""
+
+    family: Family
+    spec: ModelSpec
+    cluster: ClusterSpec
+    training: TrainingSpec
+    zero: ZeroSpec
+    tile_relations: int | None
+    seconds: float
+    """Of an optimizer step, likely."""
+    bounds: Bounds
+    usage: float
+    """The most that any memory would be filled, of what may be."""
+
+    @property
+    def sample_seconds(self) -> float:
+        """Of one sample."""
+        return self.seconds / self.training.global_batch(self.cluster.ranks)
+
+    def cost(self, objective: Objective) -> tuple[float, ...]:
+        """What the objective makes small, then what decides between equals."""
+        nodes, seconds, memory = float(self.cluster.nodes), self.sample_seconds, float(self.bounds.device)
+        return {
+            "time": (seconds, nodes, memory),
+            "nodes": (nodes, seconds, memory),
+            "cost": (nodes * seconds, seconds, memory),
+            "memory": (memory, seconds, nodes),
+        }[objective]
+
+    @property
+    def twin(self) -> tuple[object, ...]:
+        """What candidates of all but the same memory share."""
+        return (self.family, self.cluster.nodes, self.training.micro_batch, self.spec.checkpointing, self.zero)
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a rank may take of each memory of a cluster, and what of it tensors may."""
+
+    device: int
+    host: int
+    """Pageable and pinned together."""
+    nvme: int | None
+    separate: bool
+    """Whether the device is not the host itself."""
+    fixed_device: int
+    """What a GPU holds beside torch's tensors; likewise its host."""
+    fixed_host: int
+    fragmentation: float
+
+    @classmethod
+    def of(cls, cluster: ClusterSpec, headroom: float) -> Capacity:
+        """With a share of every memory kept free."""
+
+        def usable(size: int) -> int:
+            return int(size * (1 - headroom))
+
+        nvme = None if cluster.nvme_bytes is None else usable(cluster.nvme_bytes) // cluster.ranks_per_node
+        host, constants = usable(cluster.host_memory_bytes) // cluster.ranks_per_node, cluster.constants()
+        device = usable(cluster.device_memory_bytes)
+        if constants is None:
+            return cls(device, host, nvme, False, 0, 0, 0.0)
+        fixed = constants.device_bytes(0), constants.total(tier="host")
+        return cls(device, host, nvme, True, *fixed, constants.fragmentation.likely)
+
+    def device_of(self, bounds: Bounds) -> int:
+        """A closed form's device, with what a GPU holds beside torch's tensors."""
+        return self.fixed_device + int((bounds.device + BOOKKEEPING_BYTES) / (1 - self.fragmentation))
+
+    def host_of(self, bounds: Bounds) -> int:
+        """Its host, pageable and pinned."""
+        return self.fixed_host + bounds.host + bounds.pinned
+
+    def usage(self, bounds: Bounds) -> float:
+        """The fullest memory's share of what it may hold, by a closed form."""
+        return self._fullest(self.device_of(bounds), self.host_of(bounds), bounds.nvme)
+
+    def usage_of(self, prediction: MemoryEstimate) -> float:
+        """The same of a ledger."""
+        host = prediction.host_bytes if self.separate else 0
+        return self._fullest(prediction.peak_bytes, host, prediction.highest("nvme"))
+
+    def _fullest(self, device: float, host: int, nvme: int) -> float:
+        shares = [device / self.device, host / self.host]
+        if self.nvme is not None:
+            shares.append(nvme / self.nvme)
+        return max(shares)
+
+
+class Searcher:
+    """One search: candidates, and what was found of each family.
+
+    Args:
+        spec: the model; its checkpointing stays where the user chose it.
+        cluster: the nodes there are.
+        training: precision and optimizer; its batch is chosen.
+        wishes: what is decided already.
+
+    Raises:
+        InputError: if wishes contradict one another, or the cluster lacks a rate.
+    """
+
+    def __init__(self, spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, wishes: Wishes) -> None:
+        self.spec, self.cluster, self.training, self.wishes = spec, cluster, training, wishes
+        self.families, self.refused = families(wishes, cluster)
+        per_rank = (wishes.micro_batch or SAMPLES_PER_RANK) * (wishes.accumulation or 1)
+        self.global_batch = wishes.global_batch or per_rank * cluster.ranks
+        self.capacities: dict[int, Capacity] = {}
+        self.candidates: list[Candidate] = []
+        self.considered = 0
+        self.nearest: dict[Family, Candidate] = {}
+        """Of each family what fills the memories least."""
+        check_data(spec, training, self.global_batch)
+        self._collect()
+
+    def _specs(self) -> list[ModelSpec]:
+        modes = ("none", "block", "offload") if self.wishes.checkpointing is None else (self.wishes.checkpointing,)
+        if self.cluster.device == "cpu" and self.wishes.checkpointing is None:
+            # Its host is its device: nothing is gained there by moving activations.
+            modes = ("none", "block")
+        return [
+            self.spec if self.spec.checkpointing == mode else self.spec.model_copy(update={"checkpointing": mode})
+            for mode in modes
+        ]
+
+    def _collect(self) -> None:
+        shared = False
+        for nodes in node_counts(self.cluster, self.wishes):
+            cluster = with_nodes(self.cluster, nodes)
+            pairs = batches(self.wishes, self.training, self.global_batch, cluster.ranks)
+            shared = shared or bool(pairs)
+            self.capacities[nodes] = Capacity.of(cluster, self.wishes.headroom)
+            rates = Rates(cluster, self.training.precision)
+            for micro_batch, accumulation in pairs:
+                update = {"micro_batch": micro_batch, "accumulation": accumulation}
+                training = self.training.model_copy(update=update)
+                for spec in self._specs():
+                    for family in self.families:
+                        self._family(family, spec, cluster, training, rates)
+        if not shared:
+            raise InputError(
+                f"global_batch: {self.global_batch} is not allowed: must be a multiple of the "
+                f"{self.cluster.ranks} ranks, and of micro_batch and accumulation where they are given"
+            )
+
+    def _family(
+        self, family: Family, spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, rates: Rates
+    ) -> None:
+        if family in self.refused:
+            return
+        for tile in tiles(spec, cluster.ranks, family.stage, self.wishes):
+            if not reaches_nvme(spec, tile, cluster.ranks, training.dtype_bytes, family):
+                continue
+            try:
+                for variant in variants(spec, tile, family, cluster, self.wishes):
+                    if variant.lean:
+                        check_training_state(training, variant.zero, cluster.device)
+                    if not self._consider(family, spec, cluster, training, variant, tile, rates):
+                        break
+            except InputError as error:
+                self.refused[family] = str(error)
+                return
+
+    def _consider(
+        self,
+        family: Family,
+        spec: ModelSpec,
+        cluster: ClusterSpec,
+        training: TrainingSpec,
+        variant: Variant,
+        tile: int | None,
+        rates: Rates,
+    ) -> bool:
+        """Whether richer variants of the same are worth a look."""
+        self.considered += 1
+        bounds = bound_memory(spec, cluster, training, variant.zero, tile)
+        usage = self.capacities[cluster.nodes].usage(bounds)
+        seconds = total_seconds(step_parts(spec, training, variant.zero, tile, rates).values())
+        candidate = Candidate(family, spec, cluster, training, variant.zero, tile, seconds, bounds, usage)
+        known = self.nearest.get(family)
+        if known is None or usage < known.usage:
+            self.nearest[family] = candidate
+        if usage <= NEARLY:
+            self.candidates.append(candidate)
+        return usage <= NEARLY or not variant.lean
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether a replayed candidate leaves the headroom everywhere."""
+        return self.capacities[candidate.cluster.nodes].usage_of(predicted(candidate)) <= 1
+
+    def best(self) -> Candidate | None:
+        """The first candidate by the objective that fits; None if none does."""
+        objective = self.wishes.minimize
+        replays, failed = REPLAYS, set()
+        for candidate in sorted(self.candidates, key=lambda candidate: candidate.cost(objective)):
+            if candidate.usage > 1:
+                if not replays or candidate.twin in failed:
+                    continue
+                replays -= 1
+                if not self.fits(candidate):
+                    failed.add(candidate.twin)
+                    continue
+            elif not self.fits(candidate):
+                continue
+            return candidate
+        # Those that memory rejects by closed forms alone, the leanest first.
+        for candidate in sorted(self.nearest.values(), key=lambda candidate: candidate.usage)[:REPLAYS]:
+            if 1 < candidate.usage <= NEARLY and self.fits(candidate):
+                return candidate
+        return None
+
+    def fitting(self) -> Iterator[Candidate]:
+        """Candidates that fit by the closed forms."""
+        return (candidate for candidate in self.candidates if candidate.usage <= 1)
+
+
+def predicted(candidate: Candidate) -> MemoryEstimate:
+    """The ledger of a candidate."""
+    return estimate_memory(
+        candidate.spec, candidate.cluster, candidate.training, candidate.zero, candidate.tile_relations
+    )
+
+
+@lru_cache(maxsize=64)
+def with_nodes(cluster: ClusterSpec, nodes: int) -> ClusterSpec:
+    """The same with another number of nodes."""
+    if nodes == cluster.nodes:
+        return cluster
+    name = cluster.name.split("x", 1)[1] if cluster.name.startswith(f"{cluster.nodes}x") else cluster.name
+    return cluster.model_copy(update={"nodes": nodes, "name": f"{nodes}x{name}"})
+
+
+@lru_cache(maxsize=1024)
+def reaches_nvme(spec: ModelSpec, tile: int | None, ranks: int, width: int, family: Family) -> bool:
+    """Whether a rank's share of a tile is large enough for a file, if the family writes any."""
+    if "nvme" not in family.offload:
+        return True
+    bytes_each = width if family.offload == "nvme" else 4
+    sizes = [group.numel for group in parameter_groups(spec, tile) if group.component == TABLES]
+    largest = max(sizes or [group.numel for group in parameter_groups(spec, tile)])
+    return -(-largest // ranks) * bytes_each >= NVME_BLOCK_BYTES
+
+
+def plan_of(candidate: Candidate) -> Plan:
+    """The plan of a candidate."""
+    return finish_plan(candidate.spec, candidate.cluster, candidate.training, candidate.zero, candidate.tile_relations)
+
+
+def search(spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, wishes: Wishes | None = None) -> Plan:
+    """The best plan.
+
+    Args:
+        spec: the model.
+        cluster: the nodes there are.
+        training: precision, optimizer and steps; micro-batch and accumulation are chosen.
+        wishes: what is decided already; nothing by default.
+
+    Raises:
+        InputError: if wishes contradict one another, or the cluster lacks a rate.
+        DoesNotFitError: if no plan fits; its message says what came nearest.
+    """
+    searcher = Searcher(spec, cluster, training, wishes or Wishes())
+    best = searcher.best()
+    if best is None:
+        raise DoesNotFitError(f"{spec.name} does not fit on {cluster.name} in any way that was tried")
+    return plan_of(best)
