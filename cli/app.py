@@ -108,8 +108,8 @@ def estimate(
 
 
 @app.command(
-    epilog="Examples: **translution plan my.yaml --cluster cpu:2 --out plans/small** · **translution plan vit-large/32 "
-    "--cluster 2x8xH100 --precision bf16 --data synthetic --out plans/large**"
+    epilog="Examples: **translution plan my.yaml --cluster cpu:2 --out plans/small** · **translution plan vit-base/16 "
+    "--cluster 2x8xH100 --precision bf16 --data synthetic --global-batch 1024 --out plans/large**"
 )
 def plan(
     model: Model,
@@ -124,9 +124,14 @@ def plan(
     c2: C2 = None,
     relative_layers: Layers = None,
     settings: Settings = None,
-    micro_batch: MicroBatch = 8,
-    accumulation: Annotated[int, typer.Option(help="Micro-batches per optimizer step.")] = 1,
+    global_batch: Annotated[
+        int | None, typer.Option(help="Samples per optimizer step over all ranks; else 8 per rank.")
+    ] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Samples per rank and forward pass; else chosen.")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Micro-batches per optimizer step; else chosen.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
+    samples: Annotated[int | None, typer.Option(help="Samples of an epoch; with --epochs sets the steps.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over --samples.")] = 1.0,
     warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up before the cosine.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.05,
@@ -134,23 +139,32 @@ def plan(
     precision: PrecisionName = "fp32",
     data: Annotated[str, typer.Option(help="digits, or synthetic for load tests.")] = "digits",
     seed: Annotated[int, typer.Option(help="Of weights and sample order.")] = 0,
-    stage: Stage = 3,
+    stage: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage; else chosen.")] = None,
     tile_relations: Tile = None,
-    offload: Offload = "none",
+    offload: Annotated[
+        str | None,
+        typer.Option(help="What leaves the device: none, cpu-optimizer, cpu, nvme-optimizer or nvme; else chosen."),
+    ] = None,
     nvme_path: NvmePath = None,
-    offload_ratio: OffloadRatio = 1.0,
+    offload_ratio: Annotated[
+        float | None, typer.Option(help="Share of the optimizer that leaves, for cpu-optimizer; else chosen.")
+    ] = None,
+    checkpointing: Annotated[
+        str | None, typer.Option(help="none, block or offload; else the model's unless none, or chosen.")
+    ] = None,
+    minimize: Annotated[str, typer.Option(help="time, nodes, cost or memory.")] = "time",
+    headroom: Annotated[float, typer.Option(help="Share of every memory that is to stay free.")] = 0.08,
+    all_nodes: Annotated[bool, typer.Option("--all-nodes", help="Use every node of the cluster.")] = False,
     training_settings: TrainingSettings = None,
     knobs: Knobs = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing plan folder; its runs stay.")] = False,
     json: Json = False,
 ) -> None:
-    """Plan a training run on a cluster and write its folder."""
-    from .plan import plan_from, run_plan
+    """Search the best plan for a cluster, say why, and write its folder."""
+    from .plan import PlanRequest, run_plan
 
     spec = resolve_model(model, operator, roles, c1, c2, relative_layers, settings)
     training = {
-        "micro_batch": micro_batch,
-        "accumulation": accumulation,
         "steps": steps,
         "warmup_steps": warmup_steps,
         "learning_rate": learning_rate,
@@ -160,18 +174,23 @@ def plan(
         "data": data,
         "seed": seed,
     } | parse_settings(training_settings, "--train")
-    made = plan_from(
-        spec,
-        cluster,
-        training,
-        stage=_stage(stage),
-        tile_relations=tile_relations,
-        offload=offload,
-        nvme_path=nvme_path,
-        offload_ratio=offload_ratio,
-        knobs=parse_settings(knobs, "--zero"),
-    )
-    run_plan(made, out, force=force, as_json=json)
+    wishes = {
+        "global_batch": global_batch,
+        "micro_batch": training.pop("micro_batch", micro_batch),
+        "accumulation": training.pop("accumulation", accumulation),
+        "stage": stage,
+        "offload": offload,
+        "offload_ratio": offload_ratio,
+        "nvme_path": nvme_path,
+        "checkpointing": checkpointing or (None if spec.checkpointing == "none" else spec.checkpointing),
+        "tile_relations": tile_relations,
+        "all_nodes": all_nodes,
+        "headroom": headroom,
+        "minimize": minimize,
+        "knobs": parse_settings(knobs, "--zero"),
+    }
+    request = PlanRequest(spec, cluster, training, wishes, samples, epochs)
+    run_plan(request, out, force=force, as_json=json)
 
 
 def _stage(value: int) -> Literal[0, 1, 2, 3]:

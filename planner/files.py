@@ -109,6 +109,27 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
+def check_new_folder(target: Path, *, marker: str, force: bool = False) -> bool:
+    """Whether a folder that may be made or replaced exists.
+
+    Args:
+        target, marker, force: as in `new_folder`.
+
+    Raises:
+        InputError: if it exists and force is false, is of another kind, or cannot be looked at.
+    """
+    try:
+        exists = target.exists()
+        kind = (target / marker).is_file()
+    except OSError as error:
+        raise InputError(f"{str(target)[:200]}: cannot be written: {error.strerror}") from None
+    if exists and not force:
+        raise InputError(f"{target}: exists already: choose another folder or pass --force to replace it")
+    if exists and not kind:
+        raise InputError(f"{target}: is not replaced: --force replaces only a folder that holds {marker}")
+    return exists
+
+
 @contextlib.contextmanager
 def new_folder(target: Path, *, marker: str, force: bool = False) -> Iterator[Path]:
     """A temporary folder that takes the name ``target`` when the block ends well.
@@ -125,15 +146,7 @@ def new_folder(target: Path, *, marker: str, force: bool = False) -> Iterator[Pa
         InputError: if it exists and force is false, is of another kind, or cannot be written.
     """
     target = target.absolute()
-    try:
-        exists = target.exists()
-        kind = (target / marker).is_file()
-    except OSError as error:
-        raise InputError(f"{str(target)[:200]}: cannot be written: {error.strerror}") from None
-    if exists and not force:
-        raise InputError(f"{target}: exists already: choose another folder or pass --force to replace it")
-    if exists and not kind:
-        raise InputError(f"{target}: is not replaced: --force replaces only a folder that holds {marker}")
+    exists = check_new_folder(target, marker=marker, force=force)
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from .emission import start_files
 from .files import new_folder
 from .flops import count_flops
 from .memory import PHASES
@@ -40,10 +41,34 @@ def memory_table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def time_table(plan: Plan) -> str:
+    """The predicted time of a step as Markdown; nothing where the cluster's rates are not known."""
+    time = plan.time
+    if time is None:
+        return ""
+    lines = [
+        "",
+        "## Predicted time of a step",
+        "",
+        "| part | seconds | from | to | waits for |",
+        "|---|--:|--:|--:|---|",
+    ]
+    for entry in time.entries:
+        beside = ", beside the computation" if entry.overlaps else ""
+        figures = f"{entry.likely_s:.3g} | {entry.low_s:.3g} | {entry.high_s:.3g}"
+        lines.append(f"| {entry.name} | {figures} | {entry.bound}{beside} |")
+    lines.append(f"| **step** | {time.likely_s:.3g} | {time.low_s:.3g} | {time.high_s:.3g} | {time.bound} |")
+    lines += ["", f"{time.samples_per_s:.3g} samples per second, {time.mfu:.1%} of the devices' peak."]
+    return "\n".join(lines) + "\n"
+
+
 def folder_readme(plan: Plan) -> str:
     """The README of a plan folder."""
     model, training, cluster = plan.model, plan.training, plan.cluster
     flops = count_flops(model)
+    several = ""
+    if cluster.nodes > 1:
+        several = ", `launch-ssh.sh` on the hosts that `hostfile` names"
     tile = "whole tables" if plan.tile_relations is None else f"{plan.tile_relations} relations per tile"
     return f"""# Plan: {model.name} on {cluster.name}
 
@@ -65,15 +90,17 @@ Each run gets its own folder under `{RUNS}/` with metrics, logs, measured memory
 
 - `{PLAN_FILE}` the whole plan; the ranks read only this
 - `ds_config.json` the DeepSpeed configuration in it, for use with your own training script
-- `launch.sh` starts the run
+- `launch.sh` starts the run on one node{several}
+- `launch-torchrun.sh` starts it through torchrun, `job.sbatch` through Slurm
+- `environment.sh` what every rank has in its environment
 
 ## Predicted memory of one rank
 
 {memory_table(plan)}
 
 The device of a rank has {format_bytes(cluster.device_memory_bytes)}. Not counted: the process itself
-(libraries, and on a GPU the CUDA context) and the data set.
-"""
+(its libraries) and the data set.
+{time_table(plan)}"""
 
 
 def write_plan_folder(plan: Plan, target: Path, *, force: bool = False) -> None:
@@ -92,6 +119,7 @@ def write_plan_folder(plan: Plan, target: Path, *, force: bool = False) -> None:
         config = json.dumps(plan.deepspeed_config(), indent=2)
         (folder / "ds_config.json").write_text(config + "\n", encoding="utf-8")
         (folder / "README.md").write_text(folder_readme(plan), encoding="utf-8")
-        script = folder / "launch.sh"
-        script.write_text(_LAUNCH, encoding="utf-8")
-        script.chmod(0o755)
+        for name, text in {"launch.sh": _LAUNCH, **start_files(plan)}.items():
+            (folder / name).write_text(text, encoding="utf-8")
+            if name.endswith((".sh", ".sbatch")) and name != "environment.sh":
+                (folder / name).chmod(0o755)

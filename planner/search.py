@@ -1,7 +1,7 @@
 """The search for the best plan: thousands of candidates by closed forms, the chosen one by a replay.
 
-``search(model, cluster, training)`` is the planner's main entry: which stage, offload, batch, tile and knobs to run
-on how many nodes, why, and why not otherwise.
+`choose.choose` is the way in: which stage, offload, batch, tile and knobs to run on how many nodes, why, and why
+not otherwise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import lru_cache
 from .bounds import Bounds, bound_memory
 from .cluster import ClusterSpec
 from .deepspeed_config import NVME_BLOCK_BYTES, check_training_state
-from .errors import DoesNotFitError, InputError
+from .errors import InputError
 from .memory import BOOKKEEPING_BYTES, MemoryEstimate, estimate_memory
 from .model_spec import ModelSpec
 from .parameters import TABLES, parameter_groups
@@ -131,6 +131,13 @@ class Capacity:
         return max(shares)
 
 
+def global_batch_of(wishes: Wishes, cluster: ClusterSpec) -> int:
+    """Samples of an optimizer step: as asked, or what batch and accumulation make, or 8 per rank."""
+    if wishes.global_batch is not None:
+        return wishes.global_batch
+    return (wishes.micro_batch or SAMPLES_PER_RANK) * (wishes.accumulation or 1) * cluster.ranks
+
+
 class Searcher:
     """One search: candidates, and what was found of each family.
 
@@ -147,8 +154,7 @@ class Searcher:
     def __init__(self, spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, wishes: Wishes) -> None:
         self.spec, self.cluster, self.training, self.wishes = spec, cluster, training, wishes
         self.families, self.refused = families(wishes, cluster)
-        per_rank = (wishes.micro_batch or SAMPLES_PER_RANK) * (wishes.accumulation or 1)
-        self.global_batch = wishes.global_batch or per_rank * cluster.ranks
+        self.global_batch = global_batch_of(wishes, cluster)
         self.capacities: dict[int, Capacity] = {}
         self.candidates: list[Candidate] = []
         self.considered = 0
@@ -288,23 +294,3 @@ def reaches_nvme(spec: ModelSpec, tile: int | None, ranks: int, width: int, fami
 def plan_of(candidate: Candidate) -> Plan:
     """The plan of a candidate."""
     return finish_plan(candidate.spec, candidate.cluster, candidate.training, candidate.zero, candidate.tile_relations)
-
-
-def search(spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, wishes: Wishes | None = None) -> Plan:
-    """The best plan.
-
-    Args:
-        spec: the model.
-        cluster: the nodes there are.
-        training: precision, optimizer and steps; micro-batch and accumulation are chosen.
-        wishes: what is decided already; nothing by default.
-
-    Raises:
-        InputError: if wishes contradict one another, or the cluster lacks a rate.
-        DoesNotFitError: if no plan fits; its message says what came nearest.
-    """
-    searcher = Searcher(spec, cluster, training, wishes or Wishes())
-    best = searcher.best()
-    if best is None:
-        raise DoesNotFitError(f"{spec.name} does not fit on {cluster.name} in any way that was tried")
-    return plan_of(best)
