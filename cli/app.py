@@ -9,9 +9,30 @@ from typing import Annotated, Literal
 
 import typer
 
-from translution.planner.errors import InputError, TranslutionError
-from translution.planner.files import load_model_spec, read_yaml
-from translution.planner.model_spec import ModelSpec, override
+from translution.planner.errors import TranslutionError
+from translution.planner.files import load_model_spec
+
+from .options import (
+    C1,
+    C2,
+    Json,
+    Knobs,
+    Layers,
+    MicroBatch,
+    Model,
+    NvmePath,
+    Offload,
+    OffloadRatio,
+    Operator,
+    PrecisionName,
+    Roles,
+    Settings,
+    Stage,
+    Tile,
+    TrainingSettings,
+    parse_settings,
+    resolve_model,
+)
 
 app = typer.Typer(
     name="translution",
@@ -21,66 +42,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Preset (vit-base/16, gpt-base/1024) or YAML/JSON file.")]
-Operator = Annotated[str | None, typer.Option(help="translution, alpha, attention, bias, shaw or absolute.")]
-Roles = Annotated[str | None, typer.Option(help="Relative roles, a subset of qkv.")]
-C1 = Annotated[int | None, typer.Option(help="First low width per head of alpha.")]
-C2 = Annotated[int | None, typer.Option(help="Second low width per head of alpha.")]
-Layers = Annotated[str | None, typer.Option(help="Relative layers: all, first:K or every:K; others are attention.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of the model; repeatable.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-PrecisionName = Annotated[str, typer.Option("--precision", help="fp32, or bf16 with an fp32 master copy.")]
-Stage = Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.")]
-Tile = Annotated[int | None, typer.Option(help="Relations per tile of a table; chosen unless given.")]
-Offload = Annotated[str, typer.Option(help="What leaves the device: none, cpu-optimizer, cpu, nvme-optimizer or nvme.")]
-NvmePath = Annotated[str | None, typer.Option(help="Folder on every node's NVMe drive, for nvme.")]
-OffloadRatio = Annotated[float, typer.Option(help="Share of the optimizer that leaves, for cpu-optimizer.")]
-TrainingSettings = Annotated[
-    list[str] | None, typer.Option("--train", metavar="FIELD=VALUE", help="Any other field of training; repeatable.")
-]
-Knobs = Annotated[
-    list[str] | None,
-    typer.Option("--zero", metavar="FIELD=VALUE", help="A knob of ZeRO, set otherwise than chosen; repeatable."),
-]
-MicroBatch = Annotated[int, typer.Option(help="Samples per rank and forward pass.")]
-
-
-def parse_settings(settings: Sequence[str] | None, flag: str = "--set") -> dict[str, object]:
-    """``FIELD=VALUE`` texts as a mapping; values are read as YAML.
-
-    Raises:
-        InputError: for a text without a field or value, or a value that is not YAML.
-    """
-    values: dict[str, object] = {}
-    for text in settings or ():
-        field, equals, value = text.partition("=")
-        if not equals or not field:
-            raise InputError(f"{flag}: {text!r} is not allowed: must be FIELD=VALUE")
-        values[field.strip()] = read_yaml(value, f"{flag} {field.strip()}")
-        if values[field.strip()] is None:
-            raise InputError(f"{flag}: {text!r} is not allowed: a value must follow the =")
-    return values
-
-
-def resolve_model(
-    model: str,
-    operator: str | None,
-    roles: str | None,
-    c1: int | None,
-    c2: int | None,
-    relative_layers: str | None,
-    settings: Sequence[str] | None,
-) -> ModelSpec:
-    """The spec of MODEL with the flags' fields replaced.
-
-    Raises:
-        InputError: for an unknown model or a bad field.
-    """
-    flags = {"operator": operator, "roles": roles, "c1": c1, "c2": c2, "relative_layers": relative_layers}
-    return override(load_model_spec(model), **(flags | parse_settings(settings)))
 
 
 @app.command(
@@ -239,12 +200,61 @@ def measure(
     run_measure(plan, out, resume=resume, as_json=json)
 
 
+@app.command(
+    epilog="Examples: **translution compare vit-base/16** · **translution compare vit-base/16 gpt-base/1024 --gpu H200 "
+    "--out table.md** · **translution compare vit-base/16 --out scaling.png**"
+)
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Presets, or YAML/JSON files.")],
+    gpu: Annotated[str, typer.Option(help="Of which the clusters are; `translution clusters` lists them.")] = "H100",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    alpha_rank: Annotated[
+        list[int] | None, typer.Option(help="c1 = c2 of an α-Translution; repeatable; 4 to 64 unless given.")
+    ] = None,
+    out: Annotated[
+        list[Path] | None, typer.Option(help="File to write: .md, .csv, .json, .png or .svg; repeatable.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compare full Translution with α-Translution and attention: cost, memory, smallest cluster, time."""
+    from translution.planner.compare import ALPHA_RANKS
+
+    from .compare import run_compare
+
+    specs = [load_model_spec(model) for model in models]
+    run_compare(specs, gpu, precision, alpha_rank or ALPHA_RANKS, out or (), as_json=json)
+
+
 @app.command(epilog="Examples: **translution clusters** · **translution clusters --json**")
 def clusters(json: Json = False) -> None:
     """List the GPUs and nodes that `--cluster` knows, each figure with its source."""
     from .clusters import run_clusters
 
     run_clusters(as_json=json)
+
+
+@app.command(
+    epilog="Examples: **translution calibrate --cluster cpu:2 --out laptop.yaml** · **translution plan my.yaml "
+    "--cluster laptop.yaml --out plans/small**"
+)
+def calibrate(
+    cluster: Annotated[str, typer.Option(help="cpu:RANKS, or GPUSxNAME of this machine.")],
+    out: Annotated[Path, typer.Option(help="Cluster file to write (YAML); plans take it as --cluster.")],
+    nvme_path: Annotated[str | None, typer.Option(help="Folder on the drive to measure; else none is.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure this machine's rates, for predictions of time."""
+    from .calibrate import run_calibrate
+
+    run_calibrate(cluster, out, nvme_path, as_json=json)
+
+
+@app.command(hidden=True)
+def calibrate_rank(folder: Path, device: str, nvme_path: Annotated[Path | None, typer.Argument()] = None) -> None:
+    """Measure as one rank; `calibrate` starts it."""
+    from translution.distributed.calibrate import calibrate_rank as measure
+
+    measure(folder, device, nvme_path)
 
 
 @app.command(epilog="Examples: **translution launch plans/small** · **translution launch plans/small --dry-run**")

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 
-def console() -> Console:
+def console(*, stderr: bool = False) -> Console:
     """Where tables go; 100 columns when nothing says how wide the reader is."""
-    return Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False)
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(width=None if stream.isatty() else 100, highlight=False, markup=False, stderr=stderr)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> Table:

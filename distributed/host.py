@@ -8,6 +8,9 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
+
+from translution.planner.deepspeed_config import aio_section
 
 _STATUS = Path("/proc/self/status")
 _FIELDS = {"resident": "VmRSS", "peak": "VmHWM", "locked": "VmLck", "pinned": "VmPin"}
@@ -66,3 +69,24 @@ def remove_swap_files(nvme_path: str | None, rank: int) -> None:
     """Delete a rank's own files under an NVMe path: no later run can use them."""
     for folder in swap_folders(nvme_path, rank) if nvme_path else []:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def io_handle() -> Any:
+    """DeepSpeed's I/O library, set as a plan's config sets it; its op is compiled if it is not yet.
+
+    Source: DeepSpeed 0.19.8, csrc/aio/py_lib/py_ds_aio.cpp.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    settings = aio_section()
+    return (
+        AsyncIOBuilder()
+        .load()
+        .aio_handle(
+            settings["block_size"],
+            settings["queue_depth"],
+            settings["single_submit"],
+            settings["overlap_events"],
+            settings["intra_op_parallelism"],
+        )
+    )

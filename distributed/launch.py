@@ -264,6 +264,42 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path,
     return process.returncode
 
 
+def run_processes(
+    command: Sequence[str], environments: Sequence[Mapping[str, str]], log: Path, poll: Callable[[], None]
+) -> int:
+    """Start a command once for every environment and wait for all; none outlives the call.
+
+    Args:
+        command: what to start.
+        environments: one process's each, added to this process's own.
+        log: where everything printed goes.
+        poll: called a few times a second.
+
+    Returns:
+        0 if all ended well, else the first other exit code; the rest are ended then.
+    """
+    processes: list[subprocess.Popen[bytes]] = []
+    with log.open("ab") as file, _ending_signals_raise():
+        try:
+            for environment in environments:
+                own = {**os.environ, **environment, LAUNCHER_PID: str(os.getpid())}
+                process = subprocess.Popen(
+                    command, env=own, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True
+                )
+                processes.append(process)
+            while any(process.poll() is None for process in processes):
+                if any(process.returncode for process in processes):
+                    break
+                poll()
+                time.sleep(_POLL_SECONDS)
+        finally:
+            failed = next((process.returncode for process in processes if process.returncode), 0)
+            for process in processes:
+                _stop(process)
+    poll()
+    return failed or next((process.returncode for process in processes if process.returncode), 0)
+
+
 def launch(plan_folder: Path, run: Path | None, on_metrics: OnMetrics, on_stage: OnStage, *options: str) -> Path:
     """Run a plan on this machine.
 

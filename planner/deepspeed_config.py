@@ -185,11 +185,16 @@ def deepspeed_config(training: TrainingSpec, zero: ZeroSpec, ranks: int) -> dict
         "wall_clock_breakdown": False,
     }
     if zero.uses_nvme:
-        config["aio"] = {
-            "block_size": NVME_BLOCK_BYTES,
-            "queue_depth": 8,
-            "intra_op_parallelism": 1,
-            "single_submit": False,
-            "overlap_events": True,
-        }
+        config["aio"] = aio_section()
     return config
+
+
+def aio_section() -> dict[str, Any]:
+    """How DeepSpeed's I/O library reads and writes NVMe."""
+    return {
+        "block_size": NVME_BLOCK_BYTES,
+        "queue_depth": 8,
+        "intra_op_parallelism": 1,
+        "single_submit": False,
+        "overlap_events": True,
+    }

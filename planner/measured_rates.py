@@ -38,7 +38,6 @@ class MatmulRate(Schema):
 class MeasuredRates(Schema):
     """Rates of one machine, each None where it was not measured."""
 
-    made_by: str = ""
     command: str = ""
     time_utc: str = ""
     machine: str = ""

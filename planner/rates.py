@@ -61,6 +61,14 @@ class Rates:
         self._index = LEVELS.index(level)
         self._transfers: dict[str, Transfer] = {}
 
+    def check(self) -> None:
+        """Look at what every step needs.
+
+        Raises:
+            InputError: naming what the cluster does not say.
+        """
+        _ = self.peak_flops_per_s, self.memory_bytes_per_s, self.collective("all_gather")
+
     @property
     def spread(self) -> float:
         """What a measured time is multiplied by."""

@@ -21,6 +21,7 @@ from .plan import Plan, check_data, finish_plan
 from .rates import Rates
 from .search_space import (
     SAMPLES_PER_RANK,
+    Checkpointing,
     Family,
     Objective,
     Variant,
@@ -164,10 +165,12 @@ class Searcher:
         self._collect()
 
     def _specs(self) -> list[ModelSpec]:
-        modes = ("none", "block", "offload") if self.wishes.checkpointing is None else (self.wishes.checkpointing,)
+        modes: tuple[Checkpointing, ...] = ("none", "block", "offload")
+        if self.wishes.checkpointing is not None:
+            modes = (self.wishes.checkpointing,)
         if self.cluster.device == "cpu" and self.wishes.checkpointing is None:
             # Its host is its device: nothing is gained there by moving activations.
-            modes = ("none", "block")
+            modes = modes[:2]
         return [
             self.spec if self.spec.checkpointing == mode else self.spec.model_copy(update={"checkpointing": mode})
             for mode in modes
@@ -181,6 +184,7 @@ class Searcher:
             shared = shared or bool(pairs)
             self.capacities[nodes] = Capacity.of(cluster, self.wishes.headroom)
             rates = Rates(cluster, self.training.precision)
+            rates.check()
             for micro_batch, accumulation in pairs:
                 update = {"micro_batch": micro_batch, "accumulation": accumulation}
                 training = self.training.model_copy(update=update)

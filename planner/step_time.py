@@ -141,7 +141,7 @@ def compute_seconds(spec: ModelSpec, batch: int, tiles: int, rates: Rates) -> tu
     for product in work.products:
         rows, times = (product.rows * batch, 1) if product.joined else (product.rows, batch)
         seconds = rates.matmul_seconds(rows, product.inner, product.cols, grouped=product.grouped)
-        seconds *= times * product.count
+        seconds *= times * product.copies
         forward, backward = forward + seconds * product.forward, backward + seconds * product.backward
     width = DTYPE_BYTES[rates.precision]
     forward += work.forward_elements * batch * width / rates.memory_bytes_per_s

@@ -21,7 +21,7 @@ class Product(NamedTuple):
     rows: int
     inner: int
     cols: int
-    count: int
+    copies: int
     forward: int
     """How many such products forward computes of each."""
     backward: int
@@ -132,13 +132,13 @@ def count_work(spec: ModelSpec) -> Work:
     calls = 40
     for operator, layers in Counter(spec.layer_operators).items():
         for product in _operator(spec, operator):
-            merged[product._replace(count=1)] += product.count * layers
+            merged[product._replace(copies=1)] += product.copies * layers
         more_forward, more_backward, more_calls, more_visits = _layer_elements(spec, operator)
         forward, backward = forward + layers * more_forward, backward + layers * more_backward
         calls, visits = calls + layers * more_calls, visits + layers * more_visits
-    products = [product._replace(count=count) for product, count in merged.items()]
+    products = [product._replace(copies=count) for product, count in merged.items()]
     products.append(Product(tokens, dim, spec.ffn_dim, 2 * spec.depth, 1, 2))
-    blocks = sum(product.flops * product.count for product in products)
+    blocks = sum(product.flops * product.copies for product in products)
     if isinstance(spec, VitSpec):
         products.append(Product(spec.geometry.patches, spec.patch_dim, dim, 1, 1, 2))
         products.append(Product(1, dim, spec.classes, 1, 1, 2))
@@ -147,5 +147,5 @@ def count_work(spec: ModelSpec) -> Work:
         products.append(Product(tokens, dim, spec.vocabulary, 1, 1, 2))
         # The loss: logits to fp32, their exponentials and sums.
         forward, backward = forward + 5 * tokens * spec.vocabulary, backward + 3 * tokens * spec.vocabulary
-    whole = sum(product.flops * product.count for product in products)
+    whole = sum(product.flops * product.copies for product in products)
     return Work(tuple(products), forward, backward, calls, visits, blocks / whole)

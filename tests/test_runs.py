@@ -104,6 +104,7 @@ def test_the_command_line_runs_a_plan_and_verifies_it(
 ) -> None:
     folder = tmp_path / "plan"
     arguments = [str(root / "examples" / "digits.yaml"), "--cluster", "cpu:2", "--out", str(folder), "--steps", "5"]
+    arguments += ["--stage", "3", "--offload", "none", "--micro-batch", "8"]
     assert run_cli(["plan", *arguments]) == 0
     assert run_cli(["launch", str(folder)]) == 0
     printed = capsys.readouterr().out

@@ -1,0 +1,113 @@
+"""Comparisons of operators as tables and as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from translution.planner.compare import AXES, ComparisonRow, ScalePoint, Threshold
+from translution.planner.units import GIB, format_bytes, format_count, format_flops
+
+from .vega import COLOURS
+
+PICTURE_WIDTH, PICTURE_HEIGHT = 260, 240
+_TITLES = {"width": "model width", "tokens": "tokens per sample", "depth": "layers"}
+
+
+def frame(rows: Iterable[ComparisonRow]) -> pd.DataFrame:
+    """One row per model and operator; sizes in bytes, times in seconds."""
+    result: pd.DataFrame = pd.DataFrame([row.model_dump() for row in rows])
+    return result
+
+
+def _cell(row: ComparisonRow) -> tuple[str, ...]:
+    rank = "" if row.alpha_rank is None else f", c1 = c2 = {row.alpha_rank}"
+    return (
+        row.model,
+        row.operator + rank,
+        format_count(row.parameters),
+        format_flops(row.training_flops),
+        format_bytes(row.states_bytes),
+        format_bytes(row.kept_bytes),
+        format_bytes(row.floor_bytes),
+        row.cluster or "none",
+        row.offload_cluster or "none",
+        "" if row.sample_s is None else f"{row.sample_s * 1e3:.3g} ms",
+    )
+
+
+COLUMNS = (
+    "model", "operator", "parameters", "training / sample", "states", "kept / sample", "whole at once",
+    "smallest cluster", "with offload", "time / sample",
+)  # fmt: skip
+
+
+def printed(rows: Iterable[ComparisonRow]) -> list[tuple[str, ...]]:
+    """Cells for a reader, in the order of `COLUMNS`."""
+    return [_cell(row) for row in rows]
+
+
+def markdown(rows: Sequence[ComparisonRow], limits: Sequence[Threshold]) -> str:
+    """The tables as Markdown."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|---|---|{'--:|' * (len(COLUMNS) - 2)}"]
+    lines += [f"| {' | '.join(cells)} |" for cells in printed(rows)]
+    if limits:
+        lines += ["", *threshold_lines(limits)]
+    return "\n".join(lines) + "\n"
+
+
+def threshold_lines(limits: Sequence[Threshold]) -> list[str]:
+    """Up to which size so many nodes train full Translution, as a Markdown table."""
+    nodes = list(dict.fromkeys(limit.nodes for limit in limits))
+    lines = [f"| full Translution up to | {' | '.join(f'{count} node(s)' for count in nodes)} |"]
+    lines.append(f"|---|{'--:|' * len(nodes)}")
+    for axis in AXES:
+        cells = [str(limit.largest or "none") for limit in limits if limit.axis == axis]
+        if cells:
+            lines.append(f"| {_TITLES[axis]} | {' | '.join(cells)} |")
+    return lines
+
+
+def picture(points: Iterable[ScalePoint], limits: Sequence[Threshold], title: str) -> dict[str, Any]:
+    """Memory against width, tokens and depth; rules where full Translution needs more than 1, 2 and 8 nodes.
+
+    Args:
+        points: of one model.
+        limits: of the same.
+        title: above all three.
+
+    Returns:
+        A Vega-Lite spec.
+    """
+    data = pd.DataFrame([point.model_dump() for point in points])
+    data["GiB"] = (data["states_bytes"] + data["kept_bytes"]) / GIB
+    ends = pd.DataFrame([limit.model_dump() | {"label": f"{limit.nodes} node(s)"} for limit in limits if limit.largest])
+    charts = []
+    for axis in AXES:
+        own = data[data["axis"] == axis]
+        scale = alt.Scale(type="log", nice=False)
+        lines = (
+            alt.Chart(own)
+            .mark_line(point=True)
+            .encode(
+                x=alt.X("value:Q", title=_TITLES[axis], scale=scale),
+                y=alt.Y("GiB:Q", title="states and one sample, GiB", scale=scale),
+                color=alt.Color("operator:N", title=None, scale=alt.Scale(range=list(COLOURS[:3]))),
+                tooltip=["operator:N", alt.Tooltip("value:Q", title=_TITLES[axis]), alt.Tooltip("GiB:Q", format=".4g")],
+            )
+        )
+        layers = [lines]
+        if not ends.empty and (ends["axis"] == axis).any():
+            rules = alt.Chart(ends[ends["axis"] == axis])
+            layers.append(rules.mark_rule(strokeDash=[4, 3], opacity=0.6).encode(x="largest:Q"))
+            layers.append(
+                rules.mark_text(angle=270, align="right", dx=-4, dy=-6).encode(
+                    x="largest:Q", y=alt.value(0), text="label:N"
+                )
+            )
+        charts.append(alt.layer(*layers).properties(width=PICTURE_WIDTH, height=PICTURE_HEIGHT))
+    spec: dict[str, Any] = alt.hconcat(*charts).properties(title=title).to_dict()
+    return spec
