@@ -11,8 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from translution.distributed.launch import launch, launch_command, launch_environment, next_run_folder
+from translution.distributed.launch import (
+    launch,
+    launch_command,
+    launch_environment,
+    next_run_folder,
+    version_warnings,
+)
 from translution.planner.plan import load_plan
+
+from .output import note
 
 _LINE_EVERY = 20
 
@@ -70,6 +78,8 @@ def run_launch(plan_folder: Path, run: Path | None, *, dry_run: bool) -> None:
         changed = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if os.environ.get(name) != value]
         print(" ".join([*changed, shlex.join(command)]))
         return
+    for text in version_warnings(plan):
+        note(text)
     console = Console(highlight=False, markup=False)
     with _Display(console, plan.training.steps) as display:
         made = launch(plan_folder, run, display.show, console.print)

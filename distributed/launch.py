@@ -149,6 +149,21 @@ def check_packages(ops: Sequence[str]) -> None:
         raise MissingPackageError("g++ is missing, DeepSpeed compiles with it: sudo apt-get install g++")
 
 
+def version_warnings(plan: Plan) -> list[str]:
+    """A sentence for each package whose version is not the one that the plan was made for."""
+    import importlib.metadata
+
+    texts = []
+    for package, made_for in (("deepspeed", plan.deepspeed_version), ("torch", plan.torch_version)):
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if not f"{found}.".startswith(f"{made_for}."):
+            texts.append(f"{package} {found} is installed; the plan was made for {made_for}")
+    return texts
+
+
 def check_machine(plan: Plan) -> None:
     """Whether this machine can run the plan's ranks.
 

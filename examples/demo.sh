@@ -8,7 +8,7 @@ translution estimate vit-base/16
 
 echo
 echo "2/5 A plan for handwritten digits on this machine, 2 CPU ranks"
-translution plan examples/digits.yaml --cluster cpu:2 --micro-batch 32 --steps 200 --warmup-steps 20 \
+translution plan examples/digits.yaml --cluster cpu:2 --stage 3 --offload none --micro-batch 32 --steps 200 --warmup-steps 20 \
     --learning-rate 3e-3 --out demo/plan --force
 
 echo

@@ -21,9 +21,10 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_the_python_examples_run(readme: str) -> None:
-    examples = blocks(readme, "python")
-    assert examples
+def test_the_python_examples_run(readme: str, root: Path) -> None:
+    planning = blocks((root / "docs" / "planning.md").read_text(encoding="utf-8"), "python")
+    examples = blocks(readme, "python") + planning
+    assert len(examples) >= 2
     for example in examples:
         exec(compile(example, "README.md", "exec"), {})
 
@@ -35,11 +36,11 @@ def test_the_planning_commands_work(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(root / "examples")
     commands = [shlex.split(line) for block in blocks(readme, "sh") for line in block.splitlines()]
-    known = {"estimate", "plan", "launch", "verify", "measure", "rehearse", "report"}
+    known = {"estimate", "plan", "launch", "verify", "measure", "rehearse", "report", "compare"}
     assert {command[1] for command in commands} == known
     for command in commands:
         assert command[0] == "translution"
-        if command[1] in ("estimate", "plan", "report"):
+        if command[1] in ("estimate", "plan", "report", "compare"):
             assert run(command[1:]) == 0, capsys.readouterr().err
         elif command[1] == "measure":
             assert (tmp_path / command[2]).exists()

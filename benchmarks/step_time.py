@@ -1,0 +1,112 @@
+"""Sets predicted times of a step beside measured ones, on this machine's CPU, and writes the table with its misses.
+
+python benchmarks/step_time.py --out reports     # calibrates for 1 and 2 ranks, then runs six plans: some minutes
+
+Nothing else should run meanwhile: two ranks take two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import describe_run, write_report
+
+from translution.distributed.calibrate import calibrate
+from translution.distributed.launch import launch
+from translution.distributed.run_files import METRICS
+from translution.planner.cluster import ClusterSpec, local_cpu_cluster
+from translution.planner.model_spec import parse_model_spec
+from translution.planner.plan import make_plan
+from translution.planner.plan_folder import write_plan_folder
+from translution.planner.training import TrainingSpec
+
+MODEL: dict[str, Any] = {"family": "vit", "image": 56, "patch": 8, "channels": 3, "classes": 100}
+MODEL |= {"dim": 192, "depth": 4, "heads": 3}
+STEPS, FIRST = 14, 5
+"""Steps of a run, and the first that counts: the third is slowed by being watched."""
+PLANS: dict[str, dict[str, Any]] = {
+    "ZeRO-3": {"stage": 3},
+    "ZeRO-3, both on the host": {"stage": 3, "offload": "cpu"},
+    "ZeRO-2, optimizer on the host": {"stage": 2, "offload": "cpu-optimizer"},
+}
+ALLOWED = 0.15
+
+
+def say(text: str) -> None:
+    """Tell how it goes."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(name: str, cluster: ClusterSpec, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One plan: its predicted step and the median of its measured ones."""
+    training = TrainingSpec(data="synthetic", micro_batch=8, steps=STEPS)
+    plan = make_plan(parse_model_spec(MODEL), cluster, training, **options)
+    assert plan.time is not None
+    write_plan_folder(plan, folder)
+    made = launch(folder, None, lambda _: None, say)
+    lines = [json.loads(line) for line in (made / METRICS).read_text(encoding="utf-8").splitlines()]
+    seconds = [line["seconds"] for line in lines if line["event"] == "step"][FIRST - 1 :]
+    return {
+        "what": f"{name}, {cluster.ranks} rank(s)",
+        "predicted_s": plan.time.likely_s,
+        "low_s": plan.time.low_s,
+        "high_s": plan.time.high_s,
+        "measured_s": statistics.median(seconds),
+        "slowest_s": max(seconds),
+        "fastest_s": min(seconds),
+        "parts": {entry.name: entry.likely_s for entry in plan.time.entries},
+    }
+
+
+def render(document: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in document["machine"].items())
+    parts = ["# Predicted and measured time of a step", ""]
+    parts += [f"`{document['command']}` on {document['date']}: {versions}.", ""]
+    parts += ["A vision transformer of 50 tokens, width 192, 4 layers, fp32, 8 samples per rank; rates by"]
+    parts += ["`translution calibrate` in the same run; the median of ten steps.", ""]
+    parts += ["| run | predicted | interval | measured | fastest to slowest | ratio |", "|---|--:|--:|--:|--:|--:|"]
+    misses = []
+    for row in document["rows"]:
+        ratio = row["predicted_s"] / row["measured_s"]
+        interval = f"{row['low_s']:.3f} to {row['high_s']:.3f} s"
+        spread = f"{row['fastest_s']:.3f} to {row['slowest_s']:.3f} s"
+        figures = f"{row['predicted_s']:.3f} s | {interval} | {row['measured_s']:.3f} s | {spread} | {ratio:.2f}"
+        parts.append(f"| {row['what']} | {figures} |")
+        if abs(ratio - 1) > ALLOWED:
+            misses.append(f"- {row['what']}: {ratio:.2f}")
+    parts += ["", f"More than {ALLOWED:.0%} off:", "", *(misses or ["- nothing"]), ""]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for step_time.md and step_time.json")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks")
+    arguments = parser.parse_args()
+    document = describe_run("step_time")
+    document["machine"]["deepspeed"] = importlib.metadata.version("deepspeed")
+    document["rates"], document["rows"] = {}, []
+    for ranks in arguments.ranks:
+        cluster = local_cpu_cluster(ranks)
+        rates = calibrate(cluster, None, document["command"], say)
+        document["rates"][ranks] = rates.model_dump(mode="json")
+        cluster = cluster.model_copy(update={"measured": rates})
+        for name, options in PLANS.items():
+            with tempfile.TemporaryDirectory(prefix="translution-time-") as folder:
+                document["rows"].append(run(name, cluster, options, Path(folder) / "plan"))
+            row = document["rows"][-1]
+            say(f"{row['what']}: {row['predicted_s']:.3f} s predicted, {row['measured_s']:.3f} s measured")
+    write_report(arguments.out, "step_time", document, render(document))
+
+
+if __name__ == "__main__":
+    main()
