@@ -30,6 +30,8 @@ LONG = 0.25
 """What takes so long once is timed once more, and no oftener."""
 SMALL, LARGE = 2**14, 2**22
 """Elements of the tensors that collectives and copies move."""
+IN_CACHE, IN_MEMORY = 2**18, 2**24
+"""Elements of a relation's rows, and of an optimizer's sub-group, which no cache holds."""
 MODULES = 24
 """Of the network that the engine's own time is measured with."""
 MODULE_WIDTH = 64
@@ -99,13 +101,17 @@ def measure_matmul(watch: Stopwatch, precisions: tuple[Precision, ...]) -> Itera
                 )
 
 
-def measure_elementwise(watch: Stopwatch) -> tuple[float, float]:
-    """Bytes that an elementwise operation reads and writes per second, and seconds of a tiny one."""
-    large = torch.ones(LARGE, device=watch.device)
-    other = torch.ones_like(large)
-    moved = 3 * 4 * LARGE / watch.seconds(lambda: large.mul_(other))
-    tiny = torch.ones(16, device=watch.device)
-    return moved, watch.seconds(lambda: tiny.mul_(1.0))
+def measure_elementwise(watch: Stopwatch) -> dict[str, float]:
+    """What elementwise operations read and write, on tensors of different sizes."""
+    rows = torch.ones(IN_CACHE, device=watch.device)
+    other, tiny = torch.ones_like(rows), torch.ones(16, device=watch.device)
+    large = torch.ones(IN_MEMORY, device=watch.device)
+    return {
+        "memory_bytes_per_s": 3 * 4 * IN_CACHE / watch.seconds(lambda: rows.mul_(other)),
+        "operation_s": watch.seconds(lambda: tiny.mul_(1.0)),
+        "fresh_bytes_per_s": 4 * IN_MEMORY / watch.seconds(large.clone, times=1),
+        "norm_elements_per_s": IN_MEMORY / watch.seconds(lambda: large.double().norm(2), times=1),
+    }
 
 
 def _transfer(watch: Stopwatch, move: Callable[[int], Callable[[], object]], width: int = 4) -> Transfer:
@@ -157,10 +163,10 @@ def measure_copies(watch: Stopwatch) -> dict[str, Transfer]:
 
 
 def _adam_rate(watch: Stopwatch, device: str, make: Callable[[list[Tensor]], Any]) -> float:
-    parameter = nn.Parameter(torch.ones(LARGE, device=device))
+    parameter = nn.Parameter(torch.ones(IN_MEMORY, device=device))
     parameter.grad = torch.ones_like(parameter)
     optimizer = make([parameter])
-    return LARGE / watch.seconds(optimizer.step)
+    return IN_MEMORY / watch.seconds(optimizer.step, times=1)
 
 
 def measure_optimizers(watch: Stopwatch) -> dict[str, float]:
@@ -275,7 +281,7 @@ def calibrate_rank(device: str, nvme_path: Path | None, say: Say) -> MeasuredRat
     say("matrix products")
     found: dict[str, Any] = {"ranks": ranks, "matmul": tuple(measure_matmul(watch, precisions))}
     say("elementwise operations")
-    found["memory_bytes_per_s"], found["operation_s"] = measure_elementwise(watch)
+    found |= measure_elementwise(watch)
     say("collectives")
     dist.barrier()
     found |= measure_collectives(watch)

@@ -287,7 +287,7 @@ def _stage_0(plan: _Plan, bounds: Bounds) -> Bounds:
     gradients = elements * width
     reducing = plan.activations[0] + 2 * gradients
     updating = gradients + elements * wide + temporary * plan.largest * wide if master else gradients
-    bounds.pass_through(elements * max(FP32 + width, wide + plan.state))
+    bounds.pass_through(elements * max(FP32 + width, width + wide + plan.state))
     return bounds.close(max(reducing, updating + temporary * plan.largest * wide), on_cpu=plan.on_cpu)
 
 
@@ -307,14 +307,14 @@ def _stages_1_and_2(plan: _Plan, bounds: Bounds) -> Bounds:
         bounds.host += share * plan.state + (0 if plan.locks else sum(pieces))
         bounds.device += largest * width
         parts, update = largest * NORM_BYTES, 0
-        bounds.pass_through(share * wide)
+        bounds.pass_through(2 * share * wide)
     else:
         temporary = temporary_tensors(training, offloaded=False)
         bounds.device += share * (wide + plan.state)
         added = plan.accumulated if several or plan.accumulated != width else 0
         parts = own * (width + added)
         update = share * (plan.accumulated + wide + temporary * wide)
-        bounds.pass_through(share * (wide + plan.state))
+        bounds.pass_through(share * (2 * wide + plan.state))
     gathered = ranks * share * width if plan.on_cpu else 0
     worst = max(plan.activations[0] + gradients + bucket + parts, parts + update, gathered, share * (width + wide))
     # The model is made whole on the host before there is anything else.

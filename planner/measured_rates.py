@@ -46,7 +46,11 @@ class MeasuredRates(Schema):
     """Ranks that worked at once while compute and collectives were measured."""
     matmul: tuple[MatmulRate, ...] = ()
     memory_bytes_per_s: Rate | None = None
-    """Bytes read and written by elementwise operations on large tensors."""
+    """Bytes read and written by elementwise operations on tensors of a megabyte, as a relation's are."""
+    fresh_bytes_per_s: Rate | None = None
+    """Bytes of large tensors that are made anew and written: a CPU's memory is mapped page by page then."""
+    norm_elements_per_s: Rate | None = None
+    """Elements of large tensors squared in fp64, as DeepSpeed takes a gradient's norm."""
     operation_s: Seconds | None = None
     """One small tensor operation, called from Python."""
     all_gather: Transfer | None = None

@@ -29,8 +29,9 @@ FROM_HOST, TO_HOST = "parameters from the host", "gradients to the host"
 FROM_NVME, UPDATE = "parameters from NVMe", "optimizer update"
 STATES_IN, STATES_OUT = "optimizer states from NVMe", "optimizer states to NVMe"
 BACK, ENGINE = "parameters to the ranks", "engine"
-VISIT_OPERATIONS = 12
-"""Calls of torch for one relation and role in forward; backward makes three times as many."""
+VISIT_OPERATIONS = 18
+"""Small operations for one relation and role in forward, views among them; backward makes three times as many.
+Chosen to agree with runs of a layer on a CPU."""
 TILE_OPERATIONS = 40
 """For one tile on a GPU, where its relations are taken together."""
 
@@ -169,9 +170,11 @@ def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates
         parts[REDUCE] = Part(count * seconds, "network", overlaps)
         parts[BACK] = Part(gather.seconds(v.persistent * width), "network")
         local = v.gathered // rates.cluster.ranks * width
-        if param == "cpu" and not on_cpu:
+        if param == "cpu":
             copy = rates.host_copy("host_to_device")
             seconds = count * uses * (v.gathers * copy.latency_s + local / copy.bytes_per_s)
+            if on_cpu:
+                seconds = count * uses * rates.fresh_seconds(local)
             parts[FROM_HOST] = Part(seconds, "host link", early)
         elif param == "nvme":
             parts[FROM_NVME] = Part(count * uses * local / rates.nvme_bytes_per_s("read"), "NVMe")
@@ -181,11 +184,15 @@ def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates
         reductions = 1 if zero.stage == 0 else max(1, -(-v.elements // zero.reduce_bucket_elements))
         seconds = reductions * reduce.latency_s + v.elements * width / reduce.bytes_per_s
         parts[REDUCE] = Part(times * seconds, "network", overlaps and zero.stage > 0)
-        if zero.stage:
+        if zero.stage and rates.cluster.ranks > 1:
             parts[BACK] = Part(gather.seconds(v.elements * width), "network")
-    if optimizer != "none" and not on_cpu:
+    if optimizer != "none":
         copy = rates.host_copy("device_to_host")
-        seconds = count * (v.tensors * copy.latency_s + v.share * width / copy.bytes_per_s)
+        seconds = v.tensors * copy.latency_s + v.share * width / copy.bytes_per_s
+        if on_cpu and zero.stage == 3:
+            seconds = rates.fresh_seconds(v.share * width)
+        # Each gradient's norm is taken on its way.
+        seconds = count * (seconds + rates.norm_seconds(v.share))
         parts[TO_HOST] = Part(seconds, "host link", overlaps)
     return parts
 
@@ -196,6 +203,8 @@ def _updating(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rates) 
     own = v.elements if zero.stage == 0 else v.share
     on_host = 0 if optimizer.device == "none" else round(own * optimizer.ratio)
     seconds = on_host / rates.host_adam_elements_per_s + (own - on_host) / rates.device_adam_elements_per_s
+    if not on_host:
+        seconds += rates.norm_seconds(own)
     parts[UPDATE] = Part(seconds, "host" if on_host else "compute")
     if on_host and not rates.on_cpu:
         copy = rates.host_copy("host_to_device")

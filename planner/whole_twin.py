@@ -91,8 +91,10 @@ class WholeTwin(EngineTwin):
     def load(self) -> None:
         """A rank reads the file whole, and copies it into what the engine has made."""
         setting = self.setting
-        # Moments that stay on the host are those that were read.
-        width = setting.master_width + (0 if self.memory.on_cpu else setting.state_width)
+        # Moments that stay on the host are those that were read. In half precision there are moments already, and
+        # the file has the parameters in both widths.
+        width = setting.master_width + (0 if self.memory.on_cpu and not self.half else setting.state_width)
+        width += setting.width if self.half else 0
         loaded = Storage(self.memory.host, LOADED, self.elements * width)
         if not self.has_states:
             self._make_states()

@@ -236,4 +236,7 @@ class ZeroTwin(EngineTwin):
         width = setting.master_width + (0 if self.home is self.memory.host else setting.state_width)
         loaded = Storage(self.memory.host, LOADED, self.share * width)
         self.keep(self.home, STATES, self.share * setting.state_width)
+        if setting.rank in (None, setting.ranks - 1) and self.flat > self.elements:
+            # The last rank's share was saved without its padding, and is copied to be padded.
+            self.memory.pass_through((self.memory.host, LOADED, self.share * setting.master_width))
         del loaded

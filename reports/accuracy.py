@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from translution.planner.errors import InputError
 from translution.planner.memory import MemoryEstimate, estimate_memory
 from translution.planner.plan import Plan, load_plan
 from translution.planner.rank_memory import Tier
+from translution.planner.simulation import INIT, RESUME
 
 COLUMNS = ("rank", "tier", "what", "predicted_bytes", "measured_bytes", "ratio")
 RESIDENT, KEPT, PROCESS = "between steps", "kept for backward", "process"
@@ -65,11 +66,18 @@ def pairs(prediction: MemoryEstimate, measured: MemoryMeasurement) -> Iterator[t
     yield own, RESIDENT, prediction.resident_bytes, measured.resident_bytes
     if measured.kept_bytes is not None:
         yield own, KEPT, prediction.kept_bytes, measured.kept_bytes
-    for phase, size in measured.phase_peak_bytes.items():
+    for phase, size in _with_building(measured.phase_peak_bytes).items():
         yield own, f"peak of {phase}", prediction.bytes_of(phase), size
-    for phase, size in measured.process_phase_peak_bytes.items():
+    for phase, size in _with_building(measured.process_phase_peak_bytes).items():
         held = prediction.bytes_of(phase, "host") + prediction.bytes_of(phase, "pinned")
         yield "host", f"{PROCESS} in {phase}", measured.process_start_bytes + PROCESS_GROWTH_BYTES + held, size
+
+
+def _with_building(peaks: Mapping[str, int]) -> dict[str, int]:
+    """Peaks of the phases, where resuming has made the engine before it has read the checkpoint."""
+    if RESUME in peaks and INIT in peaks:
+        return {**peaks, RESUME: max(peaks[INIT], peaks[RESUME])}
+    return dict(peaks)
 
 
 def _prediction(plan: Plan, rank: int) -> MemoryEstimate:

@@ -69,3 +69,16 @@ def test_imports_go_one_way(folder: str, root: Path) -> None:
                     other = name.split(".")[1]
                     assert other in ALLOWED[folder] | {folder}, f"{path} imports {name}"
                     assert other != folder, f"{path}: {name} should be a relative import"
+
+
+def test_planning_and_comparing_import_no_torch(root: Path, tmp_path: Path) -> None:
+    """Nor pandas or DeepSpeed: the whole command answers in a second or two."""
+    plan = ["plan", "vit-tiny/56", "--cluster", "8xH100", "--data", "synthetic", "--out", str(tmp_path / "plan")]
+    code = (
+        "import sys\n"
+        "from translution.cli.app import run\n"
+        f"assert run({plan!r}) == 0\n"
+        "assert run(['compare', 'vit-tiny/56', '--alpha-rank', '4']) == 0\n"
+        "assert not {'torch', 'pandas', 'deepspeed', 'numpy'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=root)
