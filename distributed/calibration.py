@@ -30,8 +30,8 @@ LONG = 0.25
 """What takes so long once is timed once more, and no oftener."""
 SMALL, LARGE = 2**14, 2**22
 """Elements of the tensors that collectives and copies move."""
-IN_CACHE, IN_MEMORY = 2**18, 2**24
-"""Elements of a relation's rows, and of an optimizer's sub-group, which no cache holds."""
+ROWS_ELEMENTS, TILE_ELEMENTS, GROUP_ELEMENTS = 2**18, 2**21, 2**24
+"""Of a relation's rows, of a tile, and of an optimizer's sub-group, which no cache holds."""
 MODULES = 24
 """Of the network that the engine's own time is measured with."""
 MODULE_WIDTH = 64
@@ -103,14 +103,13 @@ def measure_matmul(watch: Stopwatch, precisions: tuple[Precision, ...]) -> Itera
 
 def measure_elementwise(watch: Stopwatch) -> dict[str, float]:
     """What elementwise operations read and write, on tensors of different sizes."""
-    rows = torch.ones(IN_CACHE, device=watch.device)
+    rows = torch.ones(ROWS_ELEMENTS, device=watch.device)
     other, tiny = torch.ones_like(rows), torch.ones(16, device=watch.device)
-    large = torch.ones(IN_MEMORY, device=watch.device)
+    tile = torch.ones(TILE_ELEMENTS, device=watch.device)
     return {
-        "memory_bytes_per_s": 3 * 4 * IN_CACHE / watch.seconds(lambda: rows.mul_(other)),
+        "memory_bytes_per_s": 3 * 4 * ROWS_ELEMENTS / watch.seconds(lambda: rows.mul_(other)),
         "operation_s": watch.seconds(lambda: tiny.mul_(1.0)),
-        "fresh_bytes_per_s": 4 * IN_MEMORY / watch.seconds(large.clone, times=1),
-        "norm_elements_per_s": IN_MEMORY / watch.seconds(lambda: large.double().norm(2), times=1),
+        "norm_elements_per_s": TILE_ELEMENTS / watch.seconds(lambda: tile.double().norm(2)),
     }
 
 
@@ -163,10 +162,10 @@ def measure_copies(watch: Stopwatch) -> dict[str, Transfer]:
 
 
 def _adam_rate(watch: Stopwatch, device: str, make: Callable[[list[Tensor]], Any]) -> float:
-    parameter = nn.Parameter(torch.ones(IN_MEMORY, device=device))
+    parameter = nn.Parameter(torch.ones(GROUP_ELEMENTS, device=device))
     parameter.grad = torch.ones_like(parameter)
     optimizer = make([parameter])
-    return IN_MEMORY / watch.seconds(optimizer.step, times=1)
+    return GROUP_ELEMENTS / watch.seconds(optimizer.step, times=1)
 
 
 def measure_optimizers(watch: Stopwatch) -> dict[str, float]:

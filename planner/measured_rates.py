@@ -47,10 +47,8 @@ class MeasuredRates(Schema):
     matmul: tuple[MatmulRate, ...] = ()
     memory_bytes_per_s: Rate | None = None
     """Bytes read and written by elementwise operations on tensors of a megabyte, as a relation's are."""
-    fresh_bytes_per_s: Rate | None = None
-    """Bytes of large tensors that are made anew and written: a CPU's memory is mapped page by page then."""
     norm_elements_per_s: Rate | None = None
-    """Elements of large tensors squared in fp64, as DeepSpeed takes a gradient's norm."""
+    """Elements of a tile's gradient squared in fp64, as DeepSpeed takes its norm."""
     operation_s: Seconds | None = None
     """One small tensor operation, called from Python."""
     all_gather: Transfer | None = None

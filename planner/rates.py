@@ -138,11 +138,6 @@ class Rates:
             raise InputError(f"cluster {self.cluster.name!r}: {name}: is required to predict times")
         return float(value)
 
-    def fresh_seconds(self, size: float) -> float:
-        """Making a large tensor of so many bytes and writing it."""
-        measured = self._measured.fresh_bytes_per_s
-        return size / (measured / self.spread if measured else self.memory_bytes_per_s / 2)
-
     def norm_seconds(self, elements: float) -> float:
         """The norm of a gradient, squared in fp64."""
         measured = self._measured.norm_elements_per_s

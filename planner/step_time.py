@@ -174,7 +174,8 @@ def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates
             copy = rates.host_copy("host_to_device")
             seconds = count * uses * (v.gathers * copy.latency_s + local / copy.bytes_per_s)
             if on_cpu:
-                seconds = count * uses * rates.fresh_seconds(local)
+                # Shares are copied before they are gathered, and no faster.
+                seconds = count * uses * local / gather.bytes_per_s
             parts[FROM_HOST] = Part(seconds, "host link", early)
         elif param == "nvme":
             parts[FROM_NVME] = Part(count * uses * local / rates.nvme_bytes_per_s("read"), "NVMe")
@@ -189,8 +190,6 @@ def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates
     if optimizer != "none":
         copy = rates.host_copy("device_to_host")
         seconds = v.tensors * copy.latency_s + v.share * width / copy.bytes_per_s
-        if on_cpu and zero.stage == 3:
-            seconds = rates.fresh_seconds(v.share * width)
         # Each gradient's norm is taken on its way.
         seconds = count * (seconds + rates.norm_seconds(v.share))
         parts[TO_HOST] = Part(seconds, "host link", overlaps)
