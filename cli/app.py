@@ -11,6 +11,7 @@ import typer
 
 from translution.planner.errors import TranslutionError
 from translution.planner.files import load_model_spec
+from translution.planner.model_spec import ModelSpec
 
 from .options import (
     C1,
@@ -143,7 +144,7 @@ def plan(
         "offload": offload,
         "offload_ratio": offload_ratio,
         "nvme_path": nvme_path,
-        "checkpointing": checkpointing or (None if spec.checkpointing == "none" else spec.checkpointing),
+        "checkpointing": _checkpointing(checkpointing, spec),
         "tile_relations": tile_relations,
         "all_nodes": all_nodes,
         "headroom": headroom,
@@ -152,6 +153,13 @@ def plan(
     }
     request = PlanRequest(spec, cluster, training, wishes, samples, epochs)
     run_plan(request, out, force=force, as_json=json)
+
+
+def _checkpointing(asked: str | None, spec: ModelSpec) -> str | None:
+    """What the user asked for, or the model's own mode; none at all leaves it to the search."""
+    if asked is not None:
+        return asked
+    return None if spec.checkpointing == "none" else spec.checkpointing
 
 
 def _stage(value: int) -> Literal[0, 1, 2, 3]:

@@ -198,11 +198,11 @@ def named_cluster(name: str) -> ClusterSpec:
     Raises:
         InputError: for another form, an unknown GPU or node, or more CPU ranks than cores.
     """
-    cpu = re.fullmatch(r"cpu:(\d{1,6})", name.lower())
+    cpu = re.fullmatch(r"cpu:(\d{1,6})", name.lower(), re.ASCII)
     if cpu:
         return local_cpu_cluster(int(cpu[1]))
-    node = re.fullmatch(r"(?:(\d{1,6})x)?(\w[\w.-]*)", name)
-    gpus = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x([A-Za-z0-9-]+)", name)
+    node = re.fullmatch(r"(?:(\d{1,6})x)?(\w[\w.-]*)", name, re.ASCII)
+    gpus = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x([A-Za-z0-9-]+)", name, re.ASCII)
     known_nodes = {key.lower() for key in catalogue().nodes}
     if node and node[2].lower() in known_nodes:
         data = _node_cluster(int(node[1] or 1), node[2])

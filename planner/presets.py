@@ -34,7 +34,7 @@ PRESET_NAMES: tuple[str, ...] = tuple(f"vit-{size}/{patch}" for size in SIZES fo
 
 def preset_name(name: str) -> str | None:
     """The name in its plain form (``ViT-A/56`` → ``vit-tiny/56``), or None if it names no preset."""
-    match = re.fullmatch(r"(vit|gpt)-([a-z]+)[/-](\d{1,7})", name.strip().lower())
+    match = re.fullmatch(r"(vit|gpt)-([a-z]+)[/-](\d{1,7})", name.strip().lower(), re.ASCII)
     if not match:
         return None
     family, size, number = match.groups()
@@ -56,7 +56,7 @@ def preset(name: str) -> ModelSpec:
     if plain is None:
         close = nearest(name.lower(), PRESET_NAMES)
         raise InputError(
-            f"model: {name!r} is not allowed: must be a YAML or JSON file or a preset such as "
+            f"model: {name[:60]!r} is not allowed: must be a YAML or JSON file or a preset such as "
             f"vit-base/16 or gpt-base/1024 with size {', '.join(SIZES)}{close}"
         )
     family, _, rest = plain.partition("-")

@@ -17,7 +17,7 @@ from .errors import InputError
 from .memory import BOOKKEEPING_BYTES, MemoryEstimate, estimate_memory
 from .model_spec import ModelSpec
 from .parameters import TABLES, parameter_groups
-from .plan import Plan, check_data, finish_plan
+from .plan import Plan, check_data, finish_plan, override_zero
 from .rates import Rates
 from .search_space import (
     SAMPLES_PER_RANK,
@@ -162,6 +162,8 @@ class Searcher:
         self.nearest: dict[Family, Candidate] = {}
         """Of each family what fills the memories least."""
         check_data(spec, training, self.global_batch)
+        # A slip in a knob's name or value is no family's fault.
+        override_zero(ZeroSpec(), wishes.knobs)
         self._collect()
 
     def _specs(self) -> list[ModelSpec]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from runs import write_plan
 
-from translution.distributed.launch import free_port
+from translution.distributed.launch import free_port, version_warnings
 from translution.distributed.run_files import judge
 from translution.planner.cluster import load_cluster, local_cpu_cluster
 from translution.planner.emission import environment_variables, hostfile, start_files
@@ -159,3 +159,13 @@ def test_the_slurm_job_runs_the_plan(tmp_path: Path) -> None:
 def test_threads_are_those_of_the_node() -> None:
     assert environment_variables(load_cluster("8xH100"))["OMP_NUM_THREADS"] == "14"
     assert environment_variables(local_cpu_cluster(1))["DS_ACCELERATOR"] == "cpu"
+
+
+def test_other_versions_are_told() -> None:
+    plan = make_plan(preset("vit-tiny/56"), local_cpu_cluster(1), TrainingSpec(data="synthetic"))
+    assert version_warnings(plan) == []
+    other = plan.model_copy(update={"deepspeed_version": "0.18", "torch_version": "2.1"})
+    texts = version_warnings(other)
+    assert len(texts) == 2
+    assert "the plan was made for 0.18" in texts[0]
+    assert "2.1" in texts[1]
