@@ -2,6 +2,7 @@
 
 python benchmarks/accuracy.py --out reports             # everything, about half an hour on 2 cores
 python benchmarks/accuracy.py --only counts passes      # without runs of several ranks
+python benchmarks/accuracy.py --measured reports/accuracy.json --out reports   # what was measured, predicted anew
 """
 
 from __future__ import annotations
@@ -29,16 +30,17 @@ from translution.distributed.rehearsal import predict, read_rehearsal
 from translution.distributed.single import measure_passes
 from translution.models import build
 from translution.planner.cluster import load_cluster, local_cpu_cluster
-from translution.planner.memory import estimate_memory
+from translution.planner.memory import MemoryEstimate, estimate_memory
 from translution.planner.model_spec import ModelSpec, parse_model_spec
 from translution.planner.parameters import count_parameters
-from translution.planner.plan import choose_tile, choose_zero, load_plan, make_plan
+from translution.planner.plan import Plan, choose_tile, choose_zero, load_plan, make_plan
 from translution.planner.presets import preset
 from translution.planner.schedule import MICRO_BATCHES, replay
+from translution.planner.simulation import INIT, RESUME
 from translution.planner.training import TrainingSpec
 from translution.planner.twins import Widths
 from translution.planner.units import format_bytes
-from translution.reports.accuracy import KEPT, PROCESS, RESIDENT, compare, pairs
+from translution.reports.accuracy import KEPT, PROCESS, RESIDENT, compare, pairs, prediction_of
 
 SIZES: dict[str, Any] = {"dim": 96, "depth": 3, "heads": 3}
 VIT: dict[str, Any] = {"family": "vit", "image": [64, 48], "patch": 8, "channels": 3, "classes": 100} | SIZES
@@ -145,18 +147,47 @@ def _say(name: str, text: str) -> None:
     print(f"{name}: {text}", file=sys.stderr, flush=True)
 
 
+def plan_of(name: str, nvme: str | None) -> Plan:
+    """The plan of a run of two ranks."""
+    options = dict(RUNS[name])
+    stage, offload = options.pop("stage"), options.pop("offload", "none")
+    training = TrainingSpec(data="synthetic", micro_batch=8, **options)
+    spec, cluster = parse_model_spec(LARGE), local_cpu_cluster(2)
+    return make_plan(spec, cluster, training, stage=stage, tile_relations=TILE, offload=offload, nvme_path=nvme)
+
+
+def predicted_anew(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of two ranks with what was measured, beside what the planner predicts now."""
+    known = {(row["run"], row["rank"], row["what"]): row for row in rows}
+    result = []
+    for row in rows:
+        kind, _, phase = row["what"].rpartition(" of " if row["what"].startswith("peak") else " in ")
+        prediction = prediction_of(plan_of(row["run"], "/nvme"), row["rank"])
+        size, predicted = row["measured_bytes"], row["predicted_bytes"]
+        if kind:
+            init = known[row["run"], row["rank"], row["what"].replace(phase, INIT)]
+            # A resumed run has built the engine too.
+            size = max(size, init["measured_bytes"]) if phase == RESUME else size
+            if kind == PROCESS:
+                # What the process held before the model was made is in the row of init, which has not changed.
+                predicted = init["predicted_bytes"] + _held(prediction, phase) - _held(prediction, INIT)
+            else:
+                predicted = prediction.bytes_of(phase)
+        result.append(row | {"predicted_bytes": predicted, "measured_bytes": size, "ratio": predicted / (size or 1)})
+    return result
+
+
+def _held(prediction: MemoryEstimate, phase: str) -> int:
+    return prediction.bytes_of(phase, "host") + prediction.bytes_of(phase, "pinned")
+
+
 def rank_rows(names: list[str]) -> Iterator[dict[str, Any]]:
     """Everything that two ranks measure of themselves, from init to resume."""
-    spec, cluster = parse_model_spec(LARGE), local_cpu_cluster(2)
     for name in names:
-        options = dict(RUNS[name])
-        stage, offload = options.pop("stage"), options.pop("offload", "none")
         with tempfile.TemporaryDirectory(prefix="translution-accuracy-") as folder:
-            nvme = str(Path(folder) / "nvme") if "nvme" in offload else None
-            if nvme:
-                Path(nvme).mkdir()
-            training = TrainingSpec(data="synthetic", micro_batch=8, **options)
-            plan = make_plan(spec, cluster, training, stage=stage, tile_relations=TILE, offload=offload, nvme_path=nvme)
+            nvme = Path(folder) / "nvme"
+            nvme.mkdir()
+            plan = plan_of(name, str(nvme))
             run = measure_plan(few_steps(plan), Path(folder) / "plan", partial(_say, name))
             for row in compare(run).to_dict("records"):
                 yield {"run": name} | {str(key): value for key, value in row.items()}
@@ -232,6 +263,9 @@ def render(document: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in document["machine"].items())
     parts = ["# Predicted and measured memory", "", f"`{document['command']}` on {document['date']}: {versions}."]
     parts += ["Ratios are predicted over measured; all rows are in [accuracy.json](accuracy.json).", ""]
+    if "predicted" in document:
+        parts += ["What two ranks measured then stands beside what the planner predicts since:"]
+        parts += [f"{document['predicted']}.", ""]
     counts, passes, ranks, times = (document["sections"].get(name, []) for name in SECTIONS)
     if counts:
         exact = sum(row["predicted"] == row["measured"] for row in counts)
@@ -268,6 +302,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for accuracy.md and accuracy.json")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="runs of two ranks")
+    parser.add_argument("--measured", type=Path, help="accuracy.json whose two-rank runs are to be predicted anew")
     parser.add_argument("--rehearsal", type=Path, help="run folder of a rehearsal, to be shown too")
     parser.add_argument("--rows", choices=("counts", "passes"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -277,6 +312,12 @@ def main() -> None:
         return
     document = describe_run("accuracy")
     document["machine"]["deepspeed"] = importlib.metadata.version("deepspeed")
+    if arguments.measured:
+        known = json.loads(arguments.measured.read_text(encoding="utf-8"))
+        known["sections"]["ranks"] = predicted_anew(known["sections"]["ranks"])
+        known["predicted"] = f"`{document['command']}` on {document['date']}"
+        write_report(arguments.out, "accuracy", known, render(known))
+        return
     sections: dict[str, list[dict[str, Any]]] = {}
     for name in arguments.only:
         here: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {

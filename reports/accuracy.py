@@ -80,7 +80,7 @@ def _with_building(peaks: Mapping[str, int]) -> dict[str, int]:
     return dict(peaks)
 
 
-def _prediction(plan: Plan, rank: int) -> MemoryEstimate:
+def prediction_of(plan: Plan, rank: int) -> MemoryEstimate:
     """The plan's, which is of the rank with the most; at stages 1 and 2 that of the rank itself."""
     if plan.zero.stage not in (1, 2):
         return plan.prediction
@@ -104,7 +104,7 @@ def compare(run: Path) -> pd.DataFrame:
         measured = read_memory(run, rank)
         if measured is None:
             continue
-        for tier, what, predicted, size in pairs(_prediction(plan, rank), measured):
+        for tier, what, predicted, size in pairs(prediction_of(plan, rank), measured):
             if predicted or size:
                 values = (rank, tier, what, predicted, size, predicted / (size or float("nan")))
                 rows.append(dict(zip(COLUMNS, values, strict=True)))
