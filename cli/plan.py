@@ -106,7 +106,10 @@ def _no_plan(error: NoPlanError, spec: ModelSpec, out: Path, *, as_json: bool) -
     for row in error.hybrids:
         name = f"first-{row.full_layers}-{row.rest}{f'-{row.c1}' if row.c1 else ''}"
         path = folder / f"{name}.yaml"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise InputError(f"{folder}: cannot be written: {problem.strerror}") from None
         save_model_spec(override(spec, name=f"{spec.name} {name}", **row.changes), path)
         files[str(path)] = row
     if as_json:

@@ -97,7 +97,7 @@ def family_verdicts(searcher: Searcher, best: Candidate | None) -> tuple[FamilyV
             verdicts.append(FamilyVerdict(family=family.text, seconds=other.seconds, reason=reason))
         elif family in searcher.nearest:
             nearest = searcher.nearest[family]
-            reason = "fits only a replay, with a slower plan"
+            reason = "fits by a little, with a slower plan"
             if nearest.usage > 1:
                 reason = shortage(nearest, searcher.capacities[nearest.cluster.nodes])
             verdicts.append(FamilyVerdict(family=family.text, reason=reason))
