@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 
 from .activations import sample_bytes
 from .cluster import ClusterSpec
@@ -123,13 +124,32 @@ class _Plan:
         return min(self.share, int((1 - ratio) * self.share) + 2 * self.group)
 
 
+SHALLOW, DEEP = 12, 24
+"""Numbers of equal layers from which those of a deeper network follow: each further one keeps as much."""
+
+
 @lru_cache(maxsize=256)
-def _activations(spec: ModelSpec, batch: int, widths: Widths) -> tuple[int, int]:
-    """The most that is live on the device, and on the host, in a replayed micro-batch with whole tables."""
+def _replayed(spec: ModelSpec, batch: int, widths: Widths) -> int:
+    """The most that is live on the device in a replayed micro-batch with whole tables."""
     memory = Memory(ignored=frozenset({WEIGHT_GRADIENTS, MICRO_BATCHES}))
     peaks = replay(spec, batch, widths, memory=memory).memory.peaks
+    return max(peak.total_bytes for peak in peaks.values())
+
+
+def _activations(spec: ModelSpec, batch: int, widths: Widths) -> tuple[int, int]:
+    """Activations of a micro-batch on the device and on the host."""
     kept = spec.depth * batch * spec.tokens * spec.dim * widths.value
-    return max(peak.total_bytes for peak in peaks.values()), kept if spec.checkpointing == "offload" else 0
+    away = kept if spec.checkpointing == "offload" else 0
+    if spec.depth <= DEEP or len(set(spec.layer_operators)) > 1:
+        return _replayed(spec, batch, widths), away
+    shallow, deep = (
+        _replayed(spec.model_copy(update={"depth": depth, "relative_layers": "all"}), batch, widths)
+        for depth in (SHALLOW, DEEP)
+    )
+    # A block keeps its input at least; in a shallow network the head may hide it.
+    least = kept / spec.depth if widths.device == "cpu" or not away else 0.0
+    each = max((deep - shallow) / (DEEP - SHALLOW), least)
+    return deep + ceil(each * (spec.depth - DEEP)), away
 
 
 @lru_cache(maxsize=1024)

@@ -125,18 +125,31 @@ class RelationShape:
         return max(1, self.workspace_rows // cols) * cols
 
 
+@lru_cache(maxsize=64)
+def _rectangles(geometry: RelationGeometry) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of pairs of each relation between patches, as `RelationGeometry.pairs` has them."""
+    reach_rows, reach_cols = geometry.reach
+    if geometry.causal:
+        return tuple((geometry.height - offset, 1) for offset in range(reach_rows + 1))
+    cols = [geometry.width - abs(dx) for dx in range(-reach_cols, reach_cols + 1)]
+    rows = (geometry.height - abs(dy) for dy in range(-reach_rows, reach_rows + 1))
+    return tuple((row, col) for row in rows for col in cols)
+
+
+@lru_cache(maxsize=64)
+def _counts(geometry: RelationGeometry) -> tuple[int, ...]:
+    return tuple(rows * cols for rows, cols in _rectangles(geometry))
+
+
 @lru_cache(maxsize=4096)
 def pairs_of(geometry: RelationGeometry, first: int, count: int) -> int:
     """Pairs of a tile's relations between patches."""
-    return sum(geometry.pairs(r).count for r in range(first, min(first + count, geometry.offsets)))
+    return sum(_counts(geometry)[first : first + count])
 
 
 @lru_cache(maxsize=4096)
 def largest_rectangle(geometry: RelationGeometry, first: int, count: int) -> tuple[int, int]:
     """Rows and columns of the relation between patches with the most pairs among a tile's relations."""
-    shapes = [
-        (pairs.rows, pairs.cols)
-        for r in range(first, min(first + count, geometry.offsets))
-        for pairs in [geometry.pairs(r)]
-    ]
-    return max(shapes, key=lambda shape: shape[0] * shape[1], default=(0, 0))
+    counts = _counts(geometry)
+    own = counts[first : first + count]
+    return _rectangles(geometry)[counts.index(max(own), first)] if own else (0, 0)

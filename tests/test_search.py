@@ -215,7 +215,7 @@ FAMILIES = [(0, "none"), (1, "none"), (2, "none"), (2, "cpu-optimizer")]
 FAMILIES += [(3, offload) for offload in ("none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme")]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.sampled_from(MODELS),
     st.sampled_from(CLUSTERS),
