@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,9 @@ from hypothesis import settings
 from report_folders import MALICIOUS, plan_folder, run_folder
 
 from translution.cli.app import run
+from translution.distributed.launch import launch_environment
+from translution.distributed.ops import prepare_ops
+from translution.planner.cluster import local_cpu_cluster
 
 # A machine with other work to do is no slower for being right.
 settings.register_profile("any machine", deadline=None)
@@ -19,6 +24,32 @@ settings.load_profile("any machine")
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNS_RANKS = ("test_accuracy", "test_calibrate", "test_emission", "test_rehearse", "test_runs")
+"""Modules that start ranks. They run last: DeepSpeed's ops compile for minutes, beside the others."""
+_compiling: list[threading.Thread] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem in RUNS_RANKS)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin to compile what the ranks will load; whoever needs it sooner waits for it."""
+    if session.config.option.collectonly or not any(item.path.stem in RUNS_RANKS for item in session.items):
+        return
+    ops = ["ShareMemCommBuilder", "CPUAdamBuilder"]
+    if Path("/usr/include/libaio.h").exists():
+        ops.append("AsyncIOBuilder")
+    environment = launch_environment(local_cpu_cluster(1)) | {"MAX_JOBS": "2"}
+    log = Path(tempfile.gettempdir()) / f"translution-ops-{os.getpid()}.log"
+    _compiling.append(threading.Thread(target=prepare_ops, args=(ops, environment, log)))
+    _compiling[0].start()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.path.stem in RUNS_RANKS:
+        for thread in _compiling:
+            thread.join()
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def test_a_named_cluster_is_whole_and_survives_json(name: str) -> None:
     cluster = load_cluster(name)
     values = cluster.model_dump()
     unsaid = {field for field, value in values.items() if value is None}
-    assert unsaid == {"price_per_gpu_hour", "gpu_constants"}
+    assert unsaid == {"price_per_gpu_hour", "gpu_constants", "measured"}
     assert all(value > 0 for value in values.values() if isinstance(value, int | float))
     assert ClusterSpec.model_validate_json(cluster.model_dump_json()) == cluster
 
