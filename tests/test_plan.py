@@ -113,7 +113,9 @@ def test_deepspeeds_silent_defaults_are_set(plan: Plan) -> None:
 def test_the_folder_holds_the_plan_and_its_files(plan: Plan, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "plan"
     write_plan_folder(plan, target)
-    assert sorted(path.name for path in target.iterdir()) == ["README.md", "ds_config.json", "launch.sh", "plan.json"]
+    assert sorted(path.name for path in target.iterdir()) == [
+        "README.md", "ds_config.json", "environment.sh", "job.sbatch", "launch-torchrun.sh", "launch.sh", "plan.json",
+    ]  # fmt: skip
     assert load_plan(target) == plan
     assert json.loads((target / "ds_config.json").read_text()) == plan.deepspeed_config()
     assert str(plan.prediction.peak_bytes) in (target / "README.md").read_text()
