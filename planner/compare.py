@@ -194,11 +194,21 @@ def scale(spec: ModelSpec, training: TrainingSpec, alpha_rank: int = 16) -> Iter
                 yield ScalePoint(axis=axis, value=value, operator=name, states_bytes=states, kept_bytes=kept)
 
 
-def thresholds(spec: ModelSpec, gpu: str, training: TrainingSpec) -> Iterator[Threshold]:
-    """Where full Translution starts to need more than one node, two, eight."""
+def thresholds(spec: ModelSpec, gpu: str, training: TrainingSpec, axes: Sequence[Axis] = AXES) -> Iterator[Threshold]:
+    """Where full Translution starts to need more than one node, two, eight.
+
+    Args:
+        spec: the model.
+        gpu: of which the nodes are.
+        training: precision and optimizer.
+        axes: along which it grows.
+
+    Raises:
+        InputError: for an unknown GPU.
+    """
     whole = [cluster for cluster in clusters(gpu) if cluster.nodes in NODES and _is_whole(cluster)]
     _, _, model = next(operators(spec))
-    for axis in AXES:
+    for axis in axes:
         for cluster in whole:
 
             def fits(step: int, axis: Axis = axis, cluster: ClusterSpec = cluster) -> bool:
