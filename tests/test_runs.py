@@ -138,7 +138,7 @@ def test_a_killed_process_fails_the_launch_and_leaves_nothing_behind(tmp_path: P
         assert len(pids) == 2
         parent = int(Path(f"/proc/{pids[1]}/stat").read_text().rsplit(")", 1)[1].split()[1])
         os.kill(pids[1] if victim == "rank" else parent, signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
         process.wait()
@@ -163,7 +163,7 @@ def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) 
             time.sleep(0.2)
         pids = [status.pid for rank in (0, 1) if (status := read_status(run, rank)) is not None]
         process.send_signal(end)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
         process.wait()
