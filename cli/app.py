@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from translution.planner.errors import TranslutionError
 from translution.planner.files import load_model_spec
 from translution.planner.model_spec import ModelSpec
 
+from . import run_commands as run_commands
+from .application import app
 from .options import (
     C1,
     C2,
@@ -33,15 +36,6 @@ from .options import (
     TrainingSettings,
     parse_settings,
     resolve_model,
-)
-
-app = typer.Typer(
-    name="translution",
-    help="Plan and train full Translution models.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
 )
 
 
@@ -242,95 +236,6 @@ def clusters(json: Json = False) -> None:
 
 
 @app.command(
-    epilog="Examples: **translution calibrate --cluster cpu:2 --out laptop.yaml** · **translution plan my.yaml "
-    "--cluster laptop.yaml --out plans/small**"
-)
-def calibrate(
-    cluster: Annotated[str, typer.Option(help="cpu:RANKS, or GPUSxNAME of this machine.")],
-    out: Annotated[Path, typer.Option(help="Cluster file to write (YAML); plans take it as --cluster.")],
-    nvme_path: Annotated[str | None, typer.Option(help="Folder on the drive to measure; else none is.")] = None,
-    json: Json = False,
-) -> None:
-    """Measure this machine's rates, for predictions of time."""
-    from .calibrate import run_calibrate
-
-    run_calibrate(cluster, out, nvme_path, as_json=json)
-
-
-@app.command(hidden=True)
-def calibrate_rank(folder: Path, device: str, nvme_path: Annotated[Path | None, typer.Argument()] = None) -> None:
-    """Measure as one rank; `calibrate` starts it."""
-    from translution.distributed.calibrate import calibrate_rank as measure
-
-    measure(folder, device, nvme_path)
-
-
-@app.command(epilog="Examples: **translution launch plans/small** · **translution launch plans/small --dry-run**")
-def launch(
-    plan_folder: Annotated[Path, typer.Argument(help="As `translution plan` writes it.")],
-    run: Annotated[Path | None, typer.Option(help="Run folder to make; else the next runs/NNN of the plan.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
-) -> None:
-    """Run a plan on this machine through DeepSpeed's launcher."""
-    from .launch import run_launch
-
-    run_launch(plan_folder, run, dry_run=dry_run)
-
-
-@app.command(hidden=True)
-def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
-    """Run one rank of a plan; DeepSpeed's launcher or torchrun starts it on every rank."""
-    from translution.distributed.train import train as train_rank
-
-    train_rank(plan_folder, run, mode)
-
-
-@app.command(
-    epilog="Examples: **translution rehearse plans/large** · **translution rehearse plans/large --rank 511 --layers 3**"
-)
-def rehearse(
-    plan_folder: Annotated[Path, typer.Argument(help="As `translution plan` writes it.")],
-    rank: Annotated[int, typer.Option(help="Rank of the planned world to run.")] = 0,
-    layers: Annotated[
-        int | None, typer.Option(help="Run a model of so many layers, and of one less, and extrapolate; else all.")
-    ] = None,
-    run: Annotated[Path | None, typer.Option(help="Run folder to make; else the next runs/NNN of the plan.")] = None,
-    nvme_path: Annotated[
-        str | None, typer.Option(help="Folder of this machine that stands in for the plan's NVMe path.")
-    ] = None,
-    compute: Annotated[
-        bool, typer.Option("--compute", help="Compute the matrix products too: much slower, the same memory.")
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Run one rank of a plan alone on this machine, to measure its memory; its values are meaningless."""
-    from .rehearse import run_rehearse
-
-    run_rehearse(plan_folder, rank, layers=layers, run=run, nvme_path=nvme_path, compute=compute, as_json=json)
-
-
-@app.command(hidden=True)
-def rehearse_rank(run: Path, compute: Annotated[bool, typer.Option("--compute")] = False) -> None:
-    """Run the one rank of a rehearsal; `rehearse` starts it."""
-    from translution.distributed.rehearse import rehearse_rank as run_rank
-
-    run_rank(run, compute=compute)
-
-
-@app.command(epilog="Examples: **translution verify plans/small** · **translution verify plans/small/runs/001 --json**")
-def verify(
-    folder: Annotated[
-        Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder, or a plan folder: its newest run.")
-    ],
-    json: Json = False,
-) -> None:
-    """Set predicted memory beside what a run measured."""
-    from .verify import run_verify
-
-    run_verify(folder, as_json=json)
-
-
-@app.command(
     epilog="Examples: **translution report plans/small --out small.html** · **translution report plans/small/runs/001 "
     "--out run.html --png timeline.png**"
 )
@@ -371,7 +276,7 @@ def run(arguments: Sequence[str]) -> int:
         The exit code.
     """
     try:
-        code = app(args=list(arguments), standalone_mode=False)
+        code = _with_one_command(arguments)(args=list(arguments), standalone_mode=False)
     except TranslutionError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -388,6 +293,20 @@ def run(arguments: Sequence[str]) -> int:
             raise
         return _fail(error.format_message() or "no command given: see translution --help", 2)
     return code if isinstance(code, int) else 0
+
+
+def _with_one_command(arguments: Sequence[str]) -> typer.Typer:
+    """The application without the commands that are not asked for: Typer would build all, in a tenth of a second."""
+    named = (
+        [info for info in app.registered_commands if info.callback and info.callback.__name__ == arguments[0]]
+        if (arguments)
+        else []
+    )
+    if not named:
+        return app
+    alone = copy.copy(app)
+    alone.registered_commands = named
+    return alone
 
 
 def _fail(message: str, code: int) -> int:

@@ -14,6 +14,9 @@ from .schedule import MICRO_BATCHES, Replay, replay
 from .tape import Memory
 from .twins import INDEX_BYTES, WEIGHT_GRADIENTS, Widths
 
+_SHALLOW = 3
+"""Layers of the deeper of two networks from which deeper ones follow."""
+
 
 def _replay(spec: ModelSpec, batch: int, widths: Widths, implementation: Implementation) -> Replay:
     tables = {"translution", "alpha"} & set(spec.layer_operators)
@@ -43,7 +46,14 @@ def kept_bytes(spec: ModelSpec, batch: int, widths: Widths, implementation: Impl
         widths: of the values that are kept.
         implementation: "grouped", or "gather" for the published way.
     """
-    return _replay(spec, batch, widths, implementation).kept_bytes
+    if spec.depth <= _SHALLOW or spec.relative_layers != "all":
+        return _replay(spec, batch, widths, implementation).kept_bytes
+    # Layers that are alike keep the same, so that two depths tell of any.
+    low, high = (
+        _replay(spec.model_copy(update={"depth": depth}), batch, widths, implementation).kept_bytes
+        for depth in (_SHALLOW - 1, _SHALLOW)
+    )
+    return high + (high - low) * (spec.depth - _SHALLOW)
 
 
 def peak_bytes(spec: ModelSpec, batch: int, widths: Widths, implementation: Implementation = "grouped") -> int:

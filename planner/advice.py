@@ -52,7 +52,7 @@ class HybridRow(Schema):
 def leanest_usage(
     spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, wishes: Wishes, *, only: str | None = None
 ) -> float:
-    """How full the fullest memory is at least, with one sample per rank.
+    """How full the fullest memory is at least, with one sample per rank; once at most 1, it may be less still.
 
     Args:
         spec: the model.
@@ -76,7 +76,14 @@ def leanest_usage(
     nearly = [entry for entry in usages if entry[0] <= NEARLY][:REPLAYS]
     if usages[0][0] <= 1 or not nearly:
         return usages[0][0]
-    return min(capacity.usage_of(estimate_memory(mode, cluster, one, zero, tile)) for _, mode, zero, tile in nearly)
+    # What a rank holds does not depend on what a node could hold: under one name it is replayed once.
+    alike = cluster.model_copy(update={"host_memory_bytes": 1, "nvme_bytes": None})
+    least = float("inf")
+    for _, mode, zero, tile in nearly:
+        least = min(least, capacity.usage_of(estimate_memory(mode, alike, one, zero, tile)))
+        if least <= 1:
+            break
+    return least
 
 
 def _leanest(

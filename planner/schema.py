@@ -16,7 +16,7 @@ T = TypeVar("T")
 class Schema(BaseModel):
     """Frozen pydantic model that rejects unknown keys and non-finite numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 def _describe(error: ErrorDetails, known_fields: tuple[str, ...]) -> str:

@@ -15,7 +15,7 @@ from translution.planner.memory import BETWEEN, PHASES, MemoryEstimate, atomic_f
 from translution.planner.model_spec import ModelSpec, parse_model_spec
 from translution.planner.plan import choose_tile, choose_zero, make_plan, override_zero
 from translution.planner.presets import preset
-from translution.planner.schedule import NetworkTwin
+from translution.planner.schedule import NetworkTwin, replay
 from translution.planner.simulation import simulate
 from translution.planner.training import TrainingSpec
 from translution.planner.twins import Widths
@@ -138,3 +138,13 @@ def test_a_plan_for_512_ranks_needs_no_gpu_to_be_made() -> None:
     assert not torch.cuda.is_initialized()
     low, high = plan.prediction.device_interval_bytes or (0, 0)
     assert 2 * 2**30 < low < plan.prediction.peak_bytes < high < 16 * 2**30
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block", "offload"])
+@pytest.mark.parametrize("implementation", ["grouped", "gather"])
+def test_what_a_deep_network_keeps_follows_from_shallow_ones(checkpointing: str, implementation: Any) -> None:
+    fields = {"family": "gpt", "context": 12, "vocabulary": 40, "dim": 24, "depth": 9, "heads": 3, "c1": 2, "c2": 3}
+    for operator in ("translution", "alpha", "attention", "bias", "shaw", "absolute"):
+        spec = parse_model_spec(fields | {"operator": operator, "checkpointing": checkpointing})
+        whole = replay(spec, 3, Widths.of(2, "cuda"), implementation=implementation).kept_bytes
+        assert kept_bytes(spec, 3, Widths.of(2, "cuda"), implementation) == whole

@@ -1,0 +1,100 @@
+"""Commands that start processes: calibrating, launching, rehearsing; and verifying what they left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .application import app
+from .options import Json
+
+
+@app.command(
+    epilog="Examples: **translution calibrate --cluster cpu:2 --out laptop.yaml** · **translution plan my.yaml "
+    "--cluster laptop.yaml --out plans/small**"
+)
+def calibrate(
+    cluster: Annotated[str, typer.Option(help="cpu:RANKS, or GPUSxNAME of this machine.")],
+    out: Annotated[Path, typer.Option(help="Cluster file to write (YAML); plans take it as --cluster.")],
+    nvme_path: Annotated[str | None, typer.Option(help="Folder on the drive to measure; else none is.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure this machine's rates, for predictions of time."""
+    from .calibrate import run_calibrate
+
+    run_calibrate(cluster, out, nvme_path, as_json=json)
+
+
+@app.command(hidden=True)
+def calibrate_rank(folder: Path, device: str, nvme_path: Annotated[Path | None, typer.Argument()] = None) -> None:
+    """Measure as one rank; `calibrate` starts it."""
+    from translution.distributed.calibrate import calibrate_rank as measure
+
+    measure(folder, device, nvme_path)
+
+
+@app.command(epilog="Examples: **translution launch plans/small** · **translution launch plans/small --dry-run**")
+def launch(
+    plan_folder: Annotated[Path, typer.Argument(help="As `translution plan` writes it.")],
+    run: Annotated[Path | None, typer.Option(help="Run folder to make; else the next runs/NNN of the plan.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
+) -> None:
+    """Run a plan on this machine through DeepSpeed's launcher."""
+    from .launch import run_launch
+
+    run_launch(plan_folder, run, dry_run=dry_run)
+
+
+@app.command(hidden=True)
+def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
+    """Run one rank of a plan; DeepSpeed's launcher or torchrun starts it on every rank."""
+    from translution.distributed.train import train as train_rank
+
+    train_rank(plan_folder, run, mode)
+
+
+@app.command(
+    epilog="Examples: **translution rehearse plans/large** · **translution rehearse plans/large --rank 511 --layers 3**"
+)
+def rehearse(
+    plan_folder: Annotated[Path, typer.Argument(help="As `translution plan` writes it.")],
+    rank: Annotated[int, typer.Option(help="Rank of the planned world to run.")] = 0,
+    layers: Annotated[
+        int | None, typer.Option(help="Run a model of so many layers, and of one less, and extrapolate; else all.")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder to make; else the next runs/NNN of the plan.")] = None,
+    nvme_path: Annotated[
+        str | None, typer.Option(help="Folder of this machine that stands in for the plan's NVMe path.")
+    ] = None,
+    compute: Annotated[
+        bool, typer.Option("--compute", help="Compute the matrix products too: much slower, the same memory.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Run one rank of a plan alone on this machine, to measure its memory; its values are meaningless."""
+    from .rehearse import run_rehearse
+
+    run_rehearse(plan_folder, rank, layers=layers, run=run, nvme_path=nvme_path, compute=compute, as_json=json)
+
+
+@app.command(hidden=True)
+def rehearse_rank(run: Path, compute: Annotated[bool, typer.Option("--compute")] = False) -> None:
+    """Run the one rank of a rehearsal; `rehearse` starts it."""
+    from translution.distributed.rehearse import rehearse_rank as run_rank
+
+    run_rank(run, compute=compute)
+
+
+@app.command(epilog="Examples: **translution verify plans/small** · **translution verify plans/small/runs/001 --json**")
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder, or a plan folder: its newest run.")
+    ],
+    json: Json = False,
+) -> None:
+    """Set predicted memory beside what a run measured."""
+    from .verify import run_verify
+
+    run_verify(folder, as_json=json)
