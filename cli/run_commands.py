@@ -35,16 +35,19 @@ def calibrate_rank(folder: Path, device: str, nvme_path: Annotated[Path | None, 
     measure(folder, device, nvme_path)
 
 
-@app.command(epilog="Examples: **translution launch plans/small** · **translution launch plans/small --dry-run**")
+@app.command(epilog="Examples: **translution launch plans/small** · **translution launch plans/small --resume**")
 def launch(
     plan_folder: Annotated[Path, typer.Argument(help="As `translution plan` writes it.")],
     run: Annotated[Path | None, typer.Option(help="Run folder to make; else the next runs/NNN of the plan.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with --run, or the newest run that has a checkpoint.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
 ) -> None:
     """Run a plan on this machine through DeepSpeed's launcher."""
     from .launch import run_launch
 
-    run_launch(plan_folder, run, dry_run=dry_run)
+    run_launch(plan_folder, run, resume=resume, dry_run=dry_run)
 
 
 @app.command(hidden=True)

@@ -92,7 +92,7 @@ def load_samples(spec: ModelSpec, data: str, seed: int, step: int = 1) -> tuple[
 
 
 def micro_batches(
-    samples: Samples, *, micro_batch: int, accumulation: int, rank: int, ranks: int, seed: int
+    samples: Samples, *, micro_batch: int, accumulation: int, rank: int, ranks: int, seed: int, first_step: int = 0
 ) -> Iterator[list[Samples]]:
     """One rank's micro-batches of every step, without end.
 
@@ -106,6 +106,7 @@ def micro_batches(
         rank: which share to give.
         ranks: number of shares.
         seed: of the order.
+        first_step: the step to begin with, for a run that is resumed.
 
     Raises:
         InputError: if one step needs more samples than there are.
@@ -113,10 +114,10 @@ def micro_batches(
     step = micro_batch * accumulation * ranks
     if step > len(samples):
         raise InputError(f"global batch: {step} is not allowed: must be at most {len(samples)}, the training samples")
-    epoch = 0
+    epoch, done = divmod(first_step, len(samples) // step)
     while True:
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        for start in range(0, len(samples) - step + 1, step):
+        for start in range(done * step, len(samples) - step + 1, step):
             shares = order[start : start + step].view(accumulation, ranks, micro_batch)
             yield [samples.select(shares[n, rank]) for n in range(accumulation)]
-        epoch += 1
+        epoch, done = epoch + 1, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import resource
 import shutil
@@ -69,6 +70,22 @@ def remove_swap_files(nvme_path: str | None, rank: int) -> None:
     """Delete a rank's own files under an NVMe path: no later run can use them."""
     for folder in swap_folders(nvme_path, rank) if nvme_path else []:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_shared_buffers(port: str | int, rank: int | None = None) -> None:
+    """Delete what DeepSpeed's CPU communication leaves in shared memory, 66 MiB for every rank, for ever.
+
+    Args:
+        port: of the ranks' rendezvous, by which the files are named.
+        rank: whose; None deletes those of all ranks.
+
+    Source: DeepSpeed 0.19.8, csrc/cpu/comm/shm.cpp.
+    """
+    for path in Path("/dev/shm").glob(
+        f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_{'*' if rank is None else rank}"
+    ):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def io_handle() -> Any:

@@ -20,8 +20,10 @@ from translution.planner.cluster import ClusterSpec, usable_cores
 from translution.planner.errors import InputError, MissingPackageError, RunFailedError
 from translution.planner.plan import Plan, load_plan
 
+from .host import remove_shared_buffers
 from .ops import needed_ops, prepare_ops
-from .run_files import LOG, METRICS, RUNS, judge, make_run_folders
+from .resume import run_to_resume
+from .run_files import CONTINUE, LOG, METRICS, RUNS, clear_statuses, judge, make_run_folders
 
 LAUNCHER_PID = "TRANSLUTION_LAUNCHER_PID"
 """Names, to the ranks, the process without which they must not go on."""
@@ -206,12 +208,16 @@ class _MetricsReader:
     """Hands over each new whole line of the metrics file."""
 
     def __init__(self, path: Path, on_metrics: OnMetrics) -> None:
-        self._path, self._on_metrics, self._offset = path, on_metrics, 0
+        # What an earlier launch of the same run wrote has been shown.
+        self._offset = path.stat().st_size if path.exists() else 0
+        self._path, self._on_metrics = path, on_metrics
 
     def poll(self) -> None:
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
+            # A resumed run cuts off a torn line.
+            self._offset = min(self._offset, os.fstat(file.fileno()).st_size)
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -315,7 +321,9 @@ def run_processes(
     return failed or next((process.returncode for process in processes if process.returncode), 0)
 
 
-def launch(plan_folder: Path, run: Path | None, on_metrics: OnMetrics, on_stage: OnStage, *options: str) -> Path:
+def launch(
+    plan_folder: Path, run: Path | None, on_metrics: OnMetrics, on_stage: OnStage, *options: str, resume: bool = False
+) -> Path:
     """Run a plan on this machine.
 
     Args:
@@ -324,17 +332,23 @@ def launch(plan_folder: Path, run: Path | None, on_metrics: OnMetrics, on_stage:
         on_metrics: called with each metrics line.
         on_stage: called with a line for people when something slow begins.
         options: of this toolkit's ``train``.
+        resume: go on with that run, or with the plan folder's newest that has a checkpoint.
 
     Returns:
         The run folder.
 
     Raises:
-        InputError: if this machine cannot run the plan.
+        InputError: if this machine cannot run the plan, or the run cannot be resumed with it.
         RunFailedError: if any rank did not finish.
     """
     plan = load_plan(plan_folder)
     check_machine(plan)
-    run = new_run_folder(plan_folder, run)
+    if resume:
+        run, saved = run_to_resume(plan, plan_folder, run)
+        on_stage(f"going on with {run} from step {saved.manifest.step}")
+        options = (*options, "--mode", CONTINUE)
+    else:
+        run = new_run_folder(plan_folder, run)
     ops = needed_ops(plan)
     if ops:
         on_stage(f"preparing {len(ops)} of DeepSpeed's ops, which the first run compiles in a minute or more each")
@@ -350,6 +364,11 @@ def start_and_judge(plan: Plan, plan_folder: Path, run: Path, on_metrics: OnMetr
     Raises:
         RunFailedError: if any rank did not finish.
     """
-    command = launch_command(plan, plan_folder, run, free_port(), *options)
-    exit_code = run_ranks(command, launch_environment(plan.cluster), run, on_metrics)
+    port = free_port()
+    command = launch_command(plan, plan_folder, run, port, *options)
+    clear_statuses(run)
+    try:
+        exit_code = run_ranks(command, launch_environment(plan.cluster), run, on_metrics)
+    finally:
+        remove_shared_buffers(port)
     judge(run, plan.cluster.ranks, exit_code)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,6 +48,7 @@ def prepare_ops(ops: Sequence[str], environment: Mapping[str, str], log: Path) -
     Raises:
         RunFailedError: if one does not compile, or waits on the lock that a killed compilation left.
     """
+    remove_stale_locks({**os.environ, **environment})
     seconds = COMPILE_SECONDS * len(ops)
     with log.open("ab") as file:
         try:
@@ -65,5 +68,48 @@ def prepare_ops(ops: Sequence[str], environment: Mapping[str, str], log: Path) -
         raise RunFailedError(f"DeepSpeed's ops do not compile: {', '.join(ops)} (log: {log})")
 
 
-def _extensions_folder() -> Path:
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+def _extensions_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    return Path(environment.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+
+
+def _held_files() -> set[Path]:
+    """Files that some process of this machine holds open, as far as this one may see."""
+    held = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            held.add(Path(os.readlink(link)))
+    return held
+
+
+def remove_stale_locks(environment: Mapping[str, str] = os.environ) -> list[Path]:
+    """Remove the locks of compilations that were killed: whoever loads the op waits for them for ever, silently.
+
+    torch holds its lock open while it compiles, so that a lock that no process holds is stale. One that
+    another machine may hold, on a network's file system, must be older than any compilation.
+
+    Args:
+        environment: says where the extensions lie.
+
+    Returns:
+        The locks that were removed.
+
+    Source: torch 2.13, utils/file_baton.py and utils/cpp_extension.py.
+    """
+    locks = [path.resolve() for path in _extensions_folder(environment).glob("**/lock")]
+    if not locks or not Path("/proc/self/fd").exists():
+        return []
+    held, removed = _held_files(), []
+    for lock in locks:
+        with contextlib.suppress(OSError):
+            if lock not in held and (_is_local(lock) or time.time() - lock.stat().st_mtime > COMPILE_SECONDS):
+                lock.unlink()
+                removed.append(lock)
+    return removed
+
+
+def _is_local(path: Path) -> bool:
+    """Whether only this machine can see a file; network file systems have others' locks."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    where = [(folder, kind) for folder, kind in mounts if path.is_relative_to(folder)]
+    kind = max(where, key=lambda mount: len(mount[0]), default=("", ""))[1]
+    return not kind.startswith(("nfs", "lustre", "ceph", "gpfs", "beegfs", "fuse", "cifs", "9p"))

@@ -7,7 +7,7 @@ succeeded if, and only if, every rank has written ``finished``.
     metrics.jsonl           one JSON object per step and evaluation, by rank 0
     status/rank_N.json      what rank N last said of itself
     memory/rank_N.json      what rank N measured
-    checkpoint/             the last state, as DeepSpeed saves it
+    checkpoint/             the newest states (checkpoint.py)
     launcher.log            everything the ranks printed
 """
 
@@ -28,17 +28,17 @@ from translution.planner.schema import Schema, parse_json
 
 METRICS, LOG, CHECKPOINT, PLAN, RUNS = "metrics.jsonl", "launcher.log", "checkpoint", "plan.json", "runs"
 
-MEASURE, RESUMING, PROCESS = "measure", "resume", "process"
-MODES = ("train", MEASURE, RESUMING, PROCESS)
+MEASURE, RESUMING, PROCESS, CONTINUE = "measure", "resume", "process", "continue"
+MODES = ("train", MEASURE, RESUMING, PROCESS, CONTINUE)
 """What ranks do: train and evaluate; train, watching allocations; only resume, watching them; resume and
-train, watching the process."""
+train, watching the process; go on with a run and evaluate."""
 
 
 class RankStatus(Schema):
     """What a rank last said of itself."""
 
     rank: int
-    state: Literal["started", "training", "failed", "finished"]
+    state: Literal["started", "training", "failed", "stopped", "finished"]
     step: int = 0
     message: str = ""
     pid: int = 0
@@ -121,6 +121,22 @@ def read_memory(run: Path, rank: int) -> MemoryMeasurement | None:
     return parse_json(_MEMORY, path.read_bytes(), str(path)) if path.exists() else None
 
 
+def clear_statuses(run: Path) -> None:
+    """Forget what the ranks last said, before they are started anew."""
+    for path in status_path(run, 0).parent.glob("rank_*.json"):
+        path.unlink()
+
+
+def trim_metrics(run: Path) -> None:
+    """Cut off the line that a killed run has left torn."""
+    path = run / METRICS
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)
+
+
 def judge(run: Path, ranks: int | Iterable[int], exit_code: int) -> None:
     """Decide whether a run ended well.
 
@@ -137,6 +153,11 @@ def judge(run: Path, ranks: int | Iterable[int], exit_code: int) -> None:
         status = read_status(run, rank)
         if status is not None and status.state == "failed":
             raise RunFailedError(f"rank {rank} failed at step {status.step}: {status.message} (log: {run / LOG})")
+        if status is not None and status.state == "stopped":
+            raise RunFailedError(
+                f"stopped by {status.message} at step {status.step}, with a checkpoint: "
+                f"translution launch PLAN_FOLDER --resume --run {run} goes on"
+            )
         if status is None or status.state != "finished":
             last = "never started" if status is None else f"was last seen {status.state} at step {status.step}"
             silent.append(f"rank {rank} {last}")

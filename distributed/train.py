@@ -6,7 +6,6 @@ WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says which rank this is.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
@@ -16,38 +15,36 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from translution.models import build
 from translution.planner.errors import InputError
 from translution.planner.files import write_text
-from translution.planner.plan import Plan, load_plan
+from translution.planner.plan import load_plan
 from translution.planner.provenance import provenance
-from translution.planner.simulation import BACKWARD, FORWARD, INIT, RESUME, SAVE, STEP
+from translution.planner.simulation import BACKWARD, FORWARD, RESUME, SAVE, STEP
 
-from . import host, measure
+from . import checkpoint, host, measure
 from .data import Samples, load_samples, micro_batches
 from .launch import end_with_launcher
-from .recorder import Between, Recorder, RunPhase, Watch, run_phase
+from .manifest import newest
+from .rank import EngineRank
+from .recorder import RunPhase, run_phase
 from .run_files import (
     CHECKPOINT,
-    METRICS,
+    CONTINUE,
     PROCESS,
     RESUMING,
     MemoryMeasurement,
-    RankStatus,
     make_run_folders,
     memory_path,
     read_memory,
-    write_status,
+    trim_metrics,
 )
+from .stopping import Clock
 
 MEASURED_STEP = 3
 """The optimizer step that is measured: Adam's moments exist by then, buffers have their size."""
-_MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
@@ -57,103 +54,12 @@ def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-class Rank:
-    """One rank of a run.
+class Rank(EngineRank):
+    """One rank that trains.
 
     Args:
-        plan: what to train and how.
-        run: the run folder, shared by all ranks.
-        watch: what its recorder measures.
+        plan, run, watch: as in `EngineRank`.
     """
-
-    def __init__(self, plan: Plan, run: Path, watch: Watch = "allocations") -> None:
-        self.plan, self.run, self.watch = plan, run, watch
-        self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.step = 0
-        self.samples: list[Tensor] = []
-        self.model: torch.nn.Module | None = None
-        """Between its construction and the engine's."""
-        self.engine: Any = None
-        self.recorder: Recorder | None = None
-        self.between: Between | None = None
-
-    def say(self, state: str, message: str = "") -> None:
-        """Write this rank's status."""
-        status = {"rank": self.rank, "state": state, "step": self.step, "message": message, "pid": os.getpid()}
-        write_status(self.run, RankStatus.model_validate(status))
-
-    @property
-    def logs(self) -> bool:
-        """Whether this rank writes the metrics: only rank 0 does, and no second process that measures the run."""
-        return self.rank == 0 and self.watch == "allocations"
-
-    def log(self, **values: object) -> None:
-        """Append a line to the metrics file, if it is this rank that does."""
-        if self.logs:
-            with (self.run / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
-
-    def start(self) -> None:
-        """Join the process group and build the engine.
-
-        Raises:
-            InputError: if the world is not the plan's.
-        """
-        self.say("started")
-        if self.ranks != self.plan.cluster.ranks:
-            raise InputError(f"WORLD_SIZE: {self.ranks} is not allowed: must be {self.plan.cluster.ranks}, as planned")
-        self.join()
-        self.recorder = Recorder(self.plan, self.rank, self.watch)
-        self.recorder.record(INIT, self.construct)
-        self.recorder.record(INIT, self.engage)
-
-    def join(self) -> None:
-        """Join the process group."""
-        cuda = self.plan.cluster.device == "cuda"
-        import deepspeed
-
-        if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
-
-    def config(self) -> dict[str, Any]:
-        """What DeepSpeed is told."""
-        return self.plan.deepspeed_config()
-
-    def network(self) -> torch.nn.Module:
-        """The network, not yet under the engine."""
-        return build(self.plan.model, tile_relations=self.plan.tile_relations)
-
-    def construct(self) -> None:
-        """Make the model, partitioned as it is made under ZeRO-3."""
-        import deepspeed
-
-        torch.manual_seed(self.plan.training.seed)
-        with deepspeed.zero.Init(config_dict_or_path=self.config(), enabled=self.plan.zero.stage == 3):
-            self.model = self.network()
-
-    def engage(self) -> None:
-        """Put the model under DeepSpeed's engine."""
-        import deepspeed
-
-        # Every rank has samples of its own, so it drops other values.
-        torch.manual_seed(self.plan.training.seed + 1 + self.rank)
-        model, self.model = self.model, None
-        assert model is not None
-        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=self.config())
-
-    def outputs(self, batch: Samples) -> Tensor:
-        """The network's logits for a micro-batch."""
-        inputs = batch.inputs.to(self.engine.device)
-        if inputs.is_floating_point():
-            inputs = inputs.to(_MODEL_DTYPES[self.plan.training.precision])
-        logits: Tensor = self.engine(inputs)
-        return logits
-
-    def loss(self, batch: Samples) -> Tensor:
-        """Mean cross-entropy of a micro-batch."""
-        logits = self.outputs(batch).flatten(0, -2).float()
-        return torch.nn.functional.cross_entropy(logits, batch.targets.to(self.engine.device).flatten())
 
     def pass_forward_and_backward(self, batches: list[Samples], phase: RunPhase = run_phase) -> float:
         """All micro-batches of a step; the mean loss over them.
@@ -233,12 +139,9 @@ class Rank:
         """Save the checkpoint and note the memory it takes."""
         assert self.recorder is not None
         # A second process that measures the same run saves beside the first one's checkpoint.
-        kind = "step" if self.watch == "allocations" else self.watch
-
-        def work() -> None:
-            self.engine.save_checkpoint(str(self.run / CHECKPOINT), tag=f"{kind}_{self.step}")
-
-        self.recorder.record(SAVE, work)
+        tag = None if self.watch == "allocations" else f"{self.watch}_{self.step}"
+        folder, keep = self.run / CHECKPOINT, self.plan.training.keep_checkpoints
+        self.recorder.record(SAVE, lambda: checkpoint.save(self.engine, folder, self.step, keep=keep, tag=tag))
         if self.watch == "process":
             self.add_measurement()
         elif measured is not None:
@@ -272,14 +175,19 @@ class Rank:
         torch.distributed.all_reduce(totals)
         return float(totals[0] / totals[2]), float(totals[1] / totals[2])
 
-    def load(self) -> None:
-        """Read the run's checkpoint into the engine."""
+    def load(self) -> int:
+        """Read the run's newest checkpoint into the engine; the steps that it had done.
+
+        Raises:
+            InputError: if there is none, or it is damaged.
+        """
         assert self.recorder is not None
-
-        def work() -> None:
-            self.engine.load_checkpoint(str(self.run / CHECKPOINT))
-
-        self.recorder.record(RESUME, work)
+        folder = self.run / CHECKPOINT
+        saved = newest(folder)
+        if saved is None:
+            raise InputError(f"{folder}: holds no whole checkpoint")
+        self.recorder.record(RESUME, lambda: checkpoint.load(self.engine, folder, saved.tag))
+        return saved.manifest.step
 
     def resume(self) -> None:
         """Build the engine, read the run's checkpoint, and add that to what the run measured."""
@@ -288,18 +196,22 @@ class Rank:
         self.add_measurement()
         self.say("finished")
 
-    def train(self, *, evaluation: bool = True, resume: bool = False) -> None:
-        """The whole run: all steps, the checkpoint, and the evaluation unless it is not wanted.
+    def train(self, *, evaluation: bool = True, read: bool = False, go_on: bool = False) -> None:
+        """The whole run: all steps, checkpoints, and the evaluation unless it is not wanted.
 
         Args:
             evaluation: whether to evaluate.
-            resume: read the run's checkpoint first, to measure that.
+            read: read the run's checkpoint first, to measure that, and begin at the first step all the same.
+            go_on: read the run's checkpoint first and go on from its step.
         """
         training = self.plan.training
         training_samples, held_out = load_samples(
             self.plan.model, training.data, training.seed, step=training.global_batch(self.ranks)
         )
         self.samples = [training_samples.inputs, training_samples.targets, held_out.inputs, held_out.targets]
+        self.start()
+        loaded = self.load() if read or go_on else 0
+        first = loaded if go_on else 0
         batches: Iterator[list[Samples]] = micro_batches(
             training_samples,
             micro_batch=training.micro_batch,
@@ -307,42 +219,74 @@ class Rank:
             rank=self.rank,
             ranks=self.ranks,
             seed=training.seed,
+            first_step=first,
         )
-        self.start()
-        if resume:
-            self.load()
+        if go_on and self.logs:
+            trim_metrics(self.run)
         made = provenance(shlex.join(["translution", *sys.argv[1:]]), ("torch", "deepspeed"))
         self.log(
-            event="start",
+            event="resume" if go_on else "start",
+            step=first,
             steps=training.steps,
             ranks=self.ranks,
             global_batch=training.global_batch(self.ranks),
             made=made.model_dump(),
         )
         # In the first step Adam has no moments yet: a run of one step measures nothing.
-        measured = min(MEASURED_STEP, training.steps) - 1 or None
-        for self.step in range(training.steps):
-            began = time.perf_counter()
-            (loss,) = self.mean_over_ranks(self.recorded_step(next(batches), measured))
-            seconds = time.perf_counter() - began
-            norm = self.engine.get_global_grad_norm()
-            self.log(
-                event="step",
-                step=self.step + 1,
-                loss=loss,
-                grad_norm=float(norm) if norm is not None and math.isfinite(norm) else None,
-                learning_rate=self.engine.optimizer.param_groups[0]["lr"],
-                seconds=seconds,
-                samples_per_s=training.global_batch(self.ranks) / seconds,
-            )
-            if self.step % 20 == 0:
-                self.say("training")
+        measured = None if go_on else min(MEASURED_STEP, training.steps) - 1 or None
+        with self.stop.watching():
+            stopped = self.train_steps(batches, first, measured)
+        if stopped:
+            self.say("stopped", stopped)
+            return
         self.step = training.steps
         self.save(measured)
         if evaluation:
             loss, accuracy = self.evaluate(held_out)
             self.log(event="evaluation", step=self.step, loss=loss, accuracy=accuracy, samples=len(held_out))
         self.say("finished")
+
+    def train_steps(self, batches: Iterator[list[Samples]], first: int, measured: int | None) -> str:
+        """All steps from one on, with checkpoints between them.
+
+        Returns:
+            The name of the signal that ended them after a checkpoint; nothing if none did.
+        """
+        training, clock = self.plan.training, Clock(self.plan.training.checkpoint_minutes)
+        for self.step in range(first, training.steps):
+            began = time.perf_counter()
+            # What is dropped depends on nothing that went before, so that a resumed run drops the same.
+            torch.manual_seed((training.seed * self.ranks + self.rank + 1) * 1_000_003 + self.step)
+            own = self.recorded_step(next(batches), measured)
+            # All ranks save after the same step: rank 0's clock counts, and a signal to any of them.
+            wanted = float(self.stop.name is not None), float(self.rank == 0 and clock.due())
+            loss, stop, due = self.mean_over_ranks(own, *wanted)
+            self.log_step(loss, time.perf_counter() - began)
+            if self.step % 20 == 0:
+                self.say("training")
+            done = self.step + 1
+            if stop:
+                self.stop.notice()
+            if done < training.steps and (stop or due or ((every := training.checkpoint_steps) and done % every == 0)):
+                self.step = done
+                self.save(None)
+                clock.restart()
+                if stop:
+                    return self.stop.name or "a signal to another rank"
+        return ""
+
+    def log_step(self, loss: float, seconds: float) -> None:
+        """Write a step's metrics."""
+        norm = self.engine.get_global_grad_norm()
+        self.log(
+            event="step",
+            step=self.step + 1,
+            loss=loss,
+            grad_norm=float(norm) if norm is not None and math.isfinite(norm) else None,
+            learning_rate=self.engine.optimizer.param_groups[0]["lr"],
+            seconds=seconds,
+            samples_per_s=self.plan.training.global_batch(self.ranks) / seconds,
+        )
 
 
 def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
@@ -360,8 +304,9 @@ def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
     # Nodes that were started by hand have no launcher that made the run folder.
     make_run_folders(run, plan_folder)
     rank = Rank(plan, run, "process" if mode == PROCESS else "allocations")
-    evaluation, resume = mode == "train", mode == PROCESS
-    run_rank(rank, rank.resume if mode == RESUMING else partial(rank.train, evaluation=evaluation, resume=resume))
+    evaluation = mode in ("train", CONTINUE)
+    training = partial(rank.train, evaluation=evaluation, read=mode == PROCESS, go_on=mode == CONTINUE)
+    run_rank(rank, rank.resume if mode == RESUMING else training)
 
 
 def run_rank(rank: Rank, work: Callable[[], None]) -> None:
@@ -381,6 +326,7 @@ def run_rank(rank: Rank, work: Callable[[], None]) -> None:
     finally:
         for path in {plan.zero.offload_optimizer.nvme_path, plan.zero.offload_param.nvme_path}:
             host.remove_swap_files(path, rank.rank)
+        host.remove_shared_buffers(os.environ.get("MASTER_PORT", ""), rank.rank)
         # Without it a gloo process may abort at exit after success.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -53,6 +53,12 @@ class TrainingSpec(Schema):
     """Handwritten digits (8×8, ten classes), or random samples of the model's shape."""
     seed: NonNegative = 0
     """Of the initial weights and of the order of the samples."""
+    checkpoint_steps: NonNegative = 0
+    """Save a checkpoint after so many steps, again and again; 0 saves only at the end."""
+    checkpoint_minutes: NonNegativeFloat = 0.0
+    """Save one when so many minutes have gone by since the last; 0 does not look at the clock."""
+    keep_checkpoints: Positive = 2
+    """So many of a run's newest checkpoints stay."""
 
     @model_validator(mode="after")
     def _check_schedule(self) -> TrainingSpec:

@@ -117,6 +117,8 @@ def compare(run: Path) -> pd.DataFrame:
 def metrics_of(run: Path) -> pd.DataFrame:
     """The run's metrics, a row per line of its metrics file; a torn last line is left out.
 
+    Of steps that a resumed run did again, the last time counts.
+
     Raises:
         InputError: if another line is no JSON object.
     """
@@ -130,6 +132,9 @@ def metrics_of(run: Path) -> pd.DataFrame:
             if number < len(lines):
                 raise InputError(f"{path}: line {number} is not valid JSON") from None
     metrics: pd.DataFrame = pd.DataFrame(rows, columns=None if rows else ["event"])
+    if "step" in metrics:
+        again = (metrics["event"] == "step") & metrics.duplicated(["event", "step"], keep="last")
+        metrics = metrics[~again].reset_index(drop=True)
     return metrics
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from torch.utils.file_baton import FileBaton
 
+from translution.distributed.ops import remove_stale_locks
 from translution.distributed.run_files import (
     RankStatus,
     judge,
@@ -66,3 +69,17 @@ def test_a_damaged_status_is_named(run: Path) -> None:
     status_path(run, 0).write_text("{")
     with pytest.raises(InputError, match=r"rank_0.json: not valid JSON"):
         read_status(run, 0)
+
+
+def test_only_a_lock_that_nobody_holds_is_removed(tmp_path: Path) -> None:
+    """A killed compilation leaves its lock, on which every later run would wait for ever."""
+    for name in ("killed", "compiling"):
+        (tmp_path / name).mkdir()
+    stale, held = tmp_path / "killed" / "lock", tmp_path / "compiling" / "lock"
+    batons = [FileBaton(str(path)) for path in (stale, held)]
+    assert all(baton.try_acquire() for baton in batons)
+    os.close(batons[0].fd)
+    assert remove_stale_locks({"TORCH_EXTENSIONS_DIR": str(tmp_path)}) == [stale]
+    assert not stale.exists()
+    assert held.exists()
+    batons[1].release()
