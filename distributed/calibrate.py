@@ -18,8 +18,9 @@ from translution.planner.measured_rates import MeasuredRates
 from translution.planner.provenance import provenance
 from translution.planner.schema import parse_json
 
-from .launch import check_packages, end_with_launcher, free_port, launch_environment, run_processes
+from .launch import check_packages, free_port, launch_environment
 from .ops import prepare_ops
+from .processes import end_with_launcher, run_processes
 
 _RATES: TypeAdapter[MeasuredRates] = TypeAdapter(MeasuredRates)
 _LOG = "calibrate.log"

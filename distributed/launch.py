@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
-import signal
 import socket
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from translution.planner.cluster import ClusterSpec, usable_cores
-from translution.planner.errors import InputError, MissingPackageError, RunFailedError
+from translution.planner.errors import InputError, MissingPackageError
 from translution.planner.plan import Plan, load_plan
 
 from .host import remove_shared_buffers
 from .ops import needed_ops, prepare_ops
+from .processes import OnMetrics, run_ranks
 from .resume import run_to_resume
-from .run_files import CONTINUE, LOG, METRICS, RUNS, clear_statuses, judge, make_run_folders
+from .run_files import CONTINUE, LOG, RUNS, clear_statuses, judge, make_run_folders
 
-LAUNCHER_PID = "TRANSLUTION_LAUNCHER_PID"
-"""Names, to the ranks, the process without which they must not go on."""
-
-_GRACE_SECONDS = 15.0
-_POLL_SECONDS = 0.2
-
-OnMetrics = Callable[[Mapping[str, Any]], None]
 OnStage = Callable[[str], None]
 
 
@@ -89,30 +76,6 @@ def next_run_folder(plan_folder: Path) -> Path:
     while (plan_folder / RUNS / f"{number:03d}").exists():
         number += 1
     return plan_folder / RUNS / f"{number:03d}"
-
-
-def process_lives(pid: int) -> bool:
-    """Whether a process runs; one that has ended and that nobody has waited for does not."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
-
-
-def end_with_launcher() -> None:
-    """End this rank soon after the launching process is gone, however that ended."""
-    launcher = os.environ.get(LAUNCHER_PID)
-    if launcher is None:
-        return
-
-    def watch() -> None:
-        while process_lives(int(launcher)):
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    if Path("/proc/self").exists():
-        threading.Thread(target=watch, daemon=True).start()
 
 
 def new_run_folder(plan_folder: Path, run: Path | None) -> Path:
@@ -191,134 +154,6 @@ def check_machine(plan: Plan) -> None:
         raise InputError(
             f"ranks_per_node: {cluster.ranks_per_node} is not allowed: found {torch.cuda.device_count()} GPUs"
         )
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher and every rank: they share its process group."""
-    for end in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, end)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_SECONDS)
-            if end == signal.SIGTERM:
-                time.sleep(0.5)
-
-
-class _MetricsReader:
-    """Hands over each new whole line of the metrics file."""
-
-    def __init__(self, path: Path, on_metrics: OnMetrics) -> None:
-        # What an earlier launch of the same run wrote has been shown.
-        self._offset = path.stat().st_size if path.exists() else 0
-        self._path, self._on_metrics = path, on_metrics
-
-    def poll(self) -> None:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            # A resumed run cuts off a torn line.
-            self._offset = min(self._offset, os.fstat(file.fileno()).st_size)
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
-                self._on_metrics(json.loads(line))
-
-
-class _EndedError(BaseException):
-    """A signal asks this process to end; no ``except Exception`` may keep it."""
-
-
-@contextlib.contextmanager
-def _ending_signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that the ranks are ended too."""
-
-    def end(number: int, _: object) -> None:
-        raise _EndedError(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Only the main thread may set handlers; there the caller has to.
-        return
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    except _EndedError as error:
-        raise RunFailedError(f"ended by {signal.Signals(error.args[0]).name}") from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path, on_metrics: OnMetrics) -> int:
-    """Start the launcher in its own process group and wait; no rank outlives the call.
-
-    Ranks also watch this process, and end by themselves when it is killed.
-
-    Args:
-        command: what to start.
-        environment: added to this process's own.
-        run: the run folder; everything printed goes to its log.
-        on_metrics: called with each line of the metrics file as it is written.
-
-    Returns:
-        The launcher's exit code.
-    """
-    reader = _MetricsReader(run / METRICS, on_metrics)
-    environment = {**os.environ, **environment, LAUNCHER_PID: str(os.getpid())}
-    with (run / LOG).open("ab") as log, _ending_signals_raise():
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            while process.poll() is None:
-                reader.poll()
-                time.sleep(_POLL_SECONDS)
-        finally:
-            _stop(process)
-    reader.poll()
-    return process.returncode
-
-
-def run_processes(
-    command: Sequence[str], environments: Sequence[Mapping[str, str]], log: Path, poll: Callable[[], None]
-) -> int:
-    """Start a command once for every environment and wait for all; none outlives the call.
-
-    Args:
-        command: what to start.
-        environments: one process's each, added to this process's own.
-        log: where everything printed goes.
-        poll: called a few times a second.
-
-    Returns:
-        0 if all ended well, else the first other exit code; the rest are ended then.
-    """
-    processes: list[subprocess.Popen[bytes]] = []
-    with log.open("ab") as file, _ending_signals_raise():
-        try:
-            for environment in environments:
-                own = {**os.environ, **environment, LAUNCHER_PID: str(os.getpid())}
-                process = subprocess.Popen(
-                    command, env=own, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True
-                )
-                processes.append(process)
-            while any(process.poll() is None for process in processes):
-                if any(process.returncode for process in processes):
-                    break
-                poll()
-                time.sleep(_POLL_SECONDS)
-        finally:
-            failed = next((process.returncode for process in processes if process.returncode), 0)
-            for process in processes:
-                _stop(process)
-    poll()
-    return failed or next((process.returncode for process in processes if process.returncode), 0)
 
 
 def launch(

@@ -77,7 +77,7 @@ def _held_files() -> set[Path]:
     held = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
-            held.add(Path(os.readlink(link)))
+            held.add(link.readlink())
     return held
 
 

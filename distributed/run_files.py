@@ -121,6 +121,20 @@ def read_memory(run: Path, rank: int) -> MemoryMeasurement | None:
     return parse_json(_MEMORY, path.read_bytes(), str(path)) if path.exists() else None
 
 
+def read_statuses(run: Path) -> list[RankStatus]:
+    """What every rank last said."""
+    paths = sorted(status_path(run, 0).parent.glob("rank_*.json"))
+    return [parse_json(_STATUS, path.read_bytes(), str(path)) for path in paths]
+
+
+def stopped_text(run: Path) -> str:
+    """How to go on with a run that saved when it was asked to end; nothing for another run."""
+    statuses = read_statuses(run)
+    if not statuses or any(status.state != "stopped" for status in statuses):
+        return ""
+    return f"saved at step {statuses[0].step}: translution launch PLAN_FOLDER --resume --run {run} goes on"
+
+
 def clear_statuses(run: Path) -> None:
     """Forget what the ranks last said, before they are started anew."""
     for path in status_path(run, 0).parent.glob("rank_*.json"):
@@ -154,10 +168,7 @@ def judge(run: Path, ranks: int | Iterable[int], exit_code: int) -> None:
         if status is not None and status.state == "failed":
             raise RunFailedError(f"rank {rank} failed at step {status.step}: {status.message} (log: {run / LOG})")
         if status is not None and status.state == "stopped":
-            raise RunFailedError(
-                f"stopped by {status.message} at step {status.step}, with a checkpoint: "
-                f"translution launch PLAN_FOLDER --resume --run {run} goes on"
-            )
+            raise RunFailedError(f"stopped by {status.message}; {stopped_text(run)}")
         if status is None or status.state != "finished":
             last = "never started" if status is None else f"was last seen {status.state} at step {status.step}"
             silent.append(f"rank {rank} {last}")

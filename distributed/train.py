@@ -26,8 +26,8 @@ from translution.planner.simulation import BACKWARD, FORWARD, RESUME, SAVE, STEP
 
 from . import checkpoint, host, measure
 from .data import Samples, load_samples, micro_batches
-from .launch import end_with_launcher
 from .manifest import newest
+from .processes import end_with_launcher
 from .rank import EngineRank
 from .recorder import RunPhase, run_phase
 from .run_files import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,12 @@ from runs import TINY, run_plan, run_ranks_of, write_plan
 
 from translution.cli.app import run as run_cli
 from translution.distributed.data import load_digits, micro_batches
-from translution.distributed.launch import free_port, launch_environment, process_lives
+from translution.distributed.launch import free_port, launch_environment
+from translution.distributed.manifest import newest
 from translution.distributed.ops import prepare_ops
+from translution.distributed.processes import process_lives
 from translution.distributed.run_files import (
+    CHECKPOINT,
     METRICS,
     judge,
     make_run_folders,
@@ -149,7 +153,7 @@ def test_a_killed_process_fails_the_launch_and_leaves_nothing_behind(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda end: end.name
+    "end", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL], ids=lambda end: end.name
 )
 def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) -> None:
     folder = write_plan(tmp_path / "plan", 2, steps=100_000)
@@ -158,9 +162,10 @@ def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) 
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while not (run / METRICS).exists():
+        while not (run / METRICS).exists() or not metrics(run, "step"):
             assert time.monotonic() < deadline
             time.sleep(0.2)
+        time.sleep(0.5)  # The first step is over; both ranks say so.
         pids = [status.pid for rank in (0, 1) if (status := read_status(run, rank)) is not None]
         process.send_signal(end)
         _, errors = process.communicate(timeout=120)
@@ -168,13 +173,24 @@ def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) 
         process.kill()
         process.wait()
     assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}.get(end, 1)
-    if end in (signal.SIGTERM, signal.SIGHUP):
-        assert errors == f"translution: error: ended by {end.name}\n"
+    if end != signal.SIGKILL:
+        # The ranks have saved before they ended.
+        said = "interrupted" if end == signal.SIGINT else f"ended by {end.name}"
+        assert re.fullmatch(
+            rf"translution: error: {said}; saved at step (\d+): translution launch PLAN_FOLDER --resume --run \S+ goes "
+            r"on\n",
+            errors,
+        )
+        saved = newest(run / CHECKPOINT)
+        assert saved is not None
+        assert f"saved at step {saved.manifest.step}:" in errors
     assert len(pids) == 2
     deadline = time.monotonic() + 20
     while any(process_lives(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not any(process_lives(pid) for pid in pids)
+    if end != signal.SIGKILL:
+        assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"))
 
 
 def test_the_printed_command_runs_a_plan_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

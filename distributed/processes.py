@@ -1,0 +1,199 @@
+"""Processes of a run: started together, watched, asked to save, and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from translution.planner.errors import RunFailedError
+
+from .run_files import LOG, METRICS, read_statuses, stopped_text
+
+LAUNCHER_PID = "TRANSLUTION_LAUNCHER_PID"
+"""Names, to the ranks, the process without which they must not go on."""
+
+_GRACE_SECONDS = 15.0
+_SAVE_SECONDS = 3600.0
+"""How long ranks that were asked to end may take for their step and their checkpoint."""
+_POLL_SECONDS = 0.2
+
+OnMetrics = Callable[[Mapping[str, Any]], None]
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def end_with_launcher() -> None:
+    """End this rank soon after the launching process is gone, however that ended."""
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher is None:
+        return
+
+    def watch() -> None:
+        while process_lives(int(launcher)):
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if Path("/proc/self").exists():
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the launcher and every rank: they share its process group."""
+    for end in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, end)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS)
+            if end == signal.SIGTERM:
+                time.sleep(0.5)
+
+
+class _MetricsReader:
+    """Hands over each new whole line of the metrics file."""
+
+    def __init__(self, path: Path, on_metrics: OnMetrics) -> None:
+        # What an earlier launch of the same run wrote has been shown.
+        self._offset = path.stat().st_size if path.exists() else 0
+        self._path, self._on_metrics = path, on_metrics
+
+    def poll(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            # A resumed run cuts off a torn line.
+            self._offset = min(self._offset, os.fstat(file.fileno()).st_size)
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                self._on_metrics(json.loads(line))
+
+
+class _EndedError(BaseException):
+    """A signal asks this process to end; no ``except Exception`` may keep it."""
+
+
+@contextlib.contextmanager
+def _ending_signals_raise() -> Iterator[None]:
+    """SIGTERM, SIGHUP and SIGUSR1 unwind the stack as Ctrl-C does, so that the ranks are ended too."""
+
+    def end(number: int, _: object) -> None:
+        raise _EndedError(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Only the main thread may set handlers; there the caller has to.
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    try:
+        yield
+    except _EndedError as error:
+        raise RunFailedError("; ".join([f"ended by {signal.Signals(error.args[0]).name}", *error.args[1:]])) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path, on_metrics: OnMetrics) -> int:
+    """Start the launcher in its own process group and wait; no rank outlives the call.
+
+    Ranks also watch this process, and end by themselves when it is killed.
+
+    Args:
+        command: what to start.
+        environment: added to this process's own.
+        run: the run folder; everything printed goes to its log.
+        on_metrics: called with each line of the metrics file as it is written.
+
+    Returns:
+        The launcher's exit code.
+    """
+    reader = _MetricsReader(run / METRICS, on_metrics)
+    environment = {**os.environ, **environment, LAUNCHER_PID: str(os.getpid())}
+    with (run / LOG).open("ab") as log, _ending_signals_raise():
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            while process.poll() is None:
+                reader.poll()
+                time.sleep(_POLL_SECONDS)
+        except (KeyboardInterrupt, _EndedError) as ended:
+            _let_ranks_save(process, run)
+            if text := stopped_text(run):
+                ended.args = (*ended.args, text)
+            raise
+        finally:
+            _stop(process)
+    reader.poll()
+    return process.returncode
+
+
+def _let_ranks_save(process: subprocess.Popen[bytes], run: Path) -> None:
+    """Ask ranks that train to save and end, and wait for it; a second signal cuts the wait short."""
+    asked = False
+    for status in read_statuses(run):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            # A number may have gone to another process, but not to one of this group.
+            if status.state == "training" and os.getpgid(status.pid) == process.pid:
+                os.kill(status.pid, signal.SIGUSR1)
+                asked = True
+    if asked:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_SAVE_SECONDS)
+
+
+def run_processes(
+    command: Sequence[str], environments: Sequence[Mapping[str, str]], log: Path, poll: Callable[[], None]
+) -> int:
+    """Start a command once for every environment and wait for all; none outlives the call.
+
+    Args:
+        command: what to start.
+        environments: one process's each, added to this process's own.
+        log: where everything printed goes.
+        poll: called a few times a second.
+
+    Returns:
+        0 if all ended well, else the first other exit code; the rest are ended then.
+    """
+    processes: list[subprocess.Popen[bytes]] = []
+    with log.open("ab") as file, _ending_signals_raise():
+        try:
+            for environment in environments:
+                own = {**os.environ, **environment, LAUNCHER_PID: str(os.getpid())}
+                process = subprocess.Popen(
+                    command, env=own, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True
+                )
+                processes.append(process)
+            while any(process.poll() is None for process in processes):
+                if any(process.returncode for process in processes):
+                    break
+                poll()
+                time.sleep(_POLL_SECONDS)
+        finally:
+            failed = next((process.returncode for process in processes if process.returncode), 0)
+            for process in processes:
+                _stop(process)
+    poll()
+    return failed or next((process.returncode for process in processes if process.returncode), 0)
