@@ -151,12 +151,14 @@ def load(engine: Any, folder: Path, tag: str) -> None:
 
 def _load_swapped_moments(engine: Any, folder: Path, tag: str) -> None:
     """Give an optimizer on NVMe its moments, and the sub-groups too small for NVMe everything."""
+    from deepspeed.runtime.engine import dp_index_to_str
+
     optimizer = engine.optimizer
     path = engine._get_zero_ckpt_name(str(folder), tag)
     # Only what stays on the host is read whole; the rest is mapped.
     saved = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["optimizer_state_dict"]
     states: Mapping[int, dict[str, Any]] = saved["optimizer_state_dict"]["state"]
-    swapped = folder / tag / "offloaded_tensors" / f"rank{engine.global_rank}"
+    swapped = folder / tag / "offloaded_tensors" / ("rank" + dp_index_to_str(engine.global_rank))
     for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
         state = states[number]
         if optimizer._swappable_optimizer_subgroup(number):

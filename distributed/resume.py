@@ -64,6 +64,17 @@ def run_to_resume(plan: Plan, plan_folder: Path, run: Path | None) -> tuple[Path
         if not known:
             raise InputError(f"{plan_folder / RUNS}: holds no run with a whole checkpoint to resume")
         run = known[-1]
+    saved = check_resumable(plan, run)
+    write_text(run / PLAN_FILE, (plan_folder / PLAN_FILE).read_text(encoding="utf-8"))
+    return run, saved
+
+
+def check_resumable(plan: Plan, run: Path) -> Saved:
+    """The newest checkpoint of a run, if a plan may go on with it.
+
+    Raises:
+        InputError: if there is none, it is damaged, the plan differs, or nothing is left to do.
+    """
     saved = newest(require_run(run) / CHECKPOINT)
     if saved is None:
         raise InputError(f"{run / CHECKPOINT}: holds no whole checkpoint to resume")
@@ -72,5 +83,4 @@ def run_to_resume(plan: Plan, plan_folder: Path, run: Path | None) -> tuple[Path
         raise InputError(
             f"steps: {plan.training.steps} is not allowed: must be above {saved.manifest.step}, which {run} has done"
         )
-    write_text(run / PLAN_FILE, (plan_folder / PLAN_FILE).read_text(encoding="utf-8"))
-    return run, saved
+    return saved

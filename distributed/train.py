@@ -26,10 +26,11 @@ from translution.planner.simulation import BACKWARD, FORWARD, RESUME, SAVE, STEP
 
 from . import checkpoint, host, measure
 from .data import Samples, load_samples, micro_batches
-from .manifest import newest
+from .manifest import newest, tags
 from .processes import end_with_launcher
 from .rank import EngineRank
 from .recorder import RunPhase, run_phase
+from .resume import check_resumable
 from .run_files import (
     CHECKPOINT,
     CONTINUE,
@@ -295,7 +296,7 @@ def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
     Args:
         plan_folder: holds plan.json.
         run: the run folder, made by the launcher.
-        mode: one of `run_files.MODES`.
+        mode: one of `run_files.MODES`; a run folder with a checkpoint is gone on with.
 
     Raises:
         TranslutionError: for a bad plan or data that does not suit it.
@@ -303,6 +304,10 @@ def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
     plan = load_plan(plan_folder)
     # Nodes that were started by hand have no launcher that made the run folder.
     make_run_folders(run, plan_folder)
+    if mode == "train" and tags(run / CHECKPOINT):
+        # A Slurm job that is submitted again, or torchrun with the run folder of a run that ended.
+        check_resumable(plan, run)
+        mode = CONTINUE
     rank = Rank(plan, run, "process" if mode == PROCESS else "allocations")
     evaluation = mode in ("train", CONTINUE)
     training = partial(rank.train, evaluation=evaluation, read=mode == PROCESS, go_on=mode == CONTINUE)

@@ -68,7 +68,10 @@ def remarks(training: TrainingSpec, zero: ZeroSpec) -> tuple[str, ...]:
     optimizer, param = zero.offload_optimizer.device, zero.offload_param.device
     texts = []
     if optimizer == "nvme":
-        texts.append("DeepSpeed 0.19.8 does not restore AdamW's moments from a checkpoint of states on NVMe")
+        texts.append(
+            "DeepSpeed 0.19.8 loses AdamW's moments when it loads a checkpoint of states on NVMe: resume with "
+            "translution launch --resume, which mends that"
+        )
     if param == "nvme" and optimizer != "nvme":
         texts.append("DeepSpeed 0.19.8 cannot load a checkpoint with parameters on NVMe and the optimizer elsewhere")
     return tuple(texts)

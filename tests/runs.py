@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from translution.distributed.host import remove_shared_buffers
 from translution.distributed.launch import free_port, launch_environment
 from translution.distributed.run_files import judge
 from translution.planner.cluster import local_cpu_cluster
@@ -30,6 +31,7 @@ def write_plan(
     offload: str = "none",
     nvme_path: Path | None = None,
     ratio: float = 1.0,
+    force: bool = False,
     **training: Any,
 ) -> Path:
     """Plan a model on this machine's ranks and write the folder."""
@@ -44,7 +46,7 @@ def write_plan(
         nvme_path=None if nvme_path is None else str(nvme_path),
         offload_ratio=ratio,
     )
-    write_plan_folder(plan, folder)
+    write_plan_folder(plan, folder, force=force)
     return folder
 
 
@@ -65,6 +67,7 @@ def run_ranks_of(command: Sequence[object], ranks: int, log: Path) -> None:
             for process in processes:
                 process.kill()
                 process.wait()
+            remove_shared_buffers(port)
         assert codes == [0] * ranks, log.read_text()[-5000:]
 
 

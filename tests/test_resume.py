@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +16,11 @@ import pytest
 import torch
 from runs import run_plan, write_plan
 
+from translution.cli.app import run as run_cli
 from translution.distributed.launch import launch_environment
-from translution.distributed.manifest import MANIFEST, tags
+from translution.distributed.manifest import MANIFEST, newest, tags
 from translution.distributed.ops import prepare_ops
-from translution.distributed.run_files import CHECKPOINT, CONTINUE, METRICS
+from translution.distributed.run_files import CHECKPOINT, CONTINUE, METRICS, read_status
 from translution.planner.cluster import local_cpu_cluster, usable_cores
 
 pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
@@ -25,11 +30,8 @@ WIDE = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, 
 TINY = WIDE | {"dim": 16, "depth": 2, "heads": 2, "dropout": 0.1}
 BF16 = {"precision": "bf16", "model": WIDE, "tile": 30}
 CASES: dict[str, dict[str, Any]] = {
-    "0": {"stage": 0, "model": TINY},
-    "1-bf16": {"stage": 1, "model": TINY, "precision": "bf16"},
     "2-cpu-optimizer": {"stage": 2, "model": TINY, "offload": "cpu-optimizer"},
     "3-dropout-accumulation": {"model": TINY, "accumulation": 2},
-    "3-cpu-optimizer": {"offload": "cpu-optimizer", **BF16},
     "3-half-offloaded": {"offload": "cpu-optimizer", "ratio": 0.5, **BF16},
     "3-cpu": {"offload": "cpu", **BF16},
     "3-nvme-optimizer": {"offload": "nvme-optimizer", **BF16},
@@ -108,3 +110,85 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name: str, tmp_path: 
     assert values(run, SAVED)[-3:] == values(tmp_path / "uninterrupted", SAVED)
     last = f"{CHECKPOINT}/step_{STEPS}"
     assert_same_state(run / last, tmp_path / "uninterrupted" / last)
+
+
+def run_until_step(folder: Path, step: int) -> subprocess.Popen[str]:
+    """A launch of a plan whose first run has come to a step."""
+    command = [sys.executable, "-m", "translution.cli", "launch", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    path, deadline = folder / "runs" / "001" / METRICS, time.monotonic() + 120
+    while not path.exists() or path.read_text().count('"event": "step"') < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return process
+
+
+def errors_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command refuses."""
+    capsys.readouterr()
+    assert run_cli(arguments) in (1, 2)
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    return text
+
+
+def test_a_launch_that_is_killed_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"model": TINY, "checkpoint_steps": 4, "keep_checkpoints": 2}
+    folder = write_plan(tmp_path / "plan", 2, steps=100_000, **options)
+    run = folder / "runs" / "001"
+    launch = ["launch", str(folder), "--resume"]
+    assert "holds no run with a whole checkpoint" in errors_of(launch, capsys)
+    process = run_until_step(folder, 14)
+    process.kill()
+    process.communicate()
+    time.sleep(3)  # The ranks notice within a second or two.
+    whole = tags(run / CHECKPOINT)
+    assert len(whole) == 2
+    saved = newest(run / CHECKPOINT)
+    assert saved is not None
+    step = saved.manifest.step
+    assert step in range(12, 100_000, 4)
+
+    # What must not differ does not, and a damaged checkpoint is not read.
+    write_plan(folder, 2, force=True, steps=step, **options)
+    assert f"steps: {step} is not allowed: must be above {step}" in errors_of(launch, capsys)
+    write_plan(folder, 2, force=True, steps=step + 3, **options | {"model": TINY | {"dim": 32}})
+    assert "model.dim: 32 is not allowed: must be 16, as in the run to resume" in errors_of(launch, capsys)
+    write_plan(folder, 1, force=True, steps=step + 3, **options)
+    assert "cluster.ranks: 1 is not allowed: must be 2" in errors_of(launch, capsys)
+    write_plan(folder, 2, force=True, steps=step + 3, **options)
+    file = next((run / CHECKPOINT / saved.tag).glob("*optim_states.pt"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    error = errors_of(launch, capsys)
+    assert f"{file}: holds {len(content) - 1} bytes and must hold {len(content)} bytes" in error
+    assert f"remove {run / CHECKPOINT / saved.tag} to resume from {whole[0]}" in error
+    file.write_bytes(content)
+
+    assert run_cli(launch) == 0
+    lines = metrics(run)
+    assert [line["step"] for line in lines if line["event"] == "resume"] == [step]
+    assert [line["step"] for line in lines if line["event"] == "step"][-3:] == [step + 1, step + 2, step + 3]
+    assert tags(run / CHECKPOINT) == [saved.tag, f"step_{step + 3}"]
+
+
+def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
+    folder = write_plan(tmp_path / "plan", 2, steps=100_000, model=TINY, checkpoint_steps=40, keep_checkpoints=2)
+    run = folder / "runs" / "001"
+    process = run_until_step(folder, 41)
+    statuses = [read_status(run, rank) for rank in (0, 1)]
+    for status in statuses:
+        assert status is not None
+        # No file may grow beyond this, as if the disk were full; a rank's part of a checkpoint is larger.
+        resource.prlimit(status.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.count("\n") == 1
+    assert "could not be written" in errors
+    saved = newest(run / CHECKPOINT)
+    assert saved is not None
+    assert f"{saved.tag} stays" in errors
+    assert [path.name for path in (run / CHECKPOINT).iterdir() if path.is_dir()] == [saved.tag]
