@@ -34,12 +34,13 @@ def check_same(plan: Plan, before: Plan) -> None:
     if plan.model.family != before.model.family:
         raise InputError(f"model.family: {plan.model.family!r} is not allowed: must be {before.model.family!r}")
     sections: dict[str, tuple[Mapping[str, object], Mapping[str, object]]] = {
+        "cluster": ({"ranks": plan.cluster.ranks}, {"ranks": before.cluster.ranks})
+    }
+    sections |= {
         name: (getattr(plan, name).model_dump(), getattr(before, name).model_dump())
         for name in ("model", "training", "zero")
     }
-    sections["cluster"] = {"ranks": plan.cluster.ranks}, {"ranks": before.cluster.ranks}
-    tiles = [{"tile_relations": each.tile_relations} for each in (plan, before)]
-    sections["plan"] = tiles[0], tiles[1]
+    sections["plan"] = {"tile_relations": plan.tile_relations}, {"tile_relations": before.tile_relations}
     for section, (asked, had) in sections.items():
         for text in _differences(section, asked, had):
             raise InputError(text)
