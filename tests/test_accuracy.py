@@ -26,15 +26,12 @@ LOW = {"operator": "alpha", "c1": 16, "c2": 24}
 SWAPPED = {"model": TINY | {"dim": 256, "depth": 3, "heads": 4}, "tile": 16}
 BF16 = {"precision": "bf16"}
 CASES: dict[str, dict[str, Any]] = {
-    "0-fp32": {"stage": 0},
     "0-bf16": {"stage": 0, **BF16, "model": WIDE | LOW},
     "1-fp32": {"stage": 1, "model": GPT | {"operator": "attention"}},
-    "1-bf16-twice": {"stage": 1, "accumulation": 2, **BF16},
     "2-fp32": {"stage": 2},
     "2-bf16-twice": {"stage": 2, "accumulation": 2, **BF16},
     "3-fp32": {"stage": 3, "model": WIDE | {"checkpointing": "block"}},
     "3-bf16-gpt": {"stage": 3, **BF16, "model": GPT | HYBRID},
-    "3-sgd": {"stage": 3, "optimizer": "sgd", **BF16},
     "3-bf16-states": {"stage": 3, "bf16_master": True, "bf16_states": True, **BF16},
     "2-cpu-optimizer": {"stage": 2, "offload": "cpu-optimizer", **BF16},
     "3-cpu-optimizer": {"offload": "cpu-optimizer", "accumulation": 2, "grad_accum_dtype": "fp32", **BF16},
