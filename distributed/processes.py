@@ -15,6 +15,7 @@ from typing import Any
 
 from translution.planner.errors import RunFailedError
 
+from .host import remove_shared_buffers
 from .run_files import LOG, METRICS, read_statuses, stopped_text
 
 LAUNCHER_PID = "TRANSLUTION_LAUNCHER_PID"
@@ -46,6 +47,7 @@ def end_with_launcher() -> None:
     def watch() -> None:
         while process_lives(int(launcher)):
             time.sleep(1.0)
+        remove_shared_buffers(os.environ.get("MASTER_PORT", ""), int(os.environ.get("RANK", "0")))
         os.kill(os.getpid(), signal.SIGKILL)
 
     if Path("/proc/self").exists():
