@@ -279,8 +279,8 @@ def run(arguments: Sequence[str]) -> int:
         code = _with_one_command(arguments)(args=list(arguments), standalone_mode=False)
     except TranslutionError as error:
         return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt as error:
-        return _fail("; ".join(["interrupted", *map(str, error.args)]), 130)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
     except BrokenPipeError:
         # The reader of our output, such as head, has gone.
         sys.stderr.close()

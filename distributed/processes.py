@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from translution.planner.errors import RunFailedError
+from translution.planner.errors import InterruptedRunError, RunFailedError
 
 from .host import remove_shared_buffers
 from .run_files import LOG, METRICS, read_statuses, stopped_text
@@ -104,6 +104,8 @@ def _ending_signals_raise() -> Iterator[None]:
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise InterruptedRunError("; ".join(["interrupted", *map(str, error.args)])) from None
     except _EndedError as error:
         raise RunFailedError("; ".join([f"ended by {signal.Signals(error.args[0]).name}", *error.args[1:]])) from None
     finally:

@@ -39,6 +39,12 @@ class RunFailedError(TranslutionError):
     exit_code = 1
 
 
+class InterruptedRunError(RunFailedError):
+    """Ctrl-C ended a run."""
+
+    exit_code = 130
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known name closest to a mistyped one, as a hint: `` (did you mean 'x'?)`` or nothing."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
