@@ -61,8 +61,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, end)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE_SECONDS)
-            if end == signal.SIGTERM:
-                time.sleep(0.5)
+        # Ranks may outlive their launcher, to save.
+        deadline = time.monotonic() + _GRACE_SECONDS
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)
+                time.sleep(_POLL_SECONDS / 4)
 
 
 class _MetricsReader:

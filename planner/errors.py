@@ -5,6 +5,7 @@ TranslutionError            anything a user can put right; exit code 2
 ├── DoesNotFitError         no room on the cluster for the plan that was asked for; exit code 3
 ├── MissingPackageError     an optional dependency or a system package is absent; exit code 2
 └── RunFailedError          a rank failed, was killed or never reported; exit code 1
+    └── InterruptedRunError Ctrl-C ended it; exit code 130
 """
 
 from __future__ import annotations
