@@ -18,6 +18,8 @@ from translution.distributed.launch import (
     next_run_folder,
     version_warnings,
 )
+from translution.distributed.resume import find_resumable
+from translution.distributed.run_files import CONTINUE
 from translution.planner.plan import load_plan
 
 from .output import note
@@ -74,7 +76,11 @@ def run_launch(plan_folder: Path, run: Path | None, *, resume: bool, dry_run: bo
     """
     plan = load_plan(plan_folder)
     if dry_run:
-        command = launch_command(plan, plan_folder, run or next_run_folder(plan_folder), port=29500)
+        options: tuple[str, ...] = ()
+        if resume:
+            run, _ = find_resumable(plan, plan_folder, run)
+            options = ("--mode", CONTINUE)
+        command = launch_command(plan, plan_folder, run or next_run_folder(plan_folder), 29500, *options)
         variables = launch_environment(plan.cluster)
         changed = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if os.environ.get(name) != value]
         print(" ".join([*changed, shlex.join(command)]))

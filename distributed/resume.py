@@ -46,8 +46,8 @@ def check_same(plan: Plan, before: Plan) -> None:
             raise InputError(text)
 
 
-def run_to_resume(plan: Plan, plan_folder: Path, run: Path | None) -> tuple[Path, Saved]:
-    """The run folder to go on with, which takes the plan over, and its newest checkpoint.
+def find_resumable(plan: Plan, plan_folder: Path, run: Path | None) -> tuple[Path, Saved]:
+    """The run folder to go on with, and its newest checkpoint.
 
     Args:
         plan: of the plan folder.
@@ -55,7 +55,7 @@ def run_to_resume(plan: Plan, plan_folder: Path, run: Path | None) -> tuple[Path
         run: unless it is this one.
 
     Raises:
-        InputError: if there is none, its checkpoint is damaged, the plan differs, or nothing is left to do.
+        InputError: if there is none, or the plan may not go on with it.
     """
     if run is None:
         known = sorted(
@@ -65,7 +65,12 @@ def run_to_resume(plan: Plan, plan_folder: Path, run: Path | None) -> tuple[Path
         if not known:
             raise InputError(f"{plan_folder / RUNS}: holds no run with a whole checkpoint to resume")
         run = known[-1]
-    saved = check_resumable(plan, run)
+    return run, check_resumable(plan, run)
+
+
+def run_to_resume(plan: Plan, plan_folder: Path, run: Path | None) -> tuple[Path, Saved]:
+    """As `find_resumable`; the run takes the plan over."""
+    run, saved = find_resumable(plan, plan_folder, run)
     write_text(run / PLAN_FILE, (plan_folder / PLAN_FILE).read_text(encoding="utf-8"))
     return run, saved
 

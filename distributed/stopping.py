@@ -36,6 +36,7 @@ class StopRequest:
         while data := os.read(wakeup, 1):
             if data[0] == signal.SIGTERM and not self._noticed.wait(SECONDS_TO_STEP_END):
                 os._exit(EXIT_CODE)
+        os.close(wakeup)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[StopRequest]:

@@ -100,11 +100,13 @@ def slurm_script(plan: Plan) -> str:
     gpus = f"#SBATCH --gpus-per-node={cluster.ranks_per_node}\n" if cluster.device == "cuda" else ""
     return f"""#!/bin/bash
 # Submit from this folder: sbatch job.sbatch. Add your account, partition and time.
+# Before the job's limit the ranks save and end: sbatch job.sbatch RUN_FOLDER goes on with what it left.
 #SBATCH --job-name={name}
 #SBATCH --nodes={cluster.nodes}
 #SBATCH --ntasks-per-node={cluster.ranks_per_node}
 #SBATCH --cpus-per-task={cores}
-{gpus}#SBATCH --output=slurm-%j.log
+{gpus}#SBATCH --signal=USR1@120
+#SBATCH --output=slurm-%j.log
 set -eu
 here=${{SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")" && pwd)}}
 . "$here/environment.sh"

@@ -173,6 +173,8 @@ def test_a_launch_that_is_killed_goes_on_from_its_last_checkpoint(
     assert f"remove {run / CHECKPOINT / saved.tag} to resume from {whole[0]}" in error
     file.write_bytes(content)
 
+    assert run_cli([*launch, "--dry-run"]) == 0
+    assert f"{run} --mode continue" in capsys.readouterr().out
     assert run_cli(launch) == 0
     lines = metrics(run)
     assert [line["step"] for line in lines if line["event"] == "resume"] == [step]
