@@ -65,13 +65,14 @@ class _Display:
             )
 
 
-def run_launch(plan_folder: Path, run: Path | None, *, resume: bool, dry_run: bool) -> None:
+def run_launch(plan_folder: Path, run: Path | None, *, resume: bool, force: bool, dry_run: bool) -> None:
     """Run a plan and show how it goes.
 
     Args:
         plan_folder: as `translution plan` writes it.
         run: run folder to make, or None.
         resume: go on with that run, or the newest that has a checkpoint.
+        force: start although preflight finds something amiss.
         dry_run: print the command instead.
     """
     plan = load_plan(plan_folder)
@@ -89,6 +90,6 @@ def run_launch(plan_folder: Path, run: Path | None, *, resume: bool, dry_run: bo
         note(text)
     console = Console(highlight=False, markup=False)
     with _Display(console, plan.training.steps) as display:
-        made = launch(plan_folder, run, display.show, console.print, resume=resume)
+        made = launch(plan_folder, run, display.show, console.print, resume=resume, force=force)
     console.print(f"finished: {made}")
     console.print(f"predicted against measured memory: translution verify {made}")

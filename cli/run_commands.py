@@ -42,12 +42,24 @@ def launch(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with --run, or the newest run that has a checkpoint.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start although preflight finds something amiss.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
 ) -> None:
     """Run a plan on this machine through DeepSpeed's launcher."""
     from .launch import run_launch
 
-    run_launch(plan_folder, run, resume=resume, dry_run=dry_run)
+    run_launch(plan_folder, run, resume=resume, force=force, dry_run=dry_run)
+
+
+@app.command(epilog="Examples: **translution preflight plans/small** · **translution preflight plans/small --json**")
+def preflight(
+    plan_folder: Annotated[Path, typer.Argument(help="As `translution plan` writes it.")],
+    json: Json = False,
+) -> None:
+    """Look for what would keep a plan from running on this machine; exit code 1 if there is anything."""
+    from .preflight import run_preflight
+
+    run_preflight(plan_folder, as_json=json)
 
 
 @app.command(hidden=True)

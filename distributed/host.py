@@ -72,6 +72,17 @@ def remove_swap_files(nvme_path: str | None, rank: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def file_system(path: Path) -> str:
+    """The kind of file system that a path lies on, ``ext4`` for instance; nothing where it cannot be told."""
+    try:
+        text = Path("/proc/mounts").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    mounts = [line.split()[1:3] for line in text.splitlines()]
+    where = [(folder, kind) for folder, kind in mounts if path.resolve().is_relative_to(folder)]
+    return max(where, key=lambda mount: len(mount[0]), default=("", ""))[1]
+
+
 def remove_shared_buffers(port: str | int, rank: int | None = None) -> None:
     """Delete what DeepSpeed's CPU communication leaves in shared memory, 66 MiB for every rank, for ever.
 

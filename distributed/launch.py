@@ -15,6 +15,7 @@ from translution.planner.plan import Plan, load_plan
 
 from .host import remove_shared_buffers
 from .ops import needed_ops, prepare_ops
+from .preflight import preflight
 from .processes import OnMetrics, run_ranks
 from .resume import run_to_resume
 from .run_files import CONTINUE, LOG, RUNS, clear_statuses, judge, make_run_folders
@@ -157,7 +158,13 @@ def check_machine(plan: Plan) -> None:
 
 
 def launch(
-    plan_folder: Path, run: Path | None, on_metrics: OnMetrics, on_stage: OnStage, *options: str, resume: bool = False
+    plan_folder: Path,
+    run: Path | None,
+    on_metrics: OnMetrics,
+    on_stage: OnStage,
+    *options: str,
+    resume: bool = False,
+    force: bool = False,
 ) -> Path:
     """Run a plan on this machine.
 
@@ -168,6 +175,7 @@ def launch(
         on_stage: called with a line for people when something slow begins.
         options: of this toolkit's ``train``.
         resume: go on with that run, or with the plan folder's newest that has a checkpoint.
+        force: start although memory or a drive seems to lack room.
 
     Returns:
         The run folder.
@@ -178,6 +186,12 @@ def launch(
     """
     plan = load_plan(plan_folder)
     check_machine(plan)
+    failed = [check for check in preflight(plan, plan_folder) if not check.passed]
+    if failed and not force:
+        more = f" (and {len(failed) - 1} more: translution preflight {plan_folder})" if len(failed) > 1 else ""
+        raise InputError(f"{failed[0].name}: {failed[0].text}{more}; --force starts all the same")
+    for check in failed:
+        on_stage(f"{check.name}: {check.text}")
     if resume:
         run, saved = run_to_resume(plan, plan_folder, run)
         on_stage(f"going on with {run} from step {saved.manifest.step}")

@@ -13,6 +13,8 @@ from pathlib import Path
 from translution.planner.errors import RunFailedError
 from translution.planner.plan import Plan
 
+from .host import file_system
+
 _COMPILE = """
 import sys
 from deepspeed.accelerator import get_accelerator
@@ -109,7 +111,4 @@ def remove_stale_locks(environment: Mapping[str, str] = os.environ) -> list[Path
 
 def _is_local(path: Path) -> bool:
     """Whether only this machine can see a file; network file systems have others' locks."""
-    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
-    where = [(folder, kind) for folder, kind in mounts if path.is_relative_to(folder)]
-    kind = max(where, key=lambda mount: len(mount[0]), default=("", ""))[1]
-    return not kind.startswith(("nfs", "lustre", "ceph", "gpfs", "beegfs", "fuse", "cifs", "9p"))
+    return not file_system(path).startswith(("nfs", "lustre", "ceph", "gpfs", "beegfs", "fuse", "cifs", "9p"))

@@ -1,0 +1,104 @@
+"""What would keep a plan from running on this machine, found before any rank starts."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from translution.planner.cluster import available_memory_bytes
+from translution.planner.parameters import count_parameters
+from translution.planner.plan import Plan
+from translution.planner.schema import Schema
+from translution.planner.units import format_bytes
+
+from .host import file_system
+from .ops import remove_stale_locks
+
+SHARED_BUFFER_BYTES = 69_206_024
+"""Of each CPU rank in /dev/shm. Source: DeepSpeed 0.19.8, csrc/cpu/comm/shm.cpp."""
+_STATE_BYTES = 12
+"""Of a parameter in a checkpoint: its fp32 copy and two moments."""
+_MEMORY_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
+
+
+class Check(Schema):
+    """One thing that was looked at."""
+
+    name: str
+    passed: bool
+    text: str
+    """What was found; where it did not pass, what is needed and what to do."""
+
+
+def _room(name: str, needed: int, free: int, advice: str) -> Check:
+    text = f"{format_bytes(needed)} needed, {format_bytes(free)} free"
+    return Check(name=name, passed=needed <= free, text=text if needed <= free else f"{text}: {advice}")
+
+
+def _memory(plan: Plan) -> Iterator[Check]:
+    cluster, prediction = plan.cluster, plan.prediction
+    needed = prediction.host_bytes * cluster.ranks_per_node
+    yield _room("host memory", needed, available_memory_bytes(), "end other programs, or plan with less on the host")
+    if cluster.device == "cpu":
+        needed = SHARED_BUFFER_BYTES * cluster.ranks_per_node
+        yield _room("/dev/shm", needed, shutil.disk_usage("/dev/shm").free, "enlarge it, or remove what lies there")
+        return
+    import torch
+
+    for number in range(min(cluster.ranks_per_node, torch.cuda.device_count())):
+        free, _ = torch.cuda.mem_get_info(number)
+        yield _room(f"GPU {number}", prediction.peak_bytes, free, "end what else runs there, or plan with less")
+
+
+def _locked(plan: Plan) -> Iterator[Check]:
+    """DeepSpeed locks its buffers for NVMe, and aborts without a word where it may not."""
+    needed, (limit, _) = plan.prediction.highest("pinned"), resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if os.geteuid() != 0 and limit != resource.RLIM_INFINITY:
+        yield _room("locked memory", needed, limit, "raise it: ulimit -l unlimited")
+
+
+def _nvme(plan: Plan, path: Path) -> Iterator[Check]:
+    name = f"NVMe folder {path}"
+    if not path.is_dir():
+        yield Check(name=name, passed=False, text=f"is no folder: make it (mkdir -p {path}) or plan with another")
+        return
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        yield Check(name=name, passed=False, text=f"cannot be written ({error.strerror}): give yourself the right to")
+        return
+    kind = file_system(path)
+    if kind in _MEMORY_SYSTEMS:
+        yield Check(name=name, passed=False, text=f"lies in memory ({kind}): plan with a folder on a drive")
+        return
+    needed = plan.prediction.highest("nvme") * plan.cluster.ranks_per_node
+    yield _room(name, needed, shutil.disk_usage(path).free, "free some, or plan with another drive")
+
+
+def preflight(plan: Plan, plan_folder: Path) -> list[Check]:
+    """Look at this machine's memory, drives and compiled ops for one node's ranks.
+
+    Args:
+        plan: what is to run.
+        plan_folder: where its runs, and so its checkpoints, will lie.
+    """
+    checks = list(_memory(plan))
+    zero = plan.zero
+    if zero.uses_nvme:
+        checks += _locked(plan)
+    for path in {zero.offload_optimizer.nvme_path, zero.offload_param.nvme_path} - {None}:
+        checks += _nvme(plan, Path(str(path)))
+    # The newest is whole before the oldest goes.
+    kept = plan.training.keep_checkpoints + 1
+    needed = count_parameters(plan.model).total * _STATE_BYTES * kept
+    free = shutil.disk_usage(plan_folder).free
+    checks.append(_room(f"disk for {kept} checkpoints", needed, free, "free some, or keep fewer (keep_checkpoints)"))
+    removed = remove_stale_locks()
+    text = f"removed {len(removed)} that killed compilations left" if removed else "none is stale"
+    checks.append(Check(name="locks of compiled ops", passed=True, text=text))
+    return checks
