@@ -52,6 +52,7 @@ class StopRequest:
         try:
             yield self
         finally:
+            self._noticed.set()  # What comes after the steps is not cut short.
             for number, handler in before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
