@@ -29,7 +29,6 @@ CASES: dict[str, dict[str, Any]] = {
     "0-bf16": {"stage": 0, **BF16, "model": WIDE | LOW},
     "1-fp32": {"stage": 1, "model": GPT | {"operator": "attention"}},
     "2-fp32": {"stage": 2},
-    "2-bf16-twice": {"stage": 2, "accumulation": 2, **BF16},
     "3-fp32": {"stage": 3, "model": WIDE | {"checkpointing": "block"}},
     "3-bf16-gpt": {"stage": 3, **BF16, "model": GPT | HYBRID},
     "3-bf16-states": {"stage": 3, "bf16_master": True, "bf16_states": True, **BF16},

@@ -215,7 +215,7 @@ FAMILIES = [(0, "none"), (1, "none"), (2, "none"), (2, "cpu-optimizer")]
 FAMILIES += [(3, offload) for offload in ("none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme")]
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(
     st.sampled_from(MODELS),
     st.sampled_from(CLUSTERS),
@@ -253,7 +253,7 @@ def test_closed_forms_are_never_below_the_ledger(
         assert size >= max(tensors, default=0), tier
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(st.sampled_from(MODELS), st.sampled_from(["A100-80", "H100"]), st.integers(1, 3), st.integers(1, 8))
 def test_more_ranks_or_offload_never_need_more_of_a_device_nor_a_larger_batch_less(
     model: str, gpu: str, power: int, batch: int
@@ -282,7 +282,7 @@ def test_more_ranks_or_offload_never_need_more_of_a_device_nor_a_larger_batch_le
     assert device(ranks, batch, "cpu") <= device(ranks, batch, "cpu-optimizer")
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(st.sampled_from(MODELS), st.sampled_from(CLUSTERS), st.sampled_from([None, 0, 1, 2, 3]), st.integers(1, 4))
 def test_a_plan_that_fits_is_under_every_capacity(model: str, cluster: str, stage: Any, batch: int) -> None:
     where = load_cluster(cluster)
