@@ -24,12 +24,19 @@ def free_port() -> int:
         return port
 
 
+def own_path() -> str:
+    """PATH with this Python's programs first, as in an environment that is activated.
+
+    Its ninja compiles DeepSpeed's ops. Another one would compile them anew, and the next run with this one too:
+    versions do not know each other's commands.
+    """
+    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    return path if path.split(os.pathsep)[0] == own else os.pathsep.join([own, path])
+
+
 def launch_environment(cluster: ClusterSpec) -> dict[str, str]:
     """What the ranks need in their environment, beside this process's own."""
-    # An environment that is not activated still has its own ninja, which compiles DeepSpeed's ops. Another ninja
-    # would compile them anew, and the next run with this one too: versions do not know each other's commands.
-    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
-    path = path if path.split(os.pathsep)[0] == own else os.pathsep.join([own, path])
+    path = own_path()
     if cluster.device == "cuda":
         return {"PATH": path}
     threads = max(1, usable_cores() // cluster.ranks_per_node)

@@ -27,6 +27,7 @@ from translution.planner.simulation import BACKWARD, FORWARD, RESUME, SAVE, STEP
 from . import checkpoint, host, measure
 from .control import follow_beat, require_beat
 from .data import Samples, load_samples, micro_batches
+from .machine import own_path
 from .manifest import newest, tags
 from .processes import end_with_launcher
 from .rank import EngineRank
@@ -305,6 +306,8 @@ def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
     """
     plan = load_plan(plan_folder)
     require_beat(run)
+    # A shell of another host, or of Slurm, knows nothing of this environment.
+    os.environ["PATH"] = own_path()
     # Nodes that were started by hand have no launcher that made the run folder.
     make_run_folders(run, plan_folder)
     log_to_own_file(run, int(os.environ.get("RANK", "0")))
