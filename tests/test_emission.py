@@ -131,31 +131,6 @@ def test_torchrun_runs_the_plan(tmp_path: Path) -> None:
     judge(folder / "runs" / "own", 1, exit_code=0)
 
 
-SRUN = """#!/bin/sh
-# Stands in for Slurm's srun: one process for each task, with the variables that srun sets.
-while [ "${1#--}" != "$1" ]; do shift; done
-for task in 0 1; do
-    SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS=2 "$@" &
-done
-wait
-"""
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores; the project's CI has them")
-def test_the_slurm_job_runs_the_plan(tmp_path: Path) -> None:
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, text in {"srun": SRUN, "scontrol": "#!/bin/sh\necho 127.0.0.1\n"}.items():
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
-    folder = write_plan(tmp_path / "plan", 2, steps=2)
-    variables = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
-    environment = tools(programs) | variables | {"GLOO_SOCKET_IFNAME": "lo"}
-    command = ["bash", str(folder / "job.sbatch")]
-    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=240)
-    judge(folder / "runs" / "slurm-7", 2, exit_code=0)
-
-
 def test_threads_are_those_of_the_node() -> None:
     assert environment_variables(load_cluster("8xH100"))["OMP_NUM_THREADS"] == "14"
     assert environment_variables(local_cpu_cluster(1))["DS_ACCELERATOR"] == "cpu"

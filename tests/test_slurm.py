@@ -1,0 +1,78 @@
+"""The Slurm job of a plan, on a real Slurm of two nodes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from real_slurm import missing, path, real_slurm
+from runs import write_plan
+
+from translution.distributed.manifest import newest
+from translution.distributed.run_files import CHECKPOINT, METRICS, read_statuses
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}; the project's CI has it")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with real_slurm(tmp_path_factory.mktemp("slurm")) as environment:
+        yield environment | {"PATH": f"{Path(sys.executable).parent}:{path()}"}
+
+
+def submit(folder: Path, environment: dict[str, str], *words: str) -> tuple[int, str]:
+    """Submit the job and wait for its end: its exit code and its log."""
+    command = ["sbatch", "--wait", "--parsable", *words]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    job = result.stdout.strip()
+    return result.returncode, (folder / f"slurm-{job}.log").read_text()
+
+
+def steps(run: Path) -> list[int]:
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    return [line["step"] for line in lines if line["event"] == "step"]
+
+
+def test_a_job_saves_before_its_limit_and_goes_on_when_it_is_submitted_again(
+    slurm: dict[str, str], tmp_path: Path
+) -> None:
+    folder = write_plan(tmp_path / "a plan", 1, nodes=2, steps=100_000)
+    run = folder / "runs" / "own"
+    # Slurm looks at limits twice a minute, and counts in minutes: the signal comes after 30 to 60 seconds.
+    code, log = submit(folder, slurm, "--time=1", "--signal=USR1@20", "job.sbatch", str(run))
+    assert code == 1, log
+    assert "ok      n2: host memory" in log
+    assert "versions on 2 nodes: python" in log
+    saved = newest(run / CHECKPOINT)
+    assert saved is not None, log
+    last = saved.manifest.step
+    for rank in (0, 1):
+        assert f"rank {rank}: stopped at step {last}," in log
+        assert f"rank {rank} prints to {run}/logs/rank_{rank}.log" in log
+    assert steps(run)[-1] == last
+
+    write_plan(folder, 1, nodes=2, steps=last + 2, force=True)
+    code, log = submit(folder, slurm, "job.sbatch", str(run))
+    assert code == 0, log
+    assert [status.state for status in read_statuses(run)] == ["finished", "finished"]
+    assert steps(run)[-2:] == [last + 1, last + 2]
+    assert not list(folder.glob(".preflight*"))
+
+
+def test_a_node_that_lacks_something_keeps_the_job_from_starting(slurm: dict[str, str], tmp_path: Path) -> None:
+    nvme = tmp_path / "nvme"
+    nvme.mkdir()
+    folder = write_plan(tmp_path / "plan", 1, nodes=2, offload="nvme-optimizer", nvme_path=nvme)
+    nvme.rmdir()
+    began = time.monotonic()
+    code, log = submit(folder, slurm, "job.sbatch")
+    assert code == 1
+    assert time.monotonic() - began < 60
+    assert f"FAILED  n1: NVMe folder {nvme}: is no folder: make it" in log
+    assert f"FAILED  n2: NVMe folder {nvme}: is no folder: make it" in log
+    assert not (folder / "runs").exists()
