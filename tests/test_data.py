@@ -7,11 +7,12 @@ from itertools import islice
 import pytest
 import torch
 
-from translution.distributed.data import Samples, load_digits, make_synthetic, micro_batches
+from translution.distributed.data import Samples, make_synthetic, micro_batches
+from translution.distributed.digits import load_digits
 from translution.distributed.train import learning_rate_factor
+from translution.planner.data_kinds import DIGITS_TRAINING_SAMPLES
 from translution.planner.errors import InputError
 from translution.planner.model_spec import parse_model_spec
-from translution.planner.plan import DIGITS_TRAINING_SAMPLES
 from translution.planner.presets import preset
 
 DIGITS = {"family": "vit", "image": 16, "patch": 4, "classes": 10, "dim": 8, "depth": 1, "heads": 1}
