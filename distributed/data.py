@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +18,40 @@ from translution.planner.training import TrainingSpec
 _SYNTHETIC_SAMPLES = 4096
 
 
+class Source(ABC):
+    """Samples that are made or read when a micro-batch needs them."""
+
+    @property
+    def resident(self) -> list[Tensor]:
+        """Tensors that are held for the whole run."""
+        return []
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many samples an epoch has."""
+
+    def expect(self, index: Tensor) -> None:  # noqa: B027 - most have nothing to begin
+        """Begin to read samples that will soon be asked for, where that takes time.
+
+        Args:
+            index: their numbers (B,).
+        """
+
+    @abstractmethod
+    def select(self, index: Tensor, epoch: int = 0) -> Samples:
+        """A micro-batch.
+
+        Args:
+            index: numbers of samples (B,); what they give depends on nothing else but the epoch.
+            epoch: for what is drawn anew in each; 0 for held-out samples.
+
+        Raises:
+            InputError: if what was to be read is damaged.
+        """
+
+
 @dataclass(frozen=True)
-class Samples:
+class Samples(Source):
     """Inputs (S, …) with their targets (S,) or (S, context)."""
 
     inputs: Tensor
@@ -36,28 +68,6 @@ class Samples:
     def select(self, index: Tensor, epoch: int = 0) -> Samples:
         """The samples of an index tensor, the same in every epoch."""
         return Samples(self.inputs[index], self.targets[index])
-
-
-class Source(Protocol):
-    """Samples that are made or read when a micro-batch needs them."""
-
-    @property
-    def resident(self) -> list[Tensor]:
-        """Tensors that are held for the whole run."""
-
-    def __len__(self) -> int:
-        """How many samples an epoch has."""
-
-    def select(self, index: Tensor, epoch: int = 0) -> Samples:
-        """A micro-batch.
-
-        Args:
-            index: numbers of samples (B,); what they give depends on nothing else but the epoch.
-            epoch: for what is drawn anew in each; 0 for held-out samples.
-
-        Raises:
-            InputError: if what was to be read is damaged.
-        """
 
 
 def make_synthetic(spec: ModelSpec, seed: int, step: int = 1) -> tuple[Samples, Samples]:
@@ -152,12 +162,24 @@ def micro_batches(
     step = micro_batch * accumulation * ranks
     if step > len(samples):
         raise InputError(f"global batch: {step} is not allowed: must be at most {len(samples)}, the training samples")
-    epoch, done = divmod(first_step, len(samples) // step)
+    shares = _shares(len(samples), step, (accumulation, ranks, micro_batch), seed, first_step)
+    epoch, share = next(shares)
     while True:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        batches = [samples.select(index, epoch) for index in share[:, rank]]
+        epoch, share = next(shares)
+        samples.expect(share[:, rank].flatten())
+        yield batches
+
+
+def _shares(
+    count: int, step: int, shape: tuple[int, int, int], seed: int, first_step: int
+) -> Iterator[tuple[int, Tensor]]:
+    """The epoch of every step, and its samples in a shape of (accumulation, ranks, micro-batch)."""
+    epoch, done = divmod(first_step, count // step)
+    while True:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         # Copied out of torch's memory, which a run measures: the order of a million samples is no part of its state.
-        order = torch.from_numpy(torch.randperm(len(samples), generator=generator).numpy().copy())
-        for start in range(done * step, len(samples) - step + 1, step):
-            shares = order[start : start + step].view(accumulation, ranks, micro_batch)
-            yield [samples.select(shares[n, rank], epoch) for n in range(accumulation)]
+        order = torch.from_numpy(order.numpy().copy())
+        for start in range(done * step, count - step + 1, step):
+            yield epoch, order[start : start + step].view(shape)
         epoch, done = epoch + 1, 0

@@ -12,7 +12,7 @@ from translution.planner.data_kinds import DIGITS_CLASSES
 from translution.planner.errors import MissingPackageError
 from translution.planner.model_spec import VitSpec
 
-from .data import Samples
+from .data import Samples, Source
 
 _MEAN, _DEVIATION = 0.3, 0.38
 _TRAINING, _HELD_OUT = 0, 1
@@ -53,7 +53,7 @@ def load_digits(spec: VitSpec) -> tuple[Samples, Samples]:
 
 
 @dataclass(frozen=True)
-class PlacedDigits:
+class PlacedDigits(Source):
     """Digits (S, 1, P, P) that are smaller than the image they lie in."""
 
     digits: Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from torch import Tensor
 from translution.planner.errors import InputError, MissingPackageError
 from translution.planner.model_spec import VitSpec
 
-from .data import Samples
+from .data import Samples, Source
 
 TRAINING, HELD_OUT = ("train",), ("val", "validation", "test")
 """Names that each part may have; the first that exists is taken."""
@@ -71,7 +71,7 @@ class CorruptImages:
             )
 
 
-class Images:
+class Images(Source):
     """A source of images (B, channels, height, width) with mean 0 and deviation 1, and their classes.
 
     Each is scaled until the model's image just fits in, and what stands over is cut off evenly. In
@@ -86,18 +86,25 @@ class Images:
     def __init__(self, files: ImageFiles, spec: VitSpec, corrupt: CorruptImages) -> None:
         self.files, self.spec, self.corrupt = files, spec, corrupt
         self._instead: dict[int, int] = {}
+        self._coming: dict[int, Future[np.ndarray | str]] = {}
 
     def __len__(self) -> int:
         return len(self.files)
 
-    @property
-    def resident(self) -> list[Tensor]:
-        """None: images are read when they are needed."""
-        return []
-
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(max_workers=torch.get_num_threads(), thread_name_prefix="decode")
+
+    def _decoding(self, number: int) -> Future[np.ndarray | str]:
+        """An image that is being decoded, since it was expected or from now on."""
+        if number in self._coming:
+            return self._coming.pop(number)
+        return self._pool.submit(self._decode, self.files.content(number))
+
+    def expect(self, index: Tensor) -> None:
+        """Decode images (B,) while the model computes."""
+        numbers = {self._instead.get(number, number) for number in index.tolist()}
+        self._coming = {number: self._decoding(number) for number in numbers}
 
     def select(self, index: Tensor, epoch: int = 0) -> Samples:
         """The images of an index tensor, the same in every epoch.
@@ -106,13 +113,16 @@ class Images:
             InputError: if more images than allowed cannot be read, or a class is unknown.
         """
         numbers = [self._instead.get(number, number) for number in index.tolist()]
-        # What decodes is numpy's memory: a run measures torch's, and the micro-batch is to be all of it.
-        decoded = list(self._pool.map(self._decode, map(self.files.content, numbers)))
-        inputs = torch.empty(len(numbers), self.spec.channels, *self.spec.image)
-        for place, pixels in enumerate(decoded):
+        decoding = [self._decoding(number) for number in numbers]
+        # Images are decoded into numpy's memory: a run measures torch's, and the micro-batch is to be all of it.
+        channels = self.spec.channels
+        inputs = torch.empty(len(numbers), channels, *self.spec.image)
+        for place, decoded in enumerate(decoding):
+            pixels = decoded.result()
             if isinstance(pixels, str):
                 numbers[place], pixels = self._next(int(index[place]), numbers[place], pixels)
-            inputs.numpy()[place] = pixels
+            normal = (pixels / np.float32(255) - _MEAN[channels]) / _DEVIATION[channels]
+            inputs.numpy()[place] = normal.transpose(2, 0, 1)
         return Samples(inputs, torch.tensor([self._label(number) for number in numbers]))
 
     def _next(self, wanted: int, number: int, reason: str) -> tuple[int, np.ndarray]:
@@ -128,11 +138,11 @@ class Images:
         raise InputError(f"{self.files.name(number)}: cannot be read as an image, nor can any other")
 
     def _decode(self, content: str | bytes) -> np.ndarray | str:
-        """The pixels of an image (channels, height, width), or why there are none."""
+        """The pixels of an image (height, width, channels), in bytes, or why there are none."""
         from PIL import Image, ImageOps
 
         height, width = self.spec.image
-        channels, mode = self.spec.channels, "L" if self.spec.channels == 1 else "RGB"
+        mode = "L" if self.spec.channels == 1 else "RGB"
         try:
             with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
                 # A JPEG is decoded at a half, a quarter or an eighth where that is still twice what is wanted.
@@ -141,9 +151,7 @@ class Images:
             fitted = ImageOps.fit(plain, (width, height), Image.Resampling.BILINEAR)
         except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to.
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        pixels = np.asarray(fitted, dtype=np.float32).reshape(height, width, channels) / 255
-        pixels = (pixels - _MEAN[channels]) / _DEVIATION[channels]
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        return np.asarray(fitted, dtype=np.uint8).reshape(height, width, self.spec.channels)
 
     def _label(self, number: int) -> int:
         label = self.files.label(number)

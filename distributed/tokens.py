@@ -17,7 +17,7 @@ from torch import Tensor
 from translution.planner.errors import InputError
 from translution.planner.model_spec import GptSpec
 
-from .data import Samples
+from .data import Samples, Source
 from .token_files import HELD_OUT, META, TRAINING, open_tokens, read_meta
 
 STDLIB_BYTES = 8_000_000
@@ -28,7 +28,7 @@ _HELD_OUT_EVERY = 10
 
 
 @dataclass(frozen=True)
-class TokenWindows:
+class TokenWindows(Source):
     """Windows of a text side by side, each of the context's size; a token's target is the one after it."""
 
     tokens: np.ndarray
@@ -46,11 +46,6 @@ class TokenWindows:
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.context
-
-    @property
-    def resident(self) -> list[Tensor]:
-        """None: the tokens lie in no tensor."""
-        return []
 
     def select(self, index: Tensor, epoch: int = 0) -> Samples:
         """The windows of an index tensor: inputs and targets (B, context), the same in every epoch.

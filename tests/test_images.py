@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from translution.distributed.data import Source, load_samples, micro_batches
+from translution.distributed.images import Images
 from translution.planner.errors import InputError
 from translution.planner.model_spec import parse_model_spec
 from translution.planner.training import TrainingSpec
@@ -114,6 +115,26 @@ def test_nothing_but_damaged_images_ends_too(folder: Path) -> None:
             damage(folder, label, number)
     with pytest.raises(InputError, match="nor can any other"):
         load(folder)[0].select(torch.tensor([4]))
+
+
+def test_what_is_expected_is_read_before_it_is_asked_for(folder: Path) -> None:
+    training, _ = load(folder)
+    whole = training.select(torch.arange(9))
+    training.expect(torch.tensor([2, 5]))
+    training.expect(torch.tensor([5, 7, 7]))
+    stop_reading(training)
+    for path in folder.glob("train/*/*.png"):
+        path.unlink()
+    assert torch.equal(training.select(torch.tensor([7, 5])).inputs, whole.inputs[[7, 5]])
+    with pytest.raises(InputError, match=r"2.png: cannot be read as an image"):
+        training.select(torch.tensor([2]))
+
+
+def stop_reading(source: Source) -> None:
+    """Wait until all that is expected has been read."""
+    assert isinstance(source, Images)
+    for coming in source._coming.values():
+        coming.result()
 
 
 def test_images_of_an_epoch_are_shared_without_overlap(folder: Path) -> None:
