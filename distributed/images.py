@@ -238,8 +238,8 @@ class DatasetImages:
 
     def content(self, number: int) -> str | bytes:
         """Its bytes, or its path if it lies outside of the data set."""
-        cell = self._split[number][self._image]
-        return cell["bytes"] or cell["path"] or b""
+        cell = self._split[number][self._image] or {}
+        return cell.get("bytes") or cell.get("path") or b""
 
     def label(self, number: int) -> int:
         """The value of the column of classes."""

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import TypeAdapter
+from runs import write_plan
 
 from translution.cli.app import run
 from translution.distributed.data import Samples, Source, load_samples, make_synthetic, micro_batches
 from translution.distributed.digits import load_digits
+from translution.distributed.resume import check_same
 from translution.distributed.train import learning_rate_factor
 from translution.planner.data_kinds import DIGITS_TRAINING_SAMPLES
 from translution.planner.errors import InputError
 from translution.planner.model_spec import ModelSpec, VitSpec, parse_model_spec
+from translution.planner.plan import Plan, load_plan
 from translution.planner.presets import preset
 from translution.planner.schema import validate
 from translution.planner.training import TrainingSpec
@@ -177,6 +180,24 @@ def test_settings_of_data_that_contradict_one_another_are_named(values: dict[str
     with pytest.raises(InputError) as error:
         validate(TypeAdapter(TrainingSpec), values, "plan", ())
     assert message in str(error.value)
+
+
+def test_a_plan_of_before_loads_and_its_run_goes_on_with_another_limit(tmp_path: Path) -> None:
+    folder = write_plan(tmp_path / "plan", 1)
+    plan = load_plan(folder)
+    document = json.loads((folder / "plan.json").read_text())
+    for name in ("evaluation_data", "data_path", "digit_pixels", "corrupt_limit"):
+        del document["training"][name]
+    (folder / "plan.json").write_text(json.dumps(document))
+    before = load_plan(folder)
+    assert before == plan
+
+    def changed(**values: object) -> Plan:
+        return plan.model_copy(update={"training": plan.training.model_copy(update=values)})
+
+    check_same(changed(corrupt_limit=5, evaluation_data="digits-static"), before)
+    with pytest.raises(InputError, match="training.data_path: '/b' is not allowed: must be None"):
+        check_same(changed(data_path="/b"), before)
 
 
 GPT = {"family": "gpt", "context": 8, "vocabulary": 200, "dim": 8, "depth": 1, "heads": 1}

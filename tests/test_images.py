@@ -148,21 +148,27 @@ def test_images_of_an_epoch_are_shared_without_overlap(folder: Path) -> None:
     assert sorted(epoch.tolist()) == sorted(every.tolist())
 
 
-def save_data_set(folder: Path, path: Path, label: object = None) -> None:
-    """The folder's images as a data set of three rows per split; row 1 to train on is damaged."""
+def save_data_set(folder: Path, path: Path, label: object = None, absent: bool = False) -> None:
+    """The folder's images as a data set of three rows per split; row 1 to train on is damaged, or absent."""
     features = datasets.Features({"label": label or datasets.ClassLabel(3), "image": datasets.Image()})
     splits = {}
     for part, name in (("train", "train"), ("val", "validation")):
         contents = [(folder / part / f"class{n}" / "0.png").read_bytes() for n in range(3)]
         contents[1] = contents[1] if part == "val" else contents[1][:50]
-        rows = {"label": [0, 1, 2], "image": [{"bytes": content, "path": None} for content in contents]}
+        images = [{"bytes": content, "path": None} for content in contents]
+        if absent and part == "train":
+            images[1] = None
+        rows = {"label": [0, 1, 2], "image": images}
         splits[name] = datasets.Dataset.from_dict(rows, features=features)
     datasets.DatasetDict(splits).save_to_disk(str(path))
 
 
-def test_a_saved_data_set_is_read_as_folders_are(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("absent", [False, True], ids=["damaged", "absent"])
+def test_a_saved_data_set_is_read_as_folders_are(
+    folder: Path, absent: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = folder / "saved"
-    save_data_set(folder, path)
+    save_data_set(folder, path, absent=absent)
     (training, held_out), (plain, _) = load(path), load(folder)
     assert (len(training), len(held_out)) == (3, 3)
     batch = training.select(torch.arange(3))
