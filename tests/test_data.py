@@ -196,7 +196,7 @@ def test_a_plan_of_before_loads_and_its_run_goes_on_with_another_limit(tmp_path:
         return plan.model_copy(update={"training": plan.training.model_copy(update=values)})
 
     check_same(changed(corrupt_limit=5, evaluation_data="digits-static"), before)
-    with pytest.raises(InputError, match="training.data_path: '/b' is not allowed: must be None"):
+    with pytest.raises(InputError, match=r"training.data_path: '/b' is not allowed: must be None"):
         check_same(changed(data_path="/b"), before)
 
 
