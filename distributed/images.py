@@ -66,8 +66,7 @@ class CorruptImages:
         print(f"warning: {name} is skipped: {reason}", file=sys.stderr, flush=True)
         if len(self.names) > self.limit:
             raise InputError(
-                f"{name}: cannot be read as an image ({reason}), nor can {self.limit} others: "
-                f"corrupt_limit: {self.limit} allows no more"
+                f"{name}: cannot be read as an image ({reason}), which is one more than corrupt_limit {self.limit} allows"
             )
 
 
