@@ -66,7 +66,8 @@ class CorruptImages:
         print(f"warning: {name} is skipped: {reason}", file=sys.stderr, flush=True)
         if len(self.names) > self.limit:
             raise InputError(
-                f"{name}: cannot be read as an image ({reason}), which is one more than corrupt_limit {self.limit} allows"
+                f"{name}: cannot be read as an image ({reason}), which is one more than "
+                f"corrupt_limit {self.limit} allows"
             )
 
 
