@@ -12,7 +12,7 @@ from hypothesis import settings
 from report_folders import MALICIOUS, plan_folder, run_folder
 
 from translution.cli.app import run
-from translution.distributed.launch import launch_environment
+from translution.distributed.machine import launch_environment
 from translution.distributed.ops import prepare_ops
 from translution.planner.cluster import local_cpu_cluster
 
@@ -24,7 +24,15 @@ settings.load_profile("any machine")
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS_RANKS = ("test_accuracy", "test_calibrate", "test_emission", "test_rehearse", "test_resume", "test_runs")
+RUNS_RANKS = (
+    "test_accuracy",
+    "test_calibrate",
+    "test_emission",
+    "test_hosts",
+    "test_rehearse",
+    "test_resume",
+    "test_runs",
+)
 """Modules that start ranks. They run last: DeepSpeed's ops compile for minutes, beside the others."""
 _compiling: list[threading.Thread] = []
 
