@@ -77,6 +77,26 @@ def launch(
 
 
 @app.command(
+    epilog="Examples: **translution prepare book.txt --out data/book** · **translution prepare a.txt b.txt --tokenizer "
+    "tokenizer.json --held-out 0.05 --out data/both**"
+)
+def prepare(
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="Text files.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; plans take it as --train data_path=FOLDER.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A tokenizer.json of Hugging Face's tokenizers; else every byte is a token.")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Share of each text, at its end, to evaluate with.")] = 0.1,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder of tokens.")] = False,
+    json: Json = False,
+) -> None:
+    """Make token files to train a gpt model on from text files."""
+    from .prepare import run_prepare
+
+    run_prepare(texts, out, tokenizer, held_out, force=force, as_json=json)
+
+
+@app.command(
     epilog="Examples: **translution preflight plans/small** · **translution preflight plans/large --hostfile hosts**"
 )
 def preflight(

@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from translution.planner.errors import InputError, MissingPackageError
+from translution.planner.data_kinds import PLACED_DIGITS, DataKind, check_kind, digit_size
+from translution.planner.errors import InputError
 from translution.planner.model_spec import GptSpec, ModelSpec, VitSpec
+from translution.planner.training import TrainingSpec
 
-DIGITS_IMAGE = (8, 8)
-DIGITS_CLASSES = 10
 _SYNTHETIC_SAMPLES = 4096
 
 
+class Source(ABC):
+    """Samples that are made or read when a micro-batch needs them."""
+
+    @property
+    def resident(self) -> list[Tensor]:
+        """Tensors that are held for the whole run."""
+        return []
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many samples an epoch has."""
+
+    def expect(self, index: Tensor) -> None:  # noqa: B027 - most have nothing to begin
+        """Begin to read samples that will soon be asked for, where that takes time.
+
+        Args:
+            index: their numbers (B,).
+        """
+
+    @abstractmethod
+    def select(self, index: Tensor, epoch: int = 0) -> Samples:
+        """A micro-batch.
+
+        Args:
+            index: numbers of samples (B,); what they give depends on nothing else but the epoch.
+            epoch: for what is drawn anew in each; 0 for held-out samples.
+
+        Raises:
+            InputError: if what was to be read is damaged.
+        """
+
+
 @dataclass(frozen=True)
-class Samples:
+class Samples(Source):
     """Inputs (S, …) with their targets (S,) or (S, context)."""
 
     inputs: Tensor
@@ -26,37 +60,14 @@ class Samples:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def select(self, index: Tensor) -> Samples:
-        """The samples of an index tensor."""
+    @property
+    def resident(self) -> list[Tensor]:
+        """The tensors themselves."""
+        return [self.inputs, self.targets]
+
+    def select(self, index: Tensor, epoch: int = 0) -> Samples:
+        """The samples of an index tensor, the same in every epoch."""
         return Samples(self.inputs[index], self.targets[index])
-
-
-def load_digits(spec: ModelSpec) -> tuple[Samples, Samples]:
-    """The handwritten digits of scikit-learn, resized to the model's image: training and held-out.
-
-    Every fifth sample of each class is held out, 364 of 1,797.
-
-    Raises:
-        InputError: if the model does not classify images into at least ten classes.
-        MissingPackageError: without scikit-learn.
-    """
-    if not isinstance(spec, VitSpec) or spec.classes < DIGITS_CLASSES:
-        raise InputError("data: 'digits' is not allowed: must be used with a vit model of at least 10 classes")
-    try:
-        from sklearn import datasets
-    except ImportError:
-        raise MissingPackageError("scikit-learn is missing: pip install 'translution-scale[train]'") from None
-    bunch = datasets.load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16
-    targets = torch.tensor(bunch.target, dtype=torch.int64)
-    if spec.image != DIGITS_IMAGE:
-        images = torch.nn.functional.interpolate(images, size=spec.image, mode="bilinear", antialias=True)
-    images = (images - 0.3) / 0.38
-    images = images.expand(-1, spec.channels, -1, -1).contiguous()
-    held_out = torch.zeros(len(targets), dtype=torch.bool)
-    for digit in range(DIGITS_CLASSES):
-        held_out[torch.nonzero(targets == digit).flatten()[::5]] = True
-    return Samples(images[~held_out], targets[~held_out]), Samples(images[held_out], targets[held_out])
 
 
 def make_synthetic(spec: ModelSpec, seed: int, step: int = 1) -> tuple[Samples, Samples]:
@@ -82,17 +93,54 @@ def make_synthetic(spec: ModelSpec, seed: int, step: int = 1) -> tuple[Samples, 
     return Samples(samples.inputs[:cut], samples.targets[:cut]), Samples(samples.inputs[cut:], samples.targets[cut:])
 
 
-def load_samples(spec: ModelSpec, data: str, seed: int, step: int = 1) -> tuple[Samples, Samples]:
-    """Training and held-out samples of a plan, as `load_digits` and `make_synthetic` describe.
+def load_samples(spec: ModelSpec, training: TrainingSpec, step: int = 1) -> tuple[Source, Source]:
+    """Training and held-out samples of a plan.
+
+    Args:
+        spec: the model.
+        training: says which data.
+        step: samples of a global batch.
 
     Raises:
-        InputError: if the data does not suit the model.
+        InputError: if the data does not suit the model, is absent or damaged.
+        MissingPackageError: without a package that reads it.
     """
-    return load_digits(spec) if data == "digits" else make_synthetic(spec, seed, step)
+    samples, held_out = _load(spec, training, training.data, step)
+    if training.evaluation_data not in (None, training.data):
+        _, held_out = _load(spec, training, training.evaluation_data, step)
+    return samples, held_out
+
+
+def _load(spec: ModelSpec, training: TrainingSpec, kind: DataKind, step: int) -> tuple[Source, Source]:
+    check_kind(spec, kind, training.digit_pixels)
+    # Each has packages of its own, which the others do without.
+    if isinstance(spec, VitSpec):
+        if kind == "digits":
+            from .digits import load_digits
+
+            return load_digits(spec)
+        if kind in PLACED_DIGITS:
+            from .digits import place_digits
+
+            size = digit_size(spec, training.digit_pixels)
+            return place_digits(spec, size, training.seed, shifted=kind == "digits-shifted")
+        if kind == "images":
+            from .images import load_images
+
+            return load_images(spec, Path(str(training.data_path)), training.corrupt_limit)
+    elif kind == "tokens":
+        from .tokens import load_tokens
+
+        return load_tokens(spec, Path(str(training.data_path)))
+    elif kind == "stdlib":
+        from .tokens import load_stdlib
+
+        return load_stdlib(spec)
+    return make_synthetic(spec, training.seed, step)
 
 
 def micro_batches(
-    samples: Samples, *, micro_batch: int, accumulation: int, rank: int, ranks: int, seed: int, first_step: int = 0
+    samples: Source, *, micro_batch: int, accumulation: int, rank: int, ranks: int, seed: int, first_step: int = 0
 ) -> Iterator[list[Samples]]:
     """One rank's micro-batches of every step, without end.
 
@@ -114,10 +162,24 @@ def micro_batches(
     step = micro_batch * accumulation * ranks
     if step > len(samples):
         raise InputError(f"global batch: {step} is not allowed: must be at most {len(samples)}, the training samples")
-    epoch, done = divmod(first_step, len(samples) // step)
+    shares = _shares(len(samples), step, (accumulation, ranks, micro_batch), seed, first_step)
+    epoch, share = next(shares)
     while True:
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        for start in range(done * step, len(samples) - step + 1, step):
-            shares = order[start : start + step].view(accumulation, ranks, micro_batch)
-            yield [samples.select(shares[n, rank]) for n in range(accumulation)]
+        batches = [samples.select(index, epoch) for index in share[:, rank]]
+        epoch, share = next(shares)
+        samples.expect(share[:, rank].flatten())
+        yield batches
+
+
+def _shares(
+    count: int, step: int, shape: tuple[int, int, int], seed: int, first_step: int
+) -> Iterator[tuple[int, Tensor]]:
+    """The epoch of every step, and its samples in a shape of (accumulation, ranks, micro-batch)."""
+    epoch, done = divmod(first_step, count // step)
+    while True:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        # Copied out of torch's memory, which a run measures: the order of a million samples is no part of its state.
+        order = torch.from_numpy(order.numpy().copy())
+        for start in range(done * step, count - step + 1, step):
+            yield epoch, order[start : start + step].view(shape)
         epoch, done = epoch + 1, 0

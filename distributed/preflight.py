@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from translution.planner.cluster import available_memory_bytes
-from translution.planner.errors import InputError
+from translution.planner.errors import InputError, TranslutionError
 from translution.planner.parameters import count_parameters
 from translution.planner.plan import Plan
 from translution.planner.schema import Schema
@@ -81,6 +81,21 @@ def _nvme(plan: Plan, path: Path) -> Iterator[Check]:
     yield _room(name, needed, shutil.disk_usage(path).free, "free some, or plan with another drive")
 
 
+def _data(plan: Plan) -> Check:
+    """Each rank would find the same, after it has waited for the others."""
+    from .data import load_samples
+
+    try:
+        training, held_out = load_samples(plan.model, plan.training, plan.training.global_batch(plan.cluster.ranks))
+    except TranslutionError as error:
+        return Check(name="data", passed=False, text=str(error))
+    needed = plan.training.global_batch(plan.cluster.ranks)
+    if needed > len(training):
+        text = f"{len(training)} samples to train on: a step takes {needed}; plan with a smaller batch"
+        return Check(name="data", passed=False, text=text)
+    return Check(name="data", passed=True, text=f"{len(training)} samples to train on, {len(held_out)} held out")
+
+
 def preflight(plan: Plan, plan_folder: Path) -> list[Check]:
     """Look at this machine's memory, drives and compiled ops for one node's ranks.
 
@@ -89,6 +104,8 @@ def preflight(plan: Plan, plan_folder: Path) -> list[Check]:
         plan_folder: where its runs, and so its checkpoints, will lie.
     """
     checks = list(_memory(plan))
+    if plan.training.data_path is not None:
+        checks.append(_data(plan))
     zero = plan.zero
     if zero.uses_nvme:
         checks += _locked(plan)

@@ -122,7 +122,7 @@ class RehearsalRank(Rank):
         training = self.plan.training
         began = time.perf_counter()
         samples, rest = make_synthetic(self.plan.model, training.seed, step=training.global_batch(1))
-        self.samples = [samples.inputs, samples.targets, rest.inputs, rest.targets]
+        self.samples = [*samples.resident, *rest.resident]
         batches = micro_batches(
             samples,
             micro_batch=training.micro_batch,

@@ -26,7 +26,7 @@ from translution.planner.simulation import BACKWARD, FORWARD, RESUME, SAVE, STEP
 
 from . import checkpoint, host, measure
 from .control import follow_beat, require_beat
-from .data import Samples, load_samples, micro_batches
+from .data import Samples, Source, load_samples, micro_batches
 from .machine import own_path
 from .manifest import newest, tags
 from .processes import end_with_launcher
@@ -158,7 +158,7 @@ class Rank(EngineRank):
         return [float(value) / self.ranks for value in tensor]
 
     @torch.no_grad()
-    def evaluate(self, held_out: Samples) -> tuple[float, float]:
+    def evaluate(self, held_out: Source) -> tuple[float, float]:
         """Mean loss and accuracy over the held-out samples, each sample counted once.
 
         Every rank runs the same number of batches, as ZeRO-3's gathers require; a rank that has no
@@ -209,10 +209,8 @@ class Rank(EngineRank):
             go_on: read the run's checkpoint first and go on from its step.
         """
         training = self.plan.training
-        training_samples, held_out = load_samples(
-            self.plan.model, training.data, training.seed, step=training.global_batch(self.ranks)
-        )
-        self.samples = [training_samples.inputs, training_samples.targets, held_out.inputs, held_out.targets]
+        training_samples, held_out = load_samples(self.plan.model, training, training.global_batch(self.ranks))
+        self.samples = [*training_samples.resident, *held_out.resident]
         self.start()
         loaded = self.load() if read or go_on else 0
         first = loaded if go_on else 0

@@ -10,10 +10,11 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from .cluster import ClusterSpec
+from .data_kinds import DIGITS, DIGITS_TRAINING_SAMPLES, check_kind
 from .deepspeed_config import check_training_state, deepspeed_config
 from .errors import DoesNotFitError, InputError, nearest
 from .memory import MemoryEstimate, atomic_floor, estimate_memory
-from .model_spec import ModelSpec, Positive, VitSpec
+from .model_spec import ModelSpec, Positive
 from .parameters import TABLES, parameter_groups, table_entries
 from .schema import Schema, parse_json, validate
 from .shards import partitioned
@@ -26,8 +27,6 @@ PLAN_FILE = "plan.json"
 DEEPSPEED_VERSION, TORCH_VERSION = "0.19.8", "2.13"
 TILE_ELEMENTS = 2**26
 """Largest tile that is chosen unasked: 128 MiB in bf16."""
-DIGITS_TRAINING_SAMPLES = 1433
-"""Of scikit-learn's 1,797 digits; the others are held out."""
 SUB_GROUP_ELEMENTS = 2**24
 """Largest sub-group that the optimizer updates at once."""
 OFFLOAD: dict[str, tuple[OffloadDevice, OffloadDevice]] = {
@@ -159,17 +158,14 @@ def check_data(spec: ModelSpec, training: TrainingSpec, global_batch: int) -> No
     Raises:
         InputError: naming the field.
     """
-    if training.data != "digits":
-        return
-    if global_batch > DIGITS_TRAINING_SAMPLES:
+    if training.data in DIGITS and global_batch > DIGITS_TRAINING_SAMPLES:
         raise InputError(
             f"global batch: {global_batch} (micro-batch x accumulation x ranks) is not allowed: must be at most "
             f"{DIGITS_TRAINING_SAMPLES}, the training samples of digits"
         )
-    if not (isinstance(spec, VitSpec) and spec.classes >= 10):
-        raise InputError(
-            "data: 'digits' is not allowed: must be used with a vit model of at least 10 classes; use synthetic"
-        )
+    check_kind(spec, training.data, training.digit_pixels)
+    if training.evaluation_data is not None:
+        check_kind(spec, training.evaluation_data, training.digit_pixels, "evaluation_data")
 
 
 def override_zero(zero: ZeroSpec, knobs: Mapping[str, object]) -> ZeroSpec:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from .data_kinds import PLACED_DIGITS, READ_FROM_PATH, DataKind
 from .model_spec import Positive
 from .schema import Schema
 
@@ -49,8 +50,17 @@ class TrainingSpec(Schema):
     """Of sgd; 0 keeps none."""
     gradient_clipping: NonNegativeFloat = 1.0
     """Largest global L2 norm of the gradients; 0 clips nothing."""
-    data: Literal["digits", "synthetic"] = "digits"
-    """Handwritten digits (8×8, ten classes), or random samples of the model's shape."""
+    data: DataKind = "digits"
+    """Handwritten digits that fill the image, lie in its middle, or somewhere else in every epoch; images in
+    folders; tokens in files; the source of Python's library; or random samples of the model's shape."""
+    evaluation_data: DataKind | None = None
+    """Whose held-out samples are evaluated; null is the kind that is trained on."""
+    data_path: str | None = None
+    """Folder of images or tokens, as every node sees it."""
+    digit_pixels: Positive | None = None
+    """Height and width of a digit that does not fill the image; null is half of the image's shorter side."""
+    corrupt_limit: NonNegative = 100
+    """Images that a rank may find unreadable, name and skip; with one more it fails."""
     seed: NonNegative = 0
     """Of the initial weights and of the order of the samples."""
     checkpoint_steps: NonNegative = 0
@@ -68,6 +78,19 @@ class TrainingSpec(Schema):
             raise ValueError(f"betas: {self.betas} is not allowed: must be below 1")
         if self.momentum >= 1:
             raise ValueError(f"momentum: {self.momentum} is not allowed: must be below 1")
+        return self
+
+    @model_validator(mode="after")
+    def _check_data(self) -> TrainingSpec:
+        kinds = [kind for kind in (self.data, self.evaluation_data) if kind]
+        text = " and ".join(dict.fromkeys(kinds))
+        read = any(kind in READ_FROM_PATH for kind in kinds)
+        if read and not self.data_path:
+            raise ValueError(f"data_path: is required with data {text}")
+        if self.data_path is not None and not read:
+            raise ValueError(f"data_path: {self.data_path!r} is not allowed: must be null with data {text}")
+        if self.digit_pixels is not None and not any(kind in PLACED_DIGITS for kind in kinds):
+            raise ValueError(f"digit_pixels: {self.digit_pixels} is not allowed: must be null with data {text}")
         return self
 
     @model_validator(mode="after")

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
+from runs import write_plan
 
-from translution.distributed.data import Samples, load_digits, make_synthetic, micro_batches
+from translution.cli.app import run
+from translution.distributed.data import Samples, Source, load_samples, make_synthetic, micro_batches
+from translution.distributed.digits import load_digits
+from translution.distributed.resume import check_same
 from translution.distributed.train import learning_rate_factor
+from translution.planner.data_kinds import DIGITS_TRAINING_SAMPLES
 from translution.planner.errors import InputError
-from translution.planner.model_spec import parse_model_spec
-from translution.planner.plan import DIGITS_TRAINING_SAMPLES
+from translution.planner.model_spec import ModelSpec, VitSpec, parse_model_spec
+from translution.planner.plan import Plan, load_plan
 from translution.planner.presets import preset
+from translution.planner.schema import validate
+from translution.planner.training import TrainingSpec
 
 DIGITS = {"family": "vit", "image": 16, "patch": 4, "classes": 10, "dim": 8, "depth": 1, "heads": 1}
 
@@ -64,10 +74,163 @@ def test_the_planner_knows_how_many_digits_there_are() -> None:
     assert len(training) == DIGITS_TRAINING_SAMPLES
 
 
-def test_synthetic_data_suffices_for_any_step() -> None:
-    training, held_out = make_synthetic(parse_model_spec(DIGITS), seed=0, step=10_000)
-    assert len(training) >= 10_000
+@pytest.mark.parametrize("spec", [parse_model_spec(DIGITS), preset("gpt-tiny/160")], ids=["vit", "gpt"])
+def test_synthetic_data_suffices_for_any_step_and_takes_little_memory(spec: ModelSpec) -> None:
+    training, held_out = make_synthetic(spec, seed=0, step=1_000_000)
+    assert len(training) >= 1_000_000
     assert len(held_out) > 0
+    assert sum(tensor.untyped_storage().nbytes() for tensor in training.resident) < 40e6
+    micro_batch = training.select(torch.tensor([5, 999_999]))
+    assert micro_batch.inputs.shape == ((2, 3, 16, 16) if isinstance(spec, VitSpec) else (2, 160))
+
+
+def placed(kind: str, image: object = 24, seed: int = 3, **training: object) -> tuple[Source, Source]:
+    spec = parse_model_spec(DIGITS | {"image": image, "channels": 2})
+    return load_samples(spec, TrainingSpec(data=kind, seed=seed, **training))
+
+
+def corners(batch: Samples, size: int) -> list[tuple[int, int]]:
+    """Where each digit lies, by the window that holds all that is not background."""
+    found = []
+    for image in batch.inputs[:, 0]:
+        rows, columns = torch.nonzero(image > image.min(), as_tuple=True)
+        assert rows.max() - rows.min() < size
+        assert columns.max() - columns.min() < size
+        found.append((int(rows.min()), int(columns.min())))
+    return found
+
+
+def test_a_static_digit_lies_in_the_middle_of_a_larger_image() -> None:
+    training, held_out = placed("digits-static", image=(24, 16), digit_pixels=8)
+    assert len(training) == DIGITS_TRAINING_SAMPLES
+    filling, filling_held_out = load_digits(parse_model_spec(DIGITS | {"image": 8, "channels": 2}))
+    for source, whole in ((training, filling), (held_out, filling_held_out)):
+        batch = source.select(torch.tensor([0, 7, 300]))
+        assert batch.inputs.shape == (3, 2, 24, 16)
+        assert torch.equal(batch.inputs[:, :, 8:16, 4:12], whole.inputs[[0, 7, 300]])
+        outside = batch.inputs.clone()
+        outside[:, :, 8:16, 4:12] = outside[0, 0, 0, 0]
+        assert outside.unique().numel() == 1
+        assert torch.equal(batch.targets, whole.targets[[0, 7, 300]])
+
+
+def test_a_shifted_digit_lies_elsewhere_in_every_epoch_and_a_held_out_one_stays() -> None:
+    training, held_out = placed("digits-shifted")
+    index = torch.arange(200)
+    first, second = (corners(training.select(index, epoch), 12) for epoch in (0, 1))
+    assert first != second
+    assert len(set(first)) > 50
+    assert {row for row, _ in first} >= set(range(2, 12))
+    assert torch.equal(training.select(index, 1).inputs, placed("digits-shifted")[0].select(index, 1).inputs)
+    assert not torch.equal(training.select(index).inputs, placed("digits-shifted", seed=4)[0].select(index).inputs)
+    assert torch.equal(held_out.select(index).inputs, placed("digits-shifted")[1].select(index).inputs)
+
+
+def test_a_shifted_digit_alone_is_where_it_is_among_others() -> None:
+    training, _ = placed("digits-shifted")
+    together = training.select(torch.tensor([4, 900, 17]), 2)
+    alone = training.select(torch.tensor([900]), 2)
+    assert torch.equal(together.inputs[1:2], alone.inputs)
+
+
+def test_what_is_evaluated_may_be_another_kind() -> None:
+    training, held_out = placed("digits-static", evaluation_data="digits-shifted")
+    index = torch.arange(50)
+    assert torch.equal(training.select(index).inputs, placed("digits-static")[0].select(index).inputs)
+    assert torch.equal(held_out.select(index).inputs, placed("digits-shifted")[1].select(index).inputs)
+
+
+@pytest.mark.parametrize("kind", ["digits", "digits-shifted", "synthetic"])
+def test_ranks_share_one_global_batch_also_after_an_interruption(kind: str) -> None:
+    """Bit by bit, over the end of an epoch: 1,433 digits are 14 steps of 96."""
+    spec = parse_model_spec(DIGITS)
+    training, _ = load_samples(spec, TrainingSpec(data=kind))
+
+    def global_batches(ranks: int, first: int, count: int) -> list[torch.Tensor]:
+        streams = [
+            micro_batches(
+                training, micro_batch=96 // ranks, accumulation=1, rank=rank, ranks=ranks, seed=5, first_step=first
+            )
+            for rank in range(ranks)
+        ]
+        shares = islice(zip(*streams, strict=True), count)
+        return [torch.cat([share[0].inputs for share in step]) for step in shares]
+
+    whole = global_batches(1, 0, 17)
+    for ranks in (2, 3):
+        for one, other in zip(whole, global_batches(ranks, 0, 17), strict=True):
+            assert torch.equal(one, other)
+    for one, other in zip(whole[9:], global_batches(2, 9, 8), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": "tokens"}, "data_path: is required with data tokens"),
+        ({"evaluation_data": "images"}, "data_path: is required with data digits and images"),
+        ({"data_path": "/data"}, "data_path: '/data' is not allowed: must be null with data digits"),
+        ({"digit_pixels": 8}, "digit_pixels: 8 is not allowed: must be null with data digits"),
+        ({"data": "faces"}, "data: 'faces' is not allowed: input should be 'digits'"),
+        ({"corrupt_limit": -1}, "corrupt_limit: -1 is not allowed"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_of_data_that_contradict_one_another_are_named(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        validate(TypeAdapter(TrainingSpec), values, "plan", ())
+    assert message in str(error.value)
+
+
+def test_a_plan_of_before_loads_and_its_run_goes_on_with_another_limit(tmp_path: Path) -> None:
+    folder = write_plan(tmp_path / "plan", 1)
+    plan = load_plan(folder)
+    document = json.loads((folder / "plan.json").read_text())
+    for name in ("evaluation_data", "data_path", "digit_pixels", "corrupt_limit"):
+        del document["training"][name]
+    (folder / "plan.json").write_text(json.dumps(document))
+    before = load_plan(folder)
+    assert before == plan
+
+    def changed(**values: object) -> Plan:
+        return plan.model_copy(update={"training": plan.training.model_copy(update=values)})
+
+    check_same(changed(corrupt_limit=5, evaluation_data="digits-static"), before)
+    with pytest.raises(InputError, match=r"training.data_path: '/b' is not allowed: must be None"):
+        check_same(changed(data_path="/b"), before)
+
+
+GPT = {"family": "gpt", "context": 8, "vocabulary": 200, "dim": 8, "depth": 1, "heads": 1}
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        (GPT, ["data=digits-shifted"], "data: 'digits-shifted' is not allowed: must be used with a vit model"),
+        (GPT, ["data=images", "data_path=x"], "data: 'images' is not allowed: must be used with a vit model"),
+        (GPT, ["data=stdlib"], "data: 'stdlib' is not allowed: must be used with a gpt model of vocabulary 256"),
+        (DIGITS, ["data=tokens", "data_path=x"], "data: 'tokens' is not allowed: must be used with a gpt model"),
+        (DIGITS, ["data=digits-static", "digit_pixels=17"], "digit_pixels: 17 is not allowed: must be at most 16"),
+        (DIGITS, ["evaluation_data=stdlib"], "evaluation_data: 'stdlib' is not allowed"),
+        (DIGITS | {"classes": 9}, [], "data: 'digits' is not allowed: must be used with a vit model of at least 10"),
+        (DIGITS, ["data=images"], "data_path: is required with data images"),
+    ],
+)
+def test_data_that_does_not_suit_the_model_is_refused_by_the_plan(
+    model: dict[str, object],
+    settings: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    flags = [part for setting in settings for part in ("--train", setting)]
+    command = ["plan", str(tmp_path / "model.json"), "--cluster", "cpu:1", "--out", str(tmp_path / "plan"), *flags]
+    assert run(command) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "plan").exists()
 
 
 def test_synthetic_text_predicts_the_next_token() -> None:

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from translution.cli.app import run
 
@@ -46,6 +47,26 @@ def test_the_planning_commands_work(
             assert (tmp_path / command[2]).exists()
         else:
             assert (tmp_path / command[2] / "plan.json").exists()
+
+
+def test_the_commands_of_the_page_on_data_work(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(root / "examples")
+    for name in ("book.txt", "more.txt"):
+        (tmp_path / name).write_text("a line of a book\n" * 200)
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["a line of a book"], show_progress=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    page = (root / "docs" / "data.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("    translution ")]
+    assert {command[1] for command in commands} == {"plan", "launch", "prepare"}
+    for command in commands:
+        if command[1] == "launch":
+            assert (tmp_path / command[2] / "plan.json").exists()
+        else:
+            assert run(command[1:]) == 0, capsys.readouterr().err
 
 
 def test_the_costs_shown_are_the_planners(readme: str, capsys: pytest.CaptureFixture[str]) -> None:

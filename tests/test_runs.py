@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -17,7 +18,8 @@ import torch
 from runs import TINY, run_plan, run_ranks_of, write_plan
 
 from translution.cli.app import run as run_cli
-from translution.distributed.data import load_digits, micro_batches
+from translution.distributed.data import micro_batches
+from translution.distributed.digits import load_digits
 from translution.distributed.machine import free_port, launch_environment
 from translution.distributed.manifest import newest
 from translution.distributed.ops import prepare_ops
@@ -123,6 +125,26 @@ def test_the_command_line_runs_a_plan_and_verifies_it(
     memory = read_memory(folder / "runs" / "001", 1)
     assert memory is not None
     assert memory.process_peak_bytes > memory.peak_bytes > memory.resident_bytes > 0
+
+
+def test_token_files_train_a_gpt_model_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their tokens lie in no tensor, so that the measured memory is the predicted one all the same."""
+    (tmp_path / "text").write_text("abcdefghijklmnopqrstuvwxyz\n" * 400)
+    assert run_cli(["prepare", str(tmp_path / "text"), "--out", str(tmp_path / "data")]) == 0
+    model = {"family": "gpt", "context": 27, "vocabulary": 256, "dim": 16, "depth": 2, "heads": 2}
+    training = {"data": "tokens", "data_path": str(tmp_path / "data"), "micro_batch": 4, "learning_rate": 1e-2}
+    folder = write_plan(tmp_path / "plan", 2, model=model, steps=3, **training)
+    run = run_plan(folder, 2)
+    losses = [step["loss"] for step in metrics(run, "step")]
+    assert losses[0] == pytest.approx(math.log(256), rel=0.1)
+    (evaluation,) = metrics(run, "evaluation")
+    assert evaluation["samples"] == 39
+    assert evaluation["loss"] < losses[0]
+    for rank in range(2):
+        memory = read_memory(run, rank)
+        assert memory is not None
+        assert memory.entries_bytes["micro-batches"] == 2 * 4 * 27 * 8
+        assert abs(memory.entries_bytes["other"]) < 2**16
 
 
 @pytest.mark.parametrize("victim", ["rank", "launcher"])

@@ -49,7 +49,7 @@ def main(plan_folder: Path, run: Path, out: Path) -> None:
     watch(grouped.LogitTile)
     watch(grouped.ValueTile)
     watch(grouped.Softmax)
-    samples, _ = load_samples(plan.model, plan.training.data, plan.training.seed)
+    samples, _ = load_samples(plan.model, plan.training)
     training = plan.training
     stream = micro_batches(
         samples,

@@ -1,0 +1,111 @@
+"""Handwritten digits: filling the model's image, in its middle, or anywhere in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from translution.planner.data_kinds import DIGITS_CLASSES
+from translution.planner.errors import MissingPackageError
+from translution.planner.model_spec import VitSpec
+
+from .data import Samples, Source
+
+_MEAN, _DEVIATION = 0.3, 0.38
+_TRAINING, _HELD_OUT = 0, 1
+
+
+def _read(size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised digits (1797, 1, height, width), their classes, and which are held out.
+
+    Raises:
+        MissingPackageError: without scikit-learn.
+    """
+    try:
+        from sklearn import datasets
+    except ImportError:
+        raise MissingPackageError("scikit-learn is missing: pip install 'translution-scale[train]'") from None
+    bunch = datasets.load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16
+    targets = torch.tensor(bunch.target, dtype=torch.int64)
+    if size != images.shape[2:]:
+        images = torch.nn.functional.interpolate(images, size=size, mode="bilinear", antialias=True)
+    held_out = torch.zeros(len(targets), dtype=torch.bool)
+    for digit in range(DIGITS_CLASSES):
+        held_out[torch.nonzero(targets == digit).flatten()[::5]] = True
+    return (images - _MEAN) / _DEVIATION, targets, held_out
+
+
+def load_digits(spec: VitSpec) -> tuple[Samples, Samples]:
+    """The handwritten digits of scikit-learn, resized to the model's image: training and held-out.
+
+    Every fifth sample of each class is held out, 364 of 1,797.
+
+    Raises:
+        MissingPackageError: without scikit-learn.
+    """
+    images, targets, held_out = _read(spec.image)
+    images = images.expand(-1, spec.channels, -1, -1).contiguous()
+    return Samples(images[~held_out], targets[~held_out]), Samples(images[held_out], targets[held_out])
+
+
+@dataclass(frozen=True)
+class PlacedDigits(Source):
+    """Digits (S, 1, P, P) that are smaller than the image they lie in."""
+
+    digits: Tensor
+    targets: Tensor
+    channels: int
+    image: tuple[int, int]
+    """Height and width in pixels."""
+    seed: tuple[int, int] | None
+    """Of the positions; None puts every digit in the middle."""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def resident(self) -> list[Tensor]:
+        """The digits without their surroundings."""
+        return [self.digits, self.targets]
+
+    def corners(self, epoch: int) -> np.ndarray:
+        """Row and column of every digit's upper left pixel (S, 2); they depend on the seed and the epoch alone."""
+        size = self.digits.shape[-1]
+        room = np.array(self.image) - size
+        if self.seed is None:
+            return np.broadcast_to(room // 2, (len(self), 2))
+        return np.random.default_rng((*self.seed, epoch)).integers(0, room + 1, size=(len(self), 2))
+
+    def select(self, index: Tensor, epoch: int = 0) -> Samples:
+        """The digits of an index tensor, where they lie in an epoch: (B, channels, height, width)."""
+        size, corners = self.digits.shape[-1], self.corners(epoch)
+        inputs = torch.full((len(index), self.channels, *self.image), -_MEAN / _DEVIATION)
+        for place, number in enumerate(index.tolist()):
+            row, column = corners[number]
+            inputs[place, :, row : row + size, column : column + size] = self.digits[number]
+        return Samples(inputs, self.targets[index])
+
+
+def place_digits(spec: VitSpec, size: int, seed: int, *, shifted: bool) -> tuple[PlacedDigits, PlacedDigits]:
+    """The same digits as `load_digits`, smaller than the image: training and held-out.
+
+    Args:
+        spec: the model.
+        size: height and width of a digit in pixels.
+        seed: of the positions.
+        shifted: put each somewhere, training digits elsewhere in every epoch; else all in the middle.
+
+    Raises:
+        MissingPackageError: without scikit-learn.
+    """
+    digits, targets, held_out = _read((size, size))
+
+    def part(chosen: Tensor, stream: int) -> PlacedDigits:
+        own = (seed, stream) if shifted else None
+        return PlacedDigits(digits[chosen], targets[chosen], spec.channels, spec.image, own)
+
+    return part(~held_out, _TRAINING), part(held_out, _HELD_OUT)
