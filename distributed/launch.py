@@ -15,6 +15,7 @@ from translution.planner.plan import Plan, load_plan
 
 from .host import remove_shared_buffers
 from .ops import needed_ops, prepare_ops
+from .packages import check_training_packages
 from .preflight import preflight
 from .processes import OnMetrics, run_ranks
 from .resume import run_to_resume
@@ -135,7 +136,8 @@ def check_machine(plan: Plan) -> None:
 
     Raises:
         InputError: if the plan needs other nodes, more cores or GPUs.
-        MissingPackageError: if DeepSpeed or the C++ compiler for its communication op is absent.
+        MissingPackageError: if DeepSpeed, the C++ compiler for its communication op or what the plan's training
+            needs is absent.
     """
     cluster = plan.cluster
     if cluster.nodes > 1:
@@ -144,6 +146,7 @@ def check_machine(plan: Plan) -> None:
             "run the command that launch --dry-run prints on each node"
         )
     check_packages(needed_ops(plan))
+    check_training_packages(plan.training)
     if cluster.device == "cpu":
         cores = usable_cores()
         if cluster.ranks > cores:

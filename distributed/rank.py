@@ -1,4 +1,6 @@
-"""One rank with its engine: how it joins the others, is built under ZeRO, runs forward, and says how it goes."""
+"""One rank with its engine: how it joins the others, is built under ZeRO, runs forward,
+evaluates, and says how it goes.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,19 @@ from .run_files import METRICS, RankStatus, write_status
 from .stopping import StopRequest
 
 _MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Mean cross-entropy of logits (S, classes).
+
+    Args:
+        logits: in fp32.
+        targets: classes, S of them in any shape; or shares of the classes (S, classes), by which mixed images have
+            the cross-entropies of their classes added up.
+        smoothing: share of each target that is spread evenly over all classes.
+    """
+    targets = targets if targets.is_floating_point() else targets.flatten()
+    return torch.nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
 class EngineRank:
@@ -118,6 +133,42 @@ class EngineRank:
         return logits
 
     def loss(self, batch: Samples) -> Tensor:
-        """Mean cross-entropy of a micro-batch."""
+        """Mean cross-entropy of a micro-batch; targets that are shares of the classes weigh one each."""
         logits = self.outputs(batch).flatten(0, -2).float()
-        return torch.nn.functional.cross_entropy(logits, batch.targets.to(self.engine.device).flatten())
+        targets = batch.targets.to(self.engine.device)
+        return smoothed_cross_entropy(logits, targets, self.plan.training.label_smoothing)
+
+    def seed_step(self) -> None:
+        """Set torch's random state: what is dropped depends on the step and the rank, and on nothing before.
+
+        A resumed run drops the same.
+        """
+        torch.manual_seed((self.plan.training.seed * self.ranks + self.rank + 1) * 1_000_003 + self.step)
+
+    def mean_over_ranks(self, *values: float) -> list[float]:
+        """Each value's mean over all ranks."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.engine.device)
+        torch.distributed.all_reduce(tensor)
+        return [float(value) / self.ranks for value in tensor]
+
+    @torch.no_grad()
+    def evaluate(self, held_out: Samples) -> tuple[float, float]:
+        """Mean loss and accuracy over the held-out samples, each sample counted once.
+
+        Every rank runs the same number of batches, as ZeRO-3's gathers require; a rank that has no
+        sample left for one computes on a repeated sample and does not count it.
+        """
+        self.engine.eval()
+        micro, totals = self.plan.training.micro_batch, torch.zeros(3, dtype=torch.float64, device=self.engine.device)
+        for start in range(0, len(held_out), micro * self.ranks):
+            index = torch.arange(start + self.rank * micro, start + (self.rank + 1) * micro)
+            valid = index < len(held_out)
+            batch = held_out.select(index.clamp(max=len(held_out) - 1))
+            logits = self.outputs(batch).float()[valid]
+            targets = batch.targets.to(self.engine.device)[valid]
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+            right = (logits.argmax(-1) == targets).sum()
+            totals += torch.stack([losses.double(), right.double(), torch.full_like(right, targets.numel()).double()])
+        self.engine.train()
+        torch.distributed.all_reduce(totals)
+        return float(totals[0] / totals[2]), float(totals[1] / totals[2])

@@ -13,7 +13,14 @@ from .manifest import Saved, newest, tags
 from .run_files import CHECKPOINT, RUNS, require_run
 
 _FREE = {
-    "training": {"steps", "checkpoint_steps", "checkpoint_minutes", "keep_checkpoints"},
+    "training": {
+        "steps",
+        "checkpoint_steps",
+        "checkpoint_minutes",
+        "keep_checkpoints",
+        "evaluation_steps",
+        "monitor",
+    },
     "model": {"checkpointing"},
 }
 """Fields that may differ: they change neither a value nor where it lies."""
