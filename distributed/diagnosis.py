@@ -46,4 +46,4 @@ def find_in_backward(rank: EngineRank, batches: list[Samples], passes: Callable[
     rank.seed_step()
     (loss,) = rank.mean_over_ranks(passes(batches))
     name = first_bad_gradient(rank.engine.module, safe_get_full_grad) if math.isfinite(loss) else None
-    return f": first, from the loss backwards: {name}" if name else ""
+    return f": first not finite, from the loss backwards: {name} (gradient)" if name else ""

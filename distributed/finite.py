@@ -129,4 +129,4 @@ class SkippedSteps:
     def text(self, scale: float) -> str:
         """What is wrong, for people."""
         often = f" in {self.in_a_row} steps in a row, at a loss scale of {scale:g}" if self._scaled else ""
-        return f"gradient is not finite{often}"
+        return f"the norm of the gradients is not finite{often}"

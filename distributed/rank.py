@@ -58,6 +58,7 @@ class EngineRank:
         self.recorder: Recorder | None = None
         self.between: Between | None = None
         self.stop = StopRequest()
+        self._sums = torch.zeros(4, dtype=torch.float64)
 
     def say(self, state: str, message: str = "") -> None:
         """Write this rank's status."""
@@ -147,9 +148,11 @@ class EngineRank:
 
     def mean_over_ranks(self, *values: float) -> list[float]:
         """Each value's mean over all ranks."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.engine.device)
-        torch.distributed.all_reduce(tensor)
-        return [float(value) / self.ranks for value in tensor]
+        # gloo's thread lets go of a tensor some time later, perhaps in a phase that is measured: it gets this one.
+        sums = self._sums.to(self.engine.device)[: len(values)]
+        sums.copy_(torch.tensor(values, dtype=torch.float64))
+        torch.distributed.all_reduce(sums)
+        return [value / self.ranks for value in sums.tolist()]
 
     @torch.no_grad()
     def evaluate(self, held_out: Samples) -> tuple[float, float]:

@@ -213,6 +213,8 @@ class Rank(EngineRank):
             self.plan.model, training.data, training.seed, step=training.global_batch(self.ranks)
         )
         self.samples = [training_samples.inputs, training_samples.targets, held_out.inputs, held_out.targets]
+        # Before the engine: kornia cannot be imported any more once DeepSpeed has made a model under ZeRO-3.
+        self.augment = Augmenter(self.plan.model, training, self.rank, self.ranks)
         self.start()
         loaded = self.load() if read or go_on else 0
         first = loaded if go_on else 0
@@ -265,10 +267,9 @@ class Rank(EngineRank):
             The name of the signal that ended them after a checkpoint; nothing if none did.
         """
         training, clock = self.plan.training, Clock(self.plan.training.checkpoint_minutes)
-        augment = Augmenter(self.plan.model, training, self.rank, self.ranks)
         for self.step in range(first, training.steps):
             began = time.perf_counter()
-            loss = self.checked_step(augment(next(batches), self.step), measured)
+            loss = self.checked_step(self.augment(next(batches), self.step), measured)
             # All ranks save after the same step: rank 0's clock counts, and a signal to any of them.
             wanted = float(self.stop.name is not None), float(self.rank == 0 and clock.due())
             stop, due = self.mean_over_ranks(*wanted)
