@@ -129,7 +129,7 @@ class Rank(EngineRank):
         """
         optimizer, norm = self.engine.optimizer, self.engine.get_global_grad_norm()
         finite = is_finite_norm(norm) and not getattr(optimizer, "overflow", False)
-        scale = float(getattr(optimizer, "loss_scale", 1.0))
+        scale = float(getattr(optimizer, "loss_scale", None) or 1.0)
         if self.skipped.lost(finite=finite, scale=scale):
             where = find_in_backward(self, batches, self.pass_forward_and_backward)
             raise FloatingPointError(f"step {self.step + 1}: {self.skipped.text(scale)}{where}")
