@@ -13,15 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from translution.distributed.launch import (
-    launch,
-    launch_command,
-    launch_environment,
-    next_run_folder,
-    version_warnings,
-)
+from translution.distributed.command import rank_command
+from translution.distributed.launch import Where, launch, launch_command, next_run_folder
+from translution.distributed.machine import launch_environment, version_warnings
 from translution.distributed.resume import find_resumable
 from translution.distributed.run_files import CONTINUE
+from translution.planner.emission import PORT
 from translution.planner.plan import Plan, load_plan
 from translution.planner.units import format_bytes
 
@@ -91,31 +88,43 @@ class _Display:
             self._console.print(f"step {step}/{self._steps}: {text}", soft_wrap=True)
 
 
-def run_launch(plan_folder: Path, run: Path | None, *, resume: bool, force: bool, dry_run: bool) -> None:
+def _print_command(plan: Plan, plan_folder: Path, run: Path | None, where: Where, *, resume: bool) -> None:
+    """Print what would be started, as a line for a shell."""
+    hosts, mode = where.check(plan, run), "train"
+    if resume:
+        run, _ = find_resumable(plan, plan_folder, run)
+        mode = CONTINUE
+    run = run or next_run_folder(plan_folder)
+    command = shlex.join(launch_command(plan, plan_folder, run, where, where.master_port or PORT, mode))
+    if hosts and not where.no_ssh:
+        told = rank_command(plan_folder, run, plan.cluster, mode, follows=True)
+        note("the last word tells every rank: " + told.model_dump_json())
+        print(f"cd / && {command}")
+        return
+    variables = launch_environment(plan.cluster)
+    changed = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if os.environ.get(name) != value]
+    print(" ".join([*changed, command]))
+
+
+def run_launch(plan_folder: Path, run: Path | None, where: Where, *, resume: bool, force: bool, dry_run: bool) -> None:
     """Run a plan and show how it goes.
 
     Args:
         plan_folder: as `translution plan` writes it.
         run: run folder to make, or None.
+        where: on which machines.
         resume: go on with that run, or the newest that has a checkpoint.
         force: start although preflight finds something amiss.
         dry_run: print the command instead.
     """
     plan = load_plan(plan_folder)
     if dry_run:
-        options: tuple[str, ...] = ()
-        if resume:
-            run, _ = find_resumable(plan, plan_folder, run)
-            options = ("--mode", CONTINUE)
-        command = launch_command(plan, plan_folder, run or next_run_folder(plan_folder), 29500, *options)
-        variables = launch_environment(plan.cluster)
-        changed = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if os.environ.get(name) != value]
-        print(" ".join([*changed, shlex.join(command)]))
+        _print_command(plan, plan_folder, run, where, resume=resume)
         return
     for text in version_warnings(plan):
         note(text)
     console = Console(highlight=False, markup=False)
     with _Display(console, plan) as display:
-        made = launch(plan_folder, run, display.show, console.print, resume=resume, force=force)
+        made = launch(plan_folder, run, display.show, console.print, where=where, resume=resume, force=force)
     console.print(f"finished: {made}")
     console.print(f"predicted against measured memory: translution verify {made}")

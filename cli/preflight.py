@@ -6,23 +6,42 @@ from pathlib import Path
 
 import typer
 
-from translution.distributed.launch import check_machine, version_warnings
+from translution.distributed.hosts import Ssh
+from translution.distributed.launch import Where
+from translution.distributed.machine import check_machine, version_warnings
+from translution.distributed.nodes import compile_on_node, judge_reports
 from translution.distributed.preflight import preflight
+from translution.distributed.remote_preflight import look_at_hosts, prepare_hosts
 from translution.planner.plan import load_plan
 
 from .output import note, print_json
 
 
-def run_preflight(plan_folder: Path, *, as_json: bool) -> None:
+def run_preflight(
+    plan_folder: Path, where: Where, reports: Path | None, *, compile_ops: bool, force: bool, as_json: bool
+) -> None:
     """Print what was looked at, and end with 1 if anything would keep the plan from running.
+
+    Without a hostfile this machine is looked at, as one node of the plan's.
 
     Args:
         plan_folder: as `translution plan` writes it.
+        where: the hosts to look at.
+        reports: a folder of what nodes have said of themselves, to judge instead.
+        compile_ops: compile DeepSpeed's ops on each, too.
+        force: end with 0 all the same.
         as_json: print JSON instead of lines.
     """
     plan = load_plan(plan_folder)
-    check_machine(plan)
-    checks = preflight(plan, plan_folder)
+    hosts = where.check(plan, None) if where.hostfile else []
+    if reports is not None:
+        checks = judge_reports(reports, plan.cluster.nodes)
+    elif hosts:
+        ssh = Ssh(where.ssh_port)
+        checks, _ = look_at_hosts(plan, plan_folder, hosts, ssh, where.master_addr, where.master_port)
+    else:
+        check_machine(plan)
+        checks = preflight(plan, plan_folder)
     for text in version_warnings(plan):
         note(text)
     if as_json:
@@ -30,5 +49,11 @@ def run_preflight(plan_folder: Path, *, as_json: bool) -> None:
     else:
         for check in checks:  # Lines, because paths are too long for a table.
             print(f"{'ok' if check.passed else 'FAILED':8}{check.name}: {check.text}")
-    if not all(check.passed for check in checks):
+    if not force and not all(check.passed for check in checks):
         raise typer.Exit(1)
+    if compile_ops:
+        note("compiling what the ranks need of DeepSpeed, a minute or more for each op unless it is there already")
+        if hosts:
+            prepare_hosts(plan, plan_folder, hosts, ssh)
+        else:
+            compile_on_node(plan_folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +36,20 @@ def calibrate_rank(folder: Path, device: str, nvme_path: Annotated[Path | None, 
     measure(folder, device, nvme_path)
 
 
-@app.command(epilog="Examples: **translution launch plans/small** · **translution launch plans/small --resume**")
+HostFile = Annotated[
+    Path | None, typer.Option(help="Start on these hosts through ssh and pdsh: a line HOST slots=RANKS for each.")
+]
+SshPort = Annotated[int | None, typer.Option(help="Port of the hosts' ssh, if not its usual one.")]
+MasterAddress = Annotated[
+    str | None, typer.Option(help="How the hosts reach the first; else its name in the hostfile.")
+]
+MasterPort = Annotated[int | None, typer.Option(help="Port at which ranks meet; else a free one, or 29500.")]
+
+
+@app.command(
+    epilog="Examples: **translution launch plans/small** · **translution launch plans/small --resume** · "
+    "**translution launch plans/large --hostfile hosts**"
+)
 def launch(
     plan_folder: Annotated[Path, typer.Argument(help="As `translution plan` writes it.")],
     run: Annotated[Path | None, typer.Option(help="Run folder to make; else the next runs/NNN of the plan.")] = None,
@@ -44,22 +58,78 @@ def launch(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Start although preflight finds something amiss.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
+    hostfile: HostFile = None,
+    no_ssh: Annotated[
+        bool, typer.Option("--no-ssh", help="Start only this host's ranks; do the same on every other host.")
+    ] = False,
+    node_rank: Annotated[int, typer.Option(help="With --no-ssh: this host's line in the hostfile, from 0.")] = 0,
+    master_addr: MasterAddress = None,
+    master_port: MasterPort = None,
+    ssh_port: SshPort = None,
 ) -> None:
-    """Run a plan on this machine through DeepSpeed's launcher."""
+    """Run a plan through DeepSpeed's launcher, on this machine or on the hosts of a hostfile."""
+    from translution.distributed.launch import Where
+
     from .launch import run_launch
 
-    run_launch(plan_folder, run, resume=resume, force=force, dry_run=dry_run)
+    where = Where(hostfile, no_ssh, node_rank, master_addr, master_port, ssh_port)
+    run_launch(plan_folder, run, where, resume=resume, force=force, dry_run=dry_run)
 
 
-@app.command(epilog="Examples: **translution preflight plans/small** · **translution preflight plans/small --json**")
+@app.command(
+    epilog="Examples: **translution preflight plans/small** · **translution preflight plans/large --hostfile hosts**"
+)
 def preflight(
     plan_folder: Annotated[Path, typer.Argument(help="As `translution plan` writes it.")],
+    hostfile: HostFile = None,
+    master_addr: MasterAddress = None,
+    master_port: MasterPort = None,
+    ssh_port: SshPort = None,
+    compile_ops: Annotated[
+        bool, typer.Option("--compile", help="Compile what the ranks need of DeepSpeed, too.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="End with 0 although something is amiss.")] = False,
+    reports: Annotated[
+        Path | None, typer.Option(help="Folder of what every node has written with preflight-node --out.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Look for what would keep a plan from running on this machine; exit code 1 if there is anything."""
+    """Look for what would keep a plan from running on this machine or on hosts; exit code 1 if there is anything."""
+    from translution.distributed.launch import Where
+
     from .preflight import run_preflight
 
-    run_preflight(plan_folder, as_json=json)
+    where = Where(hostfile, master_addr=master_addr, master_port=master_port, ssh_port=ssh_port)
+    run_preflight(plan_folder, where, reports, compile_ops=compile_ops, force=force, as_json=json)
+
+
+@app.command(hidden=True)
+def preflight_node(
+    plan_folder: Path,
+    listen: Annotated[int | None, typer.Option()] = None,
+    reach: Annotated[str | None, typer.Option()] = None,
+    out: Annotated[Path | None, typer.Option()] = None,
+    compile_ops: Annotated[bool, typer.Option("--compile")] = False,
+) -> None:
+    """Say how this node is, or compile on it; `launch` and a Slurm job run it on every one."""
+    from translution.distributed.nodes import compile_on_node, report_node
+
+    if compile_ops:
+        compile_on_node(plan_folder)
+    else:
+        report_node(plan_folder, listen=listen, reach=reach, out=out)
+
+
+@app.command(hidden=True)
+def rank(word: str) -> None:
+    """Run one rank of a plan as the word tells it; `launch` starts it on every host."""
+    from translution.distributed.command import decode
+
+    command = decode(word)
+    os.environ.update(command.environment)
+    from translution.distributed.train import train as train_rank
+
+    train_rank(command.plan_folder, command.run, command.mode)
 
 
 @app.command(hidden=True)
@@ -68,6 +138,17 @@ def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
     from translution.distributed.train import train as train_rank
 
     train_rank(plan_folder, run, mode)
+
+
+@app.command(epilog="Example: **translution status plans/small/runs/001**")
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder.")],
+    json: Json = False,
+) -> None:
+    """Print what every rank last said; exit code 0 if all have finished, 1 if any has not."""
+    from .status import run_status
+
+    run_status(run, as_json=json)
 
 
 @app.command(

@@ -18,7 +18,7 @@ from translution.planner.measured_rates import MeasuredRates
 from translution.planner.provenance import provenance
 from translution.planner.schema import parse_json
 
-from .launch import check_packages, free_port, launch_environment
+from .machine import check_packages, free_port, launch_environment
 from .ops import prepare_ops
 from .processes import end_with_launcher, run_processes
 

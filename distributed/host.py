@@ -7,6 +7,8 @@ import os
 import re
 import resource
 import shutil
+import socket
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from translution.planner.deepspeed_config import aio_section
 
 _STATUS = Path("/proc/self/status")
 _FIELDS = {"resident": "VmRSS", "peak": "VmHWM", "locked": "VmLck", "pinned": "VmPin"}
+_SIOCGIFADDR = 0x8915
+"""Linux's request for an interface's address (netdevice(7))."""
 SWAP_FOLDER = "zero_stage_3"
 """What DeepSpeed makes under an NVMe path."""
 
@@ -81,6 +85,33 @@ def file_system(path: Path) -> str:
     mounts = [line.split()[1:3] for line in text.splitlines()]
     where = [(folder, kind) for folder, kind in mounts if path.resolve().is_relative_to(folder)]
     return max(where, key=lambda mount: len(mount[0]), default=("", ""))[1]
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface through which this machine reaches another, or itself at that address.
+
+    gloo takes the one that this machine's own name resolves to, which often is the loopback.
+
+    Args:
+        address: name or IPv4 address.
+
+    Returns:
+        Its name; None where that cannot be told.
+    """
+    try:
+        import fcntl
+
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # Sends nothing: only the route is chosen.
+            own = socket.inet_aton(probe.getsockname()[0])
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):
+                    asked = struct.pack("256s", name.encode()[:15])
+                    if fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, asked)[20:24] == own:
+                        return name
+    except (ImportError, OSError):
+        pass
+    return None
 
 
 def remove_shared_buffers(port: str | int, rank: int | None = None) -> None:

@@ -1,75 +1,99 @@
-"""Starting the ranks of a plan on this machine through DeepSpeed's launcher, and judging the run."""
+"""Starting the ranks of a plan through DeepSpeed's launcher, on this machine or on the hosts of a hostfile."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from translution.planner.cluster import ClusterSpec, usable_cores
-from translution.planner.errors import InputError, MissingPackageError
+from translution.planner.emission import PORT
+from translution.planner.errors import InputError
 from translution.planner.plan import Plan, load_plan
 
+from .command import rank_command, runner_environment
 from .host import remove_shared_buffers
+from .hosts import Ssh, read_hostfile
+from .machine import check_machine, free_port, launch_environment
 from .ops import needed_ops, prepare_ops
-from .packages import check_training_packages
-from .preflight import preflight
+from .preflight import preflight, refuse
 from .processes import OnMetrics, run_ranks
+from .remote import run_remote_ranks
+from .remote_preflight import look_at_hosts, prepare_hosts
 from .resume import run_to_resume
 from .run_files import CONTINUE, LOG, RUNS, clear_statuses, judge, make_run_folders
 
 OnStage = Callable[[str], None]
 
 
-def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on now."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-        return port
+@dataclass(frozen=True)
+class Where:
+    """The machines of a launch; by default this one."""
+
+    hostfile: Path | None = None
+    """One line for each host of the plan, ``HOST slots=RANKS``."""
+    no_ssh: bool = False
+    """Start only this host's ranks: the same is done by hand on every other host."""
+    node_rank: int = 0
+    """This host's line in the hostfile, from 0, without ssh."""
+    master_addr: str | None = None
+    """How all hosts reach the first; None is its name in the hostfile."""
+    master_port: int | None = None
+    """None takes a free one; without ssh, DeepSpeed's 29500."""
+    ssh_port: int | None = None
+
+    def check(self, plan: Plan, run: Path | None) -> list[str]:
+        """The hosts of a plan; none for a launch on this machine.
+
+        Raises:
+            InputError: if the hostfile does not suit the plan, or something is missing.
+        """
+        if self.hostfile is None:
+            if plan.cluster.nodes > 1:
+                raise InputError(
+                    f"hostfile: is required for a plan of {plan.cluster.nodes} nodes: --hostfile FILE, "
+                    f"one line HOST slots={plan.cluster.ranks_per_node} for each"
+                )
+            return []
+        hosts = read_hostfile(self.hostfile, plan.cluster)
+        if self.no_ssh and not 0 <= self.node_rank < len(hosts):
+            raise InputError(f"node_rank: {self.node_rank} is not allowed: must be from 0 to {len(hosts) - 1}")
+        if self.no_ssh and run is None:
+            raise InputError("run: is required with --no-ssh: --run FOLDER, the same on every node")
+        return hosts
 
 
-def launch_command(plan: Plan, plan_folder: Path, run: Path, port: int, *options: str) -> list[str]:
-    """The command that starts all ranks: DeepSpeed's launcher with this toolkit's ``train``.
+HERE = Where()
 
-    For several nodes it is what each node runs, with HOSTFILE, NODE_RANK and FIRST_HOST to fill in.
+
+def launch_command(
+    plan: Plan, plan_folder: Path, run: Path, where: Where = HERE, port: int = PORT, mode: str = "train"
+) -> list[str]:
+    """The command that starts all ranks, or one node's: DeepSpeed's launcher with this toolkit's ``train``.
 
     Args:
         plan: gives the number of ranks.
         plan_folder: what the ranks read.
         run: what they write to.
-        port: of the rendezvous on the loopback.
-        options: of this toolkit's ``train``.
+        where: on which machines.
+        port: of the rendezvous.
+        mode: of this toolkit's ``train``.
     """
-    if plan.cluster.nodes == 1:
-        place = ["--num_gpus", str(plan.cluster.ranks_per_node), "--master_addr", "127.0.0.1"]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    ranks = ["train", str(plan_folder.resolve()), str(run.resolve())]
+    ranks += ["--mode", mode] if mode != "train" else []
+    if where.hostfile is None:
+        runner += ["--num_gpus", str(plan.cluster.ranks_per_node), "--master_addr", "127.0.0.1"]
     else:
-        place = ["--hostfile", "HOSTFILE", "--no_ssh", "--node_rank", "NODE_RANK", "--master_addr", "FIRST_HOST"]
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", *place, "--master_port", str(port)]
-    ranks = ["--no_local_rank", "--module", "translution.cli", "train", str(plan_folder.resolve()), str(run.resolve())]
-    ranks += options
-    return [*runner, *ranks]
-
-
-def launch_environment(cluster: ClusterSpec) -> dict[str, str]:
-    """What the ranks need in their environment, beside this process's own."""
-    # An environment that is not activated still has its own ninja, which compiles DeepSpeed's ops. Another ninja
-    # would compile them anew, and the next run with this one too: versions do not know each other's commands.
-    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
-    path = path if path.split(os.pathsep)[0] == own else os.pathsep.join([own, path])
-    if cluster.device == "cuda":
-        return {"PATH": path}
-    threads = max(1, usable_cores() // cluster.ranks_per_node)
-    return {
-        "PATH": path,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        # Ranks of one machine talk over the loopback, whatever its name resolves to.
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-    }
+        address = where.master_addr or read_hostfile(where.hostfile, plan.cluster)[0].rpartition("@")[2]
+        runner += ["--hostfile", str(where.hostfile.resolve()), "--master_addr", address]
+        if where.no_ssh:
+            runner += ["--no_ssh", "--node_rank", str(where.node_rank)]
+        else:
+            runner += ["--launcher", "pdsh", "--force_multi", "--no_ssh_check"]
+            runner += [] if where.ssh_port is None else ["--ssh_port", str(where.ssh_port)]
+            ranks = ["rank", rank_command(plan_folder, run, plan.cluster, mode, follows=True).encode()]
+    return [*runner, "--master_port", str(port), "--no_local_rank", "--module", "translution.cli", *ranks]
 
 
 def next_run_folder(plan_folder: Path) -> Path:
@@ -80,17 +104,22 @@ def next_run_folder(plan_folder: Path) -> Path:
     return plan_folder / RUNS / f"{number:03d}"
 
 
-def new_run_folder(plan_folder: Path, run: Path | None) -> Path:
+def new_run_folder(plan_folder: Path, run: Path | None, *, shared: bool = False) -> Path:
     """Make the run folder: the one named, or the next free ``runs/NNN`` of the plan folder.
 
+    Args:
+        plan_folder: whose plan is copied.
+        run: the one named.
+        shared: other nodes make the same one, which may be there already.
+
     Raises:
-        InputError: if the named one exists.
+        InputError: if the named one exists, unless it is shared.
     """
     try:
         while True:
             folder = run or next_run_folder(plan_folder)
             try:
-                folder.mkdir(parents=True)
+                folder.mkdir(parents=True, exist_ok=shared)
                 break
             except FileExistsError:
                 if run is not None:
@@ -101,82 +130,26 @@ def new_run_folder(plan_folder: Path, run: Path | None) -> Path:
     return folder
 
 
-def check_packages(ops: Sequence[str]) -> None:
-    """Whether torch and DeepSpeed are installed, and a C++ compiler if there are ops to compile.
-
-    Raises:
-        MissingPackageError: naming the one that is absent.
-    """
-    import importlib.util
-
-    for package in ("torch", "deepspeed"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingPackageError(f"{package} is missing: pip install 'translution-scale[train]'")
-    if ops and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise MissingPackageError("g++ is missing, DeepSpeed compiles with it: sudo apt-get install g++")
-
-
-def version_warnings(plan: Plan) -> list[str]:
-    """A sentence for each package whose version is not the one that the plan was made for."""
-    import importlib.metadata
-
-    texts = []
-    for package, made_for in (("deepspeed", plan.deepspeed_version), ("torch", plan.torch_version)):
-        try:
-            found = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if not f"{found}.".startswith(f"{made_for}."):
-            texts.append(f"{package} {found} is installed; the plan was made for {made_for}")
-    return texts
-
-
-def check_machine(plan: Plan) -> None:
-    """Whether this machine can run the plan's ranks.
-
-    Raises:
-        InputError: if the plan needs other nodes, more cores or GPUs.
-        MissingPackageError: if DeepSpeed, the C++ compiler for its communication op or what the plan's training
-            needs is absent.
-    """
-    cluster = plan.cluster
-    if cluster.nodes > 1:
-        raise InputError(
-            f"nodes: {cluster.nodes} is not allowed: launch starts the ranks of one machine; "
-            "run the command that launch --dry-run prints on each node"
-        )
-    check_packages(needed_ops(plan))
-    check_training_packages(plan.training)
-    if cluster.device == "cpu":
-        cores = usable_cores()
-        if cluster.ranks > cores:
-            raise InputError(f"ranks: {cluster.ranks} is not allowed: this machine has {cores} cores")
-        return
-    import torch
-
-    if torch.cuda.device_count() < cluster.ranks_per_node:
-        raise InputError(
-            f"ranks_per_node: {cluster.ranks_per_node} is not allowed: found {torch.cuda.device_count()} GPUs"
-        )
-
-
 def launch(
     plan_folder: Path,
     run: Path | None,
     on_metrics: OnMetrics,
     on_stage: OnStage,
-    *options: str,
+    *,
+    where: Where = HERE,
+    mode: str = "train",
     resume: bool = False,
     force: bool = False,
 ) -> Path:
-    """Run a plan on this machine.
+    """Run a plan.
 
     Args:
         plan_folder: as `translution plan` writes it.
         run: the run folder to make; None takes the plan folder's next ``runs/NNN``.
         on_metrics: called with each metrics line.
         on_stage: called with a line for people when something slow begins.
-        options: of this toolkit's ``train``.
+        where: on which machines.
+        mode: of this toolkit's ``train``.
         resume: go on with that run, or with the plan folder's newest that has a checkpoint.
         force: start although memory or a drive seems to lack room.
 
@@ -184,43 +157,66 @@ def launch(
         The run folder.
 
     Raises:
-        InputError: if this machine cannot run the plan, or the run cannot be resumed with it.
+        InputError: if a machine cannot run the plan, or the run cannot be resumed with it.
         RunFailedError: if any rank did not finish.
     """
     plan = load_plan(plan_folder)
-    check_machine(plan)
-    failed = [check for check in preflight(plan, plan_folder) if not check.passed]
-    if failed and not force:
-        more = f" (and {len(failed) - 1} more: translution preflight {plan_folder})" if len(failed) > 1 else ""
-        raise InputError(f"{failed[0].name}: {failed[0].text}{more}; --force starts all the same")
-    for check in failed:
+    hosts = where.check(plan, run)
+    port = where.master_port or (PORT if where.no_ssh else free_port())
+    remote = bool(hosts) and not where.no_ssh
+    if remote:
+        ssh = Ssh(where.ssh_port)
+        checks, port = look_at_hosts(plan, plan_folder, hosts, ssh, where.master_addr, where.master_port)
+    else:
+        check_machine(plan)
+        checks = preflight(plan, plan_folder)
+    for check in refuse(checks, plan_folder, force=force):
         on_stage(f"{check.name}: {check.text}")
     if resume:
         run, saved = run_to_resume(plan, plan_folder, run)
         on_stage(f"going on with {run} from step {saved.manifest.step}")
-        options = (*options, "--mode", CONTINUE)
+        mode = CONTINUE
     else:
-        run = new_run_folder(plan_folder, run)
+        run = new_run_folder(plan_folder, run, shared=where.no_ssh)
     ops = needed_ops(plan)
     if ops:
         on_stage(f"preparing {len(ops)} of DeepSpeed's ops, which the first run compiles in a minute or more each")
-        prepare_ops(ops, launch_environment(plan.cluster), run / LOG)
-    on_stage(f"starting {plan.cluster.ranks} ranks; they log to {run / LOG}")
-    start_and_judge(plan, plan_folder, run, on_metrics, *options)
+        if remote:
+            prepare_hosts(plan, plan_folder, hosts, ssh)
+        else:
+            prepare_ops(ops, launch_environment(plan.cluster), run / LOG)
+    places = f" on {', '.join(hosts)}" if remote else ""
+    on_stage(f"starting {plan.cluster.ranks} ranks{places}; they log to {run / LOG}")
+    start_and_judge(plan, plan_folder, run, on_metrics, mode=mode, where=where, port=port)
     return run
 
 
-def start_and_judge(plan: Plan, plan_folder: Path, run: Path, on_metrics: OnMetrics, *options: str) -> None:
+def start_and_judge(
+    plan: Plan,
+    plan_folder: Path,
+    run: Path,
+    on_metrics: OnMetrics,
+    *,
+    mode: str = "train",
+    where: Where = HERE,
+    port: int | None = None,
+) -> None:
     """Start the ranks of a run whose folder exists, and wait for their end.
 
     Raises:
         RunFailedError: if any rank did not finish.
     """
-    port = free_port()
-    command = launch_command(plan, plan_folder, run, port, *options)
-    clear_statuses(run)
-    try:
-        exit_code = run_ranks(command, launch_environment(plan.cluster), run, on_metrics)
-    finally:
-        remove_shared_buffers(port)
-    judge(run, plan.cluster.ranks, exit_code)
+    port = port or free_port()
+    command = launch_command(plan, plan_folder, run, where, port, mode)
+    per_node = plan.cluster.ranks_per_node
+    own = range(where.node_rank * per_node, (where.node_rank + 1) * per_node)
+    ranks = own if where.no_ssh else range(plan.cluster.ranks)
+    clear_statuses(run, ranks)
+    if where.hostfile is not None and not where.no_ssh:
+        exit_code = run_remote_ranks(command, runner_environment(), run, on_metrics)
+    else:
+        try:
+            exit_code = run_ranks(command, launch_environment(plan.cluster), run, on_metrics)
+        finally:
+            remove_shared_buffers(port)
+    judge(run, ranks, exit_code)

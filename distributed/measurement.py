@@ -40,13 +40,13 @@ def measure_plan(plan: Plan, folder: Path, on_stage: Callable[[str], None], *, r
         RunFailedError: if a rank did not finish.
     """
     write_plan_folder(plan, folder)
-    run = launch(folder, None, _quiet, on_stage, "--mode", MEASURE)
+    run = launch(folder, None, _quiet, on_stage, mode=MEASURE)
     if resume:
         on_stage("starting the ranks anew, to resume from the checkpoint")
-        start_and_judge(plan, folder, run, _quiet, "--mode", RESUMING)
+        start_and_judge(plan, folder, run, _quiet, mode=RESUMING)
         on_stage("once more, to watch the processes instead of torch's allocator")
         with _freed_at_once():
-            start_and_judge(plan, folder, run, _quiet, "--mode", PROCESS)
+            start_and_judge(plan, folder, run, _quiet, mode=PROCESS)
     return run
 
 

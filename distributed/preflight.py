@@ -6,10 +6,11 @@ import os
 import resource
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from translution.planner.cluster import available_memory_bytes
+from translution.planner.errors import InputError
 from translution.planner.parameters import count_parameters
 from translution.planner.plan import Plan
 from translution.planner.schema import Schema
@@ -102,3 +103,16 @@ def preflight(plan: Plan, plan_folder: Path) -> list[Check]:
     text = f"removed {len(removed)} that killed compilations left" if removed else "none is stale"
     checks.append(Check(name="locks of compiled ops", passed=True, text=text))
     return checks
+
+
+def refuse(checks: Sequence[Check], plan_folder: Path, *, force: bool) -> list[Check]:
+    """What did not pass, if the ranks are to start all the same.
+
+    Raises:
+        InputError: naming the first, unless ``force``.
+    """
+    failed = [check for check in checks if not check.passed]
+    if failed and not force:
+        more = f" (and {len(failed) - 1} more: translution preflight {plan_folder})" if len(failed) > 1 else ""
+        raise InputError(f"{failed[0].name}: {failed[0].text}{more}; --force starts all the same")
+    return failed

@@ -21,10 +21,10 @@ from .run_files import LOG, METRICS, read_statuses, stopped_text
 LAUNCHER_PID = "TRANSLUTION_LAUNCHER_PID"
 """Names, to the ranks, the process without which they must not go on."""
 
-_GRACE_SECONDS = 15.0
-_SAVE_SECONDS = 3600.0
+GRACE_SECONDS = 15.0
+SAVE_SECONDS = 3600.0
 """How long ranks that were asked to end may take for their step and their checkpoint."""
-_POLL_SECONDS = 0.2
+POLL_SECONDS = 0.2
 
 OnMetrics = Callable[[Mapping[str, Any]], None]
 
@@ -60,16 +60,16 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, end)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_SECONDS)
+            process.wait(GRACE_SECONDS)
         # Ranks may outlive their launcher, to save.
-        deadline = time.monotonic() + _GRACE_SECONDS
+        deadline = time.monotonic() + GRACE_SECONDS
         with contextlib.suppress(ProcessLookupError, PermissionError):
             while time.monotonic() < deadline:
                 os.killpg(process.pid, 0)
-                time.sleep(_POLL_SECONDS / 4)
+                time.sleep(POLL_SECONDS / 4)
 
 
-class _MetricsReader:
+class MetricsReader:
     """Hands over each new whole line of the metrics file."""
 
     def __init__(self, path: Path, on_metrics: OnMetrics) -> None:
@@ -78,6 +78,7 @@ class _MetricsReader:
         self._path, self._on_metrics = path, on_metrics
 
     def poll(self) -> None:
+        """Read what has been added."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
@@ -91,16 +92,16 @@ class _MetricsReader:
                 self._on_metrics(json.loads(line))
 
 
-class _EndedError(BaseException):
+class EndedError(BaseException):
     """A signal asks this process to end; no ``except Exception`` may keep it."""
 
 
 @contextlib.contextmanager
-def _ending_signals_raise() -> Iterator[None]:
+def ending_signals_raise() -> Iterator[None]:
     """SIGTERM, SIGHUP and SIGUSR1 unwind the stack as Ctrl-C does, so that the ranks are ended too."""
 
     def end(number: int, _: object) -> None:
-        raise _EndedError(number)
+        raise EndedError(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield  # Only the main thread may set handlers; there the caller has to.
@@ -110,7 +111,7 @@ def _ending_signals_raise() -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise InterruptedRunError("; ".join(["interrupted", *map(str, error.args)])) from None
-    except _EndedError as error:
+    except EndedError as error:
         raise RunFailedError("; ".join([f"ended by {signal.Signals(error.args[0]).name}", *error.args[1:]])) from None
     finally:
         for number, handler in before.items():
@@ -131,9 +132,9 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path,
     Returns:
         The launcher's exit code.
     """
-    reader = _MetricsReader(run / METRICS, on_metrics)
+    reader = MetricsReader(run / METRICS, on_metrics)
     environment = {**os.environ, **environment, LAUNCHER_PID: str(os.getpid())}
-    with (run / LOG).open("ab") as log, _ending_signals_raise():
+    with (run / LOG).open("ab") as log, ending_signals_raise():
         process = subprocess.Popen(
             command,
             env=environment,
@@ -145,8 +146,8 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path,
         try:
             while process.poll() is None:
                 reader.poll()
-                time.sleep(_POLL_SECONDS)
-        except (KeyboardInterrupt, _EndedError) as ended:
+                time.sleep(POLL_SECONDS)
+        except (KeyboardInterrupt, EndedError) as ended:
             _let_ranks_save(process, run)
             if text := stopped_text(run):
                 ended.args = (*ended.args, text)
@@ -168,7 +169,7 @@ def _let_ranks_save(process: subprocess.Popen[bytes], run: Path) -> None:
                 asked = True
     if asked:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_SAVE_SECONDS)
+            process.wait(SAVE_SECONDS)
 
 
 def run_processes(
@@ -186,7 +187,7 @@ def run_processes(
         0 if all ended well, else the first other exit code; the rest are ended then.
     """
     processes: list[subprocess.Popen[bytes]] = []
-    with log.open("ab") as file, _ending_signals_raise():
+    with log.open("ab") as file, ending_signals_raise():
         try:
             for environment in environments:
                 own = {**os.environ, **environment, LAUNCHER_PID: str(os.getpid())}
@@ -198,7 +199,7 @@ def run_processes(
                 if any(process.returncode for process in processes):
                     break
                 poll()
-                time.sleep(_POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
         finally:
             failed = next((process.returncode for process in processes if process.returncode), 0)
             for process in processes:

@@ -18,6 +18,7 @@ from translution.planner.plan import Plan
 from translution.planner.simulation import INIT
 
 from .data import Samples
+from .host import interface_towards
 from .recorder import Between, Recorder, Watch
 from .run_files import METRICS, RankStatus, write_status
 from .stopping import StopRequest
@@ -97,6 +98,8 @@ class EngineRank:
 
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        elif "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_towards(os.environ.get("MASTER_ADDR", ""))):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
 
     def config(self) -> dict[str, Any]:

@@ -34,7 +34,8 @@ from translution.planner.training import ZeroSpec
 from translution.planner.units import GIB, format_bytes
 
 from .extrapolation import extrapolate, join_init, largest_sub_group
-from .launch import OnStage, check_packages, launch_environment, new_run_folder
+from .launch import OnStage, new_run_folder
+from .machine import check_packages, launch_environment
 from .ops import needed_ops, prepare_ops
 from .processes import OnMetrics, run_ranks
 from .run_files import LOG, PLAN, MemoryMeasurement, judge, make_run_folders, read_memory

@@ -8,7 +8,9 @@ succeeded if, and only if, every rank has written ``finished``.
     status/rank_N.json      what rank N last said of itself
     memory/rank_N.json      what rank N measured
     checkpoint/             the newest states (checkpoint.py)
-    launcher.log            everything the ranks printed
+    logs/rank_N.log         what rank N printed
+    launcher.log            what the launcher printed, and ranks before they had their own log
+    control/                what joins ranks on other hosts to their launcher (control.py)
 """
 
 from __future__ import annotations
@@ -93,9 +95,24 @@ def memory_path(run: Path, rank: int) -> Path:
     return run / "memory" / f"rank_{rank}.json"
 
 
+def log_path(run: Path, rank: int) -> Path:
+    """Where what a rank prints lies."""
+    return run / "logs" / f"rank_{rank}.log"
+
+
+def log_to_own_file(run: Path, rank: int) -> None:
+    """Let this process print to its rank's log from here on, after what an earlier launch has printed there."""
+    path = log_path(run, rank)
+    print(f"rank {rank} prints to {path}", flush=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.close(file)
+
+
 def make_run_folders(run: Path, plan_folder: Path) -> None:
     """Make the folders that the ranks write to, and copy the plan; what is there already stays."""
-    for path in (status_path(run, 0), memory_path(run, 0)):
+    for path in (status_path(run, 0), memory_path(run, 0), log_path(run, 0)):
         path.parent.mkdir(parents=True, exist_ok=True)
     if not (run / PLAN).exists():
         temporary = run / f".{PLAN}.{os.getpid()}.tmp"
@@ -135,10 +152,10 @@ def stopped_text(run: Path) -> str:
     return f"saved at step {statuses[0].step}: translution launch PLAN_FOLDER --resume --run {run} goes on"
 
 
-def clear_statuses(run: Path) -> None:
-    """Forget what the ranks last said, before they are started anew."""
-    for path in status_path(run, 0).parent.glob("rank_*.json"):
-        path.unlink()
+def clear_statuses(run: Path, ranks: Iterable[int]) -> None:
+    """Forget what ranks last said, before they are started anew."""
+    for rank in ranks:
+        status_path(run, rank).unlink(missing_ok=True)
 
 
 def trim_metrics(run: Path) -> None:
@@ -166,14 +183,18 @@ def judge(run: Path, ranks: int | Iterable[int], exit_code: int) -> None:
     for rank in range(ranks) if isinstance(ranks, int) else ranks:
         status = read_status(run, rank)
         if status is not None and status.state == "failed":
-            raise RunFailedError(f"rank {rank} failed at step {status.step}: {status.message} (log: {run / LOG})")
+            raise RunFailedError(
+                f"rank {rank} failed at step {status.step}: {status.message} (log: {log_path(run, rank)})"
+            )
         if status is not None and status.state == "stopped":
             raise RunFailedError(f"stopped by {status.message}; {stopped_text(run)}")
         if status is None or status.state != "finished":
             last = "never started" if status is None else f"was last seen {status.state} at step {status.step}"
             silent.append(f"rank {rank} {last}")
     if silent:
-        raise RunFailedError(f"{'; '.join(silent)}; launcher exit code {exit_code} (log: {run / LOG})")
+        raise RunFailedError(
+            f"{'; '.join(silent)}; launcher exit code {exit_code} (logs: {run / LOG} and {log_path(run, 0).parent})"
+        )
 
 
 def require_run(run: Path) -> Path:

@@ -26,6 +26,7 @@ from translution.planner.simulation import BACKWARD, FORWARD, RESUME, SAVE, STEP
 
 from . import checkpoint, host, measure
 from .augment import Augmenter
+from .control import follow_beat, require_beat
 from .data import Samples, load_samples, micro_batches
 from .diagnosis import find_in_backward, find_in_forward
 from .finite import SkippedSteps, is_finite_norm
@@ -42,6 +43,7 @@ from .run_files import (
     PROCESS,
     RESUMING,
     MemoryMeasurement,
+    log_to_own_file,
     make_run_folders,
     memory_path,
     read_memory,
@@ -324,12 +326,15 @@ def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
         mode: one of `run_files.MODES`; a run folder with a checkpoint is gone on with.
 
     Raises:
-        TranslutionError: for a bad plan, data that does not suit it, or a package that it needs and is absent.
+        TranslutionError: for a bad plan, data that does not suit it, a package that it needs and is absent, or a run
+            folder that its launcher does not share.
     """
     plan = load_plan(plan_folder)
+    require_beat(run)
     check_training_packages(plan.training)
     # Nodes that were started by hand have no launcher that made the run folder.
     make_run_folders(run, plan_folder)
+    log_to_own_file(run, int(os.environ.get("RANK", "0")))
     if mode == "train" and tags(run / CHECKPOINT):
         # A Slurm job that is submitted again, or torchrun with the run folder of a run that ended.
         check_resumable(plan, run)
@@ -345,6 +350,7 @@ def run_rank(rank: Rank, work: Callable[[], None]) -> None:
     # DeepSpeed 0.19.8 calls what torch 2.13 has renamed, and torch says so at every call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     end_with_launcher()
+    follow_beat(rank.run, rank.rank, rank.stop)
     plan = rank.plan
     if plan.cluster.device == "cpu":
         measure.count_every_allocation()

@@ -60,19 +60,11 @@ def hostfile(cluster: ClusterSpec) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ssh_script(cluster: ClusterSpec) -> str:
-    """``launch-ssh.sh``: DeepSpeed's launcher reaches the hosts of the hostfile by pdsh."""
-    names = " ".join(environment_variables(cluster))
-    return (
-        _HEAD.format(what="Run on one node, with your hosts' names in hostfile: starts all ranks through ssh and pdsh.")
-        + _RUN
-        + f"""# pdsh passes on only what stands in this file.
-export DS_ENV_FILE="$here/.deepspeed_env"
-for name in {names}; do echo "$name=$(printenv "$name")"; done > "$DS_ENV_FILE"
-exec deepspeed --hostfile "$here/hostfile" --launcher pdsh --force_multi --master_port "${{MASTER_PORT:-{PORT}}}" \\
-    --no_local_rank --module translution.cli train "$here" "$run"
+_SSH = (
+    _HEAD.format(what="Run on one node, with your hosts' names in hostfile: starts all ranks through ssh and pdsh.")
+    + """exec translution launch "$here" --hostfile "$here/hostfile" "$@"
 """
-    )
+)
 
 
 def torchrun_script(cluster: ClusterSpec) -> str:
@@ -101,6 +93,7 @@ def slurm_script(plan: Plan) -> str:
     return f"""#!/bin/bash
 # Submit from this folder: sbatch job.sbatch. Add your account, partition and time.
 # Before the job's limit the ranks save and end: sbatch job.sbatch RUN_FOLDER goes on with what it left.
+# TRANSLUTION_FORCE=1 starts the ranks although a node lacks something.
 #SBATCH --job-name={name}
 #SBATCH --nodes={cluster.nodes}
 #SBATCH --ntasks-per-node={cluster.ranks_per_node}
@@ -111,13 +104,24 @@ set -eu
 here=${{SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")" && pwd)}}
 . "$here/environment.sh"
 run=${{1:-$here/runs/slurm-$SLURM_JOB_ID}}
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=${{MASTER_PORT:-{PORT}}}
+MASTER_ADDR=${{MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}}
+# Two jobs may share a node.
+export MASTER_ADDR MASTER_PORT=${{MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}}
+
+# Every node says how it is and compiles what it lacks before the ranks start.
+reports=$(mktemp -d "$here/.preflight-XXXXXX")
+trap 'rm -rf "$reports"' EXIT
+srun --ntasks={cluster.nodes} --ntasks-per-node=1 translution preflight-node "$here" --out "$reports"
+translution preflight "$here" --reports "$reports" ${{TRANSLUTION_FORCE:+--force}}
+srun --ntasks={cluster.nodes} --ntasks-per-node=1 translution preflight-node "$here" --compile
+
 # DeepSpeed reads its place in the world from these; srun sets only its own.
 # shellcheck disable=SC2016
-exec srun --kill-on-bad-exit=1 sh -c '
+srun --kill-on-bad-exit=1 sh -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-    exec translution train "$1" "$2"' rank "$here" "$run"
+    exec translution train "$1" "$2"' rank "$here" "$run" || echo "srun ended with $?"
+# The job has done its work if every rank has finished.
+translution status "$run"
 """
 
 
@@ -130,5 +134,5 @@ def start_files(plan: Plan) -> dict[str, str]:
         "job.sbatch": slurm_script(plan),
     }
     if cluster.nodes > 1:
-        files |= {"hostfile": hostfile(cluster), "launch-ssh.sh": ssh_script(cluster)}
+        files |= {"hostfile": hostfile(cluster), "launch-ssh.sh": _SSH}
     return files

@@ -12,7 +12,7 @@ from hypothesis import settings
 from report_folders import MALICIOUS, plan_folder, run_folder
 
 from translution.cli.app import run
-from translution.distributed.launch import launch_environment
+from translution.distributed.machine import launch_environment
 from translution.distributed.ops import prepare_ops
 from translution.planner.cluster import local_cpu_cluster
 

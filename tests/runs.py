@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from translution.distributed.host import remove_shared_buffers
-from translution.distributed.launch import free_port, launch_environment
+from translution.distributed.machine import free_port, launch_environment
 from translution.distributed.run_files import judge
 from translution.planner.cluster import local_cpu_cluster
 from translution.planner.model_spec import parse_model_spec
@@ -32,13 +32,14 @@ def write_plan(
     nvme_path: Path | None = None,
     ratio: float = 1.0,
     force: bool = False,
+    nodes: int = 1,
     **training: Any,
 ) -> Path:
-    """Plan a model on this machine's ranks and write the folder."""
+    """Plan a model on this machine's ranks, on each of so many nodes, and write the folder."""
     values = {"micro_batch": 8, "steps": 4, "warmup_steps": 1} | training
     plan = make_plan(
         parse_model_spec(model),
-        local_cpu_cluster(ranks),
+        local_cpu_cluster(ranks).model_copy(update={"nodes": nodes}),
         TrainingSpec(**values),
         stage=stage,
         tile_relations=tile,

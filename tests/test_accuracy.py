@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from runs import TINY, run_plan, write_plan
 
-from translution.distributed.launch import launch_environment
+from translution.distributed.machine import launch_environment
 from translution.distributed.ops import prepare_ops
 from translution.distributed.run_files import MEASURE, PROCESS, RESUMING
 from translution.planner.cluster import local_cpu_cluster, usable_cores

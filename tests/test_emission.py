@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from runs import write_plan
 
-from translution.distributed.launch import free_port, version_warnings
+from translution.distributed.machine import free_port, version_warnings
 from translution.distributed.run_files import judge
 from translution.planner.cluster import load_cluster, local_cpu_cluster
 from translution.planner.emission import environment_variables, hostfile, start_files

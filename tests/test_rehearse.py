@@ -15,7 +15,7 @@ from runs import run_plan
 from translution.cli.app import run as run_cli
 from translution.distributed.extrapolation import CONSTRUCTION, ENGINE, extrapolate, join_init, largest_sub_group
 from translution.distributed.idle import IdleArithmetic, replaced
-from translution.distributed.launch import launch_environment
+from translution.distributed.machine import launch_environment
 from translution.distributed.measure import KeptCounter, trace_allocations
 from translution.distributed.ops import prepare_ops
 from translution.distributed.rehearsal import predict, read_rehearsal, rehearse, with_layers

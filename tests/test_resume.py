@@ -17,7 +17,7 @@ import torch
 from runs import run_plan, write_plan
 
 from translution.cli.app import run as run_cli
-from translution.distributed.launch import launch_environment
+from translution.distributed.machine import launch_environment
 from translution.distributed.manifest import MANIFEST, newest, tags
 from translution.distributed.ops import prepare_ops
 from translution.distributed.run_files import CHECKPOINT, CONTINUE, METRICS, read_status

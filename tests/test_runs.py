@@ -18,7 +18,7 @@ from runs import TINY, run_plan, run_ranks_of, write_plan
 
 from translution.cli.app import run as run_cli
 from translution.distributed.data import load_digits, micro_batches
-from translution.distributed.launch import free_port, launch_environment
+from translution.distributed.machine import free_port, launch_environment
 from translution.distributed.manifest import newest
 from translution.distributed.ops import prepare_ops
 from translution.distributed.processes import process_lives
