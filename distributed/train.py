@@ -206,7 +206,7 @@ class Rank(EngineRank):
         """The whole run: all steps, checkpoints, and the evaluation unless it is not wanted.
 
         Args:
-            evaluation: whether to evaluate.
+            evaluation: whether to evaluate, and to tell the monitor; not where only memory is of interest.
             read: read the run's checkpoint first, to measure that, and begin at the first step all the same.
             go_on: read the run's checkpoint first and go on from its step.
         """
@@ -242,7 +242,7 @@ class Rank(EngineRank):
         )
         # In the first step Adam has no moments yet: a run of one step measures nothing.
         measured = None if go_on else min(MEASURED_STEP, training.steps) - 1 or None
-        self.monitor = RunMonitor(training.monitor if self.logs else "none", self.run)
+        self.monitor = RunMonitor(training.monitor if self.logs and evaluation else "none", self.run)
         with self.stop.watching():
             stopped = self.train_steps(batches, first, measured, held_out if evaluation else None)
         if stopped:
