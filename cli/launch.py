@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -18,17 +20,23 @@ from translution.distributed.resume import find_resumable
 from translution.distributed.run_files import CONTINUE
 from translution.planner.emission import PORT
 from translution.planner.plan import Plan, load_plan
+from translution.planner.units import format_bytes
 
 from .output import note
 
 _LINE_EVERY = 20
+_RECENT = 20
+"""So many steps count for how long one takes."""
 
 
 class _Display:
-    """A progress bar on a terminal, a line now and then elsewhere."""
+    """A progress bar on a terminal, a line now and then elsewhere: how it goes, beside what was predicted."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self._console, self._steps = console, steps
+    def __init__(self, console: Console, plan: Plan) -> None:
+        self._console, self._plan, self._steps = console, plan, plan.training.steps
+        self._first = 0
+        self._seconds: deque[float] = deque(maxlen=_RECENT)
+        self._memory = ""
         self._progress = Progress(
             TextColumn("step"),
             BarColumn(),
@@ -38,7 +46,7 @@ class _Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("train", total=steps, text="")
+        self._task = self._progress.add_task("train", total=self._steps, text="")
 
     def __enter__(self) -> _Display:
         self._progress.start()
@@ -49,17 +57,35 @@ class _Display:
 
     def show(self, metrics: Mapping[str, Any]) -> None:
         """Take one line of the metrics file."""
-        if metrics["event"] == "step":
-            step = metrics["step"]
-            text = f"loss {metrics['loss']:.4f}, {metrics['samples_per_s']:.0f} samples/s"
-            self._progress.update(self._task, completed=step, text=text)
-            if not self._console.is_terminal and (step % _LINE_EVERY == 0 or step in (1, self._steps)):
-                self._console.print(f"step {step}/{self._steps}: {text}")
+        if metrics["event"] == "resume":
+            self._first = metrics["step"]
+            self._progress.reset(self._task, completed=self._first)
+        elif metrics["event"] == "step":
+            self._show_step(metrics)
+        elif metrics["event"] == "memory":
+            measured, predicted = metrics["peak_bytes"], self._plan.prediction.peak_bytes
+            self._memory = f", memory {format_bytes(measured)} (predicted {format_bytes(predicted)})"
+            if not self._console.is_terminal:
+                self._console.print(f"step {metrics['step']}/{self._steps}{self._memory} of rank 0", soft_wrap=True)
         elif metrics["event"] == "evaluation":
             self._console.print(
-                f"held-out: accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f} "
-                f"({metrics['samples']} samples)"
+                f"step {metrics['step']}/{self._steps}, held-out: accuracy {metrics['accuracy']:.2%}, "
+                f"loss {metrics['loss']:.4f} ({metrics['samples']} samples)",
+                soft_wrap=True,
             )
+
+    def _show_step(self, metrics: Mapping[str, Any]) -> None:
+        step, plan = metrics["step"], self._plan
+        self._seconds.append(metrics["seconds"])
+        # The median: the first step and the two that are watched take longer than the others.
+        seconds = median(self._seconds)
+        samples = plan.training.global_batch(plan.cluster.ranks) / seconds
+        predicted = "" if plan.time is None else f" (predicted {plan.time.likely_s:.3g} s)"
+        rate = f"{samples:,.0f}" if samples >= 10 else f"{samples:.2g}"
+        text = f"loss {metrics['loss']:.4f}, {rate} samples/s, {seconds:.3g} s per step{predicted}"
+        self._progress.update(self._task, completed=step, text=text + self._memory)
+        if not self._console.is_terminal and (step % _LINE_EVERY == 0 or step in (self._first + 1, self._steps)):
+            self._console.print(f"step {step}/{self._steps}: {text}", soft_wrap=True)
 
 
 def _print_command(plan: Plan, plan_folder: Path, run: Path | None, where: Where, *, resume: bool) -> None:
@@ -98,7 +124,7 @@ def run_launch(plan_folder: Path, run: Path | None, where: Where, *, resume: boo
     for text in version_warnings(plan):
         note(text)
     console = Console(highlight=False, markup=False)
-    with _Display(console, plan.training.steps) as display:
+    with _Display(console, plan) as display:
         made = launch(plan_folder, run, display.show, console.print, where=where, resume=resume, force=force)
     console.print(f"finished: {made}")
     console.print(f"predicted against measured memory: translution verify {made}")

@@ -14,6 +14,7 @@ from translution.planner.errors import InputError, MissingPackageError
 from translution.planner.plan import Plan
 
 from .ops import needed_ops
+from .packages import check_training_packages
 
 
 def free_port() -> int:
@@ -86,10 +87,12 @@ def check_machine(plan: Plan) -> None:
 
     Raises:
         InputError: if one of its nodes needs more cores or GPUs.
-        MissingPackageError: if DeepSpeed or the C++ compiler for its communication op is absent.
+        MissingPackageError: if DeepSpeed, the C++ compiler for its communication op or what the plan's training
+            needs is absent.
     """
     cluster = plan.cluster
     check_packages(needed_ops(plan))
+    check_training_packages(plan.training)
     if cluster.device == "cpu":
         cores = usable_cores()
         if cluster.ranks_per_node > cores:

@@ -1,4 +1,6 @@
-"""One rank with its engine: how it joins the others, is built under ZeRO, runs forward, and says how it goes."""
+"""One rank with its engine: how it joins the others, is built under ZeRO, runs forward,
+evaluates, and says how it goes.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,26 @@ from translution.planner.errors import InputError
 from translution.planner.plan import Plan
 from translution.planner.simulation import INIT
 
-from .data import Samples
+from .data import Samples, Source
 from .host import interface_towards
 from .recorder import Between, Recorder, Watch
 from .run_files import METRICS, RankStatus, write_status
 from .stopping import StopRequest
 
 _MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Mean cross-entropy of logits (S, classes).
+
+    Args:
+        logits: in fp32.
+        targets: classes, S of them in any shape; or shares of the classes (S, classes), by which mixed images have
+            the cross-entropies of their classes added up.
+        smoothing: share of each target that is spread evenly over all classes.
+    """
+    targets = targets if targets.is_floating_point() else targets.flatten()
+    return torch.nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
 class EngineRank:
@@ -44,6 +59,7 @@ class EngineRank:
         self.recorder: Recorder | None = None
         self.between: Between | None = None
         self.stop = StopRequest()
+        self._sums = torch.zeros(4, dtype=torch.float64)
 
     def say(self, state: str, message: str = "") -> None:
         """Write this rank's status."""
@@ -121,6 +137,46 @@ class EngineRank:
         return logits
 
     def loss(self, batch: Samples) -> Tensor:
-        """Mean cross-entropy of a micro-batch."""
+        """Mean cross-entropy of a micro-batch; targets that are shares of the classes weigh one each."""
         logits = self.outputs(batch).flatten(0, -2).float()
-        return torch.nn.functional.cross_entropy(logits, batch.targets.to(self.engine.device).flatten())
+        targets = batch.targets.to(self.engine.device)
+        return smoothed_cross_entropy(logits, targets, self.plan.training.label_smoothing)
+
+    def seed_step(self) -> None:
+        """Set torch's random state: what is dropped depends on the step and the rank, and on nothing before.
+
+        A resumed run drops the same.
+        """
+        torch.manual_seed((self.plan.training.seed * self.ranks + self.rank + 1) * 1_000_003 + self.step)
+
+    def mean_over_ranks(self, *values: float) -> list[float]:
+        """Each value's mean over all ranks."""
+        # gloo's thread lets go of a tensor some time later, perhaps in a phase that is measured: it gets this one.
+        sums = self._sums.to(self.engine.device)[: len(values)]
+        sums.copy_(torch.tensor(values, dtype=torch.float64))
+        torch.distributed.all_reduce(sums)
+        return [value / self.ranks for value in sums.tolist()]
+
+    @torch.no_grad()
+    def evaluate(self, held_out: Source) -> tuple[float, float, int]:
+        """Mean loss and accuracy over the held-out samples, and how many those were; each is counted once.
+
+        Every rank runs the same number of batches, as ZeRO-3's gathers require; a rank that has no
+        sample left for one computes on a repeated sample and does not count it.
+        """
+        self.engine.eval()
+        micro, totals = self.plan.training.micro_batch, torch.zeros(3, dtype=torch.float64, device=self.engine.device)
+        count = min(self.plan.training.evaluation_samples or len(held_out), len(held_out))
+        for start in range(0, count, micro * self.ranks):
+            index = torch.arange(start + self.rank * micro, start + (self.rank + 1) * micro)
+            valid = index < count
+            # Spread over all of them: they may lie in the order of their classes.
+            batch = held_out.select(index.clamp(max=count - 1) * len(held_out) // count)
+            logits = self.outputs(batch).float()[valid]
+            targets = batch.targets.to(self.engine.device)[valid]
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+            right = (logits.argmax(-1) == targets).sum()
+            totals += torch.stack([losses.double(), right.double(), torch.full_like(right, targets.numel()).double()])
+        self.engine.train()
+        torch.distributed.all_reduce(totals)
+        return float(totals[0] / totals[2]), float(totals[1] / totals[2]), count

@@ -20,6 +20,9 @@ _FREE = {
         "keep_checkpoints",
         "evaluation_data",
         "corrupt_limit",
+        "evaluation_steps",
+        "evaluation_samples",
+        "monitor",
     },
     "model": {"checkpointing"},
 }

@@ -20,18 +20,23 @@ import torch
 
 from translution.planner.errors import InputError
 from translution.planner.files import write_text
-from translution.planner.plan import load_plan
+from translution.planner.plan import Plan, load_plan
 from translution.planner.provenance import provenance
 from translution.planner.simulation import BACKWARD, FORWARD, RESUME, SAVE, STEP
 
 from . import checkpoint, host, measure
+from .augment import Augmenter
 from .control import follow_beat, require_beat
 from .data import Samples, Source, load_samples, micro_batches
+from .diagnosis import find_in_backward, find_in_forward
+from .finite import SkippedSteps, is_finite_norm
 from .machine import own_path
 from .manifest import newest, tags
+from .monitor import RunMonitor
+from .packages import check_training_packages
 from .processes import end_with_launcher
 from .rank import EngineRank
-from .recorder import RunPhase, run_phase
+from .recorder import RunPhase, Watch, run_phase
 from .resume import check_resumable
 from .run_files import (
     CHECKPOINT,
@@ -58,6 +63,11 @@ def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
+def is_due(step: int, every: int) -> bool:
+    """Whether something that is done every so many steps is done after this one; 0 never does it."""
+    return every > 0 and step % every == 0
+
+
 class Rank(EngineRank):
     """One rank that trains.
 
@@ -65,15 +75,17 @@ class Rank(EngineRank):
         plan, run, watch: as in `EngineRank`.
     """
 
+    def __init__(self, plan: Plan, run: Path, watch: Watch = "allocations") -> None:
+        super().__init__(plan, run, watch)
+        self.monitor = RunMonitor("none", run)
+        self.skipped = SkippedSteps(scaled=plan.training.precision == "fp16")
+
     def pass_forward_and_backward(self, batches: list[Samples], phase: RunPhase = run_phase) -> float:
         """All micro-batches of a step; the mean loss over them.
 
         Args:
             batches: the micro-batches.
             phase: called with the name and the work of each forward and backward.
-
-        Raises:
-            FloatingPointError: if the loss is not finite.
         """
         total = 0.0
         loss = torch.zeros(())
@@ -88,8 +100,6 @@ class Rank(EngineRank):
             phase(FORWARD, partial(forward, batch))
             phase(BACKWARD, lambda: self.engine.backward(loss))
             total += loss.item() / len(batches)
-        if not math.isfinite(total):
-            raise FloatingPointError(f"loss is {total}")
         return total
 
     def optimizer_step(self) -> None:
@@ -103,10 +113,29 @@ class Rank(EngineRank):
         self.engine.step()
 
     def train_step(self, batches: list[Samples], phase: RunPhase = run_phase) -> float:
-        """One optimizer step; the mean loss over this rank's micro-batches."""
-        loss = self.pass_forward_and_backward(batches, phase)
+        """One optimizer step; the mean loss over all ranks' micro-batches.
+
+        Raises:
+            FloatingPointError: on every rank, if a loss of any is not finite; naming the first layer that is not.
+        """
+        (loss,) = self.mean_over_ranks(self.pass_forward_and_backward(batches, phase))
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {self.step + 1}: loss is {loss}: {find_in_forward(self, batches)}")
         phase(STEP, self.optimizer_step)
         return loss
+
+    def check_gradients(self, batches: list[Samples]) -> None:
+        """Stop when DeepSpeed has skipped the step for its gradients, unless that is the loss scale's search.
+
+        Raises:
+            FloatingPointError: on every rank; naming the parameter where the gradients are first not finite.
+        """
+        optimizer, norm = self.engine.optimizer, self.engine.get_global_grad_norm()
+        finite = is_finite_norm(norm) and not getattr(optimizer, "overflow", False)
+        scale = float(getattr(optimizer, "loss_scale", None) or 1.0)
+        if self.skipped.lost(finite=finite, scale=scale):
+            where = find_in_backward(self, batches, self.pass_forward_and_backward)
+            raise FloatingPointError(f"step {self.step + 1}: {self.skipped.text(scale)}{where}")
 
     def recorded_step(self, batches: list[Samples], measured: int | None) -> float:
         """A step like any other, but the measured one and the one before are watched."""
@@ -121,13 +150,15 @@ class Rank(EngineRank):
             return self.train_step(batches, recorder.counted)
         self.between = recorder.between_steps(self.engine, self.samples, batches)
         loss = self.train_step(batches, recorder.record)
-        self.write_measurement(measured)
+        self.log(event="memory", step=self.step + 1, peak_bytes=self.write_measurement(measured).peak_bytes)
         return loss
 
-    def write_measurement(self, step: int) -> None:
+    def write_measurement(self, step: int) -> MemoryMeasurement:
         """Write what has been measured so far."""
         assert self.recorder is not None and self.between is not None
-        self._write(self.recorder.measurement(step, self.between))
+        measurement = self.recorder.measurement(step, self.between)
+        self._write(measurement)
+        return measurement
 
     def add_measurement(self) -> None:
         """Add what this process has measured to what an earlier one wrote."""
@@ -150,34 +181,6 @@ class Rank(EngineRank):
             self.add_measurement()
         elif measured is not None:
             self.write_measurement(measured)
-
-    def mean_over_ranks(self, *values: float) -> list[float]:
-        """Each value's mean over all ranks."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.engine.device)
-        torch.distributed.all_reduce(tensor)
-        return [float(value) / self.ranks for value in tensor]
-
-    @torch.no_grad()
-    def evaluate(self, held_out: Source) -> tuple[float, float]:
-        """Mean loss and accuracy over the held-out samples, each sample counted once.
-
-        Every rank runs the same number of batches, as ZeRO-3's gathers require; a rank that has no
-        sample left for one computes on a repeated sample and does not count it.
-        """
-        self.engine.eval()
-        micro, totals = self.plan.training.micro_batch, torch.zeros(3, dtype=torch.float64, device=self.engine.device)
-        for start in range(0, len(held_out), micro * self.ranks):
-            index = torch.arange(start + self.rank * micro, start + (self.rank + 1) * micro)
-            valid = index < len(held_out)
-            batch = held_out.select(index.clamp(max=len(held_out) - 1))
-            logits = self.outputs(batch).float()[valid]
-            targets = batch.targets.to(self.engine.device)[valid]
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
-            right = (logits.argmax(-1) == targets).sum()
-            totals += torch.stack([losses.double(), right.double(), torch.full_like(right, targets.numel()).double()])
-        self.engine.train()
-        torch.distributed.all_reduce(totals)
-        return float(totals[0] / totals[2]), float(totals[1] / totals[2])
 
     def load(self) -> int:
         """Read the run's newest checkpoint into the engine; the steps that it had done.
@@ -204,13 +207,15 @@ class Rank(EngineRank):
         """The whole run: all steps, checkpoints, and the evaluation unless it is not wanted.
 
         Args:
-            evaluation: whether to evaluate.
+            evaluation: whether to evaluate, and to tell the monitor; not where only memory is of interest.
             read: read the run's checkpoint first, to measure that, and begin at the first step all the same.
             go_on: read the run's checkpoint first and go on from its step.
         """
         training = self.plan.training
         training_samples, held_out = load_samples(self.plan.model, training, training.global_batch(self.ranks))
         self.samples = [*training_samples.resident, *held_out.resident]
+        # Before the engine: kornia cannot be imported any more once DeepSpeed has made a model under ZeRO-3.
+        self.augment = Augmenter(self.plan.model, training, self.rank, self.ranks)
         self.start()
         loaded = self.load() if read or go_on else 0
         first = loaded if go_on else 0
@@ -236,20 +241,28 @@ class Rank(EngineRank):
         )
         # In the first step Adam has no moments yet: a run of one step measures nothing.
         measured = None if go_on else min(MEASURED_STEP, training.steps) - 1 or None
+        self.monitor = RunMonitor(training.monitor if self.logs and evaluation else "none", self.run)
         with self.stop.watching():
-            stopped = self.train_steps(batches, first, measured)
+            stopped = self.train_steps(batches, first, measured, held_out if evaluation else None)
         if stopped:
             self.say("stopped", stopped)
             return
         self.step = training.steps
         self.save(measured)
         if evaluation:
-            loss, accuracy = self.evaluate(held_out)
-            self.log(event="evaluation", step=self.step, loss=loss, accuracy=accuracy, samples=len(held_out))
+            self.log_evaluation(held_out, self.step)
         self.say("finished")
 
-    def train_steps(self, batches: Iterator[list[Samples]], first: int, measured: int | None) -> str:
-        """All steps from one on, with checkpoints between them.
+    def train_steps(
+        self, batches: Iterator[list[Samples]], first: int, measured: int | None, held_out: Source | None
+    ) -> str:
+        """All steps from one on, with evaluations and checkpoints between them.
+
+        Args:
+            batches: the micro-batches of each step.
+            first: the step to begin with, from 0.
+            measured: the step whose memory is measured.
+            held_out: what to evaluate on, if at all.
 
         Returns:
             The name of the signal that ended them after a checkpoint; nothing if none did.
@@ -257,19 +270,19 @@ class Rank(EngineRank):
         training, clock = self.plan.training, Clock(self.plan.training.checkpoint_minutes)
         for self.step in range(first, training.steps):
             began = time.perf_counter()
-            # What is dropped depends on nothing that went before, so that a resumed run drops the same.
-            torch.manual_seed((training.seed * self.ranks + self.rank + 1) * 1_000_003 + self.step)
-            own = self.recorded_step(next(batches), measured)
+            loss = self.checked_step(self.augment(next(batches), self.step), measured)
             # All ranks save after the same step: rank 0's clock counts, and a signal to any of them.
             wanted = float(self.stop.name is not None), float(self.rank == 0 and clock.due())
-            loss, stop, due = self.mean_over_ranks(own, *wanted)
+            stop, due = self.mean_over_ranks(*wanted)
             self.log_step(loss, time.perf_counter() - began)
             if self.step % 20 == 0:
                 self.say("training")
             done = self.step + 1
             if stop:
                 self.stop.notice()
-            if done < training.steps and (stop or due or ((every := training.checkpoint_steps) and done % every == 0)):
+            elif held_out is not None and done < training.steps and is_due(done, training.evaluation_steps):
+                self.log_evaluation(held_out, done)
+            if done < training.steps and (stop or due or is_due(done, training.checkpoint_steps)):
                 self.step = done
                 self.save(None)
                 clock.restart()
@@ -277,18 +290,30 @@ class Rank(EngineRank):
                     return self.stop.name or "a signal to another rank"
         return ""
 
+    def checked_step(self, batches: list[Samples], measured: int | None) -> float:
+        """A step of a run, which is stopped if it can learn no more."""
+        self.seed_step()
+        loss = self.recorded_step(batches, measured)
+        self.check_gradients(batches)
+        return loss
+
+    def log_evaluation(self, held_out: Source, step: int) -> None:
+        """Evaluate after so many steps, and write the result."""
+        loss, accuracy, samples = self.evaluate(held_out)
+        self.log(event="evaluation", step=step, loss=loss, accuracy=accuracy, samples=samples)
+        self.monitor.write("Evaluation", step, {"loss": loss, "accuracy": accuracy})
+
     def log_step(self, loss: float, seconds: float) -> None:
         """Write a step's metrics."""
         norm = self.engine.get_global_grad_norm()
-        self.log(
-            event="step",
-            step=self.step + 1,
-            loss=loss,
-            grad_norm=float(norm) if norm is not None and math.isfinite(norm) else None,
-            learning_rate=self.engine.optimizer.param_groups[0]["lr"],
-            seconds=seconds,
-            samples_per_s=self.plan.training.global_batch(self.ranks) / seconds,
-        )
+        values = {
+            "loss": loss,
+            "grad_norm": float(norm) if norm is not None and math.isfinite(norm) else None,
+            "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
+            "samples_per_s": self.plan.training.global_batch(self.ranks) / seconds,
+        }
+        self.log(event="step", step=self.step + 1, seconds=seconds, **values)
+        self.monitor.write("Train", self.step + 1, values)
 
 
 def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
@@ -300,12 +325,14 @@ def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
         mode: one of `run_files.MODES`; a run folder with a checkpoint is gone on with.
 
     Raises:
-        TranslutionError: for a bad plan, data that does not suit it, or a run folder that its launcher does not share.
+        TranslutionError: for a bad plan, data that does not suit it, a package that it needs and is absent, or a run
+            folder that its launcher does not share.
     """
     plan = load_plan(plan_folder)
     require_beat(run)
     # A shell of another host, or of Slurm, knows nothing of this environment.
     os.environ["PATH"] = own_path()
+    check_training_packages(plan.training)
     # Nodes that were started by hand have no launcher that made the run folder.
     make_run_folders(run, plan_folder)
     log_to_own_file(run, int(os.environ.get("RANK", "0")))

@@ -14,7 +14,7 @@ from .data_kinds import DIGITS, DIGITS_TRAINING_SAMPLES, check_kind
 from .deepspeed_config import check_training_state, deepspeed_config
 from .errors import DoesNotFitError, InputError, nearest
 from .memory import MemoryEstimate, atomic_floor, estimate_memory
-from .model_spec import ModelSpec, Positive
+from .model_spec import ModelSpec, Positive, VitSpec
 from .parameters import TABLES, parameter_groups, table_entries
 from .schema import Schema, parse_json, validate
 from .shards import partitioned
@@ -152,12 +152,22 @@ def choose_zero(
     return validate(_ZERO, values, "plan", tuple(ZeroSpec.model_fields))
 
 
+def _check_augmentation(spec: ModelSpec, training: TrainingSpec) -> None:
+    name, padding = training.augmentation, training.crop_padding
+    if name and not isinstance(spec, VitSpec):
+        off = TrainingSpec.model_fields[name].default
+        raise InputError(f"{name}: {getattr(training, name)} is not allowed: must be {off} with a gpt model")
+    if isinstance(spec, VitSpec) and padding >= min(spec.image):
+        raise InputError(f"crop_padding: {padding} is not allowed: must be below {min(spec.image)}, the image's side")
+
+
 def check_data(spec: ModelSpec, training: TrainingSpec, global_batch: int) -> None:
-    """Refuse data that does not suit the model, or more samples in a step than there are.
+    """Refuse data or augmentation that does not suit the model, or more samples in a step than there are.
 
     Raises:
         InputError: naming the field.
     """
+    _check_augmentation(spec, training)
     if training.data in DIGITS and global_batch > DIGITS_TRAINING_SAMPLES:
         raise InputError(
             f"global batch: {global_batch} (micro-batch x accumulation x ranks) is not allowed: must be at most "

@@ -17,6 +17,7 @@ Optimizer: TypeAlias = Literal["adamw", "lion", "adagrad", "sgd"]
 NonNegative: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
 NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
 
 class TrainingSpec(Schema):
@@ -69,6 +70,25 @@ class TrainingSpec(Schema):
     """Save one when so many minutes have gone by since the last; 0 does not look at the clock."""
     keep_checkpoints: Positive = 2
     """So many of a run's newest checkpoints stay."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a target that is spread evenly over all classes, or over the vocabulary."""
+    crop_padding: NonNegative = 0
+    """Zero pixels on every side of an image, of which a random part of its size is cut; 0 cuts nothing."""
+    crop_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Smallest share of an image's area that a random crop keeps before it is resized; 1 crops nothing."""
+    flip: Share = 0.0
+    """Probability with which an image is mirrored left to right."""
+    mixup: NonNegativeFloat = 0.0
+    """Alpha of the Beta distribution of mixup's shares; 0 mixes nothing. Source: arXiv 1710.09412."""
+    cutmix: NonNegativeFloat = 0.0
+    """Alpha of the Beta distribution of cutmix's areas; 0 cuts nothing. With mixup, each micro-batch gets one of the
+    two by chance. Source: arXiv 1905.04899."""
+    evaluation_steps: NonNegative = 0
+    """Evaluate after so many steps, again and again; 0 evaluates only at the end."""
+    evaluation_samples: NonNegative = 0
+    """Evaluate on so many of the held-out samples, spread evenly over them; 0 takes all."""
+    monitor: Literal["none", "csv", "tensorboard", "wandb"] = "none"
+    """Where DeepSpeed's monitor writes the metrics too."""
 
     @model_validator(mode="after")
     def _check_schedule(self) -> TrainingSpec:
@@ -94,6 +114,12 @@ class TrainingSpec(Schema):
         return self
 
     @model_validator(mode="after")
+    def _check_crops(self) -> TrainingSpec:
+        if self.crop_padding and self.crop_scale < 1:
+            raise ValueError(f"crop_scale: {self.crop_scale} is not allowed: must be 1 with crop_padding")
+        return self
+
+    @model_validator(mode="after")
     def _check_dtypes(self) -> TrainingSpec:
         if self.grad_accum_dtype not in (None, self.precision, "fp32"):
             allowed = " or ".join(dict.fromkeys((self.precision, "fp32")))
@@ -103,6 +129,13 @@ class TrainingSpec(Schema):
         if self.bf16_states and not self.bf16_master:
             raise ValueError("bf16_states: True is not allowed: bf16_master must be true too")
         return self
+
+    @property
+    def augmentation(self) -> str:
+        """The first field by which images are changed at random; empty if none is."""
+        set_ = {"crop_scale": self.crop_scale < 1}
+        set_ |= {name: getattr(self, name) > 0 for name in ("crop_padding", "flip", "mixup", "cutmix")}
+        return next((name for name, changes in set_.items() if changes), "")
 
     @property
     def dtype_bytes(self) -> int:

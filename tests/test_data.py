@@ -243,3 +243,18 @@ def test_the_schedule_warms_up_and_ends_near_nought() -> None:
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert factors[4:] == sorted(factors[4:], reverse=True)
     assert 0 < factors[-1] < 0.02
+
+
+def test_the_digits_are_those_that_scikit_learn_loads() -> None:
+    from sklearn.datasets import load_digits as load
+
+    bunch = load()
+    spec = parse_model_spec({"family": "vit", "image": 8, "patch": 4, "channels": 1, "classes": 10, "dim": 8,
+                             "depth": 1, "heads": 1})  # fmt: skip
+    training, held_out = load_digits(spec)
+    assert len(training) + len(held_out) == len(bunch.target) == 1797
+    every = torch.cat([training.inputs, held_out.inputs]) * 0.38 + 0.3
+    pairs = {(*image.flatten().mul(16).round().int().tolist(), label) for image, label in
+             zip(every, [*training.targets.tolist(), *held_out.targets.tolist()], strict=True)}  # fmt: skip
+    assert pairs == {(*image.flatten().astype(int).tolist(), int(label)) for image, label in
+                     zip(bunch.images, bunch.target, strict=True)}  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "pandas", "deepspeed", "fairscale", "numpy", "sklearn", "altair", "vl_convert")
+HEAVY = ("torch", "pandas", "deepspeed", "fairscale", "numpy", "sklearn", "kornia", "altair", "vl_convert")
 
 ALLOWED = {
     "planner": set(),

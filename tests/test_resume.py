@@ -116,6 +116,41 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name: str, tmp_path: 
     assert_same_state(run / last, tmp_path / "uninterrupted" / last)
 
 
+def test_an_augmented_run_is_the_same_again_and_resumed(tmp_path: Path) -> None:
+    """One rank: neither evaluations on the way nor a monitor change what is computed."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options: dict[str, Any] = {
+        "model": TINY, "steps": STEPS, "checkpoint_steps": SAVED, "label_smoothing": 0.1,
+        "mixup": 0.8, "cutmix": 1.0, "crop_padding": 2, "flip": 0.5,
+    }  # fmt: skip
+    other = run_plan(write_plan(tmp_path / "other", 1, monitor="tensorboard", **options), 1)
+    folder = write_plan(tmp_path / "plan", 1, monitor="csv", evaluation_steps=2, **options)
+    run = run_plan(folder, 1)
+    steps = [line for line in values(run, 0) if line[0] == "step"]
+    assert steps == [line for line in values(other, 0) if line[0] == "step"]
+    assert [line["step"] for line in metrics(run) if line["event"] == "evaluation"] == [2, 4, 5]
+    assert len({line[2] for line in steps}) == STEPS
+    last = f"{CHECKPOINT}/step_{STEPS}"
+    assert_same_state(run / last, other / last)
+
+    shutil.copytree(run, tmp_path / "uninterrupted")
+    shutil.rmtree(run / last)
+    assert run_plan(folder, 1, CONTINUE) == run
+    again = values(tmp_path / "uninterrupted", SAVED)
+    assert values(run, SAVED)[-len(again) :] == again
+    assert_same_state(run / last, other / last)
+
+    file = run / "monitor" / "csv" / "Train_loss.csv"
+    rows = [f"{line[1]},{line[2]}" for line in steps]
+    assert file.read_text().splitlines() == ["step,loss", *rows, *rows[SAVED:]]
+    board = EventAccumulator(str(other / "monitor" / "tensorboard"))
+    board.Reload()
+    shown = {name: [(event.step, event.value) for event in board.Scalars(name)] for name in board.Tags()["scalars"]}
+    assert shown["Train/loss"] == [(line[1], pytest.approx(line[2])) for line in steps]
+    assert shown["Evaluation/accuracy"] == [(STEPS, pytest.approx(values(other, 0)[-1][-1]))]
+
+
 def run_until_step(folder: Path, step: int) -> subprocess.Popen[str]:
     """A launch of a plan whose first run has come to a step."""
     command = [sys.executable, "-m", "translution.cli", "launch", str(folder)]

@@ -249,9 +249,32 @@ def test_verify_reads_what_a_killed_run_left(
     assert json.loads(capsys.readouterr().out)["accuracy"] == accuracy
 
 
-def test_a_diverged_loss_stops_the_run_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_plan(tmp_path / "plan", 1, learning_rate=1e30, gradient_clipping=0.0, steps=30)
+@pytest.mark.parametrize(
+    ("learning_rate", "said"),
+    [
+        (1e30, r"step 2: loss is nan: first not finite: (\S+) \(output\)"),
+        # Weights that leave the loss finite, and not its gradients.
+        (1e5, r"step 2: the norm of the gradients is not finite: first not finite, from the loss backwards: (\S+) "),
+    ],
+    ids=["loss", "gradient"],
+)
+def test_a_diverged_run_stops_and_its_step_and_layer_are_named(
+    tmp_path: Path, learning_rate: float, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_plan(tmp_path / "plan", 1, learning_rate=learning_rate, gradient_clipping=0.0, steps=30)
     assert run_cli(["launch", str(folder)]) == 1
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
-    assert "FloatingPointError: loss is" in errors
+    named = re.search(f"FloatingPointError: {said}", errors)
+    assert named is not None, errors
+    network = build(parse_model_spec(TINY))
+    assert named[1] in {name for name, _ in (*network.named_modules(), *network.named_parameters())}
+
+
+def test_ranks_stop_together_when_one_of_them_is_not_finite(tmp_path: Path, root: Path) -> None:
+    folder = write_plan(tmp_path / "plan", 2, accumulation=2)
+    make_run_folders(tmp_path / "run", folder)
+    out = tmp_path / "said"
+    run_ranks_of([root / "tests" / "programs" / "poison.py", folder, tmp_path / "run", out], 2, tmp_path / "log")
+    said = [out.with_suffix(f".{rank}").read_text() for rank in (0, 1)]
+    assert said == ["step 2: loss is nan: first not finite: network (input), on rank 1"] * 2

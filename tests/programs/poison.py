@@ -1,0 +1,47 @@
+"""Run by every rank: two steps, of which the second has one image on the last rank that is not finite.
+
+Every rank writes what it raised.
+
+usage: poison.py PLAN_FOLDER RUN_FOLDER OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from translution.distributed.data import load_samples, micro_batches
+from translution.distributed.train import Rank
+from translution.planner.plan import load_plan
+
+
+def main(plan_folder: Path, run: Path, out: Path) -> None:
+    plan = load_plan(plan_folder)
+    training = plan.training
+    rank = Rank(plan, run)
+    rank.start()
+    samples, _ = load_samples(plan.model, training.data, training.seed)
+    stream = micro_batches(
+        samples,
+        micro_batch=training.micro_batch,
+        accumulation=training.accumulation,
+        rank=rank.rank,
+        ranks=rank.ranks,
+        seed=training.seed,
+    )
+    rank.checked_step(next(stream), None)
+    rank.step, batches = 1, next(stream)
+    if rank.rank == rank.ranks - 1:
+        batches[-1].inputs[3] = torch.nan
+    try:
+        rank.checked_step(batches, None)
+    except FloatingPointError as error:
+        out.with_suffix(f".{rank.rank}").write_text(str(error))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:]))
