@@ -64,13 +64,14 @@ def prepare_ops(ops: Sequence[str], environment: Mapping[str, str], log: Path) -
         except subprocess.TimeoutExpired:
             raise RunFailedError(
                 f"DeepSpeed's ops did not compile in {seconds:.0f} s: if nothing else is "
-                f"compiling, remove the stale file named lock under {_extensions_folder()} (log: {log})"
+                f"compiling, remove the stale file named lock under {extensions_folder()} (log: {log})"
             ) from None
     if result.returncode:
         raise RunFailedError(f"DeepSpeed's ops do not compile: {', '.join(ops)} (log: {log})")
 
 
-def _extensions_folder(environment: Mapping[str, str] = os.environ) -> Path:
+def extensions_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where torch keeps compiled ops."""
     return Path(environment.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
 
 
@@ -97,7 +98,7 @@ def remove_stale_locks(environment: Mapping[str, str] = os.environ) -> list[Path
 
     Source: torch 2.13, utils/file_baton.py and utils/cpp_extension.py.
     """
-    locks = [path.resolve() for path in _extensions_folder(environment).glob("**/lock")]
+    locks = [path.resolve() for path in extensions_folder(environment).glob("**/lock")]
     if not locks or not Path("/proc/self/fd").exists():
         return []
     held, removed = _held_files(), []

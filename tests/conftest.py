@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from report_folders import MALICIOUS, plan_folder, run_folder
 
 from translution.cli.app import run
 from translution.distributed.machine import launch_environment
-from translution.distributed.ops import prepare_ops
+from translution.distributed.ops import extensions_folder, prepare_ops
 from translution.planner.cluster import local_cpu_cluster
 
 # A machine with other work to do is no slower for being right.
@@ -24,11 +25,14 @@ settings.load_profile("any machine")
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["CXX"] = str(ROOT / "tests" / "programs" / "cxx.py")
 RUNS_RANKS = (
     "test_accuracy",
     "test_calibrate",
     "test_emission",
     "test_hosts",
+    "test_kills",
+    "test_offload",
     "test_rehearse",
     "test_resume",
     "test_runs",
@@ -48,10 +52,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     ops = ["ShareMemCommBuilder", "CPUAdamBuilder"]
     if Path("/usr/include/libaio.h").exists():
         ops.append("AsyncIOBuilder")
+    _compiling.append(threading.Thread(target=compile_ops, args=(ops,)))
+    _compiling[0].start()
+
+
+def compile_ops(ops: list[str]) -> None:
     environment = launch_environment(local_cpu_cluster(1)) | {"MAX_JOBS": "2"}
     log = Path(tempfile.gettempdir()) / f"translution-ops-{os.getpid()}.log"
-    _compiling.append(threading.Thread(target=prepare_ops, args=(ops, environment, log)))
-    _compiling[0].start()
+    prepare_ops(ops, environment, log)
+    shutil.rmtree(extensions_folder() / "precompiled", ignore_errors=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

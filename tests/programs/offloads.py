@@ -1,0 +1,33 @@
+"""Run by every rank: trains one plan after another, each to its end, in the same processes.
+
+usage: offloads.py PLAN_FOLDER...; each gets the run folder ``run``
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+
+from translution.distributed import host
+from translution.distributed.run_files import make_run_folders
+from translution.distributed.train import Rank
+from translution.planner.plan import load_plan
+
+
+def main(folders: list[Path]) -> None:
+    for folder in folders:
+        plan = load_plan(folder)
+        make_run_folders(folder / "run", folder)
+        rank = Rank(plan, folder / "run")
+        rank.train()
+        host.remove_swap_files(plan.zero.offload_optimizer.nvme_path, rank.rank)
+        del rank
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main([Path(folder) for folder in sys.argv[1:]])
+    import torch
+
+    torch.distributed.destroy_process_group()
