@@ -17,7 +17,7 @@ from .host import remove_shared_buffers
 from .ops import needed_ops, prepare_ops
 from .preflight import preflight
 from .processes import OnMetrics, run_ranks
-from .resume import run_to_resume
+from .resume import reshard_text, run_to_resume
 from .run_files import CONTINUE, LOG, RUNS, clear_statuses, judge, make_run_folders
 
 OnStage = Callable[[str], None]
@@ -195,6 +195,8 @@ def launch(
     if resume:
         run, saved = run_to_resume(plan, plan_folder, run)
         on_stage(f"going on with {run} from step {saved.manifest.step}")
+        if text := reshard_text(plan, saved):
+            on_stage(text)
         options = (*options, "--mode", CONTINUE)
     else:
         run = new_run_folder(plan_folder, run)

@@ -141,6 +141,12 @@ def clear_statuses(run: Path) -> None:
         path.unlink()
 
 
+def forget_measurements(run: Path) -> None:
+    """Remove what ranks measured before the run took on another layout."""
+    for path in memory_path(run, 0).parent.glob("rank_*.json"):
+        path.unlink()
+
+
 def trim_metrics(run: Path) -> None:
     """Cut off the line that a killed run has left torn."""
     path = run / METRICS
