@@ -138,7 +138,7 @@ class Stored:
         groups = model["param_shapes"]
         for group in groups:
             self.shapes |= group
-        self._take_scales(vars(self._vectors.state(0)["loss_scaler"]))
+        self._take_scales(self._vectors.state(0).get("loss_scaler"))
         for rank in range(self.ranks):
             for number, group in enumerate(groups):
                 numels = {name: shape.numel() for name, shape in group.items()}
@@ -149,8 +149,8 @@ class Stored:
         groups = model["param_shapes"]
         for group in groups:
             self.shapes |= group
-        # DeepSpeed's optimizer for bf16 with fp32 accumulation has no scaler.
-        self._take_scales(getattr(self._vectors.state(0).get("loss_scaler"), "__dict__", {}))
+        # DeepSpeed's optimizer for bf16 with fp32 accumulation has none.
+        self._take_scales(self._vectors.state(0).get("loss_scaler"))
         states = [self._vectors.state(rank)["param_slice_mappings"] for rank in range(self.ranks)]
         for number in range(len(groups)):
             spans = [{name: (part.start, part.numel) for name, part in state[number].items()} for state in states]
@@ -163,7 +163,7 @@ class Stored:
         saved = model["optimizer"]
         values = {name: value for name, value in model["module"].items() if name not in model["buffer_names"]}
         self.shapes = {name: value.shape for name, value in values.items()}
-        self._take_scales(saved)
+        self.scales = {name: saved[name] for name in SCALES if name in saved}
         masters = saved["fp32_groups"][0] if "fp32_groups" in saved else list(values.values())
         states = saved.get("optimizer_state_dict", saved)["state"]
         self._vectors._known[0] = [
@@ -172,8 +172,8 @@ class Stored:
         for number, (name, value) in enumerate(values.items()):
             yield 0, number, Fragment(name, 0, value.numel(), 0)
 
-    def _take_scales(self, scaler: Mapping[str, Any]) -> None:
-        self.scales = {name: scaler[name] for name in SCALES if name in scaler}
+    def _take_scales(self, scaler: object) -> None:
+        self.scales = {name: value for name, value in getattr(scaler, "__dict__", {}).items() if name in SCALES}
 
     def _arrange(self, fragments: list[tuple[int, int, Fragment]]) -> None:
         """Sort all fragments by where they lie in the untiled network's parameters."""

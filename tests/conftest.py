@@ -24,7 +24,9 @@ settings.load_profile("any machine")
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS_RANKS = ("test_accuracy", "test_calibrate", "test_emission", "test_rehearse", "test_resume", "test_runs")
+RUNS_RANKS = (
+    "test_accuracy", "test_calibrate", "test_emission", "test_rehearse", "test_reshard", "test_resume", "test_runs"
+)  # fmt: skip
 """Modules that start ranks. They run last: DeepSpeed's ops compile for minutes, beside the others."""
 _compiling: list[threading.Thread] = []
 

@@ -53,6 +53,11 @@ CHAINS: dict[str, tuple[dict[str, Any], list[Layout]]] = {
     ),
     "adagrad-fp32": ({"optimizer": "adagrad"}, [NONE, CPU, {"stage": 0}, NVME, {"stage": 2}, NONE]),
     "sgd-fp32": ({"optimizer": "sgd"}, [NONE, {"stage": 2}, {"stage": 0}, {"stage": 1}, NONE]),
+    "adamw-short": (
+        {"precision": "bf16"},
+        [NONE, NVME, {"stage": 2}, {"stage": 0}, HALF, {"stage": 1, "tile": 7}],
+    ),
+    "sgd-short": ({"optimizer": "sgd"}, [NONE, {"stage": 2, "tile": 7}, {"stage": 0}]),
     "sgd-plain-fp32": ({"optimizer": "sgd", "momentum": 0.0}, [NONE, {"stage": 0}, NONE]),
 }
 NAMES = {
