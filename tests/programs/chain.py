@@ -106,14 +106,14 @@ def joined(found: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
-    """The largest difference between two engines by kind of value; NaN where they hold different names."""
+    """The largest difference between two engines by kind of value; infinite where they hold different names."""
     result: dict[str, float] = {}
     for name in {*one, *other}:
-        kind = name.split(" ", 1)[-1].rpartition("parameter")[1] or ("master" if "master" in name else "state")
+        kind = name.split(" ")[-1]
+        kind = kind if kind in ("parameter", "master") else "state"
         same = name in one and name in other and one[name].shape == other[name].shape
-        difference = float((one[name] - other[name]).norm(torch.inf)) if same and one[name].numel() else 0.0
-        difference = difference if same else float("nan")
-        result[kind] = difference if difference != difference else max(result.get(kind, 0.0), difference)
+        difference = float((one[name] - other[name]).double().norm(torch.inf)) if same and one[name].numel() else 0.0
+        result[kind] = max(result.get(kind, 0.0), difference if same else float("inf"))
     return result
 
 
@@ -183,8 +183,10 @@ def run_chain(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def main(folder: Path, *chains: str) -> None:
-    results = {name: run_chain(folder, name) for name in chains or CHAINS}
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    results = {}
+    for name in chains or CHAINS:
+        results[name] = run_chain(folder, name)
+        (folder / "results.json").write_text(json.dumps(results, indent=1))
     torch.distributed.destroy_process_group()
 
 
