@@ -44,7 +44,9 @@ class Vector:
 
     def __init__(self, master: Tensor, state: Mapping[str, Any], swapped: Path) -> None:
         self._tensors = {MASTER: master}
-        self._tensors |= {kind: value for name, value in state.items() if (kind := kind_of(name)) and _is_tensor(value)}
+        self._tensors |= {
+            kind: value for name, value in state.items() if (kind := kind_of(name)) and isinstance(value, Tensor)
+        }
         self._swapped = swapped
         self.step = int(state.get("step", 0))
 
@@ -61,10 +63,6 @@ class Vector:
         if tensor.numel() == 0 and identity is not None and path.is_file():
             return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="c"))
         return tensor.detach().reshape(-1)
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
 
 
 class _Vectors:
