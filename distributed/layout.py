@@ -10,7 +10,7 @@ runtime/zero/stage3.py (a sub-group's vector is its parameters' shares, one afte
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _TILE = re.compile(r"(.*\.(?:logit_tiles|value_tiles|tables\.[qkv]))\.(\d+)\.(\w+)")
@@ -45,11 +45,6 @@ def sub_group_fragments(numels: Mapping[str, int], ranks: int, rank: int) -> lis
             fragments.append(Fragment(name, start, count, offset))
         offset += share
     return fragments
-
-
-def sub_group_numel(numels: Iterable[int], ranks: int) -> int:
-    """Elements of each rank's vector of one ZeRO-3 sub-group, padding included."""
-    return sum(-(-numel // ranks) for numel in numels)
 
 
 def successive_fragments(spans: Sequence[Mapping[str, tuple[int, int]]]) -> list[list[Fragment]]:
