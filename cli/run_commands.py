@@ -214,3 +214,20 @@ def verify(
     from .verify import run_verify
 
     run_verify(folder, as_json=json)
+
+
+@app.command(
+    epilog="Examples: **translution export plans/small/runs/001 --out small.safetensors** · "
+    "**translution export plans/small/runs/001 --out small.safetensors --dtype bf16**"
+)
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="Its newest checkpoint is exported.")],
+    out: Annotated[Path, typer.Option(help="File to write (safetensors).")],
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a run's network as one file, tables whole, for inference on one process."""
+    from .export import run_export
+
+    run_export(run_folder, out, dtype, force=force, as_json=json)

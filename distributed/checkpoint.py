@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, and that a resumed run continues to the bit.
 
     checkpoint/step_N/              what DeepSpeed 0.19.8 saves, one set of files per rank
+    checkpoint/step_N/plan.json     how it was saved: ranks, stage, offload, tiles
     checkpoint/step_N/device/       moments of sub-groups that a partial offload leaves on the device
     checkpoint/step_N/manifest.json the step, the ranks and the size of every file: written last
     checkpoint/latest               the name of the newest, as DeepSpeed's own tools read it
@@ -26,24 +27,26 @@ import torch
 
 from translution.planner.errors import TranslutionError
 from translution.planner.files import write_text
+from translution.planner.plan import PLAN_FILE, Plan
 
 from .manifest import MANIFEST, Manifest, tags
+from .stored import DEVICE
 
-LATEST, DEVICE = "latest", "device"
+LATEST = "latest"
 
 
 class CheckpointError(TranslutionError):
     """A checkpoint could not be written."""
 
 
-def save(engine: Any, folder: Path, step: int, *, keep: int, tag: str | None = None) -> None:
+def save(engine: Any, folder: Path, step: int, plan: Plan, *, tag: str | None = None) -> None:
     """Save a checkpoint whole, or leave everything as it was; called on every rank.
 
     Args:
         engine: DeepSpeed's.
         folder: the run's checkpoint folder.
         step: optimizer steps done.
-        keep: so many of the newest stay.
+        plan: how the engine was made; it says how many of the newest checkpoints stay.
         tag: its name; ``step_N`` by default, and only those count as checkpoints of a run.
 
     Raises:
@@ -63,8 +66,9 @@ def save(engine: Any, folder: Path, step: int, *, keep: int, tag: str | None = N
         _save_device_moments(engine, folder / partial)
         torch.distributed.barrier()
         if rank == 0:
+            write_text(folder / partial / PLAN_FILE, plan.model_dump_json(indent=2) + "\n")
             _complete(folder, partial, tag, step, torch.distributed.get_world_size())
-            _prune(folder, keep)
+            _prune(folder, plan.training.keep_checkpoints)
     except (OSError, RuntimeError, TranslutionError) as error:
         text = " ".join(str(error).split())[:200]
         whole = tags(folder)

@@ -20,7 +20,7 @@ from .preflight import preflight, refuse
 from .processes import OnMetrics, run_ranks
 from .remote import run_remote_ranks
 from .remote_preflight import look_at_hosts, prepare_hosts
-from .resume import run_to_resume
+from .resume import reshard_text, run_to_resume
 from .run_files import CONTINUE, LOG, RUNS, clear_statuses, judge, make_run_folders
 
 OnStage = Callable[[str], None]
@@ -175,6 +175,8 @@ def launch(
     if resume:
         run, saved = run_to_resume(plan, plan_folder, run)
         on_stage(f"going on with {run} from step {saved.manifest.step}")
+        if text := reshard_text(plan, saved):
+            on_stage(text)
         mode = CONTINUE
     else:
         run = new_run_folder(plan_folder, run, shared=where.no_ssh)

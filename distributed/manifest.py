@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from translution.planner.errors import InputError
+from translution.planner.plan import PLAN_FILE, Plan, load_plan
 from translution.planner.schema import Schema, parse_json
 
 MANIFEST = "manifest.json"
@@ -31,6 +32,16 @@ class Saved(Schema):
     """The run's checkpoint folder."""
     tag: str
     manifest: Manifest
+
+    def plan(self) -> Plan:
+        """How it was saved.
+
+        Raises:
+            InputError: if no plan is there.
+        """
+        own = self.folder / self.tag
+        # Before checkpoints held their plan, a run could not go on with another layout.
+        return load_plan(own if (own / PLAN_FILE).is_file() else self.folder.parent)
 
 
 _MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)

@@ -23,7 +23,7 @@ from .recorder import Between, Recorder, Watch
 from .run_files import METRICS, RankStatus, write_status
 from .stopping import StopRequest
 
-_MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
@@ -132,7 +132,7 @@ class EngineRank:
         """The network's logits for a micro-batch."""
         inputs = batch.inputs.to(self.engine.device)
         if inputs.is_floating_point():
-            inputs = inputs.to(_MODEL_DTYPES[self.plan.training.precision])
+            inputs = inputs.to(MODEL_DTYPES[self.plan.training.precision])
         logits: Tensor = self.engine(inputs)
         return logits
 

@@ -158,6 +158,12 @@ def clear_statuses(run: Path, ranks: Iterable[int]) -> None:
         status_path(run, rank).unlink(missing_ok=True)
 
 
+def forget_measurements(run: Path) -> None:
+    """Remove what ranks measured before the run took on another layout."""
+    for path in memory_path(run, 0).parent.glob("rank_*.json"):
+        path.unlink()
+
+
 def trim_metrics(run: Path) -> None:
     """Cut off the line that a killed run has left torn."""
     path = run / METRICS

@@ -24,7 +24,7 @@ from translution.planner.plan import Plan, load_plan
 from translution.planner.provenance import provenance
 from translution.planner.simulation import BACKWARD, FORWARD, RESUME, SAVE, STEP
 
-from . import checkpoint, host, measure
+from . import checkpoint, host, measure, reshard
 from .augment import Augmenter
 from .control import follow_beat, require_beat
 from .data import Samples, Source, load_samples, micro_batches
@@ -35,9 +35,9 @@ from .manifest import newest, tags
 from .monitor import RunMonitor
 from .packages import check_training_packages
 from .processes import end_with_launcher
-from .rank import EngineRank
+from .rank import MODEL_DTYPES, EngineRank
 from .recorder import RunPhase, Watch, run_phase
-from .resume import check_resumable
+from .resume import check_resumable, layout_changes
 from .run_files import (
     CHECKPOINT,
     CONTINUE,
@@ -175,8 +175,8 @@ class Rank(EngineRank):
         assert self.recorder is not None
         # A second process that measures the same run saves beside the first one's checkpoint.
         tag = None if self.watch == "allocations" else f"{self.watch}_{self.step}"
-        folder, keep = self.run / CHECKPOINT, self.plan.training.keep_checkpoints
-        self.recorder.record(SAVE, lambda: checkpoint.save(self.engine, folder, self.step, keep=keep, tag=tag))
+        folder = self.run / CHECKPOINT
+        self.recorder.record(SAVE, lambda: checkpoint.save(self.engine, folder, self.step, self.plan, tag=tag))
         if self.watch == "process":
             self.add_measurement()
         elif measured is not None:
@@ -186,14 +186,18 @@ class Rank(EngineRank):
         """Read the run's newest checkpoint into the engine; the steps that it had done.
 
         Raises:
-            InputError: if there is none, or it is damaged.
+            InputError: if there is none, or it is damaged or another model's.
         """
         assert self.recorder is not None
         folder = self.run / CHECKPOINT
         saved = newest(folder)
         if saved is None:
             raise InputError(f"{folder}: holds no whole checkpoint")
-        self.recorder.record(RESUME, lambda: checkpoint.load(self.engine, folder, saved.tag))
+        if layout_changes(self.plan, saved.plan()):
+            dtype = MODEL_DTYPES[self.plan.training.states_dtype]
+            self.recorder.record(RESUME, lambda: reshard.load(self.engine, saved, dtype))
+        else:
+            self.recorder.record(RESUME, lambda: checkpoint.load(self.engine, folder, saved.tag))
         return saved.manifest.step
 
     def resume(self) -> None:

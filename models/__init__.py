@@ -4,6 +4,7 @@ from .adapters import load_tables, replace_attention, tables_from_state_dict
 from .attention import AbsoluteTranslution, BiasAttention, SelfAttention, ShawAttention
 from .layers import AlphaTranslution, Translution
 from .networks import build
+from .saved import load_network
 
 __all__ = [
     "AbsoluteTranslution",
@@ -13,6 +14,7 @@ __all__ = [
     "ShawAttention",
     "Translution",
     "build",
+    "load_network",
     "load_tables",
     "replace_attention",
     "tables_from_state_dict",

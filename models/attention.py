@@ -37,7 +37,12 @@ class RotaryTurn(nn.Module):
         multiple = 2 if geometry.width == 1 else 4
         if head_dim % multiple:
             raise InputError(f"head_dim: {head_dim} is not allowed: must be a multiple of {multiple} for rotary")
-        angles = rotary_angles(geometry, head_dim)
+        self.geometry, self.head_dim = geometry, head_dim
+        self.reset()
+
+    def reset(self) -> None:
+        """Compute the angles; a network that was built on the meta device has none."""
+        angles = rotary_angles(self.geometry, self.head_dim)
         dtype = torch.get_default_dtype()
         self.register_buffer("cosine", angles.cos().to(dtype), persistent=False)
         self.register_buffer("sine", angles.sin().to(dtype), persistent=False)

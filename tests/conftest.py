@@ -21,22 +21,16 @@ from translution.planner.cluster import local_cpu_cluster
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
+os.environ["CXX"] = str(Path(__file__).parent / "programs" / "cxx.py")
+
 # The tests' tensors are tiny: with a second thread their kernels mostly wait for each other.
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ["CXX"] = str(ROOT / "tests" / "programs" / "cxx.py")
-RUNS_RANKS = (
-    "test_accuracy",
-    "test_calibrate",
-    "test_emission",
-    "test_hosts",
-    "test_kills",
-    "test_offload",
-    "test_rehearse",
-    "test_resume",
-    "test_runs",
-)
+RUNS_RANKS = [
+    f"test_{name}"
+    for name in "accuracy calibrate emission hosts kills offload rehearse reshard resume runs slurm".split()
+]
 """Modules that start ranks. They run last: DeepSpeed's ops compile for minutes, beside the others."""
 _compiling: list[threading.Thread] = []
 

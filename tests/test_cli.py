@@ -55,7 +55,7 @@ def test_the_papers_vit_b_is_explained(capsys: Captured) -> None:
 
 
 def test_help_teaches_by_example(capsys: Captured) -> None:
-    for command in ("estimate", "plan", "clusters", "launch", "rehearse", "verify"):
+    for command in ("estimate", "plan", "clusters", "launch", "rehearse", "verify", "export"):
         assert run([command, "--help"]) == 0
         assert f"translution {command}" in " ".join(capsys.readouterr().out.split())
 
