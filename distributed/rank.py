@@ -19,6 +19,7 @@ from translution.planner.simulation import INIT
 
 from .data import Samples, Source
 from .host import interface_towards
+from .nvme import mend_gradient_reads
 from .recorder import Between, Recorder, Watch
 from .run_files import METRICS, RankStatus, write_status
 from .stopping import StopRequest
@@ -126,6 +127,8 @@ class EngineRank:
         torch.manual_seed(self.plan.training.seed + 1 + self.rank)
         model, self.model = self.model, None
         assert model is not None
+        if self.plan.zero.offload_optimizer.device == "nvme":
+            mend_gradient_reads()
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=self.config())
 
     def outputs(self, batch: Samples) -> Tensor:

@@ -27,10 +27,19 @@ os.environ["CXX"] = str(Path(__file__).parent / "programs" / "cxx.py")
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS_RANKS = [
-    f"test_{name}"
-    for name in "accuracy calibrate emission hosts kills offload rehearse reshard resume runs slurm".split()
-]
+RUNS_RANKS = (
+    "test_accuracy",
+    "test_calibrate",
+    "test_emission",
+    "test_hosts",
+    "test_kills",
+    "test_offload",
+    "test_rehearse",
+    "test_reshard",
+    "test_resume",
+    "test_runs",
+    "test_slurm",
+)
 """Modules that start ranks. They run last: DeepSpeed's ops compile for minutes, beside the others."""
 _compiling: list[threading.Thread] = []
 
