@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +24,8 @@ SHARED_BUFFER_BYTES = 69_206_024
 """Of each CPU rank in /dev/shm. Source: DeepSpeed 0.19.8, csrc/cpu/comm/shm.cpp."""
 _STATE_BYTES = 12
 """Of a parameter in a checkpoint: its fp32 copy and two moments."""
+_SPEED_MIB = 64
+"""Written and read to see how fast a drive is: an impression, not `calibrate`'s measurement."""
 _MEMORY_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 
 
@@ -78,7 +81,39 @@ def _nvme(plan: Plan, path: Path) -> Iterator[Check]:
         yield Check(name=name, passed=False, text=f"lies in memory ({kind}): plan with a folder on a drive")
         return
     needed = plan.prediction.highest("nvme") * plan.cluster.ranks_per_node
-    yield _room(name, needed, shutil.disk_usage(path).free, "free some, or plan with another drive")
+    room = _room(name, needed, shutil.disk_usage(path).free, "free some, or plan with another drive")
+    yield room
+    if room.passed:
+        yield _speed(plan, path)
+
+
+def _speed(plan: Plan, path: Path) -> Check:
+    """How fast the drive is, beside what was planned with; it never keeps a run from starting."""
+    name = f"NVMe speed of {path}"
+    block = memoryview(bytes(2**20))
+    try:
+        with tempfile.TemporaryFile(dir=path, buffering=0) as file:
+            began = time.perf_counter()
+            for _ in range(_SPEED_MIB):
+                file.write(block)
+            os.fsync(file.fileno())
+            written = time.perf_counter()
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            file.seek(0)
+            while file.read(2**20):
+                pass
+            read = time.perf_counter()
+    except OSError as error:
+        return Check(name=name, passed=True, text=f"could not be measured: {error.strerror}")
+    rates = {"written": written - began, "read": read - written}
+    cluster = plan.cluster
+    planned = {"written": cluster.nvme_write_bytes_per_s, "read": cluster.nvme_read_bytes_per_s}
+    texts = []
+    for what, seconds in rates.items():
+        rate = planned[what]
+        beside = f" (planned with {format_bytes(round(rate))})" if rate else ""
+        texts.append(f"{format_bytes(round(_SPEED_MIB * 2**20 / seconds))} {what} per second{beside}")
+    return Check(name=name, passed=True, text=", ".join(texts))
 
 
 def _data(plan: Plan) -> Check:

@@ -67,3 +67,16 @@ def test_an_unfit_nvme_folder_is_named(fault: str, tmp_path: Path, capsys: pytes
         error = refused(folder, capsys)
     said = "lies in memory (tmpfs)" if fault == "in memory" else "is no folder: make it (mkdir -p"
     assert f"NVMe folder {path}: {said}" in error
+
+
+def test_an_nvme_folder_that_is_fit_passes_with_its_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_plan(tmp_path / "plan", 2, model=SWAPPED, tile=16, offload="nvme-optimizer", nvme_path=tmp_path)
+    plan = load_plan(folder)
+    cluster = plan.cluster.model_copy(update={"nvme_write_bytes_per_s": 2.0**30})
+    write_plan_folder(plan.model_copy(update={"cluster": cluster}), folder, force=True)
+    assert run(["preflight", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert f"ok      NVMe speed of {tmp_path}: " in printed
+    assert "written per second (planned with 1.00 GiB), " in printed
+    assert "read per second\n" in printed
+    assert list(tmp_path.iterdir()) == [folder]
