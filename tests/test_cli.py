@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from translution.cli.app import run
+from translution.distributed.command import decode
 from translution.planner.cluster import usable_cores
 from translution.planner.model_spec import OPERATORS
 
@@ -162,14 +163,33 @@ def test_names_are_printed_as_they_are(tmp_path: Path, root: Path, capsys: Captu
     assert "[/x]" in capsys.readouterr().out
 
 
-def test_several_nodes_get_a_command_to_fill_in_and_no_launch(tmp_path: Path, capsys: Captured) -> None:
-    folder = str(tmp_path / "plan")
+def test_several_nodes_need_a_hostfile(tmp_path: Path, capsys: Captured) -> None:
+    folder, hosts = str(tmp_path / "plan"), tmp_path / "hosts"
     arguments = ["plan", "vit-base/16", "--cluster", "2x8xH100", "--data", "synthetic", "--out", folder]
     assert run([*arguments, "--precision", "bf16", "--micro-batch", "1"]) == 0
-    assert run(["launch", folder, "--dry-run"]) == 0
-    assert "--hostfile HOSTFILE --no_ssh --node_rank NODE_RANK --master_addr FIRST_HOST" in capsys.readouterr().out
-    assert run(["launch", folder]) == 2
-    assert "nodes: 2 is not allowed" in capsys.readouterr().err
+    capsys.readouterr()
+    for words in ([], ["--dry-run"]):
+        assert run(["launch", folder, *words]) == 2
+        assert capsys.readouterr().err.startswith("translution: error: hostfile: is required for a plan of 2 nodes")
+    hosts.write_text("one slots=8\nme@two slots=8\n")
+    by_hand = ["--hostfile", str(hosts), "--no-ssh", "--node-rank"]
+    for rank, run_folder, expected in (
+        ("2", ["--run", "r"], "node_rank: 2 is not allowed: must be from 0 to 1"),
+        ("1", [], "run: is required with --no-ssh"),
+    ):
+        assert run(["launch", folder, *by_hand, rank, *run_folder]) == 2
+        assert expected in capsys.readouterr().err
+    assert run(["launch", folder, *by_hand, "1", "--run", str(tmp_path / "r"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert f"--hostfile {hosts} --master_addr one --no_ssh --node_rank 1 --master_port 29500" in printed
+    assert run(["launch", folder, "--hostfile", str(hosts), "--ssh-port", "2222", "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("cd / && ")
+    assert "--launcher pdsh --force_multi --no_ssh_check --ssh_port 2222" in captured.out
+    told = decode(captured.out.split()[-1])
+    assert (told.plan_folder, told.run) == (tmp_path / "plan", tmp_path / "plan" / "runs" / "001")
+    assert told.environment["OMP_NUM_THREADS"] == "14"
+    assert not (tmp_path / "plan" / "runs").exists()
 
 
 def test_clusters_are_listed_with_their_sources(capsys: Captured) -> None:

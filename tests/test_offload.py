@@ -30,7 +30,7 @@ OFFLOADS: dict[str, dict[str, Any]] = {
 
 
 def test_twenty_steps_of_every_offload_give_the_losses_of_none(tmp_path: Path, root: Path) -> None:
-    nvme = tmp_path / "nvme"
+    nvme = tmp_path / "drive"
     nvme.mkdir()
     common: dict[str, Any] = {"steps": STEPS, "learning_rate": 1e-3, "tile": 52, "evaluation_samples": 64}
     folders = []

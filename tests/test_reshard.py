@@ -21,13 +21,13 @@ from torch import Tensor
 
 from translution.cli.app import run as run_cli
 from translution.distributed.data import load_samples
-from translution.distributed.launch import free_port, launch_environment
 from translution.distributed.layout import (
     Fragment,
     sub_group_fragments,
     successive_fragments,
     whole_places,
 )
+from translution.distributed.machine import free_port, launch_environment
 from translution.distributed.ops import prepare_ops
 from translution.distributed.resume import check_same, layout_changes, reshard_text
 from translution.distributed.run_files import CHECKPOINT, METRICS, memory_path
@@ -307,7 +307,7 @@ def test_a_run_goes_on_on_fewer_ranks_and_then_on_more_with_other_offload(
     assert run_cli(["export", str(run), "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 6
     network = load_network(out)
-    _, held_out = load_samples(parse_model_spec(WIDE), "digits", 0)
+    _, held_out = load_samples(parse_model_spec(WIDE), TrainingSpec())
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(network(held_out.inputs), held_out.targets)
     assert float(loss) == pytest.approx(two["evaluation"], rel=1e-5)

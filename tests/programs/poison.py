@@ -22,7 +22,7 @@ def main(plan_folder: Path, run: Path, out: Path) -> None:
     training = plan.training
     rank = Rank(plan, run)
     rank.start()
-    samples, _ = load_samples(plan.model, training.data, training.seed)
+    samples, _ = load_samples(plan.model, training)
     stream = micro_batches(
         samples,
         micro_batch=training.micro_batch,
