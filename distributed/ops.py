@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from translution.planner.errors import RunFailedError
+from pydantic import TypeAdapter
+
+from translution.planner.errors import InputError, RunFailedError, TranslutionError
+from translution.planner.files import write_text
 from translution.planner.plan import Plan
+from translution.planner.schema import Schema, parse_json
 
 from .host import file_system
 
@@ -25,6 +31,7 @@ for name in sys.argv[1:]:
 """
 COMPILE_SECONDS = 900.0
 """How long one op may take: the longest, for NVMe, takes four minutes on two quiet cores."""
+_PREPARED = "translution-prepared.json"
 _OPTIMIZERS = {"adamw": "CPUAdamBuilder", "lion": "CPULionBuilder", "adagrad": "CPUAdagradBuilder"}
 
 
@@ -40,7 +47,7 @@ def needed_ops(plan: Plan) -> tuple[str, ...]:
 
 
 def prepare_ops(ops: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-    """Compile ops in one process; those that are compiled already are only loaded.
+    """Compile ops in one process; those that are compiled already are only loaded, or looked at.
 
     Args:
         ops: names of builders.
@@ -50,13 +57,16 @@ def prepare_ops(ops: Sequence[str], environment: Mapping[str, str], log: Path) -
     Raises:
         RunFailedError: if one does not compile, or waits on the lock that a killed compilation left.
     """
-    remove_stale_locks({**os.environ, **environment})
+    environment = {**os.environ, **environment}
+    remove_stale_locks(environment)
+    if _are_prepared(ops, environment):
+        return
     seconds = COMPILE_SECONDS * len(ops)
     with log.open("ab") as file:
         try:
             result = subprocess.run(
                 [sys.executable, "-c", _COMPILE, *ops],
-                env={**os.environ, **environment},
+                env=environment,
                 stdout=file,
                 stderr=file,
                 timeout=seconds,
@@ -64,10 +74,59 @@ def prepare_ops(ops: Sequence[str], environment: Mapping[str, str], log: Path) -
         except subprocess.TimeoutExpired:
             raise RunFailedError(
                 f"DeepSpeed's ops did not compile in {seconds:.0f} s: if nothing else is "
-                f"compiling, remove the stale file named lock under {extensions_folder()} (log: {log})"
+                f"compiling, remove the stale file named lock under {extensions_folder(environment)} (log: {log})"
             ) from None
     if result.returncode:
         raise RunFailedError(f"DeepSpeed's ops do not compile: {', '.join(ops)} (log: {log})")
+    _note_prepared(ops, environment)
+
+
+class _Prepared(Schema):
+    """What was found prepared last: loading ops to see that takes seconds, and a look at their files none."""
+
+    ops: tuple[str, ...]
+    made_with: dict[str, str]
+    libraries: dict[str, int]
+    """When each file was written, in ns."""
+
+
+def _made_with(environment: Mapping[str, str]) -> dict[str, str]:
+    """What compiled ops depend on, beside DeepSpeed's sources."""
+    found = {"python": sys.version, "executable": sys.executable, "CXX": environment.get("CXX", "")}
+    for package in ("torch", "deepspeed", "ninja"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found | {"node": platform.node(), "machine": platform.machine()}
+
+
+def _libraries(environment: Mapping[str, str]) -> dict[str, int]:
+    folder = extensions_folder(environment)
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("**/*.so")}
+
+
+def _are_prepared(ops: Sequence[str], environment: Mapping[str, str]) -> bool:
+    path = extensions_folder(environment) / _PREPARED
+    try:
+        noted = parse_json(_NOTE, path.read_bytes(), str(path))
+    except (OSError, InputError):
+        return False
+    same = noted.made_with == _made_with(environment) and noted.libraries == _libraries(environment)
+    return same and set(ops) <= set(noted.ops)
+
+
+def _note_prepared(ops: Sequence[str], environment: Mapping[str, str]) -> None:
+    libraries, made_with = _libraries(environment), _made_with(environment)
+    path = extensions_folder(environment) / _PREPARED
+    with contextlib.suppress(OSError, InputError):
+        noted = parse_json(_NOTE, path.read_bytes(), str(path))
+        if noted.made_with == made_with and noted.libraries.items() <= libraries.items():
+            ops = sorted({*ops, *noted.ops})
+    with contextlib.suppress(OSError, TranslutionError):
+        note = _Prepared(ops=tuple(ops), made_with=made_with, libraries=libraries)
+        write_text(path, note.model_dump_json(indent=2) + "\n")
+
+
+_NOTE: TypeAdapter[_Prepared] = TypeAdapter(_Prepared)
 
 
 def extensions_folder(environment: Mapping[str, str] = os.environ) -> Path:

