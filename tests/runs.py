@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import forked
 
 from translution.distributed.host import remove_shared_buffers
 from translution.distributed.machine import free_port, launch_environment
@@ -36,7 +39,7 @@ def write_plan(
     **training: Any,
 ) -> Path:
     """Plan a model on this machine's ranks, on each of so many nodes, and write the folder."""
-    values = {"micro_batch": 8, "steps": 4, "warmup_steps": 1} | training
+    values = {"micro_batch": 8, "steps": 4, "warmup_steps": 1, "evaluation_samples": 64} | training
     plan = make_plan(
         parse_model_spec(model),
         local_cpu_cluster(ranks).model_copy(update={"nodes": nodes}),
@@ -54,22 +57,40 @@ def write_plan(
 def run_ranks_of(command: Sequence[object], ranks: int, log: Path) -> None:
     """Run a command once per rank to its good end; nothing of it outlives the call."""
     port = str(free_port())
-    processes = []
-    with log.open("w+") as file:
-        try:
-            for rank in range(ranks):
-                world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-                environment = {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
-                environment = os.environ | launch_environment(local_cpu_cluster(ranks)) | environment
-                arguments = [sys.executable, *map(str, command)]
-                processes.append(subprocess.Popen(arguments, env=environment, stdout=file, stderr=file))
-            codes = [process.wait(timeout=240) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-            remove_shared_buffers(port)
-        assert codes == [0] * ranks, log.read_text()[-5000:]
+    processes: list[forked.ForkServerProcess | subprocess.Popen[bytes]] = []
+    log.touch()
+    try:
+        for rank in range(ranks):
+            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            environment = os.environ | launch_environment(local_cpu_cluster(ranks)) | environment
+            processes.append(start([*map(str, command)], environment, log))
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and None in (codes := [exit_code(process) for process in processes]):
+            if any(codes):
+                break
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join() if isinstance(process, forked.ForkServerProcess) else process.wait()
+        remove_shared_buffers(port)
+    logs = [log, *log.parent.rglob("rank_*.log")]
+    assert codes == [0] * ranks, [path.read_text()[-5000:] for path in logs]
+
+
+def start(
+    arguments: list[str], environment: dict[str, str], log: Path
+) -> forked.ForkServerProcess | subprocess.Popen[bytes]:
+    # How the C library allocates is read when a process begins.
+    if not any(name.startswith("MALLOC_") for name in environment):
+        return forked.start(arguments, environment, log)
+    with log.open("ab") as file:
+        return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=file, stderr=file)
+
+
+def exit_code(process: forked.ForkServerProcess | subprocess.Popen[bytes]) -> int | None:
+    return process.exitcode if isinstance(process, forked.ForkServerProcess) else process.poll()
 
 
 def run_plan(folder: Path, ranks: int, mode: str = "train") -> Path:
