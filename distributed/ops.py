@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from translution.planner.plan import Plan
 from translution.planner.schema import Schema, parse_json
 
 from .host import file_system
+from .processes import ending_signals_raise
 
 _COMPILE = """
 import sys
@@ -61,24 +63,29 @@ def prepare_ops(ops: Sequence[str], environment: Mapping[str, str], log: Path) -
     remove_stale_locks(environment)
     if _are_prepared(ops, environment):
         return
+    if _compile(ops, environment, log):
+        raise RunFailedError(f"DeepSpeed's ops do not compile: {', '.join(ops)} (log: {log})")
+    _note_prepared(ops, environment)
+
+
+def _compile(ops: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
+    """Load ops in a process of its own; its exit code. No compiler outlives the call, whatever ends it."""
     seconds = COMPILE_SECONDS * len(ops)
-    with log.open("ab") as file:
+    with log.open("ab") as file, ending_signals_raise():
+        process = subprocess.Popen(
+            [sys.executable, "-c", _COMPILE, *ops], env=environment, stdout=file, stderr=file, start_new_session=True
+        )
         try:
-            result = subprocess.run(
-                [sys.executable, "-c", _COMPILE, *ops],
-                env=environment,
-                stdout=file,
-                stderr=file,
-                timeout=seconds,
-            )
+            return process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise RunFailedError(
                 f"DeepSpeed's ops did not compile in {seconds:.0f} s: if nothing else is "
                 f"compiling, remove the stale file named lock under {extensions_folder(environment)} (log: {log})"
             ) from None
-    if result.returncode:
-        raise RunFailedError(f"DeepSpeed's ops do not compile: {', '.join(ops)} (log: {log})")
-    _note_prepared(ops, environment)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 class _Prepared(Schema):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from runs import write_plan
 from torch.utils.file_baton import FileBaton
 
 from translution.distributed import ops
@@ -87,18 +92,63 @@ def test_only_a_lock_that_nobody_holds_is_removed(tmp_path: Path) -> None:
     batons[1].release()
 
 
+def compilers(folder: Path) -> list[int]:
+    """Processes that were told to work in a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"TORCH_EXTENSIONS_DIR={folder}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_a_killed_compilation_leaves_nothing_that_the_next_would_wait_for(
+    tmp_path: Path,
+) -> None:
+    folder, extensions = write_plan(tmp_path / "plan", 1), tmp_path / "extensions"
+    command = [sys.executable, "-m", "translution.cli", "launch", str(folder)]
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(extensions)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (locks := list(extensions.glob("**/lock"))):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (compiling,) = [pid for pid in compilers(extensions) if "-c" in words(pid) and int(parent(pid)) == process.pid]
+        os.kill(compiling, signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1
+    assert errors.count("\n") == 1
+    assert "DeepSpeed's ops do not compile: ShareMemCommBuilder" in errors
+    assert not compilers(extensions)
+    assert all(lock.exists() for lock in locks)
+    assert remove_stale_locks(environment) == locks
+
+
+def words(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
+def parent(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+
+
 def test_ops_that_are_prepared_are_not_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     library = tmp_path / "cpu_adam" / "cpu_adam.so"
     library.parent.mkdir()
     loaded: list[list[str]] = []
 
-    def compile_them(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
-        loaded.append(command[3:])
+    def compile_them(names: list[str], *_: object) -> int:
+        loaded.append(names)
         library.touch()
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(ops.subprocess, "run", compile_them)
+    monkeypatch.setattr(ops, "_compile", compile_them)
 
     def prepare(*names: str, **environment: str) -> int:
         before = len(loaded)
