@@ -231,3 +231,22 @@ def export(
     from .export import run_export
 
     run_export(run_folder, out, dtype, force=force, as_json=json)
+
+
+@app.command(
+    epilog="Examples: **translution experiment shift --out experiments/shift** · "
+    "**translution experiment language --quick --out quick**"
+)
+def experiment(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="shift, ablation, rank, roles or language.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: raw figures, a table and a picture.")],
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of one seed, to see that it works.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; else 3.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each model; else the experiment's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in that folder.")] = False,
+    json: Json = False,
+) -> None:
+    """Ask one of the paper's questions at desk size: train small models of every operator, and compare them."""
+    from .experiment import run_and_show
+
+    run_and_show(name, out, quick=quick, seeds=seeds, steps=steps, force=force, as_json=json)
