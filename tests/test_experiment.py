@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from translution.cli.app import run
+from translution.distributed import experiment, experiments
 from translution.distributed.experiment import RESULT, ExperimentResult, Trial, run_trial
 from translution.distributed.experiments import DYNAMIC, NAMES, STATIC, find_experiment
 from translution.planner.parameters import count_parameters
@@ -106,7 +107,7 @@ def test_a_quick_experiment_writes_figures_table_and_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = find_experiment("shift").model_copy(update={"variants": find_experiment("shift").variants[:2]})
-    monkeypatch.setitem(experiment_names(), "shift", lambda: short)
+    monkeypatch.setitem(experiments._EXPERIMENTS, "shift", lambda: short)
     out = tmp_path / "shift"
     words = ["experiment", "shift", "--quick", "--seeds", "2", "--out", str(out)]
     assert run([*words, "--json"]) == 0
@@ -122,9 +123,3 @@ def test_a_quick_experiment_writes_figures_table_and_picture(
     assert "<svg" in (out / "figure.svg").read_text()
     assert run(words) == 2
     assert "exists already" in capsys.readouterr().err
-
-
-def experiment_names() -> dict[str, object]:
-    from translution.distributed import experiments
-
-    return experiments._EXPERIMENTS  # type: ignore[return-value]
