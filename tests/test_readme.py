@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import typer
 
-from translution.cli.app import run
+from translution.cli.app import app, run
 
 
 @pytest.fixture
@@ -67,6 +68,26 @@ def test_the_commands_of_the_page_on_data_work(
             assert (tmp_path / command[2] / "plan.json").exists()
         else:
             assert run(command[1:]) == 0, capsys.readouterr().err
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """What a page has its reader type, without what a shell does to it."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", "")
+    return [shlex.split(line) for line in text.splitlines() if re.match(r"( {4})?translution [a-z]", line)]
+
+
+def test_every_command_of_the_pages_is_one_that_the_program_takes(root: Path) -> None:
+    program = typer.main.get_command(app)
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    taken = set()
+    for page in pages:
+        for _, name, *arguments in commands_of(page):
+            command = program.get_command(None, name)
+            assert command is not None, (page, name)
+            command.make_context(name, [*arguments])  # Reads every option; runs nothing.
+            taken.add(name)
+    shown = {name for name, command in program.commands.items() if not command.hidden}
+    assert taken == shown, "each command has its place in a page"
 
 
 def test_the_costs_shown_are_the_planners(readme: str, capsys: pytest.CaptureFixture[str]) -> None:
