@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,6 +74,9 @@ def launch_command(
 ) -> list[str]:
     """The command that starts all ranks, or one node's: DeepSpeed's launcher with this toolkit's ``train``.
 
+    On this machine it is what DeepSpeed's runner would start, which takes seconds to do so and ignores
+    CUDA_VISIBLE_DEVICES; on hosts it is the runner.
+
     Args:
         plan: gives the number of ranks.
         plan_folder: what the ranks read.
@@ -79,12 +85,14 @@ def launch_command(
         port: of the rendezvous.
         mode: of this toolkit's ``train``.
     """
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
     ranks = ["train", str(plan_folder.resolve()), str(run.resolve())]
     ranks += ["--mode", mode] if mode != "train" else []
     if where.hostfile is None:
-        runner += ["--num_gpus", str(plan.cluster.ranks_per_node), "--master_addr", "127.0.0.1"]
+        world = json.dumps({"localhost": _devices(plan)}).encode()
+        runner = [sys.executable, "-m", "deepspeed.launcher.launch", "--master_addr", "127.0.0.1"]
+        runner += [f"--world_info={base64.urlsafe_b64encode(world).decode()}"]
     else:
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
         address = where.master_addr or read_hostfile(where.hostfile, plan.cluster)[0].rpartition("@")[2]
         runner += ["--hostfile", str(where.hostfile.resolve()), "--master_addr", address]
         if where.no_ssh:
@@ -94,6 +102,14 @@ def launch_command(
             runner += [] if where.ssh_port is None else ["--ssh_port", str(where.ssh_port)]
             ranks = ["rank", rank_command(plan_folder, run, plan.cluster, mode, follows=True).encode()]
     return [*runner, "--master_port", str(port), "--no_local_rank", "--module", "translution.cli", *ranks]
+
+
+def _devices(plan: Plan) -> list[int | str]:
+    """Which of this machine's GPUs its ranks use: those that are visible, or the first ones."""
+    count = plan.cluster.ranks_per_node
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if plan.cluster.device == "cuda" else ""
+    chosen = [name.strip() for name in visible.split(",") if name.strip()][:count]
+    return list(chosen) if len(chosen) == count else list(range(count))
 
 
 def next_run_folder(plan_folder: Path) -> Path:

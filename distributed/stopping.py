@@ -31,6 +31,14 @@ class StopRequest:
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.name = self.name or signal.Signals(number).name
 
+    def expect(self) -> None:
+        """Note SIGUSR1 from now on, while the rank is still being built: it saves after its first step.
+
+        SIGTERM still ends it at once: there is nothing to save yet.
+        """
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR1, self._handle)
+
     def _watch(self, wakeup: int) -> None:
         # The main thread may sit in a collective, where Python handles no signal; this thread is told at once.
         while data := os.read(wakeup, 1):

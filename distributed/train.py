@@ -354,6 +354,7 @@ def run_rank(rank: Rank, work: Callable[[], None]) -> None:
     """Do a rank's work, leave its last word in its status, and clear up."""
     # DeepSpeed 0.19.8 calls what torch 2.13 has renamed, and torch says so at every call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+    rank.stop.expect()
     end_with_launcher()
     follow_beat(rank.run, rank.rank, rank.stop)
     plan = rank.plan

@@ -23,7 +23,7 @@ GPT = {"family": "gpt", "context": 24, "vocabulary": 300, "dim": 192, "depth": 2
 HYBRID = {"relative_layers": "first:1", "head_dim": 64}
 LOW = {"operator": "alpha", "c1": 16, "c2": 24}
 # A rank's share of a tile must reach 1 MiB to lie on NVMe.
-SWAPPED = {"model": TINY | {"dim": 256, "depth": 3, "heads": 4}, "tile": 16}
+SWAPPED = {"model": TINY | {"dim": 256, "depth": 2, "heads": 4}, "tile": 16}
 BF16 = {"precision": "bf16"}
 CASES: dict[str, dict[str, Any]] = {
     "0-bf16": {"stage": 0, **BF16, "model": WIDE | LOW},

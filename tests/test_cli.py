@@ -141,7 +141,7 @@ def test_plan_writes_a_folder_and_dry_run_shows_the_command(tmp_path: Path, root
     assert sizes["backward"] > sizes["between steps"] > 0
     assert run(["launch", str(folder), "--dry-run"]) == 0
     command = capsys.readouterr().out
-    assert "deepspeed.launcher.runner --num_gpus 1" in command
+    assert "deepspeed.launcher.launch --master_addr 127.0.0.1 --world_info=" in command
     assert "DS_ACCELERATOR=cpu" in command
     assert command.rstrip().endswith("runs/001")
     assert not (folder / "runs").exists()

@@ -15,6 +15,7 @@ import pytest
 from real_hosts import ADDRESSES, SSH_PORT, Hosts, missing, real_hosts
 from runs import write_plan
 
+from translution.distributed import control
 from translution.distributed.command import RankCommand, decode, forwarded, runner_environment
 from translution.distributed.control import BEAT, FOLLOWS, beating, control_path, read_beat, require_beat
 from translution.distributed.hosts import read_hostfile
@@ -198,14 +199,15 @@ time.sleep(60)
 def test_a_rank_ends_with_its_launchers_beat(tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_beat(tmp_path) is None
     require_beat(tmp_path)  # Not a rank that follows one.
-    command = [sys.executable, "-c", FOLLOWER, str(tmp_path), "3"]
+    monkeypatch.setattr(control, "_BEAT_SECONDS", 0.2)
+    command = [sys.executable, "-c", FOLLOWER, str(tmp_path), "1"]
     with beating(tmp_path):
         time.sleep(0.1)
         process = subprocess.Popen(command, env=os.environ | {FOLLOWS: "1"}, stdout=subprocess.PIPE, text=True)
         control_path(tmp_path, "stop").touch()
         assert process.stdout is not None
         assert process.stdout.readline() == "its launcher\n"
-        time.sleep(4)  # Longer than a launcher may be silent: this one is not.
+        time.sleep(2)  # Longer than a launcher may be silent: this one is not.
         assert process.poll() is None
     if end == "silent":
         # As a launcher that was killed leaves it. A rank that is already gone is as good.

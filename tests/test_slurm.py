@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -27,10 +28,21 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 def submit(folder: Path, environment: dict[str, str], *words: str) -> tuple[int, str]:
     """Submit the job and wait for its end: its exit code and its log."""
-    command = ["sbatch", "--wait", "--parsable", *words]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-    job = result.stdout.strip()
-    return result.returncode, (folder / f"slurm-{job}.log").read_text()
+    job = ask(["sbatch", "--parsable", *words], folder, environment).strip()
+    deadline = time.monotonic() + 240
+    # sbatch --wait would look every ten seconds.
+    while (text := ask(["scontrol", "--oneliner", "show", "job", job], folder, environment)) and not re.search(
+        r"JobState=(COMPLETED|FAILED|TIMEOUT|CANCELLED)", text
+    ):
+        assert time.monotonic() < deadline, text
+        time.sleep(0.3)
+    match = re.search(r" ExitCode=(\d+):", text)
+    assert match is not None
+    return int(match[1]), (folder / f"slurm-{job}.log").read_text()
+
+
+def ask(command: list[str], folder: Path, environment: dict[str, str]) -> str:
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def steps(run: Path) -> list[int]:
@@ -43,8 +55,8 @@ def test_a_job_saves_before_its_limit_and_goes_on_when_it_is_submitted_again(
 ) -> None:
     folder = write_plan(tmp_path / "a plan", 1, nodes=2, steps=100_000)
     run = folder / "runs" / "own"
-    # Slurm looks at limits twice a minute, and counts in minutes: the signal comes after 30 to 60 seconds.
-    code, log = submit(folder, slurm, "--time=1", "--signal=USR1@20", "job.sbatch", str(run))
+    # Slurm looks at limits twice a minute, and counts in minutes: the signal comes after 15 to 45 seconds.
+    code, log = submit(folder, slurm, "--time=1", "--signal=USR1@45", "job.sbatch", str(run))
     assert code == 1, log
     assert "ok      n2: host memory" in log
     assert "versions on 2 nodes: python" in log
