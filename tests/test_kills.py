@@ -22,7 +22,7 @@ from translution.planner.cluster import usable_cores
 
 pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
 
-STEPS = 40
+STEPS = 24
 KILLS = 10
 MODEL = {"family": "vit", "image": 8, "patch": 4, "channels": 1, "classes": 10, "dim": 16, "depth": 1, "heads": 2}
 OPTIONS = {"steps": STEPS, "micro_batch": 64, "evaluation_samples": 64, "model": MODEL, "learning_rate": 3e-3}
