@@ -82,7 +82,7 @@ def _shift() -> Experiment:
         metric="accuracy",
         variants=_variants(_CANVAS, _POSITIONS),
         tasks=(STATIC, DYNAMIC),
-        steps=400,
+        steps=250,
         quick_steps=12,
     )
 
@@ -104,7 +104,7 @@ def _ablation() -> Experiment:
             Variant(name=f"absolute matrices, width {wide.dim}", model=wide),
         ),
         tasks=(STATIC, DYNAMIC),
-        steps=400,
+        steps=250,
         quick_steps=12,
     )
 
@@ -119,7 +119,7 @@ def _rank() -> Experiment:
         metric="accuracy",
         variants=_variants(_CANVAS, models),
         tasks=(DYNAMIC,),
-        steps=400,
+        steps=250,
         quick_steps=12,
     )
 
@@ -131,7 +131,7 @@ def _roles() -> Experiment:
         metric="accuracy",
         variants=_variants(_CANVAS, {f"relative {roles}": {"roles": roles} for roles in ROLES}),
         tasks=(DYNAMIC,),
-        steps=400,
+        steps=250,
         quick_steps=12,
     )
 
@@ -143,7 +143,7 @@ def _language() -> Experiment:
         metric="bits per byte",
         variants=_variants(_BYTES, {name: _POSITIONS[name] for name in _LANGUAGE}),
         tasks=(Task(train="stdlib", tests=("stdlib",)),),
-        steps=400,
+        steps=250,
         quick_steps=6,
     )
 
