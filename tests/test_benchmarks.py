@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,13 @@ import pytest
 import torch
 
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+"""Beside other work, threads of torch's mostly wait for each other."""
+
+
 def run_script(root: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(root / "benchmarks" / name), *arguments], capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, str(root / "benchmarks" / name), *arguments]
+    return subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
 
 
 def test_the_gpu_benchmark_runs_at_small_size_on_a_cpu(root: Path, tmp_path: Path) -> None:
@@ -53,7 +57,8 @@ def test_no_speed_is_shown_of_a_layer_that_is_wrong(script: str, root: Path, tmp
     command += "sys.argv += ['--small'] if 'gpu' in sys.orig_argv[-1] else ['--case', 'ViT-A/56']; "
     command += f"sys.path.insert(0, {str(root / 'benchmarks')!r}); "
     command += f"runpy.run_path({str(root / 'benchmarks' / script)!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", command, script], capture_output=True, text=True, timeout=300)
+    arguments = [sys.executable, "-c", command, script]
+    done = subprocess.run(arguments, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "no speed is shown" in done.stderr
     assert "|" not in done.stdout
