@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 """Beside other work, threads of torch's mostly wait for each other."""
 
