@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -313,4 +314,22 @@ def load_plan(folder: Path) -> Plan:
         text = path.read_bytes()
     except OSError:
         raise InputError(f"{folder}: is not a plan folder: must hold {PLAN_FILE}") from None
-    return parse_json(_PLAN, text, str(path))
+    try:
+        return parse_json(_PLAN, text, str(path))
+    except InputError:
+        if (found := _newer_schema(text)) is not None:
+            raise InputError(
+                f"{path}: schema_version: {found} is not allowed: must be {SCHEMA_VERSION}: a newer translution-scale "
+                "made this plan: install that here, or plan again"
+            ) from None
+        raise
+
+
+def _newer_schema(text: bytes) -> int | None:
+    """The version of a plan that this toolkit does not know yet; None for any other."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    found = data.get("schema_version") if isinstance(data, dict) else None
+    return found if isinstance(found, int) and found > SCHEMA_VERSION else None

@@ -176,7 +176,11 @@ def test_a_failed_write_leaves_nothing(plan: Plan, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.update(schema_version=3), "schema_version"),
+        (
+            lambda data: data.update(schema_version=3, new=1),
+            "schema_version: 3 is not allowed: must be 2: a newer translution-scale made this plan",
+        ),
+        (lambda data: data.update(schema_version="x"), "schema_version: 'x' is not allowed"),
         (lambda data: data.pop("model"), "model: is required"),
         (lambda data: data["training"].update(steps=0), "training.steps: 0 is not allowed"),
         (lambda data: data.update(extra=1), "unknown key 'extra'"),

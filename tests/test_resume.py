@@ -34,6 +34,8 @@ LARGE = {"model": WIDE, "tile": 52}
 BF16 = {"precision": "bf16"} | LARGE
 CASES: dict[str, dict[str, Any]] = {
     "3-dropout-accumulation": {"model": TINY, "accumulation": 2},
+    "3-cpu-optimizer": {"offload": "cpu-optimizer", **LARGE},
+    "3-cpu": {"offload": "cpu", **LARGE},
     "3-half-offloaded": {"offload": "cpu-optimizer", "ratio": 0.5, **BF16},
     "3-nvme-optimizer": {"offload": "nvme-optimizer", **LARGE},
     "3-nvme": {"offload": "nvme", **BF16},
