@@ -94,7 +94,10 @@ def plan(
     gradient_clipping: Annotated[float, typer.Option(help="Largest gradient norm; 0 clips nothing.")] = 1.0,
     precision: PrecisionName = "fp32",
     data: Annotated[
-        str, typer.Option(help="digits, digits-static, digits-shifted, images, tokens, stdlib or synthetic.")
+        str,
+        typer.Option(
+            help="digits, digits-static, digits-shifted, digits-patches, images, tokens, stdlib or synthetic."
+        ),
     ] = "digits",
     seed: Annotated[int, typer.Option(help="Of weights and sample order.")] = 0,
     stage: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage; else chosen.")] = None,

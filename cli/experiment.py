@@ -44,13 +44,13 @@ def check_out(out: Path, *, force: bool) -> None:
 
 
 def run_and_show(
-    name: str, out: Path, *, quick: bool, seeds: int | None, steps: int | None, force: bool, as_json: bool
+    name: str, out: Path | None, *, quick: bool, seeds: int | None, steps: int | None, force: bool, as_json: bool
 ) -> None:
     """Run an experiment and show what it found.
 
     Args:
         name: of the experiment.
-        out: the folder to write.
+        out: the folder to write, if not ``experiments/NAME``.
         quick: few steps and one seed.
         seeds: how many, if not the experiment's.
         steps: how many, if not the experiment's.
@@ -58,6 +58,7 @@ def run_and_show(
         as_json: print JSON instead of a table.
     """
     experiment = find_experiment(name)
+    out = Path("experiments", name) if out is None else out
     check_out(out, force=force)
     words = [f"translution experiment {name}", *(["--quick"] if quick else [])]
     words += [f"--{flag} {value}" for flag, value in (("seeds", seeds), ("steps", steps)) if value is not None]

@@ -234,12 +234,14 @@ def export(
 
 
 @app.command(
-    epilog="Examples: **translution experiment shift --out experiments/shift** · "
-    "**translution experiment language --quick --out quick**"
+    epilog="Examples: **translution experiment shift** · **translution experiment language --quick --out quick**"
 )
 def experiment(
     name: Annotated[str, typer.Argument(metavar="NAME", help="shift, ablation, rank, roles or language.")],
-    out: Annotated[Path, typer.Option(help="Folder to write: raw figures, a table and a picture.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write: raw figures, a table and a picture; else experiments/NAME."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of one seed, to see that it works.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; else 3.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each model; else the experiment's.")] = None,

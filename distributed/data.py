@@ -123,7 +123,7 @@ def _load(spec: ModelSpec, training: TrainingSpec, kind: DataKind, step: int) ->
             from .digits import place_digits
 
             size = digit_size(spec, training.digit_pixels)
-            return place_digits(spec, size, training.seed, shifted=kind == "digits-shifted")
+            return place_digits(spec, size, training.seed, kind)
         if kind == "images":
             from .images import load_images
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from translution.planner.data_kinds import DIGITS_CLASSES
+from translution.planner.data_kinds import DIGITS_CLASSES, DataKind
 from translution.planner.errors import MissingPackageError
 from translution.planner.model_spec import VitSpec
 
@@ -65,6 +65,8 @@ class PlacedDigits(Source):
     """Height and width in pixels."""
     seed: tuple[int, int] | None
     """Of the positions; None puts every digit in the middle."""
+    step: tuple[int, int] = (1, 1)
+    """Pixels between one position and the next, downwards and to the right; the middle is one of them."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -76,11 +78,14 @@ class PlacedDigits(Source):
 
     def corners(self, epoch: int) -> np.ndarray:
         """Row and column of every digit's upper left pixel (S, 2); they depend on the seed and the epoch alone."""
-        size = self.digits.shape[-1]
-        room = np.array(self.image) - size
+        room, step = np.array(self.image) - self.digits.shape[-1], np.array(self.step)
+        middle = room // 2
         if self.seed is None:
-            return np.broadcast_to(room // 2, (len(self), 2))
-        return np.random.default_rng((*self.seed, epoch)).integers(0, room + 1, size=(len(self), 2))
+            return np.broadcast_to(middle, (len(self), 2))
+        drawn = np.random.default_rng((*self.seed, epoch)).integers(
+            -(middle // step), (room - middle) // step + 1, size=(len(self), 2)
+        )
+        return middle + step * drawn
 
     def select(self, index: Tensor, epoch: int = 0) -> Samples:
         """The digits of an index tensor, where they lie in an epoch: (B, channels, height, width)."""
@@ -92,14 +97,15 @@ class PlacedDigits(Source):
         return Samples(inputs, self.targets[index])
 
 
-def place_digits(spec: VitSpec, size: int, seed: int, *, shifted: bool) -> tuple[PlacedDigits, PlacedDigits]:
+def place_digits(spec: VitSpec, size: int, seed: int, kind: DataKind) -> tuple[PlacedDigits, PlacedDigits]:
     """The same digits as `load_digits`, smaller than the image: training and held-out.
 
     Args:
         spec: the model.
         size: height and width of a digit in pixels.
         seed: of the positions.
-        shifted: put each somewhere, training digits elsewhere in every epoch; else all in the middle.
+        kind: ``digits-static`` puts all in the middle, ``digits-shifted`` each somewhere, training digits elsewhere in
+            every epoch; ``digits-patches`` the same, whole patches from the middle.
 
     Raises:
         MissingPackageError: without scikit-learn.
@@ -107,7 +113,8 @@ def place_digits(spec: VitSpec, size: int, seed: int, *, shifted: bool) -> tuple
     digits, targets, held_out = _read((size, size))
 
     def part(chosen: Tensor, stream: int) -> PlacedDigits:
-        own = (seed, stream) if shifted else None
-        return PlacedDigits(digits[chosen], targets[chosen], spec.channels, spec.image, own)
+        own = None if kind == "digits-static" else (seed, stream)
+        step = spec.patch if kind == "digits-patches" else (1, 1)
+        return PlacedDigits(digits[chosen], targets[chosen], spec.channels, spec.image, own, step)
 
     return part(~held_out, _TRAINING), part(held_out, _HELD_OUT)

@@ -71,7 +71,7 @@ def _variants(base: dict[str, Any], models: dict[str, dict[str, Any]]) -> tuple[
     return tuple(Variant(name=name, model=parse_model_spec(base | own)) for name, own in models.items())
 
 
-STATIC = Task(train="digits-static", tests=("digits-static", "digits-shifted"))
+STATIC = Task(train="digits-static", tests=("digits-static", "digits-patches", "digits-shifted"))
 DYNAMIC = Task(train="digits-shifted", tests=("digits-shifted",))
 
 

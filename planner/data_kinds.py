@@ -7,11 +7,13 @@ from typing import Literal, TypeAlias
 from .errors import InputError
 from .model_spec import GptSpec, ModelSpec, VitSpec
 
-DataKind: TypeAlias = Literal["digits", "digits-static", "digits-shifted", "images", "tokens", "stdlib", "synthetic"]
+DataKind: TypeAlias = Literal[
+    "digits", "digits-static", "digits-shifted", "digits-patches", "images", "tokens", "stdlib", "synthetic"
+]  # fmt: skip
 
-DIGITS: tuple[DataKind, ...] = ("digits", "digits-static", "digits-shifted")
-PLACED_DIGITS: tuple[DataKind, ...] = ("digits-static", "digits-shifted")
+PLACED_DIGITS: tuple[DataKind, ...] = ("digits-static", "digits-shifted", "digits-patches")
 """Those that do not fill the image."""
+DIGITS: tuple[DataKind, ...] = ("digits", *PLACED_DIGITS)
 READ_FROM_PATH: tuple[DataKind, ...] = ("images", "tokens")
 DIGITS_CLASSES = 10
 DIGITS_TRAINING_SAMPLES = 1433

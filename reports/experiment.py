@@ -14,8 +14,11 @@ from .vega import COLOURS, REST_COLOUR
 
 PICTURE_WIDTH, ROW_HEIGHT = 320, 22
 _KINDS = {
-    "digits-static": "centred", "digits-shifted": "anywhere", "stdlib": "the library's source",
-}  # fmt: skip
+    "digits-static": "centred",
+    "digits-patches": "whole patches away",
+    "digits-shifted": "anywhere",
+    "stdlib": "the library's source",
+}
 
 
 def kind_name(kind: str) -> str:

@@ -126,6 +126,22 @@ def test_a_shifted_digit_lies_elsewhere_in_every_epoch_and_a_held_out_one_stays(
     assert torch.equal(held_out.select(index).inputs, placed("digits-shifted")[1].select(index).inputs)
 
 
+def test_a_digit_moved_by_whole_patches_is_the_same_patches_elsewhere() -> None:
+    moved, centred = placed("digits-patches")[0], placed("digits-static")[0]
+    index = torch.arange(200)
+
+    def patches(source: Source) -> torch.Tensor:
+        cut = source.select(index).inputs[:, 0].unfold(1, 4, 4).unfold(2, 4, 4)
+        return cut.reshape(len(index), -1, 16)
+
+    assert torch.equal(patches(moved).sum(2).sort(1).values, patches(centred).sum(2).sort(1).values)
+    away = (patches(moved) != patches(centred)).flatten(1).any(1)
+    assert 0.7 < away.float().mean() < 1  # One of nine places is the middle.
+    assert {(row - middle) % 4 for (row, _), (middle, _) in zip(
+        corners(moved.select(index), 12), corners(centred.select(index), 12), strict=True
+    )} == {0}  # fmt: skip
+
+
 def test_a_shifted_digit_alone_is_where_it_is_among_others() -> None:
     training, _ = placed("digits-shifted")
     together = training.select(torch.tensor([4, 900, 17]), 2)

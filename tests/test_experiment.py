@@ -32,7 +32,7 @@ def made_up() -> ExperimentResult:
     for variant, base in zip(asked.variants, (0.5, 0.25), strict=True):
         for seed in range(3):
             value = base + seed / 100
-            found = {"digits-static": 2 * value - 0.1 * base, "digits-shifted": value}
+            found = {"digits-static": 2 * value - 0.1 * base, "digits-patches": value, "digits-shifted": value}
             trials.append(trial(variant.name, "digits-static", seed, accuracies=found))
             trials.append(trial(variant.name, "digits-shifted", seed, accuracies={"digits-shifted": value}))
     return ExperimentResult(
@@ -43,17 +43,20 @@ def made_up() -> ExperimentResult:
 
 def test_means_and_spreads_are_those_of_the_seeds() -> None:
     rows = {(row.variant, row.train, row.test): row for row in made_up().summaries()}
-    assert len(rows) == 6
+    assert len(rows) == 8
     row = rows["full Translution", "digits-shifted", "digits-shifted"]
     assert (row.mean, row.deviation, row.seeds) == (pytest.approx(0.26), pytest.approx(0.01), 3)
     text = markdown(made_up())
-    assert "| full Translution | 16.00 k | 49.5% ± 2.0 | 26.0% ± 1.0 | 26.0% ± 1.0 |" in text
-    assert "| model | parameters | trained centred, tested centred | trained centred, tested anywhere |" in text
+    assert "| full Translution | 16.00 k | 49.5% ± 2.0 | 26.0% ± 1.0 | 26.0% ± 1.0 | 26.0% ± 1.0 |" in text
+    assert (
+        "trained centred, tested centred | trained centred, tested whole patches away | trained centred, tested any"
+        in text
+    )
     assert "over 3 seeds" in text
     assert "`translution experiment shift`, " in text
     shown = json.dumps(picture(made_up()), ensure_ascii=False)
     assert "α-Translution (13.00 k)" in shown
-    assert shown.count('"title": "trained') == 3
+    assert shown.count('"title": "trained') == 4
 
 
 def test_bits_per_byte_are_nats_over_the_logarithm_of_two() -> None:
@@ -108,8 +111,9 @@ def test_a_quick_experiment_writes_figures_table_and_picture(
 ) -> None:
     short = find_experiment("shift").model_copy(update={"variants": find_experiment("shift").variants[:2]})
     monkeypatch.setitem(experiments._EXPERIMENTS, "shift", lambda: short)
-    out = tmp_path / "shift"
-    words = ["experiment", "shift", "--quick", "--seeds", "2", "--out", str(out)]
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "experiments" / "shift"
+    words = ["experiment", "shift", "--quick", "--seeds", "2"]
     assert run([*words, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     result = parse_json(RESULT, (out / "result.json").read_text(), "result")
