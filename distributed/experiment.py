@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import multiprocessing.connection
+import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -189,6 +192,18 @@ def _jobs(experiment: Experiment, seeds: int) -> Iterator[tuple[Variant, Task, i
                 yield variant, task, seed
 
 
+def _end_with_parent() -> None:
+    """Let no trial go on once the program that wants its result was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+
+
 def run_experiment(
     experiment: Experiment, *, quick: bool, seeds: int | None, steps: int | None, command: str, on_trial: OnTrial
 ) -> ExperimentResult:
@@ -206,7 +221,8 @@ def run_experiment(
     steps = steps or (experiment.quick_steps if quick else experiment.steps)
     jobs, trials, began = list(_jobs(experiment, count)), [], time.perf_counter()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=min(len(jobs), usable_cores()), mp_context=context) as pool:
+    workers = min(len(jobs), usable_cores())
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         running = [pool.submit(run_trial, *job, steps, experiment.learning_rate) for job in jobs]
         for number, future in enumerate(as_completed(running), start=1):
             trials.append(future.result())

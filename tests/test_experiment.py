@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,6 +86,40 @@ def test_the_questions_are_the_papers() -> None:
     assert {model.roles for model in models["roles"]} == {"qkv", "kv", "qv", "qk", "q", "k", "v"}
     for own in models.values():
         assert len({model.depth for model in own}) == 1
+
+
+def test_no_trial_outlives_a_killed_experiment(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "translution.cli", "experiment", "shift", "--steps", "100000", "--seeds", "1"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as program:
+        try:
+            deadline = time.monotonic() + 60
+            while not (trials := [child for child in _children(program.pid) if "spawn_main" in _command_of(child)]):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            program.kill()
+    while any("spawn_main" in _command_of(child) for child in trials):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _command_of(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def _children(process: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            continue
+        if int(parent) == process:
+            found.append(int(stat.parent.name))
+    return found
 
 
 @pytest.mark.parametrize("name", NAMES)
