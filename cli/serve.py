@@ -76,9 +76,15 @@ def run_serve(host: str, port: int, workers: int | None, *, warm: bool, open_pag
     shown = f"[{host}]" if ":" in host else host
     if not is_loopback(host):
         note(f"--host {host}: anyone who reaches this machine may use the calculator; 127.0.0.1 is for you alone")
-    app = make_app(Searches(workers or min(MOST_WORKERS, usable_cores()), warm=warm), (host, shown))
+    searches = Searches(workers or min(MOST_WORKERS, usable_cores()), warm=warm)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            searches.ending = True  # Who waits for a plan is let go.
+            super().handle_exit(sig, frame)
+
     config = uvicorn.Config(
-        app,
+        make_app(searches, (host, shown)),
         access_log=False,
         log_level="warning",
         server_header=False,
@@ -92,7 +98,7 @@ def run_serve(host: str, port: int, workers: int | None, *, warm: bool, open_pag
         print(f"http://{shown}:{port}/ (Ctrl-C ends it)", flush=True)
         if open_page:
             webbrowser.open(f"http://{shown}:{port}/")
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         pass  # uvicorn raises anew, when all has ended, what told it to end.
     finally:

@@ -120,9 +120,10 @@ class _Pages:
         choice = parse_choice(request.query_params.multi_items())
         await run_in_threadpool(costs_of, choice)  # Refuses what cannot be searched.
         search = self._searches.ask(choice)
-        deadline = asyncio.get_running_loop().time() + POLL_S
-        while not await self._searches.wait(search, HEARTBEAT_S):
-            if await request.is_disconnected() or asyncio.get_running_loop().time() > deadline:
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + POLL_S
+        while not self._searches.ending and clock() < deadline and not await request.is_disconnected():
+            if await self._searches.wait(search, HEARTBEAT_S):
                 break
         return choice, search
 

@@ -46,11 +46,12 @@ class QueueFullError(Exception):
     """As many searches wait as may.
 
     Args:
+        waiting: how many.
         retry_s: after which another try is worth while.
     """
 
-    def __init__(self, retry_s: int) -> None:
-        super().__init__(f"{QUEUE} searches wait already: try again in {retry_s} s")
+    def __init__(self, waiting: int, retry_s: int) -> None:
+        super().__init__(f"{waiting} searches wait already: try again in {retry_s} s")
         self.retry_s = retry_s
 
 
@@ -143,6 +144,8 @@ class Searches:
         self._pool = ProcessPool(workers, initializer=_begin, context=multiprocessing.get_context("spawn"))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+        self.ending = False
+        """Whether nobody should wait any longer."""
 
     def open(self) -> None:
         """Begin to use idle time; within the event loop."""
@@ -184,7 +187,8 @@ class Searches:
     def _enqueue(self, choice: Choice) -> Search:
         self._drop_forsaken()
         if self._closed or len(self._queued) >= self._queue_size:
-            raise QueueFullError(max(1, round(len(self._queued) * self._seconds / self.workers)))
+            waiting = len(self._queued)
+            raise QueueFullError(waiting, max(1, round(waiting * self._seconds / self.workers)))
         entry = self._queued[choice] = Search(choice)
         return entry
 
