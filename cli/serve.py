@@ -84,7 +84,7 @@ def run_serve(host: str, port: int, workers: int | None, *, warm: bool, open_pag
             super().handle_exit(sig, frame)
 
     config = uvicorn.Config(
-        make_app(searches, (host, shown)),
+        make_app(searches, (host, socket.gethostname()), any_address=not is_loopback(host)),
         access_log=False,
         log_level="warning",
         server_header=False,

@@ -136,7 +136,7 @@ class Found(NamedTuple):
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2048)
 def costs_of(choice: Choice) -> Costs:
     """The exact costs of a choice.
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import ipaddress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -26,7 +28,7 @@ POLL_S = 8.0
 """How long a request for a plan is held at most."""
 HEARTBEAT_S = 0.5
 """Between two looks at whether the reader is still there."""
-LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -40,11 +42,44 @@ _HEADERS = {
 }
 
 
-class _Guard:
-    """Adds the headers that every answer has, and refuses long addresses."""
+def _host_of(header: str) -> str:
+    """The name or address in a Host header; empty if there is none."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+class _Guard:
+    """Adds the headers that every answer has; refuses long addresses, other names, and other sites' pages.
+
+    Args:
+        app: what answers the rest.
+        names: by which this server may be called.
+        any_address: whether it may be called by any address too, which no foreign page can make its own.
+    """
+
+    def __init__(self, app: ASGIApp, names: frozenset[str], *, any_address: bool) -> None:
+        self._app, self._names, self._any_address = app, names, any_address
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        headers = Headers(scope=scope)
+        if len(scope["query_string"]) > LONGEST_QUERY or len(scope["path"]) > LONGEST_QUERY:
+            return _error(414, f"the address is too long: at most {LONGEST_QUERY} characters after the ?")
+        host = _host_of(headers.get("host", ""))
+        if host not in self._names and not (self._any_address and _is_address(host)):
+            return _error(400, f"Host: {host[:60]!r} is not allowed: must be what the server was started as")
+        if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
+            return _error(403, "a page of another site may only lead here, not ask")
+        return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,11 +92,7 @@ class _Guard:
                 message["headers"] = [*message.get("headers", ()), *more]
             await send(message)
 
-        if len(scope["query_string"]) > LONGEST_QUERY or len(scope["path"]) > LONGEST_QUERY:
-            refusal = _error(414, f"the address is too long: at most {LONGEST_QUERY} characters after the ?")
-            await refusal(scope, receive, send_with_headers)
-            return
-        await self._app(scope, receive, send_with_headers)
+        await (self._refusal(scope) or self._app)(scope, receive, send_with_headers)
 
 
 def _error(
@@ -185,13 +216,14 @@ def _asset(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
     return send
 
 
-def make_app(searches: Searches, hosts: tuple[str, ...] = ()) -> Starlette:
+def make_app(searches: Searches, hosts: Iterable[str] = (), *, any_address: bool = False) -> Starlette:
     """The application.
 
     Args:
         searches: opened and closed with it.
         hosts: names beside loopback's that a request may call this server by; others are refused, so that no
             foreign page can reach it through a name of its own that leads here.
+        any_address: allow any address in place of a name.
     """
     pages = _Pages(searches)
     # The first reader need not wait until the catalogue is read and the templates are compiled.
@@ -216,8 +248,7 @@ def make_app(searches: Searches, hosts: tuple[str, ...] = ()) -> Starlette:
     return Starlette(
         routes=[Route(path, endpoint, methods=["GET"]) for path, endpoint in routes.items()],
         middleware=[
-            Middleware(_Guard),
-            Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, *hosts], www_redirect=False),
+            Middleware(_Guard, frozenset((*LOOPBACK, *(host.lower() for host in hosts))), any_address=any_address)
         ],
         exception_handlers={
             ChoiceError: _choice_error,

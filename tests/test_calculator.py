@@ -10,6 +10,8 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from translution.cli.app import run
 from translution.planner.plan import load_plan
@@ -126,6 +128,31 @@ def test_a_choice_that_cannot_be_is_refused_in_one_line_that_names_the_field(
     assert "\n" not in caught.value.message
 
 
+VALUES = st.one_of(
+    st.text(max_size=8),
+    st.integers(-2, 2**40).map(str),
+    st.sampled_from(
+        ["none", "cpu", "nvme", "alpha", "attention", "first:3", "block", "gpt-tiny/160", "/x", "true", "qk"]
+    ),
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.one_of(st.sampled_from(FIELDS), st.text(max_size=6)), VALUES), max_size=5))
+def test_whatever_a_query_holds_is_read_or_refused(pairs: list[tuple[str, str]]) -> None:
+    refused: ChoiceError | None = None
+    try:
+        choice = parse_choice(pairs)
+        question_of(choice)
+    except ChoiceError as error:
+        refused = error
+    if refused is None:
+        assert choice_of(query_of(choice)) == choice
+    else:
+        assert "\n" not in refused.message
+        assert refused.field in (None, *FIELDS)
+
+
 def test_the_query_holds_what_differs_from_the_default_and_brings_it_back() -> None:
     assert query_of(Choice()) == ""
     assert query_of(choice_of("model=ViT-B/16&nodes=1&dim=&precision=bf16")) == "model=vit-mini%2F16"
@@ -143,7 +170,7 @@ def test_what_is_searched_in_idle_time_are_choices_that_can_be_made() -> None:
 
 
 def test_where_nothing_fits_the_page_links_to_what_would_do() -> None:
-    choice = choice_of("model=gpt-mini/256&gpu=RTX4090&gpus=1&host_memory=2&stage=3&offload=none&global_batch=8")
+    choice = choice_of("model=gpt-tiny/160&gpu=RTX4090&gpus=1&headroom=0.9&stage=2&offload=none&global_batch=1")
     outcome = Outcome.model_validate_json(search(choice).outcome)
     assert outcome.state == "nothing fits"
     assert outcome.no_plan is not None

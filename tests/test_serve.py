@@ -175,7 +175,13 @@ def test_only_get_and_only_its_own_names_are_answered(server: Server) -> None:
         assert answer.status == 405
         assert "GET" in answer.headers["allow"]
     assert get(server, "/", Host="attacker.example").status == 400
-    assert get(server, "/", Host=f"localhost:{server.port}").status == 200
+    for foreign in ("192.0.2.1", "[", ""):
+        assert "Host: " in str(get(server, "/", Host=foreign).error["message"])
+    for own in (f"localhost:{server.port}", "[::1]", "LOCALHOST"):
+        assert get(server, "/", Host=own).status == 200
+    other_site = {"Sec-Fetch-Site": "cross-site"}
+    assert get(server, "/plan", **other_site, **{"Sec-Fetch-Mode": "no-cors"}).status == 403
+    assert get(server, "/", **other_site, **{"Sec-Fetch-Mode": "navigate"}).status == 200
     answer = get(server, "/", Origin="http://attacker.example")
     assert not [name for name in answer.headers if name.startswith("access-control")]
     assert "default-src 'none'" in answer.headers["content-security-policy"]
@@ -286,7 +292,8 @@ def test_it_ends_with_all_its_children_while_a_reader_waits() -> None:
 
 def test_a_host_that_others_reach_is_warned_of_and_workers_end_when_the_server_is_killed() -> None:
     server = start("--host", "0.0.0.0")
-    assert get(server, "/calculator.css", Host="0.0.0.0").status == 200
+    assert get(server, "/calculator.css", Host="192.0.2.1:80").status == 200
+    assert get(server, "/calculator.css", Host="attacker.example").status == 400
     deadline = time.monotonic() + PATIENCE_S
     while not (family := children(server.process.pid)):
         assert time.monotonic() < deadline
