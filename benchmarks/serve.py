@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import describe_run, write_report
 
@@ -102,25 +102,39 @@ class Reader(threading.Thread):
             else:
                 assert status == 422, body
                 self.refused += 1
-            time.sleep(min(5 * THINK_S, self._random.expovariate(1 / THINK_S)))
+            time.sleep(min(4 * THINK_S, self._random.expovariate(1 / THINK_S)))
+
+
+class Server(NamedTuple):
+    """A server of this benchmark's own."""
+
+    port: int
+    pid: int
+
+    @property
+    def processor_s(self) -> float:
+        """Processor time of the process that answers, workers left out (proc(5): utime and stime)."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[int]:
-    """A server of its own; its port."""
+def serving(*arguments: str) -> Iterator[Server]:
+    """A server that ends with the block."""
     command = [sys.executable, "-m", "translution.cli", "serve", "--port", "0", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        yield int(urllib.parse.urlsplit(process.stdout.readline().split(" ")[0]).port or 0)
+        url = urllib.parse.urlsplit(process.stdout.readline().split(" ")[0])
+        yield Server(url.port or 0, process.pid)
     finally:
         process.terminate()
         process.wait()
 
 
-def prepare(port: int, choices: list[Choice]) -> None:
+def prepare(server: Server, choices: list[Choice]) -> None:
     """Wait until the server has searched them all."""
-    reader = Reader(port, 0, 0, [])
+    reader = Reader(server.port, 0, 0, [])
     for choice in choices:
         while reader.get(f"/api/plan?{query_of(choice)}")[0] == 202:
             pass
@@ -134,16 +148,18 @@ def spread(seconds: list[float]) -> dict[str, Any]:
     return {"count": len(seconds), "p50_s": statistics.median(seconds), "p95_s": cuts[18], "max_s": max(seconds)}
 
 
-def scenario(name: str, port: int, users: int, seconds: float, known: list[Choice]) -> dict[str, Any]:
+def scenario(name: str, server: Server, users: int, seconds: float, known: list[Choice]) -> dict[str, Any]:
     """What readers met."""
-    load = os.getloadavg()[0]
-    readers = [Reader(port, number, time.perf_counter() + seconds, known) for number in range(users)]
+    load, before = os.getloadavg()[0], server.processor_s
+    readers = [Reader(server.port, number, time.perf_counter() + seconds, known) for number in range(users)]
     for reader in readers:
         reader.start()
     for reader in readers:
         reader.join()
+    count = sum(len(reader.answers) for reader in readers)
     return {
         "scenario": name,
+        "processor_s": (server.processor_s - before) / max(1, count),
         "answers": spread([second for reader in readers for second in reader.answers]),
         "refused": sum(reader.refused for reader in readers),
         "plans": spread([second for reader in readers for second in reader.plans]),
@@ -169,12 +185,16 @@ def render(document: dict[str, Any]) -> str:
         f"{', '.join(format(row['load_before'], '.1f') for row in rows)}.",
         "",
         f"An answer (`/answer`): exact costs, and the plan if it is known. Allowed at the 95th percentile: "
-        f"{1000 * ALLOWED_S:.0f} ms.",
+        f"{1000 * ALLOWED_S:.0f} ms. *Processor*: time of the process that answers, per answer, "
+        "with what it sends of plans.",
         "",
-        "| readers choose | answers | p50, ms | p95, ms | longest, ms |",
-        "|---|--:|--:|--:|--:|",
+        "| readers choose | answers | p50, ms | p95, ms | longest, ms | processor, ms |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
-    lines += [f"| {row['scenario']} | {_cells(row['answers'], 1000, '.0f')} |" for row in rows]
+    lines += [
+        f"| {row['scenario']} | {_cells(row['answers'], 1000, '.0f')} | {1000 * row['processor_s']:.0f} |"
+        for row in rows
+    ]
     lines += [
         "",
         f"From the choice until its plan, or that nothing fits, is shown; readers wait {PATIENCE_S:g} s at most. "
@@ -204,13 +224,13 @@ def main() -> None:
         "seconds": arguments.seconds,
         "niceness": os.nice(0),
     }
-    with serving("--no-warm") as port:
-        new = scenario("anything, nothing known before", port, arguments.users, arguments.seconds, [])
+    with serving("--no-warm") as server:
+        new = scenario("anything, nothing known before", server, arguments.users, arguments.seconds, [])
     known = list(islice(popular(), arguments.choices))
-    with serving() as port:
-        prepare(port, known)
+    with serving() as server:
+        prepare(server, known)
         name = f"among {len(known)} popular choices, searched before"
-        warmed = scenario(name, port, arguments.users, arguments.seconds, known)
+        warmed = scenario(name, server, arguments.users, arguments.seconds, known)
     document["results"] = [new, warmed]
     write_report(arguments.out, "serve", document, render(document))
 

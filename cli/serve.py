@@ -15,6 +15,8 @@ from .output import note
 
 MOST_WORKERS = 64
 CONNECTIONS = 512
+KEEP_ALIVE_S = 30
+"""A reader who looks at a plan need not connect anew."""
 GRACE_S = 3
 """For answers under way when the server is told to end."""
 
@@ -91,6 +93,7 @@ def run_serve(host: str, port: int, workers: int | None, *, warm: bool, open_pag
         proxy_headers=False,
         ws="none",
         limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
     )
     previous = [signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)]

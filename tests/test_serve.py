@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import io
 import json
+import runpy
 import signal
 import socket
 import subprocess
@@ -16,14 +17,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import parse_qsl
 
 import pytest
 from browser import Browser
 
 from translution.cli.app import run
 from translution.planner.plan import load_plan
-from translution.reports.calculator import Choice
+from translution.reports.calculator import Choice, parse_choice
 from translution.reports.calculator_plan import search
+from translution.reports.web_pages import query_of
 from translution.reports.web_searches import QueueFullError, Searches
 
 SMALL = "model=vit-tiny%2F56&gpus=2"
@@ -322,6 +325,19 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert run(["serve"]) == 2
     assert "uvicorn is missing: pip install 'translution-scale[serve]'" in capsys.readouterr().err
+
+
+def test_the_committed_figures_are_those_of_the_benchmark(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    benchmark = runpy.run_path(str(root / "benchmarks" / "serve.py"))
+    results = root / "benchmarks" / "results"
+    document = json.loads((results / "serve.json").read_text())
+    assert (results / "serve.md").read_text() == benchmark["render"](document)
+    assert document["users"] == 20
+    for name, values in benchmark["FIELDS"].items():
+        for value in values:
+            choice = Choice().but(**{name: value})
+            assert parse_choice(parse_qsl(query_of(choice))) == choice
 
 
 def test_searches_are_bounded_and_one_for_each_choice() -> None:
