@@ -31,7 +31,7 @@ from translution.reports.web_searches import QueueFullError, Searches
 
 SMALL = "model=vit-tiny%2F56&gpus=2"
 OTHER = "model=vit-tiny%2F56&operator=attention&gpus=2"
-PATIENCE_S = 120.0
+PATIENCE_S = 60.0
 
 
 class Server(NamedTuple):
