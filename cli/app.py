@@ -257,6 +257,25 @@ def report(
     run_report(folder, out, png, svg, as_json=json)
 
 
+@app.command(
+    epilog="Examples: **translution serve** · **translution serve --port 8080 --open** · "
+    "**translution serve --host 0.0.0.0 --workers 4**"
+)
+def serve(
+    host: Annotated[str, typer.Option(help="Interface to listen on; by default this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Processes that search; else one for each core.")
+    ] = None,
+    warm: Annotated[bool, typer.Option(help="Search what may be asked for next while nobody asks.")] = True,
+    open_page: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+) -> None:
+    """Serve a page on which to choose model, operator, cluster and batch, and see costs and the best plan."""
+    from .serve import run_serve
+
+    run_serve(host, port, workers, warm=warm, open_page=open_page)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         from translution.planner.plan import version

@@ -22,14 +22,14 @@ FLAGS = (
     "--disable-sync",
     "--no-first-run",
     "--hide-scrollbars",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--remote-debugging-pipe",
 )
 PATIENCE_S = 60.0
 
 
 class Browser:
-    """One page in one browser that no name resolves for.
+    """One page in one browser that reaches nothing but this machine.
 
     Args:
         folder: for its profile.
@@ -115,13 +115,14 @@ class Browser:
             time.sleep(0.05)
         return value
 
-    def open(self, path: Path, *, width: int = 1200, height: int = 900, scheme: str = "light") -> None:
-        """Show a file in a window of that size and colour scheme."""
+    def open(self, page: Path | str, *, width: int = 1200, height: int = 900, scheme: str = "light") -> None:
+        """Show a file, or what an address leads to, in a window of that size and colour scheme."""
+        url = page if isinstance(page, str) else page.as_uri()
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
-        self.call("Page.navigate", url=path.as_uri())
-        self.wait("document.readyState + location.href", lambda value: value == "complete" + path.as_uri())
+        self.call("Page.navigate", url=url)
+        self.wait("document.readyState + location.href", lambda value: value == "complete" + url)
 
     def screenshot(self, *, whole: bool = True) -> bytes:
         """The page as PNG, beyond the window where it is longer."""

@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "pandas", "deepspeed", "fairscale", "numpy", "sklearn", "kornia", "altair", "vl_convert")
+HEAVY = (
+    "torch",
+    "pandas",
+    "deepspeed",
+    "fairscale",
+    "numpy",
+    "sklearn",
+    "kornia",
+    "altair",
+    "vl_convert",
+    "starlette",
+    "uvicorn",
+)
 
 ALLOWED = {
     "planner": set(),
@@ -49,6 +61,7 @@ def test_no_module_of_the_planner_loads_a_heavy_package(root: Path) -> None:
         ["rehearse", "--help"],
         ["clusters"],
         ["report", "--help"],
+        ["serve", "--help"],
     ],
     ids=" ".join,
 )
