@@ -9,6 +9,7 @@ that kind without a docstring is an error, and so is a page that has nothing to 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,26 +82,28 @@ def _bases(cls: griffe.Class) -> list[griffe.Class]:
 def _signature(member: griffe.Object) -> str:
     """A function as it is called, or a class as it is made, broken into lines where it is long."""
     assert isinstance(member, griffe.Function | griffe.Class)
-    text = member.signature() if isinstance(member, griffe.Function) else f"{member.name}{_call(member)}"
+    pieces = _pieces(member)
+    if isinstance(member, griffe.Class) and not pieces:
+        bases = ", ".join(map(str, member.bases))
+        return f"class {member.name}({bases})" if bases else f"class {member.name}"
+    result = f" -> {member.returns}" if isinstance(member, griffe.Function) and member.returns is not None else ""
+    text = f"{member.name}({', '.join(pieces)}){result}"
     if len(text) <= WIDTH:
         return text
-    parameters = [piece for piece in _pieces(member) if piece]
-    result = f" -> {member.returns}" if isinstance(member, griffe.Function) and member.returns is not None else ""
-    return "\n".join([f"{member.name}(", *(f"    {piece}," for piece in parameters), f"){result}"])
-
-
-def _call(cls: griffe.Class) -> str:
-    pieces = _pieces(cls)
-    return f"({', '.join(pieces)})" if pieces else ""
+    return "\n".join([f"{member.name}(", *(f"    {piece}," for piece in pieces), f"){result}"])
 
 
 def _pieces(member: griffe.Function | griffe.Class) -> list[str]:
-    """The parameters as they are written, with the bare star of keyword-only ones."""
-    pieces, star = [], False
+    """The parameters as they are written, with the marks of positional-only and keyword-only ones."""
+    pieces: list[str] = []
+    star = slash = False
     for parameter in member.parameters:
         if parameter.name in ("self", "cls"):
             continue
         kind = parameter.kind
+        if slash and kind is not griffe.ParameterKind.positional_only:
+            pieces.append("/")
+        slash = kind is griffe.ParameterKind.positional_only
         if kind is griffe.ParameterKind.keyword_only and not star:
             pieces.append("*")
         star = star or kind in (griffe.ParameterKind.keyword_only, griffe.ParameterKind.var_positional)
@@ -117,6 +120,13 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def _text(text: str) -> str:
+    """Paragraphs; one that is laid out in columns keeps its lines."""
+    paragraphs = text.split("\n\n")
+    columns = [re.search(r"\S {3,}\S", paragraph) is not None for paragraph in paragraphs]
+    return "\n\n".join(f"```text\n{p}\n```" if column else p for p, column in zip(paragraphs, columns, strict=True))
+
+
 def _docstring(member: griffe.Object) -> Iterator[str]:
     """A docstring as Markdown: text as it is, arguments and errors as lists."""
     if member.docstring is None:
@@ -124,7 +134,7 @@ def _docstring(member: griffe.Object) -> Iterator[str]:
     for section in member.docstring.parse("google"):
         match section:
             case griffe.DocstringSectionText():
-                yield from (section.value, "")
+                yield from (_text(section.value), "")
             case griffe.DocstringSectionParameters():
                 yield from (f"- `{item.name}`: {_one_line(item.description)}" for item in section.value)
                 yield ""
@@ -204,7 +214,7 @@ def pages(root: Path = ROOT) -> dict[str, str]:
     for name in PACKAGES:
         if not (root / name).is_dir():
             continue
-        package = griffe.load(name, search_paths=[str(root)], allow_inspection=False)
+        package = griffe.load(name, search_paths=[str(root)], try_relative_path=False, allow_inspection=False)
         assert isinstance(package, griffe.Module)
         silent += missing(package)
         result[f"{name}.md"] = page(package)

@@ -134,7 +134,7 @@ def programs(page: Path) -> list[Fence]:
 def shape(line: str) -> str:
     """A line without its figures, and without what their width does to a table."""
     line = re.sub(r"[━─═]+", "─", line)
-    line = re.sub(rf"-?\d[\d,.]*(?:e[-+]?\d+)?%?(?: ?{_UNIT}\b)?", "#", line)
+    line = re.sub(rf"-?\d+(?:,\d{{3}})*(?:\.\d+)?(?:e[-+]?\d+)?%?(?: ?{_UNIT}\b)?", "#", line)
     return re.sub(r"\s+", " ", line).strip()
 
 
