@@ -138,9 +138,11 @@ def shape(line: str) -> str:
     return re.sub(r"\s+", " ", line).strip()
 
 
-def _pattern(line: str) -> str:
-    """A line of a page as an expression: ``…`` in it is any text."""
-    return ".*".join(re.escape(part) for part in line.split("…"))
+def _line_pattern(line: str) -> str:
+    """A line of a page as an expression: ``…`` in it is any text, and alone any lines."""
+    if line.strip() == "…":
+        return r"(?:.*\n)*?"
+    return ".*".join(re.escape(part) for part in line.split("…")) + r"\n"
 
 
 def first_difference(expected: tuple[str, ...], printed: str, *, only_shape: bool = False) -> str | None:
@@ -152,19 +154,16 @@ def first_difference(expected: tuple[str, ...], printed: str, *, only_shape: boo
         only_shape: compare all but the figures.
     """
     reduce = shape if only_shape else str.rstrip
-    actual = [reduce(line) for line in printed.splitlines()]
-    place, skips = 0, False
-    for line in map(reduce, expected):
-        if line.strip() == "…":
-            skips = True
-            continue
-        ahead = actual[place:] if skips else actual[place : place + 1]
-        fits = [number for number, other in enumerate(ahead, place) if re.fullmatch(_pattern(line), other)]
-        if not fits:
-            return f"{line!r} is not printed; instead {actual[place : place + 3]}"
-        place, skips = fits[0] + 1, False
-    rest = [line for line in actual[place:] if line]
-    return f"more is printed: {rest[:3]}" if rest and not skips else None
+    actual = "".join(f"{reduce(line)}\n" for line in printed.rstrip().splitlines())
+    lines = [_line_pattern(reduce(line)) for line in expected]
+    if re.fullmatch("".join(lines), actual):
+        return None
+    fits = max(count for count in range(len(lines) + 1) if re.match("".join(lines[:count]), actual))
+    if fits == len(lines):
+        return f"more is printed below {expected[-1]!r}"
+    before = re.match("".join(lines[:fits]), actual)
+    assert before is not None
+    return f"{expected[fits]!r} is not printed where it should be; there is {actual[before.end() :][:300]!r}"
 
 
 def source_with_helpers(path: Path, function: str) -> str:

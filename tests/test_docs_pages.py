@@ -1,7 +1,9 @@
 """Every command and every Python block of the README and of docs is run, in the order of its page.
 
-What trains, runs in-process too where a page shows its output (docs/commands.md); elsewhere the run of that page stands
-in for it, and the table below names the test that runs the same command. So it does for what needs other hosts or Slurm.
+What trains, runs in-process too where a page shows its output (docs/commands.md); elsewhere the run of that page
+stands in for it, and the table below names the test that runs the same command. So it does for what needs other
+hosts or Slurm.
+
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ from translution.distributed import calibrate, experiment, launch
 from translution.distributed.processes import MetricsReader, OnMetrics
 from translution.distributed.run_files import METRICS
 from translution.planner.cluster import usable_cores
-from translution.planner.plan import load_plan
 from translution.planner.measured_rates import MatmulRate, MeasuredRates, Transfer
+from translution.planner.plan import load_plan
 
 Captured = pytest.CaptureFixture[str]
 LIVE = "docs/commands.md"
@@ -58,7 +60,18 @@ ELSEWHERE = {
     "make test": ".ci/run",
 }
 """By `Shown.kind`: what is not run with its page, and the test that runs it."""
-SHAPED = ("launch", "status", "verify", "preflight", "measure", "rehearse", "calibrate", "experiment", "export", "report")
+SHAPED = (
+    "launch",
+    "status",
+    "verify",
+    "preflight",
+    "measure",
+    "rehearse",
+    "calibrate",
+    "experiment",
+    "export",
+    "report",
+)
 """Commands whose figures are the machine's or a run's: the page's are compared in all but those."""
 PREPARED = {
     "docs/clusters.md": [
@@ -104,9 +117,9 @@ def write_rates(_: object, nvme_path: str | None, folder: Path, __: object) -> N
         machine="", command="", time_utc="", ranks=2,
         matmul=tuple(MatmulRate(precision=precision, rows=rows, width=64, flops_per_s=rows * 1e8)
                      for precision in ("fp32", "bf16") for rows in (1, 64)),
-        memory_bytes_per_s=1e10, norm_elements_per_s=1e9, operation_s=1e-5, all_gather=transfer, reduce_scatter=transfer,
-        all_reduce=transfer, host_adam_elements_per_s=1e8, device_adam_elements_per_s=1e8, module_s=1e-3,
-        gradient_s=1e-3, sub_group_s=1e-3,
+        memory_bytes_per_s=1e10, norm_elements_per_s=1e9, operation_s=1e-5, all_gather=transfer,
+        reduce_scatter=transfer, all_reduce=transfer, host_adam_elements_per_s=1e8,
+        device_adam_elements_per_s=1e8, module_s=1e-3, gradient_s=1e-3, sub_group_s=1e-3,
     )  # fmt: skip
     for rank in (0, 1):
         (folder / f"rates_{rank}.json").write_text(rates.model_dump_json())
@@ -165,6 +178,8 @@ class Reader:
     def _stand_in(self, shown: Shown) -> None:
         """Look whether the command could be run, and leave what it would."""
         words = shown.words
+        if words[:2] == ["translution", "calibrate"]:
+            self._type(shown)
         if words[:2] != ["translution", "launch"]:
             return
         plan = self.folder / words[2]
