@@ -1,11 +1,11 @@
-# make demo | make test | make check: each creates the environment if there is none.
+# make demo | make test | make check | make docs: each creates the environment if there is none.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := planner models distributed reports cli
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format docs clean
 
 demo: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
@@ -21,6 +21,9 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.dev
+	$(BIN)/python scripts/api_reference.py
 
 $(VENV)/.demo: pyproject.toml constraints.txt scripts/check_system.sh
 	sh scripts/check_system.sh $(PYTHON)

@@ -218,4 +218,5 @@ def _print(result: SearchResult, cost: RunCost | None, out: Path) -> None:
         out_console.print(worst)
     for remark in remarks(plan.training, plan.zero):
         out_console.print(f"note: {remark}")
-    out_console.print(f"wrote {out}; run it: translution launch {out}")
+    hosts = f" --hostfile {out / 'hostfile'}" if plan.cluster.nodes > 1 else ""
+    out_console.print(f"wrote {out}; run it: translution launch {out}{hosts}", soft_wrap=True)

@@ -110,6 +110,8 @@ def choose(spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, wishes
     elif searcher.refused:
         family, why = next(iter(searcher.refused.items()))
         reason = f"; {family.text}: {why}"
+    elif families:
+        reason = f"; {families[0].family}: {families[0].reason}"
     adviser = Adviser(searcher)
     raise NoPlanError(f"{spec.name} does not fit on {cluster.name}{reason}", families, adviser.all(), adviser.hybrids())
 

@@ -66,9 +66,10 @@ def folder_readme(plan: Plan) -> str:
     """The README of a plan folder."""
     model, training, cluster = plan.model, plan.training, plan.cluster
     flops = count_flops(model)
-    several = ""
+    several, script, command = "", "launch.sh", "launch FOLDER"
     if cluster.nodes > 1:
         several = ", `launch-ssh.sh` on the hosts that `hostfile` names"
+        script, command = "launch-ssh.sh", "launch FOLDER --hostfile FOLDER/hostfile"
     tile = "whole tables" if plan.tile_relations is None else f"{plan.tile_relations} relations per tile"
     return f"""# Plan: {model.name} on {cluster.name}
 
@@ -80,8 +81,8 @@ ZeRO-{plan.zero.stage}, {training.precision}, {training.micro_batch} samples per
 
 ## Run it
 
-    ./launch.sh              # or: translution launch FOLDER
-    ./launch.sh --dry-run    # prints the DeepSpeed command and starts nothing
+    ./{script}              # or: translution {command}
+    ./{script} --dry-run    # prints the DeepSpeed command and starts nothing
     translution verify {RUNS}/001
 
 Each run gets its own folder under `{RUNS}/` with metrics, logs, measured memory and a checkpoint.

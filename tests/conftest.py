@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS_RANKS = (
     "test_accuracy",
     "test_calibrate",
+    "test_docs_pages",
     "test_emission",
     "test_hosts",
     "test_kills",

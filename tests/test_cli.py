@@ -167,7 +167,8 @@ def test_several_nodes_need_a_hostfile(tmp_path: Path, capsys: Captured) -> None
     folder, hosts = str(tmp_path / "plan"), tmp_path / "hosts"
     arguments = ["plan", "vit-base/16", "--cluster", "2x8xH100", "--data", "synthetic", "--out", folder]
     assert run([*arguments, "--precision", "bf16", "--micro-batch", "1"]) == 0
-    capsys.readouterr()
+    assert f"run it: translution launch {folder} --hostfile {folder}/hostfile\n" in capsys.readouterr().out
+    assert "./launch-ssh.sh " in (tmp_path / "plan" / "README.md").read_text()
     for words in ([], ["--dry-run"]):
         assert run(["launch", folder, *words]) == 2
         assert capsys.readouterr().err.startswith("translution: error: hostfile: is required for a plan of 2 nodes")

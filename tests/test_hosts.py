@@ -107,6 +107,18 @@ def test_every_node_starts_its_own_ranks_without_ssh(hosts: Hosts, tmp_path: Pat
 
 
 @needs_hosts
+def test_preflight_looks_at_every_host(hosts: Hosts, tmp_path: Path) -> None:
+    folder = write_plan(tmp_path / "plan", 1, nodes=2, steps=2)
+    options = ["--hostfile", hosts.hostfile, "--ssh-port", SSH_PORT]
+    command = hosts.command(*CLI, "preflight", folder, *options)
+    done = subprocess.run(command, env=hosts.environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for address in ADDRESSES:
+        assert f"ok      {address}: host memory: " in done.stdout
+    assert "ok      versions on 2 nodes: python" in done.stdout
+
+
+@needs_hosts
 def test_what_keeps_hosts_from_starting_is_told_in_one_line(hosts: Hosts, tmp_path: Path) -> None:
     folder = write_plan(tmp_path / "plan", 1, nodes=2, steps=2)
     wrong = tmp_path / "wrong"

@@ -341,3 +341,14 @@ def test_no_estimate_takes_seconds() -> None:
     began = time.process_time()
     found("vit-base/16", "8xA100-80", global_batch=256)
     assert time.process_time() - began < 60
+
+
+def test_a_family_of_which_nothing_can_be_tried_gives_its_reason() -> None:
+    spec = override(preset("vit-tiny/56"), dim=64, heads=2, depth=1)
+    with pytest.raises(NoPlanError, match="all on NVMe: a rank's shares are below 1 MiB, which DeepSpeed never"):
+        choose(
+            spec,
+            load_cluster("8xH100"),
+            TrainingSpec(precision="bf16", data="synthetic"),
+            Wishes(offload="nvme", nvme_path="/nvme"),
+        )
