@@ -7,13 +7,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from translution.planner.activations import kept_bytes
 from translution.planner.cluster import ClusterSpec
-from translution.planner.errors import InputError
-from translution.planner.flops import count_flops
+from translution.planner.costs import LABELS, describe, with_operator
 from translution.planner.memory import BACKWARD, FORWARD, STEP, MemoryEstimate, estimate_memory
-from translution.planner.model_spec import OPERATORS, ModelSpec, Operator, parse_model_spec
-from translution.planner.parameters import TABLES, count_parameters
+from translution.planner.model_spec import OPERATORS, ModelSpec, Operator
+from translution.planner.parameters import TABLES
 from translution.planner.plan import choose_tile, choose_zero
 from translution.planner.schema import validate
 from translution.planner.training import TrainingSpec
@@ -22,43 +20,7 @@ from translution.planner.units import format_bytes, format_count, format_flops
 
 from .output import console, note, print_json, table
 
-_STATE_BYTES = 16
-_LABELS = {
-    "translution": "full Translution",
-    "alpha": "α-Translution",
-    "attention": "attention",
-    "bias": "attention, scalars",
-    "shaw": "attention, vectors",
-    "absolute": "absolute matrices",
-}
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
-
-
-def describe(spec: ModelSpec, micro_batch: int, widths: Widths) -> dict[str, Any]:
-    """Costs of one model: parameters, operations and activations, published way and ours."""
-    parameters, flops = count_parameters(spec), count_flops(spec)
-    published = kept_bytes(spec, micro_batch, widths, "gather")
-    return {
-        "operator": spec.operator,
-        "parameters": parameters.model_dump(),
-        "training_state_bytes": parameters.total * _STATE_BYTES,
-        "activations_bytes": {"published": published, "ours": kept_bytes(spec, micro_batch, widths)},
-        "flops_per_sample": flops.model_dump(),
-    }
-
-
-def _with_operator(spec: ModelSpec, operator: Operator) -> ModelSpec | None:
-    """The model with another operator, or None where that operator does not allow its other fields."""
-    if operator == spec.operator:
-        return spec
-    try:
-        fields = spec.model_dump() | {"operator": operator}
-        fields["rotary"] = spec.rotary and operator in ("attention", "alpha")
-        if operator in ("attention", "absolute"):
-            fields["window"] = None
-        return parse_model_spec(fields)
-    except InputError:
-        return None
 
 
 def per_rank(spec: ModelSpec, training: TrainingSpec, ranks: int) -> dict[int, MemoryEstimate]:
@@ -90,7 +52,7 @@ def run_estimate(asked: str, spec: ModelSpec, *, ranks: int, micro_batch: int, p
         note(f"{asked} is the paper's name for {spec.name}; for ViT-Base write vit-base/{asked.split('/')[-1]}")
     widths = Widths.of(training.dtype_bytes, "cuda")
     order: tuple[Operator, ...] = (spec.operator, *(name for name in OPERATORS if name != spec.operator))
-    described = [describe(other, micro_batch, widths) for name in order if (other := _with_operator(spec, name))]
+    described = [describe(other, micro_batch, widths) for name in order if (other := with_operator(spec, name))]
     estimates = per_rank(spec, training, ranks)
     if as_json:
         document = {"model": spec.model_dump(mode="json"), "precision": precision, "micro_batch": micro_batch}
@@ -117,7 +79,7 @@ def _print_tables(
         total = entry["parameters"]["total"]
         rows.append(
             (
-                _LABELS[entry["operator"]],
+                LABELS[entry["operator"]],
                 format_count(total),
                 f"{entry['parameters']['components'].get(TABLES, 0) / total:.1%}",
                 format_bytes(entry["training_state_bytes"]),
@@ -135,7 +97,7 @@ def _print_tables(
     rows = [(name, f"{count:,}") for name, count in components.items()]
     rows.append(("total", f"{described[0]['parameters']['total']:,}"))
     out.print()
-    out.print(table(f"Parameters of {_LABELS[spec.operator]}, exact", ("component", "parameters"), rows))
+    out.print(table(f"Parameters of {LABELS[spec.operator]}, exact", ("component", "parameters"), rows))
     rows = []
     for stage, estimate in estimates.items():
         step = max(estimate.bytes_of(phase) for phase in (FORWARD, BACKWARD))

@@ -1,0 +1,195 @@
+"""Sections on models alone and on their best plans: the overview, and what each operator costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import altair as alt
+
+from translution.planner.cluster import ClusterSpec
+from translution.planner.costs import LABELS, describe, with_operator
+from translution.planner.model_spec import OPERATORS, ModelSpec
+from translution.planner.parameters import TABLES
+from translution.planner.provenance import Provenance
+from translution.planner.scaling import PlanPoint, best_points
+from translution.planner.training import TrainingSpec
+from translution.planner.twins import Widths
+from translution.planner.units import GIB, format_bytes, format_count
+
+from .document import Column, Picture, Section, Table, Value, shown
+from .timeline import WIDTH
+from .vega import COLOURS
+
+FULL, PLAIN = "full Translution", "attention"
+POINT_COLUMNS = (
+    Column(title="parameters", kind="count"),
+    Column(title="device of a rank", kind="bytes"),
+    Column(title="pageable host", kind="bytes"),
+    Column(title="pinned host", kind="bytes"),
+    Column(title="step (interval)", kind="seconds"),
+    Column(title="time of a sample", kind="seconds"),
+    Column(title="the best plan, or why none fits", kind="sentence"),
+)
+
+
+def point_cells(point: PlanPoint) -> tuple[Value, ...]:
+    """Values in the order of `POINT_COLUMNS`."""
+    time: Value = None
+    sample = None
+    if point.likely_s is not None and point.low_s is not None and point.high_s is not None:
+        time, sample = (point.likely_s, point.low_s, point.high_s), point.likely_s / point.samples
+    why = point.plan if point.plan is not None else f"nothing fits; {point.reason}"
+    sizes = point.device_bytes, point.host_bytes, point.pinned_bytes
+    return (point.parameters, *sizes, time, sample, why)
+
+
+def _sentences(points: Sequence[PlanPoint], cluster: ClusterSpec) -> tuple[str, ...]:
+    """How large the first model is, what a rank holds of it, and how long it takes."""
+    model = points[0].model
+    own = {point.operator: point for point in points if point.model == model}
+    full, plain = own[FULL], own[PLAIN]
+    times = full.parameters / plain.parameters
+    texts = [
+        f"{model} with full Translution has {format_count(full.parameters)} parameters, {shown(times, 'times')} as "
+        f"many as with attention ({format_count(plain.parameters)})."
+    ]
+    if full.device_bytes is None or full.host_bytes is None or full.pinned_bytes is None:
+        return (*texts, f"No plan of it fits on {cluster.name}: {full.reason}.")
+    host = format_bytes(full.host_bytes + full.pinned_bytes)
+    texts.append(
+        f"On {cluster.name} its best plan ({full.plan}) takes {format_bytes(full.device_bytes)} of each rank's "
+        f"{format_bytes(cluster.device_memory_bytes)} and {host} of the host's memory."
+    )
+    time = full.likely_s, full.low_s, full.high_s
+    beside = "" if plain.likely_s is None else f"; attention takes {shown(plain.likely_s, 'seconds')}"
+    texts.append(
+        f"A step of {full.samples} samples is predicted to take {shown(time, 'seconds')}{beside}."  # type: ignore[arg-type]
+    )
+    return tuple(texts)
+
+
+def overview(specs: Iterable[ModelSpec], cluster: ClusterSpec, training: TrainingSpec, made: Provenance) -> Section:
+    """The best plan of every model and operator on one cluster, and three sentences on the first.
+
+    Args:
+        specs: the models; their operator is replaced.
+        cluster: whose nodes are all used.
+        training: precision and optimizer.
+        made: where the figures come from.
+
+    Raises:
+        InputError: if the cluster lacks a rate.
+    """
+    points = [point for spec in specs for point in best_points(spec, cluster, training)]
+    rows = tuple((point.model, point.operator, *point_cells(point)) for point in points)
+    samples = points[0].samples
+    table = Table(
+        key="glance-table",
+        caption=f"The best plan on {cluster.name} in {training.precision}: the highest memory of a rank, and the time "
+        f"of a step of {samples} samples",
+        columns=(Column(title="model"), Column(title="operator"), *POINT_COLUMNS),
+        rows=rows,
+        chosen_by=0,
+        made=made,
+    )
+    note = (
+        "Memory is replayed allocation by allocation; 8% of each stays free, and α-Translution has c1 = c2 = 16. Times "
+        "on GPUs are unmeasured: shares of the vendors' peaks, with an interval."
+    )
+    return Section(key="glance", title="At a glance", text=(*_sentences(points, cluster), note), parts=(table,))
+
+
+_COLUMNS = (
+    Column(title="model"),
+    Column(title="operator"),
+    Column(title="parameters", kind="count"),
+    Column(title="in tables", kind="share"),
+    Column(title="state (AdamW, fp32)", kind="bytes"),
+    Column(title="kept, published", kind="bytes"),
+    Column(title="kept, ours", kind="bytes"),
+    Column(title="published / ours", kind="times"),
+    Column(title="forward", kind="flops"),
+    Column(title="training", kind="flops"),
+)
+
+
+def _cost_row(spec: ModelSpec, training: TrainingSpec) -> tuple[Value, ...]:
+    entry = describe(spec, 1, Widths.of(training.dtype_bytes, "cuda"))
+    parameters, kept, flops = entry["parameters"], entry["activations_bytes"], entry["flops_per_sample"]
+    total = parameters["total"]
+    return (
+        spec.name,
+        LABELS[spec.operator],
+        total,
+        parameters["components"].get(TABLES, 0) / total,
+        entry["training_state_bytes"],
+        kept["published"],
+        kept["ours"],
+        kept["published"] / kept["ours"],
+        flops["forward"],
+        flops["training_step"],
+    )
+
+
+def _kept_picture(rows: Iterable[tuple[Value, ...]], made: Provenance) -> Picture:
+    """What full Translution keeps, the published way and ours."""
+    names = [column.title for column in _COLUMNS]
+    full: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in rows if row[1] == LABELS["translution"]]
+    ways = {"kept, published": "published way", "kept, ours": "ours"}
+    values = [
+        {"model": row["model"], "way": way, "GiB": row[name] / GIB, "text": format_bytes(row[name])}
+        for row in full
+        for name, way in ways.items()
+    ]
+    base = alt.Chart(alt.InlineData(values=values)).encode(
+        y=alt.Y("model:N", title=None, sort=None, axis=alt.Axis(labelLimit=0))
+    )
+    axis = alt.Axis(format="~g")
+    x = alt.X("GiB:Q", title="kept for backward by one sample, GiB", scale=alt.Scale(type="log"), axis=axis)
+    colour = alt.Color("way:N", title=None, scale=alt.Scale(range=list(COLOURS[:2])), legend=alt.Legend(orient="top"))
+    tooltip = ["model:N", "way:N", alt.Tooltip("text:N", title="kept")]
+    line = base.mark_line(color="#8a8f98").encode(x=x, detail="model:N")
+    dots = base.mark_point(filled=True, size=90, opacity=1).encode(x=x, color=colour, tooltip=tooltip)
+    text = "; ".join(
+        f"{row['model']} {format_bytes(row['kept, published'])}, ours {format_bytes(row['kept, ours'])}" for row in full
+    )
+    chart = alt.LayerChart(
+        layer=[line, dots],
+        width=WIDTH,
+        height=26 * max(2, len(full)),
+        title="What a forward pass of full Translution keeps",
+        description=f"What full Translution keeps for backward of one sample, the published way: {text}.",
+    )
+    return Picture(
+        key="kept",
+        caption="Activations kept for backward by one sample of full Translution, the published way and ours.",
+        name="Kept activations",
+        spec=dict(chart.to_dict()),
+        made=made,
+    )
+
+
+def costs(specs: Iterable[ModelSpec], training: TrainingSpec, made: Provenance) -> Section:
+    """What every model costs with every operator that suits it.
+
+    Args:
+        specs: the models.
+        training: its precision decides the bytes kept.
+        made: where the figures come from.
+    """
+    found = [other for spec in specs for name in OPERATORS if (other := with_operator(spec, name))]
+    rows = tuple(_cost_row(spec, training) for spec in found)
+    table = Table(
+        key="costs-table",
+        caption=f"Costs of a model and of one sample, {training.precision}; kept: by a forward pass for backward",
+        columns=_COLUMNS,
+        rows=rows,
+        chosen_by=0,
+        made=made,
+    )
+    text = (
+        "Parameters and operations are exact. The published way gathers a matrix for every pair of tokens; ours "
+        "computes the rows of a relation again in backward."
+    )
+    return Section(key="costs", title="What the models cost", text=(text,), parts=(table, _kept_picture(rows, made)))
