@@ -85,6 +85,8 @@ def picture(points: Iterable[ScalePoint], limits: Sequence[Threshold], title: st
     data = pd.DataFrame([point.model_dump() for point in points])
     data["GiB"] = (data["states_bytes"] + data["kept_bytes"]) / GIB
     ends = pd.DataFrame([limit.model_dump() | {"label": f"{limit.nodes} node(s)"} for limit in limits if limit.largest])
+    operators = list(dict.fromkeys(data["operator"]))
+    colours = alt.Scale(domain=operators, range=list(COLOURS[: len(operators)]))
     charts = []
     for axis in AXES:
         own = data[data["axis"] == axis]
@@ -95,7 +97,7 @@ def picture(points: Iterable[ScalePoint], limits: Sequence[Threshold], title: st
             .encode(
                 x=alt.X("value:Q", title=AXIS_TITLES[axis], scale=scale),
                 y=alt.Y("GiB:Q", title="states and one sample, GiB", scale=scale),
-                color=alt.Color("operator:N", title=None, scale=alt.Scale(range=list(COLOURS[:3]))),
+                color=alt.Color("operator:N", title=None, scale=colours, legend=alt.Legend(orient="bottom")),
                 tooltip=[
                     "operator:N",
                     alt.Tooltip("value:Q", title=AXIS_TITLES[axis]),

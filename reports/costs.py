@@ -22,26 +22,36 @@ from .timeline import WIDTH
 from .vega import COLOURS
 
 FULL, PLAIN = "full Translution", "attention"
-POINT_COLUMNS = (
-    Column(title="parameters", kind="count"),
-    Column(title="device of a rank", kind="bytes"),
+_STEP, _PLAN = Column(title="step (interval)", kind="seconds"), Column(title="best plan", kind="sentence")
+_DEVICE = Column(title="device of a rank", kind="bytes")
+TIER_COLUMNS = (
+    _DEVICE,
     Column(title="pageable host", kind="bytes"),
     Column(title="pinned host", kind="bytes"),
-    Column(title="step (interval)", kind="seconds"),
-    Column(title="time of a sample", kind="seconds"),
-    Column(title="the best plan, or why none fits", kind="sentence"),
+    _STEP,
+    Column(title="a sample", kind="seconds"),
+    _PLAN,
 )
 
 
-def point_cells(point: PlanPoint) -> tuple[Value, ...]:
-    """Values in the order of `POINT_COLUMNS`."""
-    time: Value = None
-    sample = None
-    if point.likely_s is not None and point.low_s is not None and point.high_s is not None:
-        time, sample = (point.likely_s, point.low_s, point.high_s), point.likely_s / point.samples
-    why = point.plan if point.plan is not None else f"nothing fits; {point.reason}"
-    sizes = point.device_bytes, point.host_bytes, point.pinned_bytes
-    return (point.parameters, *sizes, time, sample, why)
+def _time(point: PlanPoint) -> Value:
+    if point.likely_s is None or point.low_s is None or point.high_s is None:
+        return None
+    return point.likely_s, point.low_s, point.high_s
+
+
+def _plan(point: PlanPoint) -> str:
+    return point.plan if point.plan is not None else f"nothing fits; {point.reason}"
+
+
+def _host(point: PlanPoint) -> int | None:
+    return None if point.host_bytes is None or point.pinned_bytes is None else point.host_bytes + point.pinned_bytes
+
+
+def tier_cells(point: PlanPoint) -> tuple[Value, ...]:
+    """Values in the order of `TIER_COLUMNS`."""
+    sample = None if point.likely_s is None else point.likely_s / point.samples
+    return (point.device_bytes, point.host_bytes, point.pinned_bytes, _time(point), sample, _plan(point))
 
 
 def _sentences(points: Sequence[PlanPoint], cluster: ClusterSpec) -> tuple[str, ...]:
@@ -54,18 +64,15 @@ def _sentences(points: Sequence[PlanPoint], cluster: ClusterSpec) -> tuple[str, 
         f"{model} with full Translution has {format_count(full.parameters)} parameters, {shown(times, 'times')} as "
         f"many as with attention ({format_count(plain.parameters)})."
     ]
-    if full.device_bytes is None or full.host_bytes is None or full.pinned_bytes is None:
+    host = _host(full)
+    if full.device_bytes is None or host is None:
         return (*texts, f"No plan of it fits on {cluster.name}: {full.reason}.")
-    host = format_bytes(full.host_bytes + full.pinned_bytes)
     texts.append(
         f"On {cluster.name} its best plan ({full.plan}) takes {format_bytes(full.device_bytes)} of each rank's "
-        f"{format_bytes(cluster.device_memory_bytes)} and {host} of the host's memory."
+        f"{format_bytes(cluster.device_memory_bytes)} and {format_bytes(host)} of the host's memory."
     )
-    time = full.likely_s, full.low_s, full.high_s
     beside = "" if plain.likely_s is None else f"; attention takes {shown(plain.likely_s, 'seconds')}"
-    texts.append(
-        f"A step of {full.samples} samples is predicted to take {shown(time, 'seconds')}{beside}."  # type: ignore[arg-type]
-    )
+    texts.append(f"A step of {full.samples} samples is predicted to take {shown(_time(full), 'seconds')}{beside}.")
     return tuple(texts)
 
 
@@ -82,13 +89,21 @@ def overview(specs: Iterable[ModelSpec], cluster: ClusterSpec, training: Trainin
         InputError: if the cluster lacks a rate.
     """
     points = [point for spec in specs for point in best_points(spec, cluster, training)]
-    rows = tuple((point.model, point.operator, *point_cells(point)) for point in points)
+    rows = tuple((p.model, p.operator, p.parameters, p.device_bytes, _host(p), _time(p), _plan(p)) for p in points)
     samples = points[0].samples
     table = Table(
         key="glance-table",
         caption=f"The best plan on {cluster.name} in {training.precision}: the highest memory of a rank, and the time "
         f"of a step of {samples} samples",
-        columns=(Column(title="model"), Column(title="operator"), *POINT_COLUMNS),
+        columns=(
+            Column(title="model"),
+            Column(title="operator"),
+            Column(title="parameters", kind="count"),
+            _DEVICE,
+            Column(title="host of a rank", kind="bytes"),
+            _STEP,
+            _PLAN,
+        ),
         rows=rows,
         chosen_by=0,
         made=made,
@@ -145,7 +160,7 @@ def _kept_picture(rows: Iterable[tuple[Value, ...]], made: Provenance) -> Pictur
     base = alt.Chart(alt.InlineData(values=values)).encode(
         y=alt.Y("model:N", title=None, sort=None, axis=alt.Axis(labelLimit=0))
     )
-    axis = alt.Axis(format="~g")
+    axis = alt.Axis(format="~g", tickCount=8)
     x = alt.X("GiB:Q", title="kept for backward by one sample, GiB", scale=alt.Scale(type="log"), axis=axis)
     colour = alt.Color("way:N", title=None, scale=alt.Scale(range=list(COLOURS[:2])), legend=alt.Legend(orient="top"))
     tooltip = ["model:N", "way:N", alt.Tooltip("text:N", title="kept")]

@@ -12,7 +12,7 @@ from translution.planner.provenance import Provenance
 from translution.planner.scaling import GROWTH_AXES, GrowthAxis, GrowthPoint, PlanPoint
 from translution.planner.units import GIB, format_bytes
 
-from .costs import POINT_COLUMNS, point_cells
+from .costs import TIER_COLUMNS, tier_cells
 from .document import Column, Part, Picture, Section, Table, shown
 from .vega import COLOURS
 
@@ -20,6 +20,7 @@ TITLES: dict[GrowthAxis, str] = {
     "width": "model width", "tokens": "tokens per sample", "depth": "layers", "nodes": "nodes",
 }  # fmt: skip
 _WIDTH, _HEIGHT = 440, 280
+_AXIS = alt.Axis(format="~g", tickCount=4)
 _DEVICE, _HOST = "device", "host, pageable and pinned"
 
 
@@ -65,7 +66,9 @@ def _chart(
     """What both charts of an axis share: its marks, crosses where nothing fits, and scales."""
     operators = list(dict.fromkeys(point.best.operator for point in points))
     scale = alt.Scale(domain=operators, range=list(COLOURS[: len(operators)]))
-    colour = alt.Color("operator:N", title=None, scale=scale, legend=alt.Legend(orient="top", columns=3))
+    colour = alt.Color(
+        "operator:N", title=None, scale=scale, legend=alt.Legend(orient="top", columns=3, symbolOpacity=1)
+    )
     values = sorted({point.value for point in points})
     x = alt.X(
         "x:Q",
@@ -105,13 +108,8 @@ def _tooltip(axis: GrowthAxis, title: str) -> list[alt.Tooltip]:
 
 def _memory(points: Sequence[GrowthPoint], axis: GrowthAxis) -> dict[str, Any]:
     rows = _memory_rows(points)
-    y = alt.Y("y:Q", title="highest of a rank, GiB", scale=alt.Scale(type="log"), axis=alt.Axis(format="~g"))
-    dash = alt.StrokeDash(
-        "tier:N",
-        title=None,
-        scale=alt.Scale(domain=[_DEVICE, _HOST], range=[[1, 0], [4, 3]]),
-        legend=alt.Legend(orient="top"),
-    )
+    y = alt.Y("y:Q", title="highest of a rank, GiB", scale=alt.Scale(type="log"), axis=_AXIS)
+    dash = alt.StrokeDash("tier:N", scale=alt.Scale(domain=[_DEVICE, _HOST], range=[[1, 0], [4, 3]]), legend=None)
     base = alt.Chart(alt.InlineData(values=rows)).encode(y=y)
     dots = base.mark_point(filled=True, size=45, opacity=1).encode(
         detail="tier:N", tooltip=[*_tooltip(axis, "memory"), alt.Tooltip("tier:N")]
@@ -121,10 +119,10 @@ def _memory(points: Sequence[GrowthPoint], axis: GrowthAxis) -> dict[str, Any]:
 
 def _time(points: Sequence[GrowthPoint], axis: GrowthAxis) -> dict[str, Any]:
     rows = _time_rows(points)
-    y = alt.Y("y:Q", title="a step, seconds", scale=alt.Scale(type="log"), axis=alt.Axis(format="~g"))
+    y = alt.Y("y:Q", title="a step, seconds", scale=alt.Scale(type="log"), axis=_AXIS)
     base = alt.Chart(alt.InlineData(values=rows))
     band = base.mark_area(opacity=0.2, strokeWidth=0).encode(
-        y=alt.Y("low:Q", title="a step, seconds", scale=alt.Scale(type="log"), axis=alt.Axis(format="~g")), y2="high:Q"
+        y=alt.Y("low:Q", title="a step, seconds", scale=alt.Scale(type="log"), axis=_AXIS), y2="high:Q"
     )
     dots = base.mark_point(filled=True, size=45, opacity=1).encode(y=y, tooltip=_tooltip(axis, "step"))
     return _chart(rows, points, axis, "Time", [band, base.mark_line().encode(y=y), dots])
@@ -137,7 +135,8 @@ def _pictures(points: Sequence[GrowthPoint], axis: GrowthAxis, made: Provenance)
         Picture(
             key=f"scaling-{axis}-memory",
             heading=f"{title[0].upper()}{title[1:]}",
-            caption=f"The highest memory of a rank by its best plan, against {title}.{cross}",
+            caption=f"The highest memory of a rank by its best plan, against {title}. Solid: the device; dashed: the "
+            f"host, pageable and pinned.{cross}",
             name=f"Memory against {title}",
             spec=_memory(points, axis),
             half=True,
@@ -171,8 +170,8 @@ def scaling(
         own = [point for point in points if point.axis == axis]
         if own:
             parts += _pictures(own, axis, made)
-    columns = (Column(title="along"), Column(title="size", kind="integer"), Column(title="operator"), *POINT_COLUMNS)
-    rows = tuple((TITLES[p.axis], p.value, p.best.operator, *point_cells(p.best)) for p in points)
+    columns = (Column(title="axis"), Column(title="size", kind="integer"), Column(title="operator"), *TIER_COLUMNS)
+    rows = tuple((TITLES[p.axis], p.value, p.best.operator, *tier_cells(p.best)) for p in points)
     parts.append(
         Table(
             key="scaling-table",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
 from . import vega
 from .document import TEXTS, Document, shown, weight
@@ -44,10 +46,17 @@ def _stills(document: Document) -> dict[str, tuple[str, int]]:
     """The PNG of every picture by its key, with its width in the page's pixels."""
     stills = {}
     for picture in document.pictures:
-        content = vega.png(picture.spec, scale=_SCALE)
-        width = int.from_bytes(content[16:20], "big")  # Of the header, which comes first.
-        stills[picture.key] = base64.b64encode(content).decode(), round(width / _SCALE)
+        with Image.open(io.BytesIO(vega.png(picture.spec, scale=_SCALE))) as still:
+            stills[picture.key] = base64.b64encode(_smaller(still)).decode(), round(still.width / _SCALE)
     return stills
+
+
+def _smaller(still: Image.Image) -> bytes:
+    """A PNG of at most 256 colours: a tenth of the size, and what is of one colour keeps it."""
+    out = io.BytesIO()
+    few = still.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few.save(out, "PNG", optimize=True)
+    return out.getvalue()
 
 
 def _live(spec: dict[str, Any]) -> bool:
