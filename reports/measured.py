@@ -189,7 +189,7 @@ def accuracy_section(accuracy: Accuracy) -> Section:
         parts += [missed] if missed else []
     if accuracy.rehearsal:
         parts.append(_rehearsal_table(accuracy.rehearsal))
-    text = ["Two CPU ranks under gloo, measured by torch's own allocator; no GPU was measured."]
+    text = ["Two CPU ranks under gloo, measured by torch's own allocator; no GPU was among them."]
     if accuracy.predicted:
         again = accuracy.predicted.replace("`", "")
         text.append(f"What they measured then stands beside what the planner predicts since: {again}.")
