@@ -68,8 +68,9 @@ def _sentences(points: Sequence[PlanPoint], cluster: ClusterSpec) -> tuple[str, 
     if full.device_bytes is None or host is None:
         return (*texts, f"No plan of it fits on {cluster.name}: {full.reason}.")
     texts.append(
-        f"On {cluster.name} its best plan ({full.plan}) takes {format_bytes(full.device_bytes)} of each rank's "
-        f"{format_bytes(cluster.device_memory_bytes)} and {format_bytes(host)} of the host's memory."
+        f"On {cluster.name} its best plan ({full.plan}) holds at most {format_bytes(full.device_bytes)} of each "
+        f"rank's {format_bytes(cluster.device_memory_bytes)}, and {format_bytes(host)} of host memory for each "
+        "rank, from init to resume."
     )
     beside = "" if plain.likely_s is None else f"; attention takes {shown(plain.likely_s, 'seconds')}"
     texts.append(f"A step of {full.samples} samples is predicted to take {shown(_time(full), 'seconds')}{beside}.")
