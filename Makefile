@@ -1,11 +1,11 @@
-# make demo | make test | make check | make docs: each creates the environment if there is none.
+# make demo | make test | make check | make docs | make reports: each creates the environment if there is none.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := planner models distributed reports cli
 
-.PHONY: demo test check format docs clean
+.PHONY: demo test check format docs reports clean
 
 demo: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
@@ -24,6 +24,23 @@ format: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python scripts/api_reference.py
+
+# The committed gallery. Commands stand on its pages as they are here.
+PLANS := build/plans
+GALLERY := reports/gallery
+EXPERIMENTS := $(if $(wildcard reports/experiments/*/result.json),--experiments reports/experiments)
+
+reports: $(VENV)/.demo
+	$(BIN)/translution plan vit-base/16 --cluster 2x8xH100 --precision bf16 --data synthetic --out $(PLANS)/vit-base --force
+	mkdir -p $(GALLERY)
+	rm -f $(GALLERY)/*.svg
+	$(BIN)/translution report $(PLANS)/vit-base \
+		--model vit-base/16 --model vit-tiny/56 --model vit-small/16 --model vit-large/16 \
+		--model gpt-small/160 --model gpt-base/1024 --model gpt-large/1024 \
+		--compare vit-base/16 --compare vit-large/16 --compare gpt-base/1024 --scaling vit-small/16 --cluster 8xH100 \
+		--accuracy reports/accuracy.json --step-time reports/step_time.json $(EXPERIMENTS) \
+		--benchmarks benchmarks/results \
+		--out $(GALLERY)/index.html --markdown $(GALLERY)/README.md --data $(GALLERY)/gallery.json
 
 $(VENV)/.demo: pyproject.toml constraints.txt scripts/check_system.sh
 	sh scripts/check_system.sh $(PYTHON)

@@ -242,19 +242,49 @@ def clusters(json: Json = False) -> None:
 
 @app.command(
     epilog="Examples: **translution report plans/small --out small.html** · **translution report plans/small/runs/001 "
-    "--out run.html --png timeline.png**"
+    "--out run.html --png timeline.png** · **translution report --model vit-base/16 --scaling vit-small/16 --cluster "
+    "8xH100 --out costs.html --markdown costs.md**"
 )
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A plan folder or a run folder.")],
     out: Annotated[Path, typer.Option(help="HTML page to write; it needs no network.")],
-    png: Annotated[Path | None, typer.Option(help="Write the memory timeline as PNG too.")] = None,
-    svg: Annotated[Path | None, typer.Option(help="Write the memory timeline as SVG too.")] = None,
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="[PLAN_OR_RUN]...", help="Plan folders or run folders.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Preset or file whose costs and best plans are shown; repeatable.")
+    ] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Preset or file whose operators are compared on GPUs; repeatable.")
+    ] = None,
+    scaling: Annotated[str | None, typer.Option(help="Preset or file around which sizes and nodes grow.")] = None,
+    cluster: Annotated[
+        str, typer.Option(help="For the three options above, as `translution plan` takes it.")
+    ] = "8xH100",
+    experiments: Annotated[Path | None, typer.Option(help="Folder of what `translution experiment` wrote.")] = None,
+    accuracy: Annotated[Path | None, typer.Option(help="accuracy.json of benchmarks/accuracy.py.")] = None,
+    step_time: Annotated[Path | None, typer.Option(help="step_time.json of benchmarks/step_time.py.")] = None,
+    benchmarks: Annotated[Path | None, typer.Option(help="Folder with operator.json and planner.json.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a plan's memory timeline as PNG too.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write a plan's memory timeline as SVG too.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write Markdown too, its pictures as SVG beside it.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Write all that the report shows as JSON too.")] = None,
     json: Json = False,
 ) -> None:
-    """Write a page with a plan's memory, phase by phase, and what its newest run measured."""
-    from .report import run_report
+    """Write a page on plans, runs, models, experiments and benchmarks, each where it is given."""
+    from .report import ReportInputs, ReportOutputs, run_report
 
-    run_report(folder, out, png, svg, as_json=json)
+    inputs = ReportInputs(
+        folders=folders or (),
+        models=model or (),
+        compared=compare or (),
+        scaling=scaling,
+        cluster=cluster,
+        experiments=experiments,
+        accuracy=accuracy,
+        step_time=step_time,
+        benchmarks=benchmarks,
+    )
+    run_report(inputs, ReportOutputs(out, png, svg, markdown, data), as_json=json)
 
 
 @app.command(

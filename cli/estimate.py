@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from translution.planner.cluster import ClusterSpec
+from translution.planner.costs import LABELS, compare_operators
 from translution.planner.memory import BACKWARD, FORWARD, STEP, MemoryEstimate, estimate_memory
 from translution.planner.model_spec import ModelSpec
 from translution.planner.parameters import TABLES
@@ -16,7 +17,6 @@ from translution.planner.schema import validate
 from translution.planner.training import TrainingSpec
 from translution.planner.twins import Widths
 from translution.planner.units import format_bytes, format_count, format_flops
-from translution.reports.operator_costs import LABELS, compare_operators
 
 from .output import console, note, print_json, table
 

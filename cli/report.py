@@ -3,14 +3,101 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from translution.planner.cluster import load_cluster
 from translution.planner.errors import InputError, MissingPackageError
-from translution.planner.files import write_bytes
+from translution.planner.files import load_model_spec, write_bytes
 from translution.planner.provenance import provenance
 from translution.planner.units import format_bytes
 
 from .output import print_json
+
+if TYPE_CHECKING:
+    from translution.reports.collect import Request
+    from translution.reports.document import Document
+    from translution.reports.plan_report import PlanReport
+
+
+@dataclass(frozen=True, slots=True)
+class ReportInputs:
+    """What the user wants in a report."""
+
+    folders: Sequence[Path]
+    models: Sequence[str]
+    compared: Sequence[str]
+    scaling: str | None
+    cluster: str
+    experiments: Path | None
+    accuracy: Path | None
+    step_time: Path | None
+    benchmarks: Path | None
+
+    def words(self) -> Iterator[str]:
+        """As a user would type them."""
+        yield from map(str, self.folders)
+        for option, values in (("--model", self.models), ("--compare", self.compared)):
+            for value in values:
+                yield from (option, value)
+        if self.scaling is not None:
+            yield from ("--scaling", self.scaling)
+        if self.models or self.compared or self.scaling is not None:
+            yield from ("--cluster", self.cluster)
+        files = {
+            "--accuracy": self.accuracy,
+            "--step-time": self.step_time,
+            "--experiments": self.experiments,
+            "--benchmarks": self.benchmarks,
+        }
+        for option, path in files.items():
+            if path is not None:
+                yield from (option, str(path))
+
+    def request(self) -> Request:
+        """The same with its models and cluster read.
+
+        Raises:
+            InputError: for an unknown name, or a bad file.
+        """
+        from translution.reports.collect import Request
+
+        planned = self.models or self.compared or self.scaling is not None
+        return Request(
+            plans=tuple(self.folders),
+            models={name: load_model_spec(name) for name in self.models},
+            compared={name: load_model_spec(name) for name in self.compared},
+            scaled=None if self.scaling is None else (self.scaling, load_model_spec(self.scaling)),
+            cluster=(self.cluster, load_cluster(self.cluster)) if planned else None,
+            experiments=self.experiments,
+            accuracy=self.accuracy,
+            step_time=self.step_time,
+            benchmarks=self.benchmarks,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ReportOutputs:
+    """Files to write; all but the page may be None."""
+
+    page: Path
+    png: Path | None
+    svg: Path | None
+    markdown: Path | None
+    data: Path | None
+
+    def named(self) -> dict[str, tuple[Path, str]]:
+        """By option: those that are wanted, with the suffix that they must have."""
+        every = {
+            "--out": (self.page, ".html"),
+            "--png": (self.png, ".png"),
+            "--svg": (self.svg, ".svg"),
+            "--markdown": (self.markdown, ".md"),
+            "--data": (self.data, ".json"),
+        }
+        return {option: (path, suffix) for option, (path, suffix) in every.items() if path is not None}
 
 
 def _check(option: str, path: Path, suffix: str) -> None:
@@ -20,35 +107,52 @@ def _check(option: str, path: Path, suffix: str) -> None:
         raise InputError(f"{option}: {str(path)!r} is not allowed: {path.parent} must be a folder")
 
 
-def run_report(folder: Path, out: Path, png: Path | None, svg: Path | None, *, as_json: bool) -> None:
-    """Write the report of a plan or run, and its timeline as a picture.
+def _check_all(inputs: ReportInputs, outputs: ReportOutputs) -> None:
+    for option, (path, suffix) in outputs.named().items():
+        _check(option, path, suffix)
+    if not list(inputs.words()):
+        raise InputError("nothing to report: give a plan or run folder, --model, or another of the options")
+    for option in ("--png", "--svg"):
+        if option in outputs.named() and len(inputs.folders) != 1:
+            raise InputError(f"{option}: is not allowed: is of one plan's memory, not of {len(inputs.folders)}")
+
+
+def _contents(document: Document, plans: Sequence[PlanReport], outputs: ReportOutputs) -> dict[Path, bytes]:
+    """What is to be written where."""
+    from translution.reports import html, markdown, vega
+
+    written = {outputs.page: html.render(document).encode()}
+    if outputs.png is not None:
+        written[outputs.png] = vega.png(plans[0].picture)
+    if outputs.svg is not None:
+        written[outputs.svg] = vega.svg(plans[0].picture).encode()
+    if outputs.markdown is not None:
+        for name, text in markdown.pictures(document).items():
+            written[outputs.markdown.with_name(name)] = text.encode()
+        written[outputs.markdown] = markdown.render(document).encode()
+    if outputs.data is not None:
+        written[outputs.data] = (document.model_dump_json(indent=1) + "\n").encode()
+    return written
+
+
+def run_report(inputs: ReportInputs, outputs: ReportOutputs, *, as_json: bool) -> None:
+    """Write a report, as a page and as whatever else is wanted.
 
     Args:
-        folder: a plan folder, or a run folder.
-        out: the page to write.
-        png: the picture to write, or None.
-        svg: likewise.
+        inputs: what it is to hold.
+        outputs: the files.
         as_json: print what was written as JSON.
     """
-    targets = {"--out": (out, ".html"), "--png": (png, ".png"), "--svg": (svg, ".svg")}
-    for option, (path, suffix) in targets.items():
-        if path is not None:
-            _check(option, path, suffix)
+    _check_all(inputs, outputs)
     try:
-        from translution.reports import vega
-        from translution.reports.html import render
-        from translution.reports.plan_report import report_plan
+        from translution.reports.collect import PACKAGES, Collector
     except ImportError as error:
         raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[report]'") from None
-    options = [(option, str(path)) for option, (path, _) in targets.items() if path is not None]
-    command = shlex.join(["translution", "report", str(folder), *(text for pair in options for text in pair)])
-    made = provenance(command, ("pydantic", "altair", "vl-convert-python"))
-    report = report_plan(folder)
-    written = {out: render(report, made).encode()}
-    if png is not None:
-        written[png] = vega.png(report.picture)
-    if svg is not None:
-        written[svg] = vega.svg(report.picture).encode()
+    options = [word for option, (path, _) in outputs.named().items() for word in (option, str(path))]
+    made = provenance(shlex.join(["translution", "report", *inputs.words(), *options]), PACKAGES)
+    collector = Collector(inputs.request(), made, str(outputs.page))
+    plans = collector.plans()
+    written = _contents(collector.document(plans), plans, outputs)
     for path, content in written.items():
         write_bytes(path, content)
     if as_json:

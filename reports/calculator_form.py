@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from translution.planner.catalogue import catalogue
+from translution.planner.costs import LABELS
 from translution.planner.presets import PRESET_NAMES
 
 from .calculator import MOST_GPUS, MOST_HEADS, MOST_LAYERS, MOST_NODES, MOST_TOKENS, MOST_WIDTH, Choice
-from .operator_costs import LABELS
 
 Options = tuple[tuple[str, str], ...]
 

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from translution.planner.advice import Advice, hybrid_text
 from translution.planner.choose import NoPlanError, RunCost, choose, run_cost
 from translution.planner.cluster import ClusterSpec
+from translution.planner.costs import LABELS, compare_operators
 from translution.planner.deepspeed_config import remarks
 from translution.planner.errors import InputError
 from translution.planner.explain import FamilyVerdict, KnobReason, ParetoPoint, SearchResult
@@ -27,7 +28,6 @@ from translution.planner.step_time import StepTime
 from translution.planner.twins import Widths
 
 from .calculator import Choice, Question, choice_error, plan_command, question_of
-from .operator_costs import LABELS, compare_operators
 from .prediction import tier_name
 
 State = Literal["found", "nothing fits", "refused", "stopped", "searching", "busy"]

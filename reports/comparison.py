@@ -14,7 +14,7 @@ from translution.planner.units import GIB, format_bytes, format_count, format_fl
 from .vega import COLOURS
 
 PICTURE_WIDTH, PICTURE_HEIGHT = 260, 240
-_TITLES = {"width": "model width", "tokens": "tokens per sample", "depth": "layers"}
+AXIS_TITLES = {"width": "model width", "tokens": "tokens per sample", "depth": "layers"}
 
 
 def frame(rows: Iterable[ComparisonRow]) -> pd.DataFrame:
@@ -67,7 +67,7 @@ def threshold_lines(limits: Sequence[Threshold]) -> list[str]:
     for axis in AXES:
         cells = [str(limit.largest or "none") for limit in limits if limit.axis == axis]
         if cells:
-            lines.append(f"| {_TITLES[axis]} | {' | '.join(cells)} |")
+            lines.append(f"| {AXIS_TITLES[axis]} | {' | '.join(cells)} |")
     return lines
 
 
@@ -85,6 +85,8 @@ def picture(points: Iterable[ScalePoint], limits: Sequence[Threshold], title: st
     data = pd.DataFrame([point.model_dump() for point in points])
     data["GiB"] = (data["states_bytes"] + data["kept_bytes"]) / GIB
     ends = pd.DataFrame([limit.model_dump() | {"label": f"{limit.nodes} node(s)"} for limit in limits if limit.largest])
+    operators = list(dict.fromkeys(data["operator"]))
+    colours = alt.Scale(domain=operators, range=list(COLOURS[: len(operators)]))
     charts = []
     for axis in AXES:
         own = data[data["axis"] == axis]
@@ -93,10 +95,14 @@ def picture(points: Iterable[ScalePoint], limits: Sequence[Threshold], title: st
             alt.Chart(own)
             .mark_line(point=True)
             .encode(
-                x=alt.X("value:Q", title=_TITLES[axis], scale=scale),
+                x=alt.X("value:Q", title=AXIS_TITLES[axis], scale=scale),
                 y=alt.Y("GiB:Q", title="states and one sample, GiB", scale=scale),
-                color=alt.Color("operator:N", title=None, scale=alt.Scale(range=list(COLOURS[:3]))),
-                tooltip=["operator:N", alt.Tooltip("value:Q", title=_TITLES[axis]), alt.Tooltip("GiB:Q", format=".4g")],
+                color=alt.Color("operator:N", title=None, scale=colours, legend=alt.Legend(orient="bottom")),
+                tooltip=[
+                    "operator:N",
+                    alt.Tooltip("value:Q", title=AXIS_TITLES[axis]),
+                    alt.Tooltip("GiB:Q", format=".4g"),
+                ],
             )
         )
         layers = [lines]

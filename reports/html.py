@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
-
-from translution.planner.provenance import Provenance
-from translution.planner.units import format_bytes
+from PIL import Image
 
 from . import vega
-from .plan_report import PlanReport
+from .document import TEXTS, Document, shown, weight
 
 _LIVE = vega.config("currentColor", "var(--line)", "var(--page)", legend_columns=4)
 """The page's own colours, so that charts turn dark and light with it."""
+_SCALE = 1.5
+"""Dots of a still picture for each of the page's pixels."""
+_CONTENTS = 5
+"""Sections from which on a page has a list of them."""
 
 
 def _read(name: str) -> str:
@@ -28,7 +31,9 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FunctionLoader(_read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["bytes"] = format_bytes
+    environment.filters["weight"] = weight
+    environment.globals["shown"] = shown
+    environment.globals["texts"] = TEXTS
     return environment
 
 
@@ -37,30 +42,45 @@ def _source(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _figure(key: str, spec: dict[str, Any]) -> dict[str, Any]:
-    still = base64.b64encode(vega.png(spec, scale=1.5)).decode()
-    return {"key": key, "spec": spec, "png": still, "description": spec["description"]}
+def _stills(document: Document) -> dict[str, tuple[str, int]]:
+    """The PNG of every picture by its key, with its width in the page's pixels."""
+    stills = {}
+    for picture in document.pictures:
+        with Image.open(io.BytesIO(vega.png(picture.spec, scale=_SCALE))) as still:
+            stills[picture.key] = base64.b64encode(_smaller(still)).decode(), round(still.width / _SCALE)
+    return stills
 
 
-def render(report: PlanReport, made: Provenance) -> str:
+def _smaller(still: Image.Image) -> bytes:
+    """A PNG of at most 256 colours: a tenth of the size, and what is of one colour keeps it."""
+    out = io.BytesIO()
+    few = still.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def _live(spec: dict[str, Any]) -> bool:
+    """Whether a chart takes the width that it is given; several in one have their own."""
+    return not {"hconcat", "vconcat", "concat", "facet"} & set(spec)
+
+
+def render(document: Document) -> str:
     """The page.
 
     Args:
-        report: its content.
-        made: where its figures come from.
+        document: its content.
     """
     scripts = [vega.javascript(), _read("report.js")]
     policy = (
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
         f"script-src {' '.join(map(_source, scripts))}"
     )
-    specs = report.timelines.items()
     template = _environment().get_template("report.html.j2")
     return template.render(
-        report=report,
-        made=made,
-        figures={tier: _figure(f"timeline-{number}", spec) for number, (tier, spec) in enumerate(specs)},
-        curve=None if report.run is None or report.run.curve is None else _figure("curve", report.run.curve),
+        document=document,
+        contents=len(document.sections) >= _CONTENTS,
+        stills=_stills(document),
+        live=_live,
         config=_LIVE,
         style=Markup(_read("report.css")),
         scripts=[Markup(script) for script in scripts],

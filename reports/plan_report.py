@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,47 +16,23 @@ from translution.planner.units import format_bytes, format_count, format_flops
 
 from .accuracy import compare, metrics_of
 from .curve import draw_curve
+from .document import Column, Part, Picture, Section, Table, Value
+from .plan_command import plan_command
 from .prediction import DEVICE, HOST, ledger_rows, tier_name, timelines_of
 from .timeline import draw_timelines, one_picture
 
 
 @dataclass(frozen=True, slots=True)
-class TierLedger:
-    """The entries of one tier, a column per phase."""
-
-    tier: str
-    """In words."""
-    phases: tuple[str, ...]
-    peaks: tuple[int, ...]
-    moments: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[int | None, ...], str, str], ...]
-    """Name, bytes in each phase, how they are counted, and the source."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunReport:
-    """What the newest measured run of a plan gave."""
-
-    folder: str
-    rows: tuple[Mapping[Any, Any], ...]
-    """As `compare` gives them."""
-    curve: dict[str, Any] | None
-    accuracy: float | None
-    made: Provenance | None
-
-
-@dataclass(frozen=True, slots=True)
 class PlanReport:
-    """Everything the page shows."""
+    """What a page shows of a plan."""
 
     title: str
-    summary: tuple[tuple[str, str], ...]
-    ledgers: tuple[TierLedger, ...]
-    timelines: dict[str, dict[str, Any]]
-    """Vega-Lite specifications by tier, in words."""
+    plan: Plan
+    sections: tuple[Section, ...]
     picture: dict[str, Any]
-    """That of all tiers in one."""
-    run: RunReport | None
+    """The timelines of all tiers in one Vega-Lite specification."""
+    measured: bool
+    """Whether a run is in it."""
 
 
 def summarize(plan: Plan) -> tuple[tuple[str, str], ...]:
@@ -81,6 +57,7 @@ def summarize(plan: Plan) -> tuple[tuple[str, str], ...]:
         ("Work", f"{format_flops(count_flops(model).training_step * batch)} per step, {training.steps} steps"),
         ("Peak of a rank", f"{format_bytes(peak)} of {format_bytes(capacity)}, {peak / capacity:.1%}"),
         ("Made by", plan.made_by),
+        *([("Command", command)] if (command := plan_command(plan)) else []),
     )
 
 
@@ -88,24 +65,46 @@ def _once(texts: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(text for text in texts if text))
 
 
-def ledgers_of(rows: Iterable[Mapping[str, Any]]) -> tuple[TierLedger, ...]:
+def _heading(tier: str) -> str:
+    return f"{tier[0].upper()}{tier[1:]}"
+
+
+def _ledger(tier: str, own: list[Mapping[str, Any]], key: str, made: Provenance) -> Table:
+    """The rows of `ledger_rows` of one tier, a column per phase."""
+    phases = {row["phase"]: row for row in own}
+    rows: list[tuple[Value, ...]] = []
+    for name in dict.fromkeys(row["name"] for row in own):
+        named = [row for row in own if row["name"] == name]
+        sizes = [[row["bytes"] for row in named if row["phase"] == phase] for phase in phases]
+        cells = tuple(sum(found) if found else None for found in sizes)
+        rows.append((name, *cells, _once(row["formula"] for row in named), _once(row["source"] for row in named)))
+    foot: list[tuple[Value, ...]] = [("peak", *(row["peak_bytes"] for row in phases.values()), "", "")]
+    moments = tuple(row["moment"] for row in phases.values())
+    if any(moments):
+        foot.append(("when", *moments, "", ""))
+    return Table(
+        key=key,
+        heading=_heading(tier),
+        caption=f"Bytes of one rank, {tier} memory, by phase",
+        columns=(
+            Column(title="entry"),
+            *(Column(title=phase, kind="bytes") for phase in phases),
+            Column(title="how it is counted", kind="sentence"),
+            Column(title="source", kind="code"),
+        ),
+        rows=tuple(rows),
+        foot=tuple(foot),
+        made=made,
+    )
+
+
+def ledgers_of(rows: Iterable[Mapping[str, Any]], prefix: str, made: Provenance) -> Iterator[Table]:
     """The rows of `ledger_rows` as one table per tier."""
     tiers: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         tiers.setdefault(tier_name(row["tier"]), []).append(row)
-    ledgers = []
-    for tier, own in tiers.items():
-        phases = {row["phase"]: row for row in own}
-        entries = []
-        for name in dict.fromkeys(row["name"] for row in own):
-            named = [row for row in own if row["name"] == name]
-            sizes = [[row["bytes"] for row in named if row["phase"] == phase] for phase in phases]
-            cells = tuple(sum(found) if found else None for found in sizes)
-            entries.append((name, cells, _once(row["formula"] for row in named), _once(row["source"] for row in named)))
-        peaks = tuple(row["peak_bytes"] for row in phases.values())
-        moments = tuple(row["moment"] for row in phases.values())
-        ledgers.append(TierLedger(tier, tuple(phases), peaks, moments, tuple(entries)))
-    return tuple(ledgers)
+    for number, (tier, own) in enumerate(tiers.items()):
+        yield _ledger(tier, own, f"{prefix}ledger-{number}", made)
 
 
 def _measured_run(folder: Path) -> Path | None:
@@ -115,44 +114,99 @@ def _measured_run(folder: Path) -> Path | None:
     return next(measured, None)
 
 
-def _report_run(folder: Path) -> RunReport | None:
-    run = _measured_run(folder)
-    if run is None:
-        return None
-    table = compare(run)
+def _measured(run: Path, key: str) -> Section:
+    """What a run has measured, beside what was predicted for it."""
     metrics = metrics_of(run)
     evaluations = metrics[metrics["event"] == "evaluation"]
     steps = metrics[metrics["event"] == "step"]
     started = metrics[metrics["event"] == "start"].to_dict("records")
-    made = started[-1].get("made") if started else None
-    return RunReport(
-        folder=str(run),
-        rows=tuple(table.to_dict("records")),
-        curve=None if steps.empty else dict(draw_curve(steps, f"Loss of {run.name}").to_dict()),
-        accuracy=None if evaluations.empty else float(evaluations["accuracy"].iloc[-1]),
-        made=Provenance.model_validate(made) if isinstance(made, dict) else None,
+    found = started[-1].get("made") if started else None
+    made = Provenance.model_validate(found) if isinstance(found, dict) else None
+    rows: list[tuple[Value, ...]] = []
+    for row in compare(run).to_dict("records"):
+        ratio = float(row["ratio"])
+        sizes = int(row["predicted_bytes"]), int(row["measured_bytes"])
+        rows.append((row["what"], int(row["rank"]), *sizes, ratio if ratio == ratio else None))
+    titles = {"rank": "integer", "predicted": "bytes", "measured": "bytes", "predicted / measured": "ratio"}
+    columns = [Column.model_validate({"title": title, "kind": kind}) for title, kind in titles.items()]
+    parts: list[Part] = [
+        Table(
+            key=f"{key}-memory",
+            caption=f"Memory per rank of {run}",
+            columns=(Column(title="what"), *columns),
+            rows=tuple(rows),
+            how="Measured by",
+            made=made,
+        )
+    ]
+    if not steps.empty:
+        accuracy = "" if evaluations.empty else f"; accuracy on held-out samples {evaluations['accuracy'].iloc[-1]:.2%}"
+        parts.append(
+            Picture(
+                key="curve" if key == "measured" else f"{key}-curve",
+                heading="Training",
+                caption=f"Mean loss over all ranks at each step{accuracy}.",
+                name="Training curve",
+                spec=dict(draw_curve(steps, f"Loss of {run.name}").to_dict()),
+                how="Measured by",
+                made=made,
+            )
+        )
+    return Section(key=key, title="Predicted and measured", parts=tuple(parts))
+
+
+def _timelines(plan: Plan, title: str, prefix: str, made: Provenance) -> tuple[Section, dict[str, Any]]:
+    """The section, and the picture of all tiers in one."""
+    ranks = f"{plan.cluster.ranks} rank{'s' if plan.cluster.ranks > 1 else ''}"
+    subtitle = f"ZeRO-{plan.zero.stage} on {ranks}, {plan.training.precision}, {plan.training.micro_batch} samples each"
+    host_share = plan.cluster.host_memory_bytes // plan.cluster.ranks_per_node
+    capacities = {DEVICE: plan.cluster.device_memory_bytes, HOST: host_share}
+    named = {tier_name(tier): timeline for tier, timeline in timelines_of(plan).items()}
+    charts = draw_timelines(named, title, subtitle, capacities)
+    pictures = [
+        Picture(
+            key=f"{prefix}timeline-{number}",
+            heading=_heading(tier),
+            caption=f"Live bytes of one rank, {tier} memory; each point is the highest of the events that it stands "
+            "for.",
+            name=f"Timeline of {tier} memory",
+            spec=dict(chart.to_dict()),
+            made=made,
+        )
+        for number, (tier, chart) in enumerate(charts.items())
+    ]
+    text = (
+        "What is live at every allocation and release of the step, by category. Hover over the picture, or touch it, "
+        "for sizes and places."
     )
+    section = Section(key=f"{prefix}timeline", title="Memory over a step", text=(text,), parts=tuple(pictures))
+    return section, one_picture(charts)
 
 
-def report_plan(folder: Path) -> PlanReport:
+def report_plan(folder: Path, made: Provenance, prefix: str = "") -> PlanReport:
     """Read a plan folder or a run folder.
+
+    Args:
+        folder: which.
+        made: where what is counted here comes from.
+        prefix: of the keys, where a page has several plans.
 
     Raises:
         InputError: if it is neither, or damaged.
     """
     plan = load_plan(folder)
-    ranks = f"{plan.cluster.ranks} rank{'s' if plan.cluster.ranks > 1 else ''}"
-    subtitle = f"ZeRO-{plan.zero.stage} on {ranks}, {plan.training.precision}, {plan.training.micro_batch} samples each"
     title = f"{plan.model.name} on {plan.cluster.name}"
-    host_share = plan.cluster.host_memory_bytes // plan.cluster.ranks_per_node
-    capacities = {DEVICE: plan.cluster.device_memory_bytes, HOST: host_share}
-    named = {tier_name(tier): timeline for tier, timeline in timelines_of(plan).items()}
-    charts = draw_timelines(named, title, subtitle, capacities)
-    return PlanReport(
-        title=title,
-        summary=summarize(plan),
-        ledgers=ledgers_of(ledger_rows(plan.prediction)),
-        timelines={tier: dict(chart.to_dict()) for tier, chart in charts.items()},
-        picture=one_picture(charts),
-        run=_report_run(folder),
+    rows: list[tuple[Value, ...]] = list(summarize(plan))
+    columns = (Column(title="what"), Column(title="how much"))
+    summary = Table(
+        key=f"{prefix}summary", caption="What is planned", columns=columns, rows=tuple(rows), sortable=False, made=made
     )
+    timelines, picture = _timelines(plan, title, prefix, made)
+    sections = [Section(key=f"{prefix}plan", title="Plan", parts=(summary,)), timelines]
+    text = "Every entry at the peak of every phase, how it is counted, and from which source."
+    ledgers = tuple(ledgers_of(ledger_rows(plan.prediction), prefix, made))
+    sections.append(Section(key=f"{prefix}ledger", title="Memory ledger", text=(text,), parts=ledgers))
+    run = _measured_run(folder)
+    if run is not None:
+        sections.append(_measured(run, f"{prefix}measured"))
+    return PlanReport(title, plan, tuple(sections), picture, measured=run is not None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from report_folders import MALICIOUS, plan_folder, run_folder
+from report_folders import MALICIOUS, experiment_folder, plan_folder, run_folder
 
 from translution.cli.app import run
 from translution.distributed.machine import launch_environment
@@ -120,3 +121,27 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.utime(path, (9, 9))
     assert run(["report", str(folder / "plan"), "--out", str(folder / "report.html")]) == 0
     return folder / "report.html"
+
+
+@pytest.fixture(scope="session")
+def gallery_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of everything at once, as page, Markdown and JSON, of models small enough to be searched in seconds."""
+    from translution.reports import collect
+
+    folder = tmp_path_factory.mktemp("gallery")
+    plan_folder(folder / "plan", name=MALICIOUS)
+    run_folder(folder / "plan", "001")
+    experiment_folder(folder / "experiments" / "shift")
+    experiment_folder(folder / "experiments" / "language", "language", quick=True)
+    words = ["report", str(folder / "plan"), "--model", "vit-tiny/56", "--model", "gpt-tiny/160"]
+    words += ["--compare", "vit-tiny/56", "--scaling", "vit-tiny/56", "--cluster", "2xRTX4090"]
+    words += ["--accuracy", str(ROOT / "reports" / "accuracy.json"), "--experiments", str(folder / "experiments")]
+    words += ["--step-time", str(ROOT / "reports" / "step_time.json")]
+    words += ["--benchmarks", str(ROOT / "benchmarks" / "results"), "--out", str(folder / "index.html")]
+    words += ["--markdown", str(folder / "README.md"), "--data", str(folder / "gallery.json")]
+    with pytest.MonkeyPatch.context() as patch:
+        few = functools.partial(collect.growth, axes=("width",), factors=(1, 64))
+        patch.setattr(collect, "growth", few)
+        patch.setattr(collect, "thresholds", functools.partial(collect.thresholds, axes=("depth",)))
+        assert run(words) == 0
+    return folder

@@ -1,10 +1,12 @@
-"""Plan folders with a run that was never run, for reports."""
+"""Plan folders with a run that was never run, and experiments that were never made, for reports."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from translution.distributed.experiment import ExperimentResult, Trial
+from translution.distributed.experiments import find_experiment
 from translution.distributed.run_files import METRICS, make_run_folders, memory_path
 from translution.planner.cluster import local_cpu_cluster
 from translution.planner.model_spec import parse_model_spec
@@ -48,3 +50,31 @@ def run_folder(plan: Path, name: str, *, more: int = 0) -> Path:
     ]
     (run / METRICS).write_text("\n".join(map(json.dumps, lines)) + "\n")
     return run
+
+
+def experiment_folder(folder: Path, name: str = "shift", *, quick: bool = False) -> ExperimentResult:
+    """Write what an experiment of two models and three seeds might have found."""
+    asked = find_experiment(name)
+    asked = asked.model_copy(update={"variants": asked.variants[-2:]})
+    trials = [
+        Trial(
+            variant=variant.name,
+            train=task.train,
+            seed=seed,
+            parameters=1000 * (place + 1),
+            losses=dict.fromkeys(task.tests, 1.0 + seed / 10),
+            accuracies=dict.fromkeys(task.tests, 0.5 + place / 4 + seed / 100),
+            final_training_loss=0.5,
+            seconds=1.0,
+        )
+        for place, variant in enumerate(asked.variants)
+        for task in asked.tasks
+        for seed in range(3)
+    ]
+    made = provenance(f"translution experiment {name} --out experiments/{name}", ("torch",))
+    result = ExperimentResult(
+        experiment=asked, quick=quick, steps=7, batch=64, trials=tuple(trials), seconds=12.0, made=made
+    )
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(result.model_dump_json(indent=2))
+    return result

@@ -1,19 +1,19 @@
-"""What a model costs exactly, beside the same model with the other operators."""
+"""What a model costs before it has a cluster: parameters, operations, and what a forward pass keeps."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from translution.planner.activations import kept_bytes
-from translution.planner.errors import InputError
-from translution.planner.flops import count_flops
-from translution.planner.model_spec import OPERATORS, ModelSpec, Operator, parse_model_spec
-from translution.planner.parameters import count_parameters
-from translution.planner.twins import Widths
+from .activations import kept_bytes
+from .errors import InputError
+from .flops import count_flops
+from .model_spec import OPERATORS, ModelSpec, Operator, parse_model_spec
+from .parameters import count_parameters
+from .twins import Widths
 
 STATE_BYTES = 16
-"""Of AdamW per parameter: parameter, gradient, master copy and two moments."""
-LABELS: dict[Operator, str] = {
+"""Of AdamW in fp32 for each parameter: itself, its gradient and two moments."""
+LABELS = {
     "translution": "full Translution",
     "alpha": "α-Translution",
     "attention": "attention",
@@ -21,6 +21,7 @@ LABELS: dict[Operator, str] = {
     "shaw": "attention, vectors",
     "absolute": "absolute matrices",
 }
+"""Operators in words."""
 
 
 def describe(spec: ModelSpec, micro_batch: int, widths: Widths) -> dict[str, Any]:
@@ -28,8 +29,8 @@ def describe(spec: ModelSpec, micro_batch: int, widths: Widths) -> dict[str, Any
 
     Args:
         spec: the model.
-        micro_batch: samples of one forward pass.
-        widths: of the values that it keeps.
+        micro_batch: samples of a forward pass.
+        widths: bytes of its values.
     """
     parameters, flops = count_parameters(spec), count_flops(spec)
     published = kept_bytes(spec, micro_batch, widths, "gather")
