@@ -53,6 +53,19 @@ class Answer(NamedTuple):
         return dict(json.loads(self.body)["error"])
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def none_left_over() -> Iterator[None]:
+    """A test that fails half-way leaves no server behind."""
+    yield
+    for process in _started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
 def start(*arguments: str) -> Server:
     command = [
         sys.executable,
@@ -68,6 +81,7 @@ def start(*arguments: str) -> Server:
         *arguments,
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _started.append(process)
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line.startswith("http://"), process.communicate()
