@@ -53,7 +53,13 @@ ELSEWHERE = {
     "measure --cluster --micro-batch --precision": "test_docs_pages.py::test_the_commands_of_a_page_work",
     "rehearse --layers --rank": "test_rehearse.py::test_a_rank_of_a_larger_world_holds_what_is_predicted",
     "calibrate --cluster --out": "test_calibrate.py::test_a_machine_is_measured_and_planned_for",
-    "experiment --out": "test_experiment.py::test_a_quick_experiment_writes_figures_table_and_picture",
+    "experiment": "test_experiment.py::test_a_quick_experiment_writes_figures_table_and_picture",
+    "report --cluster --model --out": "conftest.py::gallery_folder",
+    "report --cluster --out --scaling": "conftest.py::gallery_folder",
+    "serve": "test_serve.py::test_costs_come_at_once_and_the_plan_follows",
+    "serve --port": "test_serve.py::test_a_choice_in_the_browser_changes_plan_and_address",
+    "serve --open --port": "test_serve.py::test_the_page_is_opened_in_the_readers_browser",
+    "serve --host --workers": "test_serve.py::test_a_server_that_others_reach_warns_and_its_workers_end_with_it",
     "sbatch job.sbatch": "test_slurm.py::test_a_job_saves_before_its_limit_and_goes_on_when_it_is_submitted_again",
     "python benchmarks/accuracy.py": "test_docs_pages.py::test_the_comparison_of_memory_is_made",
     "make demo": "test_docs_pages.py::test_the_demo_is_made_of_commands_that_are_tested",
@@ -78,6 +84,7 @@ PREPARED = {
         "plan vit-large/16 --cluster 8x8xH100 --precision bf16 --data synthetic --stage 3 --offload none "
         "--micro-batch 8 --out plans/large"
     ],
+    "docs/reports.md": ["plan examples/digits.yaml --cluster cpu:2 --out plans/small"],
 }
 """What a page takes for granted."""
 
@@ -139,9 +146,12 @@ def prepare(folder: Path, page: str) -> None:
             (folder / named[1]).write_text("\n".join(fence.lines) + "\n")
     for line in PREPARED.get(page, []):
         assert run(line.split()) == 0
-        shutil.copy(folder / "plans" / "large" / "hostfile", folder / "hosts")
-    if page in PREPARED and _trained:
-        shutil.copytree(_trained[0], folder / "runs" / "slurm-123")
+        plan = folder / line.split()[-1]
+        if (plan / "hostfile").exists():
+            shutil.copy(plan / "hostfile", folder / "hosts")
+        if _trained:
+            shutil.copytree(_trained[0], plan / "runs" / "001")
+            shutil.copytree(_trained[0], folder / "runs" / "slurm-123")
 
 
 class Reader:
@@ -156,7 +166,7 @@ class Reader:
         words = shown.words
         if words[0] == "cat":
             self.last = (self.folder / words[1]).read_text()
-        elif words[0] != "translution" or (shown.kind in ELSEWHERE and self.page != LIVE):
+        elif words[0] != "translution" or (shown.kind in ELSEWHERE and (self.page != LIVE or words[1] == "serve")):
             assert shown.kind in ELSEWHERE, f"{shown}: nothing runs it"
             self._stand_in(shown)
             return

@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import io
 import json
+import os
 import runpy
 import signal
 import socket
@@ -66,7 +67,7 @@ def none_left_over() -> Iterator[None]:
             process.communicate()
 
 
-def start(*arguments: str) -> Server:
+def start(*arguments: str, **environment: str) -> Server:
     command = [
         sys.executable,
         "-X",
@@ -80,7 +81,9 @@ def start(*arguments: str) -> Server:
         "1",
         *arguments,
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    )
     _started.append(process)
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -307,7 +310,7 @@ def test_it_ends_with_all_its_children_while_a_reader_waits() -> None:
         time.sleep(0.05)
 
 
-def test_a_host_that_others_reach_is_warned_of_and_workers_end_when_the_server_is_killed() -> None:
+def test_a_server_that_others_reach_warns_and_its_workers_end_with_it() -> None:
     server = start("--host", "0.0.0.0")
     assert get(server, "/calculator.css", Host="192.0.2.1:80").status == 200
     assert get(server, "/calculator.css", Host="attacker.example").status == 400
@@ -321,6 +324,19 @@ def test_a_host_that_others_reach_is_warned_of_and_workers_end_when_the_server_i
     while alive := [pid for pid in family if Path(f"/proc/{pid}/cmdline").exists()]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.05)
+
+
+def test_the_page_is_opened_in_the_readers_browser(tmp_path: Path) -> None:
+    browser, told = tmp_path / "browser", tmp_path / "told"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {told}.part && mv {told}.part {told}\n')
+    browser.chmod(0o755)
+    server = start("--open", BROWSER=str(browser))
+    deadline = time.monotonic() + PATIENCE_S
+    while not told.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert told.read_text() == f"http://127.0.0.1:{server.port}/"
+    assert end(server) == (0, "")
 
 
 def test_a_port_that_is_taken_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
