@@ -9,6 +9,7 @@ from .model_spec import Positive
 from .plan import Plan
 from .schema import Schema
 from .search import Candidate, Capacity, Searcher, plan_of
+from .search_space import Family
 from .units import format_bytes
 
 PARETO_ROWS = 12
@@ -110,7 +111,7 @@ def family_verdicts(searcher: Searcher, best: Candidate | None) -> tuple[FamilyV
 Reader = Callable[[Candidate], object]
 _KNOBS: dict[str, Reader] = {
     "nodes": lambda c: c.cluster.nodes,
-    "stage and offload": lambda c: c.family.text,
+    "stage and offload": lambda c: c.family,
     "checkpointing": lambda c: c.spec.checkpointing,
     "micro-batch": lambda c: c.training.micro_batch,
     "relations per tile": lambda c: c.tile_relations,
@@ -130,33 +131,39 @@ _FIXED = (
 )
 
 
-def _common(candidate: Candidate, best: Candidate, knob: str) -> bool:
-    """Whether a candidate differs from the chosen in a knob, and in nothing that stands before it in the list."""
-    names = list(_KNOBS)
-    for name in names[: names.index(knob)]:
-        if _KNOBS[name](candidate) != _KNOBS[name](best):
-            return False
-    return _KNOBS[knob](candidate) != _KNOBS[knob](best)
+def _by_first_difference(searcher: Searcher, best: Candidate) -> dict[str, list[Candidate]]:
+    """Candidates by the first knob of the list in which they differ from the chosen."""
+    chosen = [(name, read, read(best)) for name, read in _KNOBS.items()]
+    found: dict[str, list[Candidate]] = {name: [] for name in _KNOBS}
+    for candidate in searcher.candidates:
+        name = next((name for name, read, value in chosen if read(candidate) != value), None)
+        if name is not None:
+            found[name].append(candidate)
+    return found
+
+
+def _shown(value: object) -> str:
+    return value.text if isinstance(value, Family) else str(value)
 
 
 def knob_reasons(searcher: Searcher, best: Candidate) -> tuple[KnobReason, ...]:
     """Every knob of the chosen plan beside the next best value of it."""
     objective = searcher.wishes.minimize
-    reasons = []
+    reasons, differing = [], _by_first_difference(searcher, best)
     for knob, read in _KNOBS.items():
-        others = [c for c in searcher.candidates if _common(c, best, knob)]
+        others = differing[knob]
         fitting = [c for c in others if c.usage <= 1]
         if not others and (knob.startswith("swap") or (best.zero.stage < 3 and "elements" in knob)):
             continue
         if fitting:
             other = min(fitting, key=lambda c: c.cost(objective))
             size = format_bytes(other.bounds.device)
-            reason = f"next best is {read(other)}: {other.seconds:.3g} s a step, at most {size} of tensors"
+            reason = f"next best is {_shown(read(other))}: {other.seconds:.3g} s a step, at most {size} of tensors"
         elif others:
-            reason = f"no other leaves the headroom, such as {read(others[0])}"
+            reason = f"no other leaves the headroom, such as {_shown(read(others[0]))}"
         else:
             reason = "given, or the only one that suits"
-        reasons.append(KnobReason(knob=knob, value=str(read(best)), reason=reason))
+        reasons.append(KnobReason(knob=knob, value=_shown(read(best)), reason=reason))
     if best.zero.stage == 3:
         reasons += [KnobReason(knob=knob, value=str(getattr(best.zero, knob)), reason=why) for knob, why in _FIXED]
     return tuple(reasons)
