@@ -18,7 +18,7 @@ from translution.distributed.experiments import DYNAMIC, NAMES, STATIC, find_exp
 from translution.planner.parameters import count_parameters
 from translution.planner.provenance import provenance
 from translution.planner.schema import parse_json
-from translution.reports.experiment import markdown, picture
+from translution.reports.experiment import markdown, picture, table
 
 
 def trial(name: str, train: str, seed: int, *, accuracies: dict[str, float]) -> Trial:
@@ -164,3 +164,20 @@ def test_a_quick_experiment_writes_figures_table_and_picture(
     assert "<svg" in (out / "figure.svg").read_text()
     assert run(words) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_results_are_those_of_todays_experiments_and_their_tables_agree(root: Path, name: str) -> None:
+    folder = root / "reports" / "experiments" / name
+    result = parse_json(RESULT, (folder / "result.json").read_text(encoding="utf-8"), "result")
+    asked = find_experiment(name)
+    assert result.experiment == asked
+    assert (result.quick, result.steps, result.made.command) == (False, asked.steps, f"translution experiment {name}")
+    seeds = {trial.seed for trial in result.trials}
+    assert seeds == set(range(asked.seeds))
+    assert len(result.trials) == len(asked.variants) * len(asked.tasks) * len(seeds)
+    assert result.seconds <= 15 * 60
+    assert (folder / "README.md").read_text(encoding="utf-8").startswith(markdown(result))
+    page = (root / "docs" / "experiments.md").read_text(encoding="utf-8")
+    for row in table(result)[1]:
+        assert f"| {' | '.join(row)} |" in page
