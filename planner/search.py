@@ -259,11 +259,13 @@ class Searcher:
             elif not self.fits(candidate):
                 continue
             return candidate
-        # Those that memory rejects by closed forms alone, the leanest first.
-        for candidate in sorted(self.nearest.values(), key=lambda candidate: candidate.usage)[:REPLAYS]:
-            if 1 < candidate.usage <= NEARLY and self.fits(candidate):
-                return candidate
-        return None
+        # Those that memory rejects by closed forms alone, the leanest first: of each family, then of all. Closed forms
+        # may be the same for tiles whose peaks differ.
+        leanest = [
+            sorted((one for one in ones if 1 < one.usage <= NEARLY), key=lambda one: one.usage)[:REPLAYS]
+            for ones in (self.nearest.values(), self.candidates)
+        ]
+        return next((one for ones in leanest for one in ones if self.fits(one)), None)
 
     def fitting(self) -> Iterator[Candidate]:
         """Candidates that fit by the closed forms."""

@@ -151,6 +151,18 @@ def test_what_is_advised_does() -> None:
             choose(override(preset("vit-base/16"), **advice.changes), cluster, BF16, Wishes(micro_batch=1))
 
 
+def test_every_advised_hybrid_is_one_that_the_search_takes() -> None:
+    """Of tiles whose closed forms are the same, and above what is usable, some fit when they are replayed."""
+    cluster, wishes = load_cluster("1x1xRTX4090"), Wishes(headroom=0.9, stage=3, offload="none", global_batch=1)
+    training = TrainingSpec(precision="bf16", data="synthetic")
+    model = override(preset("gpt-mini/256"), depth=4)
+    with pytest.raises(NoPlanError) as error:
+        choose(model, cluster, training, wishes)
+    assert [row.c1 for row in error.value.hybrids] == [32, 16, 8, 4, None]
+    for row in error.value.hybrids:
+        assert choose(override(model, **row.changes), cluster, training, wishes).plan
+
+
 def test_every_family_and_every_knob_has_a_reason() -> None:
     result = found("vit-base/16", "2x8xH100", global_batch=256)
     assert sum(verdict.chosen for verdict in result.families) == 1
