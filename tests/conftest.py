@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import Browser
 from hypothesis import settings
 from report_folders import MALICIOUS, experiment_folder, plan_folder, run_folder
 
@@ -121,6 +122,19 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.utime(path, (9, 9))
     assert run(["report", str(folder / "plan"), "--out", str(folder / "report.html")]) == 0
     return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Browser:
+    chromium.events.clear()
+    return chromium
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,6 @@ from translution.reports.document import Document, load_document
 
 DRAWN = "document.querySelectorAll('figure svg').length === {count} && !document.querySelector('figure img')"
 COLUMN = "[...document.querySelector('#{table} tbody').rows].map((row) => row.cells[{index}].textContent)"
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
-
-@pytest.fixture
-def browser(chromium: Browser) -> Browser:
-    chromium.events.clear()
-    return chromium
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,6 @@ from translution.reports.vega import COLOURS
 CHARTS = 2
 """A timeline and a training curve."""
 DRAWN = f"document.querySelectorAll('figure svg').length === {CHARTS} && !document.querySelector('figure img')"
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
-
-@pytest.fixture
-def browser(chromium: Browser) -> Browser:
-    chromium.events.clear()
-    return chromium
 
 
 def shares(browser: Browser, picture: bytes, *colours: str) -> list[float]:

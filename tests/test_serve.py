@@ -131,19 +131,6 @@ def server() -> Iterator[Server]:
     assert (code, errors) == (0, "")
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
-
-@pytest.fixture
-def browser(chromium: Browser) -> Browser:
-    chromium.events.clear()
-    return chromium
-
-
 def test_costs_come_at_once_and_the_plan_follows(server: Server, tmp_path: Path) -> None:
     first = json.loads(get(server, f"/api/answer?{SMALL}").body)
     assert first["costs"]["operators"][0]["operator"] == "translution"
