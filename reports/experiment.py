@@ -15,7 +15,7 @@ from .vega import COLOURS, REST_COLOUR
 PICTURE_WIDTH, ROW_HEIGHT = 320, 22
 _KINDS = {
     "digits-static": "centred",
-    "digits-patches": "whole patches away",
+    "digits-patches": "patches away",
     "digits-shifted": "anywhere",
     "stdlib": "the library's source",
 }
@@ -27,10 +27,10 @@ def kind_name(kind: str) -> str:
 
 
 def figure(result: ExperimentResult, row: Summary) -> str:
-    """Mean and spread as a reader sees them."""
+    """Mean and, of several seeds, spread as a reader sees them."""
     if result.experiment.metric == "accuracy":
-        return f"{row.mean:.1%} ± {row.deviation * 100:.1f}"
-    return f"{row.mean:.3f} ± {row.deviation:.3f}"
+        return f"{row.mean:.1%}" + (f" ± {row.deviation * 100:.1f}" if row.seeds > 1 else "")
+    return f"{row.mean:.3f}" + (f" ± {row.deviation:.3f}" if row.seeds > 1 else "")
 
 
 def table(result: ExperimentResult) -> tuple[list[str], list[list[str]]]:
@@ -38,7 +38,7 @@ def table(result: ExperimentResult) -> tuple[list[str], list[list[str]]]:
     summaries = result.summaries()
     columns = list(dict.fromkeys((row.train, row.test) for row in summaries))
     headings = ["model", "parameters"]
-    headings += [f"trained {kind_name(train)}, tested {kind_name(test)}" for train, test in columns]
+    headings += [f"{kind_name(train)} → {kind_name(test)}" for train, test in columns]
     cells = []
     for variant in result.experiment.variants:
         own = {(row.train, row.test): row for row in summaries if row.variant == variant.name}
@@ -61,7 +61,7 @@ def markdown(result: ExperimentResult) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
     lines += [
         "",
-        f"{experiment.metric.capitalize()} of held-out samples, {spread}.",
+        f"{experiment.metric.capitalize()} of held-out samples, {spread}; columns: trained on → tested on.",
         f"{result.steps} steps of {result.batch} samples each; {result.seconds:.0f} s in all.",
         f"`{made.command}`, {made.time_utc}, {made.cores} cores of {made.machine}; {versions}.",
     ]

@@ -52,7 +52,7 @@ def test_means_and_spreads_are_those_of_the_seeds() -> None:
     text = markdown(made_up())
     assert "| full Translution | 16.00 k | 49.5% ± 2.0 | 26.0% ± 1.0 | 26.0% ± 1.0 | 26.0% ± 1.0 |" in text
     assert (
-        "trained centred, tested centred | trained centred, tested whole patches away | trained centred, tested any"
+        "| model | parameters | centred → centred | centred → patches away | centred → anywhere | anywhere → anywhere |"
         in text
     )
     assert "over 3 seeds" in text

@@ -27,6 +27,7 @@ from translution.planner.training import TrainingSpec
 from translution.reports import markdown
 from translution.reports.collect import Collector, Request
 from translution.reports.document import Document, Kind, Table, Value, load_document, shown
+from translution.reports.experiment import kind_name
 from translution.reports.experiment_section import experiment_section, load_results
 from translution.reports.growth import scaling
 from translution.reports.plan_command import plan_command
@@ -161,11 +162,7 @@ def test_experiments_are_shown_as_they_were_found(tmp_path: Path) -> None:
     means = {row[0]: row[2:] for row in rows.rows}
     for own in result.summaries():
         column = [column.title for column in rows.columns[2:]].index(
-            {"digits-static": "trained centred, tested centred", "digits-shifted": "trained centred, tested anywhere"}[
-                own.test
-            ]
-            if own.train == "digits-static"
-            else "trained anywhere, tested anywhere"
+            f"trained {kind_name(own.train)}, tested {kind_name(own.test)}"
         )
         assert means[own.variant][column] == (own.mean, own.deviation)
     assert language.parts[0].model_dump()["columns"][2]["kind"] == "number"
