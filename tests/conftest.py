@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 os.environ["CXX"] = str(Path(__file__).parent / "programs" / "cxx.py")
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would the launches that they interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tests' tensors are tiny: with a second thread their kernels mostly wait for each other.
 torch.set_num_threads(1)
