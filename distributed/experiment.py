@@ -222,7 +222,7 @@ def run_experiment(
     jobs, trials, began = list(_jobs(experiment, count)), [], time.perf_counter()
     context = multiprocessing.get_context("spawn")
     workers = min(len(jobs), usable_cores())
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=_end_with_parent) as pool:
         running = [pool.submit(run_trial, *job, steps, experiment.learning_rate) for job in jobs]
         for number, future in enumerate(as_completed(running), start=1):
             trials.append(future.result())

@@ -241,6 +241,8 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
         pytest.importorskip("safetensors")
         assert _trained, "docs/commands.md is tested first"
         assert run(["export", str(_trained[0]), "--out", "digits.safetensors"]) == 0
+    if "small.json" in text:
+        assert run(["report", "plans/small", "--out", "small.html", "--data", "small.json"]) == 0
     if "deepspeed" in text:
         script = tmp_path / "script.py"
         script.write_text(text)
