@@ -51,6 +51,7 @@ ELSEWHERE = {
     "launch --hostfile --no-ssh --node-rank --run": "test_hosts.py::test_every_node_starts_its_own_ranks_without_ssh",
     "preflight --hostfile": "test_hosts.py::test_preflight_looks_at_every_host",
     "measure --cluster --micro-batch --precision": "test_docs_pages.py::test_the_commands_of_a_page_work",
+    "compare --gpu --out": "test_docs_pages.py::test_the_commands_of_a_page_work",
     "rehearse --layers --rank": "test_rehearse.py::test_a_rank_of_a_larger_world_holds_what_is_predicted",
     "calibrate --cluster --out": "test_calibrate.py::test_a_machine_is_measured_and_planned_for",
     "experiment": "test_experiment.py::test_a_quick_experiment_writes_figures_table_and_picture",
