@@ -24,23 +24,25 @@ import pandas as pd
 import torch
 from common import describe_run, write_report
 
-from translution.distributed.measure import count_every_allocation
-from translution.distributed.measurement import few_steps, measure_plan
-from translution.distributed.rehearsal import predict, read_rehearsal
-from translution.distributed.single import measure_passes
+from translution.distributed.profiling.allocation_tracer import count_every_allocation
+from translution.distributed.profiling.single_process import measure_passes
+from translution.distributed.verification.measured_run import few_steps, measure_plan
+from translution.distributed.verification.rehearsal import predict, read_rehearsal
 from translution.models import build
-from translution.planner.cluster import load_cluster, local_cpu_cluster
-from translution.planner.memory import MemoryEstimate, estimate_memory
-from translution.planner.model_spec import ModelSpec, parse_model_spec
-from translution.planner.parameters import count_parameters
-from translution.planner.plan import Plan, choose_tile, choose_zero, load_plan, make_plan
-from translution.planner.presets import preset
-from translution.planner.schedule import MICRO_BATCHES, replay
-from translution.planner.simulation import INIT, RESUME
-from translution.planner.training import TrainingSpec
-from translution.planner.twins import Widths
-from translution.planner.units import format_bytes
-from translution.reports.accuracy import KEPT, PROCESS, RESIDENT, compare, pairs, prediction_of
+from translution.planner.common.units import format_bytes
+from translution.planner.config.model import ModelSpec, parse_model_spec
+from translution.planner.config.presets import preset
+from translution.planner.config.training import TrainingSpec
+from translution.planner.costs.parameters import count_parameters
+from translution.planner.hardware.cluster import load_cluster, local_cpu_cluster
+from translution.planner.memory.estimate import MemoryEstimate, estimate_memory
+from translution.planner.plans.build import make_plan
+from translution.planner.plans.defaults import choose_tile, choose_zero
+from translution.planner.plans.plan import Plan, load_plan
+from translution.planner.simulator.lifecycle import INIT, RESUME
+from translution.planner.simulator.network.model import MICRO_BATCHES, replay
+from translution.planner.simulator.network.ops import Widths
+from translution.reports.inputs.run_accuracy import KEPT, PROCESS, RESIDENT, compare, pairs, prediction_of
 
 SIZES: dict[str, Any] = {"dim": 96, "depth": 3, "heads": 3}
 VIT: dict[str, Any] = {"family": "vit", "image": [64, 48], "patch": 8, "channels": 3, "classes": 100} | SIZES

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from translution.models import Translution
-from translution.planner.cluster import usable_cores
-from translution.planner.provenance import processor
-from translution.planner.relations import RelationGeometry
+from translution.planner.common.machine import usable_cores
+from translution.planner.common.provenance import processor
+from translution.planner.config.geometry import RelationGeometry
 
 TOLERANCE = 1e-10
 

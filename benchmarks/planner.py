@@ -16,11 +16,11 @@ from typing import Any
 
 from common import describe_run, write_report
 
-from translution.planner.cluster import load_cluster
-from translution.planner.presets import preset
-from translution.planner.search import Searcher
-from translution.planner.search_space import Wishes
-from translution.planner.training import TrainingSpec
+from translution.planner.config.presets import preset
+from translution.planner.config.training import TrainingSpec
+from translution.planner.hardware.cluster import load_cluster
+from translution.planner.search.constraints import Wishes
+from translution.planner.search.searcher import Searcher
 
 COMMANDS = {
     "estimate vit-base/16": 0.4,

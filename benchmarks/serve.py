@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 
 from common import describe_run, write_report
 
-from translution.planner.catalogue import catalogue
-from translution.planner.model_spec import OPERATORS
-from translution.planner.presets import PRESET_NAMES
-from translution.reports.calculator import Choice
-from translution.reports.web_pages import query_of
-from translution.reports.web_searches import popular
+from translution.planner.config.model import OPERATORS
+from translution.planner.config.presets import PRESET_NAMES
+from translution.planner.hardware.catalog import catalogue
+from translution.reports.calculator.choice import Choice
+from translution.reports.calculator.pages import query_of
+from translution.reports.calculator.search_pool import popular
 
 PATIENCE_S, THINK_S = 10.0, 1.0
 ALLOWED_S = 0.3

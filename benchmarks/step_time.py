@@ -18,14 +18,14 @@ from typing import Any
 
 from common import describe_run, write_report
 
-from translution.distributed.calibrate import calibrate
-from translution.distributed.launch import launch
-from translution.distributed.run_files import METRICS
-from translution.planner.cluster import ClusterSpec, local_cpu_cluster
-from translution.planner.model_spec import parse_model_spec
-from translution.planner.plan import make_plan
-from translution.planner.plan_folder import write_plan_folder
-from translution.planner.training import TrainingSpec
+from translution.distributed.calibration.run import calibrate
+from translution.distributed.launcher.launch import launch
+from translution.distributed.runs.folder import METRICS
+from translution.planner.config.model import parse_model_spec
+from translution.planner.config.training import TrainingSpec
+from translution.planner.hardware.cluster import ClusterSpec, local_cpu_cluster
+from translution.planner.plans.build import make_plan
+from translution.planner.plans.folder import write_plan_folder
 
 MODEL: dict[str, Any] = {"family": "vit", "image": 56, "patch": 8, "channels": 3, "classes": 100}
 MODEL |= {"dim": 192, "depth": 4, "heads": 3}

@@ -11,7 +11,7 @@ def main() -> None:
     # A command makes many objects that live to its end. Looking for garbage among them, then and at the
     # interpreter's end, takes a tenth of a short command's time.
     gc.set_threshold(50_000, 20, 20)
-    from .app import run
+    from .main import run
 
     code = run(sys.argv[1:])
     gc.freeze()

@@ -1,5 +1,5 @@
 """``python -m translution.cli``, which DeepSpeed's launcher starts on every rank."""
 
-from . import main
+from ..cli import main
 
 main()

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from translution.planner.errors import InputError
-from translution.planner.files import load_model_spec, read_yaml
-from translution.planner.model_spec import ModelSpec, override
+from translution.planner.common.errors import InputError
+from translution.planner.common.files import read_yaml
+from translution.planner.config.loading import load_model_spec
+from translution.planner.config.model import ModelSpec, override
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Preset (vit-base/16, gpt-base/1024) or YAML/JSON file.")]
 Operator = Annotated[str | None, typer.Option(help="translution, alpha, attention, bias, shaw or absolute.")]

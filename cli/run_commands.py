@@ -23,7 +23,7 @@ def calibrate(
     json: Json = False,
 ) -> None:
     """Measure this machine's rates, for predictions of time."""
-    from .calibrate import run_calibrate
+    from .commands.calibrate import run_calibrate
 
     run_calibrate(cluster, out, nvme_path, as_json=json)
 
@@ -31,7 +31,7 @@ def calibrate(
 @app.command(hidden=True)
 def calibrate_rank(folder: Path, device: str, nvme_path: Annotated[Path | None, typer.Argument()] = None) -> None:
     """Measure as one rank; `calibrate` starts it."""
-    from translution.distributed.calibrate import calibrate_rank as measure
+    from translution.distributed.calibration.run import calibrate_rank as measure
 
     measure(folder, device, nvme_path)
 
@@ -68,9 +68,9 @@ def launch(
     ssh_port: SshPort = None,
 ) -> None:
     """Run a plan through DeepSpeed's launcher, on this machine or on the hosts of a hostfile."""
-    from translution.distributed.launch import Where
+    from translution.distributed.launcher.launch import Where
 
-    from .launch import run_launch
+    from .commands.launch import run_launch
 
     where = Where(hostfile, no_ssh, node_rank, master_addr, master_port, ssh_port)
     run_launch(plan_folder, run, where, resume=resume, force=force, dry_run=dry_run)
@@ -91,7 +91,7 @@ def prepare(
     json: Json = False,
 ) -> None:
     """Make token files to train a gpt model on from text files."""
-    from .prepare import run_prepare
+    from .commands.prepare import run_prepare
 
     run_prepare(texts, out, tokenizer, held_out, force=force, as_json=json)
 
@@ -115,9 +115,9 @@ def preflight(
     json: Json = False,
 ) -> None:
     """Look for what would keep a plan from running on this machine or on hosts; exit code 1 if there is anything."""
-    from translution.distributed.launch import Where
+    from translution.distributed.launcher.launch import Where
 
-    from .preflight import run_preflight
+    from .commands.preflight import run_preflight
 
     where = Where(hostfile, master_addr=master_addr, master_port=master_port, ssh_port=ssh_port)
     run_preflight(plan_folder, where, reports, compile_ops=compile_ops, force=force, as_json=json)
@@ -132,7 +132,7 @@ def preflight_node(
     compile_ops: Annotated[bool, typer.Option("--compile")] = False,
 ) -> None:
     """Say how this node is, or compile on it; `launch` and a Slurm job run it on every one."""
-    from translution.distributed.nodes import compile_on_node, report_node
+    from translution.distributed.preflight.node_report import compile_on_node, report_node
 
     if compile_ops:
         compile_on_node(plan_folder)
@@ -143,11 +143,11 @@ def preflight_node(
 @app.command(hidden=True)
 def rank(word: str) -> None:
     """Run one rank of a plan as the word tells it; `launch` starts it on every host."""
-    from translution.distributed.command import decode
+    from translution.distributed.remote.rank_command import decode
 
     command = decode(word)
     os.environ.update(command.environment)
-    from translution.distributed.train import train as train_rank
+    from translution.distributed.training.trainer import train as train_rank
 
     train_rank(command.plan_folder, command.run, command.mode)
 
@@ -155,7 +155,7 @@ def rank(word: str) -> None:
 @app.command(hidden=True)
 def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
     """Run one rank of a plan; DeepSpeed's launcher or torchrun starts it on every rank."""
-    from translution.distributed.train import train as train_rank
+    from translution.distributed.training.trainer import train as train_rank
 
     train_rank(plan_folder, run, mode)
 
@@ -166,7 +166,7 @@ def status(
     json: Json = False,
 ) -> None:
     """Print what every rank last said; exit code 0 if all have finished, 1 if any has not."""
-    from .status import run_status
+    from .commands.status import run_status
 
     run_status(run, as_json=json)
 
@@ -190,7 +190,7 @@ def rehearse(
     json: Json = False,
 ) -> None:
     """Run one rank of a plan alone on this machine, to measure its memory; its values are meaningless."""
-    from .rehearse import run_rehearse
+    from .commands.rehearse import run_rehearse
 
     run_rehearse(plan_folder, rank, layers=layers, run=run, nvme_path=nvme_path, compute=compute, as_json=json)
 
@@ -198,7 +198,7 @@ def rehearse(
 @app.command(hidden=True)
 def rehearse_rank(run: Path, compute: Annotated[bool, typer.Option("--compute")] = False) -> None:
     """Run the one rank of a rehearsal; `rehearse` starts it."""
-    from translution.distributed.rehearse import rehearse_rank as run_rank
+    from translution.distributed.verification.rehearsal_rank import rehearse_rank as run_rank
 
     run_rank(run, compute=compute)
 
@@ -211,7 +211,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Set predicted memory beside what a run measured."""
-    from .verify import run_verify
+    from .commands.verify import run_verify
 
     run_verify(folder, as_json=json)
 
@@ -228,7 +228,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a run's network as one file, tables whole, for inference on one process."""
-    from .export import run_export
+    from .commands.export import run_export
 
     run_export(run_folder, out, dtype, force=force, as_json=json)
 
@@ -249,6 +249,6 @@ def experiment(
     json: Json = False,
 ) -> None:
     """Ask one of the paper's questions at desk size: train small models of every operator, and compare them."""
-    from .experiment import run_and_show
+    from .commands.experiment import run_and_show
 
     run_and_show(name, out, quick=quick, seeds=seeds, steps=steps, force=force, as_json=json)

@@ -1,10 +1,10 @@
 """Translution, α-Translution and attention as PyTorch layers, and the networks made of them."""
 
-from .adapters import load_tables, replace_attention, tables_from_state_dict
-from .attention import AbsoluteTranslution, BiasAttention, SelfAttention, ShawAttention
-from .layers import AlphaTranslution, Translution
-from .networks import build
-from .saved import load_network
+from .integrations.timm import load_tables, replace_attention, tables_from_state_dict
+from .layers.attention import AbsoluteTranslution, BiasAttention, SelfAttention, ShawAttention
+from .layers.translution import AlphaTranslution, Translution
+from .networks.build import build
+from .networks.load import load_network
 
 __all__ = [
     "AbsoluteTranslution",

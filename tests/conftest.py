@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import Browser
+from helpers.browser import Browser
+from helpers.report_folders import MALICIOUS, experiment_folder, plan_folder, run_folder
 from hypothesis import settings
-from report_folders import MALICIOUS, experiment_folder, plan_folder, run_folder
 
-from translution.cli.app import run
-from translution.distributed.machine import launch_environment
-from translution.distributed.ops import extensions_folder, prepare_ops
-from translution.planner.cluster import local_cpu_cluster
+from translution.cli.main import run
+from translution.distributed.system.compiled_ops import extensions_folder, prepare_ops
+from translution.distributed.system.environment import launch_environment
+from translution.planner.hardware.cluster import local_cpu_cluster
 
 # A machine with other work to do is no slower for being right.
 settings.register_profile("any machine", deadline=None)
@@ -33,31 +33,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS_RANKS = (
-    "test_accuracy",
-    "test_calibrate",
-    "test_docs_pages",
-    "test_emission",
-    "test_hosts",
-    "test_kills",
-    "test_offload",
-    "test_rehearse",
-    "test_reshard",
-    "test_resume",
-    "test_runs",
-    "test_slurm",
-)
-"""Modules that start ranks. They run last: DeepSpeed's ops compile for minutes, beside the others."""
+STARTS_RANKS = ("tests/integration", "tests/docs/test_pages.py", "tests/distributed/calibration")
+"""Tests that start ranks. They run last: DeepSpeed's ops compile for minutes, beside the others."""
 _compiling: list[threading.Thread] = []
 
 
+def starts_ranks(item: pytest.Item) -> bool:
+    path = item.path.relative_to(ROOT).as_posix()
+    return path.startswith(STARTS_RANKS)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem in RUNS_RANKS)
+    items.sort(key=starts_ranks)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin to compile what the ranks will load; whoever needs it sooner waits for it."""
-    if session.config.option.collectonly or not any(item.path.stem in RUNS_RANKS for item in session.items):
+    if session.config.option.collectonly or not any(map(starts_ranks, session.items)):
         return
     ops = ["ShareMemCommBuilder", "CPUAdamBuilder"]
     if Path("/usr/include/libaio.h").exists():
@@ -74,7 +66,7 @@ def compile_ops(ops: list[str]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.path.stem in RUNS_RANKS:
+    if starts_ranks(item):
         for thread in _compiling:
             thread.join()
 
@@ -144,7 +136,7 @@ def browser(chromium: Browser) -> Browser:
 @pytest.fixture(scope="session")
 def gallery_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of everything at once, as page, Markdown and JSON, of models small enough to be searched in seconds."""
-    from translution.reports import collect
+    from translution.reports import builder as collect
 
     folder = tmp_path_factory.mktemp("gallery")
     plan_folder(folder / "plan", name=MALICIOUS)

@@ -17,16 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import write_plan
+from helpers.runs import write_plan
 from torch import Tensor
 
-from translution.distributed import checkpoint, reshard
-from translution.distributed.data import Samples, load_samples, micro_batches
-from translution.distributed.manifest import newest
-from translution.distributed.rank import MODEL_DTYPES
-from translution.distributed.run_files import make_run_folders
-from translution.distributed.train import Rank
-from translution.planner.plan import load_plan
+from translution.distributed.checkpoint import reshard
+from translution.distributed.checkpoint import save_load as checkpoint
+from translution.distributed.checkpoint.manifest import newest
+from translution.distributed.data.base import Samples
+from translution.distributed.data.batching import micro_batches
+from translution.distributed.data.loaders import load_samples
+from translution.distributed.runs.folder import make_run_folders
+from translution.distributed.training.engine import MODEL_DTYPES
+from translution.distributed.training.trainer import Rank
+from translution.planner.plans.plan import load_plan
 
 WIDE = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, "dim": 112, "depth": 1, "heads": 2}
 """A whole table of it reaches NVMe in bf16, and the states of a quarter do in pairs; nothing smaller does."""

@@ -9,10 +9,10 @@ import gc
 import sys
 from pathlib import Path
 
-from translution.distributed import host
-from translution.distributed.run_files import make_run_folders
-from translution.distributed.train import Rank
-from translution.planner.plan import load_plan
+from translution.distributed.runs.folder import make_run_folders
+from translution.distributed.system import nvme_swap as host
+from translution.distributed.training.trainer import Rank
+from translution.planner.plans.plan import load_plan
 
 
 def main(folders: list[Path]) -> None:

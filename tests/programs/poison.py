@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from translution.distributed.data import load_samples, micro_batches
-from translution.distributed.train import Rank
-from translution.planner.plan import load_plan
+from translution.distributed.data.batching import micro_batches
+from translution.distributed.data.loaders import load_samples
+from translution.distributed.training.trainer import Rank
+from translution.planner.plans.plan import load_plan
 
 
 def main(plan_folder: Path, run: Path, out: Path) -> None:

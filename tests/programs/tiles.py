@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from translution.distributed.data import load_samples, micro_batches
-from translution.distributed.train import Rank
-from translution.models import grouped
-from translution.models.tiles import Tile
-from translution.planner.plan import load_plan
+from translution.distributed.data.batching import micro_batches
+from translution.distributed.data.loaders import load_samples
+from translution.distributed.training.trainer import Rank
+from translution.models.layers.tables import Tile
+from translution.models.ops import grouped
+from translution.planner.plans.plan import load_plan
 
 STEPS = 3
 

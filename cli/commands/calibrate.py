@@ -1,0 +1,77 @@
+"""``translution calibrate``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from translution.distributed.calibration.run import PARTS, calibrate, machine_file
+from translution.planner.common.errors import InputError
+from translution.planner.common.files import SPEC_SUFFIXES, write_text
+from translution.planner.hardware.calibrated_rates import MeasuredRates, Transfer
+from translution.planner.hardware.cluster import load_cluster
+
+from ..output import console, print_json, table
+
+
+def _rows(rates: MeasuredRates) -> list[tuple[str, str]]:
+    rows = []
+    for precision in dict.fromkeys(point.precision for point in rates.matmul):
+        points = [point for point in rates.matmul if point.precision == precision]
+        low, high = (choose(points, key=lambda point: point.flops_per_s) for choose in (min, max))
+        text = (
+            f"{low.flops_per_s / 1e9:.3g} ({low.rows} x {low.width}) to "
+            f"{high.flops_per_s / 1e9:.3g} GFLOP/s ({high.rows} x {high.width})"
+        )
+        rows.append((f"matrix products, {precision}", text))
+    for name, value in rates:
+        words = name.replace("_bytes_per_s", "").replace("_elements_per_s", "").removesuffix("_s").replace("_", " ")
+        if isinstance(value, Transfer):
+            rows.append((words, f"{value.latency_s * 1e6:.3g} us and {value.bytes_per_s / 1e9:.3g} GB/s"))
+        elif isinstance(value, float) and name.endswith("elements_per_s"):
+            rows.append((words, f"{value / 1e6:.3g} M elements/s"))
+        elif isinstance(value, float) and name.endswith("bytes_per_s"):
+            rows.append((words, f"{value / 1e9:.3g} GB/s"))
+        elif isinstance(value, float):
+            rows.append((words, f"{value * 1e6:.3g} us"))
+    return rows
+
+
+def run_calibrate(cluster_name: str, out: Path, nvme_path: str | None, *, as_json: bool) -> None:
+    """Measure this machine, write its cluster file and print what was found.
+
+    Args:
+        cluster_name: as the user wrote it; the file's base.
+        out: file to write.
+        nvme_path: folder on the drive to measure, or None.
+        as_json: print JSON instead of a table.
+    """
+    if out.suffix not in SPEC_SUFFIXES[:2]:
+        raise InputError(f"out: {str(out)!r} is not allowed: must end in .yaml")
+    if Path(cluster_name).suffix in SPEC_SUFFIXES:
+        raise InputError(f"cluster: {cluster_name!r} is not allowed: must be cpu:RANKS or GPUSxNAME")
+    cluster = load_cluster(cluster_name)
+    began = time.monotonic()
+    total = PARTS + (nvme_path is not None) + (cluster.device == "cuda")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console(stderr=True)) as progress:
+        task = progress.add_task("starting", total=total)
+
+        def show(line: str) -> None:
+            progress.update(task, description=line, advance=1)
+
+        command = shlex.join(["translution", *sys.argv[1:]])
+        rates = calibrate(cluster, nvme_path, command, show)
+        progress.update(task, completed=total)
+    write_text(out, machine_file(cluster_name, rates, nvme_path))
+    if as_json:
+        print_json({"file": str(out), "measured": rates.model_dump(mode="json")})
+        return
+    seconds = time.monotonic() - began
+    title = f"{rates.machine}: {rates.ranks} rank(s) at once, {seconds:.0f} s"
+    console().print(table(title, ("what", "rate"), _rows(rates), text_columns=2))
+    console().print(f"wrote {out}; plan with it: translution plan MODEL --cluster {out} --out FOLDER")

@@ -1,0 +1,103 @@
+"""``translution clusters``."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+from translution.planner.common.units import format_bytes
+from translution.planner.hardware.catalog import Catalogue, Figure, GpuSpec, NodeSpec, catalogue
+from translution.planner.hardware.device_overhead import GpuConstants, gpu_constants
+from translution.planner.hardware.intervals import Level
+
+from ..output import console, print_json, table
+
+_LEVELS: tuple[Level, ...] = ("low", "likely", "high")
+
+
+def _scaled(figure: Figure, unit: float) -> str:
+    value = figure.value / unit
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _giga(figure: Figure) -> str:
+    return _scaled(figure, 1e9)
+
+
+def _numbers(spec: BaseModel, known: Catalogue) -> str:
+    """Numbers of the sources of a GPU's or node's figures, as the list of sources counts them."""
+    numbers = {key: number for number, key in enumerate(known.sources, start=1)}
+    used = {numbers[value.source] for _, value in spec if isinstance(value, Figure)}
+    return " ".join(str(number) for number in sorted(used))
+
+
+def _gpu_row(name: str, gpu: GpuSpec, known: Catalogue) -> tuple[str, ...]:
+    flops = (gpu.bf16_flops_per_s, gpu.fp16_flops_per_s, gpu.tf32_flops_per_s, gpu.fp32_flops_per_s)
+    bf16, fp16, tf32, fp32 = (_scaled(figure, 1e12) for figure in flops)
+    return (
+        name,
+        bf16 if bf16 == fp16 else f"{bf16}, {fp16}",
+        tf32,
+        fp32,
+        format_bytes(int(gpu.memory_bytes.value)),
+        _giga(gpu.memory_bytes_per_s),
+        _giga(gpu.link_bytes_per_s),
+        str(gpu.pcie_generation.value),
+        gpu.node,
+        _numbers(gpu, known),
+    )
+
+
+def _node_row(name: str, node: NodeSpec, known: Catalogue) -> tuple[str, ...]:
+    return (
+        name,
+        str(node.gpus.value),
+        format_bytes(int(node.host_memory_bytes.value)),
+        _giga(node.host_memory_bytes_per_s),
+        str(node.host_cores.value),
+        _giga(node.intra_node_bytes_per_s),
+        f"{node.nics.value} x {_giga(node.nic_bytes_per_s)}",
+        _scaled(node.nvme_bytes, 1e12),
+        f"{_giga(node.nvme_read_bytes_per_s)} / {_giga(node.nvme_write_bytes_per_s)}",
+        _numbers(node, known),
+    )
+
+
+def _constants_row(name: str, constants: GpuConstants) -> tuple[str, ...]:
+    low, likely, high = (format_bytes(constants.total(level)) for level in _LEVELS)
+    entries = (format_bytes(entry.likely_bytes) for entry in constants.entries if entry.tier == "device")
+    return (name, *entries, likely, f"{low} to {high}")
+
+
+_GPU_COLUMNS = ("GPU", "bf16, fp16", "tf32", "fp32", "memory", "GB/s", "link", "PCIe", "node", "sources")
+_NODE_COLUMNS = ("node", "GPUs", "RAM", "GB/s", "cores", "link", "network", "NVMe", "GB/s", "sources")
+_CONSTANTS_COLUMNS = ("GPU", "driver", "context", "BLAS", "NCCL", "together", "from, to")
+
+
+def _print_tables(known: Catalogue, constants: dict[str, GpuConstants]) -> None:
+    out = console()
+    rows = [_gpu_row(name, gpu, known) for name, gpu in known.gpus.items()]
+    out.print(table("GPUs: dense TFLOP/s; GB/s of memory, and of the link each way", _GPU_COLUMNS, rows))
+    rows = [_node_row(name, node, known) for name, node in known.nodes.items()]
+    out.print(table("Nodes: GB/s each way, link of one GPU; NVMe in TB, read and written", _NODE_COLUMNS, rows))
+    rows = [_constants_row(name, entry) for name, entry in constants.items()]
+    out.print(table("What a GPU holds beside torch's tensors, on one such node", _CONSTANTS_COLUMNS, rows))
+    out.print("Sources", style="bold")
+    for number, source in enumerate(known.sources.values(), start=1):
+        out.print(f"{number:>2} {source.title}" + (f": {source.url}" if source.url else ""), soft_wrap=True)
+
+
+def run_clusters(*, as_json: bool) -> None:
+    """Print the GPUs and nodes that plans know, and where each figure comes from.
+
+    Args:
+        as_json: print JSON instead of tables.
+    """
+    known = catalogue()
+    constants = {
+        name: gpu_constants(name, int(known.nodes[gpu.node].gpus.value), 1) for name, gpu in known.gpus.items()
+    }
+    if as_json:
+        beside = {name: entry.model_dump(mode="json") for name, entry in constants.items()}
+        print_json(known.model_dump(mode="json") | {"gpu_constants": beside})
+        return
+    _print_tables(known, constants)

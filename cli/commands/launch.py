@@ -1,0 +1,130 @@
+"""``translution launch``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from translution.distributed.checkpoint.resume import find_resumable
+from translution.distributed.launcher.launch import Where, launch, launch_command, next_run_folder
+from translution.distributed.remote.rank_command import rank_command
+from translution.distributed.runs.folder import CONTINUE
+from translution.distributed.system.environment import launch_environment, version_warnings
+from translution.planner.common.units import format_bytes
+from translution.planner.plans.launch_scripts import PORT
+from translution.planner.plans.plan import Plan, load_plan
+
+from ..output import note
+
+_LINE_EVERY = 20
+_RECENT = 20
+"""So many steps count for how long one takes."""
+
+
+class _Display:
+    """A progress bar on a terminal, a line now and then elsewhere: how it goes, beside what was predicted."""
+
+    def __init__(self, console: Console, plan: Plan) -> None:
+        self._console, self._plan, self._steps = console, plan, plan.training.steps
+        self._first = 0
+        self._seconds: deque[float] = deque(maxlen=_RECENT)
+        self._memory = ""
+        self._progress = Progress(
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=self._steps, text="")
+
+    def __enter__(self) -> _Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, metrics: Mapping[str, Any]) -> None:
+        """Take one line of the metrics file."""
+        if metrics["event"] == "resume":
+            self._first = metrics["step"]
+            self._progress.reset(self._task, completed=self._first)
+        elif metrics["event"] == "step":
+            self._show_step(metrics)
+        elif metrics["event"] == "memory":
+            measured, predicted = metrics["peak_bytes"], self._plan.prediction.peak_bytes
+            self._memory = f", memory {format_bytes(measured)} (predicted {format_bytes(predicted)})"
+            if not self._console.is_terminal:
+                self._console.print(f"step {metrics['step']}/{self._steps}{self._memory} of rank 0", soft_wrap=True)
+        elif metrics["event"] == "evaluation":
+            self._console.print(
+                f"step {metrics['step']}/{self._steps}, held-out: accuracy {metrics['accuracy']:.2%}, "
+                f"loss {metrics['loss']:.4f} ({metrics['samples']} samples)",
+                soft_wrap=True,
+            )
+
+    def _show_step(self, metrics: Mapping[str, Any]) -> None:
+        step, plan = metrics["step"], self._plan
+        self._seconds.append(metrics["seconds"])
+        # The median: the first step and the two that are watched take longer than the others.
+        seconds = median(self._seconds)
+        samples = plan.training.global_batch(plan.cluster.ranks) / seconds
+        predicted = "" if plan.time is None else f" (predicted {plan.time.likely_s:.3g} s)"
+        rate = f"{samples:,.0f}" if samples >= 10 else f"{samples:.2g}"
+        text = f"loss {metrics['loss']:.4f}, {rate} samples/s, {seconds:.3g} s per step{predicted}"
+        self._progress.update(self._task, completed=step, text=text + self._memory)
+        if not self._console.is_terminal and (step % _LINE_EVERY == 0 or step in (self._first + 1, self._steps)):
+            self._console.print(f"step {step}/{self._steps}: {text}", soft_wrap=True)
+
+
+def _print_command(plan: Plan, plan_folder: Path, run: Path | None, where: Where, *, resume: bool) -> None:
+    """Print what would be started, as a line for a shell."""
+    hosts, mode = where.check(plan, run), "train"
+    if resume:
+        run, _ = find_resumable(plan, plan_folder, run)
+        mode = CONTINUE
+    run = run or next_run_folder(plan_folder)
+    command = shlex.join(launch_command(plan, plan_folder, run, where, where.master_port or PORT, mode))
+    if hosts and not where.no_ssh:
+        told = rank_command(plan_folder, run, plan.cluster, mode, follows=True)
+        note("the last word tells every rank: " + told.model_dump_json())
+        print(f"cd / && {command}")
+        return
+    variables = launch_environment(plan.cluster)
+    changed = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if os.environ.get(name) != value]
+    print(" ".join([*changed, command]))
+
+
+def run_launch(plan_folder: Path, run: Path | None, where: Where, *, resume: bool, force: bool, dry_run: bool) -> None:
+    """Run a plan and show how it goes.
+
+    Args:
+        plan_folder: as `translution plan` writes it.
+        run: run folder to make, or None.
+        where: on which machines.
+        resume: go on with that run, or the newest that has a checkpoint.
+        force: start although preflight finds something amiss.
+        dry_run: print the command instead.
+    """
+    plan = load_plan(plan_folder)
+    if dry_run:
+        _print_command(plan, plan_folder, run, where, resume=resume)
+        return
+    for text in version_warnings(plan):
+        note(text)
+    console = Console(highlight=False, markup=False)
+    with _Display(console, plan) as display:
+        made = launch(plan_folder, run, display.show, console.print, where=where, resume=resume, force=force)
+    console.print(f"finished: {made}")
+    console.print(f"predicted against measured memory: translution verify {made}")

@@ -1,0 +1,224 @@
+"""``translution plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from translution.planner.common.errors import InputError
+from translution.planner.common.files import check_new_folder
+from translution.planner.common.schema import validate
+from translution.planner.common.units import format_bytes, format_count
+from translution.planner.config.loading import save_model_spec
+from translution.planner.config.model import ModelSpec, override
+from translution.planner.config.training import TrainingSpec
+from translution.planner.costs.parameters import count_parameters
+from translution.planner.deepspeed.config import remarks
+from translution.planner.hardware.cluster import load_cluster
+from translution.planner.plans.build import make_plan
+from translution.planner.plans.folder import write_plan_folder
+from translution.planner.plans.plan import PLAN_FILE, Plan
+from translution.planner.search.advice import hybrid_text
+from translution.planner.search.constraints import Wishes
+from translution.planner.search.explain import FamilyVerdict, SearchResult
+from translution.planner.search.plan_search import NoPlanError, RunCost, choose, run_cost, steps_of
+from translution.planner.timing.step_time import StepTime
+
+from ..output import console, print_json, table
+from ..tables.memory import phase_table, worst_moments
+
+_TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
+_WISHES: TypeAdapter[Wishes] = TypeAdapter(Wishes)
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the user wrote."""
+
+    spec: ModelSpec
+    cluster: str
+    training: Mapping[str, object]
+    """Fields of `TrainingSpec`."""
+    wishes: Mapping[str, object]
+    """Fields of `Wishes`."""
+    samples: int | None
+    """Of an epoch; None leaves the steps as they are."""
+    epochs: float
+
+    def choose(self) -> SearchResult:
+        """Search."""
+        cluster = load_cluster(self.cluster)
+        wishes = validate(_WISHES, dict(self.wishes), "plan", tuple(Wishes.model_fields))
+        training = validate(_TRAINING, dict(self.training), "plan", tuple(TrainingSpec.model_fields))
+        if self.samples is not None:
+            for name, value in (("samples", self.samples), ("epochs", self.epochs)):
+                if not value > 0:
+                    raise InputError(f"{name}: {value} is not allowed: must be above 0")
+            steps = steps_of(self.samples, self.epochs, wishes, cluster)
+            training = validate(_TRAINING, training.model_dump() | {"steps": steps}, "plan", ())
+        return choose(self.spec, cluster, training, wishes)
+
+
+def plan_from(
+    spec: ModelSpec,
+    cluster_name: str,
+    training: Mapping[str, object],
+    *,
+    stage: Literal[0, 1, 2, 3],
+    tile_relations: int | None,
+    offload: str,
+    nvme_path: str | None,
+    offload_ratio: float,
+    knobs: Mapping[str, object],
+) -> Plan:
+    """Make a plan of what the user wrote, without a search.
+
+    Args:
+        spec: the model.
+        cluster_name: as the user wrote it.
+        training: fields of `TrainingSpec`.
+        stage: the ZeRO stage.
+        tile_relations: relations per tile; None chooses.
+        offload: what leaves the device, and for where.
+        nvme_path: a folder on every node's NVMe drive.
+        offload_ratio: share of the optimizer's sub-groups that leave the device.
+        knobs: fields of `ZeroSpec` to set otherwise than chosen.
+    """
+    return make_plan(
+        spec,
+        load_cluster(cluster_name),
+        validate(_TRAINING, dict(training), "plan", tuple(TrainingSpec.model_fields)),
+        stage=stage,
+        tile_relations=tile_relations,
+        offload=offload,
+        nvme_path=nvme_path,
+        offload_ratio=offload_ratio,
+        knobs=knobs,
+    )
+
+
+def _no_plan(error: NoPlanError, spec: ModelSpec, out: Path, *, as_json: bool) -> None:
+    """Print what was tried and what would do, and write a spec file for each hybrid."""
+    folder = out.with_name(f"{out.name}-hybrids")
+    files = {}
+    for row in error.hybrids:
+        name = f"first-{row.full_layers}-{row.rest}{f'-{row.c1}' if row.c1 else ''}"
+        path = folder / f"{name}.yaml"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise InputError(f"{folder}: cannot be written: {problem.strerror}") from None
+        save_model_spec(override(spec, name=f"{spec.name} {name}", **row.changes), path)
+        files[str(path)] = row
+    if as_json:
+        document: dict[str, Any] = {
+            "error": str(error),
+            "families": [verdict.model_dump() for verdict in error.families],
+            "advice": [advice.model_dump() for advice in error.advice],
+            "hybrids": [row.model_dump() | {"file": path} for path, row in files.items()],
+        }
+        print_json(document)
+        return
+    out_console = console()
+    out_console.print(_families_table(error.families))
+    rows = [(advice.kind, advice.text) for advice in error.advice]
+    rows += [("hybrid", f"{hybrid_text(row)} ({path})") for path, row in files.items()]
+    if rows:
+        out_console.print(table("What would do, one of these", ("change", "to"), rows, text_columns=2))
+
+
+def _families_table(families: tuple[FamilyVerdict, ...]) -> Any:
+    rows = [(f"{'* ' if verdict.chosen else ''}{verdict.family}", verdict.reason) for verdict in families]
+    return table("What was tried", ("family", "reason"), rows, text_columns=2)
+
+
+def _time_table(time: StepTime, plan: Plan) -> Any:
+    rows = [
+        (
+            entry.name,
+            entry.bound + (", beside the computation" if entry.overlaps else ""),
+            f"{entry.likely_s:.3g}",
+            f"{entry.low_s:.3g} to {entry.high_s:.3g}",
+        )
+        for entry in time.entries
+    ]
+    rows.append(("step", time.bound, f"{time.likely_s:.3g}", f"{time.low_s:.3g} to {time.high_s:.3g}"))
+    measured = "measured rates" if plan.cluster.measured else "shares of the peaks, estimated"
+    title = f"Predicted seconds of a step, by {measured}"
+    return table(title, ("part", "waits for", "seconds", "from, to"), rows, text_columns=2)
+
+
+def _cost_text(cost: RunCost, time: StepTime) -> str:
+    hours = f"{cost.likely_s / 3600:.3g} h ({cost.low_s / 3600:.3g} to {cost.high_s / 3600:.3g})"
+    price = "" if cost.price is None else f", {cost.price:,.0f} at the cluster's price"
+    return (
+        f"{time.samples_per_s:.3g} samples/s, {time.mfu:.1%} of the peak; {cost.steps} steps of "
+        f"{cost.samples // cost.steps} samples: {hours}, {cost.gpu_hours:.3g} GPU-hours{price}"
+    )
+
+
+def run_plan(request: PlanRequest, out: Path, *, force: bool, as_json: bool) -> None:
+    """Search a plan, write its folder and print why it was chosen and what it predicts.
+
+    Args:
+        request: what the user wrote.
+        out: folder to write.
+        force: replace an existing plan folder.
+        as_json: print the plan as JSON instead of tables.
+    """
+    check_new_folder(out.absolute(), marker=PLAN_FILE, force=force)
+    try:
+        result = request.choose()
+    except NoPlanError as error:
+        _no_plan(error, request.spec, out, as_json=as_json)
+        raise
+    plan = result.plan
+    write_plan_folder(plan, out, force=force)
+    cost = None if plan.time is None else run_cost(plan.time, plan.cluster, plan.training)
+    if as_json:
+        document = {"folder": str(out), **result.model_dump(mode="json")}
+        print_json(document | {"run": None if cost is None else cost.model_dump()})
+        return
+    _print(result, cost, out)
+
+
+def _print(result: SearchResult, cost: RunCost | None, out: Path) -> None:
+    plan, out_console = result.plan, console()
+    ranks = plan.cluster.ranks
+    tiles = "" if plan.tile_relations is None else f", {plan.tile_relations} relations per tile"
+    parameters = format_count(count_parameters(plan.model).total)
+    out_console.print(
+        f"{plan.model.name}: {parameters} parameters, ZeRO-{plan.zero.stage} on {ranks} ranks "
+        f"({plan.cluster.name}){tiles}, {plan.training.global_batch(ranks)} samples per step"
+    )
+    out_console.print(_families_table(result.families))
+    knobs = [(knob.knob, knob.value, knob.reason) for knob in result.knobs]
+    title = f"Chosen of {result.considered:,} candidates"
+    out_console.print(table(title, ("knob", "value", "reason"), knobs, text_columns=3))
+    points = [
+        (
+            f"{point.step_s:.3g}",
+            format_bytes(point.device_bytes),
+            str(point.nodes),
+            point.family,
+            str(point.micro_batch),
+            point.checkpointing,
+        )
+        for point in result.pareto
+    ]
+    columns = ("seconds", "device, at most", "nodes", "family", "micro-batch", "checkpointing")
+    out_console.print(table("Pareto: no plan is faster with less", columns, points))
+    if plan.time is not None and cost is not None:
+        out_console.print(_time_table(plan.time, plan))
+        out_console.print(_cost_text(cost, plan.time))
+    out_console.print(phase_table("Predicted memory of each rank, at the worst moment of each phase", plan.prediction))
+    for worst in worst_moments(plan.prediction):
+        out_console.print(worst)
+    for remark in remarks(plan.training, plan.zero):
+        out_console.print(f"note: {remark}")
+    hosts = f" --hostfile {out / 'hostfile'}" if plan.cluster.nodes > 1 else ""
+    out_console.print(f"wrote {out}; run it: translution launch {out}{hosts}", soft_wrap=True)

@@ -1,0 +1,119 @@
+"""``translution rehearse``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from translution.distributed.verification.rehearsal import Rehearsal, format_layers, rehearse
+from translution.planner.common.errors import MissingPackageError
+from translution.planner.common.units import format_bytes
+
+from ..output import console, print_json, table
+
+MEANINGLESS = "REHEARSAL: every value was meaningless; only memory was real."
+
+
+class _Display:
+    """Says on stderr which phase runs: a live line on a terminal, a line per phase elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = Console(file=sys.stderr, highlight=False, markup=False)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("")
+
+    def __enter__(self) -> _Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, soft_wrap=True)
+        self._console.file.flush()
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Take one line of the metrics file."""
+        if line["event"] != "phase":
+            return
+        self._progress.reset(self._task, description=line["text"])
+        if not self._console.is_terminal:
+            self.say(f"  {line['text']}")
+
+
+def run_rehearse(
+    plan_folder: Path,
+    rank: int,
+    *,
+    layers: int | None,
+    run: Path | None,
+    nvme_path: str | None,
+    compute: bool,
+    as_json: bool,
+) -> None:
+    """Rehearse one rank and print predicted beside measured memory.
+
+    Args:
+        plan_folder: as `translution plan` writes it.
+        rank: of the planned world.
+        layers, run, nvme_path, compute: as in `rehearse`.
+        as_json: print JSON instead of tables.
+    """
+    with _Display() as display:
+        rehearsal, made = rehearse(
+            plan_folder,
+            rank,
+            layers=layers,
+            run=run,
+            nvme_path=nvme_path,
+            compute=compute,
+            on_metrics=display.show,
+            on_stage=display.say,
+        )
+    show_rehearsal(rehearsal, made, as_json=as_json)
+
+
+def show_rehearsal(rehearsal: Rehearsal, run: Path, *, as_json: bool) -> None:
+    """Print what a rehearsal found."""
+    try:
+        from translution.reports.inputs.run_accuracy import pairs
+    except ImportError as error:
+        raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[train]'") from None
+    rows = [row for row in pairs(rehearsal.prediction, rehearsal.measurement) if row[2] or row[3]]
+    if as_json:
+        names = ("tier", "what", "predicted_bytes", "measured_bytes")
+        memory = [dict(zip(names, row, strict=True)) for row in rows]
+        document = rehearsal.model_dump(mode="json", exclude={"prediction", "measurement", "measured_layers"})
+        print_json({"run": str(run), "meaning": MEANINGLESS, **document, "memory": memory})
+        return
+    cells = [
+        (what, format_bytes(predicted), format_bytes(measured), f"{predicted / measured:.3f}" if measured else "")
+        for _, what, predicted, measured in rows
+    ]
+    out = console()
+    fewer = f"extrapolated from {rehearsal.layers} layers and {rehearsal.layers - 1}"
+    way, figure = (fewer, "extrapolated") if rehearsal.extrapolated else ("all run", "measured")
+    title = f"Rank {rehearsal.rank} of {rehearsal.ranks}, {rehearsal.plan}: {rehearsal.depth} layers, {way}"
+    out.print(table(title, ("what", "predicted", figure, f"predicted / {figure}"), cells))
+    planned = ", ".join(f"{format_bytes(size)} of {tier}" for tier, size in rehearsal.planned_bytes.items())
+    out.print(f"the plan predicts for the rank's whole life: {planned}; here all tiers are host memory")
+    for count, seconds in rehearsal.seconds.items():
+        phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "all")
+        out.print(f"{format_layers(count)} took {seconds['all']:.0f} s ({phases})")
+    products = "computed" if rehearsal.computed else "allocated and not computed"
+    out.print(f"{MEANINGLESS} Matrix products were {products}; no other rank took part.")
+    out.print(f"wrote {run}", soft_wrap=True)

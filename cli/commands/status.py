@@ -1,0 +1,37 @@
+"""``translution status``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from translution.distributed.runs.folder import require_run
+from translution.distributed.runs.status import read_statuses
+from translution.planner.plans.plan import load_plan
+
+from ..output import print_json
+
+
+def run_status(run: Path, *, as_json: bool) -> None:
+    """Print what every rank last said, and end with 1 unless all have finished.
+
+    Args:
+        run: the run folder.
+        as_json: print JSON instead of lines.
+    """
+    ranks = load_plan(require_run(run)).cluster.ranks
+    said = {status.rank: status for status in read_statuses(run)}
+    finished = all(rank in said and said[rank].state == "finished" for rank in range(ranks))
+    if as_json:
+        print_json({"finished": finished, "ranks": [said[rank].model_dump() for rank in sorted(said)]})
+    else:
+        for rank in range(ranks):
+            status = said.get(rank)
+            if status is None:
+                print(f"rank {rank}: never started")
+            else:
+                words = f": {status.message}" if status.message else ""
+                print(f"rank {rank}: {status.state} at step {status.step}, {status.time_utc}{words}")
+    if not finished:
+        raise typer.Exit(1)

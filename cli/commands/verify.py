@@ -1,0 +1,58 @@
+"""``translution verify``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from translution.distributed.verification.rehearsal import read_rehearsal
+from translution.planner.common.errors import MissingPackageError
+from translution.planner.common.units import format_bytes
+
+from ..output import console, print_json, table
+from .rehearse import show_rehearsal
+
+
+def run_verify(folder: Path, *, as_json: bool) -> None:
+    """Print predicted beside measured memory, of a run or of a rehearsal.
+
+    Args:
+        folder: a run folder, or a plan folder, of which the newest run is taken.
+        as_json: print JSON instead of a table.
+    """
+    try:
+        from translution.reports.inputs.run_accuracy import compare, files_of, find_run, metrics_of
+    except ImportError as error:
+        raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[train]'") from None
+    run = find_run(folder)
+    rehearsal = read_rehearsal(run)
+    if rehearsal is not None:
+        show_rehearsal(rehearsal, run, as_json=as_json)
+        return
+    rows = compare(run)
+    metrics = metrics_of(run)
+    evaluations = metrics[metrics["event"] == "evaluation"]
+    accuracy = None if evaluations.empty else float(evaluations["accuracy"].iloc[-1])
+    files = {name: str(path) for name, path in files_of(run).items()}
+    if as_json:
+        memory = json.loads(rows.to_json(orient="records"))
+        print_json({"run": str(run), "accuracy": accuracy, "memory": memory, "files": files})
+        return
+    cells = [
+        (
+            str(row["rank"]),
+            str(row["tier"]),
+            str(row["what"]),
+            format_bytes(row["predicted_bytes"]),
+            format_bytes(row["measured_bytes"]),
+            "" if row["ratio"] != row["ratio"] else f"{row['ratio']:.3f}",
+        )
+        for row in rows.to_dict("records")
+    ]
+    columns = ("rank", "tier", "what", "predicted", "measured", "predicted / measured")
+    out = console()
+    out.print(table(f"Memory per rank of {run}", columns, cells, text_columns=3))
+    if accuracy is not None:
+        out.print(f"accuracy on held-out samples: {accuracy:.2%}")
+    for name, path in files.items():
+        out.print(f"{name}: {path}", soft_wrap=True)

@@ -1,0 +1,166 @@
+"""Calibrating a machine: starts its ranks, gathers what they measure, and makes a cluster file of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from translution.planner.common.errors import InputError, RunFailedError
+from translution.planner.common.files import write_text
+from translution.planner.common.provenance import provenance
+from translution.planner.common.schema import parse_json
+from translution.planner.hardware.calibrated_rates import MeasuredRates
+from translution.planner.hardware.cluster import ClusterSpec
+
+from ..launcher.local_processes import run_processes
+from ..runs.watchdog import end_with_launcher
+from ..system.compiled_ops import prepare_ops
+from ..system.environment import check_packages, free_port, launch_environment
+
+_RATES: TypeAdapter[MeasuredRates] = TypeAdapter(MeasuredRates)
+_LOG = "calibrate.log"
+PARTS = 6
+"""Lines that a rank says while it measures; one more with NVMe, one more on a GPU."""
+
+OnLine = Callable[[str], None]
+
+
+def calibrate(cluster: ClusterSpec, nvme_path: str | None, command: str, on_line: OnLine) -> MeasuredRates:
+    """Measure this machine with as many ranks as a plan for it would have.
+
+    Args:
+        cluster: of one node, this machine.
+        nvme_path: a folder on the drive to measure; None leaves it out.
+        command: what the user typed, for the record.
+        on_line: called with a line as each part begins.
+
+    Returns:
+        Medians over the ranks.
+
+    Raises:
+        InputError: if the cluster is more than this machine, or the folder cannot be written.
+        RunFailedError: if a rank failed.
+    """
+    if cluster.nodes > 1:
+        raise InputError(f"nodes: {cluster.nodes} is not allowed: calibrate measures one machine")
+    if nvme_path is not None and not os.access(nvme_path, os.W_OK):
+        raise InputError(f"nvme_path: {nvme_path!r} is not allowed: must be a folder that can be written")
+    ops = ["ShareMemCommBuilder"] if cluster.device == "cpu" else []
+    ops += ["CPUAdamBuilder"] + (["AsyncIOBuilder"] if nvme_path else [])
+    check_packages(ops)
+    with tempfile.TemporaryDirectory(prefix="translution-calibrate-") as folder:
+        log = Path(folder) / _LOG
+        on_line("preparing DeepSpeed's ops, which the first time compiles for minutes")
+        prepare_ops(ops, launch_environment(cluster), log)
+        _run(cluster, nvme_path, Path(folder), on_line)
+        paths = sorted(Path(folder).glob("rates_*.json"))
+        found = [parse_json(_RATES, path.read_bytes(), str(path)) for path in paths]
+    made = provenance(command, ("torch", "deepspeed"))
+    return _median(found).model_copy(
+        update={
+            "command": command,
+            "time_utc": made.time_utc,
+            "machine": ", ".join([made.machine, f"{made.cores} cores", *map(" ".join, made.versions.items())]),
+        }
+    )
+
+
+def _run(cluster: ClusterSpec, nvme_path: str | None, folder: Path, on_line: OnLine) -> None:
+    port = str(free_port())
+    environments = []
+    for rank in range(cluster.ranks):
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": cluster.ranks, "MASTER_PORT": port}
+        environments.append({**launch_environment(cluster), "MASTER_ADDR": "127.0.0.1"})
+        environments[-1] |= {name: str(value) for name, value in world.items()}
+    command = [sys.executable, "-m", "translution.cli", "calibrate-rank", str(folder), cluster.device]
+    command += [nvme_path] if nvme_path else []
+    code = run_processes(command, environments, folder / _LOG, _lines(folder, on_line))
+    if code:
+        words = (folder / _LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise RunFailedError(f"a rank failed: {words[-1][:500] if words else f'exit code {code}'}")
+
+
+def _lines(folder: Path, on_line: OnLine) -> Callable[[], None]:
+    """Hands on the lines that rank 0 says, as they come."""
+    path, shown = folder / "said", [0]
+
+    def poll() -> None:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for line in lines[shown[0] :]:
+            on_line(f"measuring: {line}")
+        shown[0] = len(lines)
+
+    return poll
+
+
+def _median(found: list[MeasuredRates]) -> MeasuredRates:
+    """Of each figure over the ranks; what they measure together is the slowest rank's."""
+    rows = [rates.model_dump() for rates in found]
+    merged: dict[str, Any] = dict(rows[0])
+    for name, value in rows[0].items():
+        values = [row[name] for row in rows]
+        if name == "matmul":
+            merged[name] = [
+                point | {"flops_per_s": _middle([other[number]["flops_per_s"] for other in values])}
+                for number, point in enumerate(value)
+            ]
+        elif isinstance(value, dict):
+            merged[name] = {key: _middle([other[key] for other in values]) for key in value}
+        elif isinstance(value, float):
+            merged[name] = _middle(values)
+    return MeasuredRates.model_validate(merged)
+
+
+def _middle(values: list[float]) -> float:
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def machine_file(cluster_name: str, rates: MeasuredRates, nvme_path: str | None) -> str:
+    """The text of a cluster file: the same machine, with what was measured of it."""
+    import yaml
+
+    data: dict[str, Any] = {"base": cluster_name, "measured": rates.model_dump(mode="json", exclude_none=True)}
+    if nvme_path is not None:
+        room = os.statvfs(nvme_path)
+        data["nvme_bytes"] = room.f_bavail * room.f_frsize
+    return str(yaml.safe_dump(data, sort_keys=False))
+
+
+def calibrate_rank(folder: Path, device: str, nvme_path: Path | None) -> None:
+    """Measure as one rank, and leave what was found in the folder.
+
+    Args:
+        folder: shared by the ranks.
+        device: "cpu" or "cuda".
+        nvme_path: a folder on the drive to measure; None leaves it out.
+    """
+    end_with_launcher()
+    import deepspeed
+    import torch
+
+    from .microbenchmarks import calibrate_rank as measure
+
+    rank = int(os.environ["RANK"])
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo")
+
+    def say(line: str) -> None:
+        if rank == 0:
+            with (folder / "said").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    try:
+        rates = measure(device, nvme_path, say)
+        write_text(folder / f"rates_{rank}.json", rates.model_dump_json())
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Checkpoints: saved, loaded, resharded and exported."""

@@ -1,0 +1,181 @@
+"""Reading a checkpoint into an engine of another layout: other ranks, stage, offload, sub-groups or tiles.
+
+Every rank fills its own vectors: the fp32 master copy, the optimizer's moments and step, one parameter's part at a
+time; then the parameters of the model's dtype are made anew from the master copy.
+
+Sources: DeepSpeed 0.19.8, runtime/zero/stage3.py (step, _reassign_or_swap_out_partitioned_parameters),
+runtime/zero/stage_1_and_2.py and runtime/bf16_optimizer.py (update_lp_params), runtime/fp16/unfused_optimizer.py;
+ops/adam/cpu_adam.py, ops/lion and ops/adagrad for what their states hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from translution.planner.common.errors import InputError
+
+from .manifest import Saved
+from .reader import MASTER, Stored
+from .shard_layout import Fragment, Place, sub_group_fragments, whole_numels, whole_places
+
+_MOMENTS: dict[str, dict[str, str]] = {
+    "AdamW": {"first": "exp_avg", "second": "exp_avg_sq"},
+    "DeepSpeedCPUAdam": {"first": "exp_avg", "second": "exp_avg_sq"},
+    "DeepSpeedCPULion": {"first": "exp_avg"},
+    "FusedLion": {"first": "exp_avg"},
+    "Adagrad": {"second": "sum"},
+    "DeepSpeedCPUAdagrad": {"second": "exp_avg_sq"},
+    "SGD": {"first": "momentum_buffer"},
+}
+"""What each optimizer class calls its moments."""
+_TENSOR_STEPS = ("AdamW", "Adagrad")
+"""Classes of torch, which count steps in a tensor; DeepSpeed's own count in an integer, and SGD does not count."""
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A flat vector of this rank, to be filled."""
+
+    master: Tensor
+    fragments: Sequence[Fragment]
+    optimizer: Any
+    """The one of torch's kind that updates it."""
+
+
+class _Filler:
+    """Fills vectors of an engine from a checkpoint."""
+
+    def __init__(self, stored: Stored, places: Mapping[str, Place], dtype: torch.dtype) -> None:
+        self.stored, self.places, self.dtype = stored, places, dtype
+
+    def fill(self, target: _Target) -> None:
+        """The master copy of a vector, its moments and its step."""
+        stored, kind = self.stored, type(target.optimizer).__name__
+        if kind not in _MOMENTS:
+            raise InputError(f"optimizer: {kind} is not allowed: states cannot be resharded for it")
+        self._copy(MASTER, target, target.master)
+        state: dict[str, Any] = {}
+        for moment, name in _MOMENTS[kind].items():
+            if moment in stored.kinds:
+                state[name] = torch.zeros_like(target.master, dtype=self.dtype, requires_grad=False)
+                self._copy(moment, target, state[name])
+        if state and kind != "SGD":
+            state["step"] = torch.tensor(float(stored.step)) if kind in _TENSOR_STEPS else stored.step
+        if state:
+            target.optimizer.state[target.master] = state
+
+    def _copy(self, kind: str, target: _Target, out: Tensor) -> None:
+        flat = out.data.view(-1)
+        flat.zero_()
+        for part in target.fragments:
+            place = self.places[part.name]
+            out_part = flat[part.offset : part.offset + part.numel]
+            self.stored.read(place.name, kind, place.start + part.start, out_part)
+
+
+def load(engine: Any, saved: Saved, states_dtype: torch.dtype) -> None:
+    """Read a checkpoint of any layout into a fresh engine; called on every rank.
+
+    Args:
+        engine: DeepSpeed's.
+        saved: the checkpoint.
+        states_dtype: of the optimizer's moments.
+
+    Raises:
+        InputError: if it is damaged or of another model.
+    """
+    stored = Stored(saved)
+    numels = {name: _numel(parameter) for name, parameter in engine.module.named_parameters()}
+    _check_same(stored, numels)
+    filler = _Filler(stored, whole_places(numels), states_dtype)
+    with torch.no_grad():
+        if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
+            _fill_sub_groups(engine, filler)
+        elif hasattr(engine.optimizer, "update_lp_params"):
+            _fill_flat(engine, filler)
+        else:
+            _fill_whole(engine, filler)
+    _restore_counters(engine, stored)
+
+
+def _numel(parameter: Any) -> int:
+    numel: int = getattr(parameter, "ds_numel", parameter.numel())
+    return numel
+
+
+def _check_same(stored: Stored, numels: Mapping[str, int]) -> None:
+    asked = whole_numels(numels)
+    for name in sorted({*asked, *stored.numels}):
+        if asked.get(name) != stored.numels.get(name):
+            raise InputError(
+                f"{name}: {asked.get(name, 0)} elements are not allowed: {stored.folder} holds "
+                f"{stored.numels.get(name, 0)}"
+            )
+
+
+def _fill_sub_groups(engine: Any, filler: _Filler) -> None:
+    """Under ZeRO-3, sub-group by sub-group; one on NVMe is read, filled and written back."""
+    optimizer = engine.optimizer
+    ranks, rank = torch.distributed.get_world_size(), engine.global_rank
+    optimizer.checkpoint_event_prologue()
+    for number, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+        swapped = optimizer._swappable_optimizer_subgroup(number)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(number)
+        numels = {engine.param_names[parameter]: parameter.ds_numel for parameter in optimizer.fp16_groups[number]}
+        inner = optimizer.optimizer
+        if optimizer.offload_optimizer and optimizer.subgroup_to_device[number] != "cpu":
+            inner = optimizer.backup_optimizer
+        filler.fill(_Target(master, sub_group_fragments(numels, ranks, rank), inner))
+        optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_out(number)
+    # Gathers anew what stays gathered between steps.
+    optimizer.checkpoint_event_epilogue()
+
+
+def _fill_flat(engine: Any, filler: _Filler) -> None:
+    """Under ZeRO-1 and 2: one vector, in which a parameter may begin on one rank and end on the next."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        masters, groups = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
+    else:
+        masters, groups = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
+    for master, group in zip(masters, groups, strict=True):
+        filler.fill(_Target(master, list(_own_fragments(engine, group)), optimizer.optimizer))
+    optimizer.update_lp_params()
+
+
+def _own_fragments(engine: Any, parameters: Sequence[Any]) -> Iterator[Fragment]:
+    for parameter in parameters:
+        mapping = parameter._hp_mapping
+        if mapping is not None:
+            own, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield Fragment(engine.param_names[parameter], own.start, own.numel, flat.start)
+
+
+def _fill_whole(engine: Any, filler: _Filler) -> None:
+    """Without ZeRO: every rank has all parameters."""
+    wrapped = hasattr(engine.optimizer, "fp32_groups")
+    inner = engine.optimizer.optimizer if wrapped else engine.optimizer
+    parameters = list(engine.module.named_parameters())
+    masters = engine.optimizer.fp32_groups[0] if wrapped else [parameter for _, parameter in parameters]
+    for (name, parameter), master in zip(parameters, masters, strict=True):
+        filler.fill(_Target(master, [Fragment(name, 0, parameter.numel(), 0)], inner))
+        if wrapped:
+            parameter.data.copy_(master.data)
+
+
+def _restore_counters(engine: Any, stored: Stored) -> None:
+    for name, value in stored.counters.items():
+        setattr(engine, name, value)
+    optimizer = engine.optimizer
+    scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    for name, value in stored.scales.items():
+        if engine.fp16_enabled() and hasattr(scaler, name):
+            setattr(scaler, name, value)

@@ -1,0 +1,190 @@
+"""Checkpoints that are whole or not there, and that a resumed run continues to the bit.
+
+    checkpoint/step_N/              what DeepSpeed 0.19.8 saves, one set of files per rank
+    checkpoint/step_N/plan.json     how it was saved: ranks, stage, offload, tiles
+    checkpoint/step_N/device/       moments of sub-groups that a partial offload leaves on the device
+    checkpoint/step_N/manifest.json the step, the ranks and the size of every file: written last
+    checkpoint/latest               the name of the newest, as DeepSpeed's own tools read it
+
+A checkpoint is saved under a hidden name and renamed when every rank has finished. All nodes must see the
+folder.
+
+Sources: DeepSpeed 0.19.8, runtime/engine.py (save_checkpoint, load_checkpoint) and runtime/zero/stage3.py
+(_rigid_state_dict, reset_swap_buffers). It loses the moments of an optimizer on NVMe when it loads, and of the
+device's sub-groups when it saves; both are mended here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from translution.planner.common.errors import TranslutionError
+from translution.planner.common.files import write_text
+from translution.planner.plans.plan import PLAN_FILE, Plan
+
+from .manifest import MANIFEST, Manifest, tags
+from .reader import DEVICE
+
+LATEST = "latest"
+
+
+class CheckpointError(TranslutionError):
+    """A checkpoint could not be written."""
+
+
+def save(engine: Any, folder: Path, step: int, plan: Plan, *, tag: str | None = None) -> None:
+    """Save a checkpoint whole, or leave everything as it was; called on every rank.
+
+    Args:
+        engine: DeepSpeed's.
+        folder: the run's checkpoint folder.
+        step: optimizer steps done.
+        plan: how the engine was made; it says how many of the newest checkpoints stay.
+        tag: its name; ``step_N`` by default, and only those count as checkpoints of a run.
+
+    Raises:
+        CheckpointError: if it cannot be written, a full disk for instance; the ones before stay.
+    """
+    tag = tag or f"step_{step}"
+    rank, partial = engine.global_rank, f".{tag}.partial"
+    if (folder / tag / MANIFEST).is_file():
+        return  # A resumed run has come no further.
+    torch.distributed.barrier()
+    try:
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (*folder.glob(".*.partial"), folder / tag):
+                shutil.rmtree(path, ignore_errors=True)
+        engine.save_checkpoint(str(folder), tag=partial, save_latest=False)
+        _save_device_moments(engine, folder / partial)
+        torch.distributed.barrier()
+        if rank == 0:
+            write_text(folder / partial / PLAN_FILE, plan.model_dump_json(indent=2) + "\n")
+            _complete(folder, partial, tag, step, torch.distributed.get_world_size())
+            _prune(folder, plan.training.keep_checkpoints)
+    except (OSError, RuntimeError, TranslutionError) as error:
+        text = " ".join(str(error).split())[:200]
+        whole = tags(folder)
+        kept = f"{whole[-1]} stays" if whole else "there is none before it"
+        # A full disk must not stay full of what nobody will read.
+        shutil.rmtree(folder / partial, ignore_errors=True)
+        raise CheckpointError(f"checkpoint of step {step} could not be written: {text}; {kept}") from error
+    torch.distributed.barrier()
+
+
+def _complete(folder: Path, partial: str, tag: str, step: int, ranks: int) -> None:
+    """Flush all files, note their sizes, and let the checkpoint take its name."""
+    path = folder / partial
+    sizes = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+            sizes[str(file.relative_to(path))] = file.stat().st_size
+    manifest = Manifest(step=step, ranks=ranks, files=sizes)
+    write_text(path / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    path.rename(folder / tag)
+    write_text(folder / LATEST, tag)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for tag in tags(folder)[:-keep]:
+        # Without its manifest it is no checkpoint, whatever interrupts the rest.
+        (folder / tag / MANIFEST).unlink()
+        shutil.rmtree(folder / tag, ignore_errors=True)
+
+
+def _device_groups(engine: Any) -> list[Any]:
+    """The sub-groups whose states a partial offload leaves on the device."""
+    backup = getattr(engine.optimizer, "backup_optimizer", None)
+    if backup is None:
+        return []
+    return [flat for flat in engine.optimizer.fp32_partitioned_groups_flat if flat in backup.state]
+
+
+def _device_path(folder: Path, rank: int) -> Path:
+    return folder / DEVICE / f"rank_{rank}.pt"
+
+
+def _save_device_moments(engine: Any, folder: Path) -> None:
+    flats = engine.optimizer.fp32_partitioned_groups_flat if _device_groups(engine) else []
+    states = {
+        number: dict(engine.optimizer.backup_optimizer.state[flat])
+        for number, flat in enumerate(flats)
+        if flat in engine.optimizer.backup_optimizer.state
+    }
+    if states:
+        path = _device_path(folder, engine.global_rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(states, path)
+
+
+def _load_device_moments(engine: Any, folder: Path) -> None:
+    path = _device_path(folder, engine.global_rank)
+    if not path.is_file():
+        return
+    optimizer = engine.optimizer
+    for number, state in torch.load(path, map_location="cpu", weights_only=True).items():
+        flat = optimizer.fp32_partitioned_groups_flat[number]
+        # torch keeps the step on the host and the moments beside the parameters.
+        optimizer.backup_optimizer.state[flat] = {
+            name: value if name == "step" else value.to(flat.device) for name, value in state.items()
+        }
+
+
+def load(engine: Any, folder: Path, tag: str) -> None:
+    """Read a checkpoint into a fresh engine with the same ranks and offload; called on every rank.
+
+    Args:
+        engine: DeepSpeed's.
+        folder: the run's checkpoint folder.
+        tag: the checkpoint's name.
+    """
+    engine.load_checkpoint(str(folder), tag=tag)
+    if getattr(engine.optimizer, "swap_optimizer", False):
+        _load_swapped_moments(engine, folder, tag)
+    _load_device_moments(engine, folder / tag)
+
+
+def _load_swapped_moments(engine: Any, folder: Path, tag: str) -> None:
+    """Give an optimizer on NVMe its moments, and the sub-groups too small for NVMe everything."""
+    from deepspeed.runtime.engine import dp_index_to_str
+
+    optimizer = engine.optimizer
+    path = engine._get_zero_ckpt_name(str(folder), tag)
+    # Only what stays on the host is read whole; the rest is mapped.
+    saved = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["optimizer_state_dict"]
+    states: Mapping[int, dict[str, Any]] = saved["optimizer_state_dict"]["state"]
+    swapped = folder / tag / "offloaded_tensors" / ("rank" + dp_index_to_str(engine.global_rank))
+    for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        state = states[number]
+        if optimizer._swappable_optimizer_subgroup(number):
+            count = optimizer.fp16_partitioned_groups_flat_numel[number]
+            optimizer._optimizer_states_and_gradient_swap_in(number)
+            optimizer.optimizer.state[flat] = {
+                name: _read_swapped(swapped / f"{name}-{flat.ds_id}.tensor.swp", count) if torch.is_tensor(value)
+                and name != "step" else value
+                for name, value in state.items()
+            }  # fmt: skip
+            optimizer._optimizer_states_and_gradient_swap_out(number)
+        else:
+            flat.data.copy_(saved["fp32_flat_groups"][number])
+            optimizer.optimizer.state[flat] = {
+                name: value.clone() if torch.is_tensor(value) else value for name, value in state.items()
+            }
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
+    # What was gathered before the checkpoint was read is stale.
+    optimizer.checkpoint_event_prologue()
+    optimizer.checkpoint_event_epilogue()
+
+
+def _read_swapped(path: Path, count: int) -> torch.Tensor:
+    """A sub-group's fp32 values from a swap file, whose end is padding."""
+    return torch.from_numpy(np.fromfile(path, dtype=np.float32, count=count))

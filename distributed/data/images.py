@@ -1,0 +1,328 @@
+"""Images in folders, or in a folder of Hugging Face's `datasets`, decoded when a micro-batch needs them."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from translution.planner.common.errors import InputError, MissingPackageError
+from translution.planner.config.model import VitSpec
+
+from .base import Samples, Source
+
+TRAINING, HELD_OUT = ("train",), ("val", "validation", "test")
+"""Names that each part may have; the first that exists is taken."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_MEAN = {1: np.array([0.449], np.float32), 3: np.array([0.485, 0.456, 0.406], np.float32)}
+_DEVIATION = {1: np.array([0.226], np.float32), 3: np.array([0.229, 0.224, 0.225], np.float32)}
+"""Of ImageNet's grey, or red, green and blue, from 0 to 1."""
+
+
+class ImageFiles(Protocol):
+    """Encoded images with their classes."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def content(self, number: int) -> str | bytes:
+        """The path of an image, or its encoded content."""
+
+    def label(self, number: int) -> int:
+        """Its class."""
+
+    def name(self, number: int) -> str:
+        """What a person finds it by."""
+
+
+class CorruptImages:
+    """Images that could not be read: each is named once.
+
+    Args:
+        limit: so many are borne.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.names: set[str] = set()
+
+    def add(self, name: str, reason: str) -> None:
+        """Name an image on stderr.
+
+        Raises:
+            InputError: if there are more than the limit by now.
+        """
+        if name in self.names:
+            return
+        self.names.add(name)
+        print(f"warning: {name} is skipped: {reason}", file=sys.stderr, flush=True)
+        if len(self.names) > self.limit:
+            raise InputError(
+                f"{name}: cannot be read as an image ({reason}), which is one more than "
+                f"corrupt_limit {self.limit} allows"
+            )
+
+
+class Images(Source):
+    """A source of images (B, channels, height, width) with mean 0 and deviation 1, and their classes.
+
+    Each is scaled until the model's image just fits in, and what stands over is cut off evenly. In
+    place of one that cannot be read stands the next that can.
+
+    Args:
+        files: where they come from.
+        spec: the model.
+        corrupt: counts those that cannot be read.
+    """
+
+    def __init__(self, files: ImageFiles, spec: VitSpec, corrupt: CorruptImages) -> None:
+        self.files, self.spec, self.corrupt = files, spec, corrupt
+        self._instead: dict[int, int] = {}
+        self._coming: dict[int, Future[np.ndarray | str]] = {}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(max_workers=torch.get_num_threads(), thread_name_prefix="decode")
+
+    def _decoding(self, number: int) -> Future[np.ndarray | str]:
+        """An image that is being decoded, since it was expected or from now on."""
+        if number in self._coming:
+            return self._coming.pop(number)
+        return self._pool.submit(self._decode, self.files.content(number))
+
+    def expect(self, index: Tensor) -> None:
+        """Decode images (B,) while the model computes."""
+        numbers = {self._instead.get(number, number) for number in index.tolist()}
+        self._coming = {number: self._decoding(number) for number in numbers}
+
+    def select(self, index: Tensor, epoch: int = 0) -> Samples:
+        """The images of an index tensor, the same in every epoch.
+
+        Raises:
+            InputError: if more images than allowed cannot be read, or a class is unknown.
+        """
+        numbers = [self._instead.get(number, number) for number in index.tolist()]
+        decoding = [self._decoding(number) for number in numbers]
+        # Images are decoded into numpy's memory: a run measures torch's, and the micro-batch is to be all of it.
+        channels = self.spec.channels
+        inputs = torch.empty(len(numbers), channels, *self.spec.image)
+        for place, decoded in enumerate(decoding):
+            pixels = decoded.result()
+            if isinstance(pixels, str):
+                numbers[place], pixels = self._next(int(index[place]), numbers[place], pixels)
+            normal = (pixels / np.float32(255) - _MEAN[channels]) / _DEVIATION[channels]
+            inputs.numpy()[place] = normal.transpose(2, 0, 1)
+        return Samples(inputs, torch.tensor([self._label(number) for number in numbers]))
+
+    def _next(self, wanted: int, number: int, reason: str) -> tuple[int, np.ndarray]:
+        """The first readable image after one that is not, and its pixels."""
+        for _ in range(len(self)):
+            self.corrupt.add(self.files.name(number), reason)
+            number = (number + 1) % len(self)
+            pixels = self._decode(self.files.content(number))
+            if not isinstance(pixels, str):
+                self._instead[wanted] = number
+                return number, pixels
+            reason = pixels
+        raise InputError(f"{self.files.name(number)}: cannot be read as an image, nor can any other")
+
+    def _decode(self, content: str | bytes) -> np.ndarray | str:
+        """The pixels of an image (height, width, channels), in bytes, or why there are none."""
+        from PIL import Image, ImageOps
+
+        height, width = self.spec.image
+        mode = "L" if self.spec.channels == 1 else "RGB"
+        try:
+            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+                # A JPEG is decoded at a half, a quarter or an eighth where that is still twice what is wanted.
+                image.draft(mode, (2 * width, 2 * height))
+                plain = image.convert(mode)
+            fitted = ImageOps.fit(plain, (width, height), Image.Resampling.BILINEAR)
+        except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to.
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return np.asarray(fitted, dtype=np.uint8).reshape(height, width, self.spec.channels)
+
+    def _label(self, number: int) -> int:
+        label = self.files.label(number)
+        if not 0 <= label < self.spec.classes:
+            raise InputError(
+                f"{self.files.name(number)}: class {label} is not allowed: must be from 0 to {self.spec.classes - 1}"
+            )
+        return label
+
+
+class FolderImages:
+    """Images that lie in a folder per class.
+
+    Args:
+        folder: holds the classes' folders.
+        classes: their names, in the order of the class numbers.
+
+    Raises:
+        InputError: if there is no image, or a folder of no known class.
+    """
+
+    def __init__(self, folder: Path, classes: list[str]) -> None:
+        unknown = sorted(set(_folders(folder)) - set(classes))
+        if unknown:
+            raise InputError(f"{folder / unknown[0]}: is not allowed: must be a class of the training images")
+        self._folder, self._classes = folder, classes
+        names: list[bytes] = []
+        labels: list[int] = []
+        for label, name in enumerate(classes):
+            found = _images_in(folder / name)
+            names += found
+            labels += [label] * len(found)
+        if not names:
+            raise InputError(f"{folder}: holds no image: must hold CLASS/*{', CLASS/*'.join(SUFFIXES[:3])} or alike")
+        # A million names as Python's strings would take a hundred bytes each.
+        self._names, self._labels = np.array(names), np.array(labels, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def content(self, number: int) -> str:
+        """Its path."""
+        return str(self._folder / self._classes[self._labels[number]] / os.fsdecode(self._names[number]))
+
+    def label(self, number: int) -> int:
+        """The number of its folder."""
+        return int(self._labels[number])
+
+    def name(self, number: int) -> str:
+        """Its path."""
+        return self.content(number)
+
+
+class DatasetImages:
+    """A split of a data set of Hugging Face's `datasets`.
+
+    Args:
+        split: the data set.
+        name: what it is called.
+
+    Raises:
+        InputError: if it has no column of images or none of classes, or no row.
+    """
+
+    def __init__(self, split: Any, name: str) -> None:
+        import datasets
+
+        columns = split.features.items()
+        images = [column for column, feature in columns if isinstance(feature, datasets.Image)]
+        labels = [column for column, feature in columns if isinstance(feature, datasets.ClassLabel)]
+        if not images or not labels:
+            raise InputError(f"{name}: columns {', '.join(split.features)}: must include an Image and a ClassLabel")
+        if not len(split):
+            raise InputError(f"{name}: holds no image")
+        self._image, self._name = images[0], name
+        self.classes = int(split.features[labels[0]].num_classes)
+        # Read once: a row's class would bring its image along.
+        values = split.select_columns(labels[:1])[:][labels[0]]
+        self._labels = np.array([-1 if value is None else value for value in values], dtype=np.int32)
+        self._split = split.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def content(self, number: int) -> str | bytes:
+        """Its bytes, or its path if it lies outside of the data set."""
+        cell = self._split[number][self._image] or {}
+        return cell.get("bytes") or cell.get("path") or b""
+
+    def label(self, number: int) -> int:
+        """The value of the column of classes."""
+        return int(self._labels[number])
+
+    def name(self, number: int) -> str:
+        """Its row."""
+        return f"{self._name} row {number}"
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _images_in(folder: Path) -> list[bytes]:
+    if not folder.is_dir():
+        return []
+    names = (entry.name for entry in os.scandir(folder))
+    return sorted(os.fsencode(name) for name in names if name.lower().endswith(SUFFIXES))
+
+
+def _first(names: tuple[str, ...], there: Any) -> str | None:
+    return next((name for name in names if name in there), None)
+
+
+def _check_classes(spec: VitSpec, count: int, where: Path) -> None:
+    if count > spec.classes:
+        raise InputError(f"classes: {spec.classes} is not allowed: must be at least {count}, the classes of {where}")
+
+
+def _open_dataset(path: Path) -> tuple[DatasetImages, DatasetImages]:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingPackageError("datasets is missing: pip install 'translution-scale[train]'") from None
+    try:
+        splits = datasets.load_from_disk(str(path))
+    except Exception as error:  # Arrow, JSON and the file system each have their own.
+        raise InputError(f"{path}: cannot be read as a data set: {' '.join(str(error).split())[:300]}") from None
+    names = _first(TRAINING, splits), _first(HELD_OUT, splits)
+    if not isinstance(splits, datasets.DatasetDict) or None in names:
+        raise InputError(f"{path}: must hold splits train, and {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]}")
+    training, held_out = (DatasetImages(splits[name], f"{path} {name}") for name in names)
+    return training, held_out
+
+
+def _open_folders(path: Path) -> tuple[FolderImages, FolderImages, int]:
+    there = _folders(path) if path.is_dir() else []
+    training, held_out = _first(TRAINING, there), _first(HELD_OUT, there)
+    if training is None or held_out is None:
+        raise InputError(
+            f"data_path: {str(path)!r} is not allowed: must be a folder with train/CLASS/* and val/CLASS/*, "
+            "or one that save_to_disk of datasets wrote"
+        )
+    classes = _folders(path / training)
+    return FolderImages(path / training, classes), FolderImages(path / held_out, classes), len(classes)
+
+
+def load_images(spec: VitSpec, path: Path, corrupt_limit: int) -> tuple[Images, Images]:
+    """The images of a folder: training and held-out.
+
+    Args:
+        spec: the model, of one channel or three.
+        path: laid out as ImageNet is, or written by `save_to_disk` of `datasets` with splits.
+        corrupt_limit: so many images may be unreadable.
+
+    Raises:
+        InputError: for another layout, more classes than the model has, or no images.
+        MissingPackageError: without Pillow, or `datasets` where it is needed.
+    """
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError:
+        raise MissingPackageError("Pillow is missing: pip install 'translution-scale[train]'") from None
+    if spec.channels not in (1, 3):
+        raise InputError(f"channels: {spec.channels} is not allowed: must be 1 or 3 with data images")
+    training: ImageFiles
+    held_out: ImageFiles
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        training, held_out = data_set = _open_dataset(path)
+        count = max(part.classes for part in data_set)
+    else:
+        training, held_out, count = _open_folders(path)
+    _check_classes(spec, count, path)
+    corrupt = CorruptImages(corrupt_limit)
+    return Images(training, spec, corrupt), Images(held_out, spec, corrupt)

@@ -1,0 +1,34 @@
+"""Random samples of a model's shape, for measurements."""
+
+from __future__ import annotations
+
+import torch
+
+from translution.planner.config.model import GptSpec, ModelSpec, VitSpec
+
+from .base import Samples
+
+_SYNTHETIC_SAMPLES = 4096
+
+
+def make_synthetic(spec: ModelSpec, seed: int, step: int = 1) -> tuple[Samples, Samples]:
+    """Random samples of the model's shape, for load tests; nothing can be learned from them.
+
+    Args:
+        spec: the model.
+        seed: of the samples.
+        step: samples of a global batch; there are at least so many to train on.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = max(_SYNTHETIC_SAMPLES, 2 * step)
+    if isinstance(spec, VitSpec):
+        # One image viewed count times: the memory of a load test belongs to the model.
+        inputs = torch.randn(1, spec.channels, *spec.image, generator=generator).expand(count, -1, -1, -1)
+        samples = Samples(inputs, torch.randint(spec.classes, (count,), generator=generator))
+    else:
+        assert isinstance(spec, GptSpec)
+        text = torch.randint(spec.vocabulary, (count + spec.context,), generator=generator)
+        windows = text.unfold(0, spec.context + 1, 1)
+        samples = Samples(windows[:, :-1], windows[:, 1:])
+    cut = count - _SYNTHETIC_SAMPLES // 4
+    return Samples(samples.inputs[:cut], samples.targets[:cut]), Samples(samples.inputs[cut:], samples.targets[cut:])

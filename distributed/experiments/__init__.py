@@ -1,0 +1,1 @@
+"""Small experiments that compare the operators."""

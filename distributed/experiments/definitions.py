@@ -1,0 +1,166 @@
+"""The paper's questions at desk size: which models are trained on what, and tested on what.
+
+Every model of an experiment has the same width, depth and schedule; its operator differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import Field
+
+from translution.planner.common.errors import InputError, nearest
+from translution.planner.common.schema import Schema
+from translution.planner.config.datasets import DataKind
+from translution.planner.config.model import ModelSpec, override, parse_model_spec
+from translution.planner.costs.parameters import count_parameters
+
+BATCH = 64
+"""Samples of a step."""
+_CANVAS: dict[str, Any] = {
+    "family": "vit", "image": 24, "patch": 4, "channels": 1, "classes": 10, "dim": 32, "depth": 2, "heads": 2,
+}  # fmt: skip
+"""Digits of 12 by 12 pixels lie anywhere on it: 36 patches, 121 relations."""
+_BYTES: dict[str, Any] = {
+    "family": "gpt", "context": 64, "vocabulary": 256, "dim": 64, "depth": 2, "heads": 2,
+}  # fmt: skip
+_POSITIONS: dict[str, dict[str, Any]] = {
+    "attention, absolute positions": {"operator": "attention"},
+    "attention, rotary": {"operator": "attention", "rotary": True},
+    "attention, relative biases": {"operator": "bias"},
+    "attention, relative vectors (Shaw)": {"operator": "shaw"},
+    "α-Translution": {"operator": "alpha", "c1": 8, "c2": 8},
+    "full Translution": {"operator": "translution"},
+}
+_LANGUAGE = ("attention, absolute positions", "attention, rotary", "α-Translution", "full Translution")
+ROLES = ("qkv", "kv", "qv", "qk", "q", "k", "v")
+LOW_WIDTHS = (1, 2, 4, 8, 16)
+
+
+class Variant(Schema):
+    """A model of an experiment."""
+
+    name: str
+    model: ModelSpec = Field(discriminator="family")
+
+
+class Task(Schema):
+    """What a model is trained on, and what it is tested on."""
+
+    train: DataKind
+    tests: tuple[DataKind, ...]
+
+
+class Experiment(Schema):
+    """A question, and how it is answered."""
+
+    name: str
+    question: str
+    metric: str
+    """``accuracy`` of held-out samples, or ``bits per byte``."""
+    variants: tuple[Variant, ...]
+    tasks: tuple[Task, ...]
+    steps: int
+    quick_steps: int
+    seeds: int = 3
+    learning_rate: float = 2e-3
+
+
+def _variants(base: dict[str, Any], models: dict[str, dict[str, Any]]) -> tuple[Variant, ...]:
+    return tuple(Variant(name=name, model=parse_model_spec(base | own)) for name, own in models.items())
+
+
+STATIC = Task(train="digits-static", tests=("digits-static", "digits-patches", "digits-shifted"))
+DYNAMIC = Task(train="digits-shifted", tests=("digits-shifted",))
+
+
+def _shift() -> Experiment:
+    return Experiment(
+        name="shift",
+        question="Digits in the middle of a canvas, or anywhere on it: which way of encoding positions carries over?",
+        metric="accuracy",
+        variants=_variants(_CANVAS, _POSITIONS),
+        tasks=(STATIC, DYNAMIC),
+        steps=250,
+        quick_steps=12,
+    )
+
+
+def _ablation() -> Experiment:
+    """Absolute matrices, in a model that is widened until it has no fewer parameters."""
+    relative = parse_model_spec(_CANVAS | {"operator": "translution"})
+    wide, wanted = relative, count_parameters(relative).total
+    while wide.operator != "absolute" or count_parameters(wide).total < wanted:
+        wide = override(wide, operator="absolute", dim=wide.dim + (4 if wide.operator == "absolute" else 0))
+    same = override(relative, operator="absolute")
+    return Experiment(
+        name="ablation",
+        question="Is it the relations, or only the many parameters? A matrix per relation against one per position.",
+        metric="accuracy",
+        variants=(
+            Variant(name="relative matrices", model=relative),
+            Variant(name="absolute matrices, same width", model=same),
+            Variant(name=f"absolute matrices, width {wide.dim}", model=wide),
+        ),
+        tasks=(STATIC, DYNAMIC),
+        steps=250,
+        quick_steps=12,
+    )
+
+
+def _rank() -> Experiment:
+    models: dict[str, dict[str, Any]] = {"attention, absolute positions": {"operator": "attention"}}
+    models |= {f"α, c1 = c2 = {width}": {"operator": "alpha", "c1": width, "c2": width} for width in LOW_WIDTHS}
+    models["full Translution"] = {"operator": "translution"}
+    return Experiment(
+        name="rank",
+        question="How much of full Translution's accuracy do low-rank tables keep, and at how many parameters?",
+        metric="accuracy",
+        variants=_variants(_CANVAS, models),
+        tasks=(DYNAMIC,),
+        steps=250,
+        quick_steps=12,
+    )
+
+
+def _roles() -> Experiment:
+    return Experiment(
+        name="roles",
+        question="Which of queries, keys and values need a matrix per relation?",
+        metric="accuracy",
+        variants=_variants(_CANVAS, {f"relative {roles}": {"roles": roles} for roles in ROLES}),
+        tasks=(DYNAMIC,),
+        steps=250,
+        quick_steps=12,
+    )
+
+
+def _language() -> Experiment:
+    return Experiment(
+        name="language",
+        question="Byte by byte through the source of Python's library: what do relative matrices gain at equal layers?",
+        metric="bits per byte",
+        variants=_variants(_BYTES, {name: _POSITIONS[name] for name in _LANGUAGE}),
+        tasks=(Task(train="stdlib", tests=("stdlib",)),),
+        steps=250,
+        quick_steps=6,
+    )
+
+
+_EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
+    "shift": _shift, "ablation": _ablation, "rank": _rank, "roles": _roles, "language": _language,
+}  # fmt: skip
+NAMES = tuple(_EXPERIMENTS)
+
+
+def find_experiment(name: str) -> Experiment:
+    """An experiment by its name.
+
+    Raises:
+        InputError: for a name that is none of `NAMES`.
+    """
+    if name not in _EXPERIMENTS:
+        known = ", ".join(NAMES)
+        raise InputError(f"experiment: {name[:60]!r} is not allowed{nearest(name, NAMES)}: must be one of {known}")
+    return _EXPERIMENTS[name]()

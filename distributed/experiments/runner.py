@@ -1,0 +1,241 @@
+"""Running an experiment: small models on one process each, without DeepSpeed, so that many fit into minutes."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter
+
+from translution.planner.common.machine import usable_cores
+from translution.planner.common.provenance import Provenance, provenance
+from translution.planner.common.schema import Schema
+from translution.planner.config.datasets import DataKind
+from translution.planner.config.training import TrainingSpec
+from translution.planner.costs.parameters import count_parameters
+
+from .definitions import BATCH, Experiment, Task, Variant
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data.base import Source
+
+_EVALUATED = 1024
+"""Most held-out samples that a model is tested on."""
+_WARMUP = 0.1
+"""Share of the steps in which the learning rate rises."""
+OnTrial = Callable[["Trial", int, int], None]
+
+
+class Trial(Schema):
+    """One model trained with one seed."""
+
+    variant: str
+    train: DataKind
+    seed: int
+    parameters: int
+    losses: dict[str, float]
+    """Mean loss in nats on each test."""
+    accuracies: dict[str, float]
+    final_training_loss: float
+    seconds: float
+    """Of training, on one core beside others."""
+
+
+class Summary(Schema):
+    """A variant's seeds taken together."""
+
+    variant: str
+    train: DataKind
+    test: DataKind
+    parameters: int
+    mean: float
+    deviation: float
+    """Sample standard deviation over seeds; 0 for one."""
+    seeds: int
+
+
+class ExperimentResult(Schema):
+    """All that an experiment has found."""
+
+    experiment: Experiment
+    quick: bool
+    """Too few steps to mean anything: that the parts work together is all it shows."""
+    steps: int
+    batch: int
+    trials: tuple[Trial, ...]
+    seconds: float
+    made: Provenance
+
+    def value(self, trial: Trial, test: str) -> float:
+        """The metric of a trial on a test."""
+        if self.experiment.metric == "accuracy":
+            return trial.accuracies[test]
+        return trial.losses[test] / math.log(2)
+
+    def summaries(self) -> list[Summary]:
+        """Mean and spread of every variant, task and test, in the experiment's order."""
+        rows = []
+        for task in self.experiment.tasks:
+            for test in task.tests:
+                for variant in self.experiment.variants:
+                    own = [t for t in self.trials if (t.variant, t.train) == (variant.name, task.train)]
+                    values = [self.value(trial, test) for trial in own]
+                    rows.append(
+                        Summary(
+                            variant=variant.name,
+                            train=task.train,
+                            test=test,
+                            parameters=own[0].parameters,
+                            mean=statistics.fmean(values),
+                            deviation=statistics.stdev(values) if len(values) > 1 else 0.0,
+                            seeds=len(values),
+                        )
+                    )
+        return rows
+
+
+RESULT: TypeAdapter[ExperimentResult] = TypeAdapter(ExperimentResult)
+
+
+def _training(task: Task, seed: int, test: DataKind | None = None) -> TrainingSpec:
+    return TrainingSpec(data=task.train, evaluation_data=test, seed=seed, micro_batch=BATCH)
+
+
+def run_trial(variant: Variant, task: Task, seed: int, steps: int, learning_rate: float) -> Trial:
+    """Train a model and test it; everything drawn follows from the seed.
+
+    Args:
+        variant: the model.
+        task: its data.
+        seed: of weights, order and positions.
+        steps: optimizer steps, each on `BATCH` samples.
+        learning_rate: the highest.
+    """
+    import torch
+
+    from translution.models import build
+
+    from ..data.batching import micro_batches
+    from ..data.loaders import load_samples
+    from ..training.lr_schedule import learning_rate_factor
+
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    network = build(variant.model)
+    samples, _ = load_samples(variant.model, _training(task, seed), BATCH)
+    batches = micro_batches(samples, micro_batch=BATCH, accumulation=1, rank=0, ranks=1, seed=seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
+    recent: list[float] = []
+    warmup, began = max(1, round(_WARMUP * steps)), time.perf_counter()
+    for step in range(steps):
+        (batch,) = next(batches)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * learning_rate_factor(step, warmup, steps + 1)
+        loss = torch.nn.functional.cross_entropy(network(batch.inputs).flatten(0, -2), batch.targets.flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        recent = [*recent[-19:], loss.item()]
+    seconds = time.perf_counter() - began
+    losses: dict[str, float] = {}
+    accuracies: dict[str, float] = {}
+    for test in task.tests:
+        _, held_out = load_samples(variant.model, _training(task, seed, test), BATCH)
+        losses[test], accuracies[test] = _evaluate(network, held_out)
+    return Trial(
+        variant=variant.name,
+        train=task.train,
+        seed=seed,
+        parameters=count_parameters(variant.model).total,
+        losses=losses,
+        accuracies=accuracies,
+        final_training_loss=statistics.fmean(recent),
+        seconds=seconds,
+    )
+
+
+def _evaluate(network: torch.nn.Module, held_out: Source) -> tuple[float, float]:
+    """Mean loss and accuracy over held-out samples, spread evenly if there are too many."""
+    import torch
+
+    network.eval()
+    count = min(len(held_out), _EVALUATED)
+    loss, right, targets = 0.0, 0, 0
+    with torch.no_grad():
+        for start in range(0, count, BATCH):
+            index = torch.arange(start, min(start + BATCH, count)) * len(held_out) // count
+            batch = held_out.select(index)
+            logits, wanted = network(batch.inputs).flatten(0, -2), batch.targets.flatten()
+            loss += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+            right += int((logits.argmax(-1) == wanted).sum())
+            targets += len(wanted)
+    network.train()
+    return loss / targets, right / targets
+
+
+def _jobs(experiment: Experiment, seeds: int) -> Iterator[tuple[Variant, Task, int]]:
+    """The largest models first, so that no core waits for one at the end."""
+    ordered = sorted(experiment.variants, key=lambda variant: -count_parameters(variant.model).total)
+    for variant in ordered:
+        for task in experiment.tasks:
+            for seed in range(seeds):
+                yield variant, task, seed
+
+
+def _end_with_parent() -> None:
+    """Let no trial go on once the program that wants its result was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+
+
+def run_experiment(
+    experiment: Experiment, *, quick: bool, seeds: int | None, steps: int | None, command: str, on_trial: OnTrial
+) -> ExperimentResult:
+    """Run all trials of an experiment, as many at a time as there are cores.
+
+    Args:
+        experiment: which.
+        quick: few steps and one seed, to see that it works.
+        seeds: how many, if not the experiment's.
+        steps: how many, if not the experiment's.
+        command: what a user typed, for the record.
+        on_trial: called with each trial as it ends, its number and how many there are.
+    """
+    count = seeds or (1 if quick else experiment.seeds)
+    steps = steps or (experiment.quick_steps if quick else experiment.steps)
+    jobs, trials, began = list(_jobs(experiment, count)), [], time.perf_counter()
+    context = multiprocessing.get_context("spawn")
+    workers = min(len(jobs), usable_cores())
+    with ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=_end_with_parent) as pool:
+        running = [pool.submit(run_trial, *job, steps, experiment.learning_rate) for job in jobs]
+        for number, future in enumerate(as_completed(running), start=1):
+            trials.append(future.result())
+            on_trial(trials[-1], number, len(jobs))
+    order = {(variant.name, task.train, seed): n for n, (variant, task, seed) in enumerate(jobs)}
+    trials.sort(key=lambda trial: order[trial.variant, trial.train, trial.seed])
+    return ExperimentResult(
+        experiment=experiment,
+        quick=quick,
+        steps=steps,
+        batch=BATCH,
+        trials=tuple(trials),
+        seconds=time.perf_counter() - began,
+        made=provenance(command, ("torch", "numpy", "scikit-learn")),
+    )

@@ -1,0 +1,1 @@
+"""Start the ranks of a plan, here or on many hosts, and watch them."""

@@ -1,0 +1,1 @@
+"""Checks before a launch, on this machine and on every host."""

@@ -1,0 +1,170 @@
+"""What would keep a plan from running on this machine, found before any rank starts."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from translution.planner.common.errors import InputError, TranslutionError
+from translution.planner.common.machine import available_memory_bytes
+from translution.planner.common.schema import Schema
+from translution.planner.common.units import format_bytes
+from translution.planner.costs.parameters import count_parameters
+from translution.planner.plans.plan import Plan
+
+from ..system.compiled_ops import remove_stale_locks
+from ..system.filesystem import file_system
+
+SHARED_BUFFER_BYTES = 69_206_024
+"""Of each CPU rank in /dev/shm. Source: DeepSpeed 0.19.8, csrc/cpu/comm/shm.cpp."""
+_STATE_BYTES = 12
+"""Of a parameter in a checkpoint: its fp32 copy and two moments."""
+_SPEED_MIB = 64
+"""Written and read to see how fast a drive is: an impression, not `calibrate`'s measurement."""
+_MEMORY_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
+
+
+class Check(Schema):
+    """One thing that was looked at."""
+
+    name: str
+    passed: bool
+    text: str
+    """What was found; where it did not pass, what is needed and what to do."""
+
+
+def _room(name: str, needed: int, free: int, advice: str) -> Check:
+    text = f"{format_bytes(needed)} needed, {format_bytes(free)} free"
+    return Check(name=name, passed=needed <= free, text=text if needed <= free else f"{text}: {advice}")
+
+
+def _memory(plan: Plan) -> Iterator[Check]:
+    cluster, prediction = plan.cluster, plan.prediction
+    needed = prediction.host_bytes * cluster.ranks_per_node
+    yield _room("host memory", needed, available_memory_bytes(), "end other programs, or plan with less on the host")
+    if cluster.device == "cpu":
+        needed = SHARED_BUFFER_BYTES * cluster.ranks_per_node
+        yield _room("/dev/shm", needed, shutil.disk_usage("/dev/shm").free, "enlarge it, or remove what lies there")
+        return
+    import torch
+
+    for number in range(min(cluster.ranks_per_node, torch.cuda.device_count())):
+        free, _ = torch.cuda.mem_get_info(number)
+        yield _room(f"GPU {number}", prediction.peak_bytes, free, "end what else runs there, or plan with less")
+
+
+def _locked(plan: Plan) -> Iterator[Check]:
+    """DeepSpeed locks its buffers for NVMe, and aborts without a word where it may not."""
+    needed, (limit, _) = plan.prediction.highest("pinned"), resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if os.geteuid() != 0 and limit != resource.RLIM_INFINITY:
+        yield _room("locked memory", needed, limit, "raise it: ulimit -l unlimited")
+
+
+def _nvme(plan: Plan, path: Path) -> Iterator[Check]:
+    name = f"NVMe folder {path}"
+    if not path.is_dir():
+        yield Check(name=name, passed=False, text=f"is no folder: make it (mkdir -p {path}) or plan with another")
+        return
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        yield Check(name=name, passed=False, text=f"cannot be written ({error.strerror}): give yourself the right to")
+        return
+    kind = file_system(path)
+    if kind in _MEMORY_SYSTEMS:
+        yield Check(name=name, passed=False, text=f"lies in memory ({kind}): plan with a folder on a drive")
+        return
+    needed = plan.prediction.highest("nvme") * plan.cluster.ranks_per_node
+    room = _room(name, needed, shutil.disk_usage(path).free, "free some, or plan with another drive")
+    yield room
+    if room.passed:
+        yield _speed(plan, path)
+
+
+def _speed(plan: Plan, path: Path) -> Check:
+    """How fast the drive is, beside what was planned with; it never keeps a run from starting."""
+    name = f"NVMe speed of {path}"
+    block = memoryview(bytes(2**20))
+    try:
+        with tempfile.TemporaryFile(dir=path, buffering=0) as file:
+            began = time.perf_counter()
+            for _ in range(_SPEED_MIB):
+                file.write(block)
+            os.fsync(file.fileno())
+            written = time.perf_counter()
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            file.seek(0)
+            while file.read(2**20):
+                pass
+            read = time.perf_counter()
+    except OSError as error:
+        return Check(name=name, passed=True, text=f"could not be measured: {error.strerror}")
+    rates = {"written": written - began, "read": read - written}
+    cluster = plan.cluster
+    planned = {"written": cluster.nvme_write_bytes_per_s, "read": cluster.nvme_read_bytes_per_s}
+    texts = []
+    for what, seconds in rates.items():
+        rate = planned[what]
+        beside = f" (planned with {format_bytes(round(rate))})" if rate else ""
+        texts.append(f"{format_bytes(round(_SPEED_MIB * 2**20 / seconds))} {what} per second{beside}")
+    return Check(name=name, passed=True, text=", ".join(texts))
+
+
+def _data(plan: Plan) -> Check:
+    """Each rank would find the same, after it has waited for the others."""
+    from ..data.loaders import load_samples
+
+    try:
+        training, held_out = load_samples(plan.model, plan.training, plan.training.global_batch(plan.cluster.ranks))
+    except TranslutionError as error:
+        return Check(name="data", passed=False, text=str(error))
+    needed = plan.training.global_batch(plan.cluster.ranks)
+    if needed > len(training):
+        text = f"{len(training)} samples to train on: a step takes {needed}; plan with a smaller batch"
+        return Check(name="data", passed=False, text=text)
+    return Check(name="data", passed=True, text=f"{len(training)} samples to train on, {len(held_out)} held out")
+
+
+def preflight(plan: Plan, plan_folder: Path) -> list[Check]:
+    """Look at this machine's memory, drives and compiled ops for one node's ranks.
+
+    Args:
+        plan: what is to run.
+        plan_folder: where its runs, and so its checkpoints, will lie.
+    """
+    checks = list(_memory(plan))
+    if plan.training.data_path is not None:
+        checks.append(_data(plan))
+    zero = plan.zero
+    if zero.uses_nvme:
+        checks += _locked(plan)
+    for path in {zero.offload_optimizer.nvme_path, zero.offload_param.nvme_path} - {None}:
+        checks += _nvme(plan, Path(str(path)))
+    # The newest is whole before the oldest goes.
+    kept = plan.training.keep_checkpoints + 1
+    needed = count_parameters(plan.model).total * _STATE_BYTES * kept
+    free = shutil.disk_usage(plan_folder).free
+    checks.append(_room(f"disk for {kept} checkpoints", needed, free, "free some, or keep fewer (keep_checkpoints)"))
+    removed = remove_stale_locks()
+    text = f"removed {len(removed)} that killed compilations left" if removed else "none is stale"
+    checks.append(Check(name="locks of compiled ops", passed=True, text=text))
+    return checks
+
+
+def refuse(checks: Sequence[Check], plan_folder: Path, *, force: bool) -> list[Check]:
+    """What did not pass, if the ranks are to start all the same.
+
+    Raises:
+        InputError: naming the first, unless ``force``.
+    """
+    failed = [check for check in checks if not check.passed]
+    if failed and not force:
+        more = f" (and {len(failed) - 1} more: translution preflight {plan_folder})" if len(failed) > 1 else ""
+        raise InputError(f"{failed[0].name}: {failed[0].text}{more}; --force starts all the same")
+    return failed

@@ -1,0 +1,1 @@
+"""Measured memory: allocation events, process memory, the engine's tensors."""

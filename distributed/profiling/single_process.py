@@ -1,0 +1,62 @@
+"""One forward and backward pass on one process, without DeepSpeed, as torch's allocator sees it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from translution.models import build
+from translution.planner.config.model import ModelSpec, VitSpec
+from translution.planner.simulator.lifecycle import BACKWARD, FORWARD
+
+from .allocation_tracer import trace_allocations
+
+
+def random_samples(spec: ModelSpec, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a micro-batch."""
+    if isinstance(spec, VitSpec):
+        return torch.randn(batch, spec.channels, *spec.image).to(dtype), torch.randint(spec.classes, (batch,))
+    return torch.randint(spec.vocabulary, (batch, spec.context)), torch.randint(spec.vocabulary, (batch, spec.context))
+
+
+def measure_passes(
+    spec: ModelSpec,
+    batch: int,
+    dtype: torch.dtype,
+    tile_relations: int | None = None,
+    implementation: str = "grouped",
+    autocast: torch.dtype | None = None,
+) -> dict[str, int]:
+    """The most that forward and backward have allocated beyond the parameters and the samples, in bytes.
+
+    torch's CPU kernels have blocks for each thread: set their number before, and call
+    `measure.count_every_allocation` before the first tensor.
+
+    Args:
+        spec: the model.
+        batch: samples.
+        dtype: of parameters and activations.
+        tile_relations: relations per tile; None keeps tables whole.
+        implementation: "grouped" or "gather".
+        autocast: dtype that autocast computes in, around the network but not the loss, as DeepSpeed's engine does.
+    """
+    torch.manual_seed(0)
+    network = build(spec, tile_relations=tile_relations, implementation=implementation).to(dtype)
+    inputs, targets = random_samples(spec, batch, dtype)
+    losses: list[Tensor] = []
+
+    def forward() -> None:
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            logits = network(inputs)
+        logits = logits.flatten(0, -2).float()
+        losses.append(torch.nn.functional.cross_entropy(logits, targets.flatten()))
+
+    def backward() -> None:
+        losses[0].backward()
+
+    forward()
+    backward()  # What torch allocates once and keeps is there from here on.
+    losses.clear()
+    network.zero_grad(set_to_none=True)
+    begin, highest = trace_allocations(forward)
+    return {FORWARD: highest - begin, BACKWARD: trace_allocations(backward)[1] - begin}

@@ -1,0 +1,1 @@
+"""Other hosts: hostfiles, ssh, and the command of a rank there."""

@@ -1,0 +1,1 @@
+"""The run folder: status, heartbeat and measurements of the ranks."""

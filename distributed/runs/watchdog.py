@@ -1,0 +1,39 @@
+"""A rank watches its launcher and ends when the launcher dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+from ..system.filesystem import remove_shared_buffers
+
+LAUNCHER_PID = "TRANSLUTION_LAUNCHER_PID"
+"""Names, to the ranks, the process without which they must not go on."""
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def end_with_launcher() -> None:
+    """End this rank soon after the launching process is gone, however that ended."""
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher is None:
+        return
+
+    def watch() -> None:
+        while process_lives(int(launcher)):
+            time.sleep(1.0)
+        remove_shared_buffers(os.environ.get("MASTER_PORT", ""), int(os.environ.get("RANK", "0")))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if Path("/proc/self").exists():
+        threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,1 @@
+"""This machine: environment, packages, compiled ops, memory, files, signals."""

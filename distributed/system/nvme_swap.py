@@ -1,0 +1,66 @@
+"""DeepSpeed's swap files on an NVMe drive: where they lie, their size, their removal."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from translution.planner.deepspeed.config import aio_section
+
+SWAP_FOLDER = "zero_stage_3"
+"""What DeepSpeed makes under an NVMe path."""
+
+
+def swap_folders(nvme_path: str, rank: int) -> list[Path]:
+    """The folders in which DeepSpeed keeps one rank's files under an NVMe path."""
+    base = Path(nvme_path) / SWAP_FOLDER
+    return [base / "optimizer" / f"rank{rank}", *(path / f"rank{rank}" for path in base.glob("*params"))]
+
+
+def _kind(path: Path) -> str:
+    """What a swap file holds, from the name that DeepSpeed gave it."""
+    if path.parent.parent.name.endswith("params"):
+        return "parameters"
+    for kind in ("gradient", "exp_avg_sq", "exp_avg"):
+        if kind in path.name:
+            return {"gradient": "gradients"}.get(kind, kind)
+    return "master parameters"
+
+
+def disk_bytes(nvme_path: str | None, rank: int) -> dict[str, int]:
+    """Bytes of a rank's files under an NVMe path, by what they hold."""
+    result: dict[str, int] = {}
+    for folder in swap_folders(nvme_path, rank) if nvme_path else []:
+        for path in folder.glob("**/*"):
+            if path.is_file():
+                kind = _kind(path)
+                result[kind] = result.get(kind, 0) + path.stat().st_size
+    return result
+
+
+def remove_swap_files(nvme_path: str | None, rank: int) -> None:
+    """Delete a rank's own files under an NVMe path: no later run can use them."""
+    for folder in swap_folders(nvme_path, rank) if nvme_path else []:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def io_handle() -> Any:
+    """DeepSpeed's I/O library, set as a plan's config sets it; its op is compiled if it is not yet.
+
+    Source: DeepSpeed 0.19.8, csrc/aio/py_lib/py_ds_aio.cpp.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    settings = aio_section()
+    return (
+        AsyncIOBuilder()
+        .load()
+        .aio_handle(
+            settings["block_size"],
+            settings["queue_depth"],
+            settings["single_submit"],
+            settings["overlap_events"],
+            settings["intra_op_parallelism"],
+        )
+    )

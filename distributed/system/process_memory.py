@@ -1,0 +1,32 @@
+"""What the operating system says of this process: resident and locked memory, and files on NVMe."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import resource
+import sys
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+_FIELDS = {"resident": "VmRSS", "peak": "VmHWM", "locked": "VmLck", "pinned": "VmPin"}
+
+
+def process_bytes() -> dict[str, int]:
+    """Resident, highest resident, locked (mlock) and pinned (by a driver) memory of this process.
+
+    Only the highest is known where there is no /proc.
+    """
+    try:
+        text = _STATUS.read_text(encoding="ascii")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"peak": peak if sys.platform == "darwin" else peak * 1024}
+    lines = dict(re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE))
+    return {name: int(lines.get(field, 0)) * 1024 for name, field in _FIELDS.items()}
+
+
+def forget_peak() -> None:
+    """Let the highest resident memory begin anew at the present one, where Linux allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -1,0 +1,1 @@
+"""Training on one rank: DeepSpeed's engine, the loop, schedules and checks."""

@@ -1,0 +1,95 @@
+"""From what a rehearsed rank measured to the whole model: parts of a phase joined, missing layers added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from translution.planner.plans.plan import Plan
+from translution.planner.simulator.engine.base import OPTIMIZER_BUFFERS, SUB_GROUP_BUFFER
+from translution.planner.simulator.engine.partition import make_shards, make_sub_groups
+from translution.planner.simulator.lifecycle import BACKWARD, FIRST_STEP, FORWARD, INIT, STEP
+from translution.planner.simulator.network.model import NetworkTwin
+from translution.planner.simulator.network.ops import Widths
+
+from ..runs.measurement import MemoryMeasurement
+
+CONSTRUCTION, ENGINE = "construction", "engine"
+"""The parts of init, which a rehearsal measures each for itself."""
+BY_SUB_GROUP = (OPTIMIZER_BUFFERS, SUB_GROUP_BUFFER)
+"""Buffers as large as the largest sub-group, however many layers there are."""
+
+
+def join_init(measured: MemoryMeasurement) -> MemoryMeasurement:
+    """The measurement with one peak of init instead of its parts'."""
+    parts = {CONSTRUCTION, ENGINE} & set(measured.phase_peak_bytes)
+    peaks = {name: size for name, size in measured.phase_peak_bytes.items() if name not in parts}
+    if parts:
+        peaks = {INIT: max(measured.phase_peak_bytes[name] for name in parts)} | peaks
+    return measured.model_copy(update={"phase_peak_bytes": peaks})
+
+
+def largest_sub_group(plan: Plan) -> int:
+    """Elements of a rank that the optimizer step takes at once: its largest sub-group, or all below stage 3."""
+    network = NetworkTwin(plan.model, 1, Widths.of(plan.training.dtype_bytes, "cpu"), plan.tile_relations)
+    ranks = plan.cluster.ranks if plan.zero.stage else 1
+    by_module = make_shards(network.modules, plan.zero, ranks, plan.training.dtype_bytes)
+    shards = [shard for weights in network.modules for shard in by_module[id(weights)]]
+    if plan.zero.stage < 3:
+        return sum(shard.share for shard in shards)
+    return max(group.numel for group in make_sub_groups(shards, plan.zero, 4))
+
+
+def _line(at: Mapping[int, int], x: int) -> int:
+    """The value at ``x`` of the straight line through two points; through nought where they have one place."""
+    (x0, y0), *rest = sorted(at.items())
+    if not rest:
+        return round(y0 * x / x0)
+    x1, y1 = rest[0]
+    return round(y1 + (x - x1) * (y1 - y0) / (x1 - x0))
+
+
+def extrapolate(measured: Mapping[int, MemoryMeasurement], groups: Mapping[int, int], depth: int) -> MemoryMeasurement:
+    """What the whole model would have been measured as.
+
+    Everything grows by the same amount from layer to layer, but for what is as large as the largest
+    sub-group of the optimizer: the copies of its step, and the buffers through which states go to NVMe.
+
+    Args:
+        measured: two measurements, by number of layers.
+        groups: elements of the largest sub-group, by number of layers; that of ``depth`` too.
+        depth: layers of the whole model.
+    """
+    fewer, more = sorted(measured)
+    low, high = measured[fewer], measured[more]
+
+    def along(a: int, b: int) -> int:
+        return _line({fewer: a, more: b}, depth)
+
+    def by_group(a: int, b: int) -> int:
+        return _line({groups[fewer]: a, groups[more]: b}, groups[depth])
+
+    def each(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
+        return {
+            name: (by_group if name in BY_SUB_GROUP else along)(a.get(name, 0), b.get(name, 0)) for name in {**a, **b}
+        }
+
+    # The higher of two straight lines is none: init is joined when each of its parts is known.
+    resident = along(low.resident_bytes, high.resident_bytes)
+    peaks = each(low.phase_peak_bytes, high.phase_peak_bytes)
+    for name in {FIRST_STEP, STEP} & set(peaks):
+        beside = (part.phase_peak_bytes.get(name, 0) - part.resident_bytes for part in (low, high))
+        peaks[name] = resident + by_group(*beside)
+    buffers = each(low.swap_buffers_bytes, high.swap_buffers_bytes)
+    grown = sum(buffers.values()) - sum(high.swap_buffers_bytes.values())
+    return high.model_copy(
+        update={
+            "entries_bytes": each(low.entries_bytes, high.entries_bytes),
+            "resident_bytes": resident,
+            "phase_peak_bytes": peaks,
+            "peak_bytes": max(peaks[name] for name in (FORWARD, BACKWARD, STEP)),
+            "swap_buffers_bytes": buffers,
+            "locked_bytes": high.locked_bytes + grown if high.locked_bytes else 0,
+            "disk_bytes": each(low.disk_bytes, high.disk_bytes),
+            "kept_bytes": along(low.kept_bytes or 0, high.kept_bytes or 0),
+        }
+    )

@@ -1,0 +1,1 @@
+"""Other libraries' networks: replace their attention, read their tables."""

@@ -1,0 +1,1 @@
+"""The operators as PyTorch layers, and the tables that hold their matrices."""

@@ -1,0 +1,236 @@
+"""The baselines as layers: self-attention with each kind of position, and absolute matrices.
+
+SelfAttention         plain, or turned by rotary embedding
+BiasAttention         a scalar per relation and head added to the logits (Swin Transformer)
+ShawAttention         a vector per relation added to keys and values (Shaw et al.)
+AbsoluteTranslution   a matrix per position: as many parameters as relations would have, but no offsets
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from translution.planner.common.errors import InputError
+from translution.planner.config.geometry import RelationGeometry
+from translution.planner.costs.parameters import table_tiles
+
+from ..ops.context import DEFAULT_WORKSPACE_BYTES, missing_pairs
+from ..ops.relative_terms import RelationBias, RelationVectors
+from ..ops.rotary import rotary_angles, rotate
+from .base import OperatorLayer, check_roles, check_table_options
+from .tables import OperatorChain
+
+
+class RotaryTurn(nn.Module):
+    """Turns queries or keys (B, h, N, D) by the rotary angles of their tokens."""
+
+    cosine: Tensor
+    sine: Tensor
+
+    def __init__(self, geometry: RelationGeometry, head_dim: int) -> None:
+        super().__init__()
+        multiple = 2 if geometry.width == 1 else 4
+        if head_dim % multiple:
+            raise InputError(f"head_dim: {head_dim} is not allowed: must be a multiple of {multiple} for rotary")
+        self.geometry, self.head_dim = geometry, head_dim
+        self.reset()
+
+    def reset(self) -> None:
+        """Compute the angles; a network that was built on the meta device has none."""
+        angles = rotary_angles(self.geometry, self.head_dim)
+        dtype = torch.get_default_dtype()
+        self.register_buffer("cosine", angles.cos().to(dtype), persistent=False)
+        self.register_buffer("sine", angles.sin().to(dtype), persistent=False)
+
+    def forward(self, x_bhnd: Tensor) -> Tensor:
+        """(B, h, N, D) → (B, h, N, D)."""
+        return rotate(x_bhnd, self.cosine, self.sine)
+
+
+class DenseAttention(OperatorLayer):
+    """Attention of queries, keys and values that are projected already; the other baselines' base.
+
+    Args:
+        dim, heads, options: as in `OperatorLayer`.
+        workspace_bytes: limit of the scratch memory.
+    """
+
+    def __init__(self, dim: int, heads: int, *, workspace_bytes: int = DEFAULT_WORKSPACE_BYTES, **options: Any) -> None:
+        super().__init__(dim, heads, **options)
+        check_table_options(None, workspace_bytes, "grouped")
+        self.chain = OperatorChain(
+            self.geometry,
+            self.heads,
+            (0, self.inner_dim),
+            scale=self.head_dim**-0.5,
+            dropout=self.dropout,
+            workspace_bytes=workspace_bytes,
+        )
+        self.output = self._make_output()
+
+    def attend(self, rows_bne: Sequence[Tensor], key_padding: Tensor | None) -> Tensor:
+        """Queries, keys and values (B, N, h·D) each → (B, N, C), with the chain's terms; keeps no dropout mask."""
+        sources = dict(zip(("plain_query", "plain_key", "plain_value"), rows_bne, strict=True))
+        relative, plain = self.chain(sources, key_padding)
+        result: Tensor = self.output(plain if relative is None else plain + relative)
+        return result
+
+    def attend_fused(self, rows_bhnd: Sequence[Tensor], key_padding: Tensor | None) -> Tensor:
+        """Queries, keys and values (B, h, N, D) → (B, N, C) by torch's fused attention, without the chain."""
+        query, key, value = rows_bhnd
+        seen = None if key_padding is None else ~key_padding[:, None, None, :]
+        causal = self.geometry.causal
+        if seen is not None and causal:
+            seen, causal = seen & ~missing_pairs(self.geometry, query.device), False
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=causal)
+        result: Tensor = self.output(out.transpose(1, 2).flatten(2))
+        return result
+
+    @property
+    def drops(self) -> bool:
+        """Whether attention weights are dropped now."""
+        return self.training and self.dropout > 0
+
+
+class SelfAttention(DenseAttention):
+    """Multi-head self-attention, the baseline.
+
+    Args:
+        dim, heads, head_dim, grid, class_token, length, causal, dropout: as in `OperatorLayer`.
+        rotary: turn queries and keys by rotary embedding, 1-D for a sequence, 2-D for a grid.
+    """
+
+    def __init__(self, dim: int, heads: int, *, rotary: bool = False, **options: Any) -> None:
+        if options.get("window") is not None:
+            raise InputError(f"window: {options['window']!r} is not allowed: must be None for self-attention")
+        super().__init__(dim, heads, **options)
+        self.projections = nn.Linear(dim, 3 * self.inner_dim, bias=False)
+        self.turn = RotaryTurn(self.geometry, self.head_dim) if rotary else None
+
+    def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
+        self._check(x_bnc, key_padding_mask)
+        query, key, value = self.projections(x_bnc).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.turn is not None:
+            query, key = self.turn(query), self.turn(key)
+        if not self.drops:
+            return self.attend_fused([query, key, value], key_padding_mask)
+        rows = [x_bhnd.transpose(1, 2).flatten(2) for x_bhnd in (query, key, value)]
+        return self.attend(rows, key_padding_mask)
+
+
+class BiasAttention(DenseAttention):
+    """Self-attention with a learned scalar for each relation and head, added to the scaled logits.
+
+    Args:
+        dim, heads, head_dim, grid, class_token, length, causal, window, dropout: as in `OperatorLayer`.
+        workspace_bytes: limit of the scratch memory.
+    """
+
+    def __init__(self, dim: int, heads: int, **options: Any) -> None:
+        super().__init__(dim, heads, **options)
+        self.projections = nn.Linear(dim, 3 * self.inner_dim, bias=False)
+        self.chain.logit_tiles.append(RelationBias(self.geometry.relations, heads))
+
+    def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
+        self._check(x_bnc, key_padding_mask)
+        return self.attend(self.projections(x_bnc).chunk(3, dim=-1), key_padding_mask)
+
+
+class ShawAttention(DenseAttention):
+    """Self-attention with a learned vector for each relation added to keys, and another to values.
+
+    The vectors, (R, D) each, are shared by the heads: logits q·(k + a[r]) / √D, output Σ w (v + b[r]).
+
+    Args:
+        dim, heads, head_dim, grid, class_token, length, causal, window, dropout: as in `OperatorLayer`.
+        workspace_bytes: limit of the scratch memory.
+    """
+
+    def __init__(self, dim: int, heads: int, **options: Any) -> None:
+        super().__init__(dim, heads, **options)
+        self.projections = nn.Linear(dim, 3 * self.inner_dim, bias=False)
+        relations = self.geometry.relations
+        self.chain.logit_tiles.append(RelationVectors(relations, self.head_dim, "key"))
+        self.chain.value_tiles.append(RelationVectors(relations, self.head_dim, "value"))
+
+    def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
+        self._check(x_bnc, key_padding_mask)
+        return self.attend(self.projections(x_bnc).chunk(3, dim=-1), key_padding_mask)
+
+
+class PositionTile(nn.Module):
+    """Matrices of consecutive positions for one role.
+
+    Args:
+        first: first position of the tile.
+        count: positions in it.
+        d_in, d_out: widths of a matrix.
+    """
+
+    def __init__(self, first: int, count: int, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.positions = slice(first, first + count)
+        self.weight = nn.Parameter(torch.empty(count, d_in, d_out))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x_bnc: Tensor) -> Tensor:
+        """The tile's tokens of (B, N, C), each times its own matrix, as a (B, count, C') view."""
+        return torch.bmm(x_bnc[:, self.positions].transpose(0, 1), self.weight).transpose(0, 1)
+
+
+class AbsoluteTranslution(DenseAttention):
+    """The absolute-matrix ablation: every position has matrices of its own, whatever the offsets.
+
+    q_i = x_i·Wq[i], k_j = x_j·Wk[j], v_j = x_j·Wv[j], then self-attention. It has as many matrices as
+    Translution has relations or more per token, and nothing relative (arXiv 2510.10060, ablations).
+
+    Args:
+        dim, heads, head_dim, grid, class_token, length, causal, dropout: as in `OperatorLayer`.
+        roles: roles with a matrix per position, a subset of "qkv"; the others are plain projections.
+        tile_relations: positions per tile of a table; None keeps each table one Parameter.
+        workspace_bytes: limit of the scratch memory.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, *, roles: str = "qkv", tile_relations: int | None = None, **options: Any
+    ) -> None:
+        if options.get("window") is not None:
+            raise InputError(f"window: {options['window']!r} is not allowed: must be None for absolute matrices")
+        super().__init__(dim, heads, **options)
+        self.roles = check_roles(roles)
+        self.plain = nn.ModuleDict(
+            {role: nn.Linear(dim, self.inner_dim, bias=False) for role in "qkv" if role not in self.roles}
+        )
+        tokens = self.geometry.tokens
+        self.tables = nn.ModuleDict()
+        for role in self.roles:
+            sizes = [size for size, copies in table_tiles(tokens, tile_relations) for _ in range(copies)]
+            firsts = [sum(sizes[:n]) for n in range(len(sizes))]
+            self.tables[role] = nn.ModuleList(
+                PositionTile(first, size, dim, self.inner_dim) for first, size in zip(firsts, sizes, strict=True)
+            )
+
+    def _project(self, role: str, x_bnc: Tensor) -> Tensor:
+        if role not in self.roles:
+            plain: Tensor = self.plain[role](x_bnc)
+            return plain
+        tiles = self.tables[role]
+        assert isinstance(tiles, nn.ModuleList)
+        return torch.cat([tile(x_bnc) for tile in tiles], dim=1).contiguous()
+
+    def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
+        self._check(x_bnc, key_padding_mask)
+        rows = [self._project(role, x_bnc) for role in "qkv"]
+        if self.drops:
+            return self.attend(rows, key_padding_mask)
+        heads = [x_bne.unflatten(2, (self.heads, -1)).transpose(1, 2) for x_bne in rows]
+        return self.attend_fused(heads, key_padding_mask)

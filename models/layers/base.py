@@ -1,0 +1,106 @@
+"""What every operator layer shares: arguments and their checks, the geometry, the output projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from translution.planner.common.errors import InputError
+from translution.planner.config.geometry import RelationGeometry
+from translution.planner.config.model import canonical_roles
+
+IMPLEMENTATIONS = ("grouped", "batched", "gather")
+
+
+def make_geometry(
+    grid: tuple[int, int] | None, class_token: bool, length: int | None, causal: bool, window: int | None
+) -> RelationGeometry:
+    """The geometry that a layer's arguments name; an `InputError` names the one that is wrong."""
+    if (grid is None) == (length is None):
+        raise InputError(f"grid: {grid!r} with length {length!r} is not allowed: give exactly one of grid and length")
+    if grid is not None:
+        if causal:
+            raise InputError("causal: True is not allowed: must be False for a grid")
+        return RelationGeometry.grid(*grid, class_token=class_token, window=window)
+    if class_token:
+        raise InputError("class_token: True is not allowed: must be False for a sequence")
+    assert length is not None
+    return RelationGeometry.sequence(length, causal=causal, window=window)
+
+
+def check_roles(roles: str) -> str:
+    """The roles in the order "qkv", or an `InputError`."""
+    try:
+        return canonical_roles(roles)
+    except ValueError as error:
+        raise InputError(f"roles: {error}") from None
+
+
+class OperatorLayer(nn.Module):
+    """What all layers share: the geometry, the heads and the output projection.
+
+    Args:
+        dim: model width, C.
+        heads: attention heads, h.
+        head_dim: width per head, D; dim / heads unless given.
+        grid: (height, width) of the patches, for images.
+        class_token: whether a class token stands before the patches.
+        length: number of tokens, for sequences; give either grid or length.
+        causal: whether a token sees only itself and earlier ones.
+        window: pairs of tokens farther apart than this, in rows or columns, do not exist; tables
+            then hold the nearer relations only. None: all pairs exist.
+        dropout: probability with which an attention weight is dropped in training.
+
+    Raises:
+        InputError: naming the argument and what is allowed.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        head_dim: int | None = None,
+        grid: tuple[int, int] | None = None,
+        class_token: bool = False,
+        length: int | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("heads", heads), ("head_dim", head_dim)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InputError(f"{name}: {value!r} is not allowed: must be an integer of at least 1")
+        if head_dim is None and dim % heads:
+            raise InputError(f"heads: {heads} is not allowed: must divide dim {dim} when head_dim is not given")
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise InputError(f"dropout: {dropout!r} is not allowed: must be at least 0 and below 1")
+        self.dropout = float(dropout)
+        self.geometry = make_geometry(grid, class_token, length, causal, window)
+        self.dim, self.heads = dim, heads
+        self.head_dim = dim // heads if head_dim is None else head_dim
+        self.inner_dim = heads * self.head_dim
+
+    def _make_output(self) -> nn.Module:
+        if self.heads == 1 and self.head_dim == self.dim:
+            return nn.Identity()
+        return nn.Linear(self.inner_dim, self.dim)
+
+    def _check(self, x_bnc: Tensor, key_padding: Tensor | None) -> None:
+        tokens = self.geometry.tokens
+        if x_bnc.ndim != 3 or x_bnc.shape[1:] != (tokens, self.dim):
+            raise InputError(f"x: shape {tuple(x_bnc.shape)} is not allowed: must be (batch, {tokens}, {self.dim})")
+        if key_padding is not None and (key_padding.dtype != torch.bool or key_padding.shape != x_bnc.shape[:2]):
+            found = f"{key_padding.dtype} {tuple(key_padding.shape)}"
+            raise InputError(f"key_padding_mask: {found} is not allowed: must be bool {tuple(x_bnc.shape[:2])}")
+
+
+def check_table_options(tile_relations: int | None, workspace_bytes: int, implementation: str) -> None:
+    """Refuse what no table can be built with by an `InputError`."""
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(
+            f"implementation: {implementation!r} is not allowed: must be one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    if workspace_bytes < 1:
+        raise InputError(f"workspace_bytes: {workspace_bytes} is not allowed: must be at least 1")

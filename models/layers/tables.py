@@ -1,0 +1,244 @@
+"""Tables of relation matrices, stored as tiles, and the operator that runs over them.
+
+A *table* holds one matrix per relation for one role. ZeRO-3 gathers a whole Parameter at a time,
+so a table is cut into *tiles*, blocks of consecutive relations, each a Parameter of a submodule
+that is called: only one tile (and one being prefetched) is then whole at any moment.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from translution.planner.config.geometry import RelationGeometry
+from translution.planner.costs.parameters import table_tiles
+
+from ..ops import grouped
+from ..ops.context import DEFAULT_WORKSPACE_BYTES, RelationContext, dropout_noise
+from ..ops.naive import gather_attention
+
+
+class Tile(nn.Module):
+    """Matrices of consecutive relations for the roles that its call uses together.
+
+    Args:
+        first: first relation of the tile.
+        count: relations in it.
+        d_in: input width of a matrix.
+        d_out: output width of a matrix.
+        roles: names of its tables: "query" and "key", one of them, or "value".
+
+    Row ``n`` of every tile serves the pairs of relation ``first + n``. For the query table that is
+    the matrix which the paper numbers by the reversed relation.
+    """
+
+    def __init__(self, first: int, count: int, d_in: int, d_out: int, roles: tuple[str, ...]) -> None:
+        super().__init__()
+        self.first = first
+        for role in roles:
+            weight = nn.Parameter(torch.empty(count, d_in, d_out))
+            # As the published layer initialises its (R, C, C') table: the bound does not depend on
+            # the number of relations, so a tile's is the same as the whole table's.
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            self.register_parameter(role, weight)
+
+    def tile(self, role: str) -> Tensor | None:
+        """The Parameter of a role, or None if it has no table."""
+        return self._parameters.get(role)
+
+
+class LogitTile(Tile):
+    """Query and key matrices of a block of relations."""
+
+    def forward(self, token: Tensor, context: RelationContext) -> Tensor:
+        """Adds the logits of its relations to the context; token (1,) → token (1,)."""
+        result: Tensor = grouped.LogitTile.apply(token, context, self.first, self.tile("query"), self.tile("key"))
+        return result
+
+
+class ValueTile(Tile):
+    """Value matrices of a block of relations."""
+
+    def forward(self, token: Tensor, context: RelationContext) -> Tensor:
+        """Adds its relations' share of the output to the context; token (1,) → token (1,)."""
+        result: Tensor = grouped.ValueTile.apply(token, context, self.first, self.tile("value"))
+        return result
+
+
+class OperatorChain(nn.Module):
+    """Attention as a chain of tiles: each adds its part to the logits, or to the output.
+
+    What a call keeps for backward are its sources and the attention weights, whatever the tiles.
+
+    Args:
+        geometry: how the tokens lie.
+        heads: attention heads.
+        widths: input and output width of the matrices or vectors of the tiles.
+        scale: factor of the summed logits.
+        dropout: probability with which an attention weight is dropped in training.
+        workspace_bytes: limit of the scratch memory.
+        relative: sources that meet a matrix per relation.
+    """
+
+    def __init__(
+        self,
+        geometry: RelationGeometry,
+        heads: int,
+        widths: tuple[int, int],
+        *,
+        scale: float,
+        dropout: float = 0.0,
+        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        relative: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__()
+        self.geometry, self.heads, self.scale, self.widths = geometry, heads, scale, widths
+        self.dropout, self.workspace_bytes, self.relative = dropout, workspace_bytes, relative
+        self.batched = False
+        self.logit_tiles = nn.ModuleList()
+        self.value_tiles = nn.ModuleList()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    def forward(
+        self, sources: dict[str, Tensor], key_padding: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Attention over all pairs.
+
+        Args:
+            sources: (b, n, width) each. "query", "key", "value": what the role's table multiplies,
+                or the projected rows where only the other of query and key has a table.
+                "plain_query", "plain_key", "plain_value": a term without tables.
+            key_padding: (b, n), true where a token is padding that no query may see.
+
+        Returns:
+            Outputs of the relative and of the plain values, (b, n, width) each, or None.
+        """
+        device = next(iter(sources.values())).device.type
+        if not torch.amp.is_autocast_available(device):
+            return self._run(sources, key_padding)
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            sources = {name: x.to(dtype) for name, x in sources.items()}
+        with torch.autocast(device, enabled=False):
+            return self._run(sources, key_padding)
+
+    def draw_seed(self) -> int:
+        """The seed of this call's dropout: from torch's default generator, whatever the device."""
+        return int(torch.randint(2**63 - 1, (), dtype=torch.int64)) if self.dropout and self.training else 0
+
+    def _run(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        context = RelationContext(self.geometry, self.heads, self.scale, self.workspace_bytes)
+        context.widths, context.relative = self.widths, self.relative
+        context.adds_logits = "plain_query" in sources
+        context.key_padding = key_padding
+        context.batched = self.batched or next(iter(sources.values())).device.type == "cuda"
+        context.dropout = self.dropout if self.training else 0.0
+        context.seed = self.draw_seed()
+        ordered = [sources[name].contiguous() if name in sources else None for name in grouped.SOURCES]
+        first = next(x for x in ordered if x is not None)
+        trained = any(x is not None and x.requires_grad for x in ordered) or any(
+            weight.requires_grad for weight in self.parameters()
+        )
+        # ZeRO-3 releases a gathered tile after its backward only if an input of it requires grad.
+        anchor = first.new_zeros(1, requires_grad=trained and torch.is_grad_enabled())
+        token = grouped.Open.apply(context, anchor, *ordered)
+        for tile in self.logit_tiles:
+            token = tile(token, context)
+        token = grouped.Softmax.apply(token, context, first.dtype)
+        for tile in self.value_tiles:
+            token = tile(token, context)
+        relative, plain = grouped.Close.apply(token, context, first.dtype)
+        return relative, plain
+
+
+class RelationTables(OperatorChain):
+    """The tables of one layer, and attention with them.
+
+    Args:
+        geometry, heads, scale, dropout, workspace_bytes: as in `OperatorChain`.
+        d_in: input width of the matrices.
+        d_out: output width of the matrices, all heads together.
+        roles: roles with a table, a subset of "qkv".
+        tile_relations: relations per tile; None keeps each table whole.
+        implementation: "grouped": relation by relation on a CPU and many at a time on a GPU;
+            "batched": many at a time anywhere; "gather": the published way, which copies a matrix
+            for every pair and sample and exists to be compared with.
+    """
+
+    def __init__(
+        self,
+        geometry: RelationGeometry,
+        heads: int,
+        d_in: int,
+        d_out: int,
+        *,
+        roles: str,
+        scale: float,
+        dropout: float = 0.0,
+        tile_relations: int | None = None,
+        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        implementation: str = "grouped",
+    ) -> None:
+        names = {"q": "query", "k": "key", "v": "value"}
+        relative = frozenset(names[role] for role in roles)
+        super().__init__(
+            geometry,
+            heads,
+            (d_in, d_out),
+            scale=scale,
+            dropout=dropout,
+            workspace_bytes=workspace_bytes,
+            relative=relative,
+        )
+        self.implementation, self.batched = implementation, implementation == "batched"
+        logit_roles = tuple(names[role] for role in "qk" if role in roles)
+        first = 0
+        sizes = [size for size, copies in table_tiles(geometry.relations, tile_relations) for _ in range(copies)]
+        for count in sizes:
+            if logit_roles:
+                self.logit_tiles.append(LogitTile(first, count, d_in, d_out, logit_roles))
+            if "v" in roles:
+                self.value_tiles.append(ValueTile(first, count, d_in, d_out, ("value",)))
+            first += count
+
+    def _run(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if self.implementation != "gather":
+            return super()._run(sources, key_padding)
+        first = next(iter(sources.values()))
+        # Under autocast the rows are narrower than the tables.
+        tables = {name: self.table(name).to(first.dtype) for name in self.relative}
+        noise = None
+        if self.dropout and self.training:
+            tokens = self.geometry.tokens
+            like = first.new_empty(len(first), self.heads, tokens, tokens)
+            noise = dropout_noise(like, self.dropout, self.draw_seed())
+        return gather_attention(self.geometry, self.heads, self.scale, sources, tables, key_padding, noise)
+
+    def table(self, role: str) -> Tensor:
+        """A role's table (R, d_in, d_out), numbered as in the paper; gradients flow to the tiles.
+
+        Args:
+            role: "query", "key" or "value".
+        """
+        tiles = self.value_tiles if role == "value" else self.logit_tiles
+        whole = torch.cat(
+            [weight for tile in tiles if isinstance(tile, Tile) and (weight := tile.tile(role)) is not None]
+        )
+        return whole[self._order(role)]
+
+    @torch.no_grad()
+    def load_table(self, role: str, table: Tensor) -> None:
+        """Copy a table (R, d_in, d_out), numbered as in the paper, into the tiles."""
+        table = table[self._order(role)]
+        for tile in self.value_tiles if role == "value" else self.logit_tiles:
+            assert isinstance(tile, Tile)
+            weight = tile.tile(role)
+            assert weight is not None
+            weight.copy_(table[tile.first : tile.first + len(weight)])
+
+    def _order(self, role: str) -> list[int]:
+        relations = range(self.geometry.relations)
+        # Reversal is its own inverse, so the same order serves both directions.
+        return [self.geometry.reverse(r) for r in relations] if role == "query" else list(relations)

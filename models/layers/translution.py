@@ -1,0 +1,185 @@
+"""Translution as layers: (B, N, C) in, (B, N, C) out.
+
+Translution         a matrix per relation for each relative role (arXiv 2510.10060, section 3)
+AlphaTranslution    plain attention plus a low-rank relative term (section 4)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from translution.planner.common.errors import InputError
+
+from ..ops.context import DEFAULT_WORKSPACE_BYTES
+from .attention import RotaryTurn
+from .base import OperatorLayer, check_roles, check_table_options
+from .tables import RelationTables
+
+
+class Translution(OperatorLayer):
+    """Full Translution: every relation between two tokens has its own matrix for each relative role.
+
+    Args:
+        dim, heads, head_dim, grid, class_token, length, causal, window, dropout: as in `OperatorLayer`.
+        roles: the relative roles, a subset of "qkv"; the others are plain projections.
+        tile_relations: relations per tile of a table; None keeps each table one Parameter.
+        workspace_bytes: limit of the scratch memory, whatever the batch.
+        implementation: "grouped", relation by relation on a CPU and many at a time on a GPU; "batched",
+            many at a time anywhere; "gather", the published way (slow and enormous).
+
+    Example:
+        >>> layer = Translution(192, 3, grid=(14, 14), class_token=True)
+        >>> layer(torch.randn(2, 197, 192)).shape
+        torch.Size([2, 197, 192])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        head_dim: int | None = None,
+        grid: tuple[int, int] | None = None,
+        class_token: bool = False,
+        length: int | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        dropout: float = 0.0,
+        roles: str = "qkv",
+        tile_relations: int | None = None,
+        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        implementation: str = "grouped",
+    ) -> None:
+        super().__init__(
+            dim,
+            heads,
+            head_dim=head_dim,
+            grid=grid,
+            class_token=class_token,
+            length=length,
+            causal=causal,
+            window=window,
+            dropout=dropout,
+        )
+        check_table_options(tile_relations, workspace_bytes, implementation)
+        self.roles = check_roles(roles)
+        self.plain = nn.ModuleDict(
+            {role: nn.Linear(dim, self.inner_dim, bias=False) for role in "qkv" if role not in self.roles}
+        )
+        self.tables = RelationTables(
+            self.geometry,
+            heads,
+            dim,
+            self.inner_dim,
+            roles=self.roles,
+            scale=self.head_dim**-0.5,
+            dropout=dropout,
+            tile_relations=tile_relations,
+            workspace_bytes=workspace_bytes,
+            implementation=implementation,
+        )
+        self.output = self._make_output()
+
+    def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
+        self._check(x_bnc, key_padding_mask)
+        rows = {role: x_bnc if role in self.roles else self.plain[role](x_bnc) for role in "qkv"}
+        if "q" in self.roles or "k" in self.roles:
+            sources = {"query": rows["q"], "key": rows["k"]}
+        else:
+            sources = {"plain_query": rows["q"], "plain_key": rows["k"]}
+        sources["value" if "v" in self.roles else "plain_value"] = rows["v"]
+        relative, plain = self.tables(sources, key_padding_mask)
+        result: Tensor = self.output(relative if relative is not None else plain)
+        return result
+
+
+class AlphaTranslution(OperatorLayer):
+    """α-Translution: plain attention plus a relative term of low rank, averaged.
+
+    Args:
+        dim, heads, head_dim, grid, class_token, length, causal, window, dropout: as in `OperatorLayer`.
+        c1: first low width per head.
+        c2: second low width per head.
+        roles: the relative roles, a subset of "qkv".
+        rotary: turn the plain queries and keys by rotary embedding.
+        tile_relations, workspace_bytes, implementation: as in `Translution`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        c1: int = 16,
+        c2: int = 16,
+        head_dim: int | None = None,
+        grid: tuple[int, int] | None = None,
+        class_token: bool = False,
+        length: int | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        dropout: float = 0.0,
+        roles: str = "qkv",
+        rotary: bool = False,
+        tile_relations: int | None = None,
+        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        implementation: str = "grouped",
+    ) -> None:
+        super().__init__(
+            dim,
+            heads,
+            head_dim=head_dim,
+            grid=grid,
+            class_token=class_token,
+            length=length,
+            causal=causal,
+            window=window,
+            dropout=dropout,
+        )
+        check_table_options(tile_relations, workspace_bytes, implementation)
+        for name, value in (("c1", c1), ("c2", c2)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}: {value!r} is not allowed: must be an integer of at least 1")
+        self.roles = check_roles(roles)
+        low1, low2 = heads * c1, heads * c2
+        coupled = bool({"q", "k"} & set(self.roles))
+        self.plain = nn.Linear(dim, 3 * self.inner_dim, bias=False)
+        # A logit role without a table meets the other's low rows directly, so it needs their width.
+        widths = {role: low1 if role in self.roles else low2 for role in "qk" if coupled}
+        if "v" in self.roles:
+            widths["v"] = low1
+        self.low = nn.ModuleDict({role: nn.Linear(dim, width, bias=False) for role, width in widths.items()})
+        self.tables = RelationTables(
+            self.geometry,
+            heads,
+            low1,
+            low2,
+            roles=self.roles,
+            scale=self.head_dim**-0.5 / (2 if coupled else 1),
+            dropout=dropout,
+            tile_relations=tile_relations,
+            workspace_bytes=workspace_bytes,
+            implementation=implementation,
+        )
+        self.low_output = nn.Linear(low2, self.inner_dim, bias=False) if "v" in self.roles else None
+        self.turn = RotaryTurn(self.geometry, self.head_dim) if rotary else None
+        self.output = self._make_output()
+
+    def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
+        self._check(x_bnc, key_padding_mask)
+        query, key, value = self.plain(x_bnc).chunk(3, dim=-1)
+        if self.turn is not None:
+            query, key = (
+                self.turn(rows.unflatten(2, (self.heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+                for rows in (query, key)
+            )
+        sources = {"plain_query": query, "plain_key": key, "plain_value": value}
+        names = {"q": "query", "k": "key", "v": "value"}
+        sources |= {names[role]: low(x_bnc) for role, low in self.low.items()}
+        relative, plain = self.tables(sources, key_padding_mask)
+        if self.low_output is not None:
+            plain = (plain + self.low_output(relative)) / 2
+        result: Tensor = self.output(plain)
+        return result

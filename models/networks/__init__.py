@@ -1,0 +1,1 @@
+"""Vision transformer and language model, built from a spec or loaded from a file."""

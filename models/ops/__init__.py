@@ -1,0 +1,1 @@
+"""The operators as functions: fast ones and the slow reference."""

@@ -1,0 +1,51 @@
+"""Rotary position embedding for sequences and grids; a class token is not turned.
+
+Source: RoFormer (arXiv 2104.09864); on a grid one half of a head turns with the row, the other
+with the column.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from translution.planner.config.geometry import RelationGeometry
+
+
+def _angles(positions: Tensor, width: int, base: float) -> Tensor:
+    # Integers first: inside deepspeed.zero.Init every new floating-point tensor is a bf16 one.
+    frequencies = base ** (-torch.arange(0, width, 2).double() / width)
+    return positions.double()[:, None] * frequencies
+
+
+def rotary_angles(geometry: RelationGeometry, head_dim: int, base: float = 10000.0) -> Tensor:
+    """The angle of every token and pair of coordinates, (N, head_dim / 2), float64.
+
+    Args:
+        geometry: a sequence turns with the position, a grid with row and column.
+        head_dim: width per head, a multiple of 2 for a sequence and of 4 for a grid.
+        base: longest wavelength over 2π.
+    """
+    patches = torch.arange(geometry.patches)
+    if geometry.width == 1:
+        angles = _angles(patches, head_dim, base)
+    else:
+        rows = _angles(patches // geometry.width, head_dim // 2, base)
+        angles = torch.cat([rows, _angles(patches % geometry.width, head_dim // 2, base)], dim=1)
+    if geometry.class_token:
+        angles = torch.nn.functional.pad(angles, (0, 0, 1, 0))
+    return angles
+
+
+def rotate(x_bhnd: Tensor, cosine_nd: Tensor, sine_nd: Tensor) -> Tensor:
+    """Turn neighbouring coordinates (2k, 2k + 1) of each token by its angles.
+
+    Args:
+        x_bhnd: queries or keys, (b, h, n, d).
+        cosine_nd: (n, d / 2).
+        sine_nd: (n, d / 2).
+    """
+    even, odd = x_bhnd.unflatten(-1, (-1, 2)).unbind(-1)
+    # Angles in fp32 raise a bf16 product to fp32; it is rounded once, at the end.
+    turned = (even * cosine_nd - odd * sine_nd, even * sine_nd + odd * cosine_nd)
+    return torch.stack(turned, dim=-1).flatten(-2).to(x_bhnd.dtype)

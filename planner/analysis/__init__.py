@@ -1,0 +1,1 @@
+"""Comparisons of operators, clusters and sizes."""

@@ -1,0 +1,65 @@
+"""The kinds of data a plan may train on, and which models they suit."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from ..common.errors import InputError
+from .model import GptSpec, ModelSpec, VitSpec
+
+DataKind: TypeAlias = Literal[
+    "digits", "digits-static", "digits-shifted", "digits-patches", "images", "tokens", "stdlib", "synthetic"
+]  # fmt: skip
+
+PLACED_DIGITS: tuple[DataKind, ...] = ("digits-static", "digits-shifted", "digits-patches")
+"""Those that do not fill the image."""
+DIGITS: tuple[DataKind, ...] = ("digits", *PLACED_DIGITS)
+READ_FROM_PATH: tuple[DataKind, ...] = ("images", "tokens")
+DIGITS_CLASSES = 10
+DIGITS_TRAINING_SAMPLES = 1433
+"""Of scikit-learn's 1,797 digits; the others are held out."""
+BYTES_VOCABULARY = 256
+
+
+def digit_size(spec: VitSpec, digit_pixels: int | None) -> int:
+    """Height and width in pixels of a digit that does not fill the image: as asked, or half the shorter side.
+
+    Raises:
+        InputError: if it is larger than the image.
+    """
+    shorter = min(spec.image)
+    if digit_pixels is not None and digit_pixels > shorter:
+        raise InputError(
+            f"digit_pixels: {digit_pixels} is not allowed: must be at most {shorter}, the image's shorter side"
+        )
+    return digit_pixels or -(-shorter // 2)
+
+
+def check_kind(spec: ModelSpec, kind: DataKind, digit_pixels: int | None, field: str = "data") -> None:
+    """Refuse data that does not suit the model.
+
+    Args:
+        spec: the model.
+        kind: of the data.
+        digit_pixels: as in `TrainingSpec`.
+        field: where the kind was asked for, which opens the error line.
+
+    Raises:
+        InputError: naming the field.
+    """
+    if kind in DIGITS:
+        if not (isinstance(spec, VitSpec) and spec.classes >= DIGITS_CLASSES):
+            raise InputError(
+                f"{field}: {kind!r} is not allowed: must be used with a vit model of at least {DIGITS_CLASSES} "
+                "classes; use synthetic"
+            )
+        if kind in PLACED_DIGITS:
+            digit_size(spec, digit_pixels)
+    elif kind == "images" and not isinstance(spec, VitSpec):
+        raise InputError(f"{field}: 'images' is not allowed: must be used with a vit model; use tokens")
+    elif kind == "tokens" and not isinstance(spec, GptSpec):
+        raise InputError(f"{field}: 'tokens' is not allowed: must be used with a gpt model; use images")
+    elif kind == "stdlib" and not (isinstance(spec, GptSpec) and spec.vocabulary >= BYTES_VOCABULARY):
+        raise InputError(
+            f"{field}: 'stdlib' is not allowed: must be used with a gpt model of vocabulary {BYTES_VOCABULARY} or more"
+        )

@@ -1,0 +1,310 @@
+"""What a model is: its family, geometry, sizes and the operator of every layer.
+
+Sources: arXiv 2510.10060, sections 3 to 5; the published ViT and GPT for what the text leaves open.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
+
+from ..common.errors import InputError
+from ..common.schema import Schema, validate
+from .geometry import RelationGeometry
+
+Operator: TypeAlias = Literal["attention", "translution", "alpha", "bias", "shaw", "absolute"]
+OPERATORS: tuple[Operator, ...] = ("translution", "alpha", "attention", "bias", "shaw", "absolute")
+"""Full and low-rank Translution; self-attention plain, with a scalar (bias) or vectors (shaw) per
+relation; and a matrix per position (absolute)."""
+
+Positive: TypeAlias = Annotated[int, Field(ge=1, le=2**60, strict=True)]
+Size: TypeAlias = Annotated[int, Field(ge=1, le=2**20, strict=True)]
+"""A size of a model; the bound keeps a slip of the pen from counting for hours."""
+
+
+def _pair(value: object) -> object:
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+SizePair: TypeAlias = Annotated[tuple[Size, Size], BeforeValidator(_pair)]
+
+
+def canonical_roles(value: object) -> str:
+    """The roles in the order q, k, v.
+
+    Raises:
+        ValueError: if it is not a non-empty subset of "qkv" without repeats.
+    """
+    if not isinstance(value, str) or not value or set(value) - set("qkv") or len(set(value)) < len(value):
+        raise ValueError(f"{value!r} is not allowed: must be one or more of q, k and v, each once")
+    return "".join(role for role in "qkv" if role in value)
+
+
+def parse_layers(value: object, depth: int) -> tuple[int, ...]:
+    """The layers that use the relative operator.
+
+    Args:
+        value: "all", "first:K", "every:K" (layers 0, K, 2K, …) or a list of layer numbers.
+        depth: number of layers of the model.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    allowed = f"must be all, first:K or every:K with K from 1 to {depth}, or a list of layers below {depth}"
+    if value == "all":
+        return tuple(range(depth))
+    if isinstance(value, str):
+        match = re.fullmatch(r"(first|every):(\d+)", value)
+        if match and 1 <= int(match[2]) <= depth:
+            count = int(match[2])
+            return tuple(range(count)) if match[1] == "first" else tuple(range(0, depth, count))
+    elif isinstance(value, list | tuple):
+        layers = tuple(value)
+        if (
+            layers
+            and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < depth for n in layers)
+            and len(set(layers)) == len(layers)
+        ):
+            return tuple(sorted(layers))
+    raise ValueError(f"relative_layers: {value!r} is not allowed: {allowed}")
+
+
+class ModelSpecBase(Schema):
+    """Fields that both families share.
+
+    Frozen; unknown keys are rejected. ``head_dim`` defaults to ``dim / heads`` and ``ffn_dim`` to
+    ``4·dim`` when the spec is made.
+    """
+
+    name: str = "custom"
+    """What reports call the model."""
+    dim: Size
+    """Model width, C."""
+    depth: Size
+    """Number of blocks."""
+    heads: Size
+    """Attention heads, h."""
+    head_dim: Size
+    """Width per head, D; the inner width C' is h·D."""
+    ffn_dim: Size
+    """Hidden width of the feed-forward network."""
+    operator: Operator = "translution"
+    """The operator of the relative layers, or of all layers for attention."""
+    roles: Annotated[str, BeforeValidator(canonical_roles)] = "qkv"
+    """Which of query, key and value have a matrix per relation."""
+    c1: Size = 16
+    """First low width per head of α-Translution."""
+    c2: Size = 16
+    """Second low width per head of α-Translution."""
+    relative_layers: str | tuple[int, ...] = "all"
+    """Which layers use the relative operator."""
+    other_layers: Literal["attention", "alpha"] = "attention"
+    """What the others are: rotary self-attention, or beside full Translution its low-rank form."""
+    window: Annotated[int, Field(ge=0, le=2**20, strict=True)] | None = None
+    """Pairs of tokens farther apart than this do not exist in the relative layers; null: all exist."""
+    checkpointing: Literal["none", "block", "offload"] = "none"
+    """Keep only each block's input and compute the rest again in backward; offload keeps it on the host."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability with which attention weights, hidden values and each part's output are dropped in training."""
+    rotary: bool = False
+    """Turn the plain queries and keys of attention or α-Translution by rotary embedding.
+
+    Attention then has no learned position embedding.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_widths(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        dim, heads = data.get("dim"), data.get("heads")
+        if isinstance(dim, int) and isinstance(heads, int) and dim > 0 and heads > 0:
+            if data.get("head_dim") is None:
+                if dim % heads:
+                    raise ValueError(f"heads: {heads} is not allowed: must divide dim {dim} when head_dim is not given")
+                data["head_dim"] = dim // heads
+            if data.get("ffn_dim") is None:
+                data["ffn_dim"] = 4 * dim
+        return data
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> ModelSpecBase:
+        relative = parse_layers(self.relative_layers, self.depth)
+        hybrid = self.operator != "attention" and len(relative) < self.depth
+        if self.window is not None and self.operator in ("attention", "absolute"):
+            raise ValueError(f"window: {self.window} is not allowed: must be null for operator {self.operator}")
+        if self.rotary and self.operator not in ("attention", "alpha"):
+            raise ValueError(f"rotary: True is not allowed: must be false for operator {self.operator}")
+        if self.other_layers == "alpha" and self.operator != "translution":
+            raise ValueError(f"other_layers: 'alpha' is not allowed: must be attention for operator {self.operator}")
+        turning = self.rotary or (hybrid and self.other_layers == "attention")
+        if turning and self.head_dim % self._rotary_multiple():
+            raise ValueError(
+                f"head_dim: {self.head_dim} is not allowed: must be a multiple of {self._rotary_multiple()} "
+                "for rotary layers"
+            )
+        return self
+
+    @abstractmethod
+    def _rotary_multiple(self) -> int:
+        """What head_dim must be a multiple of for rotary embedding."""
+
+    @property
+    @abstractmethod
+    def geometry(self) -> RelationGeometry:
+        """How the model's tokens lie."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per sample, N."""
+        return self.geometry.tokens
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of all heads together, C'."""
+        return self.heads * self.head_dim
+
+    @property
+    def low_dims(self) -> tuple[int, int]:
+        """The two low widths of α-Translution, all heads together."""
+        return self.heads * self.c1, self.heads * self.c2
+
+    @property
+    def layer_operators(self) -> tuple[Operator, ...]:
+        """The operator of each layer."""
+        relative = set(parse_layers(self.relative_layers, self.depth))
+        operators: list[Operator] = [self.operator if n in relative else self.other_layers for n in range(self.depth)]
+        return tuple(operators)
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether a learned position embedding is added: only to plain attention."""
+        return self.operator == "attention" and not self.rotary
+
+    @property
+    def rotary_attention(self) -> bool:
+        """Whether the attention layers are rotary: in hybrids, or when asked for."""
+        return self.operator != "attention" or self.rotary
+
+    @property
+    def has_output_projection(self) -> bool:
+        """Whether an operator ends with a projection: not for one head as wide as the model."""
+        return not (self.heads == 1 and self.head_dim == self.dim)
+
+
+class VitSpec(ModelSpecBase):
+    """A vision transformer on patches of an image."""
+
+    family: Literal["vit"]
+    image: SizePair
+    """Image height and width in pixels; one number means a square."""
+    patch: SizePair
+    """Patch height and width in pixels."""
+    channels: Size = 3
+    classes: Size
+    """Width of the classification head."""
+    pool: Literal["class", "mean"] = "class"
+    """What the head reads: a class token, or the mean of all tokens."""
+    class_token: bool = True
+    """Whether a class token stands before the patches; must be true for pool class."""
+
+    @model_validator(mode="after")
+    def _check_image(self) -> VitSpec:
+        for axis, size, patch in zip(("height", "width"), self.image, self.patch, strict=True):
+            if size % patch:
+                raise ValueError(
+                    f"patch: {patch} is not allowed: must divide the image {axis} {size}{_divisors_near(size, patch)}"
+                )
+        if self.pool == "class" and not self.class_token:
+            raise ValueError("class_token: False is not allowed: must be true for pool class")
+        return self
+
+    def _rotary_multiple(self) -> int:
+        return 4
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along height and width."""
+        return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
+
+    @property
+    def patch_dim(self) -> int:
+        """Values per patch."""
+        return self.patch[0] * self.patch[1] * self.channels
+
+    @property
+    def geometry(self) -> RelationGeometry:
+        """The grid of patches, after the class token if there is one."""
+        return RelationGeometry.grid(*self.grid, class_token=self.class_token, window=self.window)
+
+
+class GptSpec(ModelSpecBase):
+    """A causal language model."""
+
+    family: Literal["gpt"]
+    context: Size
+    """Tokens per sample."""
+    vocabulary: Size
+    """Number of token types."""
+
+    def _rotary_multiple(self) -> int:
+        return 2
+
+    @property
+    def geometry(self) -> RelationGeometry:
+        """The causal sequence of the context."""
+        return RelationGeometry.sequence(self.context, causal=True, window=self.window)
+
+
+ModelSpec: TypeAlias = VitSpec | GptSpec
+MODEL_SPEC: TypeAdapter[ModelSpec] = TypeAdapter(Annotated[ModelSpec, Field(discriminator="family")])
+
+_FAMILIES: dict[str, type[VitSpec] | type[GptSpec]] = {"vit": VitSpec, "gpt": GptSpec}
+
+
+def _divisors_near(size: int, patch: int) -> str:
+    near = sorted((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - patch))[:3]
+    return f", such as {', '.join(map(str, sorted(near)))}"
+
+
+def parse_model_spec(data: object, what: str = "model") -> ModelSpec:
+    """Make a spec from the content of a YAML or JSON file.
+
+    Args:
+        data: a mapping with ``family: vit`` or ``family: gpt`` and that family's fields.
+        what: the name that opens an error line.
+
+    Raises:
+        InputError: naming the first bad field, its value and what is allowed.
+    """
+    fields: tuple[str, ...] = ()
+    if isinstance(data, dict):
+        family = data.get("family")
+        if not isinstance(family, str) or family not in _FAMILIES:
+            raise InputError(f"{what}: family: {family!r} is not allowed: must be vit or gpt")
+        fields = tuple(_FAMILIES[family].model_fields)
+    return validate(MODEL_SPEC, data, what, fields)
+
+
+def override(spec: ModelSpec, **values: object) -> ModelSpec:
+    """A copy of a spec with some fields replaced, validated anew; None leaves a field as it is.
+
+    A head_dim or ffn_dim that followed from dim and heads follows the new ones.
+
+    Raises:
+        InputError: as `parse_model_spec` does.
+    """
+    changed = {name: value for name, value in values.items() if value is not None}
+    if not changed:
+        return spec
+    data = spec.model_dump()
+    if {"dim", "heads"} & set(changed):
+        if spec.head_dim * spec.heads == spec.dim:
+            data.pop("head_dim")
+        if spec.ffn_dim == 4 * spec.dim:
+            data.pop("ffn_dim")
+    return parse_model_spec(data | changed, what=spec.name)

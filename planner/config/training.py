@@ -1,0 +1,162 @@
+"""How a plan trains: precision, batch, optimizer, schedule, data, and the ZeRO stage with its knobs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from ..common.schema import Schema
+from .datasets import PLACED_DIGITS, READ_FROM_PATH, DataKind
+from .model import Positive
+
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+Optimizer: TypeAlias = Literal["adamw", "lion", "adagrad", "sgd"]
+
+NonNegative: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
+PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
+NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+
+
+class TrainingSpec(Schema):
+    """Everything about training that is not the model or the cluster."""
+
+    precision: Precision = "fp32"
+    """Dtype of parameters, activations and collectives; bf16 and fp16 keep an fp32 master copy."""
+    grad_accum_dtype: Precision | None = None
+    """Dtype in which gradients are added up and kept until the step; null is the model's."""
+    bf16_master: bool = False
+    """Keep the master copy and the gradients of the step in bf16 too, with precision bf16."""
+    bf16_states: bool = False
+    """Keep the optimizer's moments in bf16 too, with bf16_master."""
+    micro_batch: Positive = 8
+    """Samples per rank and forward pass."""
+    accumulation: Positive = 1
+    """Micro-batches per optimizer step."""
+    steps: Positive = 100
+    """Optimizer steps of the whole run."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up before the cosine decay."""
+    optimizer: Optimizer = "adamw"
+    """Offloaded states are updated by DeepSpeed's own CPU version of adamw, lion and adagrad."""
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.05
+    betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.95)
+    """Of adamw and lion."""
+    epsilon: PositiveFloat = 1e-8
+    """Of adamw and adagrad."""
+    momentum: NonNegativeFloat = 0.9
+    """Of sgd; 0 keeps none."""
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Largest global L2 norm of the gradients; 0 clips nothing."""
+    data: DataKind = "digits"
+    """Handwritten digits that fill the image, lie in its middle, or somewhere else in every epoch; images in
+    folders; tokens in files; the source of Python's library; or random samples of the model's shape."""
+    evaluation_data: DataKind | None = None
+    """Whose held-out samples are evaluated; null is the kind that is trained on."""
+    data_path: str | None = None
+    """Folder of images or tokens, as every node sees it."""
+    digit_pixels: Positive | None = None
+    """Height and width of a digit that does not fill the image; null is half of the image's shorter side."""
+    corrupt_limit: NonNegative = 100
+    """Images that a rank may find unreadable, name and skip; with one more it fails."""
+    seed: NonNegative = 0
+    """Of the initial weights and of the order of the samples."""
+    checkpoint_steps: NonNegative = 0
+    """Save a checkpoint after so many steps, again and again; 0 saves only at the end."""
+    checkpoint_minutes: NonNegativeFloat = 0.0
+    """Save one when so many minutes have gone by since the last; 0 does not look at the clock."""
+    keep_checkpoints: Positive = 2
+    """So many of a run's newest checkpoints stay."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a target that is spread evenly over all classes, or over the vocabulary."""
+    crop_padding: NonNegative = 0
+    """Zero pixels on every side of an image, of which a random part of its size is cut; 0 cuts nothing."""
+    crop_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Smallest share of an image's area that a random crop keeps before it is resized; 1 crops nothing."""
+    flip: Share = 0.0
+    """Probability with which an image is mirrored left to right."""
+    mixup: NonNegativeFloat = 0.0
+    """Alpha of the Beta distribution of mixup's shares; 0 mixes nothing. Source: arXiv 1710.09412."""
+    cutmix: NonNegativeFloat = 0.0
+    """Alpha of the Beta distribution of cutmix's areas; 0 cuts nothing. With mixup, each micro-batch gets one of the
+    two by chance. Source: arXiv 1905.04899."""
+    evaluation_steps: NonNegative = 0
+    """Evaluate after so many steps, again and again; 0 evaluates only at the end."""
+    evaluation_samples: NonNegative = 0
+    """Evaluate on so many of the held-out samples, spread evenly over them; 0 takes all."""
+    monitor: Literal["none", "csv", "tensorboard", "wandb"] = "none"
+    """Where DeepSpeed's monitor writes the metrics too."""
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> TrainingSpec:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps: {self.warmup_steps} is not allowed: must be below steps {self.steps}")
+        if max(self.betas) >= 1:
+            raise ValueError(f"betas: {self.betas} is not allowed: must be below 1")
+        if self.momentum >= 1:
+            raise ValueError(f"momentum: {self.momentum} is not allowed: must be below 1")
+        return self
+
+    @model_validator(mode="after")
+    def _check_data(self) -> TrainingSpec:
+        kinds = [kind for kind in (self.data, self.evaluation_data) if kind]
+        text = " and ".join(dict.fromkeys(kinds))
+        read = any(kind in READ_FROM_PATH for kind in kinds)
+        if read and not self.data_path:
+            raise ValueError(f"data_path: is required with data {text}")
+        if self.data_path is not None and not read:
+            raise ValueError(f"data_path: {self.data_path!r} is not allowed: must be null with data {text}")
+        if self.digit_pixels is not None and not any(kind in PLACED_DIGITS for kind in kinds):
+            raise ValueError(f"digit_pixels: {self.digit_pixels} is not allowed: must be null with data {text}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_crops(self) -> TrainingSpec:
+        if self.crop_padding and self.crop_scale < 1:
+            raise ValueError(f"crop_scale: {self.crop_scale} is not allowed: must be 1 with crop_padding")
+        return self
+
+    @model_validator(mode="after")
+    def _check_dtypes(self) -> TrainingSpec:
+        if self.grad_accum_dtype not in (None, self.precision, "fp32"):
+            allowed = " or ".join(dict.fromkeys((self.precision, "fp32")))
+            raise ValueError(f"grad_accum_dtype: {self.grad_accum_dtype!r} is not allowed: must be {allowed}")
+        if self.bf16_master and self.precision != "bf16":
+            raise ValueError(f"bf16_master: True is not allowed: precision must be bf16, not {self.precision}")
+        if self.bf16_states and not self.bf16_master:
+            raise ValueError("bf16_states: True is not allowed: bf16_master must be true too")
+        return self
+
+    @property
+    def augmentation(self) -> str:
+        """The first field by which images are changed at random; empty if none is."""
+        set_ = {"crop_scale": self.crop_scale < 1}
+        set_ |= {name: getattr(self, name) > 0 for name in ("crop_padding", "flip", "mixup", "cutmix")}
+        return next((name for name, changes in set_.items() if changes), "")
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one parameter or activation."""
+        return DTYPE_BYTES[self.precision]
+
+    @property
+    def accumulation_dtype(self) -> Precision:
+        """Dtype in which gradients are kept until the step."""
+        return self.grad_accum_dtype or self.precision
+
+    @property
+    def master_dtype(self) -> Precision:
+        """Dtype of the copy of the parameters that the optimizer updates, and of its gradients."""
+        return "bf16" if self.bf16_master else "fp32"
+
+    @property
+    def states_dtype(self) -> Precision:
+        """Dtype of the optimizer's moments."""
+        return "bf16" if self.bf16_states else "fp32"
+
+    def global_batch(self, ranks: int) -> int:
+        """Samples per optimizer step over all ranks."""
+        return self.micro_batch * self.accumulation * ranks

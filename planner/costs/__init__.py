@@ -1,0 +1,1 @@
+"""Closed forms: parameters, FLOPs, matrix products, optimizer states, communication volume."""

@@ -1,0 +1,151 @@
+"""What a step computes: every matrix product by its shape, and what elementwise operations move.
+
+Source: models/; the products' operations add up to flops.py's count, which a test compares.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from ..config.geometry import RelationGeometry
+from ..config.model import GptSpec, ModelSpec, Operator, VitSpec
+
+
+class Product(NamedTuple):
+    """Equal matrix products (rows, inner) by (inner, cols), of one sample."""
+
+    rows: int
+    inner: int
+    cols: int
+    copies: int
+    forward: int
+    """How many such products forward computes of each."""
+    backward: int
+    grouped: bool = False
+    """Whether rows meet the matrix of a relation, one relation at a time."""
+    joined: bool = True
+    """Whether the samples of a micro-batch are rows of one product; else each sample is a product."""
+
+    @property
+    def flops(self) -> int:
+        """Operations of one of them for one sample."""
+        return 2 * self.rows * self.inner * self.cols
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Of one sample, beside its products."""
+
+    products: tuple[Product, ...]
+    forward_elements: int
+    """Elements that elementwise operations read or write."""
+    backward_elements: int
+    operations: int
+    """Calls of torch of a forward pass, whatever the micro-batch; backward makes twice as many."""
+    relation_visits: int
+    """Relations times tables that a forward pass goes through one by one."""
+    recompute: float
+    """Share of forward that runs again in backward: blocks are all but the ends of a network."""
+
+
+@lru_cache(maxsize=256)
+def pair_counts(geometry: RelationGeometry) -> tuple[tuple[int, int], ...]:
+    """Rows that meet a relation's matrix, and how many relations have so many."""
+    reach_rows, reach_cols = geometry.reach
+    counts: Counter[int] = Counter()
+    if geometry.causal:
+        counts.update(geometry.height - offset for offset in range(reach_rows + 1))
+    else:
+        for dy in range(-reach_rows, reach_rows + 1):
+            for dx in range(-reach_cols, reach_cols + 1):
+                counts[(geometry.height - abs(dy)) * (geometry.width - abs(dx))] += 1
+    if geometry.class_token:
+        # The class token with itself, and its side of the pairs with patches: a row each; the patches' side.
+        counts[1] += 2
+        counts[geometry.patches] += 1
+    return tuple(sorted(counts.items()))
+
+
+def _tables(spec: ModelSpec, d_in: int, d_out: int) -> Iterator[Product]:
+    roles = len(spec.roles)
+    for rows, relations in pair_counts(spec.geometry):
+        yield Product(rows, d_in, d_out, relations * roles, 1, 3, grouped=True)
+
+
+def _operator(spec: ModelSpec, operator: Operator) -> Iterator[Product]:
+    tokens, dim, inner, roles = spec.tokens, spec.dim, spec.inner_dim, spec.roles
+    plain_logits, plain_values = True, True
+    if operator in ("attention", "bias", "shaw"):
+        yield Product(tokens, dim, 3 * inner, 1, 1, 2)
+    elif operator == "absolute":
+        yield Product(1, dim, inner, 3 * tokens, 1, 2)
+    elif operator == "translution":
+        if len(roles) < 3:
+            yield Product(tokens, dim, inner, 3 - len(roles), 1, 2)
+        yield from _tables(spec, dim, inner)
+        plain_logits, plain_values = not {"q", "k"} & set(roles), "v" not in roles
+    else:
+        low1, low2 = spec.low_dims
+        yield Product(tokens, dim, 3 * inner + len(roles) * low1, 1, 1, 2)
+        if len({"q", "k"} & set(roles)) == 1:
+            yield Product(tokens, dim, low2, 1, 1, 2)
+        if "v" in roles:
+            yield Product(tokens, low2, inner, 1, 1, 2)
+        yield from _tables(spec, low1, low2)
+    products = (plain_logits + plain_values) * (2 if operator == "shaw" else 1)
+    if products:
+        yield Product(tokens, spec.head_dim, tokens, spec.heads * products, 1, 2, joined=False)
+    if spec.has_output_projection:
+        yield Product(tokens, inner, dim, 1, 1, 2)
+
+
+def _layer_elements(spec: ModelSpec, operator: Operator) -> tuple[int, int, int, int]:
+    """Elements of forward and backward, calls of torch, and visits of relations of one layer."""
+    tokens, dim, inner = spec.tokens, spec.dim, spec.inner_dim
+    pairs = spec.heads * tokens * tokens
+    # Two norms, two sums with the residual, an activation; then the softmax of all pairs.
+    forward = tokens * (10 * dim + 3 * spec.ffn_dim + 6 * inner) + 11 * pairs
+    backward = tokens * (18 * dim + 5 * spec.ffn_dim + 9 * inner) + 13 * pairs
+    calls, visits = 40, 0
+    if operator in ("translution", "alpha"):
+        d_in, d_out = (dim, inner) if operator == "translution" else spec.low_dims
+        rows, roles = spec.geometry.table_rows, len(spec.roles)
+        # Rows are gathered for their product, multiplied and summed; backward does it again, and adds to inputs.
+        forward += roles * rows * (2 * d_in + 3 * d_out)
+        backward += roles * rows * (5 * d_in + 7 * d_out)
+        visits = roles * spec.geometry.relations
+    if spec.dropout:
+        forward, backward = forward + 4 * pairs, backward + 3 * pairs
+    return forward, backward, calls, visits
+
+
+@lru_cache(maxsize=256)
+def count_work(spec: ModelSpec) -> Work:
+    """The products and elementwise work of one sample."""
+    tokens, dim = spec.tokens, spec.dim
+    merged: Counter[Product] = Counter()
+    forward = backward = visits = 0
+    calls = 40
+    for operator, layers in Counter(spec.layer_operators).items():
+        for product in _operator(spec, operator):
+            merged[product._replace(copies=1)] += product.copies * layers
+        more_forward, more_backward, more_calls, more_visits = _layer_elements(spec, operator)
+        forward, backward = forward + layers * more_forward, backward + layers * more_backward
+        calls, visits = calls + layers * more_calls, visits + layers * more_visits
+    products = [product._replace(copies=count) for product, count in merged.items()]
+    products.append(Product(tokens, dim, spec.ffn_dim, 2 * spec.depth, 1, 2))
+    blocks = sum(product.flops * product.copies for product in products)
+    if isinstance(spec, VitSpec):
+        products.append(Product(spec.geometry.patches, spec.patch_dim, dim, 1, 1, 2))
+        products.append(Product(1, dim, spec.classes, 1, 1, 2))
+    else:
+        assert isinstance(spec, GptSpec)
+        products.append(Product(tokens, dim, spec.vocabulary, 1, 1, 2))
+        # The loss: logits to fp32, their exponentials and sums.
+        forward, backward = forward + 5 * tokens * spec.vocabulary, backward + 3 * tokens * spec.vocabulary
+    whole = sum(product.flops * product.copies for product in products)
+    return Work(tuple(products), forward, backward, calls, visits, blocks / whole)

@@ -1,0 +1,204 @@
+"""The DeepSpeed configuration of a plan, with every silent default of 0.19.8 set explicitly.
+
+Also what 0.19.8 cannot do: combinations that its configuration accepts and that then fail, or do
+something else than they say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..common.errors import InputError
+from ..config.training import TrainingSpec
+from ..config.zero import ZeroSpec
+
+NVME_BLOCK_BYTES = 2**20
+"""Smallest tensor that DeepSpeed writes to NVMe; smaller ones stay on the host."""
+
+
+def check_training_state(training: TrainingSpec, zero: ZeroSpec, device: str) -> None:
+    """Whether DeepSpeed 0.19.8 runs this optimizer with these dtypes on these tiers.
+
+    Args:
+        training: optimizer and dtypes.
+        zero: stage and offload.
+        device: what ranks compute on, "cpu" or "cuda".
+
+    Raises:
+        InputError: naming the first field that does not go with the others.
+    """
+    offloaded = zero.offload_optimizer.device
+    plain = offloaded == "none"
+    if training.precision == "fp16" and device == "cpu":
+        raise InputError("precision: 'fp16' is not allowed: must be fp32 or bf16 on CPU ranks")
+    if training.optimizer == "lion" and plain and device == "cpu":
+        raise InputError(
+            "optimizer: 'lion' is not allowed: must be adamw, adagrad or sgd on CPU ranks without optimizer offload"
+        )
+    if training.optimizer == "sgd" and offloaded == "nvme":
+        raise InputError(
+            "optimizer: 'sgd' is not allowed: must be adamw, lion or adagrad with optimizer offload to nvme"
+        )
+    if zero.offload_optimizer.ratio < 1 and training.optimizer != "adamw":
+        raise InputError(
+            f"optimizer: {training.optimizer!r} is not allowed: must be adamw with an offload ratio below 1"
+        )
+    _check_bf16_master(training, zero)
+    if zero.stage == 0 and training.accumulation_dtype != training.precision:
+        raise InputError(
+            f"grad_accum_dtype: {training.grad_accum_dtype!r} is not allowed: must be {training.precision} at stage 0"
+        )
+
+
+def _check_bf16_master(training: TrainingSpec, zero: ZeroSpec) -> None:
+    if not training.bf16_master:
+        return
+    offloaded = zero.offload_optimizer.device
+    if zero.stage == 0:
+        raise InputError("bf16_master: True is not allowed: the ZeRO stage must be at least 1")
+    if offloaded == "nvme":
+        raise InputError("bf16_master: True is not allowed: the optimizer must not be offloaded to nvme")
+    if (offloaded == "none") != training.bf16_states and offloaded == "none":
+        raise InputError("bf16_master: True is not allowed: needs bf16_states too, or the optimizer offloaded to cpu")
+    if offloaded == "cpu" and training.optimizer != "adamw":
+        raise InputError(f"optimizer: {training.optimizer!r} is not allowed: must be adamw with bf16_master offloaded")
+
+
+def remarks(training: TrainingSpec, zero: ZeroSpec) -> tuple[str, ...]:
+    """What runs, but not as one might expect: a sentence each."""
+    optimizer, param = zero.offload_optimizer.device, zero.offload_param.device
+    texts = []
+    if optimizer == "nvme":
+        texts.append(
+            "DeepSpeed 0.19.8 loses AdamW's moments when it loads a checkpoint of states on NVMe: resume with "
+            "translution launch --resume, which mends that"
+        )
+    if param == "nvme" and optimizer != "nvme":
+        texts.append("DeepSpeed 0.19.8 cannot load a checkpoint with parameters on NVMe and the optimizer elsewhere")
+    return tuple(texts)
+
+
+def _optimizer(training: TrainingSpec, zero: ZeroSpec) -> dict[str, Any]:
+    """The optimizer's section; with offload DeepSpeed takes its own class for the CPU."""
+    values: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    plain = zero.offload_optimizer.device == "none"
+    if training.optimizer in ("adamw", "lion"):
+        values["betas"] = list(training.betas)
+    if training.optimizer in ("adamw", "adagrad"):
+        values["eps"] = training.epsilon
+    if training.optimizer == "adamw" and plain:
+        values |= {"torch_adam": True, "foreach": False}
+    if training.optimizer == "sgd":
+        values |= {"momentum": training.momentum, "foreach": False}
+    names = {"adamw": "AdamW", "lion": "Lion", "adagrad": "Adagrad", "sgd": "SGD"}
+    return {"type": names[training.optimizer], "params": values}
+
+
+def _precision(training: TrainingSpec) -> dict[str, Any]:
+    bf16: dict[str, Any] = {"enabled": training.precision == "bf16"}
+    if training.bf16_master:
+        bf16["bf16_master_weights_and_grads"] = True
+        bf16["bf16_optimizer_states"] = training.bf16_states
+    result: dict[str, Any] = {"bf16": bf16}
+    if training.precision == "fp16":
+        # Loss scaling as DeepSpeed's defaults have it: 2^16 at first, doubled after 1000 good steps.
+        result["fp16"] = {
+            "enabled": True,
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 2,
+            "min_loss_scale": 1,
+        }
+    return result | {
+        "data_types": {"grad_accum_dtype": training.accumulation_dtype},
+        "communication_data_type": training.precision,
+    }
+
+
+def _offload(zero: ZeroSpec) -> dict[str, Any]:
+    """The sections of offload, with the keys that DeepSpeed reads for the device."""
+    result: dict[str, Any] = {}
+    optimizer, param = zero.offload_optimizer, zero.offload_param
+    if optimizer.device != "none":
+        section: dict[str, Any] = {"device": optimizer.device, "pin_memory": optimizer.pin_memory}
+        if optimizer.device == "nvme":
+            section |= {
+                "nvme_path": optimizer.nvme_path,
+                "buffer_count": optimizer.buffer_count,
+                "pipeline_read": optimizer.pipeline_read,
+                "pipeline_write": optimizer.pipeline_write,
+            }
+        elif zero.stage == 3:
+            section["ratio"] = optimizer.ratio
+        result["offload_optimizer"] = section
+    if param.device != "none":
+        section = {"device": param.device, "pin_memory": param.pin_memory}
+        if param.device == "nvme":
+            section |= {
+                "nvme_path": param.nvme_path,
+                "buffer_count": param.buffer_count,
+                "buffer_size": param.buffer_elements,
+                "max_in_cpu": param.max_in_cpu_elements,
+            }
+        result["offload_param"] = section
+    return result
+
+
+def deepspeed_config(training: TrainingSpec, zero: ZeroSpec, ranks: int) -> dict[str, Any]:
+    """The content of ``ds_config.json``.
+
+    DeepSpeed's defaults that this overrides: gradient clipping 1.0 (runtime/constants.py), gradient
+    accumulation in the model's dtype (runtime/engine.py), a live set that reuse and prefetch
+    enlarge far beyond one tile (runtime/zero/config.py), parameters on NVMe that fill host memory
+    first and a second locked copy of them (runtime/zero/offload_config.py), and another Adam than
+    torch's.
+
+    Args:
+        training: precision, batch and optimizer.
+        zero: stage and knobs.
+        ranks: the world size, which fixes the global batch.
+    """
+    stage: dict[str, Any] = {
+        "stage": zero.stage,
+        "contiguous_gradients": True,
+        "overlap_comm": zero.overlap_comm,
+        "reduce_bucket_size": zero.reduce_bucket_elements,
+    }
+    if zero.stage in (1, 2):
+        stage["allgather_bucket_size"] = zero.reduce_bucket_elements
+    if zero.stage == 3:
+        stage |= {
+            "stage3_prefetch_bucket_size": zero.prefetch_bucket_elements,
+            "stage3_max_live_parameters": zero.max_live_elements,
+            "stage3_max_reuse_distance": zero.max_reuse_distance_elements,
+            "stage3_param_persistence_threshold": zero.persistence_threshold_elements,
+            "sub_group_size": zero.sub_group_elements,
+        }
+    config: dict[str, Any] = {
+        "train_batch_size": training.global_batch(ranks),
+        "train_micro_batch_size_per_gpu": training.micro_batch,
+        "gradient_accumulation_steps": training.accumulation,
+        "gradient_clipping": training.gradient_clipping,
+        **_precision(training),
+        "optimizer": _optimizer(training, zero),
+        "zero_optimization": stage | _offload(zero),
+        # torch's SGD is on no list of optimizers that DeepSpeed tried with ZeRO; runs of ours did.
+        "zero_allow_untested_optimizer": training.optimizer == "sgd",
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+    if zero.uses_nvme:
+        config["aio"] = aio_section()
+    return config
+
+
+def aio_section() -> dict[str, Any]:
+    """How DeepSpeed's I/O library reads and writes NVMe."""
+    return {
+        "block_size": NVME_BLOCK_BYTES,
+        "queue_depth": 8,
+        "intra_op_parallelism": 1,
+        "single_submit": False,
+        "overlap_events": True,
+    }

@@ -1,0 +1,204 @@
+"""What a rank's GPU holds beside torch's live tensors: named entries with an interval and a source.
+
+- *driver_reserve*: what the driver keeps of the total that nvidia-smi prints, before any process.
+- *context*: the process's CUDA or HIP context and the kernels it loaded, each when first used.
+- *blas_workspace*: scratch memory of matrix products, which torch allocates and counts as its own.
+- *nccl*, *nccl_host*: buffers of the communicators on the device and on the host.
+- fragmentation: the share of torch's reserve that no tensor can use, and what was rounded up.
+
+Figures that others measured stand in ``data/gpu_constants.yaml``. A source that says *estimate, not
+measured* is a guess. The figures of a measured machine replace any of them: `GpuOverrides`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+from pydantic import TypeAdapter
+
+from ..common.errors import InputError
+from ..common.schema import Schema
+from ..common.units import KIB, MIB
+from .caching_allocator import block_bytes
+from .catalog import Entry, Generation, catalogue, find_gpu, read_data
+from .intervals import ESTIMATE, Bytes, ConstantEntry, FractionInterval, GpuOverrides, Level, Tier, read_overrides
+from .nccl import Channels, alone, by_host_memory, by_nvlink, rccl
+
+__all__ = ["ConstantEntry", "GpuConstants", "GpuOverrides", "gpu_constants", "read_overrides"]
+
+FRAGMENTATION = FractionInterval(
+    low=0.02,
+    likely=0.15,
+    high=0.33,
+    source="GMLake (arXiv 2401.08156): 15% on average and up to 33% of the reserve, fine-tuning with ZeRO-3; "
+    f"low: {ESTIMATE}",
+)
+FRAGMENTATION_EXPANDABLE = FractionInterval(low=0.0, likely=0.03, high=0.1, source=ESTIMATE)
+"""With ``expandable_segments``: pages of one stream and pool join, so that only rounding and gaps stay."""
+
+
+class GpuConstants(Schema):
+    """The entries of one rank, and how much of torch's reserve goes to waste."""
+
+    gpu: str | None
+    """None where no GPU was named: then each interval spans those of all."""
+    entries: tuple[ConstantEntry, ...]
+    fragmentation: FractionInterval
+    """Of the bytes that torch has reserved when the most are allocated."""
+
+    def entry(self, name: str) -> ConstantEntry:
+        """The entry of a name.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        return {entry.name: entry for entry in self.entries}[name]
+
+    def total(self, level: Level = "likely", tier: Tier = "device", *, in_torch: bool | None = None) -> int:
+        """Bytes of a tier's entries together.
+
+        Args:
+            level: which of the three figures.
+            tier: the device, or the rank's share of its host.
+            in_torch: only entries that torch counts as allocated, only the others, or None for all.
+        """
+        return sum(
+            entry.of(level)
+            for entry in self.entries
+            if entry.tier == tier and (in_torch is None or entry.in_torch == in_torch)
+        )
+
+    def reserved_bytes(self, allocated_bytes: int, level: Level = "likely") -> int:
+        """What torch has reserved from the driver when it has so many bytes allocated at its peak.
+
+        Less is left over near the end of the memory: torch then gives unused segments back and tries again.
+        """
+        fraction = self.fragmentation.of(level)
+        return allocated_bytes + round(allocated_bytes * fraction / (1 - fraction))
+
+    def device_bytes(self, tensor_bytes: int, level: Level = "likely") -> int:
+        """All that a rank with so many bytes of live tensors takes of the total that the driver reports."""
+        allocated = tensor_bytes + self.total(level, in_torch=True)
+        return self.reserved_bytes(allocated, level) + self.total(level, in_torch=False)
+
+
+class _Interval(Entry):
+    mib: tuple[Bytes, Bytes, Bytes]
+    source: str
+
+
+class _Count(Entry):
+    count: tuple[Bytes, Bytes, Bytes]
+    source: str
+
+
+class _Observed(Entry):
+    driver_reserve: dict[str, _Interval]
+    context: dict[Generation, _Interval]
+    channels: dict[str, _Count]
+
+
+@functools.cache
+def _observed() -> _Observed:
+    return read_data("gpu_constants.yaml", TypeAdapter(_Observed))
+
+
+def _measured(name: str, interval: _Interval, formula: str) -> ConstantEntry:
+    low, likely, high = (value * MIB for value in interval.mib)
+    return ConstantEntry(
+        name=name, low_bytes=low, likely_bytes=likely, high_bytes=high, formula=formula, source=interval.source
+    )
+
+
+def _blas(generation: Generation) -> ConstantEntry:
+    """One workspace for each thread that multiplies and each stream it multiplies on."""
+    if generation == "cdna3":
+        first, one, text = 128 * MIB, (128 + 76) * MIB, "128 MiB of rocBLAS and 76 MiB of hipBLASLt"
+    elif generation in ("hopper", "blackwell"):
+        first, one, text = 32 * MIB, 32 * MIB, "32 MiB, shared with cuBLASLt"
+    else:
+        size = 2 * 4096 * KIB + 8 * 16 * KIB
+        first, one, text = size, size, ":4096:2:16:8, shared with cuBLASLt"
+    return ConstantEntry(
+        name="blas_workspace",
+        in_torch=True,
+        low_bytes=block_bytes(first),
+        likely_bytes=2 * block_bytes(one),
+        high_bytes=3 * block_bytes(one),
+        formula=f"{text}: for forward, for backward's thread, and for high on another stream",
+        source="torch 2.13, CublasHandlePool.cpp: parseChosenWorkspaceSize, parseCUDABlasLtWorkspaceSize",
+    )
+
+
+def _nccl(gpu: str, generation: Generation, ranks: int, nodes: int) -> list[ConstantEntry]:
+    if ranks == 1:
+        return alone()
+    if generation == "cdna3":
+        return rccl()
+    observed = _observed().channels[gpu]
+    channels, per_node = Channels(*observed.count, observed.source), -(-ranks // nodes)
+    if generation == "ada":
+        return by_host_memory(channels, per_node, nodes)
+    return by_nvlink(generation, channels, per_node, nodes)
+
+
+def _entries(gpu: str, ranks: int, nodes: int) -> list[ConstantEntry]:
+    generation = catalogue().gpus[gpu].generation
+    return [
+        _measured("driver_reserve", _observed().driver_reserve[gpu], "total by the driver less what torch sees"),
+        _measured("context", _observed().context[generation], "context and kernels; high: all kernels loaded at once"),
+        _blas(generation),
+        *_nccl(gpu, generation, ranks, nodes),
+    ]
+
+
+def _span(entries: Sequence[ConstantEntry]) -> ConstantEntry:
+    """One entry whose interval spans those of all GPUs."""
+    values = {
+        "low_bytes": min(entry.low_bytes for entry in entries),
+        "likely_bytes": max(entry.likely_bytes for entry in entries),
+        "high_bytes": max(entry.high_bytes for entry in entries),
+        "formula": "no GPU named: spans those of the catalogue",
+        "source": ESTIMATE,
+    }
+    return entries[0].model_copy(update=values)
+
+
+def gpu_constants(
+    gpu: str | None,
+    ranks: int,
+    nodes: int,
+    overrides: Mapping[str, object] | GpuOverrides | None = None,
+    *,
+    expandable_segments: bool = False,
+) -> GpuConstants:
+    """The entries of one rank.
+
+    Args:
+        gpu: its name in the catalogue; None spans all.
+        ranks: ranks in all, one per GPU.
+        nodes: nodes that they share equally.
+        overrides: a machine's own figures.
+        expandable_segments: torch runs with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
+
+    Raises:
+        InputError: for an unknown GPU, fewer ranks than nodes, or a bad override.
+    """
+    if not 1 <= nodes <= ranks:
+        raise InputError(f"nodes: {nodes} is not allowed: must be from 1 to {ranks}, the ranks")
+    given = read_overrides(overrides)
+    if gpu is None:
+        of_all = [_entries(name, ranks, nodes) for name in catalogue().gpus]
+        entries = [_span(same) for same in zip(*of_all, strict=True)]
+    else:
+        gpu, _ = find_gpu(gpu)
+        entries = _entries(gpu, ranks, nodes)
+    replaced = []
+    for entry in entries:
+        own = getattr(given, entry.name)
+        if own is not None:
+            entry = entry.model_copy(update=own.model_dump() | {"formula": "as given"})
+        replaced.append(entry)
+    fragmentation = FRAGMENTATION_EXPANDABLE if expandable_segments else FRAGMENTATION
+    return GpuConstants(gpu=gpu, entries=tuple(replaced), fragmentation=given.fragmentation or fragmentation)

@@ -1,0 +1,173 @@
+"""Memory of NCCL's and RCCL's communicators, outside of torch's allocator.
+
+A *channel* has its own ring and tree; every connection of one has buffers where its data arrives.
+Connections are made when an algorithm first needs them. Sources: NCCL's ``src/include/device.h``
+(sizes), ``transport/p2p.cc`` (NVLink), ``transport/net.cc`` (network), ``transport/nvls.cc`` (switches
+that reduce), and github.com/NVIDIA/nccl/issues/986: memory grows with channels, and not beyond two nodes.
+For one communicator others measured 688 MiB on 4 A100 (github.com/NVIDIA/nccl/issues/964), 958 MiB on
+8 GPUs (github.com/vllm-project/vllm/pull/46234) and 1.6 GB (github.com/NVIDIA/nccl/issues/864).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..common.units import MIB
+from .catalog import Generation
+from .intervals import ESTIMATE, ConstantEntry
+
+COMMUNICATORS = 2
+"""Of a DeepSpeed rank: torch's default group for barriers, and its clone for the rest (groups.py:723)."""
+
+_LL_BYTES = 8 * 512 * 8 * 16
+CONNECTION_BYTES = 4 * MIB + _LL_BYTES + 120 * 640 * 8 * 8
+"""NCCL_BUFFSIZE, and the queues of LL and LL128: lines x threads x steps x width."""
+_PAGE = 2 * MIB
+_ARRIVING = -(-CONNECTION_BYTES // _PAGE) * _PAGE
+_DIRECTION = _ARRIVING + _PAGE
+"""Between two GPUs of a node: buffers where data arrives, one page where it leaves."""
+_RING_OUTWARD = _ARRIVING - _PAGE
+"""More where a ring leaves the node: the network's sender has buffers too."""
+_TREE_OUTWARD = 3 * 2 * _ARRIVING
+"""A tree's parent and two children in other nodes, both ways."""
+_NETWORK_LINKS = 8
+"""Both ways of a ring, and of a tree's parent and two children."""
+_NVLS_CHANNEL = 2 * 8 * 128 * 1024
+"""Of one channel and one GPU of the node: 8 steps of NVLS_CHUNKSIZE, up and down."""
+_BASE = (0, 64 * MIB, 224 * MIB)
+_BASE_SOURCE = f"kernels and queues of a communicator: {ESTIMATE}, high by github.com/NVIDIA/nccl/pull/2366"
+
+
+_LONE_CHANNELS = 8
+"""Estimate, not measured."""
+
+
+class Channels(NamedTuple):
+    """How many channels NCCL uses for collectives, and who says so."""
+
+    low: int
+    likely: int
+    high: int
+    source: str
+
+
+def _pair(
+    sizes: tuple[int, int, int], hosts: tuple[int, int, int], formula: str, source: str, host_source: str
+) -> list[ConstantEntry]:
+    """The device's entry and the host's."""
+    return [
+        ConstantEntry(
+            name="nccl",
+            low_bytes=sizes[0],
+            likely_bytes=sizes[1],
+            high_bytes=sizes[2],
+            formula=formula,
+            source=source,
+        ),
+        ConstantEntry(
+            name="nccl_host",
+            tier="host",
+            low_bytes=hosts[0],
+            likely_bytes=hosts[1],
+            high_bytes=hosts[2],
+            formula="pinned and shared buffers of a rank",
+            source=host_source,
+        ),
+    ]
+
+
+def alone() -> list[ConstantEntry]:
+    """The entries of a rank without peers, which makes no connection."""
+    return _pair(_BASE, (0, 0, 0), "communicators without peers", _BASE_SOURCE, "no connection")
+
+
+def rccl() -> list[ConstantEntry]:
+    """The entries of an AMD rank with peers."""
+    return _pair(
+        (666 * MIB, 1690 * MIB, COMMUNICATORS * 64 * 2 * _DIRECTION),
+        (0, 8 * MIB, 512 * MIB),
+        "1 GiB for the first communicator and 0.65 GiB for each other; low one, high 64 channels of each",
+        "MI250X, not MI300X: github.com/Lumi-supercomputer/LUMI-AI-Guide/issues/111; "
+        f"low and high: {ESTIMATE}; 64 channels of MI350X: github.com/ROCm/rocm-systems/pull/9764",
+        ESTIMATE,
+    )
+
+
+def _outward(channels: Channels, per_node: int, nodes: int) -> list[int]:
+    """Channels that leave the node at this rank, by level; a lone GPU's adapter keeps few busy."""
+    counts = [min(count, _LONE_CHANNELS) if per_node == 1 else count for count in channels[:3]]
+    return [-(-count // per_node) if nodes > 1 else 0 for count in counts]
+
+
+def by_nvlink(generation: Generation, channels: Channels, per_node: int, nodes: int) -> list[ConstantEntry]:
+    """The entries of a rank whose node has NVLink.
+
+    Low is one communicator with rings; likely one with rings, trees and NVLS, and another with rings;
+    high is two with everything.
+
+    Args:
+        generation: from Hopper on, switches reduce.
+        channels: NCCL's channels.
+        per_node: ranks of a node.
+        nodes: nodes; several add connections through the network.
+    """
+    outward = _outward(channels, per_node, nodes)
+    within = [count * _DIRECTION if per_node > 1 else 0 for count in (channels.low, channels.likely, channels.high)]
+    ring_outward = _RING_OUTWARD if per_node > 1 else 2 * _ARRIVING
+    rings = [inner + out * ring_outward for inner, out in zip(within, outward, strict=True)]
+    trees = [inner + out * _TREE_OUTWARD for inner, out in zip(within, outward, strict=True)]
+    heads = min(per_node, 8) if generation in ("hopper", "blackwell") and per_node > 1 else 0
+    nvls = [count * _NVLS_CHANNEL * heads for count in (0, 16, 24)]
+    sizes = (
+        rings[0],
+        COMMUNICATORS * (rings[1] + _BASE[1]) + trees[1] + nvls[1],
+        COMMUNICATORS * (rings[2] + trees[2] + nvls[2] + _BASE[2]),
+    )
+    links = [out * _NETWORK_LINKS for out in outward]
+    hosts = (
+        links[0] * _LL_BYTES,
+        COMMUNICATORS * links[1] * _LL_BYTES + 8 * MIB,
+        COMMUNICATORS * links[2] * CONNECTION_BYTES + 64 * MIB,
+    )
+    formula = (
+        f"{channels.likely} channels x {_DIRECTION // MIB} MiB x (rings of {COMMUNICATORS} communicators, trees of one)"
+    )
+    if heads:
+        formula += f", {nvls[1] // MIB} MiB of NVLS"
+    if nodes > 1:
+        formula += ", connections to other nodes"
+    return _pair(
+        sizes,
+        hosts,
+        f"{formula}; low: rings of one; high: all of both",
+        f"{channels.source}; sizes computed from NCCL's source; {_BASE_SOURCE}",
+        f"LL queues of network connections, high all queues: NCCL, net.cc; the rest {ESTIMATE}",
+    )
+
+
+def by_host_memory(channels: Channels, per_node: int, nodes: int) -> list[ConstantEntry]:
+    """The entries of a rank whose node has PCIe only: buffers in host memory, with peer access on the GPU.
+
+    Args:
+        channels: NCCL's channels.
+        per_node: ranks of a node.
+        nodes: nodes.
+    """
+    outward = _outward(channels, per_node, nodes)
+    sizes = (
+        0,
+        COMMUNICATORS * _BASE[1] + outward[1] * (2 * _RING_OUTWARD + _TREE_OUTWARD),
+        COMMUNICATORS * (2 * channels.high * _DIRECTION + outward[2] * (_RING_OUTWARD + _TREE_OUTWARD) + _BASE[2]),
+    )
+    hosts = (
+        channels.low * CONNECTION_BYTES,
+        3 * channels.likely * CONNECTION_BYTES,
+        COMMUNICATORS * (2 * channels.high + _NETWORK_LINKS * outward[2]) * CONNECTION_BYTES,
+    )
+    return _pair(
+        sizes,
+        hosts,
+        "buffers in host memory; high: on the GPU, rings and trees of two communicators",
+        f"{channels.source}; sizes computed from NCCL's source; {_BASE_SOURCE}",
+        "9.19 MiB a connection: github.com/tonyd2wild/DeepSeek-V4.1-Flash-vLLM-DGX-Spark/issues/8",
+    )

@@ -1,0 +1,1 @@
+"""The memory of a rank: predicted peaks per phase and tier, upper bounds, the timeline of a step."""

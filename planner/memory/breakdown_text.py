@@ -1,0 +1,80 @@
+"""How each entry of the memory ledger is counted, in words, and where that is to be read."""
+
+from __future__ import annotations
+
+from ..costs.optimizer_state import state_name
+from ..simulator.engine import base as names
+from ..simulator.engine.base import Setting
+from ..simulator.network.model import MICRO_BATCHES, OFFLOADED
+from ..simulator.network.ops import ACTIVATIONS, CASTS, GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS
+from ..simulator.network.relation_ops import ATTENTION, WORKSPACE
+
+_ZERO3, _ZERO12 = "runtime/zero/stage3.py", "runtime/zero/stage_1_and_2.py"
+_PARTITION, _SWAP = "runtime/zero/partition_parameters.py", "runtime/swap_tensor"
+_FIXED: dict[str, tuple[str, str]] = {
+    ACTIVATIONS: ("outputs that are in use or kept for backward, layer by layer", "planner/block_twin.py"),
+    GRADIENTS: ("gradients of activations on their way back", "planner/tape.py"),
+    ATTENTION: ("weights of every pair of tokens, B·h·N² a layer, and their logits", "models/grouped.py"),
+    WORKSPACE: ("rows of one relation's pairs and their products, bounded by workspace_bytes", "models/context.py"),
+    TEMPORARY: ("what one operation makes and drops", "planner/twins.py"),
+    CASTS: ("parameters as products take them, held by autocast or kept for backward", "torch.autocast"),
+    MICRO_BATCHES: ("inputs and targets of the step's micro-batches", "distributed/data.py"),
+    OFFLOADED: ("inputs of checkpointed blocks, kept on the host", "fairscale nn/checkpoint"),
+    "random states": ("of torch's generator, kept by each checkpointed block", "torch/utils/checkpoint.py"),
+    names.BUFFERS: ("cosines and sines of rotary layers; index lists of pairs on a GPU", "models/rotary.py"),
+    names.GATHERED: ("parameters of the modules that run, whole", f"{_PARTITION}:1329"),
+    names.GATHER_COPIES: ("a rank's shares on their way to the gather", f"{_PARTITION}:1329"),
+    names.BACKEND_COPIES: (
+        "gloo reduces and gathers in tensors of its own; nothing on a GPU",
+        "c10d, ProcessGroupGloo",
+    ),
+    names.NORM: ("a share of a gradient in fp64, to be squared", f"{_ZERO3}:1960"),
+    names.STAGING: ("copies on the way between host and device", "runtime/zero/utils.py:205"),
+    names.OPTIMIZER_BUFFERS: (
+        "buffer_count · the largest sub-group in fp32, aligned",
+        f"{_SWAP}/optimizer_utils.py:185",
+    ),
+    names.PARAM_BUFFERS: ("buffer_count · buffer_size, aligned", f"{_SWAP}/partitioned_param_swapper.py:104"),
+    names.SUB_GROUP_BUFFER: ("the largest sub-group's whole tensors, for all ranks' shares", f"{_ZERO3}:1009"),
+    names.STREAMS: ("two gathers and two reductions that wait for another stream; an upper bound", f"{_ZERO3}:462"),
+    names.FIRST_COPIES: ("pinned shares that the flat buffer replaced, kept by the allocator", f"{_ZERO3}:906"),
+    names.LOADED: ("a rank's own file, read whole", "runtime/engine.py:4816"),
+}
+
+
+def entry_text(name: str, setting: Setting) -> tuple[str, str]:
+    """Formula in words and source of an entry.
+
+    Args:
+        name: of the entry.
+        setting: stage, dtypes and knobs, which formulas mention.
+    """
+    if name in _FIXED:
+        return _FIXED[name]
+    training, zero = setting.training, setting.zero
+    optimizer = _ZERO3 if zero.stage == 3 else _ZERO12
+
+    def shared(stage: int) -> str:
+        return "1/ranks of each tensor, padded" if zero.stage >= stage else "whole"
+
+    texts = {
+        names.PARAMETERS: (f"{training.precision}, {shared(3)}", f"{_ZERO3}:906"),
+        names.PERSISTENT: ("tensors up to the persistence threshold stay whole", _PARTITION),
+        names.MASTER: (f"{training.master_dtype} copy, {shared(1)}", f"{optimizer}:1162"),
+        names.STATES: (
+            f"{training.states_dtype} {state_name(training)} of {training.optimizer}, {shared(1)}",
+            "torch/optim, ops/adam",
+        ),
+        names.SHARED_GRADIENTS: (f"{training.accumulation_dtype} accumulator, {shared(2)}", f"{_ZERO3}:791"),
+        names.STEP_GRADIENTS: (f"a sub-group's gradients in {training.master_dtype} for the update", f"{_ZERO3}:2683"),
+        names.BUCKET: (f"reduce_bucket_size in {training.precision}", f"{optimizer}:780"),
+        WEIGHT_GRADIENTS: (f"{training.precision} gradients of parameters that are not yet reduced", "torch autograd"),
+        names.REDUCE_COPIES: (
+            "gradients side by side as they are reduced, and casts",
+            "runtime/comm/coalesced_collectives.py:102",
+        ),
+        names.OPTIMIZER_TEMPORARIES: (f"tensors that {training.optimizer} makes to update a sub-group", "torch/optim"),
+        names.CONSTRUCTION: ("tensors in fp32 as they are made, and copies that become states", f"{_PARTITION}:266"),
+        names.OFFLOAD_COPIES: ("the share of parameters, and the largest gradient twice", f"{_ZERO12}:700"),
+    }
+    return texts.get(name, (name, "planner"))

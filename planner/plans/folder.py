@@ -1,0 +1,126 @@
+"""The plan folder: ``plan.json``, ``ds_config.json``, ``launch.sh`` and a README for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..common.files import new_folder
+from ..common.units import format_bytes, format_count, format_flops
+from ..costs.flops import count_flops
+from ..costs.parameters import count_parameters
+from ..memory.estimate import PHASES
+from .launch_scripts import start_files
+from .plan import PLAN_FILE, Plan
+
+RUNS = "runs"
+
+_LAUNCH = """#!/bin/sh
+# Runs the plan of this folder. Arguments are passed on: try ./launch.sh --dry-run
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+exec translution launch "$here" "$@"
+"""
+
+
+def memory_table(plan: Plan) -> str:
+    """The predicted memory of a rank as Markdown: phases by tiers, and each tier's worst moment."""
+    prediction = plan.prediction
+    tiers = prediction.tiers
+    lines = [f"| phase | {' | '.join(tiers)} |", f"|---|{'--:|' * len(tiers)}"]
+    for phase in PHASES:
+        lines.append(f"| {phase} | {' | '.join(format_bytes(prediction.bytes_of(phase, tier)) for tier in tiers)} |")
+    for tier in tiers:
+        worst = max((peak for peak in prediction.peaks if peak.tier == tier), key=lambda peak: peak.bytes)
+        lines += ["", f"### {tier}: {format_bytes(worst.bytes)} in {worst.phase}, at {worst.moment}", ""]
+        lines += ["| what | bytes | | how it is counted | source |", "|---|--:|--:|---|---|"]
+        for entry in worst.entries:
+            size = f"{entry.bytes} | {format_bytes(entry.bytes)}"
+            lines.append(f"| {entry.name} | {size} | {entry.formula} | {entry.source} |")
+        lines.append(f"| **together** | {worst.bytes} | {format_bytes(worst.bytes)} | | |")
+    return "\n".join(lines)
+
+
+def time_table(plan: Plan) -> str:
+    """The predicted time of a step as Markdown; nothing where the cluster's rates are not known."""
+    time = plan.time
+    if time is None:
+        return ""
+    lines = [
+        "",
+        "## Predicted time of a step",
+        "",
+        "| part | seconds | from | to | waits for |",
+        "|---|--:|--:|--:|---|",
+    ]
+    for entry in time.entries:
+        beside = ", beside the computation" if entry.overlaps else ""
+        figures = f"{entry.likely_s:.3g} | {entry.low_s:.3g} | {entry.high_s:.3g}"
+        lines.append(f"| {entry.name} | {figures} | {entry.bound}{beside} |")
+    lines.append(f"| **step** | {time.likely_s:.3g} | {time.low_s:.3g} | {time.high_s:.3g} | {time.bound} |")
+    lines += ["", f"{time.samples_per_s:.3g} samples per second, {time.mfu:.1%} of the devices' peak."]
+    return "\n".join(lines) + "\n"
+
+
+def folder_readme(plan: Plan) -> str:
+    """The README of a plan folder."""
+    model, training, cluster = plan.model, plan.training, plan.cluster
+    flops = count_flops(model)
+    several, script, command = "", "launch.sh", "launch FOLDER"
+    if cluster.nodes > 1:
+        several = ", `launch-ssh.sh` on the hosts that `hostfile` names"
+        script, command = "launch-ssh.sh", "launch FOLDER --hostfile FOLDER/hostfile"
+    tile = "whole tables" if plan.tile_relations is None else f"{plan.tile_relations} relations per tile"
+    return f"""# Plan: {model.name} on {cluster.name}
+
+Made by {plan.made_by}. {model.family} with {format_count(count_parameters(model).total)} parameters
+({model.operator}, {tile}), {cluster.nodes} node(s) of {cluster.ranks_per_node} rank(s) on {cluster.device},
+ZeRO-{plan.zero.stage}, {training.precision}, {training.micro_batch} samples per rank and micro-batch,
+{training.global_batch(cluster.ranks)} per step, {training.steps} steps,
+{format_flops(flops.training_step * training.global_batch(cluster.ranks))} of matrix products per step.
+
+## Run it
+
+    ./{script}              # or: translution {command}
+    ./{script} --dry-run    # prints the DeepSpeed command and starts nothing
+    translution verify {RUNS}/001
+
+Each run gets its own folder under `{RUNS}/` with metrics, logs, measured memory and a checkpoint.
+
+## Files
+
+- `{PLAN_FILE}` the whole plan; the ranks read only this
+- `ds_config.json` the DeepSpeed configuration in it, for use with your own training script
+- `launch.sh` starts the run on one node{several}
+- `launch-torchrun.sh` starts it through torchrun, `job.sbatch` through Slurm
+- `environment.sh` what every rank has in its environment
+
+## Predicted memory of one rank
+
+{memory_table(plan)}
+
+The device of a rank has {format_bytes(cluster.device_memory_bytes)}. Not counted: the process itself
+(its libraries) and the data set.
+{time_table(plan)}"""
+
+
+def write_plan_folder(plan: Plan, target: Path, *, force: bool = False) -> None:
+    """Write a plan folder whole, or nothing.
+
+    Args:
+        plan: what to write.
+        target: the folder to make.
+        force: write into an existing plan folder; its runs stay as they are.
+
+    Raises:
+        InputError: if it exists and force is false, is no plan folder, or cannot be written.
+    """
+    with new_folder(target, marker=PLAN_FILE, force=force) as folder:
+        (folder / PLAN_FILE).write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        config = json.dumps(plan.deepspeed_config(), indent=2)
+        (folder / "ds_config.json").write_text(config + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(folder_readme(plan), encoding="utf-8")
+        for name, text in {"launch.sh": _LAUNCH, **start_files(plan)}.items():
+            (folder / name).write_text(text, encoding="utf-8")
+            if name.endswith((".sh", ".sbatch")) and name != "environment.sh":
+                (folder / name).chmod(0o755)

@@ -1,0 +1,1 @@
+"""Storages with reference counts, an autograd tape, and memory tiers."""

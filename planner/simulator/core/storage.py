@@ -1,0 +1,106 @@
+"""Storages and the memory that holds them: live bytes, peaks, events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Event: TypeAlias = tuple[str, str, str, int]
+"""The phase, where in the schedule, what is allocated or freed there, and how many bytes (negative: freed)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The most that was live within a phase."""
+
+    total_bytes: int
+    live_bytes: dict[str, int]
+    """What it was made of."""
+    moment: str
+    """Where in the schedule it was."""
+
+
+class Memory:
+    """The live bytes of one device, by what they are, and the peak of every phase.
+
+    Args:
+        record: keep every event, for a timeline.
+        ignored: what is not to be counted.
+    """
+
+    def __init__(self, *, record: bool = False, ignored: frozenset[str] = frozenset()) -> None:
+        self._ignored = ignored
+        self.live: dict[str, int] = {}
+        self.total = 0
+        self.moment = ""
+        self.events: list[Event] | None = [] if record else None
+        self.peaks: dict[str, Peak] = {}
+        self._phase = ""
+        self._peak = -1
+        self._peak_moment = ""
+
+    def allocate(self, what: str, size: int) -> None:
+        """Add bytes to what is live."""
+        if what in self._ignored:
+            return
+        live = self.live
+        live[what] = live.get(what, 0) + size
+        self.total += size
+        if self.events is not None:
+            self.events.append((self._phase, self.moment, what, size))
+        if self.total > self._peak:
+            self._peak, self._peak_moment = self.total, self.moment
+
+    def free(self, what: str, size: int) -> None:
+        """Take bytes from what is live."""
+        if what in self._ignored:
+            return
+        if self.total == self._peak:
+            self._note()
+        self.live[what] -= size
+        self.total -= size
+        if self.events is not None:
+            self.events.append((self._phase, self.moment, what, -size))
+
+    def _note(self) -> None:
+        """Keep what the phase's peak is made of; a peak lasts until something is freed."""
+        noted = self.peaks.get(self._phase)
+        if noted is None or noted.total_bytes < self._peak:
+            self.peaks[self._phase] = Peak(self._peak, dict(self.live), self._peak_moment)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Let the events of the block count for a phase; a phase met again keeps its higher peak."""
+        if self.total == self._peak:
+            self._note()
+        before = self._phase, self._peak, self._peak_moment
+        earlier = self.peaks.get(name)
+        self._phase, self._peak = name, -1 if earlier is None else earlier.total_bytes
+        if self.total > self._peak:
+            self._peak, self._peak_moment = self.total, self.moment
+            self._note()
+        try:
+            yield
+        finally:
+            if self.total == self._peak:
+                self._note()
+            self._phase, self._peak, self._peak_moment = before
+
+
+class Storage:
+    """Bytes that live as long as somebody refers to them."""
+
+    __slots__ = ("_memory", "size", "what")
+
+    def __init__(self, memory: Memory, what: str, size: int) -> None:
+        self._memory, self.what, self.size = memory, what, size
+        memory.allocate(what, size)
+
+    def lies_in(self, memory: Memory) -> bool:
+        """Whether it is there that the bytes are."""
+        return self._memory is memory
+
+    def __del__(self) -> None:
+        self._memory.free(self.what, self.size)

@@ -1,0 +1,1 @@
+"""What DeepSpeed's engine allocates, stage by stage."""

@@ -1,0 +1,143 @@
+"""Twin of ZeRO-3's coordinator: which parameters are whole at each moment, and the copies a gather makes.
+
+Source: DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py (`_fetch_sub_module_impl`,
+`__params_to_release`) and partition_parameters.py (`all_gather_coalesced`, `AllGatherCoalescedHandle.wait`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from ...config.zero import ZeroSpec
+from ..core.storage import Storage
+from ..core.tiers import RankMemory
+from .base import BACKEND_COPIES, GATHER_COPIES, GATHERED, PERSISTENT
+from .partition import Shard
+
+
+def _name(shard: Shard) -> str:
+    return PERSISTENT if shard.persistent else GATHERED
+
+
+class Gathering:
+    """Fetches, prefetches and releases parameters as modules run.
+
+    Args:
+        memory: the rank's.
+        zero: its knobs.
+        ranks: shares of a parameter.
+        width: bytes of an element.
+        order: the parameters of every module call of a step, forward and backward; needed for
+            prefetch and reuse, which DeepSpeed begins when it has seen one step.
+    """
+
+    def __init__(
+        self, memory: RankMemory, zero: ZeroSpec, ranks: int, width: int, order: Sequence[Sequence[Shard]] = ()
+    ) -> None:
+        self.memory, self.zero, self.ranks, self.width = memory, zero, ranks, width
+        self.order = order
+        self.live_elements = 0
+        self._late: Storage | None = None
+        """The last gather's buffer on a CPU, which gloo's thread lets go of while the module runs; measured."""
+        self._held: dict[int, Storage] = {}
+        """Common buffers of gathers that have not been waited for."""
+        self.begin()
+
+    def begin(self) -> None:
+        """A step begins: nothing has been fetched yet."""
+        self.call = 0
+        self.queue = deque((shard, number) for number, shards in enumerate(self.order) for shard in shards)
+        self.fetched_for: dict[int, int] = {}
+
+    def fetch(self, shards: Sequence[Shard]) -> None:
+        """Make a module's parameters whole, and prefetch what follows."""
+        self.gather([shard for shard in shards if shard.whole is None and shard.flight is None])
+        for shard in shards:
+            self.wait(shard)
+        if self.order and self.zero.prefetch_bucket_elements:
+            self._forget(shards)
+            self._prefetch()
+        self.call += 1
+
+    def settle(self) -> None:
+        """Nothing is being gathered, and gloo has let go of what it gathered last."""
+        self._late = None
+
+    def gather(self, shards: list[Shard]) -> None:
+        """Start the gather of parameters that lie in shares, together."""
+        if not shards:
+            return
+        self.settle()
+        self.live_elements += sum(shard.numel for shard in shards)
+        whole = [shard.share * self.ranks * self.width for shard in shards]
+        together = Storage(self.memory.device, _name(shards[0]) if len(shards) == 1 else GATHERED, sum(whole))
+        pieces = []
+        if not self.memory.on_cpu and self.zero.offload_param.device != "none":
+            pieces.append((self.memory.device, GATHER_COPIES, sum(shard.share for shard in shards) * self.width))
+        if self.memory.by_gloo:
+            # gloo gathers into a tensor of its own.
+            pieces.append((self.memory.device, BACKEND_COPIES, sum(whole)))
+        self.memory.pass_through(*pieces)
+        self._late = together if self.memory.by_gloo else None
+        if len(shards) == 1:
+            shards[0].whole = together
+            return
+        for shard in shards:
+            shard.flight = shards
+        self._held[id(shards)] = together
+
+    def wait(self, shard: Shard) -> None:
+        """What was gathered with a parameter is copied out of the common buffer, which is dropped then."""
+        if shard.flight is None:
+            return
+        together = shard.flight
+        for each in together:
+            each.whole = Storage(self.memory.device, _name(each), each.numel * self.width)
+            each.flight = None
+        del self._held[id(together)]
+
+    def _forget(self, shards: Sequence[Shard]) -> None:
+        """Take a module's own parameters from the head of the queue."""
+        wanted = {id(shard) for shard in shards if self.fetched_for.get(id(shard), -1) < self.call}
+        while self.queue and wanted:
+            shard, used_at = self.queue.popleft()
+            self.fetched_for[id(shard)] = used_at
+            wanted.discard(id(shard))
+
+    def _prefetch(self) -> None:
+        limit = min(self.zero.max_live_elements - self.live_elements, self.zero.prefetch_bucket_elements)
+        chosen: list[Shard] = []
+        elements = 0
+        while self.queue and elements < limit:
+            shard, used_at = self.queue[0]
+            if shard.on_nvme:
+                break
+            self.queue.popleft()
+            self.fetched_for[id(shard)] = max(self.fetched_for.get(id(shard), -1), used_at)
+            if shard.whole is None and shard.flight is None and shard not in chosen:
+                chosen.append(shard)
+                elements += shard.numel
+        self.gather(chosen)
+
+    def release(self, shards: Sequence[Shard]) -> None:
+        """Drop a module's parameters, but those that stay, are soon used again or were prefetched for later."""
+        leaving = [shard for shard in shards if not shard.persistent]
+        if self.order:
+            leaving = [shard for shard in leaving if self.fetched_for.get(id(shard), -1) <= self.call]
+            seen = 0
+            for later in self.order[self.call :]:
+                if seen >= self.zero.max_reuse_distance_elements:
+                    break
+                again = set(map(id, later))
+                leaving = [shard for shard in leaving if id(shard) not in again]
+                seen += sum(shard.numel for shard in later)
+        for shard in leaving:
+            self.drop(shard)
+
+    def drop(self, shard: Shard) -> None:
+        """Keep a rank's share of a parameter only."""
+        self.wait(shard)
+        if shard.whole is not None:
+            shard.whole = None
+            self.live_elements -= shard.numel

@@ -1,0 +1,132 @@
+"""A rank's life replayed: the model and engine are made, train a step, save and resume.
+
+The engine's twin is the policy of the replayed network (schedule.py), so that what DeepSpeed holds and
+what the network allocates meet at the moments when they do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..config.model import ModelSpec
+from ..config.training import TrainingSpec
+from ..config.zero import ZeroSpec
+from ..hardware.cluster import ClusterSpec
+from .core.autograd import ParameterPolicy, Weights
+from .core.storage import Memory, Peak, Storage
+from .core.tiers import RankMemory, Tier
+from .engine.base import SIMULATED_MICRO_BATCHES, EngineTwin, Setting
+from .engine.stage0 import WholeTwin
+from .engine.stage1_2 import ZeroTwin
+from .engine.stage3 import Zero3Twin
+from .network.model import MICRO_BATCHES, NetworkTwin, run_micro_batch, sample_bytes
+from .network.ops import Widths
+
+INIT, FORWARD, BACKWARD, STEP = "init", "forward", "backward", "optimizer step"
+FIRST_STEP, SAVE, RESUME, BETWEEN = "first optimizer step", "checkpoint save", "resume", "between steps"
+PHASES = (INIT, FIRST_STEP, BETWEEN, FORWARD, BACKWARD, STEP, SAVE, RESUME)
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """What a rank's life left."""
+
+    memory: RankMemory
+    """With the events of a training step where they were recorded."""
+    peaks: dict[tuple[str, Tier], Peak]
+    """By phase and tier."""
+    kept_bytes: int
+    """Kept for backward by one micro-batch, on the device itself."""
+
+
+class _Order(ParameterPolicy):
+    """Notes which parameters each module call of a step needs."""
+
+    def __init__(self, network: NetworkTwin) -> None:
+        self.calls: list[tuple[int, ...]] = []
+        self._numbers: dict[int, tuple[int, ...]] = {}
+        first = 0
+        for weights in network.modules:
+            self._numbers[id(weights)] = tuple(range(first, first + len(weights.numels)))
+            first += len(weights.numels)
+
+    def fetch(self, weights: Weights, *, backward: bool) -> None:
+        self.calls.append(self._numbers[id(weights)])
+
+    def gradients(self, weights: Weights, grads: list[Storage]) -> None:
+        grads.clear()
+
+
+def _engine(memory: RankMemory, setting: Setting, network: NetworkTwin) -> EngineTwin:
+    zero = setting.zero
+    if zero.stage == 0:
+        return WholeTwin(memory, setting, network)
+    if zero.stage < 3:
+        return ZeroTwin(memory, setting, network)
+    if not (zero.prefetch_bucket_elements or zero.max_reuse_distance_elements):
+        return Zero3Twin(memory, setting, network)
+    order = _Order(network)
+    scratch = Memory()
+    run_micro_batch(network, scratch, order, scratch.phase)
+    return Zero3Twin(memory, setting, network, order.calls)
+
+
+def simulate(
+    spec: ModelSpec,
+    cluster: ClusterSpec,
+    training: TrainingSpec,
+    zero: ZeroSpec,
+    tile_relations: int | None = None,
+    *,
+    record: bool = False,
+    threads: int = 1,
+    rank: int | None = None,
+    rehearsed: bool = False,
+) -> Simulation:
+    """Replay a rank's life.
+
+    Args:
+        spec: the model.
+        cluster: gives the number of ranks and the device.
+        training: precision, batch and optimizer.
+        zero: stage, knobs and offload.
+        tile_relations: relations per tile; None keeps tables whole.
+        record: keep every event of the training step.
+        threads: CPU threads of a rank.
+        rank: which rank; None is the one that holds the most.
+        rehearsed: the rank runs alone, and a CPU stands in for its device.
+    """
+    widths = Widths.of(training.dtype_bytes, cluster.device, threads)
+    if rehearsed:
+        # Products need no scratch where they are not computed; the operator takes its device's way.
+        own = Widths.of(training.dtype_bytes, "cpu", threads, packs=False)
+        widths = replace(own, batched=widths.batched, copies_products=widths.copies_products)
+    network = NetworkTwin(spec, training.micro_batch, widths, tile_relations)
+    setting = Setting(training, zero, cluster.ranks, rank)
+    memory = RankMemory("cpu" if rehearsed else cluster.device, record=record, alone=rehearsed)
+    network.host = memory.host
+    engine = _engine(memory, setting, network)
+    with memory.phase(INIT):
+        engine.build()
+    # A resumed run has built the engine too, and has the moments that a first step makes.
+    with memory.phase(RESUME):
+        engine.load()
+    with memory.phase(FIRST_STEP):
+        engine.step(first=True)
+    samples = training.micro_batch * training.accumulation * sample_bytes(spec)
+    batches = Storage(memory.host, MICRO_BATCHES, samples)
+    with memory.phase(BETWEEN):
+        pass
+    kept = 0
+    for _ in range(min(training.accumulation, SIMULATED_MICRO_BATCHES)):
+        kept = run_micro_batch(network, memory.device, engine, memory.phase)
+    with memory.phase(STEP):
+        engine.step()
+    del batches
+    with memory.phase(SAVE):
+        engine.save()
+    peaks = {(phase, tier): peak for tier, m in memory.tiers.items() for phase, peak in m.peaks.items() if phase}
+    for tier in memory.tiers:
+        built, resumed = peaks[INIT, tier], peaks[RESUME, tier]
+        peaks[RESUME, tier] = max(built, resumed, key=lambda peak: peak.total_bytes)
+    return Simulation(memory, peaks, kept)

@@ -1,0 +1,1 @@
+"""What the networks allocate in forward and backward, module by module."""

@@ -1,0 +1,218 @@
+"""Twin of the gathered relation operator: a matrix for every pair and sample, as published.
+
+Torch's operations one by one, in the order in which `gather_attention` calls them: what a product
+broadcasts is copied, and kept for backward with what it is multiplied by.
+
+Source: models/reference.py, models/tiles.py; the allocator's events, torch 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..core.autograd import Gradients, Tape, Tensor, Weights
+from ..core.storage import Storage
+from .ops import GRADIENTS, INDEX_BYTES, TEMPORARY, WEIGHT_GRADIENTS, cast, product_scratch_bytes
+from .relation_shape import RelationShape, TileTwin
+
+ATTENTION, GATHERED, TABLE = "attention weights", "gathered matrices", "joined tables"
+
+
+class GatherTwin:
+    """One call of the operator.
+
+    Args:
+        tape: where it runs.
+        shape: its sizes.
+        sources: the inputs by name, as `gather_attention` takes them. Those named "plain_…" may
+            share a storage.
+        relative: names of the sources that meet a table.
+        logit_tiles, value_tiles: the tiles of the tables.
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        shape: RelationShape,
+        sources: dict[str, Tensor],
+        relative: Sequence[str],
+        logit_tiles: Sequence[TileTwin],
+        value_tiles: Sequence[TileTwin],
+    ) -> None:
+        self.tape, self.shape, self.sources, self.relative = tape, shape, sources, relative
+        self.logit_tiles, self.value_tiles = logit_tiles, value_tiles
+        width = shape.widths.value
+        self.square = shape.geometry.tokens**2
+        pairs = shape.batch * self.square
+        matrix = shape.d_in * shape.d_out * width
+        self.table_bytes, self.gathered_bytes, self.copied_bytes = (
+            count * matrix for count in (shape.geometry.relations, self.square, pairs)
+        )
+        self.rows_in, self.rows_out = pairs * shape.d_in * width, pairs * shape.d_out * width
+        self.weight_bytes = shape.pairs * width
+        self.plain_bytes = shape.rows * shape.inner * width
+        self.given: dict[Weights, list[Storage]] = {}
+
+    def forward(self) -> tuple[Tensor | None, Tensor | None]:
+        """Outputs of the relative and of the plain values, as the operator gives them."""
+        tape, sources = self.tape, self.sources
+        # Its operations refer to this object, which must not keep the inputs alive.
+        self.sources = {}
+        tables = {name: self._table(name) for name in self.relative}
+        noise = [tape.new(self.weight_bytes, ATTENTION) for _ in range(2 if self.shape.dropout else 0)]
+        found = tape.new(self.square * INDEX_BYTES, TEMPORARY)
+        exists, index = tape.new(self.square), tape.new(self.square * INDEX_BYTES)
+        del found
+        # What the reference's own names hold lives until it returns.
+        logits, held = self._logits(sources, tables, index)
+        attention = self._weights(logits, noise[1] if noise else None)
+        relative = plain = None
+        if "value" in sources:
+            value = self._reshaped(self._per_pair(sources["value"], tables["value"], index))
+            held.append(value)
+            relative = self._weighted(attention, value)
+        if "plain_value" in sources:
+            plain = self._plain_output(attention, sources["plain_value"])
+        del held, exists
+        return relative, plain
+
+    def _table(self, name: str) -> Tensor:
+        """A role's tiles joined, in the paper's order, and in the rows' dtype; keeps the order."""
+        tape, w = self.tape, self.shape.widths
+        tiles = self.value_tiles if name == "value" else self.logit_tiles
+        numel = self.table_bytes // w.value
+        size = numel * w.parameter
+
+        def give(grad: Storage) -> Gradients:
+            # A tile's gradient is its part of the table's, and stays in that storage.
+            for tile in tiles:
+                found = self.given.setdefault(tile.weights, [])
+                found.append(grad)
+                if len(found) == len(tile.weights.numels):
+                    tape.policy.gradients(tile.weights, self.given.pop(tile.weights))
+            return ()
+
+        joined = tape.result(tape.new(size, TABLE), (), give)
+        order = tape.new(self.shape.geometry.relations * INDEX_BYTES)
+        ordered = tape.result(
+            tape.new(size, TABLE), (joined,), lambda grad: (tape.new(size, WEIGHT_GRADIENTS),), (order,)
+        )
+        del joined
+        return cast(tape, ordered, numel, w.wide, w)
+
+    def _logits(
+        self, sources: dict[str, Tensor], tables: dict[str, Tensor], index: Storage
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The sum of both terms' logits; and the rows that live on."""
+        tape, size = self.tape, self.weight_bytes
+        held: list[Tensor] = []
+        terms: list[Tensor] = []
+        if "query" in sources:
+            held = [self._rows(name, sources[name], tables, index) for name in ("query", "key")]
+            query, key = (self._reshaped(rows) for rows in held)
+            product = self._product(query, key, self.rows_out, (self.rows_out, self.rows_out))
+            terms.append(tape.result(tape.new(size, ATTENTION), (product,), lambda grad: (grad,)))
+            del product
+        if "plain_query" in sources:
+            held = []
+            query, key = (self._by_heads(sources[name]) for name in ("plain_query", "plain_key"))
+            terms.append(self._product(query, key, size, (self.plain_bytes, self.plain_bytes)))
+            count = len(terms)
+            terms = [tape.result(tape.new(size, ATTENTION), terms, lambda grad: [grad] * count)]
+        return terms[0], held
+
+    def _rows(self, name: str, x: Tensor, tables: dict[str, Tensor], index: Storage) -> Tensor:
+        """A row for every pair: a product, or a plain role's row seen again and again."""
+        tape = self.tape
+        if name not in tables:
+            size = x.size
+            return tape.result(x.storage, (x,), lambda grad: (tape.new(size, GRADIENTS),))
+        if name == "query":
+            reverse = tape.new(self.shape.geometry.relations * INDEX_BYTES, TEMPORARY)
+            index = tape.new(index.size)
+            del reverse
+        return self._per_pair(x, tables[name], index)
+
+    def _per_pair(self, x: Tensor, table: Tensor, index: Storage) -> Tensor:
+        """Rows times the matrix of each pair; keeps copies of both for every pair and sample."""
+        tape, shape, whole = self.tape, self.shape, self.table_bytes
+        gathered = tape.result(
+            tape.new(self.gathered_bytes, GATHERED), (table,), lambda grad: (tape.new(whole, GRADIENTS),), (index,)
+        )
+        rows = self._copied(x, self.rows_in)
+        matrices = self._copied(gathered, self.copied_bytes, what=GATHERED)
+        scratch = product_scratch_bytes(1, shape.d_in, shape.d_out, shape.widths)
+        return self._product(rows, matrices, self.rows_out, (self.rows_in, self.copied_bytes), scratch)
+
+    def _copied(self, x: Tensor, size: int, what: str = "activations") -> Tensor:
+        """Broadcast to so many bytes, which a product wants side by side; backward sums."""
+        tape, before = self.tape, x.size
+        sums = size > before or what == GATHERED
+        out = tape.new(size, what) if size > before else x.storage
+        return tape.result(out, (x,), lambda grad: (tape.new(before, GRADIENTS) if sums else grad,))
+
+    def _product(self, x: Tensor, y: Tensor, size: int, grads: tuple[int, int], scratch: int = 0) -> Tensor:
+        """A product of so many bytes that keeps both factors; backward makes the gradients of both."""
+        tape = self.tape
+        out = tape.new(size)
+        tape.new(scratch, TEMPORARY)
+
+        def backward(grad: Storage) -> Gradients:
+            given = [tape.new(one, GRADIENTS) for one in grads]
+            tape.new(scratch, TEMPORARY)
+            return given
+
+        return tape.result(out, (x, y), backward, (x.storage, y.storage))
+
+    def _reshaped(self, x: Tensor) -> Tensor:
+        """Every pair's row by heads, a view; the gradient lies otherwise and is copied."""
+        tape, size = self.tape, self.rows_out
+        return tape.result(x.storage, (x,), lambda grad: (tape.new(size, GRADIENTS),))
+
+    def _by_heads(self, x: Tensor) -> Tensor:
+        """Plain rows head by head: a copy unless they lie so already."""
+        copies = self.shape.heads > 1 and self.shape.batch > 1
+        return self.tape.result(self.tape.new(self.plain_bytes) if copies else x.storage, (x,), lambda grad: (grad,))
+
+    def _same_size(self, x: Tensor, *saved: Storage) -> Tensor:
+        """An operation on each attention weight, with what it keeps; its gradient is a new tensor."""
+        tape, size = self.tape, self.weight_bytes
+        return tape.result(tape.new(size, ATTENTION), (x,), lambda grad: (tape.new(size, GRADIENTS),), saved)
+
+    def _weights(self, logits: Tensor, noise: Storage | None) -> Tensor:
+        """Scaled, masked, softmax, nought where a query sees no key, dropped out."""
+        tape, shape = self.tape, self.shape
+        scaled = self._same_size(logits)
+        masked = self._same_size(scaled, tape.new(self.square))
+        del scaled
+        softmax = tape.new(self.weight_bytes, ATTENTION)
+        size = softmax.size
+        attention = tape.result(softmax, (masked,), lambda grad: (tape.new(size, GRADIENTS),), (softmax,))
+        unseen = tape.new(shape.pairs, TEMPORARY)
+        empty = tape.new(shape.rows * shape.heads)
+        del unseen
+        attention = self._same_size(attention, empty)
+        return attention if noise is None else self._same_size(attention, noise)
+
+    def _weighted(self, attention: Tensor, value: Tensor) -> Tensor:
+        """The sum of every pair's value times its weight; keeps both."""
+        tape, shape = self.tape, self.shape
+
+        def backward(grad: Storage) -> Gradients:
+            whole, of_value = tape.new(self.rows_out, GRADIENTS), tape.new(self.rows_out, GRADIENTS)
+            of_attention = tape.new(self.weight_bytes, GRADIENTS)
+            del whole
+            return of_attention, of_value
+
+        product = tape.result(tape.new(self.rows_out), (attention, value), backward, (attention.storage, value.storage))
+        size = shape.rows * shape.d_out * shape.widths.value
+        return tape.result(tape.new(size), (product,), lambda grad: (grad,))
+
+    def _plain_output(self, attention: Tensor, value: Tensor) -> Tensor:
+        """Weights times plain values, then token by token again."""
+        tape, size = self.tape, self.plain_bytes
+        value = self._by_heads(value)
+        product = self._product(attention, value, size, (self.weight_bytes, size))
+        if self.shape.heads == 1:
+            return product
+        return tape.result(tape.new(size), (product,), lambda grad: (tape.new(size, GRADIENTS),))

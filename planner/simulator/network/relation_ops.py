@@ -1,0 +1,376 @@
+"""Twin of the grouped relation operator (models/grouped.py, models/context.py): what it allocates, and when.
+
+Open → logit tiles → Softmax → value tiles → Close, and back. Sums over relations are kept in the
+accumulator's width; everything else in the values'. Source: the code itself, function by function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..core.autograd import Gradients, Tape, Tensor
+from ..core.storage import Storage
+from .ops import GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS, product_scratch_bytes
+from .relation_shape import RelationShape, TermTwin, TileTwin
+
+WORKSPACE, ATTENTION = "workspace", "attention weights"
+INDEXING = 34
+"""Bytes per pair of tokens while the number of its relation is worked out."""
+
+
+class RelationTwin:
+    """One call of the operator.
+
+    Args:
+        tape: where it runs.
+        shape: its sizes.
+        sources: the inputs by name, as `RelationTables.forward` takes them.
+        logit_tiles, value_tiles: in order; empty where no role of theirs is relative.
+        terms: cheaper ones than tiles.
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        shape: RelationShape,
+        sources: dict[str, Tensor],
+        logit_tiles: list[TileTwin],
+        value_tiles: list[TileTwin],
+        terms: Sequence[TermTwin] = (),
+    ) -> None:
+        self.tape, self.shape, self.w = tape, shape, shape.widths
+        self.sources = sources
+        self.logit_tiles, self.value_tiles, self.terms = logit_tiles, value_tiles, terms
+        self.half = self.w.value < self.w.accumulator
+        self.buffers: dict[str, Storage] = {}
+        self.received: dict[str, Storage] = {}
+        self.source_widths = {name: x.size // (shape.rows * self.w.value) for name, x in sources.items()}
+
+    def forward(self) -> tuple[Tensor | None, Tensor | None]:
+        """Outputs of the relative and of the plain values, as the operator gives them."""
+        if self.logit_tiles or self.value_tiles:
+            self._open(WORKSPACE, self.shape.workspace_bytes, WORKSPACE)
+        self._logits()
+        for tile in self.logit_tiles:
+            self._logit_tile(tile)
+        for term in self.terms:
+            if term.kind != "value":
+                self._term(term)
+        self._softmax()
+        for term in self.terms:
+            if term.kind == "value":
+                self._open("out", self.shape.rows * self.shape.inner * self.w.accumulator)
+                self._term(term)
+        attention = self.buffers["attention"]
+        for tile in self.value_tiles:
+            self._value_tile(tile)
+        return self._close(attention)
+
+    def _open(self, name: str, size: int, what: str = TEMPORARY) -> None:
+        if name not in self.buffers:
+            self.buffers[name] = self.tape.new(size, what)
+
+    def _moment(self, *sizes: int) -> None:
+        """Allocate for a moment, one beside the other."""
+        held = [self.tape.new(size, TEMPORARY) for size in sizes if size]
+        del held
+
+    def _moment_of(self, what: str, size: int) -> None:
+        if size:
+            self.tape.new(size, what)
+
+    def _product_scratch(self, rows: int, *, backward: bool = False) -> None:
+        """Scratch of a product of so many rows with a relation's matrix, and of that matrix' gradient."""
+        shape = self.shape
+        self._moment(product_scratch_bytes(rows, shape.d_in, shape.d_out, self.w))
+        if backward:
+            self._moment(product_scratch_bytes(shape.d_in, rows, shape.d_out, self.w, transposed=True))
+
+    def _heads_scratch(self) -> int:
+        """Scratch of a product of queries and keys, or of weights and values, by heads."""
+        tokens, head_dim = self.shape.geometry.tokens, self.shape.inner // self.shape.heads
+        return product_scratch_bytes(tokens, max(tokens, head_dim), tokens, self.w)
+
+    def _plain_bytes(self) -> int:
+        return self.shape.rows * self.shape.inner * self.w.value
+
+    def _by_heads(self, count: int = 1) -> Storage:
+        """Copies of plain rows head by head, as products want them unless they lie so already."""
+        copied = self.shape.heads > 1 and self.shape.batch > 1
+        return self.tape.new(count * self._plain_bytes() if copied else 0, TEMPORARY)
+
+    def _plain_product(self, what: str = GRADIENTS) -> Storage:
+        """A product of attention weights and plain rows by heads, then token by token."""
+        copy = self._by_heads()
+        product = self.tape.new(self._plain_bytes(), what)
+        self._moment(self._heads_scratch())
+        del copy
+        return self.tape.new(self._plain_bytes(), what) if self.shape.heads > 1 else product
+
+    def _logits(self) -> None:
+        shape, w = self.shape, self.w
+        if "plain_query" in self.sources:
+            copies = self._by_heads(2)
+            self._open("logits", shape.pairs * w.value, ATTENTION)
+            self._moment(self._heads_scratch())
+            del copies
+            if self.half:
+                wide = self.tape.new(shape.pairs * w.accumulator, ATTENTION)
+                self.buffers["logits"] = wide
+        else:
+            self._open("logits", shape.pairs * w.accumulator, ATTENTION)
+
+    def _class_rows(self, tile: TileTwin) -> tuple[int, int]:
+        """Pairs of a piece of a class relation, and how many of the two such relations the tile has."""
+        geometry = self.shape.geometry
+        if not geometry.class_token:
+            return 0, 0
+        last = range(tile.first, tile.first + tile.count)
+        found = sum(geometry.offsets + n in last for n in (1, 2))
+        return self.shape.piece(geometry.height, geometry.width) if found else 0, found
+
+    def _patch_rows(self, tile: TileTwin) -> int:
+        return self.shape.piece(*tile.rectangle)
+
+    def _matrix_bytes(self, tile: TileTwin) -> int:
+        """What autocast casts at a time: a relation's matrix, on a GPU at most a tile's."""
+        shape, w = self.shape, self.w
+        count = tile.count if w.batched else 1
+        return count * shape.d_in * shape.d_out * w.value if w.casts else 0
+
+    def _logit_tile(self, tile: TileTwin) -> None:
+        shape, heads, w = self.shape, self.shape.heads, self.w
+        self.tape.policy.fetch(tile.weights, backward=False)
+        value = heads * w.value
+        cast = heads * w.accumulator if self.half and "plain_query" in self.sources else 0
+        rows = self._patch_rows(tile)
+        self._moment(self._matrix_bytes(tile))
+        self._moment(2 * rows * value, rows * cast)
+        self._product_scratch(rows)
+        self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=False, backward=False))
+        rows, found = self._class_rows(tile)
+        # One side is the class token, broadcast: the products of both relations are new tensors.
+        self._moment(found * rows * self.shape.d_out * w.value, 2 * rows * value, rows * cast)
+        self.tape.policy.release(tile.weights, backward=False)
+
+    def _softmax(self) -> None:
+        shape, w = self.shape, self.w
+        if "plain_query" in self.sources and not shape.geometry.complete and self.logit_tiles + self.value_tiles:
+            self._moment(25 * shape.geometry.tokens**2)
+        self._moment(shape.rows * shape.heads * w.accumulator)
+        logits = self.buffers.pop("logits")
+        self.buffers["attention"] = self.tape.new(shape.pairs * w.value, ATTENTION) if self.half else logits
+        self._drop()
+        del logits
+
+    def _drop(self) -> None:
+        """The weights that values are multiplied by: others than the attention's only under dropout."""
+        if self.shape.dropout:
+            noise = self.tape.new(self.shape.pairs * self.w.value, TEMPORARY)
+            self._open("weights", self.shape.pairs * self.w.value, ATTENTION)
+            del noise
+
+    def _value_tile(self, tile: TileTwin) -> None:
+        shape, w = self.shape, self.w
+        self.tape.policy.fetch(tile.weights, backward=False)
+        self._open("out", shape.rows * shape.d_out * w.accumulator)
+        rows = self._patch_rows(tile)
+        self._moment(self._matrix_bytes(tile))
+        self._moment(rows * shape.d_out * w.accumulator if self.half else 0)
+        self._product_scratch(rows)
+        self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=False))
+        rows, found = self._class_rows(tile)
+        if found == 2 or tile.first + tile.count == shape.geometry.relations:
+            # The class token's value, weighted for every query, and its copy with contiguous heads.
+            self._moment(2 * rows * shape.d_out * w.value, rows * shape.d_out * w.accumulator if self.half else 0)
+        self.tape.policy.release(tile.weights, backward=False)
+
+    def _term(self, term: TermTwin) -> None:
+        shape, w, tape = self.shape, self.w, self.tape
+        tape.policy.fetch(term.weights, backward=False)
+        square = shape.geometry.tokens**2
+        self._moment(INDEXING * square)
+        if term.kind == "bias":
+            self._moment(
+                8 * square, square * shape.heads * w.value, square * shape.heads * w.accumulator if self.half else 0
+            )
+        else:
+            self._chunks(term.kind)
+        tape.policy.release(term.weights, backward=False)
+
+    def _chunks(self, kind: str, *, backward: bool = False) -> None:
+        """What vectors take for a chunk of query positions, moment by moment."""
+        shape, w = self.shape, self.w
+        tokens, head_dim = shape.geometry.tokens, shape.inner // shape.heads
+        chunk = min(tokens, max(1, shape.workspace_limit // (2 * tokens * head_dim * w.parameter)))
+        vectors = chunk * tokens * head_dim
+        pairs, rows = chunk * shape.batch * shape.heads * tokens, chunk * shape.batch * shape.inner
+        copied = rows if shape.heads > 1 and shape.batch > 1 else 0
+        wide = w.accumulator if self.half else 0
+        # Operands and a product beside the vectors, and what of them is widened to be added.
+        grads = pairs if self.half else 0
+        moments = [(copied + pairs, pairs) if kind == "key" else (rows, rows)]
+        if backward and kind == "key":
+            moments = [(grads + rows, rows), (grads + copied + vectors, 0), (grads + vectors, vectors)]
+        elif backward:
+            moments = [(copied + pairs, pairs), (copied + pairs + vectors, vectors)]
+        index = 8 * tokens**2 * (2 if backward else 1)
+        for narrow, widened in moments:
+            # Vectors that autocast casts are dropped before anything is widened.
+            other = max(widened * wide, vectors * w.value if w.casts else 0)
+            self._moment(index, vectors * w.parameter + narrow * w.value + other)
+
+    def _term_backward(self, term: TermTwin) -> None:
+        shape, w, tape = self.shape, self.w, self.tape
+        tape.policy.fetch(term.weights, backward=True)
+        square = shape.geometry.tokens**2
+        numel = term.weights.numels[0]
+        sums = tape.new(numel * w.accumulator, TEMPORARY)
+        if term.kind == "bias":
+            self._moment(2 * square * shape.heads * w.accumulator, INDEXING * square)
+        else:
+            if term.kind == "key":
+                self._open("plain_query", shape.rows * shape.inner * w.accumulator, GRADIENTS)
+            self._chunks(term.kind, backward=True)
+        narrow = w.parameter < w.accumulator
+        grads = [tape.new(numel * w.parameter, WEIGHT_GRADIENTS)] if narrow else [sums]
+        del sums
+        tape.policy.gradients(term.weights, grads)
+        tape.policy.release(term.weights, backward=True)
+
+    def _close(self, attention: Storage) -> tuple[Tensor | None, Tensor | None]:
+        shape, w, tape = self.shape, self.w, self.tape
+        outputs: dict[str, Storage] = {}
+        if "out" in self.buffers:
+            out = self.buffers["out"]
+            outputs["relative"] = tape.new(shape.rows * shape.d_out * w.value) if self.half else out
+        if "plain_value" in self.sources:
+            outputs["plain"] = self._plain_product("activations")
+        self.buffers.clear()
+        saved = (attention, *(source.storage for source in self.sources.values()))
+        close = tape.result(attention, list(self.sources.values()), self._backward, saved)
+        # Nothing of the inputs may stay here: what backward needs is kept by its node.
+        self.names, self.wanted = tuple(self.sources), {n for n, x in self.sources.items() if x.node is not None}
+        self.sources = {}
+        self.has_relative = "relative" in outputs
+        given = {name: tape.result(storage, (close,), self._receiver(name)) for name, storage in outputs.items()}
+        return given.get("relative"), given.get("plain")
+
+    def _receiver(self, name: str) -> Callable[[Storage], Gradients]:
+        def receive(grad: Storage) -> Gradients:
+            self.received[name] = grad
+            return (self.tape.new(0, GRADIENTS),)
+
+        return receive
+
+    def _backward(self, grad: Storage) -> Gradients:
+        shape, w, tape = self.shape, self.w, self.tape
+        relative_grad = self.received.pop("relative", None)
+        plain_grad = self.received.pop("plain", None)
+        if self.logit_tiles or self.value_tiles:
+            self._open(WORKSPACE, shape.workspace_bytes, WORKSPACE)
+        self._drop()
+        self._start(plain_grad)
+        del plain_grad
+        if self.has_relative and relative_grad is None:
+            relative_grad = tape.new(shape.rows * shape.d_out * w.value, GRADIENTS)
+        for term in self.terms:
+            if term.kind == "value":
+                self._term_backward(term)
+        for tile in reversed(self.value_tiles):
+            self._value_tile_backward(tile)
+        if shape.dropout:
+            self._moment(shape.pairs * w.value, shape.pairs * w.accumulator if self.half else 0)
+        self.buffers.pop("weights", None)
+        # Half weights are widened to be multiplied by the row sums, in a third tensor.
+        self._moment(2 * shape.pairs * w.accumulator if self.half else 0, shape.rows * shape.heads * w.accumulator)
+        for tile in reversed(self.logit_tiles):
+            self._logit_tile_backward(tile)
+        for term in self.terms:
+            if term.kind != "value":
+                self._term_backward(term)
+        return self._finish()
+
+    def _start(self, plain_grad: Storage | None) -> None:
+        """Gradients of the attention weights, and of the plain values."""
+        shape, w = self.shape, self.w
+        if plain_grad is None:
+            self._open("logits", shape.pairs * w.accumulator, GRADIENTS)
+            return
+        copies = self._by_heads(2)
+        self._open("logits", shape.pairs * w.value, GRADIENTS)
+        self._moment(self._heads_scratch())
+        del copies
+        if self.half:
+            self.buffers["logits"] = self.tape.new(shape.pairs * w.accumulator, GRADIENTS)
+        if "plain_value" in self.wanted:
+            self.buffers["plain_value"] = self._plain_product()
+
+    def _input_gradient(self, name: str, width: int) -> None:
+        """The sum of a source's gradient over relations begins with the first tile that adds to it."""
+        if name in self.wanted:
+            self._open(name, self.shape.rows * width * self.w.accumulator, GRADIENTS)
+
+    def _value_tile_backward(self, tile: TileTwin) -> None:
+        shape, w, tape = self.shape, self.w, self.tape
+        tape.policy.fetch(tile.weights, backward=True)
+        grads = [tape.new(numel * w.parameter, WEIGHT_GRADIENTS) for numel in tile.weights.numels]
+        cast = w.accumulator if self.half else 0
+        self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=True))
+        rows, found = self._class_rows(tile)
+        last = tile.first + tile.count == shape.geometry.relations
+        self._input_gradient("value", shape.d_in)
+        row = shape.heads * w.value + max(shape.heads, shape.d_in) * cast
+        self._moment(self._patch_rows(tile) * row, 2 * self._matrix_bytes(tile))
+        self._product_scratch(self._patch_rows(tile), backward=True)
+        if found and last:
+            self._moment(2 * rows * shape.d_out * w.value, rows * row, 2 * self._matrix_bytes(tile))
+        tape.policy.gradients(tile.weights, grads)
+        tape.policy.release(tile.weights, backward=True)
+
+    def _logit_tile_backward(self, tile: TileTwin) -> None:
+        shape, w, tape = self.shape, self.w, self.tape
+        tape.policy.fetch(tile.weights, backward=True)
+        grads = [tape.new(numel * w.parameter, WEIGHT_GRADIENTS) for numel in tile.weights.numels]
+        cast = w.accumulator if self.half else 0
+        rows, found = self._class_rows(tile)
+        widths = {name: self.source_widths.get(name, shape.d_in) for name in ("query", "key")}
+        for name, width in widths.items():
+            self._input_gradient(name, width)
+        self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=False, backward=True))
+        # Rows are widened to be added; a plain role's are as wide as its source.
+        row = (shape.heads * w.value if self.half else 0) + max(widths.values()) * cast
+        self._moment(self._patch_rows(tile) * row, 2 * self._matrix_bytes(tile))
+        self._product_scratch(self._patch_rows(tile), backward=True)
+        if found:
+            self._moment(3 * rows * shape.d_out * w.value, rows * row, 2 * self._matrix_bytes(tile))
+        tape.policy.gradients(tile.weights, grads)
+        tape.policy.release(tile.weights, backward=True)
+
+    def _finish(self) -> Gradients:
+        shape, w, tape = self.shape, self.w, self.tape
+        cast = product = None
+        narrow = {"plain_value"}
+        if "plain_query" in self.names:
+            cast = tape.new(shape.pairs * w.value, GRADIENTS) if self.half else None
+            for name in ("plain_query", "plain_key"):
+                if name not in self.wanted:
+                    continue
+                product = self._plain_product()
+                if name in self.buffers:
+                    # A relative vector's term has begun the sum; a name holds the product until the next.
+                    widened = tape.new(self.buffers[name].size if self.half else 0, TEMPORARY)
+                    self.buffers[name] = tape.new(self.buffers[name].size, GRADIENTS)
+                    del widened
+                else:
+                    self.buffers[name] = product
+                    narrow.add(name)
+        results: list[Storage | None] = []
+        for name in self.names:
+            held = self.buffers.get(name)
+            if held is not None and self.half and name not in narrow:
+                held = tape.new(held.size * w.value // w.accumulator, GRADIENTS)
+            results.append(held)
+        self.buffers.clear()
+        del cast, product
+        return results

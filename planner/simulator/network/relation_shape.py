@@ -1,0 +1,155 @@
+"""Sizes of one call of the relation operator: its tiles, its terms, its scratch matrices.
+
+Source: models/context.py, models/tiles.py, models/batched.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, TypeAlias
+
+from ...config.geometry import RelationGeometry
+from ..core.autograd import Weights
+from .ops import Widths
+
+DEFAULT_WORKSPACE_BYTES = 256 * 2**20
+
+Implementation: TypeAlias = Literal["grouped", "gather"]
+"""How tables meet rows: pairs of one relation together, or as published, a matrix for every pair."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileTwin:
+    """One tile: its relations and the parameters of its module."""
+
+    first: int
+    count: int
+    weights: Weights
+    rectangle: tuple[int, int] = (0, 0)
+    """Rows and columns of its relation between patches with the most pairs."""
+    pairs: int = 0
+    """Pairs of all its relations between patches."""
+
+
+@dataclass(frozen=True, slots=True)
+class TermTwin:
+    """A scalar or a vector per relation (models/relative_terms.py)."""
+
+    kind: Literal["bias", "key", "value"]
+    weights: Weights
+
+
+@dataclass(frozen=True, slots=True)
+class RelationShape:
+    """Sizes of one operator and one micro-batch."""
+
+    geometry: RelationGeometry
+    batch: int
+    heads: int
+    d_in: int
+    d_out: int
+    """Widths of a matrix."""
+    inner: int
+    """Width of the plain queries, keys and values beside the relative ones."""
+    widths: Widths
+    dropout: float = 0.0
+    workspace_limit: int = DEFAULT_WORKSPACE_BYTES
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the micro-batch."""
+        return self.batch * self.geometry.tokens
+
+    @property
+    def pairs(self) -> int:
+        """Attention weights of the micro-batch."""
+        return self.batch * self.heads * self.geometry.tokens**2
+
+    @property
+    def workspace_rows(self) -> int:
+        """Rows of the scratch matrices."""
+        row = 2 * (self.d_in + self.d_out) * self.widths.value
+        limit = self.workspace_limit // (4 if self.widths.batched else 1)
+        return max(self.geometry.width, min(self.batch * self.geometry.patches, limit // row))
+
+    @property
+    def most_pairs(self) -> int:
+        """Pairs that are taken at a time on a GPU (models/batched.py)."""
+        row = 3 * self.d_in + 2 * self.d_out + 2 * max(self.d_in, self.d_out)
+        return self.workspace_limit * 3 // 4 // (row * self.batch * self.widths.value)
+
+    @property
+    def _too_large(self) -> bool:
+        return self.geometry.patches > self.most_pairs
+
+    def batched_bytes(self, tile: TileTwin, *, values: bool, backward: bool) -> int:
+        """The most scratch of a chunk of a tile's pairs on a GPU: rows, products, sums by token; an upper bound.
+
+        Tokens have up to twice as many slots as a chunk has pairs (models/pair_chunks.py).
+        """
+        pairs = min(tile.pairs, self.most_pairs)
+        if not pairs or not self.widths.batched:
+            return 0
+        value, wide = self.widths.value, self.widths.accumulator
+        if backward:
+            row = self.d_out + 3 * self.d_in if values else 4 * self.d_in + 2 * self.d_out
+            row, summed = max(row, self.d_in + 2 * self.d_out), self.d_in
+        else:
+            row, summed = (
+                (max(self.d_in + self.d_out, 3 * self.d_out), self.d_out) if values else (self.d_in + 2 * self.d_out, 0)
+            )
+        rows = (pairs + 1) * self.batch
+        by_heads = 3 * rows * self.heads * wide
+        # torch's grouped product gives a tile's gradients in a tensor of its own.
+        product = tile.count * self.d_in * self.d_out * value if backward and self.widths.copies_products else 0
+        return rows * row * value + self.rows * summed * wide + by_heads + product
+
+    @property
+    def workspace_bytes(self) -> int:
+        """The scratch matrices: gathered rows and their products, twice.
+
+        On a GPU they serve the relations that are not taken many at a time, and have a quarter of the limit.
+        """
+        if self.widths.batched and not (self.geometry.class_token or self._too_large):
+            return 0
+        return self.workspace_rows * 2 * (self.d_in + self.d_out) * self.widths.value
+
+    def piece(self, rows: int, cols: int) -> int:
+        """Pairs of the largest piece into which a relation of a rectangle of pairs is split."""
+        if not rows:
+            return 0
+        samples = self.workspace_rows // (rows * cols)
+        if samples:
+            return min(samples, self.batch) * rows * cols
+        return max(1, self.workspace_rows // cols) * cols
+
+
+@lru_cache(maxsize=64)
+def _rectangles(geometry: RelationGeometry) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of pairs of each relation between patches, as `RelationGeometry.pairs` has them."""
+    reach_rows, reach_cols = geometry.reach
+    if geometry.causal:
+        return tuple((geometry.height - offset, 1) for offset in range(reach_rows + 1))
+    cols = [geometry.width - abs(dx) for dx in range(-reach_cols, reach_cols + 1)]
+    rows = (geometry.height - abs(dy) for dy in range(-reach_rows, reach_rows + 1))
+    return tuple((row, col) for row in rows for col in cols)
+
+
+@lru_cache(maxsize=64)
+def _counts(geometry: RelationGeometry) -> tuple[int, ...]:
+    return tuple(rows * cols for rows, cols in _rectangles(geometry))
+
+
+@lru_cache(maxsize=4096)
+def pairs_of(geometry: RelationGeometry, first: int, count: int) -> int:
+    """Pairs of a tile's relations between patches."""
+    return sum(_counts(geometry)[first : first + count])
+
+
+@lru_cache(maxsize=4096)
+def largest_rectangle(geometry: RelationGeometry, first: int, count: int) -> tuple[int, int]:
+    """Rows and columns of the relation between patches with the most pairs among a tile's relations."""
+    counts = _counts(geometry)
+    own = counts[first : first + count]
+    return _rectangles(geometry)[counts.index(max(own), first)] if own else (0, 0)

@@ -1,0 +1,241 @@
+"""How fast a cluster does what a step needs: measured where `translution calibrate` ran, else a share of the peaks.
+
+The shares are estimates with an interval; whoever has measured says so in the cluster's file.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+from ..common.errors import InputError
+from ..config.training import DTYPE_BYTES, Precision
+from ..hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer, interpolate
+from ..hardware.cluster import ClusterSpec
+
+Level: TypeAlias = Literal["slow", "likely", "fast"]
+LEVELS: tuple[Level, ...] = ("slow", "likely", "fast")
+SHARES: dict[str, tuple[float, float, float]] = {
+    "matmul": (0.45, 0.65, 0.80),
+    "grouped": (0.30, 0.50, 0.70),
+    "memory": (0.60, 0.75, 0.90),
+    "link": (0.55, 0.75, 0.90),
+    "network": (0.50, 0.70, 0.90),
+    "pcie": (0.50, 0.75, 0.90),
+    "host": (0.40, 0.60, 0.80),
+    "nvme": (0.50, 0.75, 0.95),
+}
+"""What is reached of a peak: slow, likely, fast. Estimates, not measured."""
+LATENCY_S = (60e-6, 30e-6, 15e-6)
+"""A collective of ranks on one node; each doubling of the nodes adds as much. An estimate."""
+GPU_OPERATION_S = (12e-6, 6e-6, 4e-6)
+GPU_MODULE_S = (600e-6, 300e-6, 150e-6)
+GPU_SUB_GROUP_S = (2e-3, 1e-3, 0.5e-3)
+CPU_RATES = {
+    "matmul": (15e9, 30e9, 60e9),
+    "memory": (3e9, 6e9, 12e9),
+    "link": (0.5e9, 1e9, 2e9),
+    "adam": (100e6, 200e6, 400e6),
+}
+"""Of a CPU that nobody measured; of one core, but for the link."""
+HOST_ADAM_BYTES = 30
+"""Master copy, two moments and gradient read, the first three and the parameter written."""
+DEVICE_ADAM_BYTES = 28
+MEASURED_SPREAD = (1.15, 1.0, 0.9)
+"""Seconds of what was measured, by level: the same machine differs so much between two runs."""
+
+
+class Rates:
+    """Of one rank, while all ranks of its node do the same.
+
+    Args:
+        cluster: gives the figures.
+        precision: of products.
+        level: which end of the intervals.
+    """
+
+    def __init__(self, cluster: ClusterSpec, precision: Precision, level: Level = "likely") -> None:
+        self.cluster, self.precision, self.level = cluster, precision, level
+        self._measured = cluster.measured or MeasuredRates()
+        self._index = LEVELS.index(level)
+        self._transfers: dict[str, Transfer] = {}
+
+    def check(self) -> None:
+        """Look at what every step needs.
+
+        Raises:
+            InputError: naming what the cluster does not say.
+        """
+        _ = self.peak_flops_per_s, self.memory_bytes_per_s, self.collective("all_gather")
+
+    @property
+    def spread(self) -> float:
+        """What a measured time is multiplied by."""
+        return MEASURED_SPREAD[self._index]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether ranks compute on the host."""
+        return self.cluster.device == "cpu"
+
+    def share(self, what: str) -> float:
+        """What is reached of a peak."""
+        return SHARES[what][self._index]
+
+    @property
+    def cores(self) -> float:
+        """Of a rank."""
+        return (self.cluster.host_cores or self.cluster.ranks_per_node) / self.cluster.ranks_per_node
+
+    def points(self) -> tuple[MatmulRate, ...]:
+        """Measured products of this precision."""
+        return tuple(point for point in self._measured.matmul if point.precision == self.precision)
+
+    @cached_property
+    def peak_flops_per_s(self) -> float:
+        """Of one rank; of a CPU the best that was measured, or an estimate.
+
+        Raises:
+            InputError: if the cluster does not say.
+        """
+        points = self.points()
+        if points:
+            return max(point.flops_per_s for point in points)
+        if self.on_cpu:
+            return CPU_RATES["matmul"][2] * self.cores
+        field = "tf32_flops_per_s" if self.precision == "fp32" else f"{self.precision}_flops_per_s"
+        value = getattr(self.cluster, field)
+        if value is None:
+            raise InputError(f"cluster {self.cluster.name!r}: {field}: is required to predict times")
+        return float(value)
+
+    def matmul_seconds(self, rows: float, inner: int, cols: int, *, grouped: bool = False) -> float:
+        """One product (rows, inner) by (inner, cols)."""
+        flops = 2.0 * rows * inner * cols
+        points = self.points()
+        if points:
+            return self.spread * flops / interpolate(points, rows, math.sqrt(inner * cols))
+        if self.on_cpu:
+            return flops / (CPU_RATES["matmul"][self._index] * self.cores)
+        moved = (rows * (inner + cols) + inner * cols) * DTYPE_BYTES[self.precision]
+        flops_per_s = self.peak_flops_per_s * self.share("grouped" if grouped else "matmul")
+        return max(flops / flops_per_s, moved / self.memory_bytes_per_s)
+
+    @cached_property
+    def memory_bytes_per_s(self) -> float:
+        """Of elementwise operations."""
+        measured = self._measured.memory_bytes_per_s
+        if measured:
+            return measured / self.spread
+        if self.on_cpu:
+            return CPU_RATES["memory"][self._index] * self.cores
+        return self._field("memory_bytes_per_s") * self.share("memory")
+
+    def _field(self, name: str) -> float:
+        value = getattr(self.cluster, name)
+        if value is None:
+            raise InputError(f"cluster {self.cluster.name!r}: {name}: is required to predict times")
+        return float(value)
+
+    def norm_seconds(self, elements: float) -> float:
+        """The norm of a gradient, squared in fp64."""
+        measured = self._measured.norm_elements_per_s
+        # Read, written in fp64, read again.
+        return elements / (measured / self.spread if measured else self.memory_bytes_per_s / 20)
+
+    @cached_property
+    def operation_s(self) -> float:
+        """One small operation called from Python."""
+        measured = self._measured.operation_s
+        return GPU_OPERATION_S[self._index] if measured is None else self.spread * measured
+
+    def overhead(self, name: str) -> float:
+        """``module_s``, ``gradient_s`` or ``sub_group_s``."""
+        measured = getattr(self._measured, name)
+        if measured is not None:
+            return float(self.spread * measured)
+        return (GPU_SUB_GROUP_S if name == "sub_group_s" else GPU_MODULE_S)[self._index]
+
+    def collective(self, name: Literal["all_gather", "reduce_scatter", "all_reduce"]) -> Transfer:
+        """By bytes of the whole tensor, of which a rank holds or gets its share.
+
+        Within a node at the links' rate; between nodes every node takes in what the others have, on all adapters.
+        """
+        if name not in self._transfers:
+            self._transfers[name] = self._collective(name)
+        return self._transfers[name]
+
+    def _collective(self, name: str) -> Transfer:
+        cluster = self.cluster
+        measured: Transfer | None = getattr(self._measured, name)
+        if measured is not None and cluster.nodes == 1:
+            return Transfer(latency_s=measured.latency_s * self.spread, bytes_per_s=measured.bytes_per_s / self.spread)
+        if cluster.ranks == 1:
+            return Transfer(latency_s=self.operation_s, bytes_per_s=self.memory_bytes_per_s / 2)
+        latency, passes = LATENCY_S[self._index], 2 if name == "all_reduce" else 1
+        if self.on_cpu:
+            return Transfer(latency_s=10 * latency, bytes_per_s=CPU_RATES["link"][self._index] / passes)
+        # Seconds of a byte: bound by what a rank takes in, or its node.
+        seconds = 0.0
+        if cluster.ranks_per_node > 1:
+            received = (cluster.ranks - 1) / cluster.ranks
+            seconds = received / (self._field("intra_node_bytes_per_s") * self.share("link"))
+        if cluster.nodes > 1:
+            adapters = self._field("nic_bytes_per_s") * (cluster.nics or 1) * self.share("network")
+            seconds = max(seconds, (cluster.nodes - 1) / cluster.nodes / adapters)
+            latency *= 1 + math.log2(cluster.nodes)
+        return Transfer(latency_s=latency, bytes_per_s=1 / (seconds * passes))
+
+    def host_copy(self, direction: Literal["host_to_device", "device_to_host"]) -> Transfer:
+        """Between the host and one device, while all of the node's copy."""
+        if direction not in self._transfers:
+            self._transfers[direction] = self._host_copy(direction)
+        return self._transfers[direction]
+
+    def _host_copy(self, direction: str) -> Transfer:
+        measured: Transfer | None = getattr(self._measured, direction)
+        if measured is not None:
+            return Transfer(latency_s=measured.latency_s * self.spread, bytes_per_s=measured.bytes_per_s / self.spread)
+        if self.on_cpu:
+            # The device is the host: a copy within it, once read and once written.
+            return Transfer(latency_s=self.operation_s, bytes_per_s=self.memory_bytes_per_s / 2)
+        rate = self._field("pcie_bytes_per_s") * self.share("pcie")
+        shared = self._host_bytes_per_s() / self.cluster.ranks_per_node
+        return Transfer(latency_s=10e-6, bytes_per_s=min(rate, shared))
+
+    def _host_bytes_per_s(self) -> float:
+        return self._field("host_memory_bytes_per_s") * self.share("host")
+
+    @cached_property
+    def host_adam_elements_per_s(self) -> float:
+        """Of one rank, while the others of its node update too."""
+        measured = self._measured.host_adam_elements_per_s
+        if measured:
+            return measured / self.spread
+        if self.on_cpu:
+            return CPU_RATES["adam"][self._index] * self.cores
+        return self._host_bytes_per_s() / self.cluster.ranks_per_node / HOST_ADAM_BYTES
+
+    @cached_property
+    def device_adam_elements_per_s(self) -> float:
+        """Torch's AdamW, tensor by tensor: some kernels read and write what one would need once."""
+        measured = self._measured.device_adam_elements_per_s
+        if measured:
+            return measured / self.spread
+        passes = 2.5
+        return self.memory_bytes_per_s / (DEVICE_ADAM_BYTES * passes)
+
+    def nvme_bytes_per_s(self, direction: Literal["read", "write"]) -> float:
+        """One rank's part of its node's drives.
+
+        Raises:
+            InputError: if the cluster does not say.
+        """
+        name = f"nvme_{direction}_bytes_per_s"
+        measured = getattr(self._measured, name)
+        if measured:
+            return float(measured / self.spread / self.cluster.ranks_per_node)
+        if self.on_cpu and getattr(self.cluster, name) is None:
+            return 0.5e9 * self.share("nvme") / self.cluster.ranks_per_node
+        return self._field(name) * self.share("nvme") / self.cluster.ranks_per_node

@@ -1,0 +1,289 @@
+"""Predicted time of an optimizer step: what each part takes, what overlaps, and what bounds it.
+
+Compute is the model's products and elementwise work at the machine's rates (work.py, rates.py). What ZeRO moves,
+and when, follows DeepSpeed 0.19.8: runtime/zero/stage3.py, stage_1_and_2.py and runtime/engine.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Literal, NamedTuple, TypeAlias
+
+from ..common.schema import Schema
+from ..config.model import ModelSpec
+from ..config.training import DTYPE_BYTES, TrainingSpec
+from ..config.zero import ZeroSpec
+from ..costs.comm_volume import Volumes, volumes
+from ..costs.flops import count_flops
+from ..costs.optimizer_state import moments, widths
+from ..costs.workload import count_work
+from ..hardware.cluster import ClusterSpec
+from .rates import LEVELS, Level, Rates
+
+Bound: TypeAlias = Literal["compute", "network", "host link", "host", "NVMe", "engine"]
+FORWARD, BACKWARD, RECOMPUTE = "forward", "backward", "recomputation"
+GATHER, REDUCE = "parameter gathers", "gradient reduction"
+FROM_HOST, TO_HOST = "parameters from the host", "gradients to the host"
+FROM_NVME, UPDATE = "parameters from NVMe", "optimizer update"
+STATES_IN, STATES_OUT = "optimizer states from NVMe", "optimizer states to NVMe"
+BACK, ENGINE = "parameters to the ranks", "engine"
+VISIT_OPERATIONS = 18
+"""Small operations for one relation and role in forward, views among them; backward makes three times as many.
+Chosen to agree with runs of a layer on a CPU."""
+TILE_OPERATIONS = 40
+"""For one tile on a GPU, where its relations are taken together."""
+
+
+class Part(NamedTuple):
+    """One part of a step."""
+
+    seconds: float
+    bound: Bound
+    overlaps: bool = False
+    """Whether it runs beside forward and backward rather than before or after."""
+
+
+class TimeEntry(Schema):
+    """One part of a step, over all micro-batches."""
+
+    name: str
+    low_s: float
+    likely_s: float
+    high_s: float
+    bound: str
+    """What it waits for."""
+    overlaps: bool
+    """Whether it runs beside forward and backward."""
+
+
+class StepTime(Schema):
+    """Time of one optimizer step of every rank."""
+
+    entries: tuple[TimeEntry, ...]
+    """In the order of the step."""
+    low_s: float
+    likely_s: float
+    high_s: float
+    bound: str
+    """What takes the most of the step."""
+    samples_per_s: float
+    """At the likely time, over all ranks."""
+    model_flops: int
+    """Of the matrix products of the step that the mathematics needs, over all ranks."""
+    mfu: float
+    """Those, over what the devices' peak would do in the likely time."""
+
+
+@lru_cache(maxsize=4096)
+def compute_seconds(spec: ModelSpec, batch: int, tiles: int, rates: Rates) -> tuple[float, float]:
+    """Forward and backward of one micro-batch, without recomputation.
+
+    Args:
+        spec: the model.
+        batch: samples.
+        tiles: calls of tiles in a forward pass.
+        rates: of the machine.
+    """
+    work = count_work(spec)
+    forward = backward = 0.0
+    for product in work.products:
+        rows, times = (product.rows * batch, 1) if product.joined else (product.rows, batch)
+        seconds = rates.matmul_seconds(rows, product.inner, product.cols, grouped=product.grouped)
+        seconds *= times * product.copies
+        forward, backward = forward + seconds * product.forward, backward + seconds * product.backward
+    width = DTYPE_BYTES[rates.precision]
+    forward += work.forward_elements * batch * width / rates.memory_bytes_per_s
+    backward += work.backward_elements * batch * width / rates.memory_bytes_per_s
+    calls = work.operations + (work.relation_visits * VISIT_OPERATIONS if rates.on_cpu else tiles * TILE_OPERATIONS)
+    overhead = calls * rates.operation_s
+    if rates.on_cpu:
+        return forward + overhead, backward + 3 * overhead
+    # A GPU works while Python goes ahead, until Python is the slower one.
+    return max(forward, overhead), max(backward, 3 * overhead)
+
+
+def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates: Rates) -> dict[str, Part]:
+    """Collectives and copies of the micro-batches, and of the parameters after the update."""
+    width, count, parts = training.dtype_bytes, training.accumulation, {}
+    optimizer, param = zero.offload_optimizer.device, zero.offload_param.device
+    reduce, gather = rates.collective("reduce_scatter"), rates.collective("all_gather")
+    on_cpu, overlaps = rates.on_cpu, zero.overlap_comm and not rates.on_cpu
+    if zero.stage == 3:
+        reductions = max(1, -(-v.elements // zero.reduce_bucket_elements))
+        seconds = uses * (v.gathers * gather.latency_s + v.gathered * width / gather.bytes_per_s)
+        early = overlaps and zero.prefetch_bucket_elements > 0
+        parts[GATHER] = Part(count * seconds, "network", early)
+        seconds = reductions * reduce.latency_s + v.elements * width / reduce.bytes_per_s
+        parts[REDUCE] = Part(count * seconds, "network", overlaps)
+        parts[BACK] = Part(gather.seconds(v.persistent * width), "network")
+        local = v.gathered // rates.cluster.ranks * width
+        if param == "cpu":
+            copy = rates.host_copy("host_to_device")
+            seconds = count * uses * (v.gathers * copy.latency_s + local / copy.bytes_per_s)
+            if on_cpu:
+                # Shares are copied before they are gathered, and no faster.
+                seconds = count * uses * local / gather.bytes_per_s
+            parts[FROM_HOST] = Part(seconds, "host link", early)
+        elif param == "nvme":
+            parts[FROM_NVME] = Part(count * uses * local / rates.nvme_bytes_per_s("read"), "NVMe")
+    else:
+        times = count if zero.stage == 2 else 1
+        reduce = rates.collective("all_reduce") if zero.stage == 0 else reduce
+        reductions = 1 if zero.stage == 0 else max(1, -(-v.elements // zero.reduce_bucket_elements))
+        seconds = reductions * reduce.latency_s + v.elements * width / reduce.bytes_per_s
+        parts[REDUCE] = Part(times * seconds, "network", overlaps and zero.stage > 0)
+        if zero.stage and rates.cluster.ranks > 1:
+            parts[BACK] = Part(gather.seconds(v.elements * width), "network")
+    if optimizer != "none":
+        copy = rates.host_copy("device_to_host")
+        seconds = v.tensors * copy.latency_s + v.share * width / copy.bytes_per_s
+        # Each gradient's norm is taken on its way.
+        seconds = count * (seconds + rates.norm_seconds(v.share))
+        parts[TO_HOST] = Part(seconds, "host link", overlaps)
+    return parts
+
+
+def _updating(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rates) -> dict[str, Part]:
+    """The optimizer's update of a rank's share, and what it swaps."""
+    optimizer, parts = zero.offload_optimizer, {}
+    own = v.elements if zero.stage == 0 else v.share
+    on_host = 0 if optimizer.device == "none" else round(own * optimizer.ratio)
+    seconds = on_host / rates.host_adam_elements_per_s + (own - on_host) / rates.device_adam_elements_per_s
+    if not on_host:
+        seconds += rates.norm_seconds(own)
+    parts[UPDATE] = Part(seconds, "host" if on_host else "compute")
+    if on_host and not rates.on_cpu:
+        copy = rates.host_copy("host_to_device")
+        back = copy.seconds(on_host * training.dtype_bytes)
+        parts[FROM_HOST + " after the update"] = Part(back, "host link")
+    if optimizer.device == "nvme":
+        master, state = widths(training)
+        held = master + state * moments(training)
+        gradients = own * 4
+        read = (own * held + gradients) / rates.nvme_bytes_per_s("read")
+        # Gradients are written as the micro-batches are reduced.
+        write = (own * held + gradients * training.accumulation) / rates.nvme_bytes_per_s("write")
+        if zero.offload_param.device == "nvme":
+            write += own * training.dtype_bytes / rates.nvme_bytes_per_s("write")
+        shared = max(read, write, seconds)
+        if optimizer.pipeline_read:
+            read = max(0.0, shared - seconds) if read >= write else read * 0.1
+        if optimizer.pipeline_write:
+            write = max(0.0, shared - seconds) if write > read else write * 0.1
+        parts[STATES_IN], parts[STATES_OUT] = Part(read, "NVMe"), Part(write, "NVMe")
+    return parts
+
+
+def _engine(zero: ZeroSpec, training: TrainingSpec, v: Volumes, uses: int, rates: Rates) -> Part:
+    """What the engine itself does in Python."""
+    seconds = training.accumulation * v.tensors * rates.overhead("gradient_s")
+    if zero.stage == 3:
+        hooks = training.accumulation * uses * v.gathers * rates.overhead("module_s")
+        groups = -(-v.share // zero.sub_group_elements)
+        seconds += hooks + groups * rates.overhead("sub_group_s")
+    else:
+        seconds += rates.overhead("sub_group_s")
+    return Part(seconds, "engine", not rates.on_cpu)
+
+
+def step_parts(
+    spec: ModelSpec,
+    training: TrainingSpec,
+    zero: ZeroSpec,
+    tile_relations: int | None,
+    rates: Rates,
+) -> dict[str, Part]:
+    """Every part of a step at one level of the rates.
+
+    Args:
+        spec: the model.
+        training: batch, precision and optimizer.
+        zero: the stage, its knobs and offload.
+        tile_relations: relations per tile; None keeps tables whole.
+        rates: of the machine.
+    """
+    v = volumes(spec, tile_relations, rates.cluster.ranks, zero.persistence_threshold_elements)
+    forward, backward = compute_seconds(spec, training.micro_batch, v.tiles, rates)
+    count, again = training.accumulation, spec.checkpointing != "none"
+    parts = {FORWARD: Part(count * forward, "compute"), BACKWARD: Part(count * backward, "compute")}
+    uses = 2
+    if again:
+        uses = 3
+        parts[RECOMPUTE] = Part(count * forward * count_work(spec).recompute, "compute")
+        if spec.checkpointing == "offload" and not rates.on_cpu:
+            size = spec.depth * training.micro_batch * spec.tokens * spec.dim * training.dtype_bytes
+            out, back = rates.host_copy("device_to_host"), rates.host_copy("host_to_device")
+            seconds = spec.depth * (out.latency_s + back.latency_s) + size / out.bytes_per_s + size / back.bytes_per_s
+            parts["activations to the host and back"] = Part(count * seconds, "host link")
+    parts |= _moving(training, zero, v, uses, rates)
+    parts |= _updating(training, zero, v, rates)
+    parts[ENGINE] = _engine(zero, training, v, uses, rates)
+    return parts
+
+
+def total_seconds(parts: Iterable[Part]) -> float:
+    """What overlaps costs only what it takes longer than what it runs beside."""
+    alone = beside = compute = 0.0
+    for part in parts:
+        if part.overlaps:
+            beside = max(beside, part.seconds) if part.bound == "engine" else beside + part.seconds
+        else:
+            alone += part.seconds
+            compute += part.seconds if part.bound == "compute" else 0.0
+    return alone + max(0.0, beside - compute)
+
+
+def estimate_step_time(
+    spec: ModelSpec,
+    cluster: ClusterSpec,
+    training: TrainingSpec,
+    zero: ZeroSpec,
+    tile_relations: int | None = None,
+) -> StepTime:
+    """Time of one optimizer step, with an interval.
+
+    Args:
+        spec: the model.
+        cluster: where it runs.
+        training: batch, precision and optimizer.
+        zero: the stage, its knobs and offload.
+        tile_relations: relations per tile; None keeps tables whole.
+
+    Raises:
+        InputError: if the cluster lacks a rate that is needed.
+    """
+    by_level: dict[Level, dict[str, Part]] = {
+        level: step_parts(spec, training, zero, tile_relations, Rates(cluster, training.precision, level))
+        for level in LEVELS
+    }
+    likely = by_level["likely"]
+    entries = tuple(
+        TimeEntry(
+            name=name,
+            low_s=by_level["fast"][name].seconds,
+            likely_s=part.seconds,
+            high_s=by_level["slow"][name].seconds,
+            bound=part.bound,
+            overlaps=part.overlaps,
+        )
+        for name, part in likely.items()
+        if part.seconds
+    )
+    low, middle, high = (total_seconds(by_level[level].values()) for level in ("fast", "likely", "slow"))
+    bounds: dict[str, float] = {}
+    for part in likely.values():
+        bounds[part.bound] = bounds.get(part.bound, 0.0) + part.seconds
+    batch = training.global_batch(cluster.ranks)
+    flops = 3 * count_flops(spec).forward * batch
+    peak = Rates(cluster, training.precision).peak_flops_per_s * cluster.ranks
+    return StepTime(
+        entries=entries,
+        low_s=low,
+        likely_s=middle,
+        high_s=high,
+        bound=max(bounds, key=lambda name: bounds[name]),
+        samples_per_s=batch / middle,
+        model_flops=flops,
+        mfu=flops / (middle * peak),
+    )

@@ -1,0 +1,167 @@
+"""What a reader asked for, put together as one document."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from translution.planner.analysis.compare import compare, scale, thresholds
+from translution.planner.analysis.scaling import growth
+from translution.planner.common.errors import InputError
+from translution.planner.common.provenance import Provenance
+from translution.planner.config.model import ModelSpec
+from translution.planner.config.training import Precision, TrainingSpec
+from translution.planner.hardware.cluster import ClusterSpec
+
+from .inputs.benchmark_records import Accuracy, StepTimes, load_recorded
+from .render.document import Document, Section
+from .sections.accuracy import accuracy_section, step_time_section
+from .sections.benchmarks import benchmark_sections
+from .sections.comparison import comparison
+from .sections.experiment import experiment_section, load_results
+from .sections.model_costs import costs, overview
+from .sections.plan import PlanReport, report_plan
+from .sections.scaling import scaling
+
+PRECISION: Precision = "bf16"
+"""Of everything that is planned for a report."""
+PACKAGES = ("pydantic", "altair", "vl-convert-python")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a report is to hold; models and clusters with the names that the reader gave them."""
+
+    plans: tuple[Path, ...] = ()
+    models: dict[str, ModelSpec] = field(default_factory=dict)
+    compared: dict[str, ModelSpec] = field(default_factory=dict)
+    scaled: tuple[str, ModelSpec] | None = None
+    cluster: tuple[str, ClusterSpec] | None = None
+    experiments: Path | None = None
+    accuracy: Path | None = None
+    step_time: Path | None = None
+    benchmarks: Path | None = None
+
+    @property
+    def of_one_plan(self) -> bool:
+        """Whether nothing but one plan was asked for."""
+        return self == Request(plans=self.plans, cluster=self.cluster) and len(self.plans) == 1
+
+    def where(self) -> tuple[str, ClusterSpec]:
+        """The cluster that models are planned for."""
+        assert self.cluster is not None
+        return self.cluster
+
+
+class Collector:
+    """Makes the sections, each with the command that gives it alone.
+
+    Args:
+        request: what they are to hold.
+        made: of the whole report.
+        page: name of the page that a reader would write.
+    """
+
+    def __init__(self, request: Request, made: Provenance, page: str) -> None:
+        self._request, self._made, self._page = request, made, page
+        self._training = TrainingSpec(precision=PRECISION, data="synthetic")
+        self._pictures: list[dict[str, Any]] = []
+
+    def _by(self, *words: str) -> Provenance:
+        return self._made.model_copy(update={"command": shlex.join(["translution", *words])})
+
+    def _report(self, *words: str) -> Provenance:
+        return self._by("report", *words, "--out", self._page)
+
+    def _about_models(self) -> list[Section]:
+        request = self._request
+        if not request.models:
+            return []
+        name, cluster = request.where()
+        words = [word for model in request.models for word in ("--model", model)]
+        made, specs = self._report(*words, "--cluster", name), tuple(request.models.values())
+        return [overview(specs, cluster, self._training, made), costs(specs, self._training, made)]
+
+    def _comparison(self) -> list[Section]:
+        request = self._request
+        if not request.compared:
+            return []
+        name, cluster = request.where()
+        if cluster.gpu is None:
+            raise InputError(f"--cluster: {name!r} is not allowed with --compare: must be of a GPU of the catalogue")
+        specs = tuple(request.compared.values())
+        rows = [row for spec in specs for row in compare(spec, cluster.gpu, self._training)]
+        limits = tuple(thresholds(specs[0], cluster.gpu, self._training))
+        points = tuple(scale(specs[0], self._training))
+        made = self._by("compare", *request.compared, "--gpu", cluster.gpu, "--precision", PRECISION)
+        return [comparison(rows, limits, points, cluster.gpu, made)]
+
+    def _scaling(self) -> list[Section]:
+        if self._request.scaled is None:
+            return []
+        (name, spec), (place, cluster) = self._request.scaled, self._request.where()
+        points = tuple(growth(spec, cluster, self._training))
+        made = self._report("--scaling", name, "--cluster", place)
+        return [scaling(points, name, cluster, PRECISION, made)]
+
+    def plans(self) -> list[PlanReport]:
+        """The plans alone; where there are several, their sections say which is which."""
+        reports = []
+        for number, folder in enumerate(self._request.plans, start=1):
+            found = report_plan(folder, self._report(str(folder)), f"plan-{number}-" if number > 1 else "")
+            if not self._request.of_one_plan:
+                sections = tuple(
+                    section.model_copy(update={"title": f"{section.title}: {found.title}"})
+                    for section in found.sections
+                )
+                found = PlanReport(found.title, found.plan, sections, found.picture, found.measured)
+            reports.append(found)
+        return reports
+
+    def _recorded(self) -> list[Section]:
+        request, sections = self._request, []
+        if request.accuracy is not None:
+            sections.append(accuracy_section(load_recorded(Accuracy, request.accuracy)))
+        if request.step_time is not None:
+            sections.append(step_time_section(load_recorded(StepTimes, request.step_time)))
+        if request.experiments is not None:
+            sections += map(experiment_section, load_results(request.experiments))
+        if request.benchmarks is not None:
+            sections += benchmark_sections(request.benchmarks)
+        return sections
+
+    def document(self, plans: list[PlanReport]) -> Document:
+        """The whole report.
+
+        Args:
+            plans: as `plans` gives them.
+
+        Raises:
+            InputError: if a file is absent or damaged, or the cluster does not suit.
+        """
+        # What may be damaged is read before what takes minutes is counted.
+        recorded = self._recorded()
+        if self._request.of_one_plan:
+            (plan,) = plans
+            beside = ", and what a run measured" if plan.measured else ""
+            text = f"Predicted memory of one rank in a training step{beside}."
+            return Document(
+                title=plan.title, about="memory report", text=(text,), sections=plan.sections, made=self._made
+            )
+        sections = self._about_models() + self._comparison() + self._scaling()
+        sections += [section for plan in plans for section in plan.sections] + recorded
+        text = (
+            "Full Translution has weight matrices of its own for every relation between two tokens. This report says "
+            "what that costs, which plans train it with DeepSpeed ZeRO, and what was measured of it. Every table and "
+            "picture names the command that gives it again."
+        )
+        day = self._made.time_utc
+        return Document(
+            title="Full Translution: costs, plans and measurements",
+            about="report",
+            text=(text, f"Made at {day}."),
+            sections=tuple(sections),
+            made=self._made,
+        )

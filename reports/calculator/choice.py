@@ -1,0 +1,275 @@
+"""What the calculator is asked: a choice of model, cluster and training, and what the planner makes of it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, Field, TypeAdapter
+
+from translution.planner.common.errors import InputError
+from translution.planner.common.schema import Schema, validate
+from translution.planner.common.units import GIB
+from translution.planner.config.model import ModelSpec, Operator, override
+from translution.planner.config.presets import preset, preset_name
+from translution.planner.config.training import Optimizer, Precision, TrainingSpec
+from translution.planner.hardware.catalog import find_gpu
+from translution.planner.hardware.cluster import ClusterSpec, named_cluster
+from translution.planner.search.constraints import HEADROOM, Checkpointing, Objective, Stage, Wishes
+from translution.planner.search.searcher import global_batch_of
+from translution.planner.search.space import batches, families, node_counts, tiles
+
+MOST_TOKENS = 8192
+MOST_LAYERS, MOST_WIDTH, MOST_HEADS = 128, 16384, 128
+MOST_GPUS, MOST_NODES = 16, 512
+"""Bounds of what is searched: larger choices would keep a search busy for minutes."""
+
+Offload: TypeAlias = Literal["none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme"]
+
+
+def _up_to(most: int, least: int = 1) -> Any:
+    return Field(default=None, ge=least, le=most)
+
+
+def _plain_model(name: str) -> str:
+    return preset_name(name) or name
+
+
+def _plain_gpu(name: str) -> str:
+    return find_gpu(name, "gpu")[0]
+
+
+def _path(text: str) -> str:
+    if not text.startswith("/") or not text.isprintable():
+        raise ValueError(f"{text!r} is not allowed: must be an absolute path")
+    return text
+
+
+class Choice(Schema):
+    """What the form holds; None leaves a field to the preset, to its default, or to the search.
+
+    Text is read as numbers where a number belongs, as a query gives it.
+    """
+
+    model: Annotated[str, Field(max_length=60), AfterValidator(_plain_model)] = "vit-base/16"
+    operator: Operator = "translution"
+    dim: int | None = _up_to(MOST_WIDTH)
+    depth: int | None = _up_to(MOST_LAYERS)
+    heads: int | None = _up_to(MOST_HEADS)
+    image: int | None = _up_to(4096)
+    """Height and width, in pixels."""
+    patch: int | None = _up_to(4096)
+    context: int | None = _up_to(MOST_TOKENS)
+    roles: Annotated[str, Field(max_length=8)] | None = None
+    c1: int | None = _up_to(1024)
+    c2: int | None = _up_to(1024)
+    window: int | None = _up_to(MOST_TOKENS, 0)
+    relative_layers: Annotated[str, Field(pattern=r"^(all|(first|every):\d{1,4})$")] | None = None
+    other_layers: Literal["attention", "alpha"] | None = None
+    gpu: Annotated[str, Field(max_length=40), AfterValidator(_plain_gpu)] = "H100"
+    gpus: Annotated[int, Field(ge=1, le=MOST_GPUS)] = 8
+    """Of one node."""
+    nodes: Annotated[int, Field(ge=1, le=MOST_NODES)] = 1
+    host_memory: int | None = _up_to(2**16)
+    """Of one node, in GiB; else the catalogue's."""
+    nvme_path: Annotated[str, Field(max_length=200), AfterValidator(_path)] | None = None
+    """On every node; it is never looked at, only written into the plan."""
+    all_nodes: bool = False
+    headroom: Annotated[float, Field(ge=0, le=0.9)] = HEADROOM
+    precision: Precision = "bf16"
+    optimizer: Optimizer = "adamw"
+    global_batch: int | None = _up_to(2**20)
+    steps: Annotated[int, Field(ge=1, le=10**9)] = 10_000
+    minimize: Objective = "time"
+    stage: Stage | None = None
+    offload: Offload | None = None
+    checkpointing: Checkpointing | None = None
+    tile_relations: int | None = _up_to(2**20)
+    micro_batch: int | None = _up_to(2**16)
+    accumulation: int | None = _up_to(2**16)
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The fields that are not the default, in the order of the form."""
+        return {name: value for name, value in self.model_dump().items() if value != _DEFAULTS[name]}
+
+    def but(self, **values: object) -> Choice:
+        """The same with some fields otherwise, unchecked: for values that come from a checked choice."""
+        return self.model_copy(update=values)
+
+
+FIELDS = tuple(Choice.model_fields)
+_DEFAULTS = {name: field.default for name, field in Choice.model_fields.items()}
+_CHOICE: TypeAdapter[Choice] = TypeAdapter(Choice)
+_TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
+_WISHES: TypeAdapter[Wishes] = TypeAdapter(Wishes)
+_OVERRIDES = ("operator", "roles", "c1", "c2", "relative_layers")
+_SETTINGS = ("dim", "depth", "heads", "image", "patch", "context", "window", "other_layers")
+_WISHED = ("stage", "offload", "nvme_path", "checkpointing", "tile_relations", "micro_batch", "accumulation")
+_ALIASES = {"head_dim": "heads", "ffn_dim": "dim", "cluster": "gpu", "global batch": "global_batch"}
+"""The form's fields for what the planner's lines name."""
+
+
+class ChoiceError(InputError):
+    """A choice that cannot be searched.
+
+    Args:
+        message: one line.
+        field: of the form, where the line names one.
+    """
+
+    def __init__(self, message: str, field: str | None) -> None:
+        super().__init__(message)
+        self.message, self.field = message, field
+
+
+def choice_error(error: InputError, choice: Choice | None = None) -> ChoiceError:
+    """The planner's line with the field that it is about.
+
+    Args:
+        error: of the planner.
+        choice: what was asked, if it was read.
+    """
+    message = re.sub(r"^(choice|plan): ", "", str(error))
+    named = re.findall(r"unknown key '([^']*)'|(\w+(?: batch)?): ", message)
+    found = next((name for pair in named for name in map(_form_field, pair) if name in FIELDS), None)
+    if found in ("patch", "context") and choice is not None and getattr(choice, found) is None:
+        found = "model"
+    return ChoiceError(message, found)
+
+
+def _form_field(name: str) -> str:
+    return _ALIASES.get(name, name)
+
+
+def parse_choice(pairs: Iterable[tuple[str, str]]) -> Choice:
+    """The choice of a query; empty values count as absent, as forms send them.
+
+    Raises:
+        ChoiceError: naming the first bad field, its value and what is allowed.
+    """
+    values: dict[str, str] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ChoiceError(f"{name[:60]}: is given twice", name if name in FIELDS else None)
+        values[name] = value.strip()
+    try:
+        data: Mapping[str, object] = {name[:60]: value for name, value in values.items() if value or name not in FIELDS}
+        if "stage" in data and re.fullmatch(r"[0-3]", str(data["stage"])):
+            data = {**data, "stage": int(values["stage"])}  # A literal number is not read from text.
+        return validate(_CHOICE, data, "choice", FIELDS)
+    except InputError as error:
+        raise choice_error(error) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A choice as the planner takes it."""
+
+    spec: ModelSpec
+    cluster: ClusterSpec
+    training: TrainingSpec
+    wishes: Wishes
+
+
+def cluster_of(choice: Choice) -> ClusterSpec:
+    """The nodes of a choice."""
+    cluster = named_cluster(f"{choice.nodes}x{choice.gpus}x{choice.gpu}")
+    if choice.host_memory is None:
+        return cluster
+    size = choice.host_memory * GIB
+    return cluster.model_copy(update={"host_memory_bytes": size, "name": cluster_file_name(choice)})
+
+
+def cluster_file_name(choice: Choice) -> str:
+    """What the file with a cluster's own host memory is called, without its suffix."""
+    return f"{choice.nodes}x{choice.gpus}x{choice.gpu}-{choice.host_memory}GiB"
+
+
+def _spec_of(choice: Choice) -> ModelSpec:
+    fields = {name: getattr(choice, name) for name in (*_OVERRIDES, *_SETTINGS)}
+    spec = override(preset(choice.model), **fields)
+    if spec.tokens > MOST_TOKENS:
+        name = "context" if spec.family == "gpt" else "patch"
+        raise InputError(f"{name}: {spec.tokens:,} tokens are not allowed: must be at most {MOST_TOKENS:,}")
+    return spec
+
+
+def question_of(choice: Choice) -> Question:
+    """What the planner is to search, checked as far as that takes no time.
+
+    Raises:
+        ChoiceError: naming the field.
+    """
+    try:
+        spec, cluster = _spec_of(choice), cluster_of(choice)
+        fields = {"precision": choice.precision, "optimizer": choice.optimizer, "steps": choice.steps}
+        training = validate(_TRAINING, fields | {"data": "synthetic"}, "plan", tuple(TrainingSpec.model_fields))
+        wished = {name: getattr(choice, name) for name in (*_WISHED, "global_batch", "all_nodes", "headroom")}
+        wishes = validate(_WISHES, wished | {"minimize": choice.minimize}, "plan", tuple(Wishes.model_fields))
+        _check(Question(spec, cluster, training, wishes))
+    except ChoiceError:
+        raise
+    except InputError as error:
+        raise choice_error(error, choice) from None
+    return Question(spec, cluster, training, wishes)
+
+
+def _check(question: Question) -> None:
+    """What a search would refuse before it begins."""
+    spec, cluster, training, wishes = question.spec, question.cluster, question.training, question.wishes
+    if not families(wishes, cluster)[0]:
+        needs = ": nvme_path must be given" if wishes.offload and "nvme" in wishes.offload else ""
+        raise InputError(f"offload: {wishes.offload!r} is not allowed with stage {wishes.stage}{needs}")
+    if wishes.offload and "nvme" in wishes.offload and wishes.nvme_path is None:
+        raise InputError(f"nvme_path: is required with offload {wishes.offload}")
+    tiles(spec, cluster.ranks, 3, wishes)
+    batch = global_batch_of(wishes, cluster)
+    counts = [cluster.ranks_per_node * nodes for nodes in node_counts(cluster, wishes)]
+    if not any(batches(wishes, training, batch, ranks) for ranks in counts):
+        raise InputError(
+            f"global_batch: {batch} is not allowed: must be a multiple of the {cluster.ranks} ranks, "
+            "and of micro_batch and accumulation where they are given"
+        )
+
+
+def plan_words(choice: Choice) -> list[str]:
+    """The command that makes the same plan."""
+    changed = choice.changed
+    cluster = f"{choice.nodes}x{choice.gpus}x{choice.gpu}"
+    name = f"{choice.model}-{cluster}".replace("/", "-")
+    words = ["translution", "plan", choice.model]
+    words += ["--cluster", cluster if choice.host_memory is None else f"{cluster_file_name(choice)}.yaml"]
+    for field in _OVERRIDES:
+        if field in changed:
+            words += [f"--{field.replace('_', '-')}", str(changed[field])]
+    for field in _SETTINGS:
+        if field in changed:
+            words += ["--set", f"{field}={changed[field]}"]
+    words += ["--precision", choice.precision, "--data", "synthetic", "--steps", str(choice.steps)]
+    if "optimizer" in changed:
+        words += ["--train", f"optimizer={choice.optimizer}"]
+    for field in (*_WISHED, "global_batch", "minimize", "headroom"):
+        if field in changed:
+            words += [f"--{field.replace('_', '-')}", str(changed[field])]
+    return [*words, *(["--all-nodes"] if choice.all_nodes else []), "--out", f"plans/{name}"]
+
+
+def plan_command(choice: Choice) -> str:
+    """The same as a line for a shell, and before it what writes the cluster's file where one is needed."""
+    line = shlex.join(plan_words(choice))
+    text = cluster_file(choice)
+    if text is None:
+        return line
+    return f"cat > {cluster_file_name(choice)}.yaml <<'END'\n{text}END\n{line}"
+
+
+def cluster_file(choice: Choice) -> str | None:
+    """The content of the cluster's file, for a node with its own host memory; else None."""
+    if choice.host_memory is None:
+        return None
+    base = f"{choice.nodes}x{choice.gpus}x{choice.gpu}"
+    return f"base: {base}\nhost_memory_bytes: {choice.host_memory * GIB}\n"

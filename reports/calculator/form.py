@@ -1,0 +1,141 @@
+"""The calculator's form: every field of a choice with its label, what may be chosen, and a hint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from translution.planner.analysis.operator_costs import LABELS
+from translution.planner.config.presets import PRESET_NAMES
+from translution.planner.hardware.catalog import catalogue
+
+from .choice import MOST_GPUS, MOST_HEADS, MOST_LAYERS, MOST_NODES, MOST_TOKENS, MOST_WIDTH, Choice
+
+Options = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FormField:
+    """One field of the form, of the same name as in `Choice`."""
+
+    name: str
+    label: str
+    kind: Literal["select", "number", "text", "checkbox"] = "number"
+    options: Options = ()
+    """Values and texts of a select."""
+    hint: str = ""
+    least: int | None = 1
+    most: int | None = None
+    placeholder: str = ""
+    step: str = "1"
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Fields that belong together; the more special ones are folded away."""
+
+    title: str
+    fields: tuple[FormField, ...]
+    more_title: str
+    more: tuple[FormField, ...]
+
+    def opened(self, choice: Choice) -> bool:
+        """Whether a folded field is not at its default."""
+        return any(field.name in choice.changed for field in self.more)
+
+
+def _select(name: str, label: str, options: Options, hint: str = "") -> FormField:
+    return FormField(name, label, "select", options, hint)
+
+
+def _same(*values: str) -> Options:
+    return tuple((value, value) for value in values)
+
+
+def _number(name: str, label: str, most: int, placeholder: str, hint: str = "", least: int = 1) -> FormField:
+    return FormField(name, label, hint=hint, least=least, most=most, placeholder=placeholder)
+
+
+_CHOSEN = (("", "chosen by the search"),)
+_PRESET, _SEARCHED = "preset's", "chosen"
+
+
+def _model() -> Section:
+    fields = (
+        _select("model", "Model", _same(*PRESET_NAMES), "family-size/patch of 224 pixels, or /context in tokens"),
+        _select("operator", "Operator", tuple(LABELS.items())),
+    )
+    more = (
+        _number("dim", "Width", MOST_WIDTH, _PRESET),
+        _number("depth", "Layers", MOST_LAYERS, _PRESET),
+        _number("heads", "Heads", MOST_HEADS, _PRESET, "must divide the width"),
+        _number("image", "Image side", 4096, _PRESET, "pixels; vit only"),
+        _number("patch", "Patch side", 4096, _PRESET, "pixels; vit only"),
+        _number("context", "Context", MOST_TOKENS, _PRESET, "tokens; gpt only"),
+        FormField("roles", "Relative roles", "text", placeholder="qkv", hint="one or more of q, k and v"),
+        _number("c1", "c1", 1024, "16", "low width per head of α-Translution"),
+        _number("c2", "c2", 1024, "16", "low width per head of α-Translution"),
+        _number("window", "Window", MOST_TOKENS, "none", "pairs farther apart do not exist", 0),
+        FormField("relative_layers", "Relative layers", "text", placeholder="all", hint="all, first:K or every:K"),
+        _select("other_layers", "Other layers", (("", "attention"), ("alpha", "α-Translution"))),
+    )
+    return Section("Model", fields, "Change the preset", more)
+
+
+def _cluster() -> Section:
+    gpus = tuple((name, f"{name}: {gpu.title}") for name, gpu in catalogue().gpus.items())
+    fields = (
+        _select("gpu", "GPU", gpus),
+        _number("gpus", "GPUs per node", MOST_GPUS, ""),
+        _number("nodes", "Nodes", MOST_NODES, "", "at most; fewer are taken where more are not better"),
+    )
+    more = (
+        _number("host_memory", "Host memory per node, GiB", 2**16, "catalogue's"),
+        FormField("nvme_path", "NVMe path", "text", placeholder="none", hint="on every node; none keeps NVMe unused"),
+        FormField("headroom", "Headroom", hint="share of every memory that stays free", least=0, step="0.01"),
+        FormField("all_nodes", "Use every node", "checkbox"),
+    )
+    return Section("Cluster", fields, "Memory and drives", more)
+
+
+def _training() -> Section:
+    fields = (
+        _select("precision", "Precision", _same("bf16", "fp16", "fp32")),
+        _number("global_batch", "Global batch", 2**20, "8 per GPU", "samples per optimizer step"),
+        _select(
+            "minimize",
+            "Best is the least",
+            (("time", "time of a sample"), ("nodes", "nodes"), ("cost", "nodes × time"), ("memory", "device memory")),
+        ),
+    )
+    offloads = (
+        ("none", "nothing"),
+        ("cpu-optimizer", "optimizer, on the host"),
+        ("cpu", "all, on the host"),
+        ("nvme-optimizer", "optimizer, on NVMe"),
+        ("nvme", "all, on NVMe"),
+    )
+    modes = (("none", "none"), ("block", "per block"), ("offload", "per block, input on the host"))
+    more = (
+        _select("optimizer", "Optimizer", _same("adamw", "lion", "adagrad", "sgd")),
+        _number("steps", "Steps", 10**9, "", "for the hours"),
+        _select("stage", "ZeRO stage", _CHOSEN + _same("0", "1", "2", "3")),
+        _select("offload", "Offload", _CHOSEN + offloads),
+        _select("checkpointing", "Checkpointing", _CHOSEN + modes),
+        _number("tile_relations", "Relations per tile", 2**20, _SEARCHED),
+        _number("micro_batch", "Micro-batch", 2**16, _SEARCHED, "samples per GPU and forward pass"),
+        _number("accumulation", "Accumulation", 2**16, _SEARCHED, "micro-batches per step"),
+    )
+    return Section("Training", fields, "Fix what the search chooses", more)
+
+
+def form() -> tuple[Section, ...]:
+    """The sections in order."""
+    return _model(), _cluster(), _training()
+
+
+def value_text(value: object) -> str:
+    """A value as a form and a query hold it; nothing for None."""
+    if isinstance(value, bool):
+        return "true" if value else ""
+    return "" if value is None else str(value)

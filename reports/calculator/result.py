@@ -1,0 +1,265 @@
+"""What a search found for a choice, as a page and a program show it; and the plan folder as a zip file."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import zipfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import TypeAdapter
+
+from translution.planner.analysis.operator_costs import LABELS, compare_operators
+from translution.planner.common.errors import InputError
+from translution.planner.common.schema import Schema, parse_json
+from translution.planner.costs.parameters import TABLES
+from translution.planner.deepspeed.config import remarks
+from translution.planner.hardware.cluster import ClusterSpec
+from translution.planner.memory.estimate import LedgerEntry, MemoryEstimate
+from translution.planner.plans.folder import write_plan_folder
+from translution.planner.plans.plan import PLAN_FILE, Plan
+from translution.planner.search.advice import Advice, hybrid_text
+from translution.planner.search.explain import FamilyVerdict, KnobReason, ParetoPoint, SearchResult
+from translution.planner.search.plan_search import NoPlanError, RunCost, choose, run_cost
+from translution.planner.simulator.core.tiers import Tier
+from translution.planner.simulator.network.ops import Widths
+from translution.planner.timing.step_time import StepTime
+
+from ..inputs.prediction import tier_name
+from .choice import Choice, Question, choice_error, plan_command, question_of
+
+State = Literal["found", "nothing fits", "refused", "stopped", "searching", "busy"]
+
+
+class OperatorCost(Schema):
+    """Exact costs of the model with one operator."""
+
+    operator: str
+    label: str
+    parameters: int
+    in_tables: int
+    """Of them in relation tables."""
+    state_bytes: int
+    """Of AdamW with an fp32 master copy, over all ranks."""
+    kept_bytes: int
+    """What the forward pass of one sample keeps for backward."""
+    published_kept_bytes: int
+    """The same by the published way, a matrix for every pair."""
+    training_flops: int
+    """Of one sample, forward and backward."""
+
+
+class Costs(Schema):
+    """What needs no search."""
+
+    model: str
+    family: str
+    tokens: int
+    components: dict[str, int]
+    """Parameters by component, of the chosen operator."""
+    operators: tuple[OperatorCost, ...]
+    """The chosen one first."""
+    command: str
+    """Makes the same plan on the command line."""
+
+
+class TierUse(Schema):
+    """One memory of one rank at its worst moment."""
+
+    tier: Tier
+    name: str
+    """In words."""
+    peak_bytes: int
+    capacity_bytes: int | None
+    """A rank's share of a node's; null where nobody said. Pageable and pinned host memory share one."""
+    low_bytes: int | None
+    high_bytes: int | None
+    """As the GPU's constants may be; of the device alone."""
+    phase: str
+    moment: str
+    entries: tuple[LedgerEntry, ...]
+
+
+class PlanView(Schema):
+    """The chosen plan and why it."""
+
+    cluster: str
+    nodes: int
+    ranks: int
+    stage: int
+    family: str
+    checkpointing: str
+    micro_batch: int
+    accumulation: int
+    global_batch: int
+    tile_relations: int | None
+    time: StepTime | None
+    run: RunCost | None
+    tiers: tuple[TierUse, ...]
+    considered: int
+    families: tuple[FamilyVerdict, ...]
+    knobs: tuple[KnobReason, ...]
+    pareto: tuple[ParetoPoint, ...]
+    remarks: tuple[str, ...]
+    deepspeed_config: dict[str, Any]
+
+
+class NoPlan(Schema):
+    """Why nothing fits, and what would do."""
+
+    families: tuple[FamilyVerdict, ...]
+    advice: tuple[Advice, ...]
+    """The cheapest first, hybrids last; `changes` are fields of the model."""
+
+
+class Outcome(Schema):
+    """How far the search for a choice is, and what it found."""
+
+    state: State
+    message: str = ""
+    field: str | None = None
+    """Of the form, that a refusal is about."""
+    plan: PlanView | None = None
+    no_plan: NoPlan | None = None
+
+
+class Found(NamedTuple):
+    """What a worker sends back, as JSON: pickles of schemas are several times as large."""
+
+    outcome: bytes
+    plan: bytes | None
+    """The whole plan."""
+
+
+_PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
+
+
+@lru_cache(maxsize=2048)
+def costs_of(choice: Choice) -> Costs:
+    """The exact costs of a choice.
+
+    Raises:
+        ChoiceError: naming the field.
+    """
+    question = question_of(choice)
+    described = compare_operators(question.spec, 1, Widths.of(question.training.dtype_bytes, "cuda"))
+    rows = tuple(
+        OperatorCost(
+            operator=entry["operator"],
+            label=LABELS[entry["operator"]],
+            parameters=entry["parameters"]["total"],
+            in_tables=entry["parameters"]["components"].get(TABLES, 0),
+            state_bytes=entry["training_state_bytes"],
+            kept_bytes=entry["activations_bytes"]["ours"],
+            published_kept_bytes=entry["activations_bytes"]["published"],
+            training_flops=entry["flops_per_sample"]["training_step"],
+        )
+        for entry in described
+    )
+    return Costs(
+        model=question.spec.name,
+        family=question.spec.family,
+        tokens=question.spec.tokens,
+        components=described[0]["parameters"]["components"],
+        operators=rows,
+        command=plan_command(choice),
+    )
+
+
+def _capacity(tier: Tier, cluster: ClusterSpec) -> int | None:
+    if tier == "device":
+        return cluster.device_memory_bytes
+    whole = cluster.nvme_bytes if tier == "nvme" else cluster.host_memory_bytes
+    return None if whole is None else whole // cluster.ranks_per_node
+
+
+def _tiers(prediction: MemoryEstimate, cluster: ClusterSpec) -> tuple[TierUse, ...]:
+    uses = []
+    for tier in prediction.tiers:
+        worst = max((peak for peak in prediction.peaks if peak.tier == tier), key=lambda peak: peak.bytes)
+        low, high = (prediction.device_interval_bytes or (None, None)) if tier == "device" else (None, None)
+        uses.append(
+            TierUse(
+                tier=tier,
+                name="pageable host" if tier == "host" else tier_name(tier),
+                peak_bytes=worst.bytes,
+                capacity_bytes=_capacity(tier, cluster),
+                low_bytes=low,
+                high_bytes=high,
+                phase=worst.phase,
+                moment=worst.moment,
+                entries=worst.entries,
+            )
+        )
+    return tuple(uses)
+
+
+def view_of(result: SearchResult) -> PlanView:
+    """What is shown of a search's result."""
+    plan = result.plan
+    cluster, training = plan.cluster, plan.training
+    return PlanView(
+        cluster=cluster.name,
+        nodes=cluster.nodes,
+        ranks=cluster.ranks,
+        stage=plan.zero.stage,
+        family=next(verdict.family for verdict in result.families if verdict.chosen),
+        checkpointing=plan.model.checkpointing,
+        micro_batch=training.micro_batch,
+        accumulation=training.accumulation,
+        global_batch=training.global_batch(cluster.ranks),
+        tile_relations=plan.tile_relations,
+        time=plan.time,
+        run=None if plan.time is None else run_cost(plan.time, cluster, training),
+        tiers=_tiers(plan.prediction, cluster),
+        considered=result.considered,
+        families=result.families,
+        knobs=result.knobs,
+        pareto=result.pareto,
+        remarks=remarks(training, plan.zero),
+        deepspeed_config=plan.deepspeed_config(),
+    )
+
+
+def _no_plan(error: NoPlanError) -> NoPlan:
+    hybrids = tuple(Advice(kind="hybrid", text=hybrid_text(row), changes=row.changes) for row in error.hybrids)
+    return NoPlan(families=error.families, advice=(*error.advice, *hybrids))
+
+
+def search(choice: Choice) -> Found:
+    """Search as `translution plan` does, in a worker process.
+
+    Args:
+        choice: of which `question_of` has made a question before.
+    """
+    try:
+        question: Question = question_of(choice)
+        result = choose(question.spec, question.cluster, question.training, question.wishes)
+    except NoPlanError as error:
+        outcome = Outcome(state="nothing fits", message=str(error), no_plan=_no_plan(error))
+        return Found(outcome.model_dump_json().encode(), None)
+    except InputError as error:
+        refusal = choice_error(error, choice)
+        outcome = Outcome(state="refused", message=refusal.message, field=refusal.field)
+        return Found(outcome.model_dump_json().encode(), None)
+    outcome = Outcome(state="found", plan=view_of(result))
+    return Found(outcome.model_dump_json().encode(), result.plan.model_dump_json().encode())
+
+
+def plan_zip(plan_json: bytes) -> bytes:
+    """The plan folder, as `translution plan` writes it, as a zip file of one folder named ``plan``.
+
+    Args:
+        plan_json: of `Found`.
+    """
+    plan = parse_json(_PLAN, plan_json, PLAN_FILE)
+    buffer = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "plan"
+        write_plan_folder(plan, target)
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted(target.iterdir()):
+                archive.write(path, f"plan/{path.name}")  # Keeps which files are programs.
+    return buffer.getvalue()

@@ -1,0 +1,260 @@
+"""The calculator over HTTP: pages, parts of pages, JSON and plan folders, for GET alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .choice import Choice, ChoiceError, parse_choice
+from .pages import answer_part, asset, page, plan_part
+from .result import Costs, Outcome, costs_of, plan_zip
+from .search_pool import QueueFullError, Search, Searches
+
+LONGEST_QUERY = 2048
+POLL_S = 8.0
+"""How long a request for a plan is held at most."""
+HEARTBEAT_S = 0.5
+"""Between two looks at whether the reader is still there."""
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+def _host_of(header: str) -> str:
+    """The name or address in a Host header; empty if there is none."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+class _Guard:
+    """Adds the headers that every answer has; refuses long addresses, other names, and other sites' pages.
+
+    Args:
+        app: what answers the rest.
+        names: by which this server may be called.
+        any_address: whether it may be called by any address too, which no foreign page can make its own.
+    """
+
+    def __init__(self, app: ASGIApp, names: frozenset[str], *, any_address: bool) -> None:
+        self._app, self._names, self._any_address = app, names, any_address
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        headers = Headers(scope=scope)
+        if len(scope["query_string"]) > LONGEST_QUERY or len(scope["path"]) > LONGEST_QUERY:
+            return _error(414, f"the address is too long: at most {LONGEST_QUERY} characters after the ?")
+        host = _host_of(headers.get("host", ""))
+        if host not in self._names and not (self._any_address and _is_address(host)):
+            return _error(400, f"Host: {host[:60]!r} is not allowed: must be what the server was started as")
+        if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
+            return _error(403, "a page of another site may only lead here, not ask")
+        return None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                more = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
+                message["headers"] = [*message.get("headers", ()), *more]
+            await send(message)
+
+        await (self._refusal(scope) or self._app)(scope, receive, send_with_headers)
+
+
+def _error(
+    status: int, message: str, field: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    return JSONResponse({"error": {"field": field, "message": message}}, status, headers)
+
+
+async def _choice_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ChoiceError)
+    return _error(422, error.message, error.field)
+
+
+async def _queue_full(_: Request, error: Exception) -> Response:
+    assert isinstance(error, QueueFullError)
+    return _error(503, str(error), headers={"Retry-After": str(error.retry_s)})
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    texts = {404: "there is nothing at this address", 405: "only GET is allowed"}
+    return _error(error.status_code, texts.get(error.status_code, error.detail), headers=error.headers)
+
+
+async def _unforeseen(_: Request, error: Exception) -> Response:
+    return _error(500, f"the calculator failed ({type(error).__name__}); the server's log says where")
+
+
+def _raise_refusal(outcome: Outcome) -> None:
+    if outcome.state == "refused":
+        raise ChoiceError(outcome.message, outcome.field)
+
+
+class _Pages:
+    """The routes.
+
+    Args:
+        searches: where plans come from.
+    """
+
+    def __init__(self, searches: Searches) -> None:
+        self._searches = searches
+
+    async def _answer(self, choice: Choice) -> tuple[Costs, Outcome]:
+        """What is known at once; the search is begun where it was not."""
+        costs = await run_in_threadpool(costs_of, choice)
+        try:
+            outcome = self._searches.ask(choice).outcome
+        except QueueFullError as error:
+            outcome = Outcome(state="busy", message=str(error))
+        _raise_refusal(outcome)
+        return costs, outcome
+
+    async def _outcome(self, request: Request) -> tuple[Choice, Search]:
+        """The search of a request, after a bounded wait for its end."""
+        choice = parse_choice(request.query_params.multi_items())
+        await run_in_threadpool(costs_of, choice)  # Refuses what cannot be searched.
+        search = self._searches.ask(choice)
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + POLL_S
+        while not self._searches.ending and clock() < deadline and not await request.is_disconnected():
+            if await self._searches.wait(search, HEARTBEAT_S):
+                break
+        return choice, search
+
+    async def home(self, request: Request) -> Response:
+        """The page; a refused choice is shown with what is wrong."""
+        choice, costs, outcome = Choice(), None, None
+        try:
+            choice = parse_choice(request.query_params.multi_items())
+            costs, outcome = await self._answer(choice)
+        except ChoiceError as error:
+            return HTMLResponse(page(choice, None, None, error), 422)
+        return HTMLResponse(await run_in_threadpool(page, choice, costs, outcome, None))
+
+    async def answer(self, request: Request) -> Response:
+        """The part of the page that changes with the form."""
+        choice = parse_choice(request.query_params.multi_items())
+        costs, outcome = await self._answer(choice)
+        return HTMLResponse(await run_in_threadpool(answer_part, choice, costs, outcome))
+
+    async def plan(self, request: Request) -> Response:
+        """The part of the page that shows the plan, as soon as it is there."""
+        choice, search = await self._outcome(request)
+        outcome = search.outcome
+        _raise_refusal(outcome)
+        return HTMLResponse(await run_in_threadpool(plan_part, choice, outcome))
+
+    async def api_answer(self, request: Request) -> Response:
+        """Costs and outcome as JSON."""
+        choice = parse_choice(request.query_params.multi_items())
+        costs, outcome = await self._answer(choice)
+        document = {"choice": choice.model_dump(), "costs": costs.model_dump(), "plan": outcome.model_dump(mode="json")}
+        return JSONResponse(document)
+
+    async def api_plan(self, request: Request) -> Response:
+        """The outcome as JSON, 202 while it is not there yet."""
+        _, search = await self._outcome(request)
+        outcome = search.outcome
+        _raise_refusal(outcome)
+        return JSONResponse(outcome.model_dump(mode="json"), 202 if outcome.state == "searching" else 200)
+
+    async def folder(self, request: Request) -> Response:
+        """The plan folder as a zip file."""
+        choice, search = await self._outcome(request)
+        plan, outcome = search.plan, search.outcome
+        _raise_refusal(outcome)
+        if outcome.state == "searching":
+            return _error(503, "the search is under way: try again in 2 s", headers={"Retry-After": "2"})
+        if plan is None:
+            return _error(409, outcome.message)
+        name = f"plan-{choice.model}-{choice.nodes}x{choice.gpus}x{choice.gpu}.zip".replace("/", "-")
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        return Response(await run_in_threadpool(plan_zip, plan), media_type="application/zip", headers=headers)
+
+
+def _asset(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    async def send(_: Request) -> Response:
+        return Response(asset(name), media_type=kind)
+
+    return send
+
+
+def make_app(searches: Searches, hosts: Iterable[str] = (), *, any_address: bool = False) -> Starlette:
+    """The application.
+
+    Args:
+        searches: opened and closed with it.
+        hosts: names beside loopback's that a request may call this server by; others are refused, so that no
+            foreign page can reach it through a name of its own that leads here.
+        any_address: allow any address in place of a name.
+    """
+    pages = _Pages(searches)
+    # The first reader need not wait until the catalogue is read and the templates are compiled.
+    page(Choice(), costs_of(Choice()), Outcome(state="searching"), None)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        searches.open()
+        yield
+        await run_in_threadpool(searches.close)
+
+    routes = {
+        "/": pages.home,
+        "/answer": pages.answer,
+        "/plan": pages.plan,
+        "/plan.zip": pages.folder,
+        "/api/answer": pages.api_answer,
+        "/api/plan": pages.api_plan,
+        "/calculator.css": _asset("calculator.css", "text/css"),
+        "/calculator.js": _asset("calculator.js", "text/javascript"),
+    }
+    return Starlette(
+        routes=[Route(path, endpoint, methods=["GET"]) for path, endpoint in routes.items()],
+        middleware=[
+            Middleware(_Guard, frozenset((*LOOPBACK, *(host.lower() for host in hosts))), any_address=any_address)
+        ],
+        exception_handlers={
+            ChoiceError: _choice_error,
+            QueueFullError: _queue_full,
+            HTTPException: _http_error,
+            Exception: _unforeseen,
+        },
+        lifespan=lifespan,
+    )

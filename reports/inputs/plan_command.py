@@ -1,0 +1,56 @@
+"""The command that plans again what a plan folder holds, as far as commands alone say it."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from translution.planner.common.errors import InputError
+from translution.planner.config.model import ModelSpec, override
+from translution.planner.config.presets import preset
+from translution.planner.config.training import TrainingSpec
+from translution.planner.hardware.cluster import named_cluster
+from translution.planner.plans.plan import Plan
+
+
+def _model_flags(model: ModelSpec) -> dict[str, object]:
+    """What makes the model from the preset of its name.
+
+    Raises:
+        InputError: if it is no preset's.
+    """
+    fields: dict[str, Any] = {"operator": model.operator, "roles": model.roles}
+    if model.operator == "alpha":
+        fields |= {"c1": model.c1, "c2": model.c2}
+    known = preset(model.name)
+    changed = {name: value for name, value in fields.items() if getattr(known, name) != value}
+    if override(known, checkpointing=model.checkpointing, **changed) != model:
+        raise InputError(f"{model.name}: is not the preset of that name")
+    return changed
+
+
+def plan_command(plan: Plan) -> str | None:
+    """A command that plans the same again; None where files, settings or a drive would be needed too.
+
+    What was chosen is fixed in it. ZeRO's knobs are searched anew.
+    """
+    training, zero, cluster = plan.training, plan.zero, plan.cluster
+    chosen = {name: getattr(training, name) for name in ("precision", "data", "micro_batch", "accumulation", "steps")}
+    place, optimizer = zero.offload_param.device, zero.offload_optimizer
+    if "nvme" in (place, optimizer.device) or TrainingSpec.model_validate(chosen) != training:
+        return None
+    try:
+        flags = _model_flags(plan.model)
+        if named_cluster(cluster.name) != cluster:
+            return None
+    except InputError:
+        return None
+    offload = place if place != "none" else {"none": "none"}.get(optimizer.device, f"{optimizer.device}-optimizer")
+    flags |= {"cluster": cluster.name} | chosen | {"stage": zero.stage, "offload": offload}
+    flags["checkpointing"] = plan.model.checkpointing
+    if optimizer.ratio < 1:
+        flags["offload_ratio"] = optimizer.ratio
+    if zero.stage == 3 and plan.tile_relations is not None:
+        flags["tile_relations"] = plan.tile_relations
+    words = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return shlex.join(["translution", "plan", plan.model.name, *words, "--all-nodes", "--out", "PLAN"])

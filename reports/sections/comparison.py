@@ -1,0 +1,207 @@
+"""Comparisons of operators as tables and as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from translution.planner.analysis.compare import AXES, ComparisonRow, ScalePoint, Threshold
+from translution.planner.common.provenance import Provenance
+from translution.planner.common.units import GIB, format_bytes, format_count, format_flops
+
+from ..render.document import Column, Part, Picture, Section, Table, Value
+from ..render.vega import COLOURS
+
+PICTURE_WIDTH, PICTURE_HEIGHT = 260, 240
+AXIS_TITLES = {"width": "model width", "tokens": "tokens per sample", "depth": "layers"}
+
+
+def frame(rows: Iterable[ComparisonRow]) -> pd.DataFrame:
+    """One row per model and operator; sizes in bytes, times in seconds."""
+    result: pd.DataFrame = pd.DataFrame([row.model_dump() for row in rows])
+    return result
+
+
+def _cell(row: ComparisonRow) -> tuple[str, ...]:
+    rank = "" if row.alpha_rank is None else f", c1 = c2 = {row.alpha_rank}"
+    return (
+        row.model,
+        row.operator + rank,
+        format_count(row.parameters),
+        format_flops(row.training_flops),
+        format_bytes(row.states_bytes),
+        format_bytes(row.kept_bytes),
+        format_bytes(row.floor_bytes),
+        row.cluster or "none",
+        row.offload_cluster or "none",
+        "" if row.sample_s is None else f"{row.sample_s * 1e3:.3g} ms",
+    )
+
+
+COLUMNS = (
+    "model", "operator", "parameters", "training / sample", "states", "kept / sample", "whole at once",
+    "smallest cluster", "with offload", "time / sample",
+)  # fmt: skip
+
+
+def printed(rows: Iterable[ComparisonRow]) -> list[tuple[str, ...]]:
+    """Cells for a reader, in the order of `COLUMNS`."""
+    return [_cell(row) for row in rows]
+
+
+def markdown(rows: Sequence[ComparisonRow], limits: Sequence[Threshold]) -> str:
+    """The tables as Markdown."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|---|---|{'--:|' * (len(COLUMNS) - 2)}"]
+    lines += [f"| {' | '.join(cells)} |" for cells in printed(rows)]
+    if limits:
+        lines += ["", *threshold_lines(limits)]
+    return "\n".join(lines) + "\n"
+
+
+def threshold_lines(limits: Sequence[Threshold]) -> list[str]:
+    """Up to which size so many nodes train full Translution, as a Markdown table."""
+    nodes = list(dict.fromkeys(limit.nodes for limit in limits))
+    lines = [f"| full Translution up to | {' | '.join(f'{count} node(s)' for count in nodes)} |"]
+    lines.append(f"|---|{'--:|' * len(nodes)}")
+    for axis in AXES:
+        cells = [str(limit.largest or "none") for limit in limits if limit.axis == axis]
+        if cells:
+            lines.append(f"| {AXIS_TITLES[axis]} | {' | '.join(cells)} |")
+    return lines
+
+
+def picture(points: Iterable[ScalePoint], limits: Sequence[Threshold], title: str) -> dict[str, Any]:
+    """Memory against width, tokens and depth; rules where full Translution needs more than 1, 2 and 8 nodes.
+
+    Args:
+        points: of one model.
+        limits: of the same.
+        title: above all three.
+
+    Returns:
+        A Vega-Lite spec.
+    """
+    data = pd.DataFrame([point.model_dump() for point in points])
+    data["GiB"] = (data["states_bytes"] + data["kept_bytes"]) / GIB
+    ends = pd.DataFrame([limit.model_dump() | {"label": f"{limit.nodes} node(s)"} for limit in limits if limit.largest])
+    operators = list(dict.fromkeys(data["operator"]))
+    colours = alt.Scale(domain=operators, range=list(COLOURS[: len(operators)]))
+    charts = []
+    for axis in AXES:
+        own = data[data["axis"] == axis]
+        scale = alt.Scale(type="log", nice=False)
+        lines = (
+            alt.Chart(own)
+            .mark_line(point=True)
+            .encode(
+                x=alt.X("value:Q", title=AXIS_TITLES[axis], scale=scale),
+                y=alt.Y("GiB:Q", title="states and one sample, GiB", scale=scale),
+                color=alt.Color("operator:N", title=None, scale=colours, legend=alt.Legend(orient="bottom")),
+                tooltip=[
+                    "operator:N",
+                    alt.Tooltip("value:Q", title=AXIS_TITLES[axis]),
+                    alt.Tooltip("GiB:Q", format=".4g"),
+                ],
+            )
+        )
+        layers = [lines]
+        if not ends.empty and (ends["axis"] == axis).any():
+            rules = alt.Chart(ends[ends["axis"] == axis])
+            layers.append(rules.mark_rule(strokeDash=[4, 3], opacity=0.6).encode(x="largest:Q"))
+            layers.append(
+                rules.mark_text(angle=270, align="right", dx=-4, dy=-6).encode(
+                    x="largest:Q", y=alt.value(0), text="label:N"
+                )
+            )
+        charts.append(alt.layer(*layers).properties(width=PICTURE_WIDTH, height=PICTURE_HEIGHT))
+    spec: dict[str, Any] = alt.hconcat(*charts).properties(title=title).to_dict()
+    return spec
+
+
+_COLUMNS = (
+    Column(title="model"),
+    Column(title="operator"),
+    Column(title="c1 = c2", kind="integer"),
+    Column(title="parameters", kind="count"),
+    Column(title="training / sample", kind="flops"),
+    Column(title="states", kind="bytes"),
+    Column(title="kept / sample", kind="bytes"),
+    Column(title="whole at once", kind="bytes"),
+    Column(title="ranks", kind="integer"),
+    Column(title="smallest cluster"),
+    Column(title="with offload"),
+    Column(title="time / sample", kind="seconds"),
+)
+
+
+def _row(row: ComparisonRow) -> tuple[Value, ...]:
+    sizes = row.states_bytes, row.kept_bytes, row.floor_bytes
+    places = row.ranks, row.cluster or "none", row.offload_cluster or "none"
+    return (
+        row.model, row.operator, row.alpha_rank, row.parameters, row.training_flops, *sizes, *places, row.sample_s,
+    )  # fmt: skip
+
+
+def _limits(limits: Sequence[Threshold], model: str, made: Provenance) -> Table:
+    nodes = list(dict.fromkeys(limit.nodes for limit in limits))
+    rows: list[tuple[Value, ...]] = []
+    for axis in dict.fromkeys(limit.axis for limit in limits):
+        found = {limit.nodes: limit.largest for limit in limits if limit.axis == axis}
+        rows.append((AXIS_TITLES[axis], *(found.get(count) or "none" for count in nodes)))
+    columns = (Column(title="full Translution up to"), *(Column(title=f"{n} node(s)", kind="integer") for n in nodes))
+    caption = f"The largest {model} that so many nodes train without offload, one size at a time changed"
+    return Table(key="limits-table", caption=caption, columns=columns, rows=tuple(rows), sortable=False, made=made)
+
+
+def comparison(
+    rows: Sequence[ComparisonRow],
+    limits: Sequence[Threshold],
+    points: Sequence[ScalePoint],
+    gpu: str,
+    made: Provenance,
+) -> Section:
+    """What every operator needs, the smallest cluster that trains it, and the time there.
+
+    Args:
+        rows: of all models.
+        limits: of the first model; none where they were not asked for.
+        points: of the first model; likewise.
+        gpu: of which the clusters are.
+        made: where the figures come from.
+    """
+    parts: list[Part] = [
+        Table(
+            key="comparison-table",
+            caption=f"Costs, and the smallest cluster of {gpu} that trains each model",
+            columns=_COLUMNS,
+            rows=tuple(map(_row, rows)),
+            chosen_by=0,
+            made=made,
+        )
+    ]
+    first = rows[0].model
+    if points:
+        spec = picture(points, limits, f"{first}: memory over all ranks")
+        ends = [p for p in points if p.value == max(q.value for q in points if q.axis == p.axis)]
+        most = "; ".join(f"{p.operator} {p.states_bytes:,} bytes of states at {p.value} ({p.axis})" for p in ends)
+        parts.append(
+            Picture(
+                key="comparison",
+                caption=f"States and one sample's activations of {first} over all ranks, against width, tokens and "
+                "layers; rules where so many nodes no longer train full Translution.",
+                name="Memory over all ranks",
+                spec=spec | {"description": f"Memory over all ranks: {most}."},
+                made=made,
+            )
+        )
+    if limits:
+        parts.append(_limits(limits, first, made))
+    text = (
+        "states: parameters, gradients, master copy and moments over all ranks; whole at once: the least that ZeRO-3 "
+        "needs unsharded on every rank. Time is that of the best plan without offload on the smallest cluster, "
+        "unmeasured."
+    )
+    return Section(key="comparison-section", title=f"Operators on {gpu}", text=(text,), parts=tuple(parts))

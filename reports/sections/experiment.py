@@ -1,0 +1,182 @@
+"""An experiment as Markdown and as a picture."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from translution.distributed.experiments.runner import RESULT, ExperimentResult, Summary
+from translution.planner.common.errors import InputError
+from translution.planner.common.schema import parse_json
+from translution.planner.common.units import format_count
+
+from ..render.document import Column, Picture, Section, Table, Value, read
+from ..render.vega import COLOURS, REST_COLOUR
+
+PICTURE_WIDTH, ROW_HEIGHT = 320, 22
+_KINDS = {
+    "digits-static": "centred",
+    "digits-patches": "patches away",
+    "digits-shifted": "anywhere",
+    "stdlib": "the library's source",
+}
+
+
+def kind_name(kind: str) -> str:
+    """A kind of data in a reader's words."""
+    return _KINDS.get(kind, kind)
+
+
+def figure(result: ExperimentResult, row: Summary) -> str:
+    """Mean and, of several seeds, spread as a reader sees them."""
+    if result.experiment.metric == "accuracy":
+        return f"{row.mean:.1%}" + (f" ± {row.deviation * 100:.1f}" if row.seeds > 1 else "")
+    return f"{row.mean:.3f}" + (f" ± {row.deviation:.3f}" if row.seeds > 1 else "")
+
+
+def table(result: ExperimentResult) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: a row for each variant, a column for each task and test."""
+    summaries = result.summaries()
+    columns = list(dict.fromkeys((row.train, row.test) for row in summaries))
+    headings = ["model", "parameters"]
+    headings += [f"{kind_name(train)} → {kind_name(test)}" for train, test in columns]
+    cells = []
+    for variant in result.experiment.variants:
+        own = {(row.train, row.test): row for row in summaries if row.variant == variant.name}
+        first = next(iter(own.values()))
+        cells.append([variant.name, format_count(first.parameters), *(figure(result, own[key]) for key in columns)])
+    return headings, cells
+
+
+def markdown(result: ExperimentResult) -> str:
+    """The whole experiment for a reader, with what it takes to run it again."""
+    experiment, made = result.experiment, result.made
+    headings, cells = table(result)
+    seeds = len({trial.seed for trial in result.trials})
+    spread = f"mean ± sample standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    lines = [f"# {experiment.name}: {experiment.question}", ""]
+    if result.quick:
+        lines += ["**A quick run, of too few steps to mean anything.**", ""]
+    lines += [f"| {' | '.join(headings)} |", f"|---|{'--:|' * (len(headings) - 1)}"]
+    lines += [f"| {' | '.join(row)} |" for row in cells]
+    versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
+    lines += [
+        "",
+        f"{experiment.metric.capitalize()} of held-out samples, {spread}; columns: trained on → tested on.",
+        f"{result.steps} steps of {result.batch} samples each; {result.seconds:.0f} s in all.",
+        f"`{made.command}`, {made.time_utc}, {made.cores} cores of {made.machine}; {versions}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def picture(result: ExperimentResult) -> dict[str, Any]:
+    """Every trial as a dot and each mean as a bar's end; a Vega-Lite spec."""
+    names = [variant.name for variant in result.experiment.variants]
+    parameters = {trial.variant: format_count(trial.parameters) for trial in result.trials}
+    rows = [
+        {
+            "model": f"{trial.variant} ({parameters[trial.variant]})",
+            "test": f"trained {kind_name(trial.train)}, tested {kind_name(test)}",
+            "value": result.value(trial, test),
+            "seed": trial.seed,
+        }
+        for trial in result.trials
+        for test in trial.losses
+    ]
+    data = pd.DataFrame(rows)
+    accuracy = result.experiment.metric == "accuracy"
+    axis = alt.Axis(format="%") if accuracy else alt.Axis()
+    order = [f"{name} ({parameters[name]})" for name in names]
+    x = alt.X("mean(value):Q", title=result.experiment.metric, axis=axis)
+    y = alt.Y("model:N", title=None, sort=order, axis=alt.Axis(labelLimit=0))
+    base = alt.Chart(data)
+    tooltip = ["model:N", "test:N", alt.Tooltip("value:Q", format=".4f"), "seed:Q"]
+    bars = base.mark_bar(color=COLOURS[0], opacity=0.75).encode(x=x, y=y)
+    dots = base.mark_point(color=REST_COLOUR, filled=True, size=28, opacity=1).encode(
+        x=alt.X("value:Q"), y=y, tooltip=tooltip
+    )
+    size = {"width": PICTURE_WIDTH, "height": ROW_HEIGHT * len(names)}
+    tests = list(dict.fromkeys(data["test"]))
+    charts = [
+        alt.layer(bars, dots).transform_filter(alt.datum.test == test).properties(title=test, **size) for test in tests
+    ]
+    spec: dict[str, Any] = alt.vconcat(*charts).properties(title=result.experiment.question).to_dict()
+    return spec
+
+
+RESULT_FILE = "result.json"
+
+
+def load_results(folder: Path) -> tuple[ExperimentResult, ...]:
+    """Every experiment whose folder lies in this one, by name.
+
+    Raises:
+        InputError: if there is none, or one is damaged.
+    """
+    paths = sorted(folder.glob(f"*/{RESULT_FILE}"))
+    if not paths:
+        raise InputError(f"--experiments: '{folder}' is not allowed: must hold folders with {RESULT_FILE}")
+    results = []
+    for path in paths:
+        result = parse_json(RESULT, read(path), str(path))
+        try:
+            result.summaries()
+        except (IndexError, KeyError, statistics.StatisticsError):
+            raise InputError(f"{path}: trials: must be of every variant, task and test") from None
+        results.append(result)
+    return tuple(results)
+
+
+def _table(result: ExperimentResult, summaries: list[Summary]) -> Table:
+    """A row for each variant, a column for each task and test."""
+    asked, key = result.experiment, result.experiment.name
+    tests = list(dict.fromkeys((row.train, row.test) for row in summaries))
+    found = {(row.variant, (row.train, row.test)): row for row in summaries}
+    rows: list[tuple[Value, ...]] = []
+    for variant in asked.variants:
+        own = [found[variant.name, test] for test in tests]
+        rows.append((variant.name, own[0].parameters, *((row.mean, row.deviation) for row in own)))
+    kind = "share" if asked.metric == "accuracy" else "number"
+    columns = [
+        Column.model_validate({"title": f"trained {kind_name(train)}, tested {kind_name(test)}", "kind": kind})
+        for train, test in tests
+    ]
+    seeds = max(row.seeds for row in summaries)
+    spread = f"mean ± sample standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    return Table(
+        key=f"experiment-{key}-table",
+        caption=f"{asked.metric[0].upper()}{asked.metric[1:]} of held-out samples, {spread}",
+        columns=(Column(title="model"), Column(title="parameters", kind="count"), *columns),
+        rows=tuple(rows),
+        how="Measured by",
+        made=result.made,
+    )
+
+
+def experiment_section(result: ExperimentResult) -> Section:
+    """A table of means and spreads, and every trial as a picture.
+
+    Args:
+        result: of one experiment.
+    """
+    asked, summaries = result.experiment, result.summaries()
+    text = [asked.question]
+    if result.quick:
+        text.append("A quick run, of too few steps to mean anything.")
+    text.append(f"{result.steps} steps of {result.batch} samples each; {result.seconds:.0f} s in all.")
+    means = "; ".join(f"{row.variant}, {kind_name(row.test)}: {row.mean:.3f}" for row in summaries)
+    chart = Picture(
+        key=f"experiment-{asked.name}",
+        caption="Every trial as a dot, the mean as a bar.",
+        name=f"Trials of {asked.name}",
+        spec=picture(result) | {"description": f"{asked.question} Mean {asked.metric}: {means}."},
+        how="Measured by",
+        made=result.made,
+    )
+    title = f"Experiment: {asked.name}"
+    parts = (_table(result, summaries), chart)
+    return Section(key=f"experiment-{asked.name}-section", title=title, text=tuple(text), parts=parts)

@@ -1,0 +1,212 @@
+"""What a report of a plan holds: its summary, the ledger, the timelines and its newest measured run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from translution.distributed.runs.folder import RUNS, memory_path
+from translution.planner.common.provenance import Provenance
+from translution.planner.common.units import format_bytes, format_count, format_flops
+from translution.planner.costs.flops import count_flops
+from translution.planner.costs.parameters import TABLES, count_parameters
+from translution.planner.plans.plan import Plan, load_plan
+
+from ..inputs.plan_command import plan_command
+from ..inputs.prediction import DEVICE, HOST, ledger_rows, tier_name, timelines_of
+from ..inputs.run_accuracy import compare, metrics_of
+from ..render.document import Column, Part, Picture, Section, Table, Value
+from .memory_timeline import draw_timelines, one_picture
+from .training_curve import draw_curve
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What a page shows of a plan."""
+
+    title: str
+    plan: Plan
+    sections: tuple[Section, ...]
+    picture: dict[str, Any]
+    """The timelines of all tiers in one Vega-Lite specification."""
+    measured: bool
+    """Whether a run is in it."""
+
+
+def summarize(plan: Plan) -> tuple[tuple[str, str], ...]:
+    """The plan as pairs of what and how much."""
+    model, training, cluster, zero = plan.model, plan.training, plan.cluster, plan.zero
+    parameters = count_parameters(model)
+    tables = parameters.components.get(TABLES, 0) / parameters.total
+    batch = training.global_batch(cluster.ranks)
+    offloads = {"optimizer": zero.offload_optimizer.device, "parameters": zero.offload_param.device}
+    offload = ", ".join(f"{what} to {device}" for what, device in offloads.items() if device != "none")
+    peak, capacity = plan.prediction.peak_bytes, cluster.device_memory_bytes
+    relative = f", roles {model.roles}" if model.operator in ("translution", "alpha", "absolute") else ""
+    return (
+        ("Model", f"{model.name}: {model.family}, {model.depth} layers of width {model.dim}, {model.tokens} tokens"),
+        ("Operator", f"{model.operator}{relative}"),
+        ("Parameters", f"{format_count(parameters.total)}, {tables:.1%} of them in relation tables"),
+        ("Cluster", f"{cluster.name}: {cluster.nodes} × {cluster.ranks_per_node} ranks on {cluster.device}"),
+        ("ZeRO", f"stage {zero.stage}, {f'offload of {offload}' if offload else 'no offload'}"),
+        ("Tiles", "whole tables" if plan.tile_relations is None else f"{plan.tile_relations} relations per tile"),
+        ("Precision", f"{training.precision}, master copy {training.master_dtype}, {training.optimizer}"),
+        ("Batch", f"{training.micro_batch} per rank × {training.accumulation} × {cluster.ranks} ranks = {batch}"),
+        ("Work", f"{format_flops(count_flops(model).training_step * batch)} per step, {training.steps} steps"),
+        ("Peak of a rank", f"{format_bytes(peak)} of {format_bytes(capacity)}, {peak / capacity:.1%}"),
+        ("Made by", plan.made_by),
+        *([("Command", command)] if (command := plan_command(plan)) else []),
+    )
+
+
+def _once(texts: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(text for text in texts if text))
+
+
+def _heading(tier: str) -> str:
+    return f"{tier[0].upper()}{tier[1:]}"
+
+
+def _ledger(tier: str, own: list[Mapping[str, Any]], key: str, made: Provenance) -> Table:
+    """The rows of `ledger_rows` of one tier, a column per phase."""
+    phases = {row["phase"]: row for row in own}
+    rows: list[tuple[Value, ...]] = []
+    for name in dict.fromkeys(row["name"] for row in own):
+        named = [row for row in own if row["name"] == name]
+        sizes = [[row["bytes"] for row in named if row["phase"] == phase] for phase in phases]
+        cells = tuple(sum(found) if found else None for found in sizes)
+        rows.append((name, *cells, _once(row["formula"] for row in named), _once(row["source"] for row in named)))
+    foot: list[tuple[Value, ...]] = [("peak", *(row["peak_bytes"] for row in phases.values()), "", "")]
+    moments = tuple(row["moment"] for row in phases.values())
+    if any(moments):
+        foot.append(("when", *moments, "", ""))
+    return Table(
+        key=key,
+        heading=_heading(tier),
+        caption=f"Bytes of one rank, {tier} memory, by phase",
+        columns=(
+            Column(title="entry"),
+            *(Column(title=phase, kind="bytes") for phase in phases),
+            Column(title="how it is counted", kind="sentence"),
+            Column(title="source", kind="code"),
+        ),
+        rows=tuple(rows),
+        foot=tuple(foot),
+        made=made,
+    )
+
+
+def ledgers_of(rows: Iterable[Mapping[str, Any]], prefix: str, made: Provenance) -> Iterator[Table]:
+    """The rows of `ledger_rows` as one table per tier."""
+    tiers: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        tiers.setdefault(tier_name(row["tier"]), []).append(row)
+    for number, (tier, own) in enumerate(tiers.items()):
+        yield _ledger(tier, own, f"{prefix}ledger-{number}", made)
+
+
+def _measured_run(folder: Path) -> Path | None:
+    """The run folder itself, or the newest run of a plan folder, if any rank has measured something."""
+    runs = sorted((folder / RUNS).glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    measured = (run for run in [folder, *runs] if any(memory_path(run, 0).parent.glob("rank_*.json")))
+    return next(measured, None)
+
+
+def _measured(run: Path, key: str) -> Section:
+    """What a run has measured, beside what was predicted for it."""
+    metrics = metrics_of(run)
+    evaluations = metrics[metrics["event"] == "evaluation"]
+    steps = metrics[metrics["event"] == "step"]
+    started = metrics[metrics["event"] == "start"].to_dict("records")
+    found = started[-1].get("made") if started else None
+    made = Provenance.model_validate(found) if isinstance(found, dict) else None
+    rows: list[tuple[Value, ...]] = []
+    for row in compare(run).to_dict("records"):
+        ratio = float(row["ratio"])
+        sizes = int(row["predicted_bytes"]), int(row["measured_bytes"])
+        rows.append((row["what"], int(row["rank"]), *sizes, ratio if ratio == ratio else None))
+    titles = {"rank": "integer", "predicted": "bytes", "measured": "bytes", "predicted / measured": "ratio"}
+    columns = [Column.model_validate({"title": title, "kind": kind}) for title, kind in titles.items()]
+    parts: list[Part] = [
+        Table(
+            key=f"{key}-memory",
+            caption=f"Memory per rank of {run}",
+            columns=(Column(title="what"), *columns),
+            rows=tuple(rows),
+            how="Measured by",
+            made=made,
+        )
+    ]
+    if not steps.empty:
+        accuracy = "" if evaluations.empty else f"; accuracy on held-out samples {evaluations['accuracy'].iloc[-1]:.2%}"
+        parts.append(
+            Picture(
+                key="curve" if key == "measured" else f"{key}-curve",
+                heading="Training",
+                caption=f"Mean loss over all ranks at each step{accuracy}.",
+                name="Training curve",
+                spec=dict(draw_curve(steps, f"Loss of {run.name}").to_dict()),
+                how="Measured by",
+                made=made,
+            )
+        )
+    return Section(key=key, title="Predicted and measured", parts=tuple(parts))
+
+
+def _timelines(plan: Plan, title: str, prefix: str, made: Provenance) -> tuple[Section, dict[str, Any]]:
+    """The section, and the picture of all tiers in one."""
+    ranks = f"{plan.cluster.ranks} rank{'s' if plan.cluster.ranks > 1 else ''}"
+    subtitle = f"ZeRO-{plan.zero.stage} on {ranks}, {plan.training.precision}, {plan.training.micro_batch} samples each"
+    host_share = plan.cluster.host_memory_bytes // plan.cluster.ranks_per_node
+    capacities = {DEVICE: plan.cluster.device_memory_bytes, HOST: host_share}
+    named = {tier_name(tier): timeline for tier, timeline in timelines_of(plan).items()}
+    charts = draw_timelines(named, title, subtitle, capacities)
+    pictures = [
+        Picture(
+            key=f"{prefix}timeline-{number}",
+            heading=_heading(tier),
+            caption=f"Live bytes of one rank, {tier} memory; each point is the highest of the events that it stands "
+            "for.",
+            name=f"Timeline of {tier} memory",
+            spec=dict(chart.to_dict()),
+            made=made,
+        )
+        for number, (tier, chart) in enumerate(charts.items())
+    ]
+    text = (
+        "What is live at every allocation and release of the step, by category. Hover over the picture, or touch it, "
+        "for sizes and places."
+    )
+    section = Section(key=f"{prefix}timeline", title="Memory over a step", text=(text,), parts=tuple(pictures))
+    return section, one_picture(charts)
+
+
+def report_plan(folder: Path, made: Provenance, prefix: str = "") -> PlanReport:
+    """Read a plan folder or a run folder.
+
+    Args:
+        folder: which.
+        made: where what is counted here comes from.
+        prefix: of the keys, where a page has several plans.
+
+    Raises:
+        InputError: if it is neither, or damaged.
+    """
+    plan = load_plan(folder)
+    title = f"{plan.model.name} on {plan.cluster.name}"
+    rows: list[tuple[Value, ...]] = list(summarize(plan))
+    columns = (Column(title="what"), Column(title="how much"))
+    summary = Table(
+        key=f"{prefix}summary", caption="What is planned", columns=columns, rows=tuple(rows), sortable=False, made=made
+    )
+    timelines, picture = _timelines(plan, title, prefix, made)
+    sections = [Section(key=f"{prefix}plan", title="Plan", parts=(summary,)), timelines]
+    text = "Every entry at the peak of every phase, how it is counted, and from which source."
+    ledgers = tuple(ledgers_of(ledger_rows(plan.prediction), prefix, made))
+    sections.append(Section(key=f"{prefix}ledger", title="Memory ledger", text=(text,), parts=ledgers))
+    run = _measured_run(folder)
+    if run is not None:
+        sections.append(_measured(run, f"{prefix}measured"))
+    return PlanReport(title, plan, tuple(sections), picture, measured=run is not None)

@@ -1,0 +1,192 @@
+"""The section on scaling: memory of a rank and time of a step against width, tokens, layers and nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import altair as alt
+
+from translution.planner.analysis.scaling import GROWTH_AXES, GrowthAxis, GrowthPoint, PlanPoint
+from translution.planner.common.provenance import Provenance
+from translution.planner.common.units import GIB, format_bytes
+from translution.planner.hardware.cluster import ClusterSpec
+
+from ..render.document import Column, Part, Picture, Section, Table, shown
+from ..render.vega import COLOURS
+from .model_costs import TIER_COLUMNS, tier_cells
+
+TITLES: dict[GrowthAxis, str] = {
+    "width": "model width", "tokens": "tokens per sample", "depth": "layers", "nodes": "nodes",
+}  # fmt: skip
+_WIDTH, _HEIGHT = 440, 280
+_AXIS = alt.Axis(format="~g", tickCount=4)
+_DEVICE, _HOST = "device", "host, pageable and pinned"
+
+
+def _text(point: PlanPoint) -> str:
+    return point.plan if point.plan is not None else f"nothing fits: {point.reason}"
+
+
+def _memory_rows(points: Iterable[GrowthPoint]) -> list[dict[str, Any]]:
+    rows = []
+    for point in points:
+        best = point.best
+        if best.device_bytes is None or best.host_bytes is None or best.pinned_bytes is None:
+            continue
+        for tier, size in ((_DEVICE, best.device_bytes), (_HOST, best.host_bytes + best.pinned_bytes)):
+            row = {"x": point.value, "operator": best.operator, "tier": tier, "y": size / GIB}
+            rows.append(row | {"size": format_bytes(size), "plan": _text(best)})
+    return rows
+
+
+def _time_rows(points: Iterable[GrowthPoint]) -> list[dict[str, Any]]:
+    rows = []
+    for point in points:
+        best = point.best
+        if best.likely_s is None:
+            continue
+        text = shown((best.likely_s, best.low_s or 0.0, best.high_s or 0.0), "seconds")
+        row = {"x": point.value, "operator": best.operator, "y": best.likely_s, "low": best.low_s, "high": best.high_s}
+        rows.append(row | {"size": text, "plan": _text(best)})
+    return rows
+
+
+def _missing(points: Iterable[GrowthPoint]) -> list[dict[str, Any]]:
+    return [
+        {"x": point.value, "operator": point.best.operator, "plan": _text(point.best)}
+        for point in points
+        if point.best.plan is None
+    ]
+
+
+def _chart(
+    rows: Sequence[dict[str, Any]], points: Sequence[GrowthPoint], axis: GrowthAxis, y: str, layers: list[alt.Chart]
+) -> dict[str, Any]:
+    """What both charts of an axis share: its marks, crosses where nothing fits, and scales."""
+    operators = list(dict.fromkeys(point.best.operator for point in points))
+    scale = alt.Scale(domain=operators, range=list(COLOURS[: len(operators)]))
+    colour = alt.Color(
+        "operator:N", title=None, scale=scale, legend=alt.Legend(orient="top", columns=3, symbolOpacity=1)
+    )
+    values = sorted({point.value for point in points})
+    x = alt.X(
+        "x:Q",
+        title=TITLES[axis],
+        scale=alt.Scale(type="log", base=2, nice=False, padding=8),
+        axis=alt.Axis(values=values, format="d", labelOverlap=True, grid=False),
+    )
+    absent = _missing(points)
+    crosses = (
+        alt.Chart(alt.InlineData(values=absent))
+        .mark_point(shape="cross", angle=45, filled=True, size=110, opacity=1)
+        .encode(x=x, y=alt.value(8), color=colour, tooltip=[alt.Tooltip("operator:N"), alt.Tooltip("plan:N")])
+    )
+    drawn = [layer.encode(x=x, color=colour) for layer in layers]
+    title = f"{y} against {TITLES[axis]}"
+    ends = [f"{row['operator']} {row['size']} at {row['x']}" for row in rows if row["x"] in (values[0], values[-1])]
+    none = [f"{row['operator']} fits nowhere at {row['x']}" for row in absent]
+    return dict(
+        alt.LayerChart(
+            layer=[*drawn, *([crosses] if absent else [])],
+            width=_WIDTH,
+            height=_HEIGHT,
+            title=title,
+            description=f"{title}: {'; '.join([*ends, *none])}.",
+        ).to_dict()
+    )
+
+
+def _tooltip(axis: GrowthAxis, title: str) -> list[alt.Tooltip]:
+    return [
+        alt.Tooltip("operator:N"),
+        alt.Tooltip("x:Q", title=TITLES[axis]),
+        alt.Tooltip("size:N", title=title),
+        alt.Tooltip("plan:N"),
+    ]
+
+
+def _memory(points: Sequence[GrowthPoint], axis: GrowthAxis) -> dict[str, Any]:
+    rows = _memory_rows(points)
+    y = alt.Y("y:Q", title="highest of a rank, GiB", scale=alt.Scale(type="log"), axis=_AXIS)
+    dash = alt.StrokeDash("tier:N", scale=alt.Scale(domain=[_DEVICE, _HOST], range=[[1, 0], [4, 3]]), legend=None)
+    base = alt.Chart(alt.InlineData(values=rows)).encode(y=y)
+    dots = base.mark_point(filled=True, size=45, opacity=1).encode(
+        detail="tier:N", tooltip=[*_tooltip(axis, "memory"), alt.Tooltip("tier:N")]
+    )
+    return _chart(rows, points, axis, "Memory", [base.mark_line().encode(strokeDash=dash), dots])
+
+
+def _time(points: Sequence[GrowthPoint], axis: GrowthAxis) -> dict[str, Any]:
+    rows = _time_rows(points)
+    y = alt.Y("y:Q", title="a step, seconds", scale=alt.Scale(type="log"), axis=_AXIS)
+    base = alt.Chart(alt.InlineData(values=rows))
+    band = base.mark_area(opacity=0.2, strokeWidth=0).encode(
+        y=alt.Y("low:Q", title="a step, seconds", scale=alt.Scale(type="log"), axis=_AXIS), y2="high:Q"
+    )
+    dots = base.mark_point(filled=True, size=45, opacity=1).encode(y=y, tooltip=_tooltip(axis, "step"))
+    return _chart(rows, points, axis, "Time", [band, base.mark_line().encode(y=y), dots])
+
+
+def _pictures(points: Sequence[GrowthPoint], axis: GrowthAxis, made: Provenance) -> list[Part]:
+    cross = " A cross: nothing fits." if _missing(points) else ""
+    title = TITLES[axis]
+    return [
+        Picture(
+            key=f"scaling-{axis}-memory",
+            heading=f"{title[0].upper()}{title[1:]}",
+            caption=f"The highest memory of a rank by its best plan, against {title}. Solid: the device; dashed: the "
+            f"host, pageable and pinned.{cross}",
+            name=f"Memory against {title}",
+            spec=_memory(points, axis),
+            half=True,
+            made=made,
+        ),
+        Picture(
+            key=f"scaling-{axis}-time",
+            caption=f"Predicted time of a step by that plan, with its interval, against {title}.{cross}",
+            name=f"Time against {title}",
+            spec=_time(points, axis),
+            half=True,
+            made=made,
+        ),
+    ]
+
+
+def scaling(
+    points: Sequence[GrowthPoint], name: str, cluster: ClusterSpec, precision: str, made: Provenance
+) -> Section:
+    """The best plan at every size, as pictures and as a table.
+
+    Args:
+        points: as `planner.scaling.growth` gives them.
+        name: of the model at the middle.
+        cluster: where it runs.
+        precision: of training.
+        made: where the figures come from.
+    """
+    parts: list[Part] = []
+    for axis in GROWTH_AXES:
+        own = [point for point in points if point.axis == axis]
+        if own:
+            parts += _pictures(own, axis, made)
+    columns = (Column(title="axis"), Column(title="size", kind="integer"), Column(title="operator"), *TIER_COLUMNS)
+    rows = tuple((TITLES[p.axis], p.value, p.best.operator, *tier_cells(p.best)) for p in points)
+    parts.append(
+        Table(
+            key="scaling-table",
+            heading="All points",
+            caption=f"The best plan of {name} on {cluster.name}, one size at a time changed",
+            columns=columns,
+            rows=rows,
+            chosen_by=0,
+            made=made,
+        )
+    )
+    text = (
+        f"Around {name} on {cluster.name}, {precision}, 8 samples for each rank and step: at every size the plan that "
+        "translution plan would choose. It may change from one size to the next, from ZeRO-2 to 3, or with offload, so "
+        "memory does not always grow. A step never takes less than Python needs to start its operations, which keeps "
+        "small models' times level."
+    )
+    return Section(key="scaling", title="How memory and time grow", text=(text,), parts=tuple(parts))

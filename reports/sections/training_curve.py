@@ -1,0 +1,42 @@
+"""The training curve of a run."""
+
+from __future__ import annotations
+
+import altair as alt
+import pandas as pd
+
+from ..render.vega import COLOURS
+from .memory_timeline import WIDTH
+
+_POINTS = 1000
+
+
+def draw_curve(steps: pd.DataFrame, title: str) -> alt.LayerChart:
+    """The loss of every step, or of a thousand of them evenly apart, the last among them.
+
+    Args:
+        steps: the rows of event "step" of a run's metrics, at least one.
+        title: of the picture.
+    """
+    apart = -(-len(steps) // _POINTS)
+    table = steps[["step", "loss", "learning_rate", "samples_per_s"]].iloc[::-1].iloc[::apart].iloc[::-1]
+    rows = table.astype({"step": int}).to_dict("records")
+    loss = alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=True))
+    base = alt.Chart(alt.InlineData(values=rows)).encode(
+        x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False)), y=loss
+    )
+    hovered = alt.selection_point(name="hover", on="pointerover", clear="pointerout", nearest=True, empty=False)
+    tooltip = [
+        alt.Tooltip("step:Q"),
+        alt.Tooltip("loss:Q", format=".4f"),
+        alt.Tooltip("learning_rate:Q", title="learning rate", format=".3g"),
+        alt.Tooltip("samples_per_s:Q", title="samples/s", format=",.0f"),
+    ]
+    shown = alt.condition(hovered, alt.value(1.0), alt.value(0.0))
+    points = (
+        base.mark_point(filled=True, size=60, aria=False).encode(tooltip=tooltip, opacity=shown).add_params(hovered)
+    )
+    first, last = rows[0], rows[-1]
+    text = f"{title}: loss {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step {last['step']}."
+    lines = [base.mark_line(color=COLOURS[0]), points]
+    return alt.LayerChart(layer=lines, width=WIDTH, height=240, title=alt.TitleParams(title), description=text)

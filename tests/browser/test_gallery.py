@@ -1,0 +1,117 @@
+"""The page of everything in a real browser, without a network: drawn, sorted, filtered, readable on a phone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.browser import Browser
+
+from translution.reports.render.document import Document, load_document
+
+DRAWN = "document.querySelectorAll('figure svg').length === {count} && !document.querySelector('figure img')"
+COLUMN = "[...document.querySelector('#{table} tbody').rows].map((row) => row.cells[{index}].textContent)"
+
+
+@pytest.fixture
+def document(gallery_folder: Path) -> Document:
+    return load_document(gallery_folder / "gallery.json")
+
+
+def press(browser: Browser, key: str, code: int, text: str = "") -> None:
+    event = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+    browser.call("Input.dispatchKeyEvent", type="keyDown", text=text, **event)
+    browser.call("Input.dispatchKeyEvent", type="keyUp", **event)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "width", "paper"), [("light", 1200, "rgb(255, 255, 255)"), ("dark", 390, "rgb(13, 17, 23)")]
+)
+def test_every_chart_is_drawn_within_the_width_and_asks_nobody(
+    browser: Browser, gallery_folder: Path, document: Document, scheme: str, width: int, paper: str
+) -> None:
+    page = gallery_folder / "index.html"
+    browser.open(page, width=width, scheme=scheme)
+    browser.wait(DRAWN.format(count=len(document.pictures)))
+    assert browser.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [width, width]
+    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == paper
+    # Each fills the width that it was given; several in one scroll.
+    overhang = (
+        "[...document.querySelectorAll('figure.live .scroll')]"
+        ".filter((box) => box.querySelector('svg').getBoundingClientRect().width > box.scrollWidth + 1).length"
+    )
+    assert browser.evaluate(overhang) == 0
+    assert browser.complaints() == []
+    assert browser.requests() == [page.as_uri()]
+
+
+def test_a_table_is_sorted_by_value_with_the_keyboard_alone(browser: Browser, gallery_folder: Path) -> None:
+    browser.open(gallery_folder / "index.html")
+    before = browser.evaluate(COLUMN.format(table="costs-table", index=2))
+    heading = "document.querySelector('#costs-table').tHead.rows[0].cells[2]"
+    browser.evaluate(f"{heading}.querySelector('button').focus()")
+    weights = "[...document.querySelector('#costs-table tbody').rows].map((row) => Number(row.cells[2].dataset.weight))"
+    for direction, backwards in (("ascending", False), ("descending", True)):
+        press(browser, "Enter", 13, "\r")
+        assert browser.evaluate(f"{heading}.getAttribute('aria-sort')") == direction
+        values = browser.evaluate(weights)
+        assert values == sorted(values, reverse=backwards)
+        assert sorted(browser.evaluate(COLUMN.format(table="costs-table", index=2))) == sorted(before)
+    # The next heading is one tabulator away.
+    press(browser, "Tab", 9)
+    press(browser, "Enter", 13, "\r")
+    sorts = f"[...{heading}.parentElement.cells].map((cell) => cell.getAttribute('aria-sort'))"
+    assert browser.evaluate(sorts)[2:4] == [None, "ascending"]
+
+
+def test_what_is_missing_stays_last_in_both_directions(browser: Browser, gallery_folder: Path) -> None:
+    browser.open(gallery_folder / "index.html")
+    heading = "document.querySelector('#operator-table').tHead.rows[0].cells[4].querySelector('button')"
+    for _ in range(2):
+        browser.evaluate(f"{heading}.click()")
+        column = browser.evaluate(COLUMN.format(table="operator-table", index=4))
+        assert column[0] == "4.36 s" and set(column[1:]) == {"–"}
+
+
+def test_a_model_can_be_chosen(browser: Browser, gallery_folder: Path) -> None:
+    browser.open(gallery_folder / "index.html")
+    label = "document.querySelector('#costs-table').closest('section').querySelector('label.choose')"
+    assert browser.evaluate(f"{label}.querySelector('select').labels[0] === {label}")
+    options = browser.evaluate(f"[...{label}.querySelector('select').options].map((option) => option.text)")
+    assert options == ["every model", "vit-tiny/56", "gpt-tiny/160"]
+    shown = (
+        "[...new Set([...document.querySelector('#costs-table tbody').rows]"
+        ".filter((row) => row.checkVisibility()).map((row) => row.cells[0].textContent))]"
+    )
+    for value, expected in (("gpt-tiny/160", ["gpt-tiny/160"]), ("", ["vit-tiny/56", "gpt-tiny/160"])):
+        browser.evaluate(
+            f"(() => {{ const select = {label}.querySelector('select'); select.value = '{value}';"
+            " select.dispatchEvent(new Event('change')); })()"
+        )
+        assert browser.evaluate(shown) == expected
+
+
+def test_without_scripts_all_rows_and_pictures_remain_and_no_button_is_dead(
+    browser: Browser, gallery_folder: Path, document: Document
+) -> None:
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(gallery_folder / "index.html", width=390)
+        pictures = "[...document.querySelectorAll('figure img')].filter((image) => image.naturalWidth > 300).length"
+        browser.wait(pictures, lambda count: count == len(document.pictures))
+        assert browser.evaluate("document.querySelectorAll('button, select').length") == 0
+        rows = browser.evaluate("document.querySelectorAll('tbody tr').length")
+        assert browser.evaluate("document.documentElement.scrollWidth") == 390
+    finally:
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
+    assert rows == sum(len(table.rows) for table in document.tables)
+
+
+def test_the_printed_page_has_no_controls(browser: Browser, gallery_folder: Path) -> None:
+    browser.open(gallery_folder / "index.html", scheme="dark")
+    browser.call("Emulation.setEmulatedMedia", media="print", features=[])
+    try:
+        assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert browser.evaluate("document.querySelector('.choose').checkVisibility()") is False
+    finally:
+        browser.call("Emulation.setEmulatedMedia", media="")

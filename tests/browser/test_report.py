@@ -1,0 +1,109 @@
+"""The report in a real browser, without a network: drawn, legible in dark and light, usable on a phone."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+from helpers.browser import Browser
+
+from translution.planner.common.units import format_bytes
+from translution.planner.plans.plan import load_plan
+from translution.reports.inputs.prediction import timelines_of
+from translution.reports.render.vega import COLOURS
+
+CHARTS = 2
+"""A timeline and a training curve."""
+DRAWN = f"document.querySelectorAll('figure svg').length === {CHARTS} && !document.querySelector('figure img')"
+
+
+def shares(browser: Browser, picture: bytes, *colours: str) -> list[float]:
+    """Which part of a picture's pixels has each of these colours."""
+    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    browser.call("Page.navigate", url="about:blank")
+    counts = browser.evaluate(
+        f"""(async () => {{
+          const image = new Image();
+          image.src = {source!r};
+          await image.decode();
+          const canvas = new OffscreenCanvas(image.width, image.height).getContext("2d");
+          canvas.drawImage(image, 0, 0);
+          const {{ data }} = canvas.getImageData(0, 0, image.width, image.height);
+          const counts = {{}};
+          for (let i = 0; i < data.length; i += 4) {{
+            const colour = "#" + (data[i] * 65536 + data[i + 1] * 256 + data[i + 2]).toString(16).padStart(6, "0");
+            counts[colour] = (counts[colour] ?? 0) + 1;
+          }}
+          return counts;
+        }})()"""
+    )
+    return [counts.get(colour, 0) / sum(counts.values()) for colour in colours]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "width", "paper", "ink"),
+    [("light", 1200, "#ffffff", "#1b1f24"), ("dark", 1200, "#0d1117", "#e6edf3"), ("dark", 390, "#0d1117", "#e6edf3")],
+)
+def test_the_page_is_drawn_and_legible(
+    browser: Browser, report_page: Path, scheme: str, width: int, paper: str, ink: str
+) -> None:
+    browser.open(report_page, width=width, scheme=scheme)
+    browser.wait(DRAWN)
+    wide, window = browser.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert wide == window == width
+    red, green, blue = (int(ink[start : start + 2], 16) for start in (1, 3, 5))
+    fills = "[...document.querySelectorAll('figure svg text')].map((text) => getComputedStyle(text).fill)"
+    assert set(browser.evaluate(fills)) == {f"rgb({red}, {green}, {blue})"}
+    assert browser.complaints() == []
+    assert browser.requests() == [report_page.as_uri()]
+    behind, written, largest = shares(browser, browser.screenshot(), paper, ink, COLOURS[0])
+    assert behind > 0.4
+    assert written > 0.003
+    assert largest > 0.005
+
+
+def test_hovering_says_what_is_live_where(browser: Browser, report_page: Path) -> None:
+    browser.open(report_page)
+    browser.wait(DRAWN)
+    plot = "document.querySelector('figure svg .mark-area')"
+    browser.evaluate(f"{plot}.scrollIntoView({{block: 'center'}})")
+    left, top, width, height = browser.evaluate(
+        f"(({{x, y, width, height}}) => [x, y, width, height])({plot}.getBoundingClientRect())"
+    )
+    for part in (0.5, 0.51):
+        place = {"x": left + part * width, "y": top + 0.7 * height}
+        browser.call("Input.dispatchMouseEvent", type="mouseMoved", **place)
+    text = browser.wait("document.querySelector('#vg-tooltip-element.visible')?.innerText")
+    rows = dict(line.split("\t") for line in text.splitlines())
+    assert rows["phase"] == "backward"
+    assert rows["moment"].endswith(", backward")
+    assert {"parameters", "optimizer states", "activations"} <= set(rows)
+    plan = load_plan(report_page.parent / "plan")
+    points = timelines_of(plan)[plan.prediction.own_tier].points
+    assert rows["in all"] in {format_bytes(point.total_bytes) for point in points}
+
+
+def test_without_scripts_the_pictures_remain(browser: Browser, report_page: Path) -> None:
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(report_page)
+        browser.wait(
+            f"[...document.querySelectorAll('figure img')].filter((i) => i.naturalWidth > 800).length === {CHARTS}"
+        )
+        picture = browser.screenshot()
+    finally:
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
+    (largest,) = shares(browser, picture, COLOURS[0])
+    assert largest > 0.005
+
+
+def test_it_is_printed_on_white_whatever_the_screen(browser: Browser, report_page: Path) -> None:
+    browser.open(report_page, scheme="dark")
+    browser.wait(DRAWN)
+    dark_screen = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.call("Emulation.setEmulatedMedia", media="print", features=dark_screen)
+    picture = browser.screenshot()
+    browser.call("Emulation.setEmulatedMedia", media="")
+    paper, ink, dark = shares(browser, picture, "#ffffff", "#000000", "#0d1117")
+    assert paper > 0.5 and ink > 0.003 and dark == 0

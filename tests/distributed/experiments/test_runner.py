@@ -1,0 +1,184 @@
+"""The paper's questions at desk size can be asked, and what is written is what was found."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from translution.cli.main import run
+from translution.distributed.experiments import definitions as experiments
+from translution.distributed.experiments import runner as experiment
+from translution.distributed.experiments.definitions import DYNAMIC, NAMES, STATIC, find_experiment
+from translution.distributed.experiments.runner import RESULT, ExperimentResult, Trial, run_trial
+from translution.planner.common.provenance import provenance
+from translution.planner.common.schema import parse_json
+from translution.planner.costs.parameters import count_parameters
+from translution.reports.sections.experiment import markdown, picture, table
+
+
+def trial(name: str, train: str, seed: int, *, accuracies: dict[str, float]) -> Trial:
+    losses = {test: -math.log(value) for test, value in accuracies.items()}
+    values = {"variant": name, "train": train, "seed": seed, "parameters": 1000 * len(name), "losses": losses}
+    return Trial.model_validate(values | {"accuracies": accuracies, "final_training_loss": 0.5, "seconds": 1.0})
+
+
+def made_up() -> ExperimentResult:
+    """What each number of a report must come from."""
+    asked = find_experiment("shift")
+    asked = asked.model_copy(update={"variants": asked.variants[-2:]})
+    trials = []
+    for variant, base in zip(asked.variants, (0.5, 0.25), strict=True):
+        for seed in range(3):
+            value = base + seed / 100
+            found = {"digits-static": 2 * value - 0.1 * base, "digits-patches": value, "digits-shifted": value}
+            trials.append(trial(variant.name, "digits-static", seed, accuracies=found))
+            trials.append(trial(variant.name, "digits-shifted", seed, accuracies={"digits-shifted": value}))
+    return ExperimentResult(
+        experiment=asked, quick=False, steps=7, batch=64, trials=tuple(trials), seconds=12.0,
+        made=provenance("translution experiment shift"),
+    )  # fmt: skip
+
+
+def test_means_and_spreads_are_those_of_the_seeds() -> None:
+    rows = {(row.variant, row.train, row.test): row for row in made_up().summaries()}
+    assert len(rows) == 8
+    row = rows["full Translution", "digits-shifted", "digits-shifted"]
+    assert (row.mean, row.deviation, row.seeds) == (pytest.approx(0.26), pytest.approx(0.01), 3)
+    text = markdown(made_up())
+    assert "| full Translution | 16.00 k | 49.5% ± 2.0 | 26.0% ± 1.0 | 26.0% ± 1.0 | 26.0% ± 1.0 |" in text
+    assert (
+        "| model | parameters | centred → centred | centred → patches away | centred → anywhere | anywhere → anywhere |"
+        in text
+    )
+    assert "over 3 seeds" in text
+    assert "`translution experiment shift`, " in text
+    shown = json.dumps(picture(made_up()), ensure_ascii=False)
+    assert "α-Translution (13.00 k)" in shown
+    assert shown.count('"title": "trained') == 4
+
+
+def test_bits_per_byte_are_nats_over_the_logarithm_of_two() -> None:
+    asked = find_experiment("language")
+    result = made_up().model_copy(update={"experiment": asked})
+    found = trial("x", "stdlib", 0, accuracies={"stdlib": 0.25})
+    assert result.value(found, "stdlib") == pytest.approx(2.0)
+
+
+def test_the_wider_absolute_model_has_no_fewer_parameters() -> None:
+    relative, same, wide = [count_parameters(variant.model).total for variant in find_experiment("ablation").variants]
+    assert same < relative <= wide < 1.2 * relative
+
+
+def test_the_questions_are_the_papers() -> None:
+    models = {name: [variant.model for variant in find_experiment(name).variants] for name in NAMES}
+    assert [model.operator for model in models["shift"]] == [
+        "attention", "attention", "bias", "shaw", "alpha", "translution",
+    ]  # fmt: skip
+    assert find_experiment("shift").tasks == (STATIC, DYNAMIC)
+    assert [(model.c1, model.c2) for model in models["rank"] if model.operator == "alpha"] == [
+        (width, width) for width in (1, 2, 4, 8, 16)
+    ]
+    assert {model.roles for model in models["roles"]} == {"qkv", "kv", "qv", "qk", "q", "k", "v"}
+    for own in models.values():
+        assert len({model.depth for model in own}) == 1
+
+
+def test_no_trial_outlives_a_killed_experiment(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "translution.cli", "experiment", "shift", "--steps", "100000", "--seeds", "1"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as program:
+        try:
+            deadline = time.monotonic() + 60
+            while not (trials := [child for child in _children(program.pid) if "spawn_main" in _command_of(child)]):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            program.kill()
+    while any("spawn_main" in _command_of(child) for child in trials):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _command_of(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def _children(process: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            continue
+        if int(parent) == process:
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_of_every_experiment_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "_EVALUATED", 64)
+    asked = find_experiment(name)
+    for variant in asked.variants:
+        found = run_trial(variant, asked.tasks[0], 0, 1, asked.learning_rate)
+        assert found.parameters == count_parameters(variant.model).total
+        assert set(found.losses) == set(asked.tasks[0].tests)
+        chance = math.log(10 if variant.model.family == "vit" else 256)
+        assert all(0.5 * chance < loss < 1.7 * chance for loss in found.losses.values())
+
+
+def test_a_trial_learns_and_is_the_same_again() -> None:
+    asked = find_experiment("shift")
+    variant = asked.variants[0]
+    first, again = (run_trial(variant, STATIC, 3, 60, asked.learning_rate) for _ in range(2))
+    assert first.model_copy(update={"seconds": 0.0}) == again.model_copy(update={"seconds": 0.0})
+    assert first.accuracies["digits-static"] > 0.3
+    assert first.losses != run_trial(variant, STATIC, 4, 60, asked.learning_rate).losses
+
+
+def test_a_quick_experiment_writes_figures_table_and_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = find_experiment("shift").model_copy(update={"variants": find_experiment("shift").variants[:2]})
+    monkeypatch.setitem(experiments._EXPERIMENTS, "shift", lambda: short)
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "experiments" / "shift"
+    words = ["experiment", "shift", "--quick", "--seeds", "2"]
+    assert run([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    result = parse_json(RESULT, (out / "result.json").read_text(), "result")
+    assert document["summaries"] == [row.model_dump() for row in result.summaries()]
+    assert (result.quick, result.steps, len(result.trials)) == (True, short.quick_steps, 8)
+    table = (out / "README.md").read_text()
+    assert table.startswith(markdown(result))
+    assert "A quick run, of too few steps" in table
+    assert result.made.command == "translution experiment shift --quick --seeds 2"
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (out / "figure.svg").read_text()
+    assert run(words) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_results_are_those_of_todays_experiments_and_their_tables_agree(root: Path, name: str) -> None:
+    folder = root / "reports" / "experiments" / name
+    result = parse_json(RESULT, (folder / "result.json").read_text(encoding="utf-8"), "result")
+    asked = find_experiment(name)
+    assert result.experiment == asked
+    assert (result.quick, result.steps, result.made.command) == (False, asked.steps, f"translution experiment {name}")
+    seeds = {trial.seed for trial in result.trials}
+    assert seeds == set(range(asked.seeds))
+    assert len(result.trials) == len(asked.variants) * len(asked.tasks) * len(seeds)
+    assert result.seconds <= 15 * 60
+    assert (folder / "README.md").read_text(encoding="utf-8").startswith(markdown(result))
+    page = (root / "docs" / "experiments.md").read_text(encoding="utf-8")
+    for row in table(result)[1]:
+        assert f"| {' | '.join(row)} |" in page

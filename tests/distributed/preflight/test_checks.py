@@ -1,0 +1,82 @@
+"""What keeps a plan from running is found before ranks start, each in one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from helpers.runs import TINY, write_plan
+
+from translution.cli.main import run
+from translution.planner.common.machine import usable_cores
+from translution.planner.config.model import parse_model_spec
+from translution.planner.plans.folder import write_plan_folder
+from translution.planner.plans.plan import load_plan
+
+pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
+
+SWAPPED = TINY | {"dim": 256, "heads": 4}
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which launch refuses; no run folder is made."""
+    assert run(["launch", str(folder)]) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert not (folder / "runs").exists()
+    assert run(["preflight", str(folder)]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    return text
+
+
+def test_a_plan_that_runs_here_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_plan(tmp_path / "plan", 2)
+    assert run(["preflight", str(folder), "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert {"host memory", "/dev/shm", "disk for 3 checkpoints", "locks of compiled ops"} == {c["name"] for c in checks}
+    assert all(check["passed"] for check in checks)
+
+
+def test_too_little_memory_and_disk_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_plan(tmp_path / "plan", 2)
+    plan = load_plan(folder)
+    # A plan that was made for a machine with more of everything.
+    own = [
+        peak.model_copy(update={"bytes": peak.bytes + 2**45}) if peak.tier == "host" else peak
+        for peak in plan.prediction.peaks
+    ]
+    prediction = plan.prediction.model_copy(update={"peaks": tuple(own)})
+    large = parse_model_spec(TINY | {"dim": 4096, "depth": 64, "image": 128})
+    plan = plan.model_copy(update={"prediction": prediction, "model": large})
+    write_plan_folder(plan, folder, force=True)
+    error = refused(folder, capsys)
+    assert "host memory: 64.00 TiB needed" in error or "host memory: 64 TiB needed" in error
+    assert "end other programs" in error
+    assert "(and 1 more: translution preflight" in error
+
+
+@pytest.mark.parametrize("fault", ["absent", "a file", "in memory"])
+def test_an_unfit_nvme_folder_is_named(fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        path = {"absent": tmp_path / "absent", "a file": tmp_path / "file", "in memory": Path(memory)}[fault]
+        if fault == "a file":
+            path.touch()
+        folder = write_plan(tmp_path / "plan", 2, model=SWAPPED, tile=16, offload="nvme-optimizer", nvme_path=path)
+        error = refused(folder, capsys)
+    said = "lies in memory (tmpfs)" if fault == "in memory" else "is no folder: make it (mkdir -p"
+    assert f"NVMe folder {path}: {said}" in error
+
+
+def test_an_nvme_folder_that_is_fit_passes_with_its_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_plan(tmp_path / "plan", 2, model=SWAPPED, tile=16, offload="nvme-optimizer", nvme_path=tmp_path)
+    plan = load_plan(folder)
+    cluster = plan.cluster.model_copy(update={"nvme_write_bytes_per_s": 2.0**30})
+    write_plan_folder(plan.model_copy(update={"cluster": cluster}), folder, force=True)
+    assert run(["preflight", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert f"ok      NVMe speed of {tmp_path}: " in printed
+    assert "written per second (planned with 1.00 GiB), " in printed
+    assert "read per second\n" in printed
+    assert list(tmp_path.iterdir()) == [folder]

@@ -1,0 +1,185 @@
+"""Around the steps: monitors, what is shown, the packages a plan needs, and what a resumed run may change."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.runs import TINY, write_plan
+from rich.console import Console
+
+from translution.cli.commands.launch import _Display
+from translution.cli.main import run as run_cli
+from translution.distributed.checkpoint.resume import check_same
+from translution.distributed.system.packages import check_training_packages
+from translution.distributed.training.monitor import RunMonitor
+from translution.planner.common.errors import InputError, MissingPackageError
+from translution.planner.config.model import parse_model_spec
+from translution.planner.config.presets import preset
+from translution.planner.config.training import TrainingSpec
+from translution.planner.hardware.cluster import load_cluster, local_cpu_cluster
+from translution.planner.plans.build import make_plan
+from translution.planner.plans.plan import Plan
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's monitors ask for the rank, without which they write nothing."""
+    import deepspeed.comm
+
+    monkeypatch.setattr(deepspeed.comm, "get_rank", lambda: 0)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_run_that_goes_on_appends_to_its_files(tmp_path: Path) -> None:
+    for step in (1, 2):
+        monitor = RunMonitor("csv", tmp_path)
+        monitor.write("Train", step, {"loss": 0.5 * step, "grad_norm": None})
+        monitor.write("Evaluation", step, {"accuracy": 0.25})
+    folder = tmp_path / "monitor" / "csv"
+    assert {path.name: path.read_text().split() for path in folder.iterdir()} == {
+        "Train_loss.csv": ["step,loss", "1,0.5", "2,1.0"],
+        "Evaluation_accuracy.csv": ["step,accuracy", "1,0.25", "2,0.25"],
+    }
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_run_that_goes_on_keeps_its_number_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+    fake = SimpleNamespace(
+        init=lambda **options: said.append(options), log=lambda data, step, commit: said.append((data, step))
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    numbers = []
+    for step in (1, 2):
+        for name in ("WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        RunMonitor("wandb", tmp_path).write("Train", step, {"loss": 0.5})
+        numbers.append(os.environ["WANDB_RUN_ID"])
+        assert os.environ["WANDB_DIR"] == str(tmp_path / "monitor")
+        assert os.environ["WANDB_RESUME"] == "allow"
+    assert said[0] == {"project": "translution", "group": None, "entity": None}
+    assert [said[1], said[3]] == [({"Train/loss": 0.5}, 1), ({"Train/loss": 0.5}, 2)]
+    assert numbers[0] == numbers[1] != ""
+
+
+def test_no_monitor_makes_no_folder(tmp_path: Path) -> None:
+    RunMonitor("none", tmp_path).write("Train", 1, {"loss": 0.5})
+    assert not list(tmp_path.iterdir())
+
+
+def without(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that lacks a package."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more))
+
+
+@pytest.mark.parametrize(
+    ("values", "package", "install"),
+    [
+        ({"flip": 0.5}, "kornia", "translution-scale[train]"),
+        ({"monitor": "tensorboard"}, "tensorboard", "translution-scale[tensorboard]"),
+        ({"monitor": "wandb"}, "wandb", "pip install wandb"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_missing_package_is_named_before_ranks_start(
+    values: dict[str, Any],
+    package: str,
+    install: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = write_plan(tmp_path / "plan", 1, **values)
+    without(package, monkeypatch)
+    for command in ("launch", "preflight"):
+        assert run_cli([command, str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"{package} is missing:" in error
+        assert install in error
+    assert not (folder / "runs").exists()
+    with pytest.raises(MissingPackageError):
+        check_training_packages(TrainingSpec(**values))
+    check_training_packages(TrainingSpec(monitor="csv", label_smoothing=0.1))
+
+
+def test_a_plans_monitor_is_not_in_deepspeeds_configuration() -> None:
+    """Its output path is the run folder's, which no plan knows."""
+    spec, cluster = parse_model_spec(TINY), local_cpu_cluster(1)
+    plans = [make_plan(spec, cluster, TrainingSpec(monitor=name)) for name in ("none", "tensorboard")]
+    assert plans[0].deepspeed_config() == plans[1].deepspeed_config()
+
+
+def test_a_resumed_run_may_be_watched_otherwise_and_not_augmented_otherwise() -> None:
+    spec, cluster = parse_model_spec(TINY), local_cpu_cluster(1)
+    before = make_plan(spec, cluster, TrainingSpec())
+    check_same(make_plan(spec, cluster, TrainingSpec(monitor="csv", evaluation_steps=5)), before)
+    with pytest.raises(InputError, match=r"training.mixup: 0.5 is not allowed: must be 0.0, as in the run to resume"):
+        check_same(make_plan(spec, cluster, TrainingSpec(mixup=0.5)), before)
+
+
+@pytest.fixture
+def timed() -> Plan:
+    """A plan whose step has a predicted time."""
+    training = TrainingSpec(precision="bf16", data="synthetic", micro_batch=1, steps=40)
+    return make_plan(preset("vit-tiny/56"), load_cluster("8xH100"), training)
+
+
+def step(number: int, seconds: float) -> dict[str, Any]:
+    return {"event": "step", "step": number, "loss": 2.5, "seconds": seconds, "samples_per_s": 8 / seconds}
+
+
+def shown(plan: Plan, lines: list[dict[str, Any]], *, terminal: bool = False) -> tuple[str, _Display]:
+    """What a display prints for lines of the metrics file."""
+    file = io.StringIO()
+    with _Display(
+        Console(file=file, width=200, force_terminal=terminal, highlight=False, markup=False), plan
+    ) as display:
+        for line in lines:
+            display.show(line)
+    return file.getvalue(), display
+
+
+def test_lines_show_measured_beside_predicted(timed: Plan) -> None:
+    assert timed.time is not None
+    lines = [step(number, 0.5 if number > 3 else 4.0) for number in range(1, 41)]
+    lines.insert(3, {"event": "memory", "step": 3, "peak_bytes": 3 * 2**30})
+    lines.insert(11, {"event": "evaluation", "step": 10, "loss": 2.25, "accuracy": 0.125, "samples": 48})
+    text, _ = shown(timed, lines)
+    predicted = f"(predicted {timed.time.likely_s:.3g} s)"
+    assert text.splitlines() == [
+        f"step 1/40: loss 2.5000, 2 samples/s, 4 s per step {predicted}",
+        f"step 3/40, memory 3.00 GiB (predicted {timed.prediction.peak_bytes / 2**30:.2f} GiB) of rank 0",
+        "step 10/40, held-out: accuracy 12.50%, loss 2.2500 (48 samples)",
+        f"step 20/40: loss 2.5000, 16 samples/s, 0.5 s per step {predicted}",
+        f"step 40/40: loss 2.5000, 16 samples/s, 0.5 s per step {predicted}",
+    ]
+
+
+def test_a_resumed_run_is_shown_from_its_step(timed: Plan) -> None:
+    lines = [{"event": "resume", "step": 25}, step(26, 0.5), step(27, 0.5)]
+    text, display = shown(timed, lines)
+    assert [line.split(":")[0] for line in text.splitlines()] == ["step 26/40"]
+    text, display = shown(
+        timed, [*lines, {"event": "memory", "step": 3, "peak_bytes": 2**30}, step(28, 0.5)], terminal=True
+    )
+    task = display._progress.tasks[0]
+    assert task.completed == 28
+    assert task.fields["text"].endswith(f"memory 1.00 GiB (predicted {timed.prediction.peak_bytes / 2**30:.2f} GiB)")
+
+
+def test_a_plan_without_rates_shows_no_predicted_time() -> None:
+    plan = make_plan(parse_model_spec(TINY), local_cpu_cluster(1), TrainingSpec(steps=5)).model_copy(
+        update={"time": None}
+    )
+    text, _ = shown(plan, [step(1, 0.25)])
+    assert text == "step 1/5: loss 2.5000, 32 samples/s, 0.25 s per step\n"

@@ -1,0 +1,296 @@
+"""Every command and every Python block of the README and of docs is run, in the order of its page.
+
+What trains, runs in-process too where a page shows its output (docs/commands.md); elsewhere the run of that page
+stands in for it, and the table below names the test that runs the same command. So it does for what needs other
+hosts or Slurm.
+
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from helpers.doc_pages import (
+    ROOT,
+    Shown,
+    commands,
+    fences,
+    first_difference,
+    programs,
+    reader_pages,
+    source_with_helpers,
+)
+from helpers.runs import run_ranks_of
+
+from translution.cli.main import run
+from translution.distributed.calibration import run as calibrate
+from translution.distributed.experiments import runner as experiment
+from translution.distributed.launcher import launch
+from translution.distributed.launcher.local_processes import MetricsReader, OnMetrics
+from translution.distributed.runs.folder import METRICS
+from translution.planner.common.machine import usable_cores
+from translution.planner.hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer
+from translution.planner.plans.plan import load_plan
+
+Captured = pytest.CaptureFixture[str]
+LIVE = "docs/commands.md"
+needs_two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
+
+ELSEWHERE = {
+    "launch": "test_runs.py::test_the_command_line_runs_a_plan_and_verifies_it",
+    "launch --resume": "test_reshard.py::test_a_run_goes_on_on_fewer_ranks_and_then_on_more_with_other_offload",
+    "launch --hostfile": "test_hosts.py::test_a_launch_trains_on_two_hosts_is_stopped_and_goes_on",
+    "launch --hostfile --resume": "test_hosts.py::test_a_launch_trains_on_two_hosts_is_stopped_and_goes_on",
+    "launch --hostfile --no-ssh --node-rank --run": "test_hosts.py::test_every_node_starts_its_own_ranks_without_ssh",
+    "preflight --hostfile": "test_hosts.py::test_preflight_looks_at_every_host",
+    "measure --cluster --micro-batch --precision": "test_docs_pages.py::test_the_commands_of_a_page_work",
+    "compare --gpu --out": "test_docs_pages.py::test_the_commands_of_a_page_work",
+    "rehearse --layers --rank": "test_rehearse.py::test_a_rank_of_a_larger_world_holds_what_is_predicted",
+    "calibrate --cluster --out": "test_calibrate.py::test_a_machine_is_measured_and_planned_for",
+    "experiment": "test_experiment.py::test_a_quick_experiment_writes_figures_table_and_picture",
+    "report --cluster --model --out": "conftest.py::gallery_folder",
+    "report --cluster --out --scaling": "conftest.py::gallery_folder",
+    "serve": "test_serve.py::test_costs_come_at_once_and_the_plan_follows",
+    "serve --port": "test_serve.py::test_a_choice_in_the_browser_changes_plan_and_address",
+    "serve --open --port": "test_serve.py::test_the_page_is_opened_in_the_readers_browser",
+    "serve --host --workers": "test_serve.py::test_a_server_that_others_reach_warns_and_its_workers_end_with_it",
+    "sbatch job.sbatch": "test_slurm.py::test_a_job_saves_before_its_limit_and_goes_on_when_it_is_submitted_again",
+    "python benchmarks/accuracy.py": "test_docs_pages.py::test_the_comparison_of_memory_is_made",
+    "make demo": "test_docs_pages.py::test_the_demo_is_made_of_commands_that_are_tested",
+    "make test": ".ci/run",
+}
+"""By `Shown.kind`: what is not run with its page, and the test that runs it."""
+SHAPED = (
+    "launch",
+    "status",
+    "verify",
+    "preflight",
+    "measure",
+    "rehearse",
+    "calibrate",
+    "experiment",
+    "export",
+    "report",
+)
+"""Commands whose figures are the machine's or a run's: the page's are compared in all but those."""
+PREPARED = {
+    "docs/clusters.md": [
+        "plan vit-large/16 --cluster 8x8xH100 --precision bf16 --data synthetic --stage 3 --offload none "
+        "--micro-batch 8 --out plans/large"
+    ],
+    "docs/reports.md": ["plan examples/digits.yaml --cluster cpu:2 --out plans/small"],
+}
+"""What a page takes for granted."""
+
+
+class SerialExecutor:
+    """What an experiment's processes do, one after the other in this one: importing torch takes each five seconds."""
+
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def __enter__(self) -> SerialExecutor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, function: Any, *arguments: object) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+def forked_ranks(command: Sequence[str], environment: Mapping[str, str], folder: Path, on_metrics: OnMetrics) -> int:
+    """`run_ranks` without DeepSpeed's launcher: the ranks themselves, forked from a process that has imported all."""
+    reader = MetricsReader(folder / METRICS, on_metrics)
+    words = command[command.index("translution.cli") + 1 :]
+    ranks = load_plan(folder).cluster.ranks
+    run_ranks_of(["-m", "translution.cli", *words], ranks, folder / "launcher.log")
+    reader.poll()
+    return 0
+
+
+def write_rates(_: object, nvme_path: str | None, folder: Path, __: object) -> None:
+    """What two ranks of `calibrate` would have measured."""
+    transfer = Transfer(latency_s=1e-4, bytes_per_s=1e9)
+    rates = MeasuredRates(
+        machine="", command="", time_utc="", ranks=2,
+        matmul=tuple(MatmulRate(precision=precision, rows=rows, width=64, flops_per_s=rows * 1e8)
+                     for precision in ("fp32", "bf16") for rows in (1, 64)),
+        memory_bytes_per_s=1e10, norm_elements_per_s=1e9, operation_s=1e-5, all_gather=transfer,
+        reduce_scatter=transfer, all_reduce=transfer, host_adam_elements_per_s=1e8,
+        device_adam_elements_per_s=1e8, module_s=1e-3, gradient_s=1e-3, sub_group_s=1e-3,
+    )  # fmt: skip
+    for rank in (0, 1):
+        (folder / f"rates_{rank}.json").write_text(rates.model_dump_json())
+
+
+def prepare(folder: Path, page: str) -> None:
+    """The files that pages name."""
+    (folder / "examples").symlink_to(ROOT / "examples")
+    for name in ("book.txt", "more.txt"):
+        (folder / name).write_text("a line of a book\n" * 200)
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["a line of a book"], show_progress=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for fence in fences((ROOT / page).read_text(encoding="utf-8")):
+        named = re.fullmatch(r"# ([\w.-]+\.ya?ml)", fence.lines[0]) if fence.language == "yaml" else None
+        if named:
+            (folder / named[1]).write_text("\n".join(fence.lines) + "\n")
+    for line in PREPARED.get(page, []):
+        assert run(line.split()) == 0
+        plan = folder / line.split()[-1]
+        if (plan / "hostfile").exists():
+            shutil.copy(plan / "hostfile", folder / "hosts")
+        if _trained:
+            shutil.copytree(_trained[0], plan / "runs" / "001")
+            shutil.copytree(_trained[0], folder / "runs" / "slurm-123")
+
+
+class Reader:
+    """Someone who types what a page shows, in a folder of their own."""
+
+    def __init__(self, page: str, folder: Path, capsys: Captured, trained: Path | None) -> None:
+        self.page, self.folder, self.capsys, self.trained = page, folder, capsys, trained
+        self.last = ""
+
+    def follow(self, shown: Shown) -> None:
+        """Run a command, or what stands in for it, and compare what it prints."""
+        words = shown.words
+        if words[0] == "cat":
+            self.last = (self.folder / words[1]).read_text()
+        elif words[0] != "translution" or (shown.kind in ELSEWHERE and (self.page != LIVE or words[1] == "serve")):
+            assert shown.kind in ELSEWHERE, f"{shown}: nothing runs it"
+            self._stand_in(shown)
+            return
+        else:
+            self._type(shown)
+        if shown.output is not None:
+            shaped = words[1] in SHAPED or "cpu:" in shown.text
+            difference = first_difference(shown.output, self.last, only_shape=shaped)
+            assert difference is None, f"{shown}: {difference}"
+
+    def _type(self, shown: Shown) -> None:
+        expected = re.search(r"# exit code (\d)", shown.text)
+        self.capsys.readouterr()
+        code = run(shown.words[1:])
+        printed = self.capsys.readouterr()
+        assert code == (int(expected[1]) if expected else 0), f"{shown}: {printed.err}"
+        self.last = printed.out + (printed.err if code else "")
+
+    def _stand_in(self, shown: Shown) -> None:
+        """Look whether the command could be run, and leave what it would."""
+        words = shown.words
+        if words[:2] == ["translution", "calibrate"]:
+            self._type(shown)
+        if words[:2] != ["translution", "launch"]:
+            return
+        plan = self.folder / words[2]
+        assert (plan / "plan.json").exists(), f"{shown}: the page has no such plan"
+        if "--resume" not in words:
+            assert run([*words[1:], "--dry-run"]) == 0, f"{shown}: {self.capsys.readouterr().err}"
+        if self.trained is not None and not (plan / "runs").exists():
+            shutil.copytree(self.trained, plan / "runs" / "001")
+
+
+@pytest.fixture
+def quick_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "run_ranks", forked_ranks)
+    monkeypatch.setattr(calibrate, "_run", write_rates)
+    monkeypatch.setattr(experiment, "ProcessPoolExecutor", SerialExecutor)
+    monkeypatch.setattr(calibrate, "prepare_ops", lambda *_: None)
+
+
+_trained: list[Path] = []
+PAGES = sorted((str(path.relative_to(ROOT)) for path in reader_pages()), key=lambda page: page != LIVE)
+
+
+@needs_two_cores
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_work(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured, quick_ranks: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path, page)
+    reader = Reader(page, tmp_path, capsys, _trained[0] if _trained else None)
+    shown_here = {shown.line: shown for shown in commands(ROOT / page)}
+    excerpts = {fence.line: fence for fence in fences((ROOT / page).read_text()) if fence.language == "output"}
+    for line in sorted({*shown_here, *excerpts}):
+        if line in shown_here:
+            reader.follow(shown_here[line])
+        else:
+            difference = first_difference(("…", *excerpts[line].lines, "…"), reader.last)
+            assert difference is None, f"{page}:{line}: {difference}"
+    if page == LIVE:
+        _trained.append(tmp_path / "plans" / "digits" / "runs" / "001")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if programs(ROOT / page)])
+def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path, page)
+    text = "\n".join("\n".join(fence.lines) for fence in programs(ROOT / page))
+    if "load_network" in text:
+        pytest.importorskip("safetensors")
+        assert _trained, "docs/commands.md is tested first"
+        assert run(["export", str(_trained[0]), "--out", "digits.safetensors"]) == 0
+    if "small.json" in text:
+        assert run(["report", "plans/small", "--out", "small.html", "--data", "small.json"]) == 0
+    if "deepspeed" in text:
+        script = tmp_path / "script.py"
+        script.write_text(text)
+        run_ranks_of([script], 1, tmp_path / "log")
+    else:
+        exec(compile(text, page, "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_what_a_page_leaves_to_another_test_is_run_there(kind: str) -> None:
+    place = ELSEWHERE[kind]
+    file, _, function = place.partition("::")
+    words = kind.split()
+    if file == ".ci/run":
+        assert kind in (ROOT / file).read_text().splitlines()
+        return
+    path = ROOT / "tests" / file
+    source = source_with_helpers(path, function)
+    assert source, f"{place} does not exist"
+    if function.endswith("of_a_page_work"):
+        live = [shown.words for shown in commands(ROOT / LIVE)]
+        assert any(shown[1] == words[0] for shown in live)
+    elif words[0] not in ("make", "python"):
+        subcommand = words[1] if words[0] == "sbatch" else words[0]
+        assert f'"{subcommand}"' in source, f"{place} runs no {subcommand}"
+        for option in words[1:]:
+            assert f'"{option}"' in source, f"{place} does not take {option}"
+
+
+def test_nothing_is_left_to_other_tests_that_no_page_shows() -> None:
+    kinds = {shown.kind for path in reader_pages() for shown in commands(path)}
+    assert set(ELSEWHERE) <= kinds
+
+
+def test_the_demo_is_made_of_commands_that_are_tested() -> None:
+    text = (ROOT / "examples" / "demo.sh").read_text().replace("\\\n", "")
+    typed = [line.split()[1] for line in text.splitlines() if line.startswith("translution ")]
+    assert typed == ["estimate", "plan", "launch", "verify", "report"]
+    assert {shown.words[1] for shown in commands(ROOT / LIVE)} >= set(typed)
+    assert "sh examples/demo.sh" in (ROOT / "Makefile").read_text()
+
+
+def test_the_comparison_of_memory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    script = ROOT / "benchmarks" / "accuracy.py"
+    monkeypatch.syspath_prepend(str(script.parent))
+    monkeypatch.setattr(sys, "argv", [str(script), "--only", "times", "--out", str(tmp_path)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert (tmp_path / "accuracy.md").read_text().strip()

@@ -1,0 +1,101 @@
+"""Real ranks for tests: plans on two processes, started by hand as on nodes without a launcher."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from helpers import forked
+
+from translution.distributed.runs.status import judge
+from translution.distributed.system.environment import free_port, launch_environment
+from translution.distributed.system.filesystem import remove_shared_buffers
+from translution.planner.config.model import parse_model_spec
+from translution.planner.config.training import TrainingSpec
+from translution.planner.hardware.cluster import local_cpu_cluster
+from translution.planner.plans.build import make_plan
+from translution.planner.plans.folder import write_plan_folder
+
+TINY = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, "dim": 16, "depth": 2, "heads": 2}
+
+
+def write_plan(
+    folder: Path,
+    ranks: int,
+    *,
+    stage: Any = 3,
+    tile: int | None = None,
+    model: dict[str, Any] = TINY,
+    offload: str = "none",
+    nvme_path: Path | None = None,
+    ratio: float = 1.0,
+    force: bool = False,
+    nodes: int = 1,
+    **training: Any,
+) -> Path:
+    """Plan a model on this machine's ranks, on each of so many nodes, and write the folder."""
+    values = {"micro_batch": 8, "steps": 4, "warmup_steps": 1, "evaluation_samples": 64} | training
+    plan = make_plan(
+        parse_model_spec(model),
+        local_cpu_cluster(ranks).model_copy(update={"nodes": nodes}),
+        TrainingSpec(**values),
+        stage=stage,
+        tile_relations=tile,
+        offload=offload,
+        nvme_path=None if nvme_path is None else str(nvme_path),
+        offload_ratio=ratio,
+    )
+    write_plan_folder(plan, folder, force=force)
+    return folder
+
+
+def run_ranks_of(command: Sequence[object], ranks: int, log: Path) -> None:
+    """Run a command once per rank to its good end; nothing of it outlives the call."""
+    port = str(free_port())
+    processes: list[forked.ForkServerProcess | subprocess.Popen[bytes]] = []
+    log.touch()
+    try:
+        for rank in range(ranks):
+            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            environment = os.environ | launch_environment(local_cpu_cluster(ranks)) | environment
+            processes.append(start([*map(str, command)], environment, log))
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and None in (codes := [exit_code(process) for process in processes]):
+            if any(codes):
+                break
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join() if isinstance(process, forked.ForkServerProcess) else process.wait()
+        remove_shared_buffers(port)
+    logs = [log, *log.parent.rglob("rank_*.log")]
+    assert codes == [0] * ranks, [path.read_text()[-5000:] for path in logs]
+
+
+def start(
+    arguments: list[str], environment: dict[str, str], log: Path
+) -> forked.ForkServerProcess | subprocess.Popen[bytes]:
+    # How the C library allocates is read when a process begins.
+    if not any(name.startswith("MALLOC_") for name in environment):
+        return forked.start(arguments, environment, log)
+    with log.open("ab") as file:
+        return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=file, stderr=file)
+
+
+def exit_code(process: forked.ForkServerProcess | subprocess.Popen[bytes]) -> int | None:
+    return process.exitcode if isinstance(process, forked.ForkServerProcess) else process.poll()
+
+
+def run_plan(folder: Path, ranks: int, mode: str = "train") -> Path:
+    """Run a plan without a launcher; in a mode of `run_files.MODES`."""
+    run = folder / "runs" / "by-hand"
+    run_ranks_of(["-m", "translution.cli", "train", folder, run, "--mode", mode], ranks, folder / "log")
+    judge(run, ranks, exit_code=0)
+    return run

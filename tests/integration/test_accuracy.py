@@ -1,0 +1,116 @@
+"""What the ledger predicts against what two real ranks measure: every stage, every offload."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from helpers.runs import TINY, run_plan, write_plan
+
+from translution.distributed.runs.folder import MEASURE, PROCESS, RESUMING
+from translution.distributed.system.compiled_ops import prepare_ops
+from translution.distributed.system.environment import launch_environment
+from translution.planner.common.machine import usable_cores
+from translution.planner.hardware.cluster import local_cpu_cluster
+from translution.reports.inputs.run_accuracy import KEPT, RESIDENT, compare
+from translution.reports.inputs.run_accuracy import PROCESS as PROCESS_ROWS
+
+pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
+
+WIDE = TINY | {"dim": 192, "heads": 3}
+GPT = {"family": "gpt", "context": 24, "vocabulary": 300, "dim": 192, "depth": 2, "heads": 3}
+HYBRID = {"relative_layers": "first:1", "head_dim": 64}
+LOW = {"operator": "alpha", "c1": 16, "c2": 24}
+# A rank's share of a tile must reach 1 MiB to lie on NVMe.
+SWAPPED = {"model": TINY | {"dim": 256, "depth": 2, "heads": 4}, "tile": 16}
+BF16 = {"precision": "bf16"}
+CASES: dict[str, dict[str, Any]] = {
+    "0-bf16": {"stage": 0, **BF16, "model": WIDE | LOW},
+    "1-fp32": {"stage": 1, "model": GPT | {"operator": "attention"}},
+    "2-fp32": {"stage": 2},
+    "3-fp32": {"stage": 3, "model": WIDE | {"checkpointing": "block"}},
+    "3-bf16-gpt": {"stage": 3, **BF16, "model": GPT | HYBRID},
+    "3-bf16-states": {"stage": 3, "bf16_master": True, "bf16_states": True, **BF16},
+    "2-cpu-optimizer": {"stage": 2, "offload": "cpu-optimizer", **BF16},
+    "3-cpu-optimizer": {"offload": "cpu-optimizer", "accumulation": 2, "grad_accum_dtype": "fp32", **BF16},
+    "3-cpu": {"offload": "cpu", **BF16},
+    "3-nvme-optimizer": {"offload": "nvme-optimizer", **BF16, **SWAPPED},
+    "3-nvme": {"offload": "nvme", **BF16, **SWAPPED},
+}
+WITHIN_BYTES = 2**16
+"""Scalars, counts of steps and padding beside the entries that the ledger names."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_ops(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """DeepSpeed's ops, compiled before ranks would race for them."""
+    ops = ["ShareMemCommBuilder", "CPUAdamBuilder"]
+    if Path("/usr/include/libaio.h").exists():
+        ops.append("AsyncIOBuilder")
+    prepare_ops(ops, launch_environment(local_cpu_cluster(2)), tmp_path_factory.mktemp("ops") / "log")
+
+
+def measured(folder: Path, *modes: str, **options: Any) -> pd.DataFrame:
+    """The comparison of a plan's two ranks after it has run in each mode."""
+    nvme = folder / "nvme" if "nvme" in options.get("offload", "none") else None
+    if nvme is not None:
+        if not Path("/usr/include/libaio.h").exists():
+            pytest.skip("needs libaio-dev, which the project's CI installs")
+        nvme.mkdir()
+    values = {"model": WIDE, "tile": 4, "micro_batch": 8, "data": "synthetic"} | options
+    plan = write_plan(folder / "plan", 2, nvme_path=nvme, **values)
+    for mode in modes:
+        run = run_plan(plan, 2, mode)
+    return compare(run)
+
+
+def is_late(row: dict[str, Any]) -> bool:
+    """Whether a peak looks as if gloo's own thread had let go of a tensor a moment late: less than half a percent."""
+    return row["what"].startswith("peak of") and 0.995 <= row["ratio"] < 1.0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_states_are_exact_and_peaks_within_five_percent_and_never_low(name: str, tmp_path: Path) -> None:
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        table = measured(folder, MEASURE, **CASES[name])
+        # That happens once in many runs, and a wrong prediction in every one.
+        if not any(is_late(row) for row in table.to_dict("records")):
+            break
+    assert set(table["rank"]) == {0, 1}
+    if "nvme" in name:
+        files = set(table[table["tier"] == "nvme"]["what"])
+        assert files == {"master parameters", "optimizer states", "gradients"} | (
+            {"parameters"} if name == "3-nvme" else set()
+        )
+        assert "optimizer swap buffers" in set(table[table["tier"] == "pinned"]["what"])
+    peaks = table["what"].str.startswith("peak of")
+    assert sorted(table[peaks]["what"].unique()) == [
+        "peak of backward", "peak of checkpoint save", "peak of forward", "peak of init", "peak of optimizer step",
+    ]  # fmt: skip
+    for row in table.to_dict("records"):
+        difference = row["predicted_bytes"] - row["measured_bytes"]
+        where = f"{row['what']} of rank {row['rank']}: {row['predicted_bytes']} for {row['measured_bytes']}"
+        if row["what"] == KEPT:
+            assert difference == 0, where
+        elif row["what"] == RESIDENT or row["what"].startswith("peak of"):
+            assert 1.0 <= row["ratio"] <= 1.05 or 0 <= difference <= WITHIN_BYTES, where
+        elif row["what"] != "other":
+            assert abs(difference) <= (WITHIN_BYTES if row["tier"] == "host" else 0), where
+
+
+def test_resuming_and_the_resident_set_are_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What glibc would keep of freed tensors depends on their order.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**17))
+    table = measured(tmp_path, MEASURE, RESUMING, PROCESS, stage=3, precision="bf16")
+    resume = table[table["what"] == "peak of resume"]
+    assert len(resume) == 2
+    assert resume["ratio"].between(1.0, 1.05).all()
+    process = table[table["what"].str.startswith(PROCESS_ROWS)]
+    assert set(process["what"].str.removeprefix(f"{PROCESS_ROWS} in ")) == {
+        "init", "resume", "forward", "backward", "optimizer step", "checkpoint save",
+    }  # fmt: skip
+    assert process["ratio"].between(0.9, 1.1).all(), process

@@ -1,0 +1,74 @@
+"""Calibrating this machine writes a cluster file that plans use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from translution.cli.main import run
+from translution.distributed.calibration import run as calibrating
+from translution.distributed.calibration.run import calibrate, machine_file
+from translution.planner.common.errors import InputError, RunFailedError
+from translution.planner.hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer
+from translution.planner.hardware.cluster import load_cluster, local_cpu_cluster
+from translution.planner.timing.rates import Rates
+
+
+def test_a_machine_is_measured_and_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "machine.yaml"
+    nvme = tmp_path / "nvme"
+    nvme.mkdir()
+    arguments = ["calibrate", "--cluster", "cpu:1", "--out", str(out), "--json"]
+    if Path("/usr/include/libaio.h").exists():
+        arguments += ["--nvme-path", str(nvme)]
+    assert run(arguments) == 0
+    captured = capsys.readouterr()
+    measured = json.loads(captured.out)["measured"]
+    assert {point["precision"] for point in measured["matmul"]} == {"fp32", "bf16"}
+    assert measured["ranks"] == 1
+    assert "torch" in measured["machine"]
+    cluster = load_cluster(str(out))
+    assert cluster.measured == MeasuredRates.model_validate(measured)
+    assert list(nvme.iterdir()) == []
+    if "--nvme-path" in arguments:
+        assert cluster.nvme_bytes
+        assert cluster.measured.nvme_read_bytes_per_s
+    rates = Rates(cluster, "fp32")
+    fastest = max(point["flops_per_s"] for point in measured["matmul"] if point["precision"] == "fp32")
+    assert rates.peak_flops_per_s == fastest
+    # Many rows are no slower than one: a processor whose products take longer so does not exist.
+    assert rates.matmul_seconds(512, 384, 384) < 512 * rates.matmul_seconds(1, 384, 384)
+    assert rates.host_adam_elements_per_s > 1e6
+    plan = ["plan", "vit-tiny/56", "--cluster", str(out), "--data", "synthetic", "--out", str(tmp_path / "plan")]
+    assert run([*plan, "--stage", "3", "--offload", "none", "--json"]) == 0
+    time = json.loads(capsys.readouterr().out)["plan"]["time"]
+    assert 0 < time["low_s"] < time["likely_s"] < time["high_s"]
+
+
+def test_only_this_machine_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nodes: 2 is not allowed"):
+        calibrate(load_cluster("2x8xH100"), None, "", print)
+    with pytest.raises(InputError, match="nvme_path"):
+        calibrate(local_cpu_cluster(1), str(tmp_path / "absent"), "", print)
+
+
+def test_a_rank_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrating, "prepare_ops", lambda *_: None)
+    monkeypatch.setattr(calibrating.sys, "executable", "/bin/false")
+    with pytest.raises(RunFailedError, match="a rank failed"):
+        calibrate(local_cpu_cluster(1), None, "", lambda _: None)
+
+
+def test_figures_are_medians_of_the_ranks(tmp_path: Path) -> None:
+    def rates(value: float) -> MeasuredRates:
+        points = (MatmulRate(precision="fp32", rows=8, width=64, flops_per_s=value),)
+        transfer = Transfer(latency_s=value, bytes_per_s=value)
+        return MeasuredRates(ranks=3, matmul=points, all_gather=transfer, memory_bytes_per_s=value)
+
+    middle = calibrating._median([rates(5.0), rates(1.0), rates(3.0)])
+    assert middle == rates(3.0)
+    path = tmp_path / "machine.yaml"
+    path.write_text(machine_file("cpu:1", middle, None))
+    assert load_cluster(str(path)).measured == middle

@@ -1,0 +1,248 @@
+"""Launching across two real hosts: own network addresses, own ssh servers, pdsh between them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.real_hosts import ADDRESSES, SSH_PORT, Hosts, missing, real_hosts
+from helpers.runs import write_plan
+
+from translution.distributed.checkpoint.manifest import newest
+from translution.distributed.preflight.checks import Check
+from translution.distributed.preflight.node_report import NodeReport, judge_nodes
+from translution.distributed.remote.hostfile import read_hostfile
+from translution.distributed.remote.rank_command import RankCommand, decode, forwarded, runner_environment
+from translution.distributed.runs import heartbeat as control
+from translution.distributed.runs.folder import CHECKPOINT, METRICS
+from translution.distributed.runs.heartbeat import BEAT, FOLLOWS, beating, control_path, read_beat, require_beat
+from translution.distributed.runs.status import read_statuses
+from translution.distributed.runs.watchdog import process_lives
+from translution.planner.common.errors import InputError
+from translution.planner.hardware.cluster import local_cpu_cluster
+
+CLI = [sys.executable, "-m", "translution.cli"]
+needs_hosts = pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}; the project's CI has it")
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with real_hosts(tmp_path_factory.mktemp("hosts")) as made:
+        yield made
+
+
+def launch(hosts: Hosts, plan: Path, *options: object, host: int = 0) -> subprocess.Popen[str]:
+    command = hosts.command(*CLI, "launch", plan, "--hostfile", hosts.hostfile, *options, host=host)
+    return subprocess.Popen(command, env=hosts.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def events(run: Path, event: str) -> list[int]:
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    return [line["step"] for line in lines if line["event"] == event]
+
+
+def wait_for_steps(run: Path, process: subprocess.Popen[str]) -> list[int]:
+    """Wait until ranks train; their processes."""
+    deadline = time.monotonic() + 120
+    while not (run / METRICS).exists() or not events(run, "step"):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return [status.pid for status in read_statuses(run)]
+
+
+@needs_hosts
+def test_a_launch_trains_on_two_hosts_is_stopped_and_goes_on(hosts: Hosts, tmp_path: Path) -> None:
+    # Any shell on the way would make files of this name, and pdsh would put the host's name into it.
+    folder = tmp_path / "a plan; touch owned $(touch owned) `touch owned` %h ' \" %n"
+    write_plan(folder, 1, nodes=2, steps=100_000)
+    run = folder / "runs" / "001"
+    ssh = ("--ssh-port", SSH_PORT)
+    process = launch(hosts, folder, *ssh)
+    pids = wait_for_steps(run, process)
+    assert len(pids) == 2
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert errors.startswith("translution: error: interrupted; saved at step ")
+    assert errors.count("\n") == 1
+    saved = newest(run / CHECKPOINT)
+    assert saved is not None
+    assert not control_path(run, BEAT).exists()
+    deadline = time.monotonic() + 20
+    while any(map(process_lives, pids)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(map(process_lives, pids))
+
+    last = saved.manifest.step + 2
+    write_plan(folder, 1, nodes=2, steps=last, force=True)
+    process = launch(hosts, folder, "--resume", *ssh)
+    printed, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert f"starting 2 ranks on {', '.join(ADDRESSES)}" in " ".join(printed.split())
+    assert events(run, "step")[-3:] == [last - 2, last - 1, last]
+    assert events(run, "evaluation") == [last]
+    log = (run / "launcher.log").read_text()
+    for rank, address in enumerate(ADDRESSES):
+        assert f"{address}: rank {rank} prints to {run}/logs/rank_{rank}.log" in log
+    assert not list(tmp_path.rglob("owned"))
+    assert not Path("/owned").exists()
+
+
+@needs_hosts
+def test_every_node_starts_its_own_ranks_without_ssh(hosts: Hosts, tmp_path: Path) -> None:
+    folder = write_plan(tmp_path / "plan", 1, nodes=2, steps=2)
+    options = ("--no-ssh", "--run", folder / "runs" / "own", "--node-rank")
+    processes = [launch(hosts, folder, *options, node, host=node) for node in (0, 1)]
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    assert [status.state for status in read_statuses(folder / "runs" / "own")] == ["finished", "finished"]
+
+
+@needs_hosts
+def test_preflight_looks_at_every_host(hosts: Hosts, tmp_path: Path) -> None:
+    folder = write_plan(tmp_path / "plan", 1, nodes=2, steps=2)
+    options = ["--hostfile", hosts.hostfile, "--ssh-port", SSH_PORT]
+    command = hosts.command(*CLI, "preflight", folder, *options)
+    done = subprocess.run(command, env=hosts.environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for address in ADDRESSES:
+        assert f"ok      {address}: host memory: " in done.stdout
+    assert "ok      versions on 2 nodes: python" in done.stdout
+
+
+@needs_hosts
+def test_what_keeps_hosts_from_starting_is_told_in_one_line(hosts: Hosts, tmp_path: Path) -> None:
+    folder = write_plan(tmp_path / "plan", 1, nodes=2, steps=2)
+    wrong = tmp_path / "wrong"
+    wrong.write_text(f"{ADDRESSES[0]} slots=1\n10.213.77.9 slots=1\n")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "ssh").symlink_to("/usr/bin/ssh")
+    for options, environment, expected in (
+        (["--hostfile", wrong, "--ssh-port", SSH_PORT], {}, "host 10.213.77.9: is not reached through ssh: ssh: "),
+        (["--ssh-port", 2223], {}, f"host {ADDRESSES[0]}: is not reached through ssh: ssh: connect to host"),
+        (["--ssh-port", SSH_PORT], {"PATH": str(empty)}, "pdsh is missing: sudo apt-get install pdsh, or start"),
+        (["--ssh-port", SSH_PORT, "--master-port", SSH_PORT], {}, f"{ADDRESSES[0]}: port {SSH_PORT}: cannot be opened"),
+        (["--ssh-port", SSH_PORT, "--master-addr", "10.213.77.9"], {}, "of 10.213.77.9: cannot be reached"),
+    ):
+        command = [*CLI, "launch", folder, "--hostfile", hosts.hostfile, *options]
+        ip = "/usr/sbin/ip" if Path("/usr/sbin/ip").exists() else "/sbin/ip"
+        result = subprocess.run(
+            [ip, *hosts.command(*command)[1:]],
+            env=hosts.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 2, result
+        assert result.stderr.count("\n") == 1
+        assert expected in result.stderr
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a slots=1\n", "1 hosts are not allowed: must be 2, the plan's nodes"),
+        ("a slots=1\nb slots=2\n", ":2: slots=2 is not allowed: must be 1"),
+        ("a slots=1\na slots=1\n", ":2: a is not allowed: must stand there once"),
+        ("a slots=1\n$(id) slots=1\n", "must be HOST slots=RANKS"),
+        ("a slots=1\n-oProxyCommand=id slots=1\n", "must be HOST slots=RANKS"),
+        ("a\nb\n", ":1: 'a' is not allowed: must be HOST slots=RANKS"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_hostfile_that_does_not_suit_the_plan_is_told(tmp_path: Path, text: str | None, expected: str) -> None:
+    path = tmp_path / "hosts"
+    if text is not None:
+        path.write_text(text)
+    cluster = local_cpu_cluster(1).model_copy(update={"nodes": 2})
+    with pytest.raises(InputError, match="hostfile: ") as error:
+        read_hostfile(path, cluster)
+    assert expected in str(error.value)
+    path.write_text("# ours\nuser@a-1.b slots=1  # first\n\nb_2 slots=1\n")
+    assert read_hostfile(path, cluster) == ["user@a-1.b", "b_2"]
+
+
+def test_a_rank_is_told_by_one_word_that_no_shell_changes(tmp_path: Path) -> None:
+    told = RankCommand(plan_folder=Path("/a b/$(id)"), run=Path("/'\"%h"), environment={"NCCL_DEBUG": "`id` ü"})
+    word = told.encode()
+    assert decode(word) == told
+    assert word.replace("-", "").replace("_", "").isalnum()
+    for bad in (word[:-3], "!", ""):
+        with pytest.raises(InputError, match="rank command: "):
+            decode(bad)
+    environment = {"NCCL_SOCKET_IFNAME": "ib0", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "3"}
+    assert forwarded(local_cpu_cluster(1), environment) == {
+        "DS_ACCELERATOR": "cpu", "NCCL_SOCKET_IFNAME": "ib0", "OMP_NUM_THREADS": "3",
+    }  # fmt: skip
+    # DeepSpeed would put these between double quotes.
+    assert runner_environment({"NCCL_X": "$(id)", "PYTHONPATH": "/a:/b", "PATH": "/bin"}) == {
+        "PYTHONPATH": "/a:/b", "PATH": "/bin",
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"PYTHONPATH: .* pdsh carries only"):
+        runner_environment({"PYTHONPATH": "/a b"})
+
+
+FOLLOWER = """
+import sys, time
+from pathlib import Path
+from translution.distributed import control
+from translution.distributed.stopping import StopRequest
+control.SILENT_SECONDS = float(sys.argv[2])
+stop = StopRequest()
+control.follow_beat(Path(sys.argv[1]), 0, stop)
+while stop.name is None:
+    time.sleep(0.05)
+print(stop.name, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("end", ["ended", "silent"])
+def test_a_rank_ends_with_its_launchers_beat(tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_beat(tmp_path) is None
+    require_beat(tmp_path)  # Not a rank that follows one.
+    monkeypatch.setattr(control, "_BEAT_SECONDS", 0.2)
+    command = [sys.executable, "-c", FOLLOWER, str(tmp_path), "1"]
+    with beating(tmp_path):
+        time.sleep(0.1)
+        process = subprocess.Popen(command, env=os.environ | {FOLLOWS: "1"}, stdout=subprocess.PIPE, text=True)
+        control_path(tmp_path, "stop").touch()
+        assert process.stdout is not None
+        assert process.stdout.readline() == "its launcher\n"
+        time.sleep(2)  # Longer than a launcher may be silent: this one is not.
+        assert process.poll() is None
+    if end == "silent":
+        # As a launcher that was killed leaves it. A rank that is already gone is as good.
+        control_path(tmp_path, BEAT).write_text("7\n")
+    assert process.wait(timeout=20) == -signal.SIGKILL
+    process.stdout.close()
+    control_path(tmp_path, BEAT).unlink(missing_ok=True)
+    monkeypatch.setenv(FOLLOWS, "1")
+    with pytest.raises(InputError, match="the launcher's files are not seen from here"):
+        require_beat(tmp_path)
+
+
+def test_nodes_must_have_the_same_versions_and_plan() -> None:
+    check = Check(name="host memory", passed=True, text="enough")
+    one = NodeReport(host="a", checks=(check,), versions={"torch": "2.13", "nccl": "2.27"}, plan_digest="x")
+    same = judge_nodes(["a", "b"], [one, one])
+    assert [entry.passed for entry in same] == [True, True, True]
+    assert same[-1].text == "torch 2.13, nccl 2.27"
+    other = one.model_copy(update={"versions": {"torch": "2.12"}, "plan_digest": "y"})
+    texts = [f"{entry.name}: {entry.text}" for entry in judge_nodes(["a", "b"], [one, other]) if not entry.passed]
+    assert texts == [
+        "b: torch: 2.12 is not allowed: must be 2.13, as on a: install the same there",
+        "b: nccl: nothing is not allowed: must be 2.27, as on a: install the same there",
+        "b: plan.json: another plan than on a lies there: plan into a folder that all nodes share",
+    ]

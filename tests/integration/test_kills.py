@@ -1,0 +1,117 @@
+"""A rank that is killed at any moment ends its launch soon, and the run goes on to the same end."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.runs import run_plan, write_plan
+
+from translution.distributed.checkpoint.manifest import tags
+from translution.distributed.runs.folder import CHECKPOINT, METRICS
+from translution.distributed.runs.status import RankStatus, read_statuses
+from translution.distributed.runs.watchdog import process_lives
+from translution.planner.common.machine import usable_cores
+
+pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
+
+STEPS = 24
+KILLS = 10
+MODEL = {"family": "vit", "image": 8, "patch": 4, "channels": 1, "classes": 10, "dim": 16, "depth": 1, "heads": 2}
+OPTIONS = {"steps": STEPS, "micro_batch": 64, "evaluation_samples": 64, "model": MODEL, "learning_rate": 3e-3}
+
+Moment = Callable[[Path, int], bool]
+"""Whether a run whose launch began at a line of the metrics has come to it."""
+
+
+def lines(run: Path) -> list[dict[str, object]]:
+    text = (run / METRICS).read_text() if (run / METRICS).exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def starting(run: Path, _: int) -> bool:
+    return len(living(run)) == 2
+
+
+def building(run: Path, before: int) -> bool:
+    """The model and the engine are made, or the checkpoint is read."""
+    return starting(run, before) and all(status.state == "started" for status in read_statuses(run))
+
+
+def stepping(run: Path, before: int) -> bool:
+    return sum(line["event"] == "step" for line in lines(run)[before:]) >= 3
+
+
+def saving(run: Path, before: int) -> bool:
+    return stepping(run, before) and any((run / CHECKPOINT).glob(".step_*.partial"))
+
+
+MOMENTS: tuple[Moment, ...] = (starting, building, stepping, saving)
+
+
+def living(run: Path) -> list[RankStatus]:
+    return [status for status in read_statuses(run) if process_lives(status.pid)] if run.is_dir() else []
+
+
+def kill_at(folder: Path, run: Path, moment: Moment, delay_s: float, victim: int) -> tuple[str, float, list[int]]:
+    """Launch, or go on, and kill a rank; what the launch said, how long that took, and the ranks' processes."""
+    words = ["--resume"] if tags(run / CHECKPOINT) else []
+    if not words and run.is_dir():
+        run.rename(run.with_name(f"{run.name}-{time.monotonic_ns()}"))
+    before = len(lines(run))
+    command = [sys.executable, "-m", "translution.cli", "launch", str(folder), "--run", str(run), *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not moment(run, before):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(delay_s)
+        pids = [status.pid for status in read_statuses(run)]
+        os.kill(pids[victim], signal.SIGKILL)
+        killed = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+        return errors, time.monotonic() - killed, pids
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_run_whose_ranks_are_killed_ten_times_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    folder = write_plan(tmp_path / "plan", 2, checkpoint_steps=1, **OPTIONS)
+    whole = write_plan(tmp_path / "whole", 2, **OPTIONS)
+    run = folder / "runs" / "killed"
+    seed = random.SystemRandom().randrange(10**6)
+    chance = random.Random(seed)
+    for number in range(KILLS):
+        moment = MOMENTS[number % len(MOMENTS)]
+        delay_s, victim = chance.uniform(0, 1.0 if moment is starting else 0.1), chance.randrange(2)
+        said = f"seed {seed}, kill {number} of rank {victim} {delay_s:.3f} s after {moment.__name__}"
+        try:
+            errors, seconds, pids = kill_at(folder, run, moment, delay_s, victim)
+        except ProcessLookupError:
+            continue  # It was quicker.
+        assert seconds < 60, said
+        assert errors.startswith("translution: error: "), (said, errors)
+        assert errors.count("\n") == 1, (said, errors)
+        assert not any(map(process_lives, pids)), said
+        assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")), said
+    # The third kill came after three steps, so there is a checkpoint to go on from.
+    command = [sys.executable, "-m", "translution.cli", "launch", str(folder), "--run", str(run), "--resume"]
+    subprocess.run(command, check=True, capture_output=True)
+    uninterrupted = run_plan(whole, 2)
+
+    def losses(folder: Path) -> dict[object, object]:
+        return {(line["event"], line["step"]): line["loss"] for line in lines(folder) if "loss" in line}
+
+    assert losses(run) == losses(uninterrupted), f"seed {seed}"
+    assert len(losses(run)) == STEPS + 1

@@ -1,0 +1,149 @@
+"""The files that start a plan do, and DeepSpeed reads every configuration as it is meant."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.runs import write_plan
+
+from translution.distributed.runs.status import judge
+from translution.distributed.system.environment import free_port, version_warnings
+from translution.planner.common.errors import InputError
+from translution.planner.config.presets import preset
+from translution.planner.config.training import TrainingSpec
+from translution.planner.config.zero import OffloadOptimizer, ZeroSpec
+from translution.planner.hardware.cluster import load_cluster, local_cpu_cluster
+from translution.planner.plans.build import make_plan
+from translution.planner.plans.defaults import OFFLOAD, choose_tile, choose_zero
+from translution.planner.plans.folder import write_plan_folder
+from translution.planner.plans.launch_scripts import environment_variables, hostfile, start_files
+from translution.planner.search.constraints import Wishes
+from translution.planner.search.space import families, variants
+
+BF16 = TrainingSpec(precision="bf16", data="synthetic", micro_batch=1)
+CLUSTERS = ("1xH100", "8xH100", "2x8xH100")
+
+
+def tools(folder: Path) -> dict[str, str]:
+    """An environment whose PATH has this environment's programs, and whatever the folder holds before them."""
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return os.environ | {"PATH": path, "MASTER_PORT": str(free_port())}
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_deepspeed_reads_every_variant_of_every_family(cluster: str) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    spec, where = preset("vit-base/16"), load_cluster(cluster)
+    wishes = Wishes(nvme_path="/nvme")
+    seen = 0
+    for family in families(wishes, where)[0]:
+        for variant in variants(spec, choose_tile(spec, where.ranks), family, where, wishes):
+            plan_config = make_config(variant.zero, where.ranks)
+            read = DeepSpeedZeroConfig(**plan_config["zero_optimization"])
+            assert read.stage == family.stage
+            assert read.overlap_comm == variant.zero.overlap_comm
+            if family.stage == 3:
+                assert read.prefetch_bucket_size == variant.zero.prefetch_bucket_elements
+                assert read.sub_group_size == variant.zero.sub_group_elements
+                assert read.max_reuse_distance == 0
+            optimizer, param = OFFLOAD[family.offload]
+            assert (read.offload_optimizer is None) == (optimizer == "none")
+            assert (read.offload_param is None) == (param == "none")
+            if optimizer == "cpu" and family.stage == 3:
+                assert read.offload_optimizer.ratio == family.ratio
+            seen += 1
+    assert seen > 50
+
+
+def make_config(zero: ZeroSpec, ranks: int) -> dict[str, Any]:
+    from translution.planner.deepspeed.config import deepspeed_config
+
+    return deepspeed_config(BF16, zero, ranks)
+
+
+def test_what_deepspeed_fails_on_later_is_never_made() -> None:
+    # Accepted by DeepSpeed 0.19.8 and failing, or silently ignored, in the first step.
+    with pytest.raises(ValueError, match="nvme_path"):
+        OffloadOptimizer(device="nvme")
+    with pytest.raises(ValueError, match="buffer_count: 4 is not allowed: must be at least 8"):
+        OffloadOptimizer(device="nvme", nvme_path="/nvme", pipeline_read=True, buffer_count=4)
+    training = TrainingSpec(precision="bf16", bf16_master=True, data="synthetic", micro_batch=1)
+    with pytest.raises(InputError, match="bf16_master"):
+        make_plan(preset("vit-base/32"), load_cluster("8xH100"), training, offload="nvme", nvme_path="/nvme")
+    zero = choose_zero(preset("vit-tiny/56"), 12, 2, 8)
+    section = make_config(zero, 8)["zero_optimization"]
+    assert not [key for key in section if key.startswith(("stage3", "sub_group"))]
+
+
+def test_the_folder_has_what_its_cluster_needs(tmp_path: Path) -> None:
+    for name, files in {
+        "8xH100": {"environment.sh", "launch-torchrun.sh", "job.sbatch"},
+        "2x8xH100": {"environment.sh", "launch-torchrun.sh", "job.sbatch", "hostfile", "launch-ssh.sh"},
+    }.items():
+        plan = make_plan(preset("vit-base/32"), load_cluster(name), BF16)
+        assert set(start_files(plan)) == files
+        folder = tmp_path / name
+        write_plan_folder(plan, folder)
+        for file in files:
+            path = folder / file
+            if file.endswith((".sh", ".sbatch")):
+                subprocess.run(["sh", "-n", str(path)], check=True)
+                assert bool(path.stat().st_mode & stat.S_IXUSR) == (file != "environment.sh")
+            assert f"`{file}`" in (folder / "README.md").read_text()
+
+
+def test_the_hostfile_is_read_by_deepspeed(tmp_path: Path) -> None:
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    path = tmp_path / "hostfile"
+    path.write_text(hostfile(load_cluster("3x8xH100")))
+    assert dict(fetch_hostfile(str(path))) == {"node1": 8, "node2": 8, "node3": 8}
+
+
+def test_slurm_gets_a_task_for_each_rank() -> None:
+    plan = make_plan(preset("vit-base/32"), load_cluster("2x8xH100"), BF16)
+    lines = start_files(plan)["job.sbatch"].splitlines()
+    assert "#SBATCH --nodes=2" in lines
+    assert "#SBATCH --ntasks-per-node=8" in lines
+    assert "#SBATCH --gpus-per-node=8" in lines
+    assert "#SBATCH --cpus-per-task=14" in lines  # 112 cores of a DGX H100 over 8 ranks.
+
+
+def test_a_name_is_never_read_by_a_shell(tmp_path: Path) -> None:
+    name = "x'; touch $(echo owned) `id` \n#SBATCH --wrap"
+    spec = preset("vit-base/32").model_copy(update={"name": name})
+    plan = make_plan(spec, load_cluster("2x8xH100"), BF16)
+    for file, text in start_files(plan).items():
+        assert "owned" not in text or "touch-" in text, file
+        assert "`id`" not in text
+    jobs = [line for line in start_files(plan)["job.sbatch"].splitlines() if line.startswith("#SBATCH --job-name")]
+    assert len(jobs) == 1
+
+
+def test_torchrun_runs_the_plan(tmp_path: Path) -> None:
+    folder = write_plan(tmp_path / "plan", 1, steps=2)
+    command = [str(folder / "launch-torchrun.sh"), str(folder / "runs" / "own")]
+    subprocess.run(command, check=True, env=tools(tmp_path), capture_output=True, timeout=240)
+    judge(folder / "runs" / "own", 1, exit_code=0)
+
+
+def test_threads_are_those_of_the_node() -> None:
+    assert environment_variables(load_cluster("8xH100"))["OMP_NUM_THREADS"] == "14"
+    assert environment_variables(local_cpu_cluster(1))["DS_ACCELERATOR"] == "cpu"
+
+
+def test_other_versions_are_told() -> None:
+    plan = make_plan(preset("vit-tiny/56"), local_cpu_cluster(1), TrainingSpec(data="synthetic"))
+    assert version_warnings(plan) == []
+    other = plan.model_copy(update={"deepspeed_version": "0.18", "torch_version": "2.1"})
+    texts = version_warnings(other)
+    assert len(texts) == 2
+    assert "the plan was made for 0.18" in texts[0]
+    assert "2.1" in texts[1]

@@ -1,0 +1,239 @@
+"""A resumed run is the run that was never interrupted, to the bit, wherever its state lies."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.runs import run_plan, write_plan
+
+from translution.cli.main import run as run_cli
+from translution.distributed.checkpoint.manifest import MANIFEST, newest, tags
+from translution.distributed.runs.folder import CHECKPOINT, CONTINUE, METRICS
+from translution.distributed.runs.status import read_status
+from translution.distributed.system.compiled_ops import prepare_ops
+from translution.distributed.system.environment import launch_environment
+from translution.planner.common.machine import usable_cores
+from translution.planner.hardware.cluster import local_cpu_cluster
+
+pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
+
+WIDE = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, "dim": 160, "depth": 1, "heads": 2}
+"""Its tables reach NVMe from two ranks, in either precision; nothing else does."""
+TABLE_BYTES = 52 * 160 * 160 * 4 // 2
+"""A rank's share of a table; what is swapped with one is smaller."""
+TINY = WIDE | {"dim": 16, "depth": 2, "heads": 2, "dropout": 0.1}
+LARGE = {"model": WIDE, "tile": 52}
+BF16 = {"precision": "bf16"} | LARGE
+CASES: dict[str, dict[str, Any]] = {
+    "3-dropout-accumulation": {"model": TINY, "accumulation": 2},
+    "3-cpu-optimizer": {"offload": "cpu-optimizer", **LARGE},
+    "3-cpu": {"offload": "cpu", **LARGE},
+    "3-half-offloaded": {"offload": "cpu-optimizer", "ratio": 0.5, **BF16},
+    "3-nvme-optimizer": {"offload": "nvme-optimizer", **LARGE},
+    "3-nvme": {"offload": "nvme", **BF16},
+}
+STEPS, SAVED = 5, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_ops(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """DeepSpeed's ops, compiled before ranks would race for them."""
+    ops = ["ShareMemCommBuilder", "CPUAdamBuilder", "AsyncIOBuilder"]
+    prepare_ops(ops, launch_environment(local_cpu_cluster(2)), tmp_path_factory.mktemp("ops") / "log")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+
+
+def values(run: Path, after: int) -> list[tuple[Any, ...]]:
+    """What the steps after one, and the evaluation, computed."""
+    kept = ("event", "step", "loss", "grad_norm", "learning_rate", "accuracy")
+    lines = [line for line in metrics(run) if line["event"] in ("step", "evaluation") and line["step"] > after]
+    return [tuple(line.get(name) for name in kept) for line in lines]
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in what a checkpoint's file holds."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for name in sorted(value, key=str):
+            yield from tensors(value[name])
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from tensors(entry)
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Two checkpoints hold the same bits."""
+    names = sorted(str(path.relative_to(one)) for path in one.rglob("*") if path.is_file() and path.name != MANIFEST)
+    assert names == sorted(
+        str(path.relative_to(other)) for path in other.rglob("*") if path.is_file() and path.name != MANIFEST
+    )
+    compared = 0
+    for name in names:
+        if name.endswith(".swp"):
+            # The end is padding, of whatever lay in the buffer.
+            first, second = ((folder / name).read_bytes()[:TABLE_BYTES] for folder in (one, other))
+            assert first == second, name
+            assert len(first) == TABLE_BYTES
+            compared += 1
+        elif name.endswith(".pt"):
+            pair = [torch.load(folder / name, weights_only=False, map_location="cpu") for folder in (one, other)]
+            for first, second in zip(*map(list, map(tensors, pair)), strict=True):
+                # What lies on NVMe has no values here.
+                if first.untyped_storage().nbytes() >= first.numel() * first.element_size():
+                    assert torch.equal(first, second), name
+                    compared += first.numel() > 1
+    assert compared
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name: str, tmp_path: Path) -> None:
+    nvme = tmp_path / "nvme" if "nvme" in name else None
+    if nvme:
+        nvme.mkdir()
+    options = {"steps": STEPS, "checkpoint_steps": SAVED, "learning_rate": 3e-3} | CASES[name]
+    folder = write_plan(tmp_path / "plan", 2, nvme_path=nvme, **options)
+    run = run_plan(folder, 2)
+    assert tags(run / CHECKPOINT) == [f"step_{SAVED}", f"step_{STEPS}"]
+    if nvme:
+        assert list((run / CHECKPOINT / f"step_{SAVED}").rglob("exp_avg_sq-*.swp"))
+    shutil.move(run, tmp_path / "uninterrupted")
+    shutil.copytree(tmp_path / "uninterrupted", run)
+    shutil.rmtree(run / CHECKPOINT / f"step_{STEPS}")
+    (run / METRICS).write_text((run / METRICS).read_text()[:-200])  # As a killed run leaves it.
+    assert run_plan(folder, 2, CONTINUE) == run
+    assert values(run, SAVED)[-3:] == values(tmp_path / "uninterrupted", SAVED)
+    last = f"{CHECKPOINT}/step_{STEPS}"
+    assert_same_state(run / last, tmp_path / "uninterrupted" / last)
+
+
+def test_an_augmented_run_is_the_same_again_and_resumed(tmp_path: Path) -> None:
+    """One rank: neither evaluations on the way nor a monitor change what is computed."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options: dict[str, Any] = {
+        "model": TINY, "steps": STEPS, "checkpoint_steps": SAVED, "label_smoothing": 0.1,
+        "mixup": 0.8, "cutmix": 1.0, "crop_padding": 2, "flip": 0.5,
+    }  # fmt: skip
+    other = run_plan(write_plan(tmp_path / "other", 1, monitor="tensorboard", **options), 1)
+    folder = write_plan(tmp_path / "plan", 1, monitor="csv", evaluation_steps=2, **options)
+    run = run_plan(folder, 1)
+    steps = [line for line in values(run, 0) if line[0] == "step"]
+    assert steps == [line for line in values(other, 0) if line[0] == "step"]
+    assert [line["step"] for line in metrics(run) if line["event"] == "evaluation"] == [2, 4, 5]
+    assert len({line[2] for line in steps}) == STEPS
+    last = f"{CHECKPOINT}/step_{STEPS}"
+    assert_same_state(run / last, other / last)
+
+    shutil.copytree(run, tmp_path / "uninterrupted")
+    shutil.rmtree(run / last)
+    assert run_plan(folder, 1, CONTINUE) == run
+    again = values(tmp_path / "uninterrupted", SAVED)
+    assert values(run, SAVED)[-len(again) :] == again
+    assert_same_state(run / last, other / last)
+
+    file = run / "monitor" / "csv" / "Train_loss.csv"
+    rows = [f"{line[1]},{line[2]}" for line in steps]
+    assert file.read_text().splitlines() == ["step,loss", *rows, *rows[SAVED:]]
+    board = EventAccumulator(str(other / "monitor" / "tensorboard"))
+    board.Reload()
+    shown = {name: [(event.step, event.value) for event in board.Scalars(name)] for name in board.Tags()["scalars"]}
+    assert shown["Train/loss"] == [(line[1], pytest.approx(line[2])) for line in steps]
+    assert shown["Evaluation/accuracy"] == [(STEPS, pytest.approx(values(other, 0)[-1][-1]))]
+
+
+def run_until_step(folder: Path, step: int) -> subprocess.Popen[str]:
+    """A launch of a plan whose first run has come to a step."""
+    command = [sys.executable, "-m", "translution.cli", "launch", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    path, deadline = folder / "runs" / "001" / METRICS, time.monotonic() + 120
+    while not path.exists() or path.read_text().count('"event": "step"') < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return process
+
+
+def errors_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command refuses."""
+    capsys.readouterr()
+    assert run_cli(arguments) in (1, 2)
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    return text
+
+
+def test_a_launch_that_is_killed_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"model": TINY, "checkpoint_steps": 4, "keep_checkpoints": 2}
+    folder = write_plan(tmp_path / "plan", 2, steps=100_000, **options)
+    run = folder / "runs" / "001"
+    launch = ["launch", str(folder), "--resume"]
+    assert "holds no run with a whole checkpoint" in errors_of(launch, capsys)
+    process = run_until_step(folder, 14)
+    process.kill()
+    process.communicate()
+    time.sleep(3)  # The ranks notice within a second or two.
+    whole = tags(run / CHECKPOINT)
+    assert len(whole) == 2
+    saved = newest(run / CHECKPOINT)
+    assert saved is not None
+    step = saved.manifest.step
+    assert step in range(12, 100_000, 4)
+
+    # What must not differ does not, and a damaged checkpoint is not read.
+    write_plan(folder, 2, force=True, steps=step, **options)
+    assert f"steps: {step} is not allowed: must be above {step}" in errors_of(launch, capsys)
+    write_plan(folder, 2, force=True, steps=step + 3, **options | {"model": TINY | {"dim": 32}})
+    assert "model.dim: 32 is not allowed: must be 16, as in the run to resume" in errors_of(launch, capsys)
+    write_plan(folder, 1, force=True, steps=step + 3, **options)
+    assert "x ranks 1) is not allowed: must be 16, as in the run to resume" in errors_of(launch, capsys)
+    write_plan(folder, 2, force=True, steps=step + 3, **options)
+    file = next((run / CHECKPOINT / saved.tag).glob("*optim_states.pt"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    error = errors_of(launch, capsys)
+    assert f"{file}: holds {len(content) - 1} bytes and must hold {len(content)} bytes" in error
+    assert f"remove {run / CHECKPOINT / saved.tag} to resume from {whole[0]}" in error
+    file.write_bytes(content)
+
+    assert run_cli([*launch, "--dry-run"]) == 0
+    assert f"{run} --mode continue" in capsys.readouterr().out
+    assert run_cli(launch) == 0
+    lines = metrics(run)
+    assert [line["step"] for line in lines if line["event"] == "resume"] == [step]
+    assert [line["step"] for line in lines if line["event"] == "step"][-3:] == [step + 1, step + 2, step + 3]
+    assert tags(run / CHECKPOINT) == [saved.tag, f"step_{step + 3}"]
+
+
+def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
+    folder = write_plan(tmp_path / "plan", 2, steps=100_000, model=TINY, checkpoint_steps=15, keep_checkpoints=2)
+    run = folder / "runs" / "001"
+    process = run_until_step(folder, 16)
+    statuses = [read_status(run, rank) for rank in (0, 1)]
+    for status in statuses:
+        assert status is not None
+        # No file may grow beyond this, as if the disk were full; a rank's part of a checkpoint is larger.
+        resource.prlimit(status.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.count("\n") == 1
+    assert "could not be written" in errors
+    saved = newest(run / CHECKPOINT)
+    assert saved is not None
+    assert f"{saved.tag} stays" in errors
+    assert [path.name for path in (run / CHECKPOINT).iterdir() if path.is_dir()] == [saved.tag]

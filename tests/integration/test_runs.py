@@ -1,0 +1,273 @@
+"""Real runs: real processes, gloo, DeepSpeed's engine and launcher."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.runs import TINY, run_plan, run_ranks_of, write_plan
+
+from translution.cli.main import run as run_cli
+from translution.distributed.checkpoint.manifest import newest
+from translution.distributed.data.batching import micro_batches
+from translution.distributed.data.digits import load_digits
+from translution.distributed.runs.folder import CHECKPOINT, METRICS, make_run_folders, memory_path
+from translution.distributed.runs.measurement import read_memory
+from translution.distributed.runs.status import judge, read_status
+from translution.distributed.runs.watchdog import process_lives
+from translution.distributed.system.compiled_ops import prepare_ops
+from translution.distributed.system.environment import free_port, launch_environment
+from translution.models import build
+from translution.planner.common.machine import usable_cores
+from translution.planner.config.model import parse_model_spec
+from translution.planner.hardware.cluster import local_cpu_cluster
+
+# Two ranks share one core where there is only one; the launcher's own check is tested elsewhere.
+pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_ops(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """DeepSpeed's communication op, compiled before ranks would race for it."""
+    prepare_ops(
+        ["ShareMemCommBuilder"], launch_environment(local_cpu_cluster(2)), tmp_path_factory.mktemp("ops") / "log"
+    )
+
+
+def metrics(run: Path, event: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+@pytest.mark.parametrize(("ranks", "checkpointing"), [(1, "none"), (2, "none"), (2, "block"), (2, "offload")])
+def test_one_tile_is_whole_at_a_time_and_gradients_are_those_of_one_process(
+    tmp_path: Path, ranks: int, checkpointing: str, root: Path
+) -> None:
+    model = TINY | {"checkpointing": checkpointing}
+    folder = write_plan(tmp_path / "plan", ranks, tile=13, micro_batch=16 // ranks, model=model)
+    make_run_folders(tmp_path / "run", folder)
+    out = tmp_path / "counts.json"
+    run_ranks_of([root / "tests" / "programs" / "tiles.py", folder, tmp_path / "run", out], ranks, tmp_path / "log")
+    counts = json.loads(out.read_text())
+    # 52 relations in tiles of 13, a tile of logits and one of values each, in 2 layers.
+    assert counts["tiles"] == 2 * 2 * 4
+    # Softmax runs between the tiles, with none gathered; everything else sees its own tile alone.
+    assert sorted(set(counts["forward"])) == sorted(set(counts["backward"])) == [0, 1]
+    assert len(counts["backward"]) == 3 * (counts["tiles"] + 2)
+    # Checkpointing runs every tile a second time, in backward.
+    assert len(counts["forward"]) == len(counts["backward"]) * (1 if checkpointing == "none" else 2)
+
+    spec = parse_model_spec(TINY)
+    torch.manual_seed(0)
+    network = build(spec, tile_relations=13)
+    samples, _ = load_digits(spec)
+    (batch,) = next(micro_batches(samples, micro_batch=16, accumulation=1, rank=0, ranks=1, seed=0))
+    torch.nn.functional.cross_entropy(network(batch.inputs), batch.targets).backward()
+    for name, grad in torch.load(out.with_suffix(".pt")).items():
+        expected = network.get_parameter(name).grad
+        # fp32: the mean over two halves is rounded once more than the mean over the whole.
+        torch.testing.assert_close(
+            grad, expected, rtol=1e-4, atol=1e-6 if ranks == 2 else 1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_losses_do_not_depend_on_the_number_of_ranks_or_on_accumulation(tmp_path: Path) -> None:
+    """Two ranks of 8, one rank of 16 and one rank of 8 twice train on the same global batches in fp32."""
+    shapes = {"two ranks": (2, 8, 1), "one rank": (1, 16, 1), "accumulated": (1, 8, 2)}
+    losses = {}
+    for name, (ranks, micro_batch, accumulation) in shapes.items():
+        folder = write_plan(
+            tmp_path / name, ranks, steps=6, micro_batch=micro_batch, accumulation=accumulation, learning_rate=3e-3
+        )
+        run = run_plan(folder, ranks)
+        steps = metrics(run, "step")
+        losses[name] = [step["loss"] for step in steps] + [metrics(run, "evaluation")[0]["loss"]]
+        assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+        assert steps[0]["learning_rate"] == pytest.approx(3e-3)
+    for name in ("two ranks", "accumulated"):
+        # fp32 rounding, amplified by Adam over six steps.
+        assert losses[name] == pytest.approx(losses["one rank"], rel=2e-4)
+    assert len(set(losses["one rank"])) == 7
+
+
+def test_the_command_line_runs_a_plan_and_verifies_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], root: Path
+) -> None:
+    folder = tmp_path / "plan"
+    arguments = [str(root / "examples" / "digits.yaml"), "--cluster", "cpu:2", "--out", str(folder), "--steps", "5"]
+    arguments += ["--stage", "3", "--offload", "none", "--micro-batch", "8"]
+    assert run_cli(["plan", *arguments]) == 0
+    assert run_cli(["launch", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "held-out: accuracy" in printed
+    assert run_cli(["verify", str(folder), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["run"] == str(folder / "runs" / "001")
+    assert 0 <= document["accuracy"] <= 1
+    assert set(document["files"]) == {"metrics", "measured memory", "checkpoint"}
+    assert run_cli(["verify", str(folder)]) == 0
+    assert "predicted / measured" in capsys.readouterr().out
+    memory = read_memory(folder / "runs" / "001", 1)
+    assert memory is not None
+    assert memory.process_peak_bytes > memory.peak_bytes > memory.resident_bytes > 0
+
+
+def test_token_files_train_a_gpt_model_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their tokens lie in no tensor, so that the measured memory is the predicted one all the same."""
+    (tmp_path / "text").write_text("abcdefghijklmnopqrstuvwxyz\n" * 400)
+    assert run_cli(["prepare", str(tmp_path / "text"), "--out", str(tmp_path / "data")]) == 0
+    model = {"family": "gpt", "context": 27, "vocabulary": 256, "dim": 16, "depth": 2, "heads": 2}
+    training = {"data": "tokens", "data_path": str(tmp_path / "data"), "micro_batch": 4, "learning_rate": 1e-2}
+    folder = write_plan(tmp_path / "plan", 2, model=model, steps=3, **training)
+    run = run_plan(folder, 2)
+    losses = [step["loss"] for step in metrics(run, "step")]
+    assert losses[0] == pytest.approx(math.log(256), rel=0.1)
+    (evaluation,) = metrics(run, "evaluation")
+    assert evaluation["samples"] == 39
+    assert evaluation["loss"] < losses[0]
+    for rank in range(2):
+        memory = read_memory(run, rank)
+        assert memory is not None
+        assert memory.entries_bytes["micro-batches"] == 2 * 4 * 27 * 8
+        assert abs(memory.entries_bytes["other"]) < 2**16
+
+
+def test_a_killed_launcher_fails_the_launch_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """DeepSpeed's own, of which ours is the parent; that of ranks is in test_kills.py."""
+    folder = write_plan(tmp_path / "plan", 2, steps=100_000)
+    run = folder / "runs" / "001"
+    command = [sys.executable, "-m", "translution.cli", "launch", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / METRICS).exists() or not metrics(run, "step"):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        statuses = [read_status(run, rank) for rank in (0, 1)]
+        pids = [status.pid for status in statuses if status is not None]
+        assert len(pids) == 2
+        parent = int(Path(f"/proc/{pids[1]}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        os.kill(parent, signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1
+    assert errors.count("\n") == 1
+    # Ranks that outlive their launcher are asked to end, and save.
+    assert "translution: error: stopped by SIGTERM; saved" in errors
+    assert not any(process_lives(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGUSR1, signal.SIGKILL], ids=lambda end: end.name)
+def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) -> None:
+    before = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+    folder = write_plan(tmp_path / "plan", 2, steps=100_000)
+    run = folder / "runs" / "001"
+    command = [sys.executable, "-m", "translution.cli", "launch", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / METRICS).exists() or not metrics(run, "step"):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(0.5)  # The first step is over; both ranks say so.
+        pids = [status.pid for rank in (0, 1) if (status := read_status(run, rank)) is not None]
+        process.send_signal(end)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}.get(end, 1)
+    if end != signal.SIGKILL:
+        # The ranks have saved before they ended.
+        said = "interrupted" if end == signal.SIGINT else f"ended by {end.name}"
+        assert re.fullmatch(
+            rf"translution: error: {said}; saved at step (\d+): translution launch PLAN_FOLDER --resume --run \S+ goes "
+            r"on\n",
+            errors,
+        )
+        saved = newest(run / CHECKPOINT)
+        assert saved is not None
+        assert f"saved at step {saved.manifest.step}:" in errors
+    assert len(pids) == 2
+    deadline = time.monotonic() + 20
+    while any(process_lives(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(process_lives(pid) for pid in pids)
+    assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= before
+
+
+def test_the_printed_command_runs_a_plan_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_plan(tmp_path / "plan", 1, steps=3)
+    assert run_cli(["launch", str(folder), "--dry-run"]) == 0
+    command = capsys.readouterr().out.strip().replace("29500", str(free_port()))
+    subprocess.run(["sh", "-c", command], check=True, capture_output=True, timeout=240)
+    judge(folder / "runs" / "001", 1, exit_code=0)
+    assert run_cli(["verify", str(folder)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "accuracy"),
+    [('{"event": "evaluation", "accuracy": 0.5}\n{"event": "st', 0.5), ("", None), (None, None)],
+    ids=["torn", "empty", "missing"],
+)
+def test_verify_reads_what_a_killed_run_left(
+    tmp_path: Path, text: str | None, accuracy: float | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_plan(tmp_path / "plan", 1)
+    run = folder / "runs" / "001"
+    make_run_folders(run, folder)
+    assert run_cli(["verify", str(folder)]) == 2
+    assert "holds no measurement" in capsys.readouterr().err
+    measurement = {
+        "rank": 0, "device": "cpu", "step": 2, "entries_bytes": {"parameters": 5}, "resident_bytes": 5,
+        "phase_peak_bytes": {"forward": 7, "optimizer step": 6}, "peak_bytes": 7, "process_peak_bytes": 9,
+    }  # fmt: skip
+    memory_path(run, 0).write_text(json.dumps(measurement))
+    if text is not None:
+        (run / METRICS).write_text(text)
+    assert run_cli(["verify", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == accuracy
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "said"),
+    [
+        (1e30, r"step 2: loss is nan: first not finite: (\S+) \(output\)"),
+        # Weights that leave the loss finite, and not its gradients.
+        (1e5, r"step 2: the norm of the gradients is not finite: first not finite, from the loss backwards: (\S+) "),
+    ],
+    ids=["loss", "gradient"],
+)
+def test_a_diverged_run_stops_and_its_step_and_layer_are_named(
+    tmp_path: Path, learning_rate: float, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_plan(tmp_path / "plan", 1, learning_rate=learning_rate, gradient_clipping=0.0, steps=30)
+    assert run_cli(["launch", str(folder)]) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    named = re.search(f"FloatingPointError: {said}", errors)
+    assert named is not None, errors
+    network = build(parse_model_spec(TINY))
+    assert named[1] in {name for name, _ in (*network.named_modules(), *network.named_parameters())}
+
+
+def test_ranks_stop_together_when_one_of_them_is_not_finite(tmp_path: Path, root: Path) -> None:
+    folder = write_plan(tmp_path / "plan", 2, accumulation=2)
+    make_run_folders(tmp_path / "run", folder)
+    out = tmp_path / "said"
+    run_ranks_of([root / "tests" / "programs" / "poison.py", folder, tmp_path / "run", out], 2, tmp_path / "log")
+    said = [out.with_suffix(f".{rank}").read_text() for rank in (0, 1)]
+    assert said == ["step 2: loss is nan: first not finite: network (input), on rank 1"] * 2

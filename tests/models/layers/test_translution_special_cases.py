@@ -1,0 +1,108 @@
+"""Self-attention and convolution as special cases, and what moving a pattern does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.operator_pairs import LAYERS, PLACES
+from torch import Tensor, nn
+
+from translution.models import AbsoluteTranslution, BiasAttention, SelfAttention, ShawAttention, Translution
+from translution.models.layers.tables import RelationTables
+from translution.planner.config.geometry import RelationGeometry
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("place", [place for place in PLACES if "window" not in place], ids=str)
+def test_equal_matrices_make_it_self_attention(place: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    ours, attention = Translution(6, 2, tile_relations=3, **place), SelfAttention(6, 2, **place)
+    matrices = attention.projections.weight.detach().view(3, 6, 6)
+    for role, matrix in zip(("query", "key", "value"), matrices, strict=True):
+        ours.tables.load_table(role, matrix.t().expand(ours.geometry.relations, 6, 6))
+    ours.output.load_state_dict(attention.output.state_dict())
+    x = torch.randn(3, ours.geometry.tokens, 6)
+    torch.testing.assert_close(ours(x), attention(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("double")
+def test_a_window_with_uniform_weights_is_a_convolution() -> None:
+    """Relations within one step of a token are a 3×3 kernel; the weights' common factor is 1/9 inside."""
+    torch.manual_seed(0)
+    geometry = RelationGeometry.grid(5, 6, window=1)
+    tables = RelationTables(geometry, 2, 4, 6, roles="v", scale=1.0, tile_relations=4)
+    weight = torch.randn(6, 4, 3, 3)
+    # Relation r is the offset query − key; conv2d reads its input at key − query.
+    tables.load_table("value", weight.flatten(2).flip(2).permute(2, 1, 0))
+    image = torch.randn(2, 4, 5, 6)
+    constant = torch.ones(2, 30, 4)
+    out, _ = tables({"plain_query": constant, "plain_key": constant, "value": image.flatten(2).transpose(1, 2)})
+    assert out is not None
+    convolved = nn.functional.conv2d(image, weight, padding=1)
+    inside = (out.transpose(1, 2).unflatten(2, (5, 6)) * 9)[:, :, 1:-1, 1:-1]
+    torch.testing.assert_close(inside, convolved[:, :, 1:-1, 1:-1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("double")
+def test_uniform_weights_over_all_offsets_make_it_a_convolution() -> None:
+    """With constant queries and keys every token weighs all tokens alike; the value tables are the kernel.
+
+    On an H×W grid the kernel spans (2H−1)×(2W−1) offsets, zero-padding stands for pairs that do not
+    exist, and the weights' common factor is 1/(H·W).
+    """
+    torch.manual_seed(0)
+    height, width, kernel = 5, 6, 3
+    geometry = RelationGeometry.grid(height, width)
+    tables = RelationTables(geometry, 2, 4, 6, roles="v", scale=1.0, tile_relations=7)
+    values = torch.zeros(geometry.relations, 4, 6)
+    weight = torch.randn(6, 4, kernel, kernel)
+    for dy in range(kernel):
+        for dx in range(kernel):
+            # conv2d reads the input at offset (dy − 1, dx − 1) from the output; a relation is output − input.
+            relation = (height - 1 - (dy - 1)) * (2 * width - 1) + width - 1 - (dx - 1)
+            values[relation] = weight[:, :, dy, dx].t()
+    tables.load_table("value", values)
+    image = torch.randn(2, 4, height, width)
+    x = image.flatten(2).transpose(1, 2)
+    constant = torch.ones(2, height * width, 4)
+    out, _ = tables({"plain_query": constant, "plain_key": constant, "value": x})
+    assert out is not None
+    convolved = nn.functional.conv2d(image, weight, padding=1).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(out * (height * width), convolved, rtol=0, atol=1e-12)
+
+
+def placed(layer: nn.Module, pattern: Tensor, row: int, col: int, positions: Tensor | None = None) -> Tensor:
+    """The layer's output at a 2×3 pattern that lies so on a 4×5 grid of noise, which is masked."""
+    canvas, mask = torch.randn(4, 5, 8), torch.ones(4, 5, dtype=torch.bool)
+    canvas[row : row + 2, col : col + 3], mask[row : row + 2, col : col + 3] = pattern, False
+    x = canvas.flatten(0, 1) + (0 if positions is None else positions)
+    out: Tensor = layer(x[None], mask.flatten()[None]).view(4, 5, 8)
+    return out[row : row + 2, col : col + 3]
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [*LAYERS, (SelfAttention, {"rotary": True}), (BiasAttention, {}), (ShawAttention, {})],
+    ids=["full", "alpha", "alpha-rotary", "rotary", "bias", "shaw"],
+)
+def test_a_pattern_that_is_moved_moves_its_output_with_it(layer: type[Any], options: dict[str, Any]) -> None:
+    """Learned positions break what relations keep."""
+    torch.manual_seed(0)
+    ours = layer(8, 2, grid=(4, 5), **options)
+    pattern, positions = torch.randn(2, 3, 8), torch.randn(20, 8)
+    at_home = placed(ours, pattern, 0, 0)
+    for row, col in ((2, 0), (1, 2), (0, 1)):
+        torch.testing.assert_close(placed(ours, pattern, row, col), at_home, rtol=0, atol=1e-12)
+    absolute = [placed(ours, pattern, *place, positions) for place in ((1, 2), (0, 0))]
+    assert (absolute[0] - absolute[1]).abs().max() > 1e-2
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("roles", ["qkv", "q", "v"])
+def test_a_pattern_that_is_moved_changes_under_absolute_matrices(roles: str) -> None:
+    torch.manual_seed(0)
+    ours, pattern = AbsoluteTranslution(8, 2, grid=(4, 5), roles=roles), torch.randn(2, 3, 8)
+    assert (placed(ours, pattern, 1, 2) - placed(ours, pattern, 0, 0)).abs().max() > 1e-2

@@ -1,0 +1,94 @@
+"""Closed-form counts against the paper's figures and against built networks."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from translution.models import build
+from translution.planner.config.model import ModelSpec, override, parse_model_spec
+from translution.planner.config.presets import preset
+from translution.planner.costs.parameters import count_parameters, parameter_groups, table_tiles
+
+GOLDEN = list(csv.DictReader((Path(__file__).parents[2] / "data" / "parameters.csv").read_text().splitlines()))
+
+
+def golden_spec(row: dict[str, str]) -> ModelSpec:
+    rank = int(row["rank"]) if row["rank"] else None
+    return override(
+        preset(f"{row['family']}-{row['size']}/{row['patch'] or row['seq']}"),
+        operator=row["operator"],
+        roles=row["roles"] or None,
+        c1=rank,
+        c2=rank,
+        relative_layers=row["translution_layers"] or None,
+    )
+
+
+def test_the_golden_file_is_whole() -> None:
+    assert len(GOLDEN) == 125
+
+
+@pytest.mark.parametrize("row", GOLDEN, ids=lambda row: "-".join(filter(None, list(row.values())[:-1])))
+def test_count_equals_the_papers_figure(row: dict[str, str]) -> None:
+    # Source: golden figures of the project, from the sizes and tables of arXiv 2510.10060.
+    assert count_parameters(golden_spec(row)).total == int(row["params"])
+
+
+SMALL_VIT = {"family": "vit", "image": [12, 8], "patch": 4, "channels": 2, "classes": 7, "dim": 24, "depth": 3}
+SMALL_GPT = {"family": "gpt", "context": 11, "vocabulary": 13, "dim": 24, "depth": 3}
+VARIANTS = [
+    {"operator": "attention"},
+    {"operator": "attention", "rotary": True, "head_dim": 8},
+    *({"operator": "translution", "roles": roles} for roles in ("qkv", "kv", "qv", "qk", "q", "k", "v")),
+    *({"operator": "alpha", "roles": roles, "c1": 3, "c2": 5} for roles in ("qkv", "kv", "qv", "qk", "q", "k", "v")),
+    {"operator": "translution", "relative_layers": "first:1", "head_dim": 8},
+    {"operator": "alpha", "relative_layers": [0, 2], "rotary": True, "head_dim": 8},
+    {"operator": "translution", "heads": 1},
+    {"operator": "translution", "window": 1},
+    {"operator": "bias"},
+    {"operator": "shaw"},
+    *({"operator": "absolute", "roles": roles} for roles in ("qkv", "kv", "q")),
+    {"operator": "shaw", "relative_layers": "every:2", "head_dim": 8},
+    {"operator": "bias", "window": 1},
+]
+
+
+@pytest.mark.parametrize("tile", [None, 1, 4])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("family", [SMALL_VIT, SMALL_GPT], ids=lambda family: str(family["family"]))
+def test_every_tensor_of_the_built_network_is_counted(
+    family: dict[str, object], variant: dict[str, object], tile: int | None
+) -> None:
+    spec = parse_model_spec({"heads": 2, **family, **variant})
+    with torch.device("meta"):
+        network = build(spec, tile_relations=tile)
+    shapes = Counter(tuple(parameter.shape) for parameter in network.parameters())
+    counted: Counter[tuple[int, ...]] = Counter()
+    for group in parameter_groups(spec, tile):
+        counted[group.shape] += group.copies
+    assert counted == shapes
+
+
+def test_mean_pool_without_class_token_is_counted() -> None:
+    spec = parse_model_spec(SMALL_VIT | {"heads": 2, "pool": "mean", "class_token": False})
+    with torch.device("meta"):
+        network = build(spec)
+    assert count_parameters(spec).total == sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_components_add_up_and_tables_dominate() -> None:
+    count = count_parameters(preset("vit-base/16"))
+    assert sum(count.components.values()) == count.total
+    assert count.components["relation tables"] / count.total > 0.99
+
+
+def test_tiles_cover_a_table() -> None:
+    assert table_tiles(10, 4) == ((4, 2), (2, 1))
+    assert table_tiles(8, 4) == ((4, 2),)
+    assert table_tiles(3, 4) == ((3, 1),)
+    assert table_tiles(3, None) == ((3, 1),)

@@ -1,0 +1,162 @@
+"""Bytes kept for backward and operations, predicted against counted, on odd shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from translution.models import Translution, build
+from translution.planner.config.model import ModelSpec, VitSpec, parse_model_spec
+from translution.planner.config.presets import preset
+from translution.planner.costs.flops import count_flops
+from translution.planner.memory.activations import kept_bytes
+from translution.planner.simulator.network.ops import Widths
+from translution.planner.simulator.network.relation_shape import Implementation
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+VIT = {"family": "vit", "image": [12, 8], "patch": 4, "channels": 2, "classes": 7, "dim": 24, "depth": 2, "ffn_dim": 40}
+GPT = {"family": "gpt", "context": 11, "vocabulary": 13, "dim": 24, "depth": 2, "ffn_dim": 40}
+BASES: list[dict[str, Any]] = [
+    VIT,
+    VIT | {"pool": "mean"},
+    VIT | {"pool": "mean", "class_token": False},
+    VIT | {"heads": 1, "head_dim": 24},
+    GPT,
+]
+ROLES = ("qkv", "kv", "qv", "qk", "q", "k", "v")
+OPERATORS: list[dict[str, Any]] = [
+    {"operator": "attention"},
+    {"operator": "attention", "rotary": True},
+    *({"operator": "translution", "roles": roles} for roles in ROLES),
+    *({"operator": "alpha", "roles": roles, "c1": 3, "c2": 5} for roles in ROLES),
+    {"operator": "translution", "relative_layers": "first:1"},
+    {"operator": "translution", "window": 1},
+    {"operator": "bias"},
+    {"operator": "shaw"},
+    *({"operator": "absolute", "roles": roles} for roles in ("qkv", "kv", "q")),
+    {"operator": "bias", "window": 1},
+    {"operator": "shaw", "window": 2, "relative_layers": "every:2"},
+    {"operator": "translution", "dropout": 0.2},
+    {"operator": "alpha", "c1": 3, "c2": 5, "rotary": True, "dropout": 0.2},
+    {"operator": "absolute", "roles": "kv", "relative_layers": "first:1", "dropout": 0.2},
+]
+
+
+def spec_of(base: dict[str, Any], operator: dict[str, Any]) -> ModelSpec:
+    return parse_model_spec({"heads": 2, "head_dim": 8, **base, **operator})
+
+
+def random_samples(spec: ModelSpec, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if isinstance(spec, VitSpec):
+        return torch.randn(batch, spec.channels, *spec.image).to(dtype), torch.randint(spec.classes, (batch,))
+    return torch.randint(spec.vocabulary, (batch, spec.context)), torch.randint(spec.vocabulary, (batch, spec.context))
+
+
+def counted_bytes(
+    spec: ModelSpec,
+    batch: int,
+    dtype: torch.dtype,
+    implementation: str = "grouped",
+    autocast: torch.dtype | None = None,
+) -> int:
+    """Unique storages that autograd saves in one forward pass and loss, weights and buffers left out."""
+    network = build(spec, implementation=implementation, tile_relations=4).to(dtype)
+    own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own:
+            saved[address] = tensor
+        return tensor
+
+    inputs, targets = random_samples(spec, batch, dtype)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            logits = network(inputs)
+        torch.nn.functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def implementations(operator: dict[str, Any]) -> tuple[Implementation, ...]:
+    return ("grouped", "gather") if operator["operator"] in ("translution", "alpha") else ("grouped",)
+
+
+@pytest.mark.filterwarnings("ignore:.*None of the inputs have requires_grad")
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+@pytest.mark.parametrize(
+    ("base", "checkpointing"),
+    [*((base, "none") for base in BASES), *((base, kind) for base in (VIT, GPT) for kind in ("block", "offload"))],
+    ids=["vit", "mean", "no-class", "one-head", "gpt", "vit-block", "vit-offload", "gpt-block", "gpt-offload"],
+)
+def test_kept_for_backward_is_exact(base: dict[str, Any], operator: dict[str, Any], checkpointing: str) -> None:
+    spec = spec_of(base, operator | {"checkpointing": checkpointing})
+    for implementation in implementations(operator):
+        for dtype, batch in ((torch.float32, 3), (torch.bfloat16, 2), (torch.float16, 1)):
+            predicted = kept_bytes(spec, batch, Widths.of(dtype.itemsize, "cpu"), implementation)
+            assert predicted == counted_bytes(spec, batch, dtype, implementation), (implementation, dtype)
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+@pytest.mark.parametrize(
+    ("base", "checkpointing"),
+    [*((base, "none") for base in BASES), (VIT, "block"), (GPT, "block")],
+    ids=["vit", "mean", "no-class", "one-head", "gpt", "vit-block", "gpt-block"],
+)
+def test_kept_under_autocast_is_exact(base: dict[str, Any], operator: dict[str, Any], checkpointing: str) -> None:
+    spec = spec_of(base, operator | {"checkpointing": checkpointing})
+    for implementation in implementations(operator):
+        predicted = kept_bytes(spec, 2, Widths.autocast("cpu"), implementation)
+        counted = counted_bytes(spec, 2, torch.float32, implementation, autocast=torch.bfloat16)
+        assert predicted == counted, implementation
+
+
+def test_a_layer_keeps_its_input_and_the_attention_weights_and_nothing_else() -> None:
+    layer = Translution(24, 2, head_dim=12, grid=(3, 4), class_token=True, tile_relations=5)
+    x = torch.randn(3, 13, 24, requires_grad=True)
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer.tables({"query": x, "key": x, "value": x})
+    assert sum(saved.values()) == (3 * 13 * 24 + 3 * 2 * 13 * 13) * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "gibibytes"),
+    # Source: the costs table of the operator's specification, one layer of one sample in fp32.
+    [("vit-base/16", 256), ("gpt-base/160", 169), ("vit-large/16", 455), ("gpt-base/1024", 6.8 * 1024)],
+)
+def test_the_published_way_keeps_what_the_paper_says(name: str, gibibytes: float) -> None:
+    spec = preset(name)
+    kept = kept_bytes(spec, 1, Widths.of(4, "cuda"), "gather") / spec.depth / 2**30
+    assert kept == pytest.approx(gibibytes, rel=0.01)
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+@pytest.mark.parametrize("base", [VIT, VIT | {"pool": "mean", "class_token": False}, GPT], ids=["vit", "mean", "gpt"])
+def test_operations_equal_a_counted_run(base: dict[str, Any], operator: dict[str, Any]) -> None:
+    spec = spec_of(base, operator)
+    network = build(spec, tile_relations=4)
+    inputs, _ = random_samples(spec, 1, torch.float32)
+    # The counter does not know the CPU's fused attention; the plain one has the same products.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            out = network(inputs)
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+    flops = count_flops(spec)
+    assert forward.get_total_flops() == flops.forward
+    assert forward.get_total_flops() + backward.get_total_flops() == flops.training_step

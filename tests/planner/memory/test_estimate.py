@@ -1,0 +1,151 @@
+"""The memory ledger: its parameters are torch's, its tiers are DeepSpeed's, and it answers at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from translution.models import build
+from translution.planner.common.errors import DoesNotFitError
+from translution.planner.config.model import ModelSpec, parse_model_spec
+from translution.planner.config.presets import preset
+from translution.planner.config.training import TrainingSpec
+from translution.planner.hardware.cluster import ClusterSpec, load_cluster
+from translution.planner.memory.activations import kept_bytes
+from translution.planner.memory.estimate import BETWEEN, PHASES, MemoryEstimate, atomic_floor, estimate_memory
+from translution.planner.plans.build import make_plan
+from translution.planner.plans.defaults import choose_tile, choose_zero, override_zero
+from translution.planner.simulator.lifecycle import simulate
+from translution.planner.simulator.network.model import NetworkTwin, replay
+from translution.planner.simulator.network.ops import Widths
+
+VIT = {"family": "vit", "image": [16, 12], "patch": 4, "channels": 1, "classes": 10, "dim": 32, "depth": 3, "heads": 2}
+GPT = {"family": "gpt", "context": 12, "vocabulary": 50, "dim": 32, "depth": 3, "heads": 2}
+OPERATORS: list[dict[str, Any]] = [
+    {"operator": "attention"}, {"operator": "translution"}, {"operator": "translution", "roles": "kv"},
+    {"operator": "translution", "roles": "q", "heads": 1, "head_dim": 32}, {"operator": "alpha"},
+    {"operator": "alpha", "roles": "k"}, {"operator": "alpha", "roles": "v"}, {"operator": "bias"},
+    {"operator": "shaw"}, {"operator": "absolute"}, {"operator": "absolute", "roles": "qv"},
+    {"operator": "translution", "relative_layers": "every:2", "checkpointing": "block"},
+]  # fmt: skip
+GPUS = ClusterSpec(ranks_per_node=8, gpu="H100", device_memory_bytes=80 * 2**30)
+
+
+def ledger(spec: ModelSpec, *, offload: str = "none", knobs: dict[str, object] | None = None) -> MemoryEstimate:
+    tile = choose_tile(spec, 8)
+    nvme = "/nvme" if "nvme" in offload else None
+    zero = override_zero(choose_zero(spec, tile, 3, 8, offload=offload, nvme_path=nvme), knobs or {})
+    return estimate_memory(spec, GPUS, TrainingSpec(precision="bf16", micro_batch=1, data="synthetic"), zero, tile)
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+@pytest.mark.parametrize("base", [VIT, VIT | {"pool": "mean", "class_token": False}, GPT], ids=["vit", "mean", "gpt"])
+def test_modules_have_torchs_parameters_in_torchs_order(base: dict[str, Any], operator: dict[str, Any]) -> None:
+    """Sub-groups and buckets are filled in that order."""
+    spec = parse_model_spec(base | operator)
+    network = NetworkTwin(spec, 1, Widths.of(4, "cpu"), 5)
+    modules = [
+        [p.numel() for p in module.parameters(recurse=False)] for module in build(spec, tile_relations=5).modules()
+    ]
+    assert [list(weights.numels) for weights in network.modules] == [numels for numels in modules if numels]
+    assert sorted(map(id, network.construction)) == sorted(map(id, network.modules))
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme"])
+def test_entries_add_up_and_every_one_has_words_and_a_source(offload: str) -> None:
+    estimate = ledger(preset("vit-tiny/32"), offload=offload)
+    assert {peak.phase for peak in estimate.peaks} == set(PHASES)
+    for peak in estimate.peaks:
+        assert peak.bytes == sum(entry.bytes for entry in peak.entries)
+        assert all(entry.bytes > 0 and entry.source and entry.formula != entry.name for entry in peak.entries)
+    assert MemoryEstimate.model_validate_json(estimate.model_dump_json()) == estimate
+    assert ("nvme" in estimate.tiers) == ("nvme" in offload)
+
+
+def test_each_tier_holds_what_deepspeed_puts_there() -> None:
+    """Bytes per parameter of a rank's share, from the table of states by mode (deepspeed, stage3.py)."""
+    spec = preset("vit-base/16")
+    share = sum(-(-group // 8) for weights in NetworkTwin(spec, 1, Widths.of(2, "cuda"), choose_tile(spec, 8)).modules
+                for group in weights.numels)  # fmt: skip
+    states = ("parameters", "gradients", "fp32 gradients", "master parameters", "optimizer states")
+
+    def per_parameter(estimate: MemoryEstimate, *tiers: Any) -> float:
+        return sum(estimate.of(name, BETWEEN, tier) for name in states for tier in tiers) / share
+
+    assert per_parameter(ledger(spec), "device") == pytest.approx(16)
+    host = ledger(spec, offload="cpu-optimizer", knobs={"offload_optimizer.pin_memory": False})
+    assert (per_parameter(host, "device"), per_parameter(host, "host")) == (pytest.approx(2), pytest.approx(18))
+    both = ledger(spec, offload="cpu", knobs={"offload_optimizer.pin_memory": False})
+    assert per_parameter(both, "host", "pinned") == pytest.approx(20, rel=0.1)  # One flat buffer, rounded up.
+    nvme = ledger(spec, offload="nvme")
+    assert per_parameter(nvme, "nvme") == pytest.approx(18, rel=0.01)
+    assert per_parameter(nvme, "host") == pytest.approx(2, rel=0.01)
+    assert per_parameter(nvme, "device") < 0.05
+
+
+def test_pinned_tensors_are_as_large_as_torchs_allocator_makes_them() -> None:
+    estimate = ledger(preset("vit-tiny/32"), offload="cpu-optimizer")
+    sizes = [entry.bytes for entry in estimate.peak(BETWEEN, "pinned").entries]  # type: ignore[union-attr]  # it has
+    assert len(sizes) == 2
+    assert estimate.of("gradients", BETWEEN, "pinned").bit_count() == 1
+
+
+def test_reuse_keeps_every_tile_and_prefetch_stays_within_the_live_limit() -> None:
+    spec = preset("vit-tiny/32")
+    one = ledger(spec)
+    tile = 2 * choose_tile(spec, 8) * 192 * 192 * 2  # type: ignore[operator]  # tables have tiles
+    # Copied out of the buffer that both matrices of a tile of logits were gathered into.
+    assert one.of("gathered parameters", "forward") == 2 * tile
+    everything = ledger(spec, knobs={"max_reuse_distance_elements": 10**9})
+    tables = 3 * 6 * 172 * 192 * 192 * 2
+    assert tables < everything.of("gathered parameters", "backward") < 1.1 * tables
+    elements = tile // 2
+    ahead = ledger(spec, knobs={"prefetch_bucket_elements": elements, "max_live_elements": 2 * elements})
+    assert 2 * tile < ahead.of("gathered parameters", "forward") <= 4 * tile
+
+
+def test_a_tile_above_the_floor_is_refused_with_one_that_would_do() -> None:
+    spec = preset("vit-large/16")
+    training = TrainingSpec(precision="bf16", micro_batch=1, data="synthetic")
+    assert atomic_floor(spec, training, 732) == 4 * 732 * 1024 * 1024 * 2
+    small = load_cluster("8x8xH100").model_copy(update={"device_memory_bytes": 5 * 2**30})
+    with pytest.raises(DoesNotFitError, match=r"a tile of 732 relations .* on every rank.*tile_relations: \d+"):
+        make_plan(spec, small, training, tile_relations=732)
+
+
+def test_the_ledger_keeps_what_the_closed_question_says() -> None:
+    spec = preset("vit-tiny/32")
+    assert ledger(spec).kept_bytes == kept_bytes(spec, 1, Widths.of(2, "cuda"))
+
+
+def test_the_largest_preset_is_replayed_in_few_events() -> None:
+    """Some 20,000 take 40 ms; benchmarks/accuracy.py has the times."""
+    spec, cluster = preset("gpt-large/1024"), load_cluster("64x8xH100")
+    tile = choose_tile(spec, cluster.ranks)
+    training = TrainingSpec(precision="bf16", micro_batch=1, data="synthetic")
+    zero = choose_zero(spec, tile, 3, cluster.ranks)
+    memory = simulate(spec, cluster, training, zero, tile, record=True).memory
+    assert 5_000 < sum(len(tier.events or []) for tier in memory.tiers.values()) < 20_000
+
+
+def test_a_plan_for_512_ranks_needs_no_gpu_to_be_made() -> None:
+    plan = make_plan(
+        preset("vit-large/16"),
+        load_cluster("64x8xH100"),
+        TrainingSpec(precision="bf16", micro_batch=1, data="synthetic"),
+    )
+    assert not torch.cuda.is_initialized()
+    low, high = plan.prediction.device_interval_bytes or (0, 0)
+    assert 2 * 2**30 < low < plan.prediction.peak_bytes < high < 16 * 2**30
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block", "offload"])
+@pytest.mark.parametrize("implementation", ["grouped", "gather"])
+def test_what_a_deep_network_keeps_follows_from_shallow_ones(checkpointing: str, implementation: Any) -> None:
+    fields = {"family": "gpt", "context": 12, "vocabulary": 40, "dim": 24, "depth": 9, "heads": 3, "c1": 2, "c2": 3}
+    for operator in ("translution", "alpha", "attention", "bias", "shaw", "absolute"):
+        spec = parse_model_spec(fields | {"operator": operator, "checkpointing": checkpointing})
+        whole = replay(spec, 3, Widths.of(2, "cuda"), implementation=implementation).kept_bytes
+        assert kept_bytes(spec, 3, Widths.of(2, "cuda"), implementation) == whole

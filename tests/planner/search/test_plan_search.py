@@ -1,0 +1,366 @@
+"""The search: golden scenarios by hand, what always holds, and what it says where nothing fits."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from translution.cli.main import run
+from translution.planner.common.errors import InputError
+from translution.planner.common.units import GIB
+from translution.planner.config.loading import load_model_spec
+from translution.planner.config.model import override
+from translution.planner.config.presets import preset
+from translution.planner.config.training import TrainingSpec
+from translution.planner.costs.parameters import count_parameters
+from translution.planner.hardware.cluster import ClusterSpec, load_cluster
+from translution.planner.memory.estimate import estimate_memory
+from translution.planner.memory.upper_bound import bound_memory
+from translution.planner.plans.defaults import choose_tile, choose_zero
+from translution.planner.search.constraints import Wishes
+from translution.planner.search.explain import SearchResult
+from translution.planner.search.plan_search import NoPlanError, choose, search
+from translution.planner.search.searcher import Searcher
+
+BF16 = TrainingSpec(precision="bf16", data="synthetic")
+
+
+def found(model: str, cluster: str, **wishes: Any) -> SearchResult:
+    return choose(preset(model), load_cluster(cluster), BF16, Wishes(**wishes))
+
+
+def fits(result: SearchResult, headroom: float = 0.08) -> None:
+    """The plan leaves the headroom on the device, on the node's host and on its drives."""
+    plan = result.plan
+    cluster, memory = plan.cluster, plan.prediction
+    assert memory.peak_bytes <= cluster.device_memory_bytes * (1 - headroom)
+    assert memory.host_bytes * cluster.ranks_per_node <= cluster.host_memory_bytes * (1 - headroom)
+    if cluster.nvme_bytes:
+        assert memory.highest("nvme") * cluster.ranks_per_node <= cluster.nvme_bytes * (1 - headroom)
+
+
+def test_vit_base_16_on_eight_a100_needs_no_offload() -> None:
+    # 15,608,200,168 parameters. bf16 parameter 2, bf16 gradient 2, fp32 master 4, m and v 8: 16 bytes each,
+    # a rank's eighth is 31.2 GB = 29.1 GiB of the 80 GiB, and a step's activations fit beside it.
+    result = found("vit-base/16", "8xA100-80", global_batch=512)
+    plan = result.plan
+    assert (plan.zero.stage, plan.zero.offloads) == (3, False)
+    states = sum(
+        plan.prediction.of(name) for name in ("parameters", "gradients", "master parameters", "optimizer states")
+    )
+    assert states == pytest.approx(16 * 15_608_200_168 / 8, rel=1e-4)
+    assert plan.training.global_batch(8) == 512
+    fits(result)
+
+
+def test_vit_base_16_on_one_h200_needs_more_host_than_its_share_of_a_node() -> None:
+    # 16 bytes x 15.6 G = 233 GiB do not fit on 140 GiB; with the optimizer away the device holds 2 bytes = 29 GiB,
+    # and the host 4 + 4 + 8 and the accumulator's 2, 262 GiB before pinning, of its eighth of 2 TiB: 256 GiB.
+    with pytest.raises(NoPlanError) as error:
+        found("vit-base/16", "1xH200")
+    reasons = {verdict.family: verdict.reason for verdict in error.value.families}
+    assert "on the device, 129 GiB usable" in reasons["ZeRO-3, no offload"]
+    assert "of a node's host memory, 236 GiB usable" in reasons["ZeRO-3, optimizer on the host"]
+    assert reasons["ZeRO-3, all on NVMe"].startswith("no path")
+    kinds = [advice.kind for advice in error.value.advice]
+    assert kinds == ["host memory or NVMe", "nodes", "input", "width"]
+
+
+def test_vit_base_16_on_one_h200_trains_with_a_roomy_host() -> None:
+    cluster = load_cluster("1xH200").model_copy(update={"host_memory_bytes": 512 * GIB})
+    result = choose(preset("vit-base/16"), cluster, BF16, Wishes(global_batch=64))
+    assert result.plan.zero.offload_optimizer.device == "cpu"
+    assert result.plan.zero.offload_optimizer.ratio < 1  # What the device has room for stays there.
+    fits(result)
+
+
+def test_vit_large_16_needs_two_nodes_of_eight_h100() -> None:
+    # 55.5 G parameters: 16 bytes over 16 ranks are 51.7 GiB, over 64 ranks 12.9 GiB; over 8 they would be 103 GiB.
+    for cluster, states in (("2x8xH100", 51.7), ("8x8xH100", 12.9)):
+        result = found("vit-large/16", cluster, global_batch=512, all_nodes=True)
+        plan = result.plan
+        assert (plan.zero.stage, plan.zero.offloads) == (3, False)
+        names = ("parameters", "gradients", "master parameters", "optimizer states")
+        assert sum(plan.prediction.of(name) for name in names) / GIB == pytest.approx(states, rel=0.01)
+        fits(result)
+    on_one = found("vit-large/16", "8xH100", global_batch=64)
+    assert on_one.plan.zero.offload_optimizer.device == "cpu"
+    reasons = {verdict.family: verdict.reason for verdict in on_one.families}
+    assert "on the device, 73.28 GiB usable" in reasons["ZeRO-3, no offload"]
+    fits(on_one)
+
+
+@pytest.mark.parametrize(("model", "cluster"), [("gpt-base/1024", "8xH100"), ("gpt-large/1024", "2x8xH200")])
+def test_language_models_of_1024_tokens(model: str, cluster: str) -> None:
+    # gpt-base/1024: 21.9 G parameters, 16 bytes over 8 ranks are 40.8 GiB. gpt-large/1024: 77.7 G, over 16 ranks
+    # of 140 GiB 72.4 GiB.
+    result = found(model, cluster, global_batch=128)
+    assert not result.plan.zero.offloads
+    share = 16 * count_parameters(preset(model)).total / result.plan.cluster.ranks
+    names = ("parameters", "gradients", "master parameters", "optimizer states")
+    assert sum(result.plan.prediction.of(name) for name in names) == pytest.approx(share, rel=0.01)
+    fits(result)
+
+
+def test_vit_base_16_on_four_rtx_4090_swaps_to_nvme() -> None:
+    # 2 bytes per parameter and rank's quarter, 7.3 GiB, stay on the device; states of 12 bytes each, 174 GiB, are
+    # files: with an accumulator of 2 bytes the host would hold 14 and more of 15.6 G, 204 GiB, of its 256 GiB.
+    result = found("vit-base/16", "4xRTX4090", global_batch=64, nvme_path="/nvme")
+    plan = result.plan
+    assert "nvme" in (plan.zero.offload_optimizer.device, plan.zero.offload_param.device)
+    assert plan.prediction.highest("nvme") > 12 * 15.6e9 / 4
+    assert plan.time is not None
+    assert plan.time.bound == "NVMe"
+    fits(result)
+
+
+def test_vit_large_16_on_one_4090_with_little_fits_nowhere_and_says_what_would() -> None:
+    cluster = load_cluster("1xRTX4090").model_copy(update={"host_memory_bytes": 64 * GIB, "nvme_bytes": None})
+    with pytest.raises(NoPlanError) as error:
+        choose(preset("vit-large/16"), cluster, BF16)
+    assert error.value.exit_code == 3
+    text = {advice.kind: advice.text for advice in error.value.advice}
+    # 55.5 G parameters: 2 bytes of each over 24 GiB are not enough below 25 nodes without offload.
+    assert text["nodes"].endswith("nodes of 1 ranks")
+    assert int(text["nodes"].split()[0]) > 4
+    assert "rather than 224 x 224" in text["input"]
+
+
+def test_what_is_advised_does() -> None:
+    cluster = load_cluster("1xH200")
+    with pytest.raises(NoPlanError) as error:
+        choose(preset("vit-base/16"), cluster, BF16)
+    hybrids = error.value.hybrids
+    assert hybrids
+    assert [row.full_layers for row in hybrids] == sorted((row.full_layers for row in hybrids), reverse=True)
+    best = override(preset("vit-base/16"), **hybrids[0].changes)
+    assert best.layer_operators.count("translution") == hybrids[0].full_layers
+    assert count_parameters(best).total == hybrids[0].parameters
+    choose(best, cluster, BF16)
+    one_more = hybrids[0].changes | {"relative_layers": f"first:{hybrids[0].full_layers + 1}"}
+    with pytest.raises(NoPlanError):
+        choose(override(preset("vit-base/16"), **one_more), cluster, BF16, Wishes(micro_batch=1))
+    for advice in error.value.advice:
+        if advice.changes:
+            choose(override(preset("vit-base/16"), **advice.changes), cluster, BF16, Wishes(micro_batch=1))
+
+
+def test_every_advised_hybrid_is_one_that_the_search_takes() -> None:
+    """Of tiles whose closed forms are the same, and above what is usable, some fit when they are replayed."""
+    cluster, wishes = load_cluster("1x1xRTX4090"), Wishes(headroom=0.9, stage=3, offload="none", global_batch=1)
+    training = TrainingSpec(precision="bf16", data="synthetic")
+    model = override(preset("gpt-mini/256"), depth=4)
+    with pytest.raises(NoPlanError) as error:
+        choose(model, cluster, training, wishes)
+    assert [row.c1 for row in error.value.hybrids] == [32, 16, 8, 4, None]
+    for row in error.value.hybrids:
+        assert choose(override(model, **row.changes), cluster, training, wishes).plan
+
+
+def test_every_family_and_every_knob_has_a_reason() -> None:
+    result = found("vit-base/16", "2x8xH100", global_batch=256)
+    assert sum(verdict.chosen for verdict in result.families) == 1
+    assert {verdict.family for verdict in result.families} >= {"ZeRO-0, no offload", "ZeRO-3, all on NVMe"}
+    assert all(verdict.reason for verdict in result.families)
+    knobs = {knob.knob for knob in result.knobs}
+    assert {"nodes", "stage and offload", "checkpointing", "micro-batch", "relations per tile"} <= knobs
+    assert all(knob.reason and knob.value for knob in result.knobs)
+    points = result.pareto
+    assert points[0].step_s == min(point.step_s for point in points)
+    for one in points:
+        assert not any(
+            other.step_s < one.step_s and other.device_bytes < one.device_bytes and other.nodes <= one.nodes
+            for other in points
+        )
+
+
+def test_each_objective_is_the_least_of_its_kind() -> None:
+    plans = {aim: found("vit-base/16", "4x8xH100", global_batch=256, minimize=aim).plan for aim in
+             ("time", "nodes", "cost", "memory")}  # fmt: skip
+    times = {aim: plan.time for aim, plan in plans.items()}
+    seconds = {aim: time.likely_s for aim, time in times.items() if time is not None}
+    assert seconds["time"] == min(seconds.values())
+    assert plans["nodes"].cluster.nodes == 1
+    cost = {aim: seconds[aim] * plan.cluster.nodes for aim, plan in plans.items()}
+    assert cost["cost"] <= cost["time"]
+    assert plans["memory"].prediction.peak_bytes == min(plan.prediction.peak_bytes for plan in plans.values())
+
+
+def test_what_is_fixed_stays() -> None:
+    wishes = {"stage": 2, "micro_batch": 2, "accumulation": 4, "checkpointing": "block", "all_nodes": True}
+    plan = found("vit-small/32", "2x8xH100", **wishes).plan
+    assert (plan.zero.stage, plan.training.micro_batch, plan.training.accumulation) == (2, 2, 4)
+    assert plan.model.checkpointing == "block"
+    assert plan.cluster.nodes == 2
+    tile = found("vit-small/32", "8xH100", stage=3, tile_relations=7, knobs={"sub_group_elements": 12345}).plan
+    assert (tile.tile_relations, tile.zero.sub_group_elements) == (7, 12345)
+
+
+def test_a_batch_that_the_ranks_do_not_share_is_named() -> None:
+    with pytest.raises(InputError, match="global_batch: 100 is not allowed: must be a multiple of the 8 ranks"):
+        found("vit-tiny/56", "8xH100", global_batch=100)
+
+
+def test_nothing_goes_to_nvme_that_would_never_reach_it() -> None:
+    with pytest.raises(NoPlanError, match="does not fit"):
+        found("vit-tiny/56", "8x8xH100", offload="nvme", nvme_path="/nvme")
+    plan = found("vit-base/16", "8xH100", offload="nvme", nvme_path="/nvme", micro_batch=1).plan
+    largest = plan.zero.offload_param.buffer_elements
+    assert largest * plan.training.dtype_bytes >= 2**20
+
+
+def test_five_thousand_candidates_are_considered() -> None:
+    """Their seconds are in benchmarks/planner.py; here, that knobs are not left out to be quick."""
+    searcher = Searcher(preset("vit-base/16"), load_cluster("2x8xH100"), BF16, Wishes(global_batch=1024))
+    assert searcher.considered >= 5000
+
+
+CLUSTERS = ("1xH200", "8xA100-80", "2x8xH100", "4xRTX4090", "cpu:1")
+MODELS = ("vit-tiny/56", "vit-small/32", "gpt-mini/160", "vit-base/32")
+FAMILIES = [(0, "none"), (1, "none"), (2, "none"), (2, "cpu-optimizer")]
+FAMILIES += [(3, offload) for offload in ("none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme")]
+
+
+@settings(max_examples=15)
+@given(
+    st.sampled_from(MODELS),
+    st.sampled_from(CLUSTERS),
+    st.sampled_from(FAMILIES),
+    st.sampled_from(["none", "block", "offload"]),
+    st.sampled_from(["translution", "alpha", "attention"]),
+    st.integers(1, 12),
+    st.sampled_from([1, 3]),
+    st.sampled_from(["fp32", "bf16"]),
+)
+def test_closed_forms_are_never_below_the_ledger(
+    model: str, cluster: str, family: Any, mode: str, operator: str, batch: int, times: int, precision: Any
+) -> None:
+    spec = override(preset(model), checkpointing=mode, operator=operator)
+    where, (stage, offload) = load_cluster(cluster), family
+    training = TrainingSpec(precision=precision, micro_batch=batch, accumulation=times, data="synthetic")
+    tile = choose_tile(spec, where.ranks)
+    path = "/nvme" if "nvme" in offload else None
+    zero = choose_zero(spec, tile, stage, where.ranks, offload=offload, nvme_path=path)
+    bounds = bound_memory(spec, where, training, zero, tile)
+    memory = estimate_memory(spec, where, training, zero, tile)
+    constants = where.constants()
+    beside = {entry.name.replace("_", " ") for entry in constants.entries} if constants else set()
+    sizes = {"device": bounds.device, "host": bounds.host, "pinned": bounds.pinned, "nvme": bounds.nvme}
+    for tier, size in sizes.items():
+        if where.device == "cpu" and tier == "device":
+            tier = "host"
+        elif where.device == "cpu" and tier == "host":
+            continue
+        peaks = [peak for peak in memory.peaks if peak.tier == tier]
+        tensors = [
+            sum(entry.bytes for entry in peak.entries if entry.name not in {*beside, "fragmentation", "bookkeeping"})
+            for peak in peaks
+        ]
+        assert size >= max(tensors, default=0), tier
+
+
+@settings(max_examples=10)
+@given(st.sampled_from(MODELS), st.sampled_from(["A100-80", "H100"]), st.integers(1, 3), st.integers(1, 8))
+def test_more_ranks_or_offload_never_need_more_of_a_device_nor_a_larger_batch_less(
+    model: str, gpu: str, power: int, batch: int
+) -> None:
+    spec = preset(model)
+
+    def device(ranks: int, batch: int, offload: str = "none") -> int:
+        cluster = load_cluster(f"{ranks}x{gpu}")
+        training = TrainingSpec(precision="bf16", micro_batch=batch, data="synthetic")
+        # The same tiles throughout: what is cut otherwise is another model to ZeRO.
+        tile = choose_tile(spec, 8)
+        zero = choose_zero(spec, tile, 3, ranks, offload=offload)
+        memory = estimate_memory(spec, cluster, training, zero, tile)
+        constants = cluster.constants()
+        assert constants is not None
+        names = {entry.name.replace("_", " ") for entry in constants.entries} | {"fragmentation"}
+        return max(
+            sum(entry.bytes for entry in peak.entries if entry.name not in names)
+            for peak in memory.peaks if peak.tier == "device"
+        )  # fmt: skip
+
+    ranks = 2**power
+    assert device(2 * ranks if power < 3 else ranks, batch) <= device(ranks, batch)
+    assert device(ranks, batch) <= device(ranks, batch + 1)
+    assert device(ranks, batch, "cpu-optimizer") <= device(ranks, batch)
+    assert device(ranks, batch, "cpu") <= device(ranks, batch, "cpu-optimizer")
+
+
+@settings(max_examples=6)
+@given(st.sampled_from(MODELS), st.sampled_from(CLUSTERS), st.sampled_from([None, 0, 1, 2, 3]), st.integers(1, 4))
+def test_a_plan_that_fits_is_under_every_capacity(model: str, cluster: str, stage: Any, batch: int) -> None:
+    where = load_cluster(cluster)
+    try:
+        result = choose(preset(model), where, BF16, Wishes(stage=stage, global_batch=batch * where.ranks))
+    except NoPlanError:
+        return
+    fits(result)
+    assert result.plan.training.global_batch(result.plan.cluster.ranks) == batch * where.ranks
+
+
+def test_the_command_line_says_what_would_do_and_writes_a_spec_for_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan"
+    arguments = ["plan", "vit-base/16", "--cluster", "1xH200", "--precision", "bf16", "--data", "synthetic"]
+    assert run([*arguments, "--out", str(out)]) == 3
+    captured = capsys.readouterr()
+    assert captured.err.startswith("translution: error: vit-base/16 does not fit on 1x1xH200")
+    assert captured.err.count("\n") == 1
+    assert "What would do" in captured.out
+    assert not out.exists()
+    specs = sorted((tmp_path / "plan-hybrids").glob("*.yaml"))
+    assert specs
+    for path in specs:
+        assert "translution" in load_model_spec(str(path)).layer_operators
+        assert run([*["plan", str(path)], *arguments[2:], "--out", str(tmp_path / path.stem)]) == 0
+
+
+def test_the_json_of_a_plan_has_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = tmp_path / "priced.yaml"
+    cluster.write_text("base: 8xH100\nprice_per_gpu_hour: 2.5\n")
+    arguments = ["plan", "vit-base/32", "--cluster", str(cluster), "--precision", "bf16", "--data", "synthetic"]
+    arguments += ["--samples", "1000", "--epochs", "2", "--global-batch", "64", "--out", str(tmp_path / "plan")]
+    assert run([*arguments, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["plan"]["training"]["steps"] == 32  # 2000 samples of 64 a step.
+    assert document["run"]["price"] == pytest.approx(2.5 * document["run"]["gpu_hours"])
+    assert document["considered"] > 100
+    assert document["plan"]["time"]["mfu"] < 1
+
+
+def test_search_gives_the_plan_alone() -> None:
+    plan = search(preset("vit-tiny/56"), load_cluster("1xH100"), BF16)
+    assert plan.prediction.peak_bytes < plan.cluster.device_memory_bytes
+
+
+def test_a_cluster_without_rates_is_named() -> None:
+    bare = ClusterSpec(ranks_per_node=8, device_memory_bytes=80 * GIB)
+    with pytest.raises(InputError, match="bf16_flops_per_s: is required to predict times"):
+        choose(preset("vit-tiny/56"), bare, BF16)
+
+
+def test_no_estimate_takes_seconds() -> None:
+    """A slip that makes a search slow a hundredfold is no noise of a machine."""
+    began = time.process_time()
+    found("vit-base/16", "8xA100-80", global_batch=256)
+    assert time.process_time() - began < 60
+
+
+def test_a_family_of_which_nothing_can_be_tried_gives_its_reason() -> None:
+    spec = override(preset("vit-tiny/56"), dim=64, heads=2, depth=1)
+    with pytest.raises(NoPlanError, match="all on NVMe: a rank's shares are below 1 MiB, which DeepSpeed never"):
+        choose(
+            spec,
+            load_cluster("8xH100"),
+            TrainingSpec(precision="bf16", data="synthetic"),
+            Wishes(offload="nvme", nvme_path="/nvme"),
+        )

@@ -1,0 +1,181 @@
+"""Times of a step: what they are made of, and what always holds of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from translution.planner.config.model import override
+from translution.planner.config.presets import PRESET_NAMES, preset
+from translution.planner.config.training import TrainingSpec
+from translution.planner.costs.flops import count_flops
+from translution.planner.costs.parameters import count_parameters
+from translution.planner.costs.workload import count_work, pair_counts
+from translution.planner.hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer, interpolate
+from translution.planner.hardware.cluster import ClusterSpec, load_cluster
+from translution.planner.plans.defaults import choose_tile, choose_zero, override_zero
+from translution.planner.search.constraints import Wishes
+from translution.planner.search.plan_search import run_cost, steps_of
+from translution.planner.timing.rates import Rates
+from translution.planner.timing.step_time import StepTime, estimate_step_time
+
+CHANGES: list[dict[str, Any]] = [
+    {}, {"roles": "kv"}, {"roles": "q"}, {"window": 2}, {"relative_layers": "first:2"},
+    {"relative_layers": "first:2", "other_layers": "alpha"}, {"operator": "alpha"}, {"operator": "alpha", "roles": "v"},
+    {"operator": "attention"}, {"operator": "bias"}, {"operator": "shaw"}, {"operator": "absolute"},
+]  # fmt: skip
+
+
+def time_of(
+    model: str = "vit-base/16",
+    cluster: str | ClusterSpec = "8xA100-80",
+    offload: str = "none",
+    knobs: dict[str, Any] | None = None,
+    stage: Any = 3,
+    mode: str = "none",
+    **training: Any,
+) -> StepTime:
+    spec = override(preset(model), checkpointing=mode)
+    where = load_cluster(cluster) if isinstance(cluster, str) else cluster
+    tile = choose_tile(spec, where.ranks)
+    path = "/nvme" if "nvme" in offload else None
+    zero = choose_zero(spec, tile, stage, where.ranks, offload=offload, nvme_path=path)
+    values = {"precision": "bf16", "micro_batch": 8, "data": "synthetic"} | training
+    return estimate_step_time(spec, where, TrainingSpec(**values), override_zero(zero, knobs or {}), tile)
+
+
+def seconds(time: StepTime, name: str) -> float:
+    return sum(entry.likely_s for entry in time.entries if entry.name == name)
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("name", ["vit-tiny/56", "vit-base/16", "gpt-mini/160"])
+def test_the_products_add_up_to_the_operations(name: str, changes: dict[str, Any]) -> None:
+    spec = override(preset(name), **changes)
+    work, flops = count_work(spec), count_flops(spec)
+    forward = sum(product.flops * product.copies * product.forward for product in work.products)
+    both = sum(product.flops * product.copies * (product.forward + product.backward) for product in work.products)
+    assert (forward, both) == (flops.forward, flops.training_step)
+
+
+@pytest.mark.parametrize("name", PRESET_NAMES)
+def test_every_row_of_a_table_is_counted(name: str) -> None:
+    geometry = preset(name).geometry
+    counts = pair_counts(geometry)
+    assert sum(relations for _, relations in counts) == geometry.relations
+    assert sum(rows * relations for rows, relations in counts) == geometry.table_rows
+
+
+def test_a_step_by_hand() -> None:
+    """An H100 that reaches 65% of 989.5 TFLOP/s on plain products, one large product alone."""
+    rates = Rates(load_cluster("1xH100"), "bf16")
+    assert rates.matmul_seconds(8192, 8192, 8192) == pytest.approx(2 * 8192**3 / (0.65 * 989.5e12))
+    # One row with its own matrix reads the matrix: 2 x 768 x 768 bytes at 75% of 3.35 TB/s.
+    read = 2 * (768 * 768 + 2 * 768) / (0.75 * 3.35e12)
+    assert rates.matmul_seconds(1, 768, 768, grouped=True) == pytest.approx(read)
+    # Two towers with an adapter of 1.25 GB/s each: half of a tensor comes from the other one.
+    both = Rates(load_cluster("2x4xRTX4090"), "bf16").collective("all_gather")
+    assert both.bytes_per_s == pytest.approx(2 * 1.25e9 * 0.7)
+    one = Rates(load_cluster("8xH100"), "bf16").collective("all_gather")
+    assert one.bytes_per_s == pytest.approx(450e9 * 0.75 * 8 / 7)
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(["8xA100-80", "2x8xH100", "4xRTX4090", "1xH200"]), st.sampled_from([0, 1, 2, 3]),
+       st.sampled_from(["none", "block"]), st.integers(1, 16), st.integers(1, 4))  # fmt: skip
+def test_an_interval_holds_what_is_likely(cluster: str, stage: Any, mode: str, batch: int, times: int) -> None:
+    time = time_of("vit-small/32", cluster, stage=stage, mode=mode, micro_batch=batch, accumulation=times)
+    assert 0 < time.low_s <= time.likely_s <= time.high_s
+    assert all(0 <= entry.low_s <= entry.likely_s <= entry.high_s for entry in time.entries)
+    assert 0 < time.mfu < 1
+
+
+def test_more_work_takes_longer_and_checkpointing_does_too() -> None:
+    one, two = time_of(micro_batch=8), time_of(micro_batch=16)
+    assert one.likely_s < two.likely_s < 2 * one.likely_s
+    assert two.samples_per_s > one.samples_per_s
+    again = time_of(mode="block")
+    assert again.likely_s > one.likely_s
+    assert seconds(again, "recomputation") == pytest.approx(seconds(one, "forward"), rel=0.05)
+    assert again.model_flops == one.model_flops
+    assert seconds(again, "parameter gathers") == pytest.approx(1.5 * seconds(one, "parameter gathers"))
+
+
+def test_what_overlaps_costs_only_what_is_left_of_it() -> None:
+    alone = time_of()
+    beside = time_of(knobs={"overlap_comm": True, "prefetch_bucket_elements": 1})
+    moving = seconds(alone, "parameter gathers") + seconds(alone, "gradient reduction")
+    assert alone.likely_s - beside.likely_s == pytest.approx(
+        min(moving, seconds(alone, "forward") + seconds(alone, "backward")), rel=0.1
+    )
+    assert {entry.name for entry in beside.entries if entry.overlaps} >= {"parameter gathers", "gradient reduction"}
+
+
+def test_each_tier_adds_its_own_waiting() -> None:
+    names = {
+        offload: {entry.name for entry in time_of(offload=offload).entries}
+        for offload in ("none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme")
+    }
+    assert "gradients to the host" not in names["none"]
+    assert "gradients to the host" in names["cpu-optimizer"]
+    assert "parameters from the host" in names["cpu"] - names["cpu-optimizer"]
+    assert {"optimizer states from NVMe", "optimizer states to NVMe"} <= names["nvme-optimizer"] - names["cpu"]
+    assert "parameters from NVMe" in names["nvme"] - names["nvme-optimizer"]
+    times = [time_of(offload=offload).likely_s for offload in names]
+    assert times == sorted(times)
+
+
+def test_swapping_ahead_hides_the_drive() -> None:
+    ahead = {"offload_optimizer.pipeline_read": True, "offload_optimizer.pipeline_write": True,
+             "offload_optimizer.buffer_count": 12}  # fmt: skip
+    slow, fast = (time_of(offload="nvme-optimizer", knobs=knobs) for knobs in ({}, ahead))
+    assert fast.likely_s < slow.likely_s
+    update = seconds(slow, "optimizer states from NVMe") + seconds(slow, "optimizer states to NVMe")
+    assert slow.likely_s - fast.likely_s < update
+
+
+def test_gradients_are_reduced_when_the_stage_does() -> None:
+    """Stage 2 and 3 with every micro-batch, stage 0 and 1 once a step."""
+    for stage, times in ((0, 1), (1, 1), (2, 4), (3, 4)):
+        one, four = (seconds(time_of("vit-small/32", stage=stage, accumulation=count), "gradient reduction")
+                     for count in (1, 4))  # fmt: skip
+        assert four == pytest.approx(times * one)
+
+
+def test_measured_rates_replace_the_estimates() -> None:
+    points = tuple(
+        MatmulRate(precision="fp32", rows=rows, width=width, flops_per_s=rows * width * 1e6)
+        for rows in (1, 100) for width in (10, 1000)
+    )  # fmt: skip
+    assert interpolate(points, 10, 100) == pytest.approx(10 * 100 * 1e6)
+    assert interpolate(points, 1e9, 1e9) == pytest.approx(100 * 1000 * 1e6)
+    assert interpolate(points, 0.1, 1) == pytest.approx(1 * 10 * 1e6)
+    measured = MeasuredRates(
+        matmul=points,
+        memory_bytes_per_s=1e9,
+        operation_s=0.0,
+        all_gather=Transfer(latency_s=1.0, bytes_per_s=1e9),
+        device_adam_elements_per_s=1e8,
+        norm_elements_per_s=1e8,
+    )
+    cluster = load_cluster("cpu:1").model_copy(update={"measured": measured})
+    rates = Rates(cluster, "fp32")
+    assert rates.collective("all_gather").seconds(2e9) == pytest.approx(3.0)
+    assert rates.memory_bytes_per_s == 1e9
+    time = time_of("vit-tiny/56", cluster, precision="fp32")
+    # The norm of all gradients, then AdamW.
+    parameters = count_parameters(preset("vit-tiny/56")).total
+    assert seconds(time, "optimizer update") == pytest.approx(2 * parameters / 1e8, rel=1e-3)
+
+
+def test_a_run_takes_its_steps() -> None:
+    time, cluster = time_of(), load_cluster("8xA100-80").model_copy(update={"price_per_gpu_hour": 2.0})
+    training = TrainingSpec(precision="bf16", micro_batch=8, steps=1000, data="synthetic")
+    cost = run_cost(time, cluster, training)
+    assert cost.samples == 64_000
+    assert cost.gpu_hours == pytest.approx(1000 * time.likely_s * 8 / 3600)
+    assert cost.price == pytest.approx(2 * cost.gpu_hours)
+    assert steps_of(1_281_167, 300, Wishes(global_batch=1024), cluster) == 375_342

@@ -1,0 +1,195 @@
+"""What the calculator makes of a choice is what the command line makes of it; what it refuses it names."""
+
+from __future__ import annotations
+
+import io
+import json
+import stat
+import zipfile
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from translution.cli.main import run
+from translution.planner.plans.plan import load_plan
+from translution.reports.calculator.choice import (
+    FIELDS,
+    Choice,
+    ChoiceError,
+    cluster_file,
+    cluster_file_name,
+    parse_choice,
+    plan_words,
+    question_of,
+)
+from translution.reports.calculator.form import form
+from translution.reports.calculator.pages import page, plan_part, query_of
+from translution.reports.calculator.result import Outcome, costs_of, plan_zip, search
+from translution.reports.calculator.search_pool import neighbours, popular
+
+
+def choice_of(query: str) -> Choice:
+    return parse_choice(parse_qsl(query, keep_blank_values=True))
+
+
+SAME = (
+    "model=vit-tiny/56&gpus=2",
+    "model=gpt-tiny/160&gpus=2&precision=fp32&optimizer=lion&stage=2&offload=cpu-optimizer&global_batch=32&steps=7",
+    "model=vit-tiny/56&operator=alpha&roles=qk&c1=4&c2=4&depth=3&dim=96&heads=2&image=112&patch=28&gpus=1"
+    "&checkpointing=block&micro_batch=4&accumulation=2&minimize=memory&headroom=0.2",
+    "model=vit-tiny/56&gpus=2&nodes=2&host_memory=64&all_nodes=true&stage=3&tile_relations=5&gpu=a100-80"
+    "&relative_layers=first:2&other_layers=alpha&nvme_path=/nvme/a b&window=2",
+)
+
+
+@pytest.mark.parametrize("query", SAME)
+def test_the_command_shown_makes_the_same_plan_and_folder(
+    query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choice = choice_of(query)
+    found = search(choice)
+    assert found.plan is not None, found.outcome
+    monkeypatch.chdir(tmp_path)
+    text = cluster_file(choice)
+    if text is not None:
+        Path(f"{cluster_file_name(choice)}.yaml").write_text(text)
+    words = plan_words(choice)
+    assert run(words[1:]) == 0, capsys.readouterr().err
+    folder = Path(words[-1])
+    assert load_plan(folder).model_dump_json() == found.plan.decode()
+    archive = zipfile.ZipFile(io.BytesIO(plan_zip(found.plan)))
+    names = sorted(path.name for path in folder.iterdir())
+    assert [info.filename for info in archive.infolist()] == [f"plan/{name}" for name in names]
+    for info, name in zip(archive.infolist(), names, strict=True):
+        assert archive.read(info) == (folder / name).read_bytes()
+        mode = stat.S_IMODE((folder / name).stat().st_mode)
+        assert (info.external_attr >> 16) & 0o777 == mode
+    view = Outcome.model_validate_json(found.outcome).plan
+    assert view is not None
+    assert view.deepspeed_config == json.loads((folder / "ds_config.json").read_text())
+
+
+def test_the_costs_are_those_of_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["estimate", "vit-tiny/32", "--precision", "bf16", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["comparison"]
+    costs = costs_of(choice_of("model=vit-tiny/32"))
+    assert [row["operator"] for row in rows] == [row.operator for row in costs.operators]
+    for row, cost in zip(rows, costs.operators, strict=True):
+        assert cost.parameters == row["parameters"]["total"]
+        assert (cost.kept_bytes, cost.published_kept_bytes) == tuple(
+            row["activations_bytes"][way] for way in ("ours", "published")
+        )
+        assert cost.training_flops == row["flops_per_sample"]["training_step"]
+
+
+@pytest.mark.parametrize(
+    ("query", "field", "text"),
+    [
+        ("modle=vit-tiny/56", None, "did you mean 'model'?"),
+        ("model=vit-tinny/56", "model", "did you mean"),
+        ("model=vit-tiny/55", "model", "must divide the image height 224"),
+        ("model=/etc/passwd", "model", "is not allowed"),
+        ("model=secret.yaml", "model", "is not allowed"),
+        ("gpu=H1000", "gpu", "did you mean 'H100'"),
+        ("operator=none", "operator", "'translution'"),
+        ("dim=0", "dim", "greater than or equal to 1"),
+        ("dim=1e9", "dim", "valid integer"),
+        ("depth=1000000", "depth", "less than or equal to 128"),
+        ("heads=5", "heads", "must divide dim 768"),
+        ("patch=15", "patch", "must divide"),
+        ("model=vit-base/1", "model", "at most 8,192"),
+        ("context=5", "context", "unknown key"),
+        ("roles=qq", "roles", "must be one or more of q, k and v"),
+        ("operator=attention&window=2", "window", "must be null"),
+        ("relative_layers=first:99", "relative_layers", "from 1 to 12"),
+        ("global_batch=7", "global_batch", "multiple of the 8 ranks"),
+        ("micro_batch=3&global_batch=64", "global_batch", "multiple"),
+        ("tile_relations=99999", "tile_relations", "must be from 1 to"),
+        ("stage=5", "stage", "is not allowed"),
+        ("stage=1&offload=cpu", "offload", "not allowed with stage 1"),
+        ("offload=nvme", "nvme_path", "is required"),
+        ("nvme_path=relative", "nvme_path", "absolute path"),
+        ("nvme_path=/a%0Ab", "nvme_path", "absolute path"),
+        ("headroom=nan", "headroom", "is not allowed"),
+        ("gpus=2&gpus=4", "gpus", "given twice"),
+        ("nodes=513", "nodes", "less than or equal to 512"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused_in_one_line_that_names_the_field(
+    query: str, field: str | None, text: str
+) -> None:
+    with pytest.raises(ChoiceError) as caught:
+        question_of(choice_of(query))
+    assert caught.value.field == field
+    assert text in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+VALUES = st.one_of(
+    st.text(max_size=8),
+    st.integers(-2, 2**40).map(str),
+    st.sampled_from(
+        ["none", "cpu", "nvme", "alpha", "attention", "first:3", "block", "gpt-tiny/160", "/x", "true", "qk"]
+    ),
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.one_of(st.sampled_from(FIELDS), st.text(max_size=6)), VALUES), max_size=5))
+def test_whatever_a_query_holds_is_read_or_refused(pairs: list[tuple[str, str]]) -> None:
+    refused: ChoiceError | None = None
+    try:
+        choice = parse_choice(pairs)
+        question_of(choice)
+    except ChoiceError as error:
+        refused = error
+    if refused is None:
+        assert choice_of(query_of(choice)) == choice
+    else:
+        assert "\n" not in refused.message
+        assert refused.field in (None, *FIELDS)
+
+
+def test_the_query_holds_what_differs_from_the_default_and_brings_it_back() -> None:
+    assert query_of(Choice()) == ""
+    assert query_of(choice_of("model=ViT-B/16&nodes=1&dim=&precision=bf16")) == "model=vit-mini%2F16"
+    for query in SAME:
+        choice = choice_of(query)
+        assert choice_of(query_of(choice)) == choice
+
+
+def test_what_is_searched_in_idle_time_are_choices_that_can_be_made() -> None:
+    choices = [*popular(), *neighbours(Choice()), *neighbours(choice_of(SAME[2]))]
+    for choice in choices:
+        question_of(choice_of(query_of(choice)))
+    assert Choice() in choices
+    assert 200 < len(choices) < 1000
+
+
+def test_where_nothing_fits_the_page_links_to_what_would_do() -> None:
+    choice = choice_of("model=gpt-tiny/160&gpu=RTX4090&gpus=1&headroom=0.9&stage=2&offload=none&global_batch=1")
+    outcome = Outcome.model_validate_json(search(choice).outcome)
+    assert outcome.state == "nothing fits"
+    assert outcome.no_plan is not None
+    html = plan_part(choice, outcome)
+    assert "does not fit" in html
+    changed = next(advice for advice in outcome.no_plan.advice if advice.kind == "hybrid")
+    better = choice.but(**changed.changes)
+    assert f'href="./?{query_of(better).replace("&", "&amp;")}"' in html
+    assert search(choice_of(query_of(better))).plan is not None
+
+
+def test_every_field_has_its_place_in_the_form() -> None:
+    names = [field.name for section in form() for field in (*section.fields, *section.more)]
+    assert sorted(names) == sorted(FIELDS)
+
+
+def test_what_a_query_says_is_text_in_the_page() -> None:
+    choice = choice_of("nvme_path=/<script>alert(1)</script>%22'")
+    html = page(choice, costs_of(choice), Outcome(state="searching"), None)
+    assert "<script>alert" not in html
+    error = ChoiceError("model: '<script>' is not allowed", "model")
+    assert "<script>'" not in page(Choice(), None, None, error)

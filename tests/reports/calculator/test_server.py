@@ -1,0 +1,420 @@
+"""The calculator over HTTP and in a browser: costs at once, the plan as soon as it is found, and what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import io
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qsl
+
+import pytest
+from helpers.browser import Browser
+
+from translution.cli.main import run
+from translution.planner.plans.plan import load_plan
+from translution.reports.calculator.choice import Choice, parse_choice
+from translution.reports.calculator.pages import query_of
+from translution.reports.calculator.result import search
+from translution.reports.calculator.search_pool import QueueFullError, Searches
+
+SMALL = "model=vit-tiny%2F56&gpus=2"
+OTHER = "model=vit-tiny%2F56&operator=attention&gpus=2"
+PATIENCE_S = 60.0
+
+
+class Server(NamedTuple):
+    process: subprocess.Popen[str]
+    url: str
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1].strip("/"))
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def error(self) -> dict[str, str | None]:
+        return dict(json.loads(self.body)["error"])
+
+
+_started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def none_left_over() -> Iterator[None]:
+    """A test that fails half-way leaves no server behind."""
+    yield
+    for process in _started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def start(*arguments: str, **environment: str) -> Server:
+    command = [
+        sys.executable,
+        "-X",
+        "dev",
+        "-m",
+        "translution.cli",
+        "serve",
+        "--port",
+        "0",
+        "--workers",
+        "1",
+        *arguments,
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    )
+    _started.append(process)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("http://"), process.communicate()
+    return Server(process, line.split(" ")[0])
+
+
+def children(pid: int) -> set[int]:
+    found = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found |= {child} | children(child)
+    return found
+
+
+def end(server: Server, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+    server.process.send_signal(number)
+    _, errors = server.process.communicate(timeout=PATIENCE_S)
+    return server.process.returncode, errors
+
+
+def get(server: Server, path: str, method: str = "GET", **headers: str) -> Answer:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_S)
+    try:
+        connection.request(method, path, headers=headers)
+        response = connection.getresponse()
+        return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+    finally:
+        connection.close()
+
+
+def plan_of(server: Server, query: str) -> dict[str, object]:
+    deadline = time.monotonic() + PATIENCE_S
+    while (answer := get(server, f"/api/plan?{query}")).status == 202:
+        assert time.monotonic() < deadline
+    assert answer.status == 200, answer.body
+    return dict(json.loads(answer.body))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = start("--no-warm")
+    yield server
+    code, errors = end(server)
+    assert (code, errors) == (0, "")
+
+
+def test_costs_come_at_once_and_the_plan_follows(server: Server, tmp_path: Path) -> None:
+    first = json.loads(get(server, f"/api/answer?{SMALL}").body)
+    assert first["costs"]["operators"][0]["operator"] == "translution"
+    assert first["plan"]["state"] == "searching"
+    outcome = plan_of(server, SMALL)
+    assert outcome["state"] == "found"
+    again = json.loads(get(server, f"/api/answer?gpus=2&{SMALL.split('&')[0]}").body)
+    assert again["plan"] == outcome
+    archive = zipfile.ZipFile(io.BytesIO(get(server, f"/plan.zip?{SMALL}").body))
+    archive.extractall(tmp_path)
+    found = search(Choice(model="vit-tiny/56", gpus=2)).plan
+    assert found is not None
+    assert load_plan(tmp_path / "plan").model_dump_json() == found.decode()
+
+
+def test_many_who_ask_the_same_get_the_same_while_others_are_answered(server: Server) -> None:
+    with ThreadPoolExecutor(20) as pool:
+        plans = [pool.submit(plan_of, server, OTHER) for _ in range(12)]
+        others = [pool.submit(get, server, f"/answer?model=gpt-tiny/{length}") for length in range(100, 108)]
+        assert all(future.result().status == 200 for future in others)
+        assert len({json.dumps(future.result()) for future in plans}) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "field", "text"),
+    [
+        ("/answer?modle=3", 422, None, "did you mean 'model'?"),
+        ("/api/answer?dim=x", 422, "dim", "valid integer"),
+        ("/plan?heads=5", 422, "heads", "must divide"),
+        ("/api/plan?offload=nvme", 422, "nvme_path", "is required"),
+        ("/plan.zip?gpu=H1", 422, "gpu", "did you mean"),
+        ("/api/answer?model=%00%ff", 422, "model", "is not allowed"),
+        ("/answer?" + "a" * 3000, 414, None, "too long"),
+        ("/plans", 404, None, "nothing at this address"),
+        ("/../../etc/passwd", 404, None, "nothing at this address"),
+    ],
+)
+def test_a_bad_request_is_told_why(server: Server, path: str, status: int, field: str | None, text: str) -> None:
+    answer = get(server, path)
+    assert answer.status == status
+    assert answer.error["field"] == field
+    assert text in str(answer.error["message"])
+    assert answer.headers["content-type"] == "application/json"
+
+
+def test_only_get_and_only_its_own_names_are_answered(server: Server) -> None:
+    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+        answer = get(server, "/", method)
+        assert answer.status == 405
+        assert "GET" in answer.headers["allow"]
+    assert get(server, "/", Host="attacker.example").status == 400
+    for foreign in ("192.0.2.1", "[", ""):
+        assert "Host: " in str(get(server, "/", Host=foreign).error["message"])
+    for own in (f"localhost:{server.port}", "[::1]", "LOCALHOST"):
+        assert get(server, "/", Host=own).status == 200
+    other_site = {"Sec-Fetch-Site": "cross-site"}
+    assert get(server, "/plan", **other_site, **{"Sec-Fetch-Mode": "no-cors"}).status == 403
+    assert get(server, "/", **other_site, **{"Sec-Fetch-Mode": "navigate"}).status == 200
+    answer = get(server, "/", Origin="http://attacker.example")
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "unsafe" not in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_without_scripts_the_page_holds_the_form_and_the_answer(server: Server) -> None:
+    plan_of(server, SMALL)
+    html = get(server, f"/?{SMALL}&stage=").body.decode()
+    assert '<option value="vit-tiny/56" selected>' in html
+    assert "Plan: ZeRO-" in html
+    assert 'http-equiv="refresh"' not in html
+    refused = get(server, "/?heads=5")
+    assert refused.status == 422
+    assert "must divide dim 768" in refused.body.decode()
+
+
+def shown(browser: Browser) -> dict[str, str]:
+    """The terms and values of the plan, once it is there."""
+    browser.wait("document.querySelector('#plan[data-state=found] dl') && !document.querySelector('.stale')")
+    pairs = "[...document.querySelectorAll('#plan dl div')].map((e) => [...e.children].map((c) => c.innerText))"
+    return {str(name): str(value) for name, value in browser.evaluate(pairs)}
+
+
+def pick(browser: Browser, field: str, value: str) -> None:
+    browser.evaluate(
+        f"(() => {{ const f = document.getElementById({field!r}); f.value = {value!r};"
+        "f.dispatchEvent(new Event('input', { bubbles: true })); })()"
+    )
+
+
+def test_a_choice_in_the_browser_changes_plan_and_address(server: Server, browser: Browser) -> None:
+    browser.open(f"{server.url}?{SMALL}")
+    assert "2 GPUs" in shown(browser)["Cluster"]
+    pick(browser, "operator", "attention")
+    browser.wait("document.querySelector('tr.own th').innerText", lambda text: text.startswith("attention"))
+    facts = shown(browser)
+    assert browser.evaluate("location.search").lstrip("?").split("&") == OTHER.split("&")
+    assert browser.wait("document.getElementById('status').textContent", lambda text: text.startswith("Plan found"))
+    assert browser.evaluate("document.getElementById('command').innerText").startswith(
+        "translution plan vit-tiny/56 --cluster 1x2xH100 --operator attention"
+    )
+    config = json.loads(browser.evaluate("document.getElementById('config').innerText"))
+    micro, *_ = facts["Batch"].split(" ")
+    assert config["train_micro_batch_size_per_gpu"] == int(micro)
+    browser.call("Page.reload")
+    assert (
+        browser.wait("document.readyState === 'complete' && document.getElementById('operator').value") == "attention"
+    )
+    assert shown(browser) == facts
+    assert browser.complaints() == []
+    assert {url.split("?")[0] for url in browser.requests()} <= {
+        server.url + name for name in ("", "answer", "plan", "calculator.css", "calculator.js")
+    }
+
+
+def test_a_bad_value_is_told_beside_its_field_and_the_address_keeps_it(server: Server, browser: Browser) -> None:
+    browser.open(f"{server.url}?{SMALL}")
+    shown(browser)
+    pick(browser, "heads", "5")
+    error = browser.wait("document.getElementById('error-heads').innerText")
+    assert "5 is not allowed: must divide dim 192" in error
+    heads = "document.getElementById('heads')"
+    assert browser.evaluate(f"{heads}.getAttribute('aria-invalid')") == "true"
+    assert browser.evaluate(f"{heads}.closest('details').open")
+    pick(browser, "heads", "")
+    browser.wait("document.getElementById('error-heads').innerText === ''")
+    assert browser.evaluate(f"{heads}.hasAttribute('aria-invalid')") is False
+    shown(browser)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1200, "light")])
+def test_the_page_fits_the_window_and_every_control_has_a_name(
+    server: Server, browser: Browser, width: int, scheme: str
+) -> None:
+    browser.open(f"{server.url}?{SMALL}", width=width, scheme=scheme)
+    shown(browser)
+    assert browser.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [width, width]
+    nameless = "[...document.forms[0].elements].filter((e) => e.name && !e.labels.length).map((e) => e.id)"
+    assert browser.evaluate(nameless) == []
+    tables = "[...document.querySelectorAll('table')].every((e) => e.caption.innerText !== undefined)"
+    assert browser.evaluate(tables)
+    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(13, 17, 23)" if scheme == "dark" else "rgb(255, 255, 255)")
+    browser.call("Input.dispatchKeyEvent", type="keyDown", key="Tab", code="Tab", windowsVirtualKeyCode=9)
+    assert browser.evaluate("document.activeElement.className") == "skip"
+    browser.call("Input.dispatchKeyEvent", type="keyDown", key="Tab", code="Tab", windowsVirtualKeyCode=9)
+    assert browser.evaluate("document.activeElement.id") == "model"
+    assert browser.complaints() == []
+
+
+def test_it_ends_with_all_its_children_while_a_reader_waits() -> None:
+    server = start()  # Idle workers begin to search at once.
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(get, server, "/plan?model=gpt-large/1024&nodes=64&minimize=nodes")
+        deadline = time.monotonic() + PATIENCE_S
+        while not (family := children(server.process.pid)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.2)
+        assert end(server, signal.SIGINT) == (0, "")
+        assert waiting.exception() is not None or waiting.result().status in (200, 503), waiting.result()
+    while alive := [pid for pid in family if Path(f"/proc/{pid}/cmdline").exists()]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+
+
+def test_a_server_that_others_reach_warns_and_its_workers_end_with_it() -> None:
+    server = start("--host", "0.0.0.0")
+    assert get(server, "/calculator.css", Host="192.0.2.1:80").status == 200
+    assert get(server, "/calculator.css", Host="attacker.example").status == 400
+    deadline = time.monotonic() + PATIENCE_S
+    while not (family := children(server.process.pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    server.process.kill()
+    _, errors = server.process.communicate()
+    assert errors.splitlines()[0].startswith("note: --host 0.0.0.0: anyone who reaches this machine")
+    while alive := [pid for pid in family if Path(f"/proc/{pid}/cmdline").exists()]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+
+
+def test_the_page_is_opened_in_the_readers_browser(tmp_path: Path) -> None:
+    browser, told = tmp_path / "browser", tmp_path / "told"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {told}.part && mv {told}.part {told}\n')
+    browser.chmod(0o755)
+    server = start("--open", BROWSER=str(browser))
+    deadline = time.monotonic() + PATIENCE_S
+    while not told.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert told.read_text() == f"http://127.0.0.1:{server.port}/"
+    assert end(server) == (0, "")
+
+
+def test_a_port_that_is_taken_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run(["serve", "--port", str(port)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert f"--port {port}: is not allowed" in captured.err
+    assert run(["serve", "--host", "no.such.host.invalid"]) == 2
+    assert "--host: 'no.such.host.invalid' is not allowed" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert run(["serve"]) == 2
+    assert "uvicorn is missing: pip install 'translution-scale[serve]'" in capsys.readouterr().err
+
+
+def test_the_committed_figures_are_those_of_the_benchmark(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    benchmark = runpy.run_path(str(root / "benchmarks" / "serve.py"))
+    results = root / "benchmarks" / "results"
+    document = json.loads((results / "serve.json").read_text())
+    assert (results / "serve.md").read_text() == benchmark["render"](document)
+    assert document["users"] == 20
+    for name, values in benchmark["FIELDS"].items():
+        for value in values:
+            choice = Choice().but(**{name: value})
+            assert parse_choice(parse_qsl(query_of(choice))) == choice
+
+
+def test_searches_are_bounded_and_one_for_each_choice() -> None:
+    async def body() -> None:
+        searches = Searches(1, warm=False, queue=2, limit_s=PATIENCE_S)
+        searches.open()
+        try:
+            long = searches.ask(Choice(model="gpt-large/1024", nodes=64, minimize="nodes"))
+            assert searches.ask(Choice(model="gpt-large/1024", nodes=64, minimize="nodes")) is long
+            queued = [searches.ask(Choice(model="vit-tiny/56", gpus=gpus)) for gpus in (1, 2)]
+            with pytest.raises(QueueFullError, match="2 searches wait already"):
+                searches.ask(Choice(model="vit-tiny/56", gpus=4))
+            for entry in queued:
+                entry.asked_at -= 60
+            later = searches.ask(Choice(model="vit-tiny/56", gpus=4))  # Nobody has waited for the two.
+            assert [entry.outcome.state for entry in queued] == ["stopped", "stopped"]
+            assert later.outcome.state == "searching"
+        finally:
+            searches.close()
+        assert long.outcome.state == later.outcome.state == "stopped"
+
+    asyncio.run(body())
+
+
+def test_a_search_that_takes_too_long_is_ended_and_the_next_is_not_lost() -> None:
+    async def body() -> None:
+        searches = Searches(1, warm=False, limit_s=0.2)
+        searches.open()
+        try:
+            # So many nodes are looked through for seconds.
+            long = searches.ask(Choice(model="gpt-large/1024", nodes=512, minimize="nodes"))
+            assert await searches.wait(long, PATIENCE_S)
+            assert long.outcome.state == "stopped"
+            assert "longer than 0.2 s" in long.outcome.message
+            searches._limit_s = PATIENCE_S
+            entry = searches.ask(Choice(model="vit-tiny/56", gpus=1))
+            assert await searches.wait(entry, PATIENCE_S)
+            assert entry.outcome.state == "found"
+        finally:
+            searches.close()
+
+    asyncio.run(body())
+
+
+def test_idle_time_searches_what_may_come_next_and_gives_way() -> None:
+    async def body() -> None:
+        searches = Searches(1, warm=True)
+        searches._popular = iter([Choice(model="vit-tiny/56", gpus=1)])
+        searches.open()
+        try:
+            warmed = next(iter(searches._running.values()))
+            asked = searches.ask(Choice(model="vit-tiny/56", operator="attention", gpus=1))
+            assert await searches.wait(asked, PATIENCE_S)
+            assert warmed.state == "done"
+            neighbour = Choice(model="vit-tiny/56", operator="attention", gpus=1, nodes=2)
+            deadline = time.monotonic() + PATIENCE_S
+            while neighbour not in searches._known:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.05)
+        finally:
+            searches.close()
+
+    asyncio.run(body())

@@ -1,0 +1,177 @@
+"""The picture of a timeline: drawn to scale, in colours everyone can tell apart, as PNG and SVG."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from translution.planner.common.units import GIB
+from translution.planner.memory.timeline import Event, Timeline, make_timeline
+from translution.reports.render import vega
+from translution.reports.render.vega import COLOURS, REST_COLOUR
+from translution.reports.sections.memory_timeline import colours_of, describe, draw_timelines, one_picture
+
+EVENTS: list[Event] = [
+    *(("forward", f"block {number}", "activations", GIB) for number in range(8)),
+    ("backward", "block 7, backward", "gradients", 2 * GIB),
+    *(("backward", f"block {number}, backward", "activations", -GIB) for number in range(8)),
+    ("optimizer step", "begin", "gradients", -2 * GIB),
+]
+
+
+def timeline() -> Timeline:
+    return make_timeline(EVENTS, {"parameters": 3 * GIB})
+
+
+def spec(capacity: int | None = None, name: str = "a model") -> dict[str, Any]:
+    charts = draw_timelines({"device": timeline()}, name, "ZeRO-3", {} if capacity is None else {"device": capacity})
+    return dict(charts["device"].to_dict())
+
+
+def data(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the areas."""
+    return next(rows for rows in document["datasets"].values() if "c0" in rows[0])
+
+
+def texts(document: dict[str, Any]) -> list[str]:
+    """All that is written inside the plot."""
+    return [
+        row[key] for rows in document["datasets"].values() for row in rows for key in ("text", "name") if key in row
+    ]
+
+
+def test_every_event_is_drawn_with_the_bytes_that_live_after_it() -> None:
+    rows = data(spec())
+    assert [row["all"] for row in rows[:-1]] == [point.total_bytes for point in timeline().points]
+    # The largest at the peak is c0: eight activations, then three parameters, then two gradients.
+    assert {key: rows[8][key] for key in ("c0", "c1", "c2")} == {"c0": 8 * GIB, "c1": 3 * GIB, "c2": 2 * GIB}
+    assert (rows[8]["phase"], rows[8]["moment"]) == ("backward", "block 7, backward")
+    assert all(row["all"] == row["c0"] + row["c1"] + row["c2"] for row in rows)
+
+
+def test_the_axis_runs_without_gaps_and_short_phases_are_widened() -> None:
+    rows = data(spec())
+    assert rows[0]["x"] == 0.0 and rows[-1]["x"] == rows[-2]["x2"] == 1.0
+    assert all(row["x"] < row["x2"] == after["x"] for row, after in itertools.pairwise(rows[:-1]))
+    step = [row for row in rows[:-1] if row["phase"] == "optimizer step"]
+    assert len(step) == 1 and step[0]["x2"] - step[0]["x"] >= 0.07
+
+
+def test_peak_and_phases_are_named_in_the_picture() -> None:
+    written = texts(spec())
+    assert "peak 13.00 GiB: block 7, backward" in written
+    assert [text.split() for text in written if "peak" not in text] == [
+        ["forward"],
+        ["backward"],
+        ["optimizer", "step"],
+    ]
+
+
+@pytest.mark.parametrize(("capacity", "seen"), [(20 * GIB, True), (27 * GIB, False), (None, False)])
+def test_the_capacity_is_drawn_where_it_is_within_sight(capacity: int | None, seen: bool) -> None:
+    document = spec(capacity)
+    assert ("capacity 20.00 GiB" in texts(document)) == seen
+    top = max(
+        layer["encoding"]["y"]["scale"]["domain"][1]
+        for layer in document["layer"]
+        if "color" in layer.get("encoding", {})
+    )
+    assert top == pytest.approx(1.12 * (20 if seen else 13))
+
+
+def test_more_categories_than_colours_are_summed_up() -> None:
+    events: list[Event] = [("step", "", f"category {number:02}", 100 - number) for number in range(12)]
+    document = draw_timelines({"host": make_timeline(events)}, "m", "p", {})["host"].to_dict()
+    rows = data(document)
+    assert rows[-1]["all"] == sum(rows[-1][f"c{number}"] for number in range(10)) == sum(event[3] for event in events)
+    assert rows[-1]["c9"] == 91 + 90 + 89
+    assert "3 others" in str(document["layer"])
+
+
+def test_a_tier_without_events_is_drawn_level() -> None:
+    document = draw_timelines({"nvme": make_timeline([], {"states": GIB})}, "m", "p", {})["nvme"].to_dict()
+    assert [(row["x"], row["c0"]) for row in data(document)] == [(0.0, GIB), (1.0, GIB)]
+    assert texts(document) == ["peak 1.00 GiB: throughout"]
+
+
+def test_a_tier_on_which_nothing_lives_is_not_drawn() -> None:
+    charts = draw_timelines({"device": timeline(), "nvme": make_timeline([])}, "m", "p", {})
+    assert list(charts) == ["device"]
+
+
+def test_a_category_has_one_colour_in_all_charts_and_its_own_within_each() -> None:
+    first, second, third = colours_of([["a", "b"], ["c", "b"], ["c", "a", "b"]])
+    assert first["b"] == second["b"] == third["b"]
+    assert first["a"] == second["c"] == third["c"] != third["a"]
+    full = colours_of([[str(number) for number in range(len(COLOURS))]])[0]
+    assert sorted(full.values()) == sorted(COLOURS)
+
+
+MACHADO = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+"""Linear RGB as seen without one kind of cone. Source: Machado, Oliveira and Fernandes, 2009, severity 1."""
+
+
+def linear(colour: str) -> NDArray[np.float64]:
+    value = np.array([int(colour[start : start + 2], 16) for start in (1, 3, 5)]) / 255
+    return np.asarray(np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4))
+
+
+def lab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
+    matrix = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = matrix @ rgb.clip(0, 1) / [0.9505, 1, 1.089]
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("vision", ["all cones", *MACHADO])
+def test_colours_are_told_apart_with_any_colour_vision(vision: str) -> None:
+    seen = np.array(MACHADO.get(vision, np.eye(3)))
+    for one, other in itertools.combinations([*COLOURS, REST_COLOUR], 2):
+        # A difference of 2.3 is the least that is noticed side by side.
+        assert np.linalg.norm(lab(seen @ linear(one)) - lab(seen @ linear(other))) > 20, (one, other)
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
+def test_colours_stand_out_from_the_page(page: str) -> None:
+    behind = linear(page) @ [0.2126, 0.7152, 0.0722]
+    for colour in (*COLOURS, REST_COLOUR):
+        light, dark = sorted((linear(colour) @ [0.2126, 0.7152, 0.0722], behind), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) > 1.7, colour
+
+
+def test_those_who_do_not_see_it_are_told_the_same() -> None:
+    assert describe(timeline(), "A model") == (
+        "A model. Stacked areas: live bytes over 18 allocations and releases. Peak 13.00 GiB at block 7, backward: "
+        "activations 8.00 GiB, parameters 3.00 GiB, gradients 2.00 GiB. Peak of each phase: forward 11.00 GiB, "
+        "backward 13.00 GiB, optimizer step 5.00 GiB."
+    )
+
+
+def test_one_specification_serves_png_and_svg() -> None:
+    document = spec(20 * GIB, name="<b>&")
+    picture = vega.png(document, scale=2.0)
+    width, height = struct.unpack(">II", picture[16:24])
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert width > 2 * 860 and height > 2 * 340
+    root = ElementTree.fromstring(vega.svg(document))
+    fills = {element.get("fill", "").lower() for element in root.iter()}
+    assert set(COLOURS[:3]) <= fills
+    assert COLOURS[3] not in fills
+    written = {"".join(element.itertext()) for element in root.iter() if element.tag.endswith("text")}
+    assert {"<b>&: device memory", "capacity 20.00 GiB", "activations 8.00 GiB", "optimizerstep"} <= written
+
+
+def test_all_tiers_make_one_picture() -> None:
+    charts = draw_timelines({"device": timeline(), "host": make_timeline(EVENTS)}, "m", "p", {})
+    written = vega.svg(one_picture(charts))
+    assert "m: device memory" in written and "m: host memory" in written

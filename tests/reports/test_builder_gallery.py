@@ -1,0 +1,161 @@
+"""The committed gallery is what its command, the planner and the committed measurements give."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from helpers.gallery_tables import cells, table
+
+from translution.cli.main import app, run
+from translution.planner.analysis.compare import compare
+from translution.planner.analysis.operator_costs import LABELS, describe, with_operator
+from translution.planner.analysis.scaling import PlanPoint, best_points
+from translution.planner.common.provenance import provenance
+from translution.planner.config.presets import preset
+from translution.planner.config.training import TrainingSpec
+from translution.planner.hardware.cluster import load_cluster
+from translution.planner.plans.plan import load_plan
+from translution.planner.simulator.network.ops import Widths
+from translution.reports.inputs.benchmark_records import Accuracy, StepTimes, load_recorded
+from translution.reports.render import markdown
+from translution.reports.render.document import Document, Section, Value, load_document, shown
+from translution.reports.sections.accuracy import accuracy_section, step_time_section
+from translution.reports.sections.benchmarks import benchmark_sections
+from translution.reports.sections.experiment import experiment_section, load_results
+from translution.reports.sections.model_costs import costs
+
+BF16 = TrainingSpec(precision="bf16", data="synthetic")
+MADE = provenance("translution report --model x --out y.html")
+
+
+@pytest.fixture
+def committed(root: Path) -> Document:
+    return load_document(root / "reports" / "gallery" / "gallery.json")
+
+
+def test_the_committed_markdown_is_that_of_the_committed_data(root: Path, committed: Document) -> None:
+    text = (root / "reports" / "gallery" / "README.md").read_text(encoding="utf-8")
+    assert text == markdown.render(committed), "run: make reports"
+    named = re.findall(r"\]\(([^)]+\.svg)\)", text)
+    assert sorted(named) == sorted(path.name for path in (root / "reports" / "gallery").glob("*.svg"))
+
+
+def test_the_committed_page_shows_the_committed_data(root: Path, committed: Document) -> None:
+    on_page = cells(root / "reports" / "gallery" / "index.html")
+    assert set(on_page) == {table.key for table in committed.tables}
+    for own in committed.tables:
+        kinds = [column.kind for column in own.columns]
+        for row, texts in zip((*own.rows, *own.foot), on_page[own.key], strict=True):
+            assert texts == [shown(value, kind) for value, kind in zip(row, kinds, strict=True)], "run: make reports"
+
+
+def sections(root: Path) -> Iterator[Section]:
+    """What the committed measurements give now."""
+    yield accuracy_section(load_recorded(Accuracy, root / "reports" / "accuracy.json"))
+    yield step_time_section(load_recorded(StepTimes, root / "reports" / "step_time.json"))
+    if list((root / "reports" / "experiments").glob("*/result.json")):
+        yield from map(experiment_section, load_results(root / "reports" / "experiments"))
+    yield from benchmark_sections(root / "benchmarks" / "results")
+
+
+def without_specs(section: Section) -> dict[str, Any]:
+    """A section's numbers and texts; how a chart is drawn may change with a library."""
+    fields = section.model_dump()
+    for part in fields["parts"]:
+        part.pop("spec", None)
+    return fields
+
+
+def test_the_committed_gallery_holds_the_committed_measurements(root: Path, committed: Document) -> None:
+    held = {section.key: section for section in committed.sections}
+    now = list(sections(root))
+    assert len(now) >= 4
+    for section in now:
+        assert section.key in held, "run: make reports"
+        assert without_specs(held[section.key]) == without_specs(section), "run: make reports"
+
+
+def test_the_committed_figures_are_the_planners(committed: Document) -> None:
+    spec, cluster = preset("vit-base/16"), load_cluster("8xH100")
+    held = [row for row in table(committed, "costs-table") if row["model"] == "vit-base/16"]
+    assert [row["operator"] for row in held] == list(LABELS.values())
+    for operator, row in zip(LABELS, held, strict=True):
+        model = with_operator(spec, operator)  # type: ignore[arg-type]  # its own keys
+        assert model is not None
+        entry = describe(model, 1, Widths.of(2, "cuda"))
+        assert row["parameters"] == entry["parameters"]["total"]
+        assert row["kept, published"] == entry["activations_bytes"]["published"]
+        assert row["kept, ours"] == entry["activations_bytes"]["ours"]
+        assert row["training"] == entry["flops_per_sample"]["training_step"]
+    assert costs([spec], BF16, MADE).parts[0].model_dump()["rows"][0] == tuple(held[0].values())
+    glance = [row for row in table(committed, "glance-table") if row["model"] == "vit-base/16"]
+    for row, point in zip(glance, best_points(spec, cluster, BF16), strict=True):
+        check_point(row, point)
+    rows = [row for row in table(committed, "comparison-table") if row["model"] == "vit-base/16"]
+    for row, other in zip(rows, compare(spec, "H100", BF16), strict=True):
+        assert (row["states"], row["kept / sample"]) == (other.states_bytes, other.kept_bytes)
+        assert (row["smallest cluster"], row["with offload"]) == (other.cluster, other.offload_cluster)
+        assert row["time / sample"] == pytest.approx(other.sample_s)
+
+
+def check_point(row: dict[str, Value], point: PlanPoint) -> None:
+    assert (row["operator"], row["parameters"], row["device of a rank"]) == (
+        point.operator, point.parameters, point.device_bytes,
+    ), "run: make reports"  # fmt: skip
+    assert row["step (interval)"] == pytest.approx((point.likely_s, point.low_s, point.high_s))
+    assert row["best plan"] == point.plan
+
+
+def test_every_command_of_the_gallery_is_one_that_a_reader_can_type(root: Path, committed: Document) -> None:
+    program = typer.main.get_command(app)
+    parts = [part for section in committed.sections for part in section.parts]
+    commands = {part.made.command for part in parts if part.made is not None} | {committed.made.command}
+    commands |= {str(row["how much"]) for row in table(committed, "summary") if row["what"] == "Command"}
+    assert len(commands) >= 8
+    for command in commands:
+        assert "/tmp" not in command and str(root) not in command
+        first, *words = shlex.split(command)
+        if first == "python":
+            script = root / words[0]
+            options = [word for word in words[1:] if word.startswith("--")]
+            assert all(f'"{option}"' in script.read_text(encoding="utf-8") for option in options)
+            continue
+        assert first == "translution"
+        found = program.get_command(None, words[0])  # type: ignore[attr-defined, arg-type]
+        assert found is not None, command
+        found.make_context(words[0], words[1:])  # Reads every option; runs nothing.
+
+
+def test_the_committed_gallery_is_made_by_make_reports(root: Path, committed: Document, tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    environment.mkdir()
+    (environment / ".demo").touch()
+    make = shutil.which("make")
+    assert make is not None
+    words = [make, "--dry-run", "--old-file", f"{environment}/.demo", "reports", f"VENV={environment}"]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True)
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line) for line in lines if "/bin/translution " in line]
+    assert [command[1] for command in commands] == ["plan", "report"]
+    assert ["translution", *commands[1][1:]] == shlex.split(committed.made.command), "run: make reports"
+    (summary,) = [row["how much"] for row in table(committed, "summary") if row["what"] == "Command"]
+    assert shlex.split(str(summary))[:3] == ["translution", *commands[0][1:3]]
+
+
+def test_the_plan_of_the_gallery_is_what_its_command_gives(committed: Document, tmp_path: Path) -> None:
+    rows = table(committed, "summary")
+    (command,) = [str(row["how much"]) for row in rows if row["what"] == "Command"]
+    words = shlex.split(command.replace("PLAN", str(tmp_path / "plan")))
+    assert run(words[1:]) == 0
+    prediction = load_plan(tmp_path / "plan").prediction
+    (ledger,) = (own for own in committed.tables if own.key == "ledger-0")
+    peaks = {peak.phase: peak.bytes for peak in prediction.peaks if peak.tier == "device"}
+    assert dict(zip([column.title for column in ledger.columns], ledger.foot[0], strict=True)).items() >= peaks.items()
