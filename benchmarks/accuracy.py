@@ -41,7 +41,7 @@ from translution.planner.plans.defaults import choose_tile, choose_zero
 from translution.planner.plans.plan import Plan, load_plan
 from translution.planner.simulator.lifecycle import INIT, RESUME
 from translution.planner.simulator.network.model import MICRO_BATCHES, replay
-from translution.planner.simulator.network.ops import Widths
+from translution.planner.simulator.network.ops import DtypeSizes
 from translution.reports.inputs.run_accuracy import KEPT, PROCESS, RESIDENT, compare, pairs, prediction_of
 
 SIZES: dict[str, Any] = {"dim": 96, "depth": 3, "heads": 3}
@@ -117,8 +117,8 @@ def time_rows() -> list[dict[str, Any]]:
     rows, cluster = [], load_cluster("64x8xH100")
     for name in PRESETS:
         spec = preset(name)
-        tile = choose_tile(spec, cluster.ranks)
-        zero = choose_zero(spec, tile, 3, cluster.ranks)
+        tile = choose_tile(spec, cluster.world_size)
+        zero = choose_zero(spec, tile, 3, cluster.world_size)
         seconds = []
         for micro_batch in range(1, 6):  # Another one each time: nothing may be remembered.
             training = TrainingSpec(precision="bf16", micro_batch=micro_batch, data="synthetic")
@@ -136,7 +136,7 @@ def pass_rows() -> list[dict[str, Any]]:
     rows = []
     for base, changes, dtype in product((VIT, GPT), OPERATORS, (torch.float32, torch.bfloat16)):
         spec = _with(base, changes)
-        peaks = replay(spec, 16, Widths.of(dtype.itemsize, "cpu", packs=packs), 24).memory.peaks
+        peaks = replay(spec, 16, DtypeSizes.of(dtype.itemsize, "cpu", packs=packs), 24).memory.peaks
         for phase, measured in measure_passes(spec, 16, dtype, 24).items():
             predicted = peaks[phase].total_bytes - peaks[phase].live_bytes[MICRO_BATCHES]
             text = ", ".join(f"{name} {value}" for name, value in changes.items())

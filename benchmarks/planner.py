@@ -19,7 +19,7 @@ from common import describe_run, write_report
 from translution.planner.config.presets import preset
 from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
-from translution.planner.search.constraints import Wishes
+from translution.planner.search.constraints import SearchConstraints
 from translution.planner.search.searcher import Searcher
 
 COMMANDS = {
@@ -59,7 +59,7 @@ def search_row(name: str, cluster_name: str) -> dict[str, Any]:
     for number in range(TIMES):  # Another precision-free field each time: nothing may be remembered.
         fresh = training.model_copy(update={"seed": number})
         began = time.process_time()
-        considered = Searcher(spec, cluster, fresh, Wishes(global_batch=512)).considered
+        considered = Searcher(spec, cluster, fresh, SearchConstraints(global_batch=512)).considered
         seconds.append(time.process_time() - began)
     return {"what": f"{name} on {cluster_name}", "candidates": considered, "seconds": min(seconds)}
 

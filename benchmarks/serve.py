@@ -27,7 +27,7 @@ from common import describe_run, write_report
 
 from translution.planner.config.model import OPERATORS
 from translution.planner.config.presets import PRESET_NAMES
-from translution.planner.hardware.catalog import catalogue
+from translution.planner.hardware.catalog import catalog
 from translution.reports.calculator.choice import Choice
 from translution.reports.calculator.pages import query_of
 from translution.reports.calculator.search_pool import popular
@@ -37,7 +37,7 @@ ALLOWED_S = 0.3
 FIELDS: dict[str, tuple[object, ...]] = {
     "model": PRESET_NAMES,
     "operator": OPERATORS,
-    "gpu": tuple(catalogue().gpus),
+    "gpu": tuple(catalog().gpus),
     "gpus": (1, 2, 4, 8),
     "nodes": (1, 2, 3, 4, 8, 16),
     "precision": ("bf16", "fp16", "fp32"),
@@ -56,7 +56,7 @@ class Reader(threading.Thread):
         self._random, self._until, self._known = random.Random(number), until, known
         self._choice = Choice()
         self.answers: list[float] = []
-        self.refused = 0
+        self.infeasible = 0
         self.plans: list[float] = []
         self.at_once = 0
         self.left = 0
@@ -101,7 +101,7 @@ class Reader(threading.Thread):
                 self._wait(query, began, body)
             else:
                 assert status == 422, body
-                self.refused += 1
+                self.infeasible += 1
             time.sleep(min(4 * THINK_S, self._random.expovariate(1 / THINK_S)))
 
 
@@ -161,7 +161,7 @@ def scenario(name: str, server: Server, users: int, seconds: float, known: list[
         "scenario": name,
         "processor_s": (server.processor_s - before) / max(1, count),
         "answers": spread([second for reader in readers for second in reader.answers]),
-        "refused": sum(reader.refused for reader in readers),
+        "refused": sum(reader.infeasible for reader in readers),
         "plans": spread([second for reader in readers for second in reader.plans]),
         "at_once": sum(reader.at_once for reader in readers),
         "left": sum(reader.left for reader in readers),

@@ -54,14 +54,14 @@ def run(name: str, cluster: ClusterSpec, options: dict[str, Any], folder: Path) 
     lines = [json.loads(line) for line in (made / METRICS).read_text(encoding="utf-8").splitlines()]
     seconds = [line["seconds"] for line in lines if line["event"] == "step"][FIRST - 1 :]
     return {
-        "what": f"{name}, {cluster.ranks} rank(s)",
+        "what": f"{name}, {cluster.world_size} rank(s)",
         "predicted_s": plan.time.likely_s,
         "low_s": plan.time.low_s,
         "high_s": plan.time.high_s,
         "measured_s": statistics.median(seconds),
         "slowest_s": max(seconds),
         "fastest_s": min(seconds),
-        "parts": {entry.name: entry.likely_s for entry in plan.time.entries},
+        "parts": {entry.name: entry.likely_s for entry in plan.time.breakdown},
     }
 
 

@@ -84,7 +84,12 @@ def plan(
         int | None, typer.Option(help="Samples per optimizer step over all ranks; else 8 per rank.")
     ] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Samples per rank and forward pass; else chosen.")] = None,
-    accumulation: Annotated[int | None, typer.Option(help="Micro-batches per optimizer step; else chosen.")] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--accumulation", "--gradient-accumulation-steps", help="Micro-batches per optimizer step; else chosen."
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
     samples: Annotated[int | None, typer.Option(help="Samples of an epoch; with --epochs sets the steps.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over --samples.")] = 1.0,
@@ -135,10 +140,10 @@ def plan(
         "data": data,
         "seed": seed,
     } | parse_settings(training_settings, "--train")
-    wishes = {
+    constraints = {
         "global_batch": global_batch,
         "micro_batch": training.pop("micro_batch", micro_batch),
-        "accumulation": training.pop("accumulation", accumulation),
+        "accumulation": training.pop("accumulation", gradient_accumulation_steps),
         "stage": stage,
         "offload": offload,
         "offload_ratio": offload_ratio,
@@ -148,9 +153,9 @@ def plan(
         "all_nodes": all_nodes,
         "headroom": headroom,
         "minimize": minimize,
-        "knobs": parse_settings(knobs, "--zero"),
+        "zero_overrides": parse_settings(knobs, "--zero"),
     }
-    request = PlanRequest(spec, cluster, training, wishes, samples, epochs)
+    request = PlanRequest(spec, cluster, training, constraints, samples, epochs)
     run_plan(request, out, force=force, as_json=json)
 
 
@@ -202,7 +207,7 @@ def measure(
             offload=offload,
             nvme_path=nvme_path,
             offload_ratio=offload_ratio,
-            knobs=parse_settings(knobs, "--zero"),
+            zero_overrides=parse_settings(knobs, "--zero"),
         )
     run_measure(plan, out, resume=resume, as_json=json)
 

@@ -90,7 +90,7 @@ class Collector:
             return []
         name, cluster = request.where()
         if cluster.gpu is None:
-            raise InputError(f"--cluster: {name!r} is not allowed with --compare: must be of a GPU of the catalogue")
+            raise InputError(f"--cluster: {name!r} is not allowed with --compare: must be of a GPU of the catalog")
         specs = tuple(request.compared.values())
         rows = [row for spec in specs for row in compare(spec, cluster.gpu, self._training)]
         limits = tuple(thresholds(specs[0], cluster.gpu, self._training))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from translution.planner.common.units import format_bytes
-from translution.planner.hardware.catalog import Catalogue, Figure, GpuSpec, NodeSpec, catalogue
-from translution.planner.hardware.device_overhead import GpuConstants, gpu_constants
+from translution.planner.hardware.catalog import Catalog, Figure, GpuSpec, NodeSpec, catalog
+from translution.planner.hardware.device_overhead import DeviceOverhead, device_overhead
 from translution.planner.hardware.intervals import Level
 
 from ..output import console, print_json, table
@@ -23,14 +23,14 @@ def _giga(figure: Figure) -> str:
     return _scaled(figure, 1e9)
 
 
-def _numbers(spec: BaseModel, known: Catalogue) -> str:
+def _numbers(spec: BaseModel, known: Catalog) -> str:
     """Numbers of the sources of a GPU's or node's figures, as the list of sources counts them."""
     numbers = {key: number for number, key in enumerate(known.sources, start=1)}
     used = {numbers[value.source] for _, value in spec if isinstance(value, Figure)}
     return " ".join(str(number) for number in sorted(used))
 
 
-def _gpu_row(name: str, gpu: GpuSpec, known: Catalogue) -> tuple[str, ...]:
+def _gpu_row(name: str, gpu: GpuSpec, known: Catalog) -> tuple[str, ...]:
     flops = (gpu.bf16_flops_per_s, gpu.fp16_flops_per_s, gpu.tf32_flops_per_s, gpu.fp32_flops_per_s)
     bf16, fp16, tf32, fp32 = (_scaled(figure, 1e12) for figure in flops)
     return (
@@ -47,7 +47,7 @@ def _gpu_row(name: str, gpu: GpuSpec, known: Catalogue) -> tuple[str, ...]:
     )
 
 
-def _node_row(name: str, node: NodeSpec, known: Catalogue) -> tuple[str, ...]:
+def _node_row(name: str, node: NodeSpec, known: Catalog) -> tuple[str, ...]:
     return (
         name,
         str(node.gpus.value),
@@ -62,9 +62,9 @@ def _node_row(name: str, node: NodeSpec, known: Catalogue) -> tuple[str, ...]:
     )
 
 
-def _constants_row(name: str, constants: GpuConstants) -> tuple[str, ...]:
-    low, likely, high = (format_bytes(constants.total(level)) for level in _LEVELS)
-    entries = (format_bytes(entry.likely_bytes) for entry in constants.entries if entry.tier == "device")
+def _overhead_row(name: str, overhead: DeviceOverhead) -> tuple[str, ...]:
+    low, likely, high = (format_bytes(overhead.total(level)) for level in _LEVELS)
+    entries = (format_bytes(entry.likely_bytes) for entry in overhead.breakdown if entry.tier == "device")
     return (name, *entries, likely, f"{low} to {high}")
 
 
@@ -73,13 +73,13 @@ _NODE_COLUMNS = ("node", "GPUs", "RAM", "GB/s", "cores", "link", "network", "NVM
 _CONSTANTS_COLUMNS = ("GPU", "driver", "context", "BLAS", "NCCL", "together", "from, to")
 
 
-def _print_tables(known: Catalogue, constants: dict[str, GpuConstants]) -> None:
+def _print_tables(known: Catalog, overhead: dict[str, DeviceOverhead]) -> None:
     out = console()
     rows = [_gpu_row(name, gpu, known) for name, gpu in known.gpus.items()]
     out.print(table("GPUs: dense TFLOP/s; GB/s of memory, and of the link each way", _GPU_COLUMNS, rows))
     rows = [_node_row(name, node, known) for name, node in known.nodes.items()]
     out.print(table("Nodes: GB/s each way, link of one GPU; NVMe in TB, read and written", _NODE_COLUMNS, rows))
-    rows = [_constants_row(name, entry) for name, entry in constants.items()]
+    rows = [_overhead_row(name, entry) for name, entry in overhead.items()]
     out.print(table("What a GPU holds beside torch's tensors, on one such node", _CONSTANTS_COLUMNS, rows))
     out.print("Sources", style="bold")
     for number, source in enumerate(known.sources.values(), start=1):
@@ -92,12 +92,12 @@ def run_clusters(*, as_json: bool) -> None:
     Args:
         as_json: print JSON instead of tables.
     """
-    known = catalogue()
-    constants = {
-        name: gpu_constants(name, int(known.nodes[gpu.node].gpus.value), 1) for name, gpu in known.gpus.items()
+    known = catalog()
+    overhead = {
+        name: device_overhead(name, int(known.nodes[gpu.node].gpus.value), 1) for name, gpu in known.gpus.items()
     }
     if as_json:
-        beside = {name: entry.model_dump(mode="json") for name, entry in constants.items()}
+        beside = {name: entry.model_dump(mode="json") for name, entry in overhead.items()}
         print_json(known.model_dump(mode="json") | {"gpu_constants": beside})
         return
-    _print_tables(known, constants)
+    _print_tables(known, overhead)

@@ -86,7 +86,7 @@ def _cells(row: ComparisonRow) -> tuple[str, ...]:
         format_count(row.parameters),
         format_flops(row.training_flops),
         format_bytes(row.states_bytes),
-        format_bytes(row.kept_bytes),
+        format_bytes(row.saved_bytes),
         *places,
         "" if row.sample_s is None else f"{row.sample_s * 1e3:.3g} ms",
     )

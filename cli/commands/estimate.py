@@ -16,7 +16,7 @@ from translution.planner.costs.parameters import TABLES
 from translution.planner.hardware.cluster import ClusterSpec
 from translution.planner.memory.estimate import BACKWARD, FORWARD, STEP, MemoryEstimate, estimate_memory
 from translution.planner.plans.defaults import choose_tile, choose_zero
-from translution.planner.simulator.network.ops import Widths
+from translution.planner.simulator.network.ops import DtypeSizes
 
 from ..output import console, note, print_json, table
 
@@ -50,7 +50,7 @@ def run_estimate(asked: str, spec: ModelSpec, *, ranks: int, micro_batch: int, p
     training = validate(_TRAINING, values, "estimate", tuple(TrainingSpec.model_fields))
     if re.match(r"vit-b/", asked.lower()):
         note(f"{asked} is the paper's name for {spec.name}; for ViT-Base write vit-base/{asked.split('/')[-1]}")
-    widths = Widths.of(training.dtype_bytes, "cuda")
+    widths = DtypeSizes.of(training.dtype_bytes, "cuda")
     described = compare_operators(spec, micro_batch, widths)
     estimates = per_rank(spec, training, ranks)
     if as_json:

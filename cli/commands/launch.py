@@ -79,7 +79,7 @@ class _Display:
         self._seconds.append(metrics["seconds"])
         # The median: the first step and the two that are watched take longer than the others.
         seconds = median(self._seconds)
-        samples = plan.training.global_batch(plan.cluster.ranks) / seconds
+        samples = plan.training.global_batch(plan.cluster.world_size) / seconds
         predicted = "" if plan.time is None else f" (predicted {plan.time.likely_s:.3g} s)"
         rate = f"{samples:,.0f}" if samples >= 10 else f"{samples:.2g}"
         text = f"loss {metrics['loss']:.4f}, {rate} samples/s, {seconds:.3g} s per step{predicted}"

@@ -22,17 +22,17 @@ from translution.planner.hardware.cluster import load_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.folder import write_plan_folder
 from translution.planner.plans.plan import PLAN_FILE, Plan
-from translution.planner.search.advice import hybrid_text
-from translution.planner.search.constraints import Wishes
-from translution.planner.search.explain import FamilyVerdict, SearchResult
-from translution.planner.search.plan_search import NoPlanError, RunCost, choose, run_cost, steps_of
+from translution.planner.search.advice import describe_hybrid
+from translution.planner.search.constraints import SearchConstraints
+from translution.planner.search.explain import SearchResult, StrategyVerdict
+from translution.planner.search.plan_search import NoPlanFits, RunCost, run_cost, search_plan, steps_for_epochs
 from translution.planner.timing.step_time import StepTime
 
 from ..output import console, print_json, table
 from ..tables.memory import phase_table, worst_moments
 
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
-_WISHES: TypeAdapter[Wishes] = TypeAdapter(Wishes)
+_WISHES: TypeAdapter[SearchConstraints] = TypeAdapter(SearchConstraints)
 
 
 @dataclass(frozen=True)
@@ -43,24 +43,24 @@ class PlanRequest:
     cluster: str
     training: Mapping[str, object]
     """Fields of `TrainingSpec`."""
-    wishes: Mapping[str, object]
-    """Fields of `Wishes`."""
+    constraints: Mapping[str, object]
+    """Fields of `SearchConstraints`."""
     samples: int | None
     """Of an epoch; None leaves the steps as they are."""
     epochs: float
 
-    def choose(self) -> SearchResult:
+    def search_plan(self) -> SearchResult:
         """Search."""
         cluster = load_cluster(self.cluster)
-        wishes = validate(_WISHES, dict(self.wishes), "plan", tuple(Wishes.model_fields))
+        constraints = validate(_WISHES, dict(self.constraints), "plan", tuple(SearchConstraints.model_fields))
         training = validate(_TRAINING, dict(self.training), "plan", tuple(TrainingSpec.model_fields))
         if self.samples is not None:
             for name, value in (("samples", self.samples), ("epochs", self.epochs)):
                 if not value > 0:
                     raise InputError(f"{name}: {value} is not allowed: must be above 0")
-            steps = steps_of(self.samples, self.epochs, wishes, cluster)
+            steps = steps_for_epochs(self.samples, self.epochs, constraints, cluster)
             training = validate(_TRAINING, training.model_dump() | {"steps": steps}, "plan", ())
-        return choose(self.spec, cluster, training, wishes)
+        return search_plan(self.spec, cluster, training, constraints)
 
 
 def plan_from(
@@ -73,7 +73,7 @@ def plan_from(
     offload: str,
     nvme_path: str | None,
     offload_ratio: float,
-    knobs: Mapping[str, object],
+    zero_overrides: Mapping[str, object],
 ) -> Plan:
     """Make a plan of what the user wrote, without a search.
 
@@ -97,11 +97,11 @@ def plan_from(
         offload=offload,
         nvme_path=nvme_path,
         offload_ratio=offload_ratio,
-        knobs=knobs,
+        zero_overrides=zero_overrides,
     )
 
 
-def _no_plan(error: NoPlanError, spec: ModelSpec, out: Path, *, as_json: bool) -> None:
+def _no_plan(error: NoPlanFits, spec: ModelSpec, out: Path, *, as_json: bool) -> None:
     """Print what was tried and what would do, and write a spec file for each hybrid."""
     folder = out.with_name(f"{out.name}-hybrids")
     files = {}
@@ -117,22 +117,22 @@ def _no_plan(error: NoPlanError, spec: ModelSpec, out: Path, *, as_json: bool) -
     if as_json:
         document: dict[str, Any] = {
             "error": str(error),
-            "families": [verdict.model_dump() for verdict in error.families],
+            "families": [verdict.model_dump() for verdict in error.strategies],
             "advice": [advice.model_dump() for advice in error.advice],
             "hybrids": [row.model_dump() | {"file": path} for path, row in files.items()],
         }
         print_json(document)
         return
     out_console = console()
-    out_console.print(_families_table(error.families))
+    out_console.print(_strategies_table(error.strategies))
     rows = [(advice.kind, advice.text) for advice in error.advice]
-    rows += [("hybrid", f"{hybrid_text(row)} ({path})") for path, row in files.items()]
+    rows += [("hybrid", f"{describe_hybrid(row)} ({path})") for path, row in files.items()]
     if rows:
         out_console.print(table("What would do, one of these", ("change", "to"), rows, text_columns=2))
 
 
-def _families_table(families: tuple[FamilyVerdict, ...]) -> Any:
-    rows = [(f"{'* ' if verdict.chosen else ''}{verdict.family}", verdict.reason) for verdict in families]
+def _strategies_table(strategies: tuple[StrategyVerdict, ...]) -> Any:
+    rows = [(f"{'* ' if verdict.chosen else ''}{verdict.strategy}", verdict.reason) for verdict in strategies]
     return table("What was tried", ("family", "reason"), rows, text_columns=2)
 
 
@@ -144,7 +144,7 @@ def _time_table(time: StepTime, plan: Plan) -> Any:
             f"{entry.likely_s:.3g}",
             f"{entry.low_s:.3g} to {entry.high_s:.3g}",
         )
-        for entry in time.entries
+        for entry in time.breakdown
     ]
     rows.append(("step", time.bound, f"{time.likely_s:.3g}", f"{time.low_s:.3g} to {time.high_s:.3g}"))
     measured = "measured rates" if plan.cluster.measured else "shares of the peaks, estimated"
@@ -172,8 +172,8 @@ def run_plan(request: PlanRequest, out: Path, *, force: bool, as_json: bool) -> 
     """
     check_new_folder(out.absolute(), marker=PLAN_FILE, force=force)
     try:
-        result = request.choose()
-    except NoPlanError as error:
+        result = request.search_plan()
+    except NoPlanFits as error:
         _no_plan(error, request.spec, out, as_json=as_json)
         raise
     plan = result.plan
@@ -188,14 +188,14 @@ def run_plan(request: PlanRequest, out: Path, *, force: bool, as_json: bool) -> 
 
 def _print(result: SearchResult, cost: RunCost | None, out: Path) -> None:
     plan, out_console = result.plan, console()
-    ranks = plan.cluster.ranks
+    ranks = plan.cluster.world_size
     tiles = "" if plan.tile_relations is None else f", {plan.tile_relations} relations per tile"
     parameters = format_count(count_parameters(plan.model).total)
     out_console.print(
         f"{plan.model.name}: {parameters} parameters, ZeRO-{plan.zero.stage} on {ranks} ranks "
         f"({plan.cluster.name}){tiles}, {plan.training.global_batch(ranks)} samples per step"
     )
-    out_console.print(_families_table(result.families))
+    out_console.print(_strategies_table(result.strategies))
     knobs = [(knob.knob, knob.value, knob.reason) for knob in result.knobs]
     title = f"Chosen of {result.considered:,} candidates"
     out_console.print(table(title, ("knob", "value", "reason"), knobs, text_columns=3))
@@ -204,7 +204,7 @@ def _print(result: SearchResult, cost: RunCost | None, out: Path) -> None:
             f"{point.step_s:.3g}",
             format_bytes(point.device_bytes),
             str(point.nodes),
-            point.family,
+            point.strategy,
             str(point.micro_batch),
             point.checkpointing,
         )

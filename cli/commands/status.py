@@ -20,7 +20,7 @@ def run_status(run: Path, *, as_json: bool) -> None:
         run: the run folder.
         as_json: print JSON instead of lines.
     """
-    ranks = load_plan(require_run(run)).cluster.ranks
+    ranks = load_plan(require_run(run)).cluster.world_size
     said = {status.rank: status for status in read_statuses(run)}
     finished = all(rank in said and said[rank].state == "finished" for rank in range(ranks))
     if as_json:

@@ -30,8 +30,8 @@ def worst_moments(prediction: MemoryEstimate, tiers: tuple[Tier, ...] = ()) -> I
     """A table for each tier, of what it holds at its worst moment."""
     for tier in tiers or prediction.tiers:
         worst = max((peak for peak in prediction.peaks if peak.tier == tier), key=lambda peak: peak.bytes)
-        rows = [(entry.name, entry.formula, entry.source, format_bytes(entry.bytes)) for entry in worst.entries]
-        where = f"{tier}: {format_bytes(worst.bytes)} in {worst.phase}, at {worst.moment}"
+        rows = [(entry.name, entry.formula, entry.source, format_bytes(entry.bytes)) for entry in worst.breakdown]
+        where = f"{tier}: {format_bytes(worst.bytes)} in {worst.phase}, at {worst.site}"
         if tier == "device" and prediction.device_interval_bytes:
             low, high = map(format_bytes, prediction.device_interval_bytes)
             where += f"; {low} to {high} as the GPU's constants may be"

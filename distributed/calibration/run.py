@@ -74,8 +74,8 @@ def calibrate(cluster: ClusterSpec, nvme_path: str | None, command: str, on_line
 def _run(cluster: ClusterSpec, nvme_path: str | None, folder: Path, on_line: OnLine) -> None:
     port = str(free_port())
     environments = []
-    for rank in range(cluster.ranks):
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": cluster.ranks, "MASTER_PORT": port}
+    for rank in range(cluster.world_size):
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": cluster.world_size, "MASTER_PORT": port}
         environments.append({**launch_environment(cluster), "MASTER_ADDR": "127.0.0.1"})
         environments[-1] |= {name: str(value) for name, value in world.items()}
     command = [sys.executable, "-m", "translution.cli", "calibrate-rank", str(folder), cluster.device]

@@ -50,20 +50,21 @@ def check_same(plan: Plan, before: Plan) -> None:
         asked, had = (getattr(which, section).model_dump() for which in (plan, before))
         for text in _differences(section, asked, had):
             raise InputError(text)
-    training, ranks = plan.training, plan.cluster.ranks
-    batch, batch_before = training.global_batch(ranks), before.training.global_batch(before.cluster.ranks)
+    training, ranks = plan.training, plan.cluster.world_size
+    batch, batch_before = training.global_batch(ranks), before.training.global_batch(before.cluster.world_size)
     if batch != batch_before:
         raise InputError(
-            f"global batch: {batch} (micro-batch {training.micro_batch} x accumulation {training.accumulation} x ranks "
-            f"{ranks}) is not allowed: must be {batch_before}, as in the run to resume"
+            f"global batch: {batch} (micro-batch {training.micro_batch} x accumulation "
+            f"{training.gradient_accumulation_steps} x ranks {ranks}) is not allowed: must be {batch_before}, "
+            "as in the run to resume"
         )
 
 
 def layout_changes(plan: Plan, before: Plan) -> list[str]:
     """What lies elsewhere than in a checkpoint: a phrase for each field that differs; none if nothing does."""
     changes = []
-    if plan.cluster.ranks != before.cluster.ranks:
-        changes.append(f"from {_ranks(before)} to {plan.cluster.ranks}")
+    if plan.cluster.world_size != before.cluster.world_size:
+        changes.append(f"from {_ranks(before)} to {plan.cluster.world_size}")
     if plan.tile_relations != before.tile_relations:
         changes.append(f"from tile_relations {before.tile_relations} to {plan.tile_relations}")
     asked, had = dict(_flat("zero", plan.zero.model_dump())), dict(_flat("zero", before.zero.model_dump()))
@@ -72,7 +73,7 @@ def layout_changes(plan: Plan, before: Plan) -> list[str]:
 
 
 def _ranks(plan: Plan) -> str:
-    ranks = plan.cluster.ranks
+    ranks = plan.cluster.world_size
     return f"{ranks} rank{'' if ranks == 1 else 's'}"
 
 

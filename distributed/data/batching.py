@@ -13,7 +13,14 @@ from .base import Samples, Source
 
 
 def micro_batches(
-    samples: Source, *, micro_batch: int, accumulation: int, rank: int, ranks: int, seed: int, first_step: int = 0
+    samples: Source,
+    *,
+    micro_batch: int,
+    gradient_accumulation_steps: int,
+    rank: int,
+    ranks: int,
+    seed: int,
+    first_step: int = 0,
 ) -> Iterator[list[Samples]]:
     """One rank's micro-batches of every step, without end.
 
@@ -32,10 +39,10 @@ def micro_batches(
     Raises:
         InputError: if one step needs more samples than there are.
     """
-    step = micro_batch * accumulation * ranks
+    step = micro_batch * gradient_accumulation_steps * ranks
     if step > len(samples):
         raise InputError(f"global batch: {step} is not allowed: must be at most {len(samples)}, the training samples")
-    shares = _shares(len(samples), step, (accumulation, ranks, micro_batch), seed, first_step)
+    shares = _shares(len(samples), step, (gradient_accumulation_steps, ranks, micro_batch), seed, first_step)
     epoch, share = next(shares)
     while True:
         batches = [samples.select(index, epoch) for index in share[:, rank]]

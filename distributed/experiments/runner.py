@@ -133,7 +133,7 @@ def run_trial(variant: Variant, task: Task, seed: int, steps: int, learning_rate
     torch.manual_seed(seed)
     network = build(variant.model)
     samples, _ = load_samples(variant.model, _training(task, seed), BATCH)
-    batches = micro_batches(samples, micro_batch=BATCH, accumulation=1, rank=0, ranks=1, seed=seed)
+    batches = micro_batches(samples, micro_batch=BATCH, gradient_accumulation_steps=1, rank=0, ranks=1, seed=seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
     recent: list[float] = []
     warmup, began = max(1, round(_WARMUP * steps)), time.perf_counter()

@@ -206,7 +206,7 @@ def launch(
         else:
             prepare_ops(ops, launch_environment(plan.cluster), run / LOG)
     places = f" on {', '.join(hosts)}" if remote else ""
-    on_stage(f"starting {plan.cluster.ranks} ranks{places}; they log to {run / LOG}")
+    on_stage(f"starting {plan.cluster.world_size} ranks{places}; they log to {run / LOG}")
     start_and_judge(plan, plan_folder, run, on_metrics, mode=mode, where=where, port=port)
     return run
 
@@ -230,7 +230,7 @@ def start_and_judge(
     command = launch_command(plan, plan_folder, run, where, port, mode)
     per_node = plan.cluster.ranks_per_node
     own = range(where.node_rank * per_node, (where.node_rank + 1) * per_node)
-    ranks = own if where.no_ssh else range(plan.cluster.ranks)
+    ranks = own if where.no_ssh else range(plan.cluster.world_size)
     clear_statuses(run, ranks)
     if where.hostfile is not None and not where.no_ssh:
         exit_code = run_remote_ranks(command, runner_environment(), run, on_metrics)

@@ -121,10 +121,12 @@ def _data(plan: Plan) -> Check:
     from ..data.loaders import load_samples
 
     try:
-        training, held_out = load_samples(plan.model, plan.training, plan.training.global_batch(plan.cluster.ranks))
+        training, held_out = load_samples(
+            plan.model, plan.training, plan.training.global_batch(plan.cluster.world_size)
+        )
     except TranslutionError as error:
         return Check(name="data", passed=False, text=str(error))
-    needed = plan.training.global_batch(plan.cluster.ranks)
+    needed = plan.training.global_batch(plan.cluster.world_size)
     if needed > len(training):
         text = f"{len(training)} samples to train on: a step takes {needed}; plan with a smaller batch"
         return Check(name="data", passed=False, text=text)

@@ -147,7 +147,7 @@ class Recorder:
             locked_bytes=between.process.get("locked", 0),
             pinned_bytes=between.process.get("pinned", 0),
             disk_bytes=between.disk,
-            kept_bytes=None if self._kept is None else self._kept.total_bytes,
+            saved_bytes=None if self._kept is None else self._kept.total_bytes,
         )
 
 

@@ -38,7 +38,7 @@ class MemoryMeasurement(Schema):
     """Memory of the process that a driver has pinned, between two steps."""
     disk_bytes: dict[str, int] = Field(default_factory=dict)
     """Files of this rank on NVMe between two steps, by what they hold."""
-    kept_bytes: int | None = None
+    saved_bytes: int | None = None
     """What one micro-batch's forward keeps for backward, parameters left out."""
     process_start_bytes: int = 0
     """Resident set before the model was made: libraries, data and the process group."""

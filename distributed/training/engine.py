@@ -86,8 +86,10 @@ class EngineRank:
             InputError: if the world is not the plan's.
         """
         self.say("started")
-        if self.ranks != self.plan.cluster.ranks:
-            raise InputError(f"WORLD_SIZE: {self.ranks} is not allowed: must be {self.plan.cluster.ranks}, as planned")
+        if self.ranks != self.plan.cluster.world_size:
+            raise InputError(
+                f"WORLD_SIZE: {self.ranks} is not allowed: must be {self.plan.cluster.world_size}, as planned"
+            )
         self.join()
         self.recorder = Recorder(self.plan, self.rank, self.watch)
         self.recorder.record(INIT, self.construct)

@@ -223,7 +223,7 @@ class Rank(EngineRank):
         batches: Iterator[list[Samples]] = micro_batches(
             training_samples,
             micro_batch=training.micro_batch,
-            accumulation=training.accumulation,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
             rank=self.rank,
             ranks=self.ranks,
             seed=training.seed,

@@ -8,8 +8,8 @@ from translution.planner.plans.plan import Plan
 from translution.planner.simulator.engine.base import OPTIMIZER_BUFFERS, SUB_GROUP_BUFFER
 from translution.planner.simulator.engine.partition import make_shards, make_sub_groups
 from translution.planner.simulator.lifecycle import BACKWARD, FIRST_STEP, FORWARD, INIT, STEP
-from translution.planner.simulator.network.model import NetworkTwin
-from translution.planner.simulator.network.ops import Widths
+from translution.planner.simulator.network.model import SimulatedNetwork
+from translution.planner.simulator.network.ops import DtypeSizes
 
 from ..runs.measurement import MemoryMeasurement
 
@@ -30,8 +30,8 @@ def join_init(measured: MemoryMeasurement) -> MemoryMeasurement:
 
 def largest_sub_group(plan: Plan) -> int:
     """Elements of a rank that the optimizer step takes at once: its largest sub-group, or all below stage 3."""
-    network = NetworkTwin(plan.model, 1, Widths.of(plan.training.dtype_bytes, "cpu"), plan.tile_relations)
-    ranks = plan.cluster.ranks if plan.zero.stage else 1
+    network = SimulatedNetwork(plan.model, 1, DtypeSizes.of(plan.training.dtype_bytes, "cpu"), plan.tile_relations)
+    ranks = plan.cluster.world_size if plan.zero.stage else 1
     by_module = make_shards(network.modules, plan.zero, ranks, plan.training.dtype_bytes)
     shards = [shard for weights in network.modules for shard in by_module[id(weights)]]
     if plan.zero.stage < 3:
@@ -90,6 +90,6 @@ def extrapolate(measured: Mapping[int, MemoryMeasurement], groups: Mapping[int, 
             "swap_buffers_bytes": buffers,
             "locked_bytes": high.locked_bytes + grown if high.locked_bytes else 0,
             "disk_bytes": each(low.disk_bytes, high.disk_bytes),
-            "kept_bytes": along(low.kept_bytes or 0, high.kept_bytes or 0),
+            "saved_bytes": along(low.saved_bytes or 0, high.saved_bytes or 0),
         }
     )

@@ -31,7 +31,7 @@ from translution.planner.deepspeed.config import check_training_state
 from translution.planner.hardware.cluster import local_cpu_cluster
 from translution.planner.memory.estimate import MemoryEstimate, ledger
 from translution.planner.plans.plan import Plan, load_plan
-from translution.planner.simulator.engine.base import Setting
+from translution.planner.simulator.engine.base import EngineConfig
 from translution.planner.simulator.lifecycle import simulate
 
 from ..launcher.launch import OnStage, new_run_folder
@@ -96,7 +96,7 @@ def read_rehearsal(run: Path) -> Rehearsal | None:
 def predict(plan: Plan) -> MemoryEstimate:
     """The ledger of a plan's rank as it is rehearsed: what a CPU stands in for lies on one tier."""
     replayed = simulate(plan.model, plan.cluster, plan.training, plan.zero, plan.tile_relations, rehearsed=True)
-    return ledger(replayed, Setting(plan.training, plan.zero, plan.cluster.ranks), None)
+    return ledger(replayed, EngineConfig(plan.training, plan.zero, plan.cluster.world_size), None)
 
 
 def with_layers(plan: Plan, layers: int) -> Plan:
@@ -151,7 +151,7 @@ def check(plan: Plan, rank: int) -> None:
             memory or NVMe have too little room.
         MissingPackageError: if torch or DeepSpeed is absent.
     """
-    ranks = plan.cluster.ranks
+    ranks = plan.cluster.world_size
     if not 0 <= rank < ranks:
         raise InputError(f"rank: {rank} is not allowed: must be from 0 to {ranks - 1}")
     check_training_state(plan.training, plan.zero, "cpu")
@@ -181,7 +181,7 @@ def environment(plan: Plan, rank: int, *, compute: bool) -> dict[str, str]:
         **({} if compute else {"OMP_NUM_THREADS": "1"}),
         "RANK": str(rank),
         "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(plan.cluster.ranks),
+        "WORLD_SIZE": str(plan.cluster.world_size),
         # DeepSpeed asks for them; the fake process group does not.
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500",
@@ -259,7 +259,7 @@ def rehearse(
     seconds: dict[int, dict[str, float]] = {}
     for part in [shown] if whole else [shown, _cut(plan, shown.model.depth - 1)]:
         count = part.model.depth
-        on_stage(f"rehearsing rank {rank} of {plan.cluster.ranks} with {format_layers(count)}")
+        on_stage(f"rehearsing rank {rank} of {plan.cluster.world_size} with {format_layers(count)}")
         folder = run if whole else run / f"layers_{count}"
         folder.mkdir(exist_ok=True)
         write_text(folder / PLAN, part.model_dump_json(indent=2) + "\n")
@@ -271,7 +271,7 @@ def rehearse(
     rehearsal = Rehearsal(
         plan=f"{plan.model.name} on {plan.cluster.name}",
         rank=rank,
-        ranks=plan.cluster.ranks,
+        ranks=plan.cluster.world_size,
         depth=plan.model.depth,
         layers=shown.model.depth,
         computed=compute,

@@ -129,7 +129,7 @@ class RehearsalRank(Rank):
         batches = micro_batches(
             samples,
             micro_batch=training.micro_batch,
-            accumulation=training.accumulation,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
             rank=0,
             ranks=1,
             seed=training.seed,

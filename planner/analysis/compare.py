@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
-from ..common.schema import Schema
+from ..common.schema import Schema, stored_as
 from ..config.model import ModelSpec, VitSpec, override
 from ..config.training import DTYPE_BYTES, TrainingSpec
 from ..costs.flops import count_flops
 from ..costs.optimizer_state import moments, widths
 from ..costs.parameters import count_parameters
-from ..hardware.catalog import catalogue, find_gpu
+from ..hardware.catalog import catalog, find_gpu
 from ..hardware.cluster import ClusterSpec, named_cluster
-from ..memory.activations import kept_bytes
-from ..memory.estimate import atomic_floor
+from ..memory.activations import saved_bytes
+from ..memory.estimate import gathered_floor_bytes
 from ..plans.defaults import choose_tile
-from ..search.advice import leanest_usage, most
-from ..search.constraints import Wishes
+from ..search.advice import largest_that_fits, min_utilization
+from ..search.constraints import SearchConstraints
 from ..search.searcher import Searcher
-from ..simulator.network.ops import Widths
+from ..simulator.network.ops import DtypeSizes
 
 ALPHA_RANKS = (4, 8, 16, 32, 64)
 MOST_NODES = 512
@@ -27,7 +27,7 @@ NODES = (1, 2, 8)
 """Numbers of nodes of which it is said how large a model may be."""
 Axis: TypeAlias = Literal["width", "tokens", "depth"]
 AXES: tuple[Axis, ...] = ("width", "tokens", "depth")
-NO_OFFLOAD = Wishes(offload="none")
+NO_OFFLOAD = SearchConstraints(offload="none")
 
 
 class ComparisonRow(Schema):
@@ -42,7 +42,7 @@ class ComparisonRow(Schema):
     """Per sample, forward and backward."""
     states_bytes: int
     """Parameters, gradients, master copy and moments over all ranks."""
-    kept_bytes: int
+    saved_bytes: int = stored_as("kept_bytes")
     """Kept for backward by one sample."""
     floor_bytes: int
     """The least that ZeRO-3 needs whole on every rank."""
@@ -64,7 +64,7 @@ class ScalePoint(Schema):
     """Model width, tokens per sample, or layers."""
     operator: str
     states_bytes: int
-    kept_bytes: int
+    saved_bytes: int = stored_as("kept_bytes")
 
 
 class Threshold(Schema):
@@ -79,8 +79,8 @@ class Threshold(Schema):
 
 def state_bytes_per_parameter(training: TrainingSpec) -> int:
     """Parameter, accumulated gradient, master copy and moments."""
-    wide, moment = widths(training)
-    return training.dtype_bytes + DTYPE_BYTES[training.accumulation_dtype] + wide + moment * moments(training)
+    wide, site = widths(training)
+    return training.dtype_bytes + DTYPE_BYTES[training.accumulation_dtype] + wide + site * moments(training)
 
 
 def operators(spec: ModelSpec, alpha_ranks: Sequence[int] = ALPHA_RANKS) -> Iterator[tuple[str, int | None, ModelSpec]]:
@@ -99,7 +99,7 @@ def clusters(gpu: str) -> Iterator[ClusterSpec]:
         InputError: for an unknown GPU.
     """
     name, known = find_gpu(gpu)
-    whole = int(catalogue().nodes[known.node].gpus.value)
+    whole = int(catalog().nodes[known.node].gpus.value)
     count = 1
     while count < whole:
         yield named_cluster(f"{count}x{name}")
@@ -110,10 +110,12 @@ def clusters(gpu: str) -> Iterator[ClusterSpec]:
         nodes *= 2
 
 
-def smallest_cluster(spec: ModelSpec, gpu: str, training: TrainingSpec, wishes: Wishes) -> ClusterSpec | None:
+def smallest_cluster(
+    spec: ModelSpec, gpu: str, training: TrainingSpec, constraints: SearchConstraints
+) -> ClusterSpec | None:
     """The first of `clusters` that trains a model with one sample per rank; None if none does."""
     for cluster in clusters(gpu):
-        if leanest_usage(spec, cluster, training, wishes) <= 1:
+        if min_utilization(spec, cluster, training, constraints) <= 1:
             return cluster
     return None
 
@@ -132,10 +134,10 @@ def compare(
     Raises:
         InputError: for an unknown GPU, or a rank that does not suit the model.
     """
-    w = Widths.of(training.dtype_bytes, "cuda")
+    sizes = DtypeSizes.of(training.dtype_bytes, "cuda")
     for name, rank, model in operators(spec, alpha_ranks):
         cluster = smallest_cluster(model, gpu, training, NO_OFFLOAD)
-        offload = smallest_cluster(model, gpu, training, Wishes())
+        offload = smallest_cluster(model, gpu, training, SearchConstraints())
         best = None if cluster is None else Searcher(model, cluster, training, NO_OFFLOAD).best()
         parameters = count_parameters(model).total
         yield ComparisonRow(
@@ -145,11 +147,13 @@ def compare(
             parameters=parameters,
             training_flops=count_flops(model).training_step,
             states_bytes=parameters * state_bytes_per_parameter(training),
-            kept_bytes=kept_bytes(model, 1, w),
-            floor_bytes=atomic_floor(model, training, choose_tile(model, 1 if cluster is None else cluster.ranks)),
+            saved_bytes=saved_bytes(model, 1, sizes),
+            floor_bytes=gathered_floor_bytes(
+                model, training, choose_tile(model, 1 if cluster is None else cluster.world_size)
+            ),
             cluster=None if cluster is None else cluster.name,
             offload_cluster=None if offload is None else offload.name,
-            ranks=None if cluster is None else cluster.ranks,
+            ranks=None if cluster is None else cluster.world_size,
             sample_s=None if best is None else best.sample_seconds,
         )
 
@@ -184,14 +188,14 @@ def _steps(spec: ModelSpec, axis: Axis) -> list[int]:
 
 def scale(spec: ModelSpec, training: TrainingSpec, alpha_rank: int = 16) -> Iterator[ScalePoint]:
     """Memory against width, tokens and depth, for full Translution, its low-rank form and attention."""
-    w = Widths.of(training.dtype_bytes, "cuda")
+    sizes = DtypeSizes.of(training.dtype_bytes, "cuda")
     for name, _, model in operators(spec, (alpha_rank,)):
         for axis in AXES:
             for step in _steps(spec, axis):
                 value, larger = scaled(model, axis, step)
                 states = count_parameters(larger).total * state_bytes_per_parameter(training)
-                kept = kept_bytes(larger, 1, w)
-                yield ScalePoint(axis=axis, value=value, operator=name, states_bytes=states, kept_bytes=kept)
+                kept = saved_bytes(larger, 1, sizes)
+                yield ScalePoint(axis=axis, value=value, operator=name, states_bytes=states, saved_bytes=kept)
 
 
 def thresholds(spec: ModelSpec, gpu: str, training: TrainingSpec, axes: Sequence[Axis] = AXES) -> Iterator[Threshold]:
@@ -212,13 +216,13 @@ def thresholds(spec: ModelSpec, gpu: str, training: TrainingSpec, axes: Sequence
         for cluster in whole:
 
             def fits(step: int, axis: Axis = axis, cluster: ClusterSpec = cluster) -> bool:
-                return leanest_usage(scaled(model, axis, step)[1], cluster, training, NO_OFFLOAD) <= 1
+                return min_utilization(scaled(model, axis, step)[1], cluster, training, NO_OFFLOAD) <= 1
 
-            step = most(fits, 1, 8 * max(_steps(spec, axis)))
+            step = largest_that_fits(fits, 1, 8 * max(_steps(spec, axis)))
             largest = None if step is None else scaled(model, axis, step)[0]
             yield Threshold(axis=axis, operator="full Translution", nodes=cluster.nodes, largest=largest)
 
 
 def _is_whole(cluster: ClusterSpec) -> bool:
     _, known = find_gpu(cluster.gpu or "")
-    return cluster.ranks_per_node == int(catalogue().nodes[known.node].gpus.value)
+    return cluster.ranks_per_node == int(catalog().nodes[known.node].gpus.value)

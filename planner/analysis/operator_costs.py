@@ -8,8 +8,8 @@ from ..common.errors import InputError
 from ..config.model import OPERATORS, ModelSpec, Operator, parse_model_spec
 from ..costs.flops import count_flops
 from ..costs.parameters import count_parameters
-from ..memory.activations import kept_bytes
-from ..simulator.network.ops import Widths
+from ..memory.activations import saved_bytes
+from ..simulator.network.ops import DtypeSizes
 
 STATE_BYTES = 16
 """Of AdamW in fp32 for each parameter: itself, its gradient and two moments."""
@@ -24,7 +24,7 @@ LABELS = {
 """Operators in words."""
 
 
-def describe(spec: ModelSpec, micro_batch: int, widths: Widths) -> dict[str, Any]:
+def describe(spec: ModelSpec, micro_batch: int, widths: DtypeSizes) -> dict[str, Any]:
     """Costs of one model: parameters, operations and activations, published way and ours.
 
     Args:
@@ -33,12 +33,12 @@ def describe(spec: ModelSpec, micro_batch: int, widths: Widths) -> dict[str, Any
         widths: bytes of its values.
     """
     parameters, flops = count_parameters(spec), count_flops(spec)
-    published = kept_bytes(spec, micro_batch, widths, "gather")
+    published = saved_bytes(spec, micro_batch, widths, "gather")
     return {
         "operator": spec.operator,
         "parameters": parameters.model_dump(),
         "training_state_bytes": parameters.total * STATE_BYTES,
-        "activations_bytes": {"published": published, "ours": kept_bytes(spec, micro_batch, widths)},
+        "activations_bytes": {"published": published, "ours": saved_bytes(spec, micro_batch, widths)},
         "flops_per_sample": flops.model_dump(),
     }
 
@@ -57,7 +57,7 @@ def with_operator(spec: ModelSpec, operator: Operator) -> ModelSpec | None:
         return None
 
 
-def compare_operators(spec: ModelSpec, micro_batch: int, widths: Widths) -> list[dict[str, Any]]:
+def compare_operators(spec: ModelSpec, micro_batch: int, widths: DtypeSizes) -> list[dict[str, Any]]:
     """`describe` of a model with its own operator, then with each of the others that it allows."""
     order: tuple[Operator, ...] = (spec.operator, *(name for name in OPERATORS if name != spec.operator))
     return [describe(other, micro_batch, widths) for name in order if (other := with_operator(spec, name))]

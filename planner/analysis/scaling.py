@@ -10,8 +10,8 @@ from ..config.model import ModelSpec, VitSpec
 from ..config.training import TrainingSpec
 from ..costs.parameters import count_parameters
 from ..hardware.cluster import ClusterSpec
-from ..search.candidate import Candidate, predicted, with_nodes
-from ..search.constraints import Wishes
+from ..search.candidate import Candidate, replay_memory, with_nodes
+from ..search.constraints import SearchConstraints
 from ..search.explain import shortage
 from ..search.searcher import Searcher
 from ..timing.step_time import estimate_step_time
@@ -64,18 +64,18 @@ class GrowthPoint(Schema):
 
 def _words(candidate: Candidate) -> str:
     checkpoints = {"none": "", "block": ", checkpointing", "offload": ", checkpoints on the host"}
-    batch = f"{candidate.training.micro_batch} × {candidate.training.accumulation}"
-    return f"{candidate.family.text}{checkpoints[candidate.spec.checkpointing]}, {batch} samples"
+    batch = f"{candidate.training.micro_batch} × {candidate.training.gradient_accumulation_steps}"
+    return f"{candidate.strategy.text}{checkpoints[candidate.spec.checkpointing]}, {batch} samples"
 
 
 def _why_not(searcher: Searcher) -> str:
-    closest = min(searcher.nearest.values(), key=lambda candidate: candidate.usage, default=None)
+    closest = min(searcher.closest.values(), key=lambda candidate: candidate.peak_utilization, default=None)
     if closest is None:
-        return next(iter(searcher.refused.values()), "no plan was possible")
+        return next(iter(searcher.infeasible.values()), "no plan was possible")
     capacity = searcher.capacities[closest.cluster.nodes]
-    if closest.usage <= 1:
-        return f"{closest.family.text}: fits by its closed form, not when replayed"
-    return f"{closest.family.text}: {shortage(closest, capacity)}"
+    if closest.peak_utilization <= 1:
+        return f"{closest.strategy.text}: fits by its closed form, not when replayed"
+    return f"{closest.strategy.text}: {shortage(closest, capacity)}"
 
 
 def best_point(spec: ModelSpec, operator: str, cluster: ClusterSpec, training: TrainingSpec) -> PlanPoint:
@@ -90,7 +90,7 @@ def best_point(spec: ModelSpec, operator: str, cluster: ClusterSpec, training: T
     Raises:
         InputError: if the cluster lacks a rate, or the data does not suit the model.
     """
-    searcher = Searcher(spec, cluster, training, Wishes(all_nodes=True))
+    searcher = Searcher(spec, cluster, training, SearchConstraints(all_nodes=True))
     best = searcher.best()
     common = {
         "model": spec.name,
@@ -101,7 +101,7 @@ def best_point(spec: ModelSpec, operator: str, cluster: ClusterSpec, training: T
     }
     if best is None:
         return PlanPoint.model_validate(dict.fromkeys(PlanPoint.model_fields) | common | {"reason": _why_not(searcher)})
-    memory = predicted(best)
+    memory = replay_memory(best)
     time = estimate_step_time(best.spec, best.cluster, best.training, best.zero, best.tile_relations)
     low, high = memory.device_interval_bytes or (memory.peak_bytes, memory.peak_bytes)
     return PlanPoint.model_validate(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails, PydanticUndefined
 
 from .errors import InputError, nearest
 
@@ -16,7 +16,25 @@ T = TypeVar("T")
 class Schema(BaseModel):
     """Frozen pydantic model that rejects unknown keys and non-finite numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        defer_build=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+        serialize_by_alias=True,
+    )
+
+
+def stored_as(key: str, default: Any = PydanticUndefined) -> Any:
+    """A field that JSON and YAML store under another key than its name; both are read.
+
+    Args:
+        key: the stored key, kept so that older plans and scripts still read it.
+        default: the value of an absent field; without one the field is required.
+    """
+    return Field(default, validation_alias=key, serialization_alias=key)
 
 
 def _describe(error: ErrorDetails, known_fields: tuple[str, ...]) -> str:

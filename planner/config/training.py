@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from ..common.schema import Schema
+from ..common.schema import Schema, stored_as
 from .datasets import PLACED_DIGITS, READ_FROM_PATH, DataKind
 from .model import Positive
 
@@ -33,7 +33,7 @@ class TrainingSpec(Schema):
     """Keep the optimizer's moments in bf16 too, with bf16_master."""
     micro_batch: Positive = 8
     """Samples per rank and forward pass."""
-    accumulation: Positive = 1
+    gradient_accumulation_steps: Positive = stored_as("accumulation", 1)
     """Micro-batches per optimizer step."""
     steps: Positive = 100
     """Optimizer steps of the whole run."""
@@ -157,6 +157,6 @@ class TrainingSpec(Schema):
         """Dtype of the optimizer's moments."""
         return "bf16" if self.bf16_states else "fp32"
 
-    def global_batch(self, ranks: int) -> int:
+    def global_batch(self, world_size: int) -> int:
         """Samples per optimizer step over all ranks."""
-        return self.micro_batch * self.accumulation * ranks
+        return self.micro_batch * self.gradient_accumulation_steps * world_size

@@ -39,7 +39,7 @@ class OffloadOptimizer(Schema):
     def _check(self) -> OffloadOptimizer:
         _check_path(self)
         if self.device == "nvme":
-            least = least_buffers(self.pipeline_read, self.pipeline_write)
+            least = min_buffers(self.pipeline_read, self.pipeline_write)
             if self.buffer_count < least:
                 raise ValueError(f"buffer_count: {self.buffer_count} is not allowed: must be at least {least}")
         if self.ratio < 1 and self.device != "cpu":
@@ -47,7 +47,7 @@ class OffloadOptimizer(Schema):
         return self
 
 
-def least_buffers(pipeline_read: bool, pipeline_write: bool) -> int:
+def min_buffers(pipeline_read: bool, pipeline_write: bool) -> int:
     """Fewest buffers with which the optimizer's swapping to NVMe does not run dry.
 
     A sub-group's parameters, gradients and two moments take one each; reading and writing ahead

@@ -31,7 +31,7 @@ class Volumes:
 
 
 @lru_cache(maxsize=512)
-def volumes(spec: ModelSpec, tile_relations: int | None, ranks: int, persistence: int) -> Volumes:
+def volumes(spec: ModelSpec, tile_relations: int | None, world_size: int, persistence: int) -> Volumes:
     """Sizes of a model's tensors.
 
     Args:
@@ -44,7 +44,7 @@ def volumes(spec: ModelSpec, tile_relations: int | None, ranks: int, persistence
     elements = share = tensors = gathered = gathers = persistent = largest = tiles = half = full = 0
     for group in parameter_groups(spec, tile_relations):
         elements, tensors = elements + group.total, tensors + group.copies
-        part = -(-group.numel // ranks)
+        part = -(-group.numel // world_size)
         share += part * group.copies
         half += part * group.copies * (part * 2 < NVME_BLOCK_BYTES)
         full += part * group.copies * (part * 4 < NVME_BLOCK_BYTES)

@@ -164,10 +164,10 @@ def parameter_groups(spec: ModelSpec, tile_relations: int | None = None) -> tupl
 
 def count_parameters(spec: ModelSpec, tile_relations: int | None = None) -> ParameterCount:
     """Exact parameter counts of a model, in all and per component."""
-    return summarise(parameter_groups(spec, tile_relations))
+    return sum_parameters(parameter_groups(spec, tile_relations))
 
 
-def summarise(groups: Iterable[ParameterGroup]) -> ParameterCount:
+def sum_parameters(groups: Iterable[ParameterGroup]) -> ParameterCount:
     """Add up parameter groups."""
     components: dict[str, int] = {}
     largest = 0

@@ -145,7 +145,7 @@ def _offload(zero: ZeroSpec) -> dict[str, Any]:
     return result
 
 
-def deepspeed_config(training: TrainingSpec, zero: ZeroSpec, ranks: int) -> dict[str, Any]:
+def deepspeed_config(training: TrainingSpec, zero: ZeroSpec, world_size: int) -> dict[str, Any]:
     """The content of ``ds_config.json``.
 
     DeepSpeed's defaults that this overrides: gradient clipping 1.0 (runtime/constants.py), gradient
@@ -176,9 +176,9 @@ def deepspeed_config(training: TrainingSpec, zero: ZeroSpec, ranks: int) -> dict
             "sub_group_size": zero.sub_group_elements,
         }
     config: dict[str, Any] = {
-        "train_batch_size": training.global_batch(ranks),
+        "train_batch_size": training.global_batch(world_size),
         "train_micro_batch_size_per_gpu": training.micro_batch,
-        "gradient_accumulation_steps": training.accumulation,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "gradient_clipping": training.gradient_clipping,
         **_precision(training),
         "optimizer": _optimizer(training, zero),

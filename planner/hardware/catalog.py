@@ -91,7 +91,7 @@ class NodeSpec(Entry):
     nvme_write_bytes_per_s: Sourced
 
 
-class Catalogue(Entry):
+class Catalog(Entry):
     """All that the data file holds."""
 
     sources: dict[str, Source]
@@ -114,9 +114,9 @@ def read_data(name: str, adapter: TypeAdapter[T]) -> T:
 
 
 @functools.cache
-def catalogue() -> Catalogue:
-    """The catalogue, read once when first asked for."""
-    return read_data(CLUSTERS, TypeAdapter(Catalogue))
+def catalog() -> Catalog:
+    """The catalog, read once when first asked for."""
+    return read_data(CLUSTERS, TypeAdapter(Catalog))
 
 
 @functools.cache
@@ -142,7 +142,7 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
 
 
 def find_gpu(name: str, what: str = "gpu", others: Iterable[str] = ()) -> tuple[str, GpuSpec]:
-    """The GPU of a name in any case, and the name as the catalogue writes it.
+    """The GPU of a name in any case, and the name as the catalog writes it.
 
     Args:
         name: such as ``H100``.
@@ -161,7 +161,7 @@ def find_gpu(name: str, what: str = "gpu", others: Iterable[str] = ()) -> tuple[
 
 
 def find_node(name: str, what: str = "node") -> tuple[str, NodeSpec]:
-    """The node of a name in any case, and the name as the catalogue writes it.
+    """The node of a name in any case, and the name as the catalog writes it.
 
     Args:
         name: such as ``dgx-h100``.

@@ -1,7 +1,7 @@
 """Where a plan runs: nodes, ranks per node, the memory of each and what joins them.
 
 A cluster is named ``cpu:RANKS`` (this machine), ``8xH100`` (one node of eight), ``2x8xH100`` (two nodes
-of eight), ``dgx-h100`` or ``2xdgx-h100`` (nodes of the catalogue), or described in a YAML or JSON file,
+of eight), ``dgx-h100`` or ``2xdgx-h100`` (nodes of the catalog), or described in a YAML or JSON file,
 which may start from any of these names: ``base: 2x8xH100``.
 """
 
@@ -21,9 +21,9 @@ from ..common.schema import Schema, validate
 from ..common.units import GIB
 from ..config.model import Positive
 from .calibrated_rates import MeasuredRates
-from .catalog import GpuSpec, NodeSpec, catalogue, find_gpu, find_node, nearest_names
-from .device_overhead import GpuConstants, gpu_constants
-from .intervals import GpuOverrides, read_overrides
+from .catalog import GpuSpec, NodeSpec, catalog, find_gpu, find_node, nearest_names
+from .device_overhead import DeviceOverhead, device_overhead
+from .intervals import OverheadOverrides, read_overrides
 
 _DEFAULT_HOST_BYTES = 1024 * GIB
 
@@ -44,7 +44,7 @@ class ClusterSpec(Schema):
     host_memory_bytes: Positive = _DEFAULT_HOST_BYTES
     """Memory of one node beside the devices."""
     gpu: str | None = None
-    """Its name in the catalogue."""
+    """Its name in the catalog."""
     bf16_flops_per_s: Rate | None = None
     fp16_flops_per_s: Rate | None = None
     tf32_flops_per_s: Rate | None = None
@@ -68,17 +68,17 @@ class ClusterSpec(Schema):
     """Of all drives together."""
     price_per_gpu_hour: Rate | None = None
     """In whatever currency the user counts."""
-    gpu_constants: GpuOverrides | None = None
+    gpu_constants: OverheadOverrides | None = None
     """This machine's own figures of what a device holds beside torch's tensors."""
     measured: MeasuredRates | None = None
     """What `translution calibrate` measured; the rates above are peaks."""
 
     @property
-    def ranks(self) -> int:
+    def world_size(self) -> int:
         """Ranks in all, the ZeRO partition world size."""
         return self.nodes * self.ranks_per_node
 
-    def constants(self, *, expandable_segments: bool = False) -> GpuConstants | None:
+    def device_overhead(self, *, expandable_segments: bool = False) -> DeviceOverhead | None:
         """What a rank's GPU holds beside torch's tensors; None for CPU ranks.
 
         Args:
@@ -86,8 +86,8 @@ class ClusterSpec(Schema):
         """
         if self.device == "cpu":
             return None
-        return gpu_constants(
-            self.gpu, self.ranks, self.nodes, self.gpu_constants, expandable_segments=expandable_segments
+        return device_overhead(
+            self.gpu, self.world_size, self.nodes, self.gpu_constants, expandable_segments=expandable_segments
         )
 
 
@@ -147,13 +147,13 @@ def _node_fields(node: NodeSpec, ranks_per_node: int) -> dict[str, Any]:
 
 
 def _gpu_cluster(nodes: int, ranks_per_node: int, gpu_name: str) -> dict[str, Any]:
-    name, gpu = find_gpu(gpu_name, "cluster", catalogue().nodes)
+    name, gpu = find_gpu(gpu_name, "cluster", catalog().nodes)
     return {
         "name": f"{nodes}x{ranks_per_node}x{name}",
         "nodes": nodes,
         "ranks_per_node": ranks_per_node,
         **_gpu_fields(name, gpu),
-        **_node_fields(catalogue().nodes[gpu.node], ranks_per_node),
+        **_node_fields(catalog().nodes[gpu.node], ranks_per_node),
     }
 
 
@@ -164,7 +164,7 @@ def _node_cluster(nodes: int, node_name: str) -> dict[str, Any]:
         "name": f"{nodes}x{name}",
         "nodes": nodes,
         "ranks_per_node": ranks_per_node,
-        **_gpu_fields(node.gpu, catalogue().gpus[node.gpu]),
+        **_gpu_fields(node.gpu, catalog().gpus[node.gpu]),
         **_node_fields(node, ranks_per_node),
     }
 
@@ -172,7 +172,7 @@ def _node_cluster(nodes: int, node_name: str) -> dict[str, Any]:
 def named_cluster(name: str) -> ClusterSpec:
     """The cluster that a name describes.
 
-    A node with fewer or more GPUs than the catalogue's has a proportional share of its host memory,
+    A node with fewer or more GPUs than the catalog's has a proportional share of its host memory,
     cores, network adapters and drives.
 
     Raises:
@@ -183,13 +183,13 @@ def named_cluster(name: str) -> ClusterSpec:
         return local_cpu_cluster(int(cpu[1]))
     node = re.fullmatch(r"(?:(\d{1,6})x)?(\w[\w.-]*)", name, re.ASCII)
     gpus = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x([A-Za-z0-9-]+)", name, re.ASCII)
-    known_nodes = {key.lower() for key in catalogue().nodes}
+    known_nodes = {key.lower() for key in catalog().nodes}
     if node and node[2].lower() in known_nodes:
         data = _node_cluster(int(node[1] or 1), node[2])
     elif gpus:
         data = _gpu_cluster(int(gpus[1] or 1), int(gpus[2]), gpus[3])
     else:
-        hint = nearest_names(name, (*catalogue().nodes, *catalogue().gpus))
+        hint = nearest_names(name, (*catalog().nodes, *catalog().gpus))
         raise InputError(f"cluster: {name[:60]!r} is not allowed: {_FORMS}{hint}")
     return validate(_CLUSTER, data, f"cluster {name!r}", _FIELDS)
 

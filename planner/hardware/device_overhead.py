@@ -6,8 +6,8 @@
 - *nccl*, *nccl_host*: buffers of the communicators on the device and on the host.
 - fragmentation: the share of torch's reserve that no tensor can use, and what was rounded up.
 
-Figures that others measured stand in ``data/gpu_constants.yaml``. A source that says *estimate, not
-measured* is a guess. The figures of a measured machine replace any of them: `GpuOverrides`.
+Figures that others measured stand in ``data/device_overhead.yaml``. A source that says *estimate, not
+measured* is a guess. The figures of a measured machine replace any of them: `OverheadOverrides`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from collections.abc import Mapping, Sequence
 from pydantic import TypeAdapter
 
 from ..common.errors import InputError
-from ..common.schema import Schema
+from ..common.schema import Schema, stored_as
 from ..common.units import KIB, MIB
 from .caching_allocator import block_bytes
-from .catalog import Entry, Generation, catalogue, find_gpu, read_data
-from .intervals import ESTIMATE, Bytes, ConstantEntry, FractionInterval, GpuOverrides, Level, Tier, read_overrides
+from .catalog import Entry, Generation, catalog, find_gpu, read_data
+from .intervals import ESTIMATE, Bytes, FractionInterval, Level, OverheadItem, OverheadOverrides, Tier, read_overrides
 from .nccl import Channels, alone, by_host_memory, by_nvlink, rccl
 
-__all__ = ["ConstantEntry", "GpuConstants", "GpuOverrides", "gpu_constants", "read_overrides"]
+__all__ = ["DeviceOverhead", "OverheadItem", "OverheadOverrides", "device_overhead", "read_overrides"]
 
 FRAGMENTATION = FractionInterval(
     low=0.02,
@@ -38,22 +38,22 @@ FRAGMENTATION_EXPANDABLE = FractionInterval(low=0.0, likely=0.03, high=0.1, sour
 """With ``expandable_segments``: pages of one stream and pool join, so that only rounding and gaps stay."""
 
 
-class GpuConstants(Schema):
+class DeviceOverhead(Schema):
     """The entries of one rank, and how much of torch's reserve goes to waste."""
 
     gpu: str | None
     """None where no GPU was named: then each interval spans those of all."""
-    entries: tuple[ConstantEntry, ...]
+    breakdown: tuple[OverheadItem, ...] = stored_as("entries")
     fragmentation: FractionInterval
     """Of the bytes that torch has reserved when the most are allocated."""
 
-    def entry(self, name: str) -> ConstantEntry:
+    def item(self, name: str) -> OverheadItem:
         """The entry of a name.
 
         Raises:
             KeyError: if there is none.
         """
-        return {entry.name: entry for entry in self.entries}[name]
+        return {item.name: item for item in self.breakdown}[name]
 
     def total(self, level: Level = "likely", tier: Tier = "device", *, in_torch: bool | None = None) -> int:
         """Bytes of a tier's entries together.
@@ -64,9 +64,9 @@ class GpuConstants(Schema):
             in_torch: only entries that torch counts as allocated, only the others, or None for all.
         """
         return sum(
-            entry.of(level)
-            for entry in self.entries
-            if entry.tier == tier and (in_torch is None or entry.in_torch == in_torch)
+            item.of(level)
+            for item in self.breakdown
+            if item.tier == tier and (in_torch is None or item.in_torch == in_torch)
         )
 
     def reserved_bytes(self, allocated_bytes: int, level: Level = "likely") -> int:
@@ -101,17 +101,17 @@ class _Observed(Entry):
 
 @functools.cache
 def _observed() -> _Observed:
-    return read_data("gpu_constants.yaml", TypeAdapter(_Observed))
+    return read_data("device_overhead.yaml", TypeAdapter(_Observed))
 
 
-def _measured(name: str, interval: _Interval, formula: str) -> ConstantEntry:
+def _measured(name: str, interval: _Interval, formula: str) -> OverheadItem:
     low, likely, high = (value * MIB for value in interval.mib)
-    return ConstantEntry(
+    return OverheadItem(
         name=name, low_bytes=low, likely_bytes=likely, high_bytes=high, formula=formula, source=interval.source
     )
 
 
-def _blas(generation: Generation) -> ConstantEntry:
+def _blas(generation: Generation) -> OverheadItem:
     """One workspace for each thread that multiplies and each stream it multiplies on."""
     if generation == "cdna3":
         first, one, text = 128 * MIB, (128 + 76) * MIB, "128 MiB of rocBLAS and 76 MiB of hipBLASLt"
@@ -120,7 +120,7 @@ def _blas(generation: Generation) -> ConstantEntry:
     else:
         size = 2 * 4096 * KIB + 8 * 16 * KIB
         first, one, text = size, size, ":4096:2:16:8, shared with cuBLASLt"
-    return ConstantEntry(
+    return OverheadItem(
         name="blas_workspace",
         in_torch=True,
         low_bytes=block_bytes(first),
@@ -131,52 +131,52 @@ def _blas(generation: Generation) -> ConstantEntry:
     )
 
 
-def _nccl(gpu: str, generation: Generation, ranks: int, nodes: int) -> list[ConstantEntry]:
-    if ranks == 1:
+def _nccl(gpu: str, generation: Generation, world_size: int, nodes: int) -> list[OverheadItem]:
+    if world_size == 1:
         return alone()
     if generation == "cdna3":
         return rccl()
     observed = _observed().channels[gpu]
-    channels, per_node = Channels(*observed.count, observed.source), -(-ranks // nodes)
+    channels, per_node = Channels(*observed.count, observed.source), -(-world_size // nodes)
     if generation == "ada":
         return by_host_memory(channels, per_node, nodes)
     return by_nvlink(generation, channels, per_node, nodes)
 
 
-def _entries(gpu: str, ranks: int, nodes: int) -> list[ConstantEntry]:
-    generation = catalogue().gpus[gpu].generation
+def _entries(gpu: str, world_size: int, nodes: int) -> list[OverheadItem]:
+    generation = catalog().gpus[gpu].generation
     return [
         _measured("driver_reserve", _observed().driver_reserve[gpu], "total by the driver less what torch sees"),
         _measured("context", _observed().context[generation], "context and kernels; high: all kernels loaded at once"),
         _blas(generation),
-        *_nccl(gpu, generation, ranks, nodes),
+        *_nccl(gpu, generation, world_size, nodes),
     ]
 
 
-def _span(entries: Sequence[ConstantEntry]) -> ConstantEntry:
+def _span(breakdown: Sequence[OverheadItem]) -> OverheadItem:
     """One entry whose interval spans those of all GPUs."""
     values = {
-        "low_bytes": min(entry.low_bytes for entry in entries),
-        "likely_bytes": max(entry.likely_bytes for entry in entries),
-        "high_bytes": max(entry.high_bytes for entry in entries),
-        "formula": "no GPU named: spans those of the catalogue",
+        "low_bytes": min(item.low_bytes for item in breakdown),
+        "likely_bytes": max(item.likely_bytes for item in breakdown),
+        "high_bytes": max(item.high_bytes for item in breakdown),
+        "formula": "no GPU named: spans those of the catalog",
         "source": ESTIMATE,
     }
-    return entries[0].model_copy(update=values)
+    return breakdown[0].model_copy(update=values)
 
 
-def gpu_constants(
+def device_overhead(
     gpu: str | None,
-    ranks: int,
+    world_size: int,
     nodes: int,
-    overrides: Mapping[str, object] | GpuOverrides | None = None,
+    overrides: Mapping[str, object] | OverheadOverrides | None = None,
     *,
     expandable_segments: bool = False,
-) -> GpuConstants:
+) -> DeviceOverhead:
     """The entries of one rank.
 
     Args:
-        gpu: its name in the catalogue; None spans all.
+        gpu: its name in the catalog; None spans all.
         ranks: ranks in all, one per GPU.
         nodes: nodes that they share equally.
         overrides: a machine's own figures.
@@ -185,20 +185,20 @@ def gpu_constants(
     Raises:
         InputError: for an unknown GPU, fewer ranks than nodes, or a bad override.
     """
-    if not 1 <= nodes <= ranks:
-        raise InputError(f"nodes: {nodes} is not allowed: must be from 1 to {ranks}, the ranks")
+    if not 1 <= nodes <= world_size:
+        raise InputError(f"nodes: {nodes} is not allowed: must be from 1 to {world_size}, the ranks")
     given = read_overrides(overrides)
     if gpu is None:
-        of_all = [_entries(name, ranks, nodes) for name in catalogue().gpus]
-        entries = [_span(same) for same in zip(*of_all, strict=True)]
+        of_all = [_entries(name, world_size, nodes) for name in catalog().gpus]
+        breakdown = [_span(same) for same in zip(*of_all, strict=True)]
     else:
         gpu, _ = find_gpu(gpu)
-        entries = _entries(gpu, ranks, nodes)
+        breakdown = _entries(gpu, world_size, nodes)
     replaced = []
-    for entry in entries:
-        own = getattr(given, entry.name)
+    for item in breakdown:
+        own = getattr(given, item.name)
         if own is not None:
-            entry = entry.model_copy(update=own.model_dump() | {"formula": "as given"})
-        replaced.append(entry)
+            item = item.model_copy(update=own.model_dump() | {"formula": "as given"})
+        replaced.append(item)
     fragmentation = FRAGMENTATION_EXPANDABLE if expandable_segments else FRAGMENTATION
-    return GpuConstants(gpu=gpu, entries=tuple(replaced), fragmentation=given.fragmentation or fragmentation)
+    return DeviceOverhead(gpu=gpu, breakdown=tuple(replaced), fragmentation=given.fragmentation or fragmentation)

@@ -35,7 +35,7 @@ class ByteInterval(Schema):
         return self
 
 
-class ConstantEntry(ByteInterval):
+class OverheadItem(ByteInterval):
     """One thing that takes memory of a rank's device, or of its host."""
 
     name: str
@@ -87,7 +87,7 @@ GivenBytes: TypeAlias = Annotated[ByteInterval, BeforeValidator(_spread_bytes)]
 GivenFraction: TypeAlias = Annotated[FractionInterval, BeforeValidator(_spread_fraction)]
 
 
-class GpuOverrides(Schema):
+class OverheadOverrides(Schema):
     """A machine's own figures; None leaves an entry as it is, and one number stands for all three."""
 
     driver_reserve: GivenBytes | None = None
@@ -98,10 +98,12 @@ class GpuOverrides(Schema):
     fragmentation: GivenFraction | None = None
 
 
-_OVERRIDES: TypeAdapter[GpuOverrides] = TypeAdapter(GpuOverrides)
+_OVERRIDES: TypeAdapter[OverheadOverrides] = TypeAdapter(OverheadOverrides)
 
 
-def read_overrides(data: Mapping[str, object] | GpuOverrides | None, what: str = "gpu_constants") -> GpuOverrides:
+def read_overrides(
+    data: Mapping[str, object] | OverheadOverrides | None, what: str = "gpu_constants"
+) -> OverheadOverrides:
     """Overrides from a mapping, such as a field of a YAML file.
 
     Args:
@@ -111,6 +113,6 @@ def read_overrides(data: Mapping[str, object] | GpuOverrides | None, what: str =
     Raises:
         InputError: for an unknown key, or a figure that is negative or out of order.
     """
-    if isinstance(data, GpuOverrides):
+    if isinstance(data, OverheadOverrides):
         return data
-    return validate(_OVERRIDES, {} if data is None else data, what, tuple(GpuOverrides.model_fields))
+    return validate(_OVERRIDES, {} if data is None else data, what, tuple(OverheadOverrides.model_fields))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..common.units import MIB
 from .catalog import Generation
-from .intervals import ESTIMATE, ConstantEntry
+from .intervals import ESTIMATE, OverheadItem
 
 COMMUNICATORS = 2
 """Of a DeepSpeed rank: torch's default group for barriers, and its clone for the rest (groups.py:723)."""
@@ -53,10 +53,10 @@ class Channels(NamedTuple):
 
 def _pair(
     sizes: tuple[int, int, int], hosts: tuple[int, int, int], formula: str, source: str, host_source: str
-) -> list[ConstantEntry]:
+) -> list[OverheadItem]:
     """The device's entry and the host's."""
     return [
-        ConstantEntry(
+        OverheadItem(
             name="nccl",
             low_bytes=sizes[0],
             likely_bytes=sizes[1],
@@ -64,7 +64,7 @@ def _pair(
             formula=formula,
             source=source,
         ),
-        ConstantEntry(
+        OverheadItem(
             name="nccl_host",
             tier="host",
             low_bytes=hosts[0],
@@ -76,12 +76,12 @@ def _pair(
     ]
 
 
-def alone() -> list[ConstantEntry]:
+def alone() -> list[OverheadItem]:
     """The entries of a rank without peers, which makes no connection."""
     return _pair(_BASE, (0, 0, 0), "communicators without peers", _BASE_SOURCE, "no connection")
 
 
-def rccl() -> list[ConstantEntry]:
+def rccl() -> list[OverheadItem]:
     """The entries of an AMD rank with peers."""
     return _pair(
         (666 * MIB, 1690 * MIB, COMMUNICATORS * 64 * 2 * _DIRECTION),
@@ -99,7 +99,7 @@ def _outward(channels: Channels, per_node: int, nodes: int) -> list[int]:
     return [-(-count // per_node) if nodes > 1 else 0 for count in counts]
 
 
-def by_nvlink(generation: Generation, channels: Channels, per_node: int, nodes: int) -> list[ConstantEntry]:
+def by_nvlink(generation: Generation, channels: Channels, per_node: int, nodes: int) -> list[OverheadItem]:
     """The entries of a rank whose node has NVLink.
 
     Low is one communicator with rings; likely one with rings, trees and NVLS, and another with rings;
@@ -145,7 +145,7 @@ def by_nvlink(generation: Generation, channels: Channels, per_node: int, nodes: 
     )
 
 
-def by_host_memory(channels: Channels, per_node: int, nodes: int) -> list[ConstantEntry]:
+def by_host_memory(channels: Channels, per_node: int, nodes: int) -> list[OverheadItem]:
     """The entries of a rank whose node has PCIe only: buffers in host memory, with peer access on the GPU.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..costs.optimizer_state import state_name
 from ..simulator.engine import base as names
-from ..simulator.engine.base import Setting
+from ..simulator.engine.base import EngineConfig
 from ..simulator.network.model import MICRO_BATCHES, OFFLOADED
 from ..simulator.network.ops import ACTIVATIONS, CASTS, GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS
 from ..simulator.network.relation_ops import ATTENTION, WORKSPACE
@@ -42,7 +42,7 @@ _FIXED: dict[str, tuple[str, str]] = {
 }
 
 
-def entry_text(name: str, setting: Setting) -> tuple[str, str]:
+def describe_item(name: str, config: EngineConfig) -> tuple[str, str]:
     """Formula in words and source of an entry.
 
     Args:
@@ -51,7 +51,7 @@ def entry_text(name: str, setting: Setting) -> tuple[str, str]:
     """
     if name in _FIXED:
         return _FIXED[name]
-    training, zero = setting.training, setting.zero
+    training, zero = config.training, config.zero
     optimizer = _ZERO3 if zero.stage == 3 else _ZERO12
 
     def shared(stage: int) -> str:

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-from ..common.schema import Schema
+from ..common.schema import Schema, stored_as
 from ..common.units import format_bytes
 from ..config.model import ModelSpec
 from ..config.training import TrainingSpec
 from ..config.zero import ZeroSpec
 from ..costs.parameters import TABLES, parameter_groups
 from ..hardware.cluster import ClusterSpec
-from ..hardware.device_overhead import GpuConstants
+from ..hardware.device_overhead import DeviceOverhead
 from ..simulator.core.storage import Peak
 from ..simulator.core.tiers import Tier
-from ..simulator.engine.base import Setting
+from ..simulator.engine.base import EngineConfig
 from ..simulator.lifecycle import (
     BACKWARD,
     BETWEEN,
@@ -32,19 +32,31 @@ from ..simulator.lifecycle import (
     Simulation,
     simulate,
 )
-from .breakdown_text import entry_text
+from .breakdown_text import describe_item
 
 BOOKKEEPING = "bookkeeping"
 BOOKKEEPING_BYTES = 2**16
 """Scalars, counts of steps, the order of the samples: measured below this on CPU ranks of small runs."""
 TRAINING_PHASES = (FORWARD, BACKWARD, STEP)
 __all__ = [
-    "BACKWARD", "BETWEEN", "FIRST_STEP", "FORWARD", "INIT", "PHASES", "RESUME", "SAVE", "STEP",
-    "LedgerEntry", "MemoryEstimate", "PhasePeak", "atomic_floor", "estimate_memory",
+    "BACKWARD",
+    "BETWEEN",
+    "FIRST_STEP",
+    "FORWARD",
+    "INIT",
+    "PHASES",
+    "RESUME",
+    "SAVE",
+    "STEP",
+    "BreakdownItem",
+    "MemoryEstimate",
+    "PhasePeak",
+    "estimate_memory",
+    "gathered_floor_bytes",
 ]  # fmt: skip
 
 
-class LedgerEntry(Schema):
+class BreakdownItem(Schema):
     """One thing that takes memory at a moment."""
 
     name: str
@@ -60,14 +72,14 @@ class PhasePeak(Schema):
     phase: str
     tier: Tier
     bytes: int
-    moment: str
+    site: str = stored_as("moment")
     """Where in the schedule it is."""
-    entries: tuple[LedgerEntry, ...]
+    breakdown: tuple[BreakdownItem, ...] = stored_as("entries")
     """Largest first."""
 
     def of(self, name: str) -> int:
         """Bytes of an entry, 0 if there is none."""
-        return sum(entry.bytes for entry in self.entries if entry.name == name)
+        return sum(entry.bytes for entry in self.breakdown if entry.name == name)
 
 
 class MemoryEstimate(Schema):
@@ -79,7 +91,7 @@ class MemoryEstimate(Schema):
 
     peaks: tuple[PhasePeak, ...]
     """One for each phase and each tier that holds anything."""
-    kept_bytes: int
+    saved_bytes: int = stored_as("kept_bytes")
     """What one micro-batch's forward pass keeps for backward on the device itself, parameters left out."""
     own_tier: Tier
     """Where the rank computes: "device", or "host" for a CPU rank."""
@@ -126,31 +138,31 @@ class MemoryEstimate(Schema):
         return max(self.bytes_of(phase, "host") + self.bytes_of(phase, "pinned") for phase in PHASES)
 
 
-def _entries(peak: Peak, setting: Setting) -> Iterator[LedgerEntry]:
+def _entries(peak: Peak, config: EngineConfig) -> Iterator[BreakdownItem]:
     for name, size in sorted(peak.live_bytes.items(), key=lambda item: -item[1]):
         if size:
-            formula, source = entry_text(name, setting)
-            yield LedgerEntry(name=name, bytes=size, formula=formula, source=source)
+            formula, source = describe_item(name, config)
+            yield BreakdownItem(name=name, bytes=size, formula=formula, source=source)
 
 
-def _constants(constants: GpuConstants, tier: Tier, tensor_bytes: int) -> Iterator[LedgerEntry]:
+def _overhead_items(overhead: DeviceOverhead, tier: Tier, tensor_bytes: int) -> Iterator[BreakdownItem]:
     """What a GPU rank holds beside torch's tensors, at the likeliest figures of their intervals."""
-    for entry in constants.entries:
+    for entry in overhead.breakdown:
         if entry.tier == tier and entry.likely_bytes:
             interval = f"{format_bytes(entry.low_bytes)} to {format_bytes(entry.high_bytes)}"
             formula = f"{entry.formula}; {interval}"
-            yield LedgerEntry(
+            yield BreakdownItem(
                 name=entry.name.replace("_", " "), bytes=entry.likely_bytes, formula=formula, source=entry.source
             )
     if tier == "device":
-        allocated = tensor_bytes + constants.total("likely", in_torch=True)
-        waste = constants.reserved_bytes(allocated) - allocated
-        shares = constants.fragmentation
+        allocated = tensor_bytes + overhead.total("likely", in_torch=True)
+        waste = overhead.reserved_bytes(allocated) - allocated
+        shares = overhead.fragmentation
         formula = f"{shares.likely:.0%} of what torch reserves; {shares.low:.0%} to {shares.high:.0%}"
-        yield LedgerEntry(name="fragmentation", bytes=waste, formula=formula, source=shares.source)
+        yield BreakdownItem(name="fragmentation", bytes=waste, formula=formula, source=shares.source)
 
 
-def ledger(simulation: Simulation, setting: Setting, constants: GpuConstants | None) -> MemoryEstimate:
+def ledger(simulation: Simulation, config: EngineConfig, overhead: DeviceOverhead | None) -> MemoryEstimate:
     """The ledger of a replayed life.
 
     Args:
@@ -160,23 +172,23 @@ def ledger(simulation: Simulation, setting: Setting, constants: GpuConstants | N
     """
     own: Tier = "host" if simulation.memory.on_cpu else "device"
     text = "scalars, order of samples; an upper bound"
-    extra = LedgerEntry(name=BOOKKEEPING, bytes=BOOKKEEPING_BYTES, formula=text, source="measured")
+    extra = BreakdownItem(name=BOOKKEEPING, bytes=BOOKKEEPING_BYTES, formula=text, source="measured")
     peaks = []
     for phase in PHASES:
         for tier in simulation.memory.tiers:
             peak = simulation.peaks[phase, tier]
-            entries = [*_entries(peak, setting), *([extra] if tier == own else [])]
-            if constants is not None:
-                entries += _constants(constants, tier, peak.total_bytes)
+            entries = [*_entries(peak, config), *([extra] if tier == own else [])]
+            if overhead is not None:
+                entries += _overhead_items(overhead, tier, peak.total_bytes)
             size = sum(entry.bytes for entry in entries)
             if size:
-                peaks.append(PhasePeak(phase=phase, tier=tier, bytes=size, moment=peak.moment, entries=tuple(entries)))
+                peaks.append(PhasePeak(phase=phase, tier=tier, bytes=size, site=peak.site, breakdown=tuple(entries)))
     worst = max(simulation.peaks[phase, own].total_bytes for phase in PHASES)
     interval = None
-    if constants is not None:
-        interval = constants.device_bytes(worst, "low"), constants.device_bytes(worst, "high")
+    if overhead is not None:
+        interval = overhead.device_bytes(worst, "low"), overhead.device_bytes(worst, "high")
     return MemoryEstimate(
-        peaks=tuple(peaks), kept_bytes=simulation.kept_bytes, own_tier=own, device_interval_bytes=interval
+        peaks=tuple(peaks), saved_bytes=simulation.saved_bytes, own_tier=own, device_interval_bytes=interval
     )
 
 
@@ -199,11 +211,11 @@ def estimate_memory(
         tile_relations: relations per tile; None keeps tables whole.
         rank: which rank; None is the one that holds the most. They differ at stages 1 and 2 alone.
     """
-    setting = Setting(training, zero, cluster.ranks, rank)
-    return ledger(simulate(spec, cluster, training, zero, tile_relations, rank=rank), setting, cluster.constants())
+    config = EngineConfig(training, zero, cluster.world_size, rank)
+    return ledger(simulate(spec, cluster, training, zero, tile_relations, rank=rank), config, cluster.device_overhead())
 
 
-def atomic_floor(spec: ModelSpec, training: TrainingSpec, tile_relations: int | None) -> int:
+def gathered_floor_bytes(spec: ModelSpec, training: TrainingSpec, tile_relations: int | None) -> int:
     """Bytes below which ZeRO-3 cannot go on a device, however many ranks share the model.
 
     The largest module is gathered whole, and its gradients are whole beside it. A tile of logits holds

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from pydantic import model_validator
 
-from ..common.schema import Schema
+from ..common.schema import Schema, stored_as
 
 Event: TypeAlias = tuple[str, str, str, int]
 """Phase, moment of the schedule, what is allocated or freed, and how many bytes (negative: freed)."""
@@ -37,7 +37,7 @@ class TimelinePoint(Schema):
     first_event: int
     """Events before these."""
     phase: str
-    moment: str
+    site: str = stored_as("moment")
     live_bytes: tuple[int, ...]
     """What was live then, in the order of the categories."""
 
@@ -176,7 +176,7 @@ def _timeline(
             TimelinePoint(
                 first_event=first,
                 phase=labels[at][0],
-                moment=labels[at][1],
+                site=labels[at][1],
                 live_bytes=tuple(shown[number] for number in order),
             )
             for first, at, shown in found

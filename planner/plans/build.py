@@ -29,7 +29,7 @@ def make_plan(
     offload: str = "none",
     nvme_path: str | None = None,
     offload_ratio: float = 1.0,
-    knobs: Mapping[str, object] | None = None,
+    zero_overrides: Mapping[str, object] | None = None,
 ) -> Plan:
     """Choose the knobs and predict the memory of each rank.
 
@@ -50,27 +50,27 @@ def make_plan(
             does not run the combination of optimizer, dtypes and offload.
         DoesNotFitError: if a rank's device or a node's host has less memory than predicted.
     """
-    check_data(spec, training, training.global_batch(cluster.ranks))
+    check_data(spec, training, training.global_batch(cluster.world_size))
     if offload not in OFFLOAD:
         allowed = ", ".join(OFFLOAD)
         raise InputError(f"offload: {offload!r} is not allowed: must be one of {allowed}{nearest(offload, OFFLOAD)}")
     relations = table_entries(spec)
     if tile_relations is None:
-        tile_relations = choose_tile(spec, cluster.ranks)
+        tile_relations = choose_tile(spec, cluster.world_size)
     elif not 1 <= tile_relations <= relations:
         raise InputError(f"tile_relations: {tile_relations} is not allowed: must be from 1 to {relations}")
     zero = choose_zero(
-        spec, tile_relations, stage, cluster.ranks, offload=offload, nvme_path=nvme_path, ratio=offload_ratio
+        spec, tile_relations, stage, cluster.world_size, offload=offload, nvme_path=nvme_path, ratio=offload_ratio
     )
-    if knobs:
-        zero = override_zero(zero, knobs)
+    if zero_overrides:
+        zero = override_zero(zero, zero_overrides)
     check_training_state(training, zero, cluster.device)
-    plan = finish_plan(spec, cluster, training, zero, tile_relations)
+    plan = complete_plan(spec, cluster, training, zero, tile_relations)
     _check_room(plan)
     return plan
 
 
-def finish_plan(
+def complete_plan(
     spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, zero: ZeroSpec, tile_relations: int | None
 ) -> Plan:
     """A plan whose knobs are all chosen, with what it is predicted to need.

@@ -34,7 +34,7 @@ PARAM_BUFFERS = 3
 _ZERO: TypeAdapter[ZeroSpec] = TypeAdapter(ZeroSpec)
 
 
-def choose_tile(spec: ModelSpec, ranks: int) -> int | None:
+def choose_tile(spec: ModelSpec, world_size: int) -> int | None:
     """Relations per tile: the most that keep a tile under `TILE_ELEMENTS` and cut it into equal shares.
 
     Small models get at least four tiles per table, so that one tile is a small part of a layer.
@@ -50,7 +50,7 @@ def choose_tile(spec: ModelSpec, ranks: int) -> int | None:
     matrix = max(group.shape[1] * group.shape[2] for group in tables)
     count = max(1, min(TILE_ELEMENTS // matrix, -(-relations // 4)))
     for smaller in range(count, count // 2, -1):
-        if smaller * matrix % ranks == 0:
+        if smaller * matrix % world_size == 0:
             return smaller
     return count
 
@@ -59,7 +59,7 @@ def choose_zero(
     spec: ModelSpec,
     tile_relations: int | None,
     stage: Literal[0, 1, 2, 3],
-    ranks: int,
+    world_size: int,
     *,
     offload: str = "none",
     nvme_path: str | None = None,
@@ -86,8 +86,8 @@ def choose_zero(
     largest = max(group.numel for group in groups)
     tiles = [group.numel for group in groups if group.component == TABLES]
     threshold = min(100_000, min(tiles) - 1) if tiles else 100_000
-    share = partitioned(groups, ranks)
-    largest_share = -(-largest // ranks)
+    share = partitioned(groups, world_size)
+    largest_share = -(-largest // world_size)
     # An eighth of a rank's share bounds the optimizer step's copies; above 16 Mi elements a
     # sub-group gains nothing, and below the largest tensor's share it cannot shrink.
     sub_group = max(largest_share, min(SUB_GROUP_ELEMENTS, share // 8))
@@ -112,14 +112,14 @@ def choose_zero(
     return validate(_ZERO, values, "plan", tuple(ZeroSpec.model_fields))
 
 
-def override_zero(zero: ZeroSpec, knobs: Mapping[str, object]) -> ZeroSpec:
+def override_zero(zero: ZeroSpec, zero_overrides: Mapping[str, object]) -> ZeroSpec:
     """The knobs with some set otherwise, validated anew.
 
     Raises:
         InputError: naming the first unknown field or bad value.
     """
     values = zero.model_dump()
-    for name, value in knobs.items():
+    for name, value in zero_overrides.items():
         section, _, field = name.partition(".")
         if field and isinstance(values.get(section), dict):
             values[section][field] = value

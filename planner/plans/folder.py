@@ -10,7 +10,7 @@ from ..common.units import format_bytes, format_count, format_flops
 from ..costs.flops import count_flops
 from ..costs.parameters import count_parameters
 from ..memory.estimate import PHASES
-from .launch_scripts import start_files
+from .launch_scripts import launch_files
 from .plan import PLAN_FILE, Plan
 
 RUNS = "runs"
@@ -32,9 +32,9 @@ def memory_table(plan: Plan) -> str:
         lines.append(f"| {phase} | {' | '.join(format_bytes(prediction.bytes_of(phase, tier)) for tier in tiers)} |")
     for tier in tiers:
         worst = max((peak for peak in prediction.peaks if peak.tier == tier), key=lambda peak: peak.bytes)
-        lines += ["", f"### {tier}: {format_bytes(worst.bytes)} in {worst.phase}, at {worst.moment}", ""]
+        lines += ["", f"### {tier}: {format_bytes(worst.bytes)} in {worst.phase}, at {worst.site}", ""]
         lines += ["| what | bytes | | how it is counted | source |", "|---|--:|--:|---|---|"]
-        for entry in worst.entries:
+        for entry in worst.breakdown:
             size = f"{entry.bytes} | {format_bytes(entry.bytes)}"
             lines.append(f"| {entry.name} | {size} | {entry.formula} | {entry.source} |")
         lines.append(f"| **together** | {worst.bytes} | {format_bytes(worst.bytes)} | | |")
@@ -53,7 +53,7 @@ def time_table(plan: Plan) -> str:
         "| part | seconds | from | to | waits for |",
         "|---|--:|--:|--:|---|",
     ]
-    for entry in time.entries:
+    for entry in time.breakdown:
         beside = ", beside the computation" if entry.overlaps else ""
         figures = f"{entry.likely_s:.3g} | {entry.low_s:.3g} | {entry.high_s:.3g}"
         lines.append(f"| {entry.name} | {figures} | {entry.bound}{beside} |")
@@ -76,8 +76,8 @@ def folder_readme(plan: Plan) -> str:
 Made by {plan.made_by}. {model.family} with {format_count(count_parameters(model).total)} parameters
 ({model.operator}, {tile}), {cluster.nodes} node(s) of {cluster.ranks_per_node} rank(s) on {cluster.device},
 ZeRO-{plan.zero.stage}, {training.precision}, {training.micro_batch} samples per rank and micro-batch,
-{training.global_batch(cluster.ranks)} per step, {training.steps} steps,
-{format_flops(flops.training_step * training.global_batch(cluster.ranks))} of matrix products per step.
+{training.global_batch(cluster.world_size)} per step, {training.steps} steps,
+{format_flops(flops.training_step * training.global_batch(cluster.world_size))} of matrix products per step.
 
 ## Run it
 
@@ -120,7 +120,7 @@ def write_plan_folder(plan: Plan, target: Path, *, force: bool = False) -> None:
         config = json.dumps(plan.deepspeed_config(), indent=2)
         (folder / "ds_config.json").write_text(config + "\n", encoding="utf-8")
         (folder / "README.md").write_text(folder_readme(plan), encoding="utf-8")
-        for name, text in {"launch.sh": _LAUNCH, **start_files(plan)}.items():
+        for name, text in {"launch.sh": _LAUNCH, **launch_files(plan)}.items():
             (folder / name).write_text(text, encoding="utf-8")
             if name.endswith((".sh", ".sbatch")) and name != "environment.sh":
                 (folder / name).chmod(0o755)

@@ -125,7 +125,7 @@ translution status "$run"
 """
 
 
-def start_files(plan: Plan) -> dict[str, str]:
+def launch_files(plan: Plan) -> dict[str, str]:
     """The files that start a plan, by name; those that end in .sh or .sbatch are programs."""
     cluster = plan.cluster
     files = {

@@ -45,7 +45,7 @@ class Plan(Schema):
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The content of ``ds_config.json``."""
-        return deepspeed_config(self.training, self.zero, self.cluster.ranks)
+        return deepspeed_config(self.training, self.zero, self.cluster.world_size)
 
 
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)

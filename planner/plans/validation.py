@@ -7,7 +7,7 @@ from ..common.units import format_bytes
 from ..config.datasets import DIGITS, DIGITS_TRAINING_SAMPLES, check_kind
 from ..config.model import ModelSpec, VitSpec
 from ..config.training import TrainingSpec
-from ..memory.estimate import atomic_floor
+from ..memory.estimate import gathered_floor_bytes
 from .plan import Plan
 
 
@@ -43,7 +43,7 @@ def _check_room(plan: Plan) -> None:
     tile_relations = plan.tile_relations
     subject = f"{spec.name} does not fit on {cluster.name} with ZeRO-{zero.stage}"
     if prediction.peak_bytes > cluster.device_memory_bytes:
-        floor = atomic_floor(spec, training, tile_relations)
+        floor = gathered_floor_bytes(spec, training, tile_relations)
         if zero.stage == 3 and tile_relations and floor > cluster.device_memory_bytes:
             smaller = tile_relations * cluster.device_memory_bytes // (2 * floor)
             advice = f"tile_relations: {max(1, smaller)}" if smaller else "a narrower model"

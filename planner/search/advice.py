@@ -17,10 +17,10 @@ from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import estimate_memory
 from ..memory.upper_bound import bound_memory
 from ..plans.defaults import choose_zero
-from .candidate import Capacity, reaches_nvme, with_nodes
-from .constraints import Wishes
-from .searcher import NEARLY, REPLAYS, Searcher
-from .space import families, tiles
+from .candidate import Capacity, with_nodes, writes_to_nvme
+from .constraints import SearchConstraints
+from .searcher import REPLAY_TOLERANCE, REPLAYS, Searcher
+from .space import strategies, tiles
 
 MOST_NODES = 4096
 ALPHA_RANKS = (64, 32, 16, 8, 4)
@@ -52,8 +52,13 @@ class HybridRow(Schema):
     """Fields of the model that make it."""
 
 
-def leanest_usage(
-    spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, wishes: Wishes, *, only: str | None = None
+def min_utilization(
+    spec: ModelSpec,
+    cluster: ClusterSpec,
+    training: TrainingSpec,
+    constraints: SearchConstraints,
+    *,
+    only: str | None = None,
 ) -> float:
     """How full the fullest memory is at least, with one sample per rank; once at most 1, it may be less still.
 
@@ -64,50 +69,55 @@ def leanest_usage(
         wishes: what is decided; the batch is left out of account.
         only: a mode of offload to which the families are bound.
     """
-    capacity = Capacity.of(cluster, wishes.headroom)
-    one = training.model_copy(update={"micro_batch": wishes.micro_batch or 1, "accumulation": 1})
+    capacity = Capacity.of(cluster, constraints.headroom)
+    one = training.model_copy(update={"micro_batch": constraints.micro_batch or 1, "gradient_accumulation_steps": 1})
     usages = sorted(
         (
-            (capacity.usage(bound_memory(mode, cluster, one, zero, tile)), mode, zero, tile)
-            for mode, zero, tile in _leanest(spec, cluster, one, wishes, only)
+            (capacity.peak_utilization(bound_memory(mode, cluster, one, zero, tile)), mode, zero, tile)
+            for mode, zero, tile in _minimal_setups(spec, cluster, one, constraints, only)
         ),
         key=lambda entry: entry[0],
     )
     if not usages:
         return float("inf")
     # What the closed forms refuse by little may fit all the same: replays are exact.
-    nearly = [entry for entry in usages if entry[0] <= NEARLY][:REPLAYS]
+    nearly = [entry for entry in usages if entry[0] <= REPLAY_TOLERANCE][:REPLAYS]
     if usages[0][0] <= 1 or not nearly:
         return usages[0][0]
     # What a rank holds does not depend on what a node could hold: under one name it is replayed once.
     alike = cluster.model_copy(update={"host_memory_bytes": 1, "nvme_bytes": None})
     least = float("inf")
     for _, mode, zero, tile in nearly:
-        least = min(least, capacity.usage_of(estimate_memory(mode, alike, one, zero, tile)))
+        least = min(least, capacity.replayed_utilization(estimate_memory(mode, alike, one, zero, tile)))
         if least <= 1:
             break
     return least
 
 
-def _leanest(
-    spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, wishes: Wishes, only: str | None
+def _minimal_setups(
+    spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, constraints: SearchConstraints, only: str | None
 ) -> Iterator[tuple[ModelSpec, ZeroSpec, int | None]]:
     """The leanest knobs of every family that is worth a look, whole and with checkpointing."""
-    modes = ("none", "block") if wishes.checkpointing is None else (wishes.checkpointing,)
-    for family in families(wishes, cluster)[0]:
-        if family.ratio < 1 or only not in (None, family.offload):
+    modes = ("none", "block") if constraints.checkpointing is None else (constraints.checkpointing,)
+    for strategy in strategies(constraints, cluster)[0]:
+        if strategy.ratio < 1 or only not in (None, strategy.offload):
             continue
-        for tile in tiles(spec, cluster.ranks, family.stage, wishes):
-            if not reaches_nvme(spec, tile, cluster.ranks, training.dtype_bytes, family):
+        for tile in tiles(spec, cluster.world_size, strategy.stage, constraints):
+            if not writes_to_nvme(spec, tile, cluster.world_size, training.dtype_bytes, strategy):
                 continue
             zero = choose_zero(
-                spec, tile, family.stage, cluster.ranks, offload=family.offload, nvme_path=wishes.nvme_path
+                spec,
+                tile,
+                strategy.stage,
+                cluster.world_size,
+                offload=strategy.offload,
+                nvme_path=constraints.nvme_path,
             )
             for mode in modes:
                 yield spec.model_copy(update={"checkpointing": mode}), zero, tile
 
 
-def most(fits: Callable[[int], bool], least: int, limit: int) -> int | None:
+def largest_that_fits(fits: Callable[[int], bool], least: int, limit: int) -> int | None:
     """The largest number from least to limit that fits, where smaller ones fit too; None if the least does not."""
     if least > limit or not fits(least):
         return None
@@ -122,7 +132,7 @@ def most(fits: Callable[[int], bool], least: int, limit: int) -> int | None:
     return low
 
 
-class Adviser:
+class FixAdvisor:
     """Looks for what would do.
 
     Args:
@@ -131,13 +141,15 @@ class Adviser:
 
     def __init__(self, searcher: Searcher) -> None:
         self.spec, self.cluster = searcher.spec, searcher.cluster
-        self.training, self.wishes = searcher.training, searcher.wishes
+        self.training, self.constraints = searcher.training, searcher.constraints
 
-    def _fits(self, spec: ModelSpec, cluster: ClusterSpec | None = None, wishes: Wishes | None = None) -> bool:
-        wishes = wishes or self.wishes
-        if wishes.tile_relations is not None and wishes.tile_relations > table_entries(spec):
-            wishes = wishes.model_copy(update={"tile_relations": None})
-        return leanest_usage(spec, cluster or self.cluster, self.training, wishes) <= 1
+    def _fits(
+        self, spec: ModelSpec, cluster: ClusterSpec | None = None, constraints: SearchConstraints | None = None
+    ) -> bool:
+        constraints = constraints or self.constraints
+        if constraints.tile_relations is not None and constraints.tile_relations > table_entries(spec):
+            constraints = constraints.model_copy(update={"tile_relations": None})
+        return min_utilization(spec, cluster or self.cluster, self.training, constraints) <= 1
 
     def all(self) -> tuple[Advice, ...]:
         """Everything that would do, the cheapest first."""
@@ -146,24 +158,26 @@ class Adviser:
 
     def tile(self) -> Advice | None:
         """A smaller tile, where the user fixed one that is too large."""
-        if self.wishes.tile_relations is None:
+        if self.constraints.tile_relations is None:
             return None
-        largest = most(
-            lambda count: self._fits(self.spec, wishes=self.wishes.model_copy(update={"tile_relations": count})),
+        largest = largest_that_fits(
+            lambda count: self._fits(
+                self.spec, constraints=self.constraints.model_copy(update={"tile_relations": count})
+            ),
             1,
-            self.wishes.tile_relations,
+            self.constraints.tile_relations,
         )
         if largest is None:
             return None
-        return Advice(kind="tile", text=f"tile_relations {largest} rather than {self.wishes.tile_relations}")
+        return Advice(kind="tile", text=f"tile_relations {largest} rather than {self.constraints.tile_relations}")
 
     def host_or_nvme(self) -> Advice | None:
         """Host memory, or a drive, with which this cluster would do."""
-        if self.wishes.offload is not None:
+        if self.constraints.offload is not None:
             return None
         texts = []
-        if self.wishes.nvme_path is None:
-            with_drive = self.wishes.model_copy(update={"nvme_path": SOMEWHERE})
+        if self.constraints.nvme_path is None:
+            with_drive = self.constraints.model_copy(update={"nvme_path": SOMEWHERE})
             roomy = self.cluster.model_copy(update={"nvme_bytes": 2**60})
             for known, hint in ((self.cluster, "--nvme-path, a folder on the node's drives"), (roomy, "")):
                 if self._fits(self.spec, known, with_drive):
@@ -174,12 +188,12 @@ class Adviser:
             texts.append(f"{format_bytes(host)} of host memory per node")
         return Advice(kind="host memory or NVMe", text=", or ".join(texts)) if texts else None
 
-    def _drive(self, wishes: Wishes) -> str:
+    def _drive(self, constraints: SearchConstraints) -> str:
         def fits(gib: int) -> bool:
-            return self._fits(self.spec, self.cluster.model_copy(update={"nvme_bytes": gib * 2**30}), wishes)
+            return self._fits(self.spec, self.cluster.model_copy(update={"nvme_bytes": gib * 2**30}), constraints)
 
         # The least that fits is one more than the most that does not.
-        return format_bytes(((most(lambda gib: not fits(gib), 1, 2**20) or 0) + 1) * 2**30)
+        return format_bytes(((largest_that_fits(lambda gib: not fits(gib), 1, 2**20) or 0) + 1) * 2**30)
 
     def _host(self) -> int | None:
         """The least memory of a node, in GiB, with which it fits."""
@@ -189,7 +203,7 @@ class Adviser:
 
         if self.cluster.device == "cpu" or not fits(2**16):
             return None
-        return ((most(lambda gib: not fits(gib), 1, 2**16) or 0) + 1) * 2**30
+        return ((largest_that_fits(lambda gib: not fits(gib), 1, 2**16) or 0) + 1) * 2**30
 
     def nodes(self) -> Advice | None:
         """The fewest nodes of this kind that do."""
@@ -201,14 +215,16 @@ class Adviser:
 
         if not fits(MOST_NODES):
             return None
-        least = (most(lambda nodes: not fits(nodes), self.cluster.nodes, MOST_NODES) or self.cluster.nodes) + 1
+        least = (
+            largest_that_fits(lambda nodes: not fits(nodes), self.cluster.nodes, MOST_NODES) or self.cluster.nodes
+        ) + 1
         return Advice(kind="nodes", text=f"{least} nodes of {self.cluster.ranks_per_node} ranks")
 
     def smaller_input(self) -> Advice | None:
         """The longest context, or the largest image, that fits."""
         spec = self.spec
         if isinstance(spec, GptSpec):
-            longest = most(lambda length: self._fits(override(spec, context=length)), 1, spec.context)
+            longest = largest_that_fits(lambda length: self._fits(override(spec, context=length)), 1, spec.context)
             if longest is None:
                 return None
             text = f"a context of {longest} tokens rather than {spec.context}"
@@ -218,7 +234,7 @@ class Adviser:
         def image(patches: int) -> list[int]:
             return [min(patches, cells) * patch for cells, patch in zip(spec.grid, spec.patch, strict=True)]
 
-        largest = most(lambda count: self._fits(override(spec, image=image(count))), 1, max(spec.grid))
+        largest = largest_that_fits(lambda count: self._fits(override(spec, image=image(count))), 1, max(spec.grid))
         if largest is None:
             return None
         size = image(largest)
@@ -237,7 +253,7 @@ class Adviser:
         def changes(heads: int) -> dict[str, object]:
             return {"dim": heads * spec.head_dim, "heads": heads}
 
-        heads = most(lambda count: self._fits(override(spec, **changes(count))), 1, spec.heads)
+        heads = largest_that_fits(lambda count: self._fits(override(spec, **changes(count))), 1, spec.heads)
         if heads is None:
             return None
         text = f"a width of {heads * spec.head_dim} ({heads} heads) rather than {spec.dim}"
@@ -256,11 +272,11 @@ class Adviser:
         spec = self.spec
 
         def changes(layers: int) -> dict[str, object]:
-            ranks: dict[str, object] = {} if rank is None else {"c1": rank, "c2": rank}
-            return {"relative_layers": f"first:{layers}", "other_layers": rest, **ranks}
+            world_size: dict[str, object] = {} if rank is None else {"c1": rank, "c2": rank}
+            return {"relative_layers": f"first:{layers}", "other_layers": rest, **world_size}
 
         try:
-            layers = most(lambda count: self._fits(override(spec, **changes(count))), 1, spec.depth - 1)
+            layers = largest_that_fits(lambda count: self._fits(override(spec, **changes(count))), 1, spec.depth - 1)
         except TranslutionError:
             return None  # Its width does not suit rotary attention.
         if layers is None:
@@ -276,7 +292,7 @@ class Adviser:
         )
 
 
-def hybrid_text(row: HybridRow) -> str:
+def describe_hybrid(row: HybridRow) -> str:
     """A row in words."""
     rest = f"α-Translution with c1 = c2 = {row.c1}" if row.c1 else "self-attention"
     return f"{row.full_layers} full layers, the rest {rest}: {format_count(row.parameters)} parameters"

@@ -12,18 +12,18 @@ from ..costs.parameters import TABLES, parameter_groups
 from ..deepspeed.config import NVME_BLOCK_BYTES
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import BOOKKEEPING_BYTES, MemoryEstimate, estimate_memory
-from ..memory.upper_bound import Bounds
-from ..plans.build import finish_plan
+from ..memory.upper_bound import MemoryUpperBound
+from ..plans.build import complete_plan
 from ..plans.plan import Plan
 from .constraints import Objective
-from .space import Family
+from .space import Strategy
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One way to train."""
 
-    family: Family
+    strategy: Strategy
     spec: ModelSpec
     cluster: ClusterSpec
     training: TrainingSpec
@@ -31,14 +31,14 @@ class Candidate:
     tile_relations: int | None
     seconds: float
     """Of an optimizer step, likely."""
-    bounds: Bounds
-    usage: float
+    bounds: MemoryUpperBound
+    peak_utilization: float
     """The most that any memory would be filled, of what may be."""
 
     @property
     def sample_seconds(self) -> float:
         """Of one sample."""
-        return self.seconds / self.training.global_batch(self.cluster.ranks)
+        return self.seconds / self.training.global_batch(self.cluster.world_size)
 
     def cost(self, objective: Objective) -> tuple[float, ...]:
         """What the objective makes small, then what decides between equals."""
@@ -51,9 +51,9 @@ class Candidate:
         }[objective]
 
     @property
-    def twin(self) -> tuple[object, ...]:
+    def footprint_key(self) -> tuple[object, ...]:
         """What candidates of all but the same memory share."""
-        return (self.family, self.cluster.nodes, self.training.micro_batch, self.spec.checkpointing, self.zero)
+        return (self.strategy, self.cluster.nodes, self.training.micro_batch, self.spec.checkpointing, self.zero)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +79,26 @@ class Capacity:
             return int(size * (1 - headroom))
 
         nvme = None if cluster.nvme_bytes is None else usable(cluster.nvme_bytes) // cluster.ranks_per_node
-        host, constants = usable(cluster.host_memory_bytes) // cluster.ranks_per_node, cluster.constants()
+        host, overhead = usable(cluster.host_memory_bytes) // cluster.ranks_per_node, cluster.device_overhead()
         device = usable(cluster.device_memory_bytes)
-        if constants is None:
+        if overhead is None:
             return cls(device, host, nvme, False, 0, 0, 0.0)
-        fixed = constants.device_bytes(0), constants.total(tier="host")
-        return cls(device, host, nvme, True, *fixed, constants.fragmentation.likely)
+        fixed = overhead.device_bytes(0), overhead.total(tier="host")
+        return cls(device, host, nvme, True, *fixed, overhead.fragmentation.likely)
 
-    def device_of(self, bounds: Bounds) -> int:
+    def device_of(self, bounds: MemoryUpperBound) -> int:
         """A closed form's device, with what a GPU holds beside torch's tensors."""
         return self.fixed_device + int((bounds.device + BOOKKEEPING_BYTES) / (1 - self.fragmentation))
 
-    def host_of(self, bounds: Bounds) -> int:
+    def host_of(self, bounds: MemoryUpperBound) -> int:
         """Its host, pageable and pinned."""
         return self.fixed_host + bounds.host + bounds.pinned
 
-    def usage(self, bounds: Bounds) -> float:
+    def peak_utilization(self, bounds: MemoryUpperBound) -> float:
         """The fullest memory's share of what it may hold, by a closed form."""
         return self._fullest(self.device_of(bounds), self.host_of(bounds), bounds.nvme)
 
-    def usage_of(self, prediction: MemoryEstimate) -> float:
+    def replayed_utilization(self, prediction: MemoryEstimate) -> float:
         """The same of a ledger."""
         host = prediction.host_bytes if self.separate else 0
         return self._fullest(prediction.peak_bytes, host, prediction.highest("nvme"))
@@ -110,7 +110,7 @@ class Capacity:
         return max(shares)
 
 
-def predicted(candidate: Candidate) -> MemoryEstimate:
+def replay_memory(candidate: Candidate) -> MemoryEstimate:
     """The ledger of a candidate."""
     return estimate_memory(
         candidate.spec, candidate.cluster, candidate.training, candidate.zero, candidate.tile_relations
@@ -127,16 +127,18 @@ def with_nodes(cluster: ClusterSpec, nodes: int) -> ClusterSpec:
 
 
 @lru_cache(maxsize=1024)
-def reaches_nvme(spec: ModelSpec, tile: int | None, ranks: int, width: int, family: Family) -> bool:
+def writes_to_nvme(spec: ModelSpec, tile: int | None, world_size: int, width: int, strategy: Strategy) -> bool:
     """Whether a rank's share of a tile is large enough for a file, if the family writes any."""
-    if "nvme" not in family.offload:
+    if "nvme" not in strategy.offload:
         return True
-    bytes_each = width if family.offload == "nvme" else 4
+    bytes_each = width if strategy.offload == "nvme" else 4
     sizes = [group.numel for group in parameter_groups(spec, tile) if group.component == TABLES]
     largest = max(sizes or [group.numel for group in parameter_groups(spec, tile)])
-    return -(-largest // ranks) * bytes_each >= NVME_BLOCK_BYTES
+    return -(-largest // world_size) * bytes_each >= NVME_BLOCK_BYTES
 
 
-def plan_of(candidate: Candidate) -> Plan:
+def to_plan(candidate: Candidate) -> Plan:
     """The plan of a candidate."""
-    return finish_plan(candidate.spec, candidate.cluster, candidate.training, candidate.zero, candidate.tile_relations)
+    return complete_plan(
+        candidate.spec, candidate.cluster, candidate.training, candidate.zero, candidate.tile_relations
+    )

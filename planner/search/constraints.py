@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from ..common.schema import Schema
+from ..common.schema import Schema, stored_as
 from ..config.model import Positive
 
 Stage: TypeAlias = Literal[0, 1, 2, 3]
@@ -21,13 +21,13 @@ SAMPLES_PER_RANK = 8
 """Of an optimizer step, where the user says nothing."""
 
 
-class Wishes(Schema):
+class SearchConstraints(Schema):
     """What the user has decided; None leaves it to the search."""
 
     global_batch: Positive | None = None
     """Samples per optimizer step over all ranks; else 8 per rank, or what batch and accumulation make."""
     micro_batch: Positive | None = None
-    accumulation: Positive | None = None
+    gradient_accumulation_steps: Positive | None = stored_as("accumulation", None)
     stage: Stage | None = None
     offload: str | None = None
     """One of none, cpu-optimizer, cpu, nvme-optimizer and nvme."""
@@ -42,5 +42,5 @@ class Wishes(Schema):
     """Share of every memory that is to stay free."""
     minimize: Objective = "time"
     """The time of a sample; or the nodes, the cost of a sample, or the memory of a device."""
-    knobs: dict[str, Any] = Field(default_factory=dict)
+    zero_overrides: dict[str, Any] = Field(default_factory=dict)
     """Fields of `ZeroSpec`, as in `make_plan`."""

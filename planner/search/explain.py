@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..common.schema import Schema
+from ..common.schema import Schema, stored_as
 from ..common.units import format_bytes
 from ..config.model import Positive
 from ..plans.plan import Plan
-from .candidate import Candidate, Capacity, plan_of
+from .candidate import Candidate, Capacity, to_plan
 from .searcher import Searcher
-from .space import Family
+from .space import Strategy
 
 PARETO_ROWS = 12
 
 
-class FamilyVerdict(Schema):
+class StrategyVerdict(Schema):
     """A stage with an offload: what became of it."""
 
-    family: str
+    strategy: str = stored_as("family")
     chosen: bool = False
     seconds: float | None = None
     """Of an optimizer step, by the family's best plan that fits."""
@@ -38,7 +38,7 @@ class ParetoPoint(Schema):
     """A plan than which none is better in time, nodes and memory at once."""
 
     nodes: Positive
-    family: str
+    strategy: str = stored_as("family")
     micro_batch: Positive
     checkpointing: str
     tile_relations: Positive | None
@@ -52,7 +52,7 @@ class SearchResult(Schema):
 
     plan: Plan
     considered: int
-    families: tuple[FamilyVerdict, ...]
+    strategies: tuple[StrategyVerdict, ...] = stored_as("families")
     knobs: tuple[KnobReason, ...]
     pareto: tuple[ParetoPoint, ...]
 
@@ -77,42 +77,42 @@ def shortage(candidate: Candidate, capacity: Capacity) -> str:
     return f"{format_bytes(bounds.nvme * ranks)} of a node's NVMe, {format_bytes(capacity.nvme * ranks)} usable"
 
 
-def family_verdicts(searcher: Searcher, best: Candidate | None) -> tuple[FamilyVerdict, ...]:
+def strategy_verdicts(searcher: Searcher, best: Candidate | None) -> tuple[StrategyVerdict, ...]:
     """Every family that was asked for, with its reason."""
     fastest: dict[Any, Candidate] = {}
-    for candidate in searcher.fitting():
-        known = fastest.get(candidate.family)
+    for candidate in searcher.feasible():
+        known = fastest.get(candidate.strategy)
         if known is None or candidate.seconds < known.seconds:
-            fastest[candidate.family] = candidate
+            fastest[candidate.strategy] = candidate
     verdicts = []
-    for family in dict.fromkeys((*searcher.families, *searcher.refused)):
-        if best is not None and family == best.family:
-            reason = f"chosen for the least {searcher.wishes.minimize}"
-            verdicts.append(FamilyVerdict(family=family.text, chosen=True, seconds=best.seconds, reason=reason))
-        elif family in searcher.refused:
-            verdicts.append(FamilyVerdict(family=family.text, reason=searcher.refused[family]))
-        elif family in fastest:
-            other = fastest[family]
+    for strategy in dict.fromkeys((*searcher.strategies, *searcher.infeasible)):
+        if best is not None and strategy == best.strategy:
+            reason = f"chosen for the least {searcher.constraints.minimize}"
+            verdicts.append(StrategyVerdict(strategy=strategy.text, chosen=True, seconds=best.seconds, reason=reason))
+        elif strategy in searcher.infeasible:
+            verdicts.append(StrategyVerdict(strategy=strategy.text, reason=searcher.infeasible[strategy]))
+        elif strategy in fastest:
+            other = fastest[strategy]
             reason = f"fits: {other.seconds:.3g} s a step on {other.cluster.nodes} node(s)"
             if best is not None and other.cluster.nodes == best.cluster.nodes:
                 reason += f", {other.sample_seconds / best.sample_seconds:.2f} times the chosen"
-            verdicts.append(FamilyVerdict(family=family.text, seconds=other.seconds, reason=reason))
-        elif family in searcher.nearest:
-            nearest = searcher.nearest[family]
+            verdicts.append(StrategyVerdict(strategy=strategy.text, seconds=other.seconds, reason=reason))
+        elif strategy in searcher.closest:
+            closest = searcher.closest[strategy]
             reason = "fits by a little, with a slower plan"
-            if nearest.usage > 1:
-                reason = shortage(nearest, searcher.capacities[nearest.cluster.nodes])
-            verdicts.append(FamilyVerdict(family=family.text, reason=reason))
+            if closest.peak_utilization > 1:
+                reason = shortage(closest, searcher.capacities[closest.cluster.nodes])
+            verdicts.append(StrategyVerdict(strategy=strategy.text, reason=reason))
         else:
             reason = "a rank's shares are below 1 MiB, which DeepSpeed never writes to NVMe"
-            verdicts.append(FamilyVerdict(family=family.text, reason=reason))
+            verdicts.append(StrategyVerdict(strategy=strategy.text, reason=reason))
     return tuple(verdicts)
 
 
 Reader = Callable[[Candidate], object]
 _KNOBS: dict[str, Reader] = {
     "nodes": lambda c: c.cluster.nodes,
-    "stage and offload": lambda c: c.family,
+    "stage and offload": lambda c: c.strategy,
     "checkpointing": lambda c: c.spec.checkpointing,
     "micro-batch": lambda c: c.training.micro_batch,
     "relations per tile": lambda c: c.tile_relations,
@@ -144,20 +144,20 @@ def _by_first_difference(searcher: Searcher, best: Candidate) -> dict[str, list[
 
 
 def _shown(value: object) -> str:
-    return value.text if isinstance(value, Family) else str(value)
+    return value.text if isinstance(value, Strategy) else str(value)
 
 
 def knob_reasons(searcher: Searcher, best: Candidate) -> tuple[KnobReason, ...]:
     """Every knob of the chosen plan beside the next best value of it."""
-    objective = searcher.wishes.minimize
+    objective = searcher.constraints.minimize
     reasons, differing = [], _by_first_difference(searcher, best)
     for knob, read in _KNOBS.items():
         others = differing[knob]
-        fitting = [c for c in others if c.usage <= 1]
+        feasible = [c for c in others if c.peak_utilization <= 1]
         if not others and (knob.startswith("swap") or (best.zero.stage < 3 and "elements" in knob)):
             continue
-        if fitting:
-            other = min(fitting, key=lambda c: c.cost(objective))
+        if feasible:
+            other = min(feasible, key=lambda c: c.cost(objective))
             size = format_bytes(other.bounds.device)
             reason = f"next best is {_shown(read(other))}: {other.seconds:.3g} s a step, at most {size} of tensors"
         elif others:
@@ -173,7 +173,7 @@ def knob_reasons(searcher: Searcher, best: Candidate) -> tuple[KnobReason, ...]:
 def pareto(searcher: Searcher) -> tuple[ParetoPoint, ...]:
     """Plans that fit and are not beaten in time, nodes and memory together, the fastest first."""
     chosen: list[Candidate] = []
-    ordered = sorted(searcher.fitting(), key=lambda c: (c.sample_seconds, c.bounds.device, c.cluster.nodes))
+    ordered = sorted(searcher.feasible(), key=lambda c: (c.sample_seconds, c.bounds.device, c.cluster.nodes))
     for candidate in ordered:
         size, nodes = candidate.bounds.device, candidate.cluster.nodes
         # A saving of less than a hundredth is none.
@@ -183,7 +183,7 @@ def pareto(searcher: Searcher) -> tuple[ParetoPoint, ...]:
     return tuple(
         ParetoPoint(
             nodes=c.cluster.nodes,
-            family=c.family.text,
+            strategy=c.strategy.text,
             micro_batch=c.training.micro_batch,
             checkpointing=c.spec.checkpointing,
             tile_relations=c.tile_relations,
@@ -202,9 +202,9 @@ def explain(searcher: Searcher, best: Candidate) -> SearchResult:
         best: what it found.
     """
     return SearchResult(
-        plan=plan_of(best),
+        plan=to_plan(best),
         considered=searcher.considered,
-        families=family_verdicts(searcher, best),
+        strategies=strategy_verdicts(searcher, best),
         knobs=knob_reasons(searcher, best),
         pareto=pareto(searcher),
     )

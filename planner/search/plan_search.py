@@ -11,13 +11,13 @@ from ..config.training import TrainingSpec
 from ..hardware.cluster import ClusterSpec
 from ..plans.plan import Plan
 from ..timing.step_time import StepTime
-from .advice import Advice, Adviser, HybridRow
-from .constraints import Wishes
-from .explain import FamilyVerdict, SearchResult, explain, family_verdicts
-from .searcher import Searcher, global_batch_of
+from .advice import Advice, FixAdvisor, HybridRow
+from .constraints import SearchConstraints
+from .explain import SearchResult, StrategyVerdict, explain, strategy_verdicts
+from .searcher import Searcher, resolve_global_batch
 
 
-class NoPlanError(DoesNotFitError):
+class NoPlanFits(DoesNotFitError):  # noqa: N818  # the name that users catch
     """No plan fits.
 
     Args:
@@ -30,12 +30,12 @@ class NoPlanError(DoesNotFitError):
     def __init__(
         self,
         text: str,
-        families: tuple[FamilyVerdict, ...],
+        strategies: tuple[StrategyVerdict, ...],
         advice: tuple[Advice, ...],
         hybrids: tuple[HybridRow, ...],
     ) -> None:
         super().__init__(text)
-        self.families, self.advice, self.hybrids = families, advice, hybrids
+        self.strategies, self.advice, self.hybrids = strategies, advice, hybrids
 
 
 class RunCost(Schema):
@@ -59,11 +59,11 @@ def run_cost(time: StepTime, cluster: ClusterSpec, training: TrainingSpec) -> Ru
         cluster: gives the ranks and the price.
         training: gives the steps.
     """
-    hours = time.likely_s * training.steps * cluster.ranks / 3600
+    hours = time.likely_s * training.steps * cluster.world_size / 3600
     price = cluster.price_per_gpu_hour
     return RunCost(
         steps=training.steps,
-        samples=training.steps * training.global_batch(cluster.ranks),
+        samples=training.steps * training.global_batch(cluster.world_size),
         low_s=time.low_s * training.steps,
         likely_s=time.likely_s * training.steps,
         high_s=time.high_s * training.steps,
@@ -72,7 +72,7 @@ def run_cost(time: StepTime, cluster: ClusterSpec, training: TrainingSpec) -> Ru
     )
 
 
-def steps_of(samples: int, epochs: float, wishes: Wishes, cluster: ClusterSpec) -> int:
+def steps_for_epochs(samples: int, epochs: float, constraints: SearchConstraints, cluster: ClusterSpec) -> int:
     """Optimizer steps of so many passes over so many samples, at the global batch of a search.
 
     Args:
@@ -81,10 +81,12 @@ def steps_of(samples: int, epochs: float, wishes: Wishes, cluster: ClusterSpec) 
         wishes: give the global batch.
         cluster: gives the ranks.
     """
-    return max(1, math.ceil(samples * epochs / global_batch_of(wishes, cluster)))
+    return max(1, math.ceil(samples * epochs / resolve_global_batch(constraints, cluster)))
 
 
-def choose(spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, wishes: Wishes | None = None) -> SearchResult:
+def search_plan(
+    spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, constraints: SearchConstraints | None = None
+) -> SearchResult:
     """The best plan, why it and why no other.
 
     Args:
@@ -95,28 +97,32 @@ def choose(spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, wishes
 
     Raises:
         InputError: if wishes contradict one another, or the cluster lacks a rate.
-        NoPlanError: if no plan fits.
+        NoPlanFits: if no plan fits.
     """
-    searcher = Searcher(spec, cluster, training, wishes or Wishes())
+    searcher = Searcher(spec, cluster, training, constraints or SearchConstraints())
     best = searcher.best()
     if best is not None:
         return explain(searcher, best)
-    families = family_verdicts(searcher, None)
-    closest = min(searcher.nearest.items(), key=lambda item: item[1].usage, default=None)
+    strategies = strategy_verdicts(searcher, None)
+    closest = min(searcher.closest.items(), key=lambda item: item[1].peak_utilization, default=None)
     reason = ""
     if closest is not None:
         text = closest[0].text
-        reason = "; " + text + ": " + next(verdict.reason for verdict in families if verdict.family == text)
-    elif searcher.refused:
-        family, why = next(iter(searcher.refused.items()))
-        reason = f"; {family.text}: {why}"
-    elif families:
-        reason = f"; {families[0].family}: {families[0].reason}"
-    adviser = Adviser(searcher)
-    raise NoPlanError(f"{spec.name} does not fit on {cluster.name}{reason}", families, adviser.all(), adviser.hybrids())
+        reason = "; " + text + ": " + next(verdict.reason for verdict in strategies if verdict.strategy == text)
+    elif searcher.infeasible:
+        strategy, why = next(iter(searcher.infeasible.items()))
+        reason = f"; {strategy.text}: {why}"
+    elif strategies:
+        reason = f"; {strategies[0].strategy}: {strategies[0].reason}"
+    advisor = FixAdvisor(searcher)
+    raise NoPlanFits(
+        f"{spec.name} does not fit on {cluster.name}{reason}", strategies, advisor.all(), advisor.hybrids()
+    )
 
 
-def search(spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, wishes: Wishes | None = None) -> Plan:
+def search(
+    spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, constraints: SearchConstraints | None = None
+) -> Plan:
     """The best plan alone, for programs.
 
     Args:
@@ -124,6 +130,6 @@ def search(spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, wishes
 
     Raises:
         InputError: as `choose` does.
-        NoPlanError: if no plan fits.
+        NoPlanFits: if no plan fits.
     """
-    return choose(spec, cluster, training, wishes).plan
+    return search_plan(spec, cluster, training, constraints).plan

@@ -19,21 +19,25 @@ from ..plans.defaults import override_zero
 from ..plans.validation import check_data
 from ..timing.rates import Rates
 from ..timing.step_time import step_parts, total_seconds
-from .candidate import Candidate, Capacity, predicted, reaches_nvme, with_nodes
-from .constraints import SAMPLES_PER_RANK, Checkpointing, Wishes
-from .space import Family, Variant, batches, families, node_counts, tiles, variants
+from .candidate import Candidate, Capacity, replay_memory, with_nodes, writes_to_nvme
+from .constraints import SAMPLES_PER_RANK, Checkpointing, SearchConstraints
+from .space import KnobSet, Strategy, batches, knob_sets, node_counts, strategies, tiles
 
-NEARLY = 1.25
+REPLAY_TOLERANCE = 1.25
 """Closed forms are above the replayed peaks by at most about so much; beyond it a candidate is not replayed."""
 REPLAYS = 4
 """Replays of candidates that the closed forms reject; each takes up to some hundredths of a second."""
 
 
-def global_batch_of(wishes: Wishes, cluster: ClusterSpec) -> int:
+def resolve_global_batch(constraints: SearchConstraints, cluster: ClusterSpec) -> int:
     """Samples of an optimizer step: as asked, or what batch and accumulation make, or 8 per rank."""
-    if wishes.global_batch is not None:
-        return wishes.global_batch
-    return (wishes.micro_batch or SAMPLES_PER_RANK) * (wishes.accumulation or 1) * cluster.ranks
+    if constraints.global_batch is not None:
+        return constraints.global_batch
+    return (
+        (constraints.micro_batch or SAMPLES_PER_RANK)
+        * (constraints.gradient_accumulation_steps or 1)
+        * cluster.world_size
+    )
 
 
 class Searcher:
@@ -49,25 +53,27 @@ class Searcher:
         InputError: if wishes contradict one another, or the cluster lacks a rate.
     """
 
-    def __init__(self, spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, wishes: Wishes) -> None:
-        self.spec, self.cluster, self.training, self.wishes = spec, cluster, training, wishes
-        self.families, self.refused = families(wishes, cluster)
-        self.global_batch = global_batch_of(wishes, cluster)
+    def __init__(
+        self, spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, constraints: SearchConstraints
+    ) -> None:
+        self.spec, self.cluster, self.training, self.constraints = spec, cluster, training, constraints
+        self.strategies, self.infeasible = strategies(constraints, cluster)
+        self.global_batch = resolve_global_batch(constraints, cluster)
         self.capacities: dict[int, Capacity] = {}
         self.candidates: list[Candidate] = []
         self.considered = 0
-        self.nearest: dict[Family, Candidate] = {}
+        self.closest: dict[Strategy, Candidate] = {}
         """Of each family what fills the memories least."""
         check_data(spec, training, self.global_batch)
         # A slip in a knob's name or value is no family's fault.
-        override_zero(ZeroSpec(), wishes.knobs)
+        override_zero(ZeroSpec(), constraints.zero_overrides)
         self._collect()
 
     def _specs(self) -> list[ModelSpec]:
         modes: tuple[Checkpointing, ...] = ("none", "block", "offload")
-        if self.wishes.checkpointing is not None:
-            modes = (self.wishes.checkpointing,)
-        if self.cluster.device == "cpu" and self.wishes.checkpointing is None:
+        if self.constraints.checkpointing is not None:
+            modes = (self.constraints.checkpointing,)
+        if self.cluster.device == "cpu" and self.constraints.checkpointing is None:
             # Its host is its device: nothing is gained there by moving activations.
             modes = modes[:2]
         return [
@@ -77,81 +83,81 @@ class Searcher:
 
     def _collect(self) -> None:
         shared = False
-        for nodes in node_counts(self.cluster, self.wishes):
+        for nodes in node_counts(self.cluster, self.constraints):
             cluster = with_nodes(self.cluster, nodes)
-            pairs = batches(self.wishes, self.training, self.global_batch, cluster.ranks)
+            pairs = batches(self.constraints, self.training, self.global_batch, cluster.world_size)
             shared = shared or bool(pairs)
-            self.capacities[nodes] = Capacity.of(cluster, self.wishes.headroom)
+            self.capacities[nodes] = Capacity.of(cluster, self.constraints.headroom)
             rates = Rates(cluster, self.training.precision)
             rates.check()
-            for micro_batch, accumulation in pairs:
-                update = {"micro_batch": micro_batch, "accumulation": accumulation}
+            for micro_batch, gradient_accumulation_steps in pairs:
+                update = {"micro_batch": micro_batch, "gradient_accumulation_steps": gradient_accumulation_steps}
                 training = self.training.model_copy(update=update)
                 for spec in self._specs():
-                    for family in self.families:
-                        self._family(family, spec, cluster, training, rates)
+                    for strategy in self.strategies:
+                        self._family(strategy, spec, cluster, training, rates)
         if not shared:
             raise InputError(
                 f"global_batch: {self.global_batch} is not allowed: must be a multiple of the "
-                f"{self.cluster.ranks} ranks, and of micro_batch and accumulation where they are given"
+                f"{self.cluster.world_size} ranks, and of micro_batch and accumulation where they are given"
             )
 
     def _family(
-        self, family: Family, spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, rates: Rates
+        self, strategy: Strategy, spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, rates: Rates
     ) -> None:
-        if family in self.refused:
+        if strategy in self.infeasible:
             return
-        for tile in tiles(spec, cluster.ranks, family.stage, self.wishes):
-            if not reaches_nvme(spec, tile, cluster.ranks, training.dtype_bytes, family):
+        for tile in tiles(spec, cluster.world_size, strategy.stage, self.constraints):
+            if not writes_to_nvme(spec, tile, cluster.world_size, training.dtype_bytes, strategy):
                 continue
             try:
-                for variant in variants(spec, tile, family, cluster, self.wishes):
-                    if variant.lean:
-                        check_training_state(training, variant.zero, cluster.device)
-                    if not self._consider(family, spec, cluster, training, variant, tile, rates):
+                for knob_set in knob_sets(spec, tile, strategy, cluster, self.constraints):
+                    if knob_set.minimal_memory:
+                        check_training_state(training, knob_set.zero, cluster.device)
+                    if not self._evaluate(strategy, spec, cluster, training, knob_set, tile, rates):
                         break
             except InputError as error:
-                self.refused[family] = str(error)
+                self.infeasible[strategy] = str(error)
                 return
 
-    def _consider(
+    def _evaluate(
         self,
-        family: Family,
+        strategy: Strategy,
         spec: ModelSpec,
         cluster: ClusterSpec,
         training: TrainingSpec,
-        variant: Variant,
+        knob_set: KnobSet,
         tile: int | None,
         rates: Rates,
     ) -> bool:
         """Whether richer variants of the same are worth a look."""
         self.considered += 1
-        bounds = bound_memory(spec, cluster, training, variant.zero, tile)
-        usage = self.capacities[cluster.nodes].usage(bounds)
-        seconds = total_seconds(step_parts(spec, training, variant.zero, tile, rates).values())
-        candidate = Candidate(family, spec, cluster, training, variant.zero, tile, seconds, bounds, usage)
-        known = self.nearest.get(family)
-        if known is None or usage < known.usage:
-            self.nearest[family] = candidate
-        if usage <= NEARLY:
+        bounds = bound_memory(spec, cluster, training, knob_set.zero, tile)
+        peak_utilization = self.capacities[cluster.nodes].peak_utilization(bounds)
+        seconds = total_seconds(step_parts(spec, training, knob_set.zero, tile, rates).values())
+        candidate = Candidate(strategy, spec, cluster, training, knob_set.zero, tile, seconds, bounds, peak_utilization)
+        known = self.closest.get(strategy)
+        if known is None or peak_utilization < known.peak_utilization:
+            self.closest[strategy] = candidate
+        if peak_utilization <= REPLAY_TOLERANCE:
             self.candidates.append(candidate)
-        return usage <= NEARLY or not variant.lean
+        return peak_utilization <= REPLAY_TOLERANCE or not knob_set.minimal_memory
 
     def fits(self, candidate: Candidate) -> bool:
         """Whether a replayed candidate leaves the headroom everywhere."""
-        return self.capacities[candidate.cluster.nodes].usage_of(predicted(candidate)) <= 1
+        return self.capacities[candidate.cluster.nodes].replayed_utilization(replay_memory(candidate)) <= 1
 
     def best(self) -> Candidate | None:
         """The first candidate by the objective that fits; None if none does."""
-        objective = self.wishes.minimize
+        objective = self.constraints.minimize
         replays, failed = REPLAYS, set()
         for candidate in sorted(self.candidates, key=lambda candidate: candidate.cost(objective)):
-            if candidate.usage > 1:
-                if not replays or candidate.twin in failed:
+            if candidate.peak_utilization > 1:
+                if not replays or candidate.footprint_key in failed:
                     continue
                 replays -= 1
                 if not self.fits(candidate):
-                    failed.add(candidate.twin)
+                    failed.add(candidate.footprint_key)
                     continue
             elif not self.fits(candidate):
                 continue
@@ -159,11 +165,14 @@ class Searcher:
         # Those that memory rejects by closed forms alone, the leanest first: of each family, then of all. Closed forms
         # may be the same for tiles whose peaks differ.
         leanest = [
-            sorted((one for one in ones if 1 < one.usage <= NEARLY), key=lambda one: one.usage)[:REPLAYS]
-            for ones in (self.nearest.values(), self.candidates)
+            sorted(
+                (one for one in ones if 1 < one.peak_utilization <= REPLAY_TOLERANCE),
+                key=lambda one: one.peak_utilization,
+            )[:REPLAYS]
+            for ones in (self.closest.values(), self.candidates)
         ]
         return next((one for ones in leanest for one in ones if self.fits(one)), None)
 
-    def fitting(self) -> Iterator[Candidate]:
+    def feasible(self) -> Iterator[Candidate]:
         """Candidates that fit by the closed forms."""
-        return (candidate for candidate in self.candidates if candidate.usage <= 1)
+        return (candidate for candidate in self.candidates if candidate.peak_utilization <= 1)

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 from ..common.errors import InputError, nearest
 from ..config.model import ModelSpec
 from ..config.training import TrainingSpec
-from ..config.zero import ZeroSpec, least_buffers
+from ..config.zero import ZeroSpec, min_buffers
 from ..costs.parameters import table_entries
 from ..hardware.cluster import ClusterSpec
 from ..plans.defaults import OFFLOAD, choose_tile, choose_zero, override_zero
-from .constraints import Stage, Wishes
+from .constraints import SearchConstraints, Stage
 
 RATIOS = (0.25, 0.5, 0.75)
 
 
-class Family(NamedTuple):
+class Strategy(NamedTuple):
     """A stage and what leaves the device."""
 
     stage: Stage
@@ -39,50 +39,52 @@ class Family(NamedTuple):
         return f"ZeRO-{self.stage}, {names[self.offload]}"
 
 
-def families(wishes: Wishes, cluster: ClusterSpec) -> tuple[list[Family], dict[Family, str]]:
+def strategies(constraints: SearchConstraints, cluster: ClusterSpec) -> tuple[list[Strategy], dict[Strategy, str]]:
     """The families to try, and why others are not.
 
     Raises:
         InputError: for an unknown mode of offload.
     """
-    if wishes.offload is not None and wishes.offload not in OFFLOAD:
-        allowed, hint = ", ".join(OFFLOAD), nearest(wishes.offload, OFFLOAD)
-        raise InputError(f"offload: {wishes.offload!r} is not allowed: must be one of {allowed}{hint}")
-    every = [Family(0, "none")]
-    every += [Family(stage, offload) for stage in (1, 2) for offload in ("none", "cpu-optimizer")]
-    every += [Family(3, offload) for offload in OFFLOAD]
-    ratios = RATIOS if wishes.offload_ratio in (None, 1.0) else (wishes.offload_ratio,)
-    every += [Family(3, "cpu-optimizer", ratio) for ratio in ratios]
-    chosen, refused = [], {}
-    for family in every:
-        if wishes.stage not in (None, family.stage) or wishes.offload not in (None, family.offload):
+    if constraints.offload is not None and constraints.offload not in OFFLOAD:
+        allowed, hint = ", ".join(OFFLOAD), nearest(constraints.offload, OFFLOAD)
+        raise InputError(f"offload: {constraints.offload!r} is not allowed: must be one of {allowed}{hint}")
+    every = [Strategy(0, "none")]
+    every += [Strategy(stage, offload) for stage in (1, 2) for offload in ("none", "cpu-optimizer")]
+    every += [Strategy(3, offload) for offload in OFFLOAD]
+    ratios = RATIOS if constraints.offload_ratio in (None, 1.0) else (constraints.offload_ratio,)
+    every += [Strategy(3, "cpu-optimizer", ratio) for ratio in ratios]
+    chosen, infeasible = [], {}
+    for strategy in every:
+        if constraints.stage not in (None, strategy.stage) or constraints.offload not in (None, strategy.offload):
             continue
-        if wishes.offload_ratio not in (None, family.ratio):
+        if constraints.offload_ratio not in (None, strategy.ratio):
             continue
-        if "nvme" in family.offload and wishes.nvme_path is None:
-            if wishes.offload is None:
-                refused[family] = "no path on an NVMe drive was given (--nvme-path)"
+        if "nvme" in strategy.offload and constraints.nvme_path is None:
+            if constraints.offload is None:
+                infeasible[strategy] = "no path on an NVMe drive was given (--nvme-path)"
                 continue
-        elif family.ratio < 1 and cluster.device == "cpu" and wishes.offload_ratio is None:
+        elif strategy.ratio < 1 and cluster.device == "cpu" and constraints.offload_ratio is None:
             # A CPU rank's device is its host: a part of the optimizer has nowhere else to be.
             continue
-        chosen.append(family)
-    return chosen, refused
+        chosen.append(strategy)
+    return chosen, infeasible
 
 
-def node_counts(cluster: ClusterSpec, wishes: Wishes) -> list[int]:
+def node_counts(cluster: ClusterSpec, constraints: SearchConstraints) -> list[int]:
     """Numbers of nodes to try, the most first: halves of the whole, down to one.
 
     For time alone only the first half is worth a look: fewer nodes are faster at most where a network bounds.
     """
     counts = [cluster.nodes]
-    fewest = 1 if wishes.minimize != "time" else (cluster.nodes + 1) // 2
-    while not wishes.all_nodes and counts[-1] > fewest:
+    fewest = 1 if constraints.minimize != "time" else (cluster.nodes + 1) // 2
+    while not constraints.all_nodes and counts[-1] > fewest:
         counts.append((counts[-1] + 1) // 2)
     return counts
 
 
-def batches(wishes: Wishes, training: TrainingSpec, global_batch: int, ranks: int) -> list[tuple[int, int]]:
+def batches(
+    constraints: SearchConstraints, training: TrainingSpec, global_batch: int, world_size: int
+) -> list[tuple[int, int]]:
     """Pairs of micro-batch and accumulation that make the global batch.
 
     Args:
@@ -91,12 +93,12 @@ def batches(wishes: Wishes, training: TrainingSpec, global_batch: int, ranks: in
         global_batch: samples of a step.
         ranks: that share them.
     """
-    per_rank, rest = divmod(global_batch, ranks)
+    per_rank, rest = divmod(global_batch, world_size)
     if rest or not per_rank:
         return []
     pairs = [(size, per_rank // size) for size in _divisors(per_rank)]
-    pairs = [pair for pair in pairs if wishes.micro_batch in (None, pair[0])]
-    pairs = [pair for pair in pairs if wishes.accumulation in (None, pair[1])]
+    pairs = [pair for pair in pairs if constraints.micro_batch in (None, pair[0])]
+    pairs = [pair for pair in pairs if constraints.gradient_accumulation_steps in (None, pair[1])]
     return pairs[:1] + _spread(pairs[1:], 7)
 
 
@@ -105,26 +107,28 @@ def _divisors(number: int) -> list[int]:
     return sorted({*low, *(number // n for n in low)})
 
 
-def _spread(pairs: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+def _spread(pairs: list[tuple[int, int]], largest_that_fits: int) -> list[tuple[int, int]]:
     """At most so many, evenly from first to last."""
-    if len(pairs) <= most:
+    if len(pairs) <= largest_that_fits:
         return pairs
-    step = (len(pairs) - 1) / (most - 1)
-    return [pairs[round(number * step)] for number in range(most)]
+    step = (len(pairs) - 1) / (largest_that_fits - 1)
+    return [pairs[round(number * step)] for number in range(largest_that_fits)]
 
 
-def tiles(spec: ModelSpec, ranks: int, stage: int, wishes: Wishes) -> list[int | None]:
+def tiles(spec: ModelSpec, world_size: int, stage: int, constraints: SearchConstraints) -> list[int | None]:
     """Relations per tile to try.
 
     Raises:
         InputError: if the asked one is out of range.
     """
     relations = table_entries(spec)
-    chosen = choose_tile(spec, ranks)
-    if wishes.tile_relations is not None:
-        if wishes.tile_relations > relations:
-            raise InputError(f"tile_relations: {wishes.tile_relations} is not allowed: must be from 1 to {relations}")
-        return [wishes.tile_relations]
+    chosen = choose_tile(spec, world_size)
+    if constraints.tile_relations is not None:
+        if constraints.tile_relations > relations:
+            raise InputError(
+                f"tile_relations: {constraints.tile_relations} is not allowed: must be from 1 to {relations}"
+            )
+        return [constraints.tile_relations]
     if chosen is None or stage < 3:
         # Below stage 3 nothing is gathered by tiles.
         return [chosen]
@@ -133,17 +137,21 @@ def tiles(spec: ModelSpec, ranks: int, stage: int, wishes: Wishes) -> list[int |
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class KnobSet:
     """Knobs of a family, beside those that `choose_zero` gives."""
 
     zero: ZeroSpec
-    lean: bool
+    minimal_memory: bool
     """Whether no other variant of the family needs less of the device."""
 
 
-def variants(
-    spec: ModelSpec, tile_relations: int | None, family: Family, cluster: ClusterSpec, wishes: Wishes
-) -> Iterator[Variant]:
+def knob_sets(
+    spec: ModelSpec,
+    tile_relations: int | None,
+    strategy: Strategy,
+    cluster: ClusterSpec,
+    constraints: SearchConstraints,
+) -> Iterator[KnobSet]:
     """Knobs to try, the leanest first.
 
     Raises:
@@ -152,42 +160,42 @@ def variants(
     base = choose_zero(
         spec,
         tile_relations,
-        family.stage,
-        cluster.ranks,
-        offload=family.offload,
-        nvme_path=wishes.nvme_path,
-        ratio=family.ratio,
+        strategy.stage,
+        cluster.world_size,
+        offload=strategy.offload,
+        nvme_path=constraints.nvme_path,
+        ratio=strategy.ratio,
     )
-    if wishes.knobs:
-        base = override_zero(base, wishes.knobs)
-    yield Variant(base, lean=True)
+    if constraints.zero_overrides:
+        base = override_zero(base, constraints.zero_overrides)
+    yield KnobSet(base, minimal_memory=True)
     on_gpu, largest = cluster.device == "cuda", base.reduce_bucket_elements
     changes: list[dict[str, Any]] = []
-    if family.stage in (1, 2) and on_gpu:
+    if strategy.stage in (1, 2) and on_gpu:
         changes.append({"overlap_comm": True})
-    if family.stage == 3:
+    if strategy.stage == 3:
         streams: list[dict[str, Any]] = [{}]
         if on_gpu:
             streams.append({"overlap_comm": True})
-            if family.offload != "nvme":
+            if strategy.offload != "nvme":
                 # DeepSpeed prefetches at least one whole module, and no parameters that lie on NVMe.
                 streams += [
                     {"overlap_comm": True, "prefetch_bucket_elements": count * largest, "max_live_elements": live}
                     for count, live in ((1, 4 * largest), (2, 6 * largest))
                 ]
         swaps: list[dict[str, Any]] = [{}]
-        if "nvme" in family.offload:
+        if "nvme" in strategy.offload:
             swaps += [_swap(base, read=True, write=False), _swap(base, read=True, write=True)]
         larger: list[dict[str, Any]] = [{}, {"reduce_bucket_elements": 4 * largest}]
-        if family.offload != "nvme":
+        if strategy.offload != "nvme":
             larger.append(larger[1] | {"sub_group_elements": 4 * base.sub_group_elements})
         changes += [stream | swap | more for stream in streams for swap in swaps for more in larger]
-    fixed = {name.partition(".")[0] for name in wishes.knobs}
+    fixed = {name.partition(".")[0] for name in constraints.zero_overrides}
     for change in changes:
         if change and not fixed & set(change):
-            yield Variant(base.model_copy(update=change), lean=False)
+            yield KnobSet(base.model_copy(update=change), minimal_memory=False)
 
 
 def _swap(base: ZeroSpec, *, read: bool, write: bool) -> dict[str, Any]:
-    buffers = {"pipeline_read": read, "pipeline_write": write, "buffer_count": least_buffers(read, write)}
+    buffers = {"pipeline_read": read, "pipeline_write": write, "buffer_count": min_buffers(read, write)}
     return {"offload_optimizer": base.offload_optimizer.model_copy(update=buffers)}

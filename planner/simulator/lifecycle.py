@@ -12,15 +12,15 @@ from ..config.model import ModelSpec
 from ..config.training import TrainingSpec
 from ..config.zero import ZeroSpec
 from ..hardware.cluster import ClusterSpec
-from .core.autograd import ParameterPolicy, Weights
-from .core.storage import Memory, Peak, Storage
+from .core.autograd import ModuleParams, ParameterHooks
+from .core.storage import MemoryTracker, Peak, Storage
 from .core.tiers import RankMemory, Tier
-from .engine.base import SIMULATED_MICRO_BATCHES, EngineTwin, Setting
-from .engine.stage0 import WholeTwin
-from .engine.stage1_2 import ZeroTwin
-from .engine.stage3 import Zero3Twin
-from .network.model import MICRO_BATCHES, NetworkTwin, run_micro_batch, sample_bytes
-from .network.ops import Widths
+from .engine.base import SIMULATED_MICRO_BATCHES, EngineConfig, SimulatedEngine
+from .engine.stage0 import Stage0Engine
+from .engine.stage1_2 import Stage12Engine
+from .engine.stage3 import Stage3Engine
+from .network.model import MICRO_BATCHES, SimulatedNetwork, run_micro_batch, sample_bytes
+from .network.ops import DtypeSizes
 
 INIT, FORWARD, BACKWARD, STEP = "init", "forward", "backward", "optimizer step"
 FIRST_STEP, SAVE, RESUME, BETWEEN = "first optimizer step", "checkpoint save", "resume", "between steps"
@@ -35,14 +35,14 @@ class Simulation:
     """With the events of a training step where they were recorded."""
     peaks: dict[tuple[str, Tier], Peak]
     """By phase and tier."""
-    kept_bytes: int
+    saved_bytes: int
     """Kept for backward by one micro-batch, on the device itself."""
 
 
-class _Order(ParameterPolicy):
+class _Order(ParameterHooks):
     """Notes which parameters each module call of a step needs."""
 
-    def __init__(self, network: NetworkTwin) -> None:
+    def __init__(self, network: SimulatedNetwork) -> None:
         self.calls: list[tuple[int, ...]] = []
         self._numbers: dict[int, tuple[int, ...]] = {}
         first = 0
@@ -50,25 +50,25 @@ class _Order(ParameterPolicy):
             self._numbers[id(weights)] = tuple(range(first, first + len(weights.numels)))
             first += len(weights.numels)
 
-    def fetch(self, weights: Weights, *, backward: bool) -> None:
+    def fetch(self, weights: ModuleParams, *, backward: bool) -> None:
         self.calls.append(self._numbers[id(weights)])
 
-    def gradients(self, weights: Weights, grads: list[Storage]) -> None:
+    def gradients(self, weights: ModuleParams, grads: list[Storage]) -> None:
         grads.clear()
 
 
-def _engine(memory: RankMemory, setting: Setting, network: NetworkTwin) -> EngineTwin:
-    zero = setting.zero
+def _engine(memory: RankMemory, config: EngineConfig, network: SimulatedNetwork) -> SimulatedEngine:
+    zero = config.zero
     if zero.stage == 0:
-        return WholeTwin(memory, setting, network)
+        return Stage0Engine(memory, config, network)
     if zero.stage < 3:
-        return ZeroTwin(memory, setting, network)
+        return Stage12Engine(memory, config, network)
     if not (zero.prefetch_bucket_elements or zero.max_reuse_distance_elements):
-        return Zero3Twin(memory, setting, network)
+        return Stage3Engine(memory, config, network)
     order = _Order(network)
-    scratch = Memory()
+    scratch = MemoryTracker()
     run_micro_batch(network, scratch, order, scratch.phase)
-    return Zero3Twin(memory, setting, network, order.calls)
+    return Stage3Engine(memory, config, network, order.calls)
 
 
 def simulate(
@@ -96,16 +96,16 @@ def simulate(
         rank: which rank; None is the one that holds the most.
         rehearsed: the rank runs alone, and a CPU stands in for its device.
     """
-    widths = Widths.of(training.dtype_bytes, cluster.device, threads)
+    widths = DtypeSizes.of(training.dtype_bytes, cluster.device, threads)
     if rehearsed:
         # Products need no scratch where they are not computed; the operator takes its device's way.
-        own = Widths.of(training.dtype_bytes, "cpu", threads, packs=False)
+        own = DtypeSizes.of(training.dtype_bytes, "cpu", threads, packs=False)
         widths = replace(own, batched=widths.batched, copies_products=widths.copies_products)
-    network = NetworkTwin(spec, training.micro_batch, widths, tile_relations)
-    setting = Setting(training, zero, cluster.ranks, rank)
+    network = SimulatedNetwork(spec, training.micro_batch, widths, tile_relations)
+    config = EngineConfig(training, zero, cluster.world_size, rank)
     memory = RankMemory("cpu" if rehearsed else cluster.device, record=record, alone=rehearsed)
     network.host = memory.host
-    engine = _engine(memory, setting, network)
+    engine = _engine(memory, config, network)
     with memory.phase(INIT):
         engine.build()
     # A resumed run has built the engine too, and has the moments that a first step makes.
@@ -113,12 +113,12 @@ def simulate(
         engine.load()
     with memory.phase(FIRST_STEP):
         engine.step(first=True)
-    samples = training.micro_batch * training.accumulation * sample_bytes(spec)
+    samples = training.micro_batch * training.gradient_accumulation_steps * sample_bytes(spec)
     batches = Storage(memory.host, MICRO_BATCHES, samples)
     with memory.phase(BETWEEN):
         pass
     kept = 0
-    for _ in range(min(training.accumulation, SIMULATED_MICRO_BATCHES)):
+    for _ in range(min(training.gradient_accumulation_steps, SIMULATED_MICRO_BATCHES)):
         kept = run_micro_batch(network, memory.device, engine, memory.phase)
     with memory.phase(STEP):
         engine.step()

@@ -171,7 +171,7 @@ class Rates:
         measured: Transfer | None = getattr(self._measured, name)
         if measured is not None and cluster.nodes == 1:
             return Transfer(latency_s=measured.latency_s * self.spread, bytes_per_s=measured.bytes_per_s / self.spread)
-        if cluster.ranks == 1:
+        if cluster.world_size == 1:
             return Transfer(latency_s=self.operation_s, bytes_per_s=self.memory_bytes_per_s / 2)
         latency, passes = LATENCY_S[self._index], 2 if name == "all_reduce" else 1
         if self.on_cpu:
@@ -179,7 +179,7 @@ class Rates:
         # Seconds of a byte: bound by what a rank takes in, or its node.
         seconds = 0.0
         if cluster.ranks_per_node > 1:
-            received = (cluster.ranks - 1) / cluster.ranks
+            received = (cluster.world_size - 1) / cluster.world_size
             seconds = received / (self._field("intra_node_bytes_per_s") * self.share("link"))
         if cluster.nodes > 1:
             adapters = self._field("nic_bytes_per_s") * (cluster.nics or 1) * self.share("network")

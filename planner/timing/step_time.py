@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Literal, NamedTuple, TypeAlias
 
-from ..common.schema import Schema
+from ..common.schema import Schema, stored_as
 from ..config.model import ModelSpec
 from ..config.training import DTYPE_BYTES, TrainingSpec
 from ..config.zero import ZeroSpec
@@ -44,7 +44,7 @@ class Part(NamedTuple):
     """Whether it runs beside forward and backward rather than before or after."""
 
 
-class TimeEntry(Schema):
+class StepPart(Schema):
     """One part of a step, over all micro-batches."""
 
     name: str
@@ -60,7 +60,7 @@ class TimeEntry(Schema):
 class StepTime(Schema):
     """Time of one optimizer step of every rank."""
 
-    entries: tuple[TimeEntry, ...]
+    breakdown: tuple[StepPart, ...] = stored_as("entries")
     """In the order of the step."""
     low_s: float
     likely_s: float
@@ -105,7 +105,7 @@ def compute_seconds(spec: ModelSpec, batch: int, tiles: int, rates: Rates) -> tu
 
 def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates: Rates) -> dict[str, Part]:
     """Collectives and copies of the micro-batches, and of the parameters after the update."""
-    width, count, parts = training.dtype_bytes, training.accumulation, {}
+    width, count, parts = training.dtype_bytes, training.gradient_accumulation_steps, {}
     optimizer, param = zero.offload_optimizer.device, zero.offload_param.device
     reduce, gather = rates.collective("reduce_scatter"), rates.collective("all_gather")
     on_cpu, overlaps = rates.on_cpu, zero.overlap_comm and not rates.on_cpu
@@ -117,7 +117,7 @@ def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates
         seconds = reductions * reduce.latency_s + v.elements * width / reduce.bytes_per_s
         parts[REDUCE] = Part(count * seconds, "network", overlaps)
         parts[BACK] = Part(gather.seconds(v.persistent * width), "network")
-        local = v.gathered // rates.cluster.ranks * width
+        local = v.gathered // rates.cluster.world_size * width
         if param == "cpu":
             copy = rates.host_copy("host_to_device")
             seconds = count * uses * (v.gathers * copy.latency_s + local / copy.bytes_per_s)
@@ -133,7 +133,7 @@ def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates
         reductions = 1 if zero.stage == 0 else max(1, -(-v.elements // zero.reduce_bucket_elements))
         seconds = reductions * reduce.latency_s + v.elements * width / reduce.bytes_per_s
         parts[REDUCE] = Part(times * seconds, "network", overlaps and zero.stage > 0)
-        if zero.stage and rates.cluster.ranks > 1:
+        if zero.stage and rates.cluster.world_size > 1:
             parts[BACK] = Part(gather.seconds(v.elements * width), "network")
     if optimizer != "none":
         copy = rates.host_copy("device_to_host")
@@ -163,7 +163,7 @@ def _updating(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rates) 
         gradients = own * 4
         read = (own * held + gradients) / rates.nvme_bytes_per_s("read")
         # Gradients are written as the micro-batches are reduced.
-        write = (own * held + gradients * training.accumulation) / rates.nvme_bytes_per_s("write")
+        write = (own * held + gradients * training.gradient_accumulation_steps) / rates.nvme_bytes_per_s("write")
         if zero.offload_param.device == "nvme":
             write += own * training.dtype_bytes / rates.nvme_bytes_per_s("write")
         shared = max(read, write, seconds)
@@ -177,9 +177,9 @@ def _updating(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rates) 
 
 def _engine(zero: ZeroSpec, training: TrainingSpec, v: Volumes, uses: int, rates: Rates) -> Part:
     """What the engine itself does in Python."""
-    seconds = training.accumulation * v.tensors * rates.overhead("gradient_s")
+    seconds = training.gradient_accumulation_steps * v.tensors * rates.overhead("gradient_s")
     if zero.stage == 3:
-        hooks = training.accumulation * uses * v.gathers * rates.overhead("module_s")
+        hooks = training.gradient_accumulation_steps * uses * v.gathers * rates.overhead("module_s")
         groups = -(-v.share // zero.sub_group_elements)
         seconds += hooks + groups * rates.overhead("sub_group_s")
     else:
@@ -203,9 +203,9 @@ def step_parts(
         tile_relations: relations per tile; None keeps tables whole.
         rates: of the machine.
     """
-    v = volumes(spec, tile_relations, rates.cluster.ranks, zero.persistence_threshold_elements)
+    v = volumes(spec, tile_relations, rates.cluster.world_size, zero.persistence_threshold_elements)
     forward, backward = compute_seconds(spec, training.micro_batch, v.tiles, rates)
-    count, again = training.accumulation, spec.checkpointing != "none"
+    count, again = training.gradient_accumulation_steps, spec.checkpointing != "none"
     parts = {FORWARD: Part(count * forward, "compute"), BACKWARD: Part(count * backward, "compute")}
     uses = 2
     if again:
@@ -258,8 +258,8 @@ def estimate_step_time(
         for level in LEVELS
     }
     likely = by_level["likely"]
-    entries = tuple(
-        TimeEntry(
+    breakdown = tuple(
+        StepPart(
             name=name,
             low_s=by_level["fast"][name].seconds,
             likely_s=part.seconds,
@@ -274,11 +274,11 @@ def estimate_step_time(
     bounds: dict[str, float] = {}
     for part in likely.values():
         bounds[part.bound] = bounds.get(part.bound, 0.0) + part.seconds
-    batch = training.global_batch(cluster.ranks)
+    batch = training.global_batch(cluster.world_size)
     flops = 3 * count_flops(spec).forward * batch
-    peak = Rates(cluster, training.precision).peak_flops_per_s * cluster.ranks
+    peak = Rates(cluster, training.precision).peak_flops_per_s * cluster.world_size
     return StepTime(
-        entries=entries,
+        breakdown=breakdown,
         low_s=low,
         likely_s=middle,
         high_s=high,

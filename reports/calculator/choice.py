@@ -18,9 +18,9 @@ from translution.planner.config.presets import preset, preset_name
 from translution.planner.config.training import Optimizer, Precision, TrainingSpec
 from translution.planner.hardware.catalog import find_gpu
 from translution.planner.hardware.cluster import ClusterSpec, named_cluster
-from translution.planner.search.constraints import HEADROOM, Checkpointing, Objective, Stage, Wishes
-from translution.planner.search.searcher import global_batch_of
-from translution.planner.search.space import batches, families, node_counts, tiles
+from translution.planner.search.constraints import HEADROOM, Checkpointing, Objective, SearchConstraints, Stage
+from translution.planner.search.searcher import resolve_global_batch
+from translution.planner.search.space import batches, node_counts, strategies, tiles
 
 MOST_TOKENS = 8192
 MOST_LAYERS, MOST_WIDTH, MOST_HEADS = 128, 16384, 128
@@ -74,7 +74,7 @@ class Choice(Schema):
     """Of one node."""
     nodes: Annotated[int, Field(ge=1, le=MOST_NODES)] = 1
     host_memory: int | None = _up_to(2**16)
-    """Of one node, in GiB; else the catalogue's."""
+    """Of one node, in GiB; else the catalog's."""
     nvme_path: Annotated[str, Field(max_length=200), AfterValidator(_path)] | None = None
     """On every node; it is never looked at, only written into the plan."""
     all_nodes: bool = False
@@ -105,7 +105,7 @@ FIELDS = tuple(Choice.model_fields)
 _DEFAULTS = {name: field.default for name, field in Choice.model_fields.items()}
 _CHOICE: TypeAdapter[Choice] = TypeAdapter(Choice)
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
-_WISHES: TypeAdapter[Wishes] = TypeAdapter(Wishes)
+_WISHES: TypeAdapter[SearchConstraints] = TypeAdapter(SearchConstraints)
 _OVERRIDES = ("operator", "roles", "c1", "c2", "relative_layers")
 _SETTINGS = ("dim", "depth", "heads", "image", "patch", "context", "window", "other_layers")
 _WISHED = ("stage", "offload", "nvme_path", "checkpointing", "tile_relations", "micro_batch", "accumulation")
@@ -172,7 +172,7 @@ class Question:
     spec: ModelSpec
     cluster: ClusterSpec
     training: TrainingSpec
-    wishes: Wishes
+    constraints: SearchConstraints
 
 
 def cluster_of(choice: Choice) -> ClusterSpec:
@@ -209,29 +209,31 @@ def question_of(choice: Choice) -> Question:
         fields = {"precision": choice.precision, "optimizer": choice.optimizer, "steps": choice.steps}
         training = validate(_TRAINING, fields | {"data": "synthetic"}, "plan", tuple(TrainingSpec.model_fields))
         wished = {name: getattr(choice, name) for name in (*_WISHED, "global_batch", "all_nodes", "headroom")}
-        wishes = validate(_WISHES, wished | {"minimize": choice.minimize}, "plan", tuple(Wishes.model_fields))
-        _check(Question(spec, cluster, training, wishes))
+        constraints = validate(
+            _WISHES, wished | {"minimize": choice.minimize}, "plan", tuple(SearchConstraints.model_fields)
+        )
+        _check(Question(spec, cluster, training, constraints))
     except ChoiceError:
         raise
     except InputError as error:
         raise choice_error(error, choice) from None
-    return Question(spec, cluster, training, wishes)
+    return Question(spec, cluster, training, constraints)
 
 
 def _check(question: Question) -> None:
     """What a search would refuse before it begins."""
-    spec, cluster, training, wishes = question.spec, question.cluster, question.training, question.wishes
-    if not families(wishes, cluster)[0]:
-        needs = ": nvme_path must be given" if wishes.offload and "nvme" in wishes.offload else ""
-        raise InputError(f"offload: {wishes.offload!r} is not allowed with stage {wishes.stage}{needs}")
-    if wishes.offload and "nvme" in wishes.offload and wishes.nvme_path is None:
-        raise InputError(f"nvme_path: is required with offload {wishes.offload}")
-    tiles(spec, cluster.ranks, 3, wishes)
-    batch = global_batch_of(wishes, cluster)
-    counts = [cluster.ranks_per_node * nodes for nodes in node_counts(cluster, wishes)]
-    if not any(batches(wishes, training, batch, ranks) for ranks in counts):
+    spec, cluster, training, constraints = question.spec, question.cluster, question.training, question.constraints
+    if not strategies(constraints, cluster)[0]:
+        needs = ": nvme_path must be given" if constraints.offload and "nvme" in constraints.offload else ""
+        raise InputError(f"offload: {constraints.offload!r} is not allowed with stage {constraints.stage}{needs}")
+    if constraints.offload and "nvme" in constraints.offload and constraints.nvme_path is None:
+        raise InputError(f"nvme_path: is required with offload {constraints.offload}")
+    tiles(spec, cluster.world_size, 3, constraints)
+    batch = resolve_global_batch(constraints, cluster)
+    counts = [cluster.ranks_per_node * nodes for nodes in node_counts(cluster, constraints)]
+    if not any(batches(constraints, training, batch, ranks) for ranks in counts):
         raise InputError(
-            f"global_batch: {batch} is not allowed: must be a multiple of the {cluster.ranks} ranks, "
+            f"global_batch: {batch} is not allowed: must be a multiple of the {cluster.world_size} ranks, "
             "and of micro_batch and accumulation where they are given"
         )
 

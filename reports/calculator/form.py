@@ -7,7 +7,7 @@ from typing import Literal
 
 from translution.planner.analysis.operator_costs import LABELS
 from translution.planner.config.presets import PRESET_NAMES
-from translution.planner.hardware.catalog import catalogue
+from translution.planner.hardware.catalog import catalog
 
 from .choice import MOST_GPUS, MOST_HEADS, MOST_LAYERS, MOST_NODES, MOST_TOKENS, MOST_WIDTH, Choice
 
@@ -83,14 +83,14 @@ def _model() -> Section:
 
 
 def _cluster() -> Section:
-    gpus = tuple((name, f"{name}: {gpu.title}") for name, gpu in catalogue().gpus.items())
+    gpus = tuple((name, f"{name}: {gpu.title}") for name, gpu in catalog().gpus.items())
     fields = (
         _select("gpu", "GPU", gpus),
         _number("gpus", "GPUs per node", MOST_GPUS, ""),
         _number("nodes", "Nodes", MOST_NODES, "", "at most; fewer are taken where more are not better"),
     )
     more = (
-        _number("host_memory", "Host memory per node, GiB", 2**16, "catalogue's"),
+        _number("host_memory", "Host memory per node, GiB", 2**16, "catalog's"),
         FormField("nvme_path", "NVMe path", "text", placeholder="none", hint="on every node; none keeps NVMe unused"),
         FormField("headroom", "Headroom", hint="share of every memory that stays free", least=0, step="0.01"),
         FormField("all_nodes", "Use every node", "checkbox"),

@@ -13,18 +13,18 @@ from pydantic import TypeAdapter
 
 from translution.planner.analysis.operator_costs import LABELS, compare_operators
 from translution.planner.common.errors import InputError
-from translution.planner.common.schema import Schema, parse_json
+from translution.planner.common.schema import Schema, parse_json, stored_as
 from translution.planner.costs.parameters import TABLES
 from translution.planner.deepspeed.config import remarks
 from translution.planner.hardware.cluster import ClusterSpec
-from translution.planner.memory.estimate import LedgerEntry, MemoryEstimate
+from translution.planner.memory.estimate import BreakdownItem, MemoryEstimate
 from translution.planner.plans.folder import write_plan_folder
 from translution.planner.plans.plan import PLAN_FILE, Plan
-from translution.planner.search.advice import Advice, hybrid_text
-from translution.planner.search.explain import FamilyVerdict, KnobReason, ParetoPoint, SearchResult
-from translution.planner.search.plan_search import NoPlanError, RunCost, choose, run_cost
+from translution.planner.search.advice import Advice, describe_hybrid
+from translution.planner.search.explain import KnobReason, ParetoPoint, SearchResult, StrategyVerdict
+from translution.planner.search.plan_search import NoPlanFits, RunCost, run_cost, search_plan
 from translution.planner.simulator.core.tiers import Tier
-from translution.planner.simulator.network.ops import Widths
+from translution.planner.simulator.network.ops import DtypeSizes
 from translution.planner.timing.step_time import StepTime
 
 from ..inputs.prediction import tier_name
@@ -43,9 +43,9 @@ class OperatorCost(Schema):
     """Of them in relation tables."""
     state_bytes: int
     """Of AdamW with an fp32 master copy, over all ranks."""
-    kept_bytes: int
+    saved_bytes: int = stored_as("kept_bytes")
     """What the forward pass of one sample keeps for backward."""
-    published_kept_bytes: int
+    published_saved_bytes: int = stored_as("published_kept_bytes")
     """The same by the published way, a matrix for every pair."""
     training_flops: int
     """Of one sample, forward and backward."""
@@ -78,8 +78,8 @@ class TierUse(Schema):
     high_bytes: int | None
     """As the GPU's constants may be; of the device alone."""
     phase: str
-    moment: str
-    entries: tuple[LedgerEntry, ...]
+    site: str = stored_as("moment")
+    breakdown: tuple[BreakdownItem, ...] = stored_as("entries")
 
 
 class PlanView(Schema):
@@ -89,7 +89,7 @@ class PlanView(Schema):
     nodes: int
     ranks: int
     stage: int
-    family: str
+    strategy: str = stored_as("family")
     checkpointing: str
     micro_batch: int
     accumulation: int
@@ -99,7 +99,7 @@ class PlanView(Schema):
     run: RunCost | None
     tiers: tuple[TierUse, ...]
     considered: int
-    families: tuple[FamilyVerdict, ...]
+    strategies: tuple[StrategyVerdict, ...] = stored_as("families")
     knobs: tuple[KnobReason, ...]
     pareto: tuple[ParetoPoint, ...]
     remarks: tuple[str, ...]
@@ -109,7 +109,7 @@ class PlanView(Schema):
 class NoPlan(Schema):
     """Why nothing fits, and what would do."""
 
-    families: tuple[FamilyVerdict, ...]
+    strategies: tuple[StrategyVerdict, ...] = stored_as("families")
     advice: tuple[Advice, ...]
     """The cheapest first, hybrids last; `changes` are fields of the model."""
 
@@ -144,7 +144,7 @@ def costs_of(choice: Choice) -> Costs:
         ChoiceError: naming the field.
     """
     question = question_of(choice)
-    described = compare_operators(question.spec, 1, Widths.of(question.training.dtype_bytes, "cuda"))
+    described = compare_operators(question.spec, 1, DtypeSizes.of(question.training.dtype_bytes, "cuda"))
     rows = tuple(
         OperatorCost(
             operator=entry["operator"],
@@ -152,8 +152,8 @@ def costs_of(choice: Choice) -> Costs:
             parameters=entry["parameters"]["total"],
             in_tables=entry["parameters"]["components"].get(TABLES, 0),
             state_bytes=entry["training_state_bytes"],
-            kept_bytes=entry["activations_bytes"]["ours"],
-            published_kept_bytes=entry["activations_bytes"]["published"],
+            saved_bytes=entry["activations_bytes"]["ours"],
+            published_saved_bytes=entry["activations_bytes"]["published"],
             training_flops=entry["flops_per_sample"]["training_step"],
         )
         for entry in described
@@ -189,8 +189,8 @@ def _tiers(prediction: MemoryEstimate, cluster: ClusterSpec) -> tuple[TierUse, .
                 low_bytes=low,
                 high_bytes=high,
                 phase=worst.phase,
-                moment=worst.moment,
-                entries=worst.entries,
+                site=worst.site,
+                breakdown=worst.breakdown,
             )
         )
     return tuple(uses)
@@ -203,19 +203,19 @@ def view_of(result: SearchResult) -> PlanView:
     return PlanView(
         cluster=cluster.name,
         nodes=cluster.nodes,
-        ranks=cluster.ranks,
+        ranks=cluster.world_size,
         stage=plan.zero.stage,
-        family=next(verdict.family for verdict in result.families if verdict.chosen),
+        strategy=next(verdict.strategy for verdict in result.strategies if verdict.chosen),
         checkpointing=plan.model.checkpointing,
         micro_batch=training.micro_batch,
-        accumulation=training.accumulation,
-        global_batch=training.global_batch(cluster.ranks),
+        accumulation=training.gradient_accumulation_steps,
+        global_batch=training.global_batch(cluster.world_size),
         tile_relations=plan.tile_relations,
         time=plan.time,
         run=None if plan.time is None else run_cost(plan.time, cluster, training),
         tiers=_tiers(plan.prediction, cluster),
         considered=result.considered,
-        families=result.families,
+        strategies=result.strategies,
         knobs=result.knobs,
         pareto=result.pareto,
         remarks=remarks(training, plan.zero),
@@ -223,9 +223,9 @@ def view_of(result: SearchResult) -> PlanView:
     )
 
 
-def _no_plan(error: NoPlanError) -> NoPlan:
-    hybrids = tuple(Advice(kind="hybrid", text=hybrid_text(row), changes=row.changes) for row in error.hybrids)
-    return NoPlan(families=error.families, advice=(*error.advice, *hybrids))
+def _no_plan(error: NoPlanFits) -> NoPlan:
+    hybrids = tuple(Advice(kind="hybrid", text=describe_hybrid(row), changes=row.changes) for row in error.hybrids)
+    return NoPlan(strategies=error.strategies, advice=(*error.advice, *hybrids))
 
 
 def search(choice: Choice) -> Found:
@@ -236,8 +236,8 @@ def search(choice: Choice) -> Found:
     """
     try:
         question: Question = question_of(choice)
-        result = choose(question.spec, question.cluster, question.training, question.wishes)
-    except NoPlanError as error:
+        result = search_plan(question.spec, question.cluster, question.training, question.constraints)
+    except NoPlanFits as error:
         outcome = Outcome(state="nothing fits", message=str(error), no_plan=_no_plan(error))
         return Found(outcome.model_dump_json().encode(), None)
     except InputError as error:

@@ -226,7 +226,7 @@ def make_app(searches: Searches, hosts: Iterable[str] = (), *, any_address: bool
         any_address: allow any address in place of a name.
     """
     pages = _Pages(searches)
-    # The first reader need not wait until the catalogue is read and the templates are compiled.
+    # The first reader need not wait until the catalog is read and the templates are compiled.
     page(Choice(), costs_of(Choice()), Outcome(state="searching"), None)
 
     @contextlib.asynccontextmanager

@@ -35,7 +35,14 @@ def plan_command(plan: Plan) -> str | None:
     What was chosen is fixed in it. ZeRO's knobs are searched anew.
     """
     training, zero, cluster = plan.training, plan.zero, plan.cluster
-    chosen = {name: getattr(training, name) for name in ("precision", "data", "micro_batch", "accumulation", "steps")}
+    chosen = {
+        "precision": training.precision,
+        "data": training.data,
+        "micro_batch": training.micro_batch,
+        "accumulation": training.gradient_accumulation_steps,
+        "steps": training.steps,
+    }
+
     place, optimizer = zero.offload_param.device, zero.offload_optimizer
     if "nvme" in (place, optimizer.device) or TrainingSpec.model_validate(chosen) != training:
         return None

@@ -26,9 +26,9 @@ def ledger_rows(prediction: MemoryEstimate) -> list[dict[str, Any]]:
         the entry's ``name``, ``bytes``, ``formula`` and ``source``.
     """
     return [
-        {"tier": peak.tier, "phase": peak.phase, "peak_bytes": peak.bytes, "moment": peak.moment} | entry.model_dump()
+        {"tier": peak.tier, "phase": peak.phase, "peak_bytes": peak.bytes, "moment": peak.site} | entry.model_dump()
         for peak in prediction.peaks
-        for entry in peak.entries
+        for entry in peak.breakdown
     ]
 
 
@@ -55,7 +55,7 @@ def timelines_of(plan: Plan) -> dict[str, Timeline]:
                 initial[what] = initial.get(what, 0) + size
         worst = max((plan.prediction.peak(phase, tier) for phase in _STEP), key=lambda peak: peak.bytes if peak else 0)
         replayed = {what for _, _, what, _ in recorded.events or []}
-        for entry in worst.entries if worst is not None else ():
+        for entry in worst.breakdown if worst is not None else ():
             if entry.name not in replayed:
                 initial[entry.name] = entry.bytes
         if any(initial.values()) or events:

@@ -57,8 +57,8 @@ def pairs(prediction: MemoryEstimate, measured: MemoryMeasurement) -> Iterator[t
     for name, size in files.items():
         yield "nvme", name, prediction.of(name, RESIDENT, "nvme"), size
     yield own, RESIDENT, prediction.resident_bytes, measured.resident_bytes
-    if measured.kept_bytes is not None:
-        yield own, KEPT, prediction.kept_bytes, measured.kept_bytes
+    if measured.saved_bytes is not None:
+        yield own, KEPT, prediction.saved_bytes, measured.saved_bytes
     for phase, size in _with_building(measured.phase_peak_bytes).items():
         yield own, f"peak of {phase}", prediction.bytes_of(phase), size
     for phase, size in _with_building(measured.process_phase_peak_bytes).items():
@@ -93,7 +93,7 @@ def compare(run: Path) -> pd.DataFrame:
     """
     plan = load_plan(require_run(run))
     rows: list[dict[str, Any]] = []
-    for rank in range(plan.cluster.ranks):
+    for rank in range(plan.cluster.world_size):
         measured = read_memory(run, rank)
         if measured is None:
             continue

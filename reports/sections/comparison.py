@@ -33,7 +33,7 @@ def _cell(row: ComparisonRow) -> tuple[str, ...]:
         format_count(row.parameters),
         format_flops(row.training_flops),
         format_bytes(row.states_bytes),
-        format_bytes(row.kept_bytes),
+        format_bytes(row.saved_bytes),
         format_bytes(row.floor_bytes),
         row.cluster or "none",
         row.offload_cluster or "none",
@@ -85,7 +85,7 @@ def picture(points: Iterable[ScalePoint], limits: Sequence[Threshold], title: st
         A Vega-Lite spec.
     """
     data = pd.DataFrame([point.model_dump() for point in points])
-    data["GiB"] = (data["states_bytes"] + data["kept_bytes"]) / GIB
+    data["GiB"] = (data["states_bytes"] + data["saved_bytes"]) / GIB
     ends = pd.DataFrame([limit.model_dump() | {"label": f"{limit.nodes} node(s)"} for limit in limits if limit.largest])
     operators = list(dict.fromkeys(data["operator"]))
     colours = alt.Scale(domain=operators, range=list(COLOURS[: len(operators)]))
@@ -138,7 +138,7 @@ _COLUMNS = (
 
 
 def _row(row: ComparisonRow) -> tuple[Value, ...]:
-    sizes = row.states_bytes, row.kept_bytes, row.floor_bytes
+    sizes = row.states_bytes, row.saved_bytes, row.floor_bytes
     places = row.ranks, row.cluster or "none", row.offload_cluster or "none"
     return (
         row.model, row.operator, row.alpha_rank, row.parameters, row.training_flops, *sizes, *places, row.sample_s,

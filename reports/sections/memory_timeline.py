@@ -51,9 +51,9 @@ class _Series:
 
 def place_of(point: TimelinePoint) -> str:
     """Where in the step a point is, in words."""
-    if not point.moment or point.phase in point.moment:
-        return point.moment or point.phase or "throughout"
-    return f"{point.moment}, {point.phase}"
+    if not point.site or point.phase in point.site:
+        return point.site or point.phase or "throughout"
+    return f"{point.site}, {point.phase}"
 
 
 def describe(timeline: Timeline, title: str) -> str:
@@ -127,7 +127,7 @@ def _axis_title(timeline: Timeline) -> str:
 def _rows(timeline: Timeline, series: _Series, position: Callable[[int], float]) -> list[dict[str, Any]]:
     begins = [position(point.first_event) for point in timeline.points]
     rows: list[dict[str, Any]] = [
-        {"x": begin, "x2": end, "phase": point.phase, "moment": point.moment, "all": point.total_bytes}
+        {"x": begin, "x2": end, "phase": point.phase, "moment": point.site, "all": point.total_bytes}
         | dict(zip(series.keys, sizes, strict=True))
         for begin, end, point, sizes in zip(begins, [*begins[1:], 1.0], timeline.points, series.sizes, strict=True)
     ]

@@ -15,7 +15,7 @@ from translution.planner.config.model import OPERATORS, ModelSpec
 from translution.planner.config.training import TrainingSpec
 from translution.planner.costs.parameters import TABLES
 from translution.planner.hardware.cluster import ClusterSpec
-from translution.planner.simulator.network.ops import Widths
+from translution.planner.simulator.network.ops import DtypeSizes
 
 from ..render.document import Column, Picture, Section, Table, Value, shown
 from ..render.vega import COLOURS
@@ -131,7 +131,7 @@ _COLUMNS = (
 
 
 def _cost_row(spec: ModelSpec, training: TrainingSpec) -> tuple[Value, ...]:
-    entry = describe(spec, 1, Widths.of(training.dtype_bytes, "cuda"))
+    entry = describe(spec, 1, DtypeSizes.of(training.dtype_bytes, "cuda"))
     parameters, kept, flops = entry["parameters"], entry["activations_bytes"], entry["flops_per_sample"]
     total = parameters["total"]
     return (

@@ -40,7 +40,7 @@ def summarize(plan: Plan) -> tuple[tuple[str, str], ...]:
     model, training, cluster, zero = plan.model, plan.training, plan.cluster, plan.zero
     parameters = count_parameters(model)
     tables = parameters.components.get(TABLES, 0) / parameters.total
-    batch = training.global_batch(cluster.ranks)
+    batch = training.global_batch(cluster.world_size)
     offloads = {"optimizer": zero.offload_optimizer.device, "parameters": zero.offload_param.device}
     offload = ", ".join(f"{what} to {device}" for what, device in offloads.items() if device != "none")
     peak, capacity = plan.prediction.peak_bytes, cluster.device_memory_bytes
@@ -53,7 +53,11 @@ def summarize(plan: Plan) -> tuple[tuple[str, str], ...]:
         ("ZeRO", f"stage {zero.stage}, {f'offload of {offload}' if offload else 'no offload'}"),
         ("Tiles", "whole tables" if plan.tile_relations is None else f"{plan.tile_relations} relations per tile"),
         ("Precision", f"{training.precision}, master copy {training.master_dtype}, {training.optimizer}"),
-        ("Batch", f"{training.micro_batch} per rank × {training.accumulation} × {cluster.ranks} ranks = {batch}"),
+        (
+            "Batch",
+            f"{training.micro_batch} per rank × {training.gradient_accumulation_steps} × "
+            f"{cluster.world_size} ranks = {batch}",
+        ),
         ("Work", f"{format_flops(count_flops(model).training_step * batch)} per step, {training.steps} steps"),
         ("Peak of a rank", f"{format_bytes(peak)} of {format_bytes(capacity)}, {peak / capacity:.1%}"),
         ("Made by", plan.made_by),
@@ -157,7 +161,7 @@ def _measured(run: Path, key: str) -> Section:
 
 def _timelines(plan: Plan, title: str, prefix: str, made: Provenance) -> tuple[Section, dict[str, Any]]:
     """The section, and the picture of all tiers in one."""
-    ranks = f"{plan.cluster.ranks} rank{'s' if plan.cluster.ranks > 1 else ''}"
+    ranks = f"{plan.cluster.world_size} rank{'s' if plan.cluster.world_size > 1 else ''}"
     subtitle = f"ZeRO-{plan.zero.stage} on {ranks}, {plan.training.precision}, {plan.training.micro_batch} samples each"
     host_share = plan.cluster.host_memory_bytes // plan.cluster.ranks_per_node
     capacities = {DEVICE: plan.cluster.device_memory_bytes, HOST: host_share}

@@ -114,7 +114,7 @@ def forked_ranks(command: Sequence[str], environment: Mapping[str, str], folder:
     """`run_ranks` without DeepSpeed's launcher: the ranks themselves, forked from a process that has imported all."""
     reader = MetricsReader(folder / METRICS, on_metrics)
     words = command[command.index("translution.cli") + 1 :]
-    ranks = load_plan(folder).cluster.ranks
+    ranks = load_plan(folder).cluster.world_size
     run_ranks_of(["-m", "translution.cli", *words], ranks, folder / "launcher.log")
     reader.poll()
     return 0

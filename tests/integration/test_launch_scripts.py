@@ -22,8 +22,8 @@ from translution.planner.hardware.cluster import load_cluster, local_cpu_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.defaults import OFFLOAD, choose_tile, choose_zero
 from translution.planner.plans.folder import write_plan_folder
-from translution.planner.plans.launch_scripts import environment_variables, hostfile, start_files
-from translution.planner.search.constraints import Wishes
+from translution.planner.plans.launch_scripts import environment_variables, hostfile, launch_files
+from translution.planner.search.constraints import SearchConstraints
 from translution.planner.search.space import families, variants
 
 BF16 = TrainingSpec(precision="bf16", data="synthetic", micro_batch=1)
@@ -41,11 +41,11 @@ def test_deepspeed_reads_every_variant_of_every_family(cluster: str) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     spec, where = preset("vit-base/16"), load_cluster(cluster)
-    wishes = Wishes(nvme_path="/nvme")
+    constraints = SearchConstraints(nvme_path="/nvme")
     seen = 0
-    for family in families(wishes, where)[0]:
-        for variant in variants(spec, choose_tile(spec, where.ranks), family, where, wishes):
-            plan_config = make_config(variant.zero, where.ranks)
+    for family in families(constraints, where)[0]:
+        for variant in variants(spec, choose_tile(spec, where.world_size), family, where, constraints):
+            plan_config = make_config(variant.zero, where.world_size)
             read = DeepSpeedZeroConfig(**plan_config["zero_optimization"])
             assert read.stage == family.stage
             assert read.overlap_comm == variant.zero.overlap_comm
@@ -88,7 +88,7 @@ def test_the_folder_has_what_its_cluster_needs(tmp_path: Path) -> None:
         "2x8xH100": {"environment.sh", "launch-torchrun.sh", "job.sbatch", "hostfile", "launch-ssh.sh"},
     }.items():
         plan = make_plan(preset("vit-base/32"), load_cluster(name), BF16)
-        assert set(start_files(plan)) == files
+        assert set(launch_files(plan)) == files
         folder = tmp_path / name
         write_plan_folder(plan, folder)
         for file in files:
@@ -109,7 +109,7 @@ def test_the_hostfile_is_read_by_deepspeed(tmp_path: Path) -> None:
 
 def test_slurm_gets_a_task_for_each_rank() -> None:
     plan = make_plan(preset("vit-base/32"), load_cluster("2x8xH100"), BF16)
-    lines = start_files(plan)["job.sbatch"].splitlines()
+    lines = launch_files(plan)["job.sbatch"].splitlines()
     assert "#SBATCH --nodes=2" in lines
     assert "#SBATCH --ntasks-per-node=8" in lines
     assert "#SBATCH --gpus-per-node=8" in lines
@@ -120,10 +120,10 @@ def test_a_name_is_never_read_by_a_shell(tmp_path: Path) -> None:
     name = "x'; touch $(echo owned) `id` \n#SBATCH --wrap"
     spec = preset("vit-base/32").model_copy(update={"name": name})
     plan = make_plan(spec, load_cluster("2x8xH100"), BF16)
-    for file, text in start_files(plan).items():
+    for file, text in launch_files(plan).items():
         assert "owned" not in text or "touch-" in text, file
         assert "`id`" not in text
-    jobs = [line for line in start_files(plan)["job.sbatch"].splitlines() if line.startswith("#SBATCH --job-name")]
+    jobs = [line for line in launch_files(plan)["job.sbatch"].splitlines() if line.startswith("#SBATCH --job-name")]
     assert len(jobs) == 1
 
 

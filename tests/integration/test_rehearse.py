@@ -105,7 +105,7 @@ def test_a_rehearsed_rank_holds_what_a_real_one_holds(tmp_path: Path) -> None:
     assert real is not None
     assert {name: alone.entries_bytes[name] for name in STATES} == {name: real.entries_bytes[name] for name in STATES}
     assert alone.entries_bytes["micro-batches"] == real.entries_bytes["micro-batches"]
-    assert alone.kept_bytes == real.kept_bytes
+    assert alone.saved_bytes == real.saved_bytes
     # The order of the samples, 8 bytes each, of which synthetic ones are more.
     assert abs(alone.resident_bytes - real.resident_bytes) <= 8 * 4096
     for phase in (FORWARD, BACKWARD, STEP):
@@ -129,7 +129,7 @@ def measurement_of(plan: Plan) -> MemoryMeasurement:
         phase_peak_bytes=peaks | {CONSTRUCTION: ledger.bytes_of(INIT) // 2, ENGINE: ledger.bytes_of(INIT)},
         peak_bytes=max(peaks.values()),
         process_peak_bytes=0,
-        kept_bytes=ledger.kept_bytes,
+        saved_bytes=ledger.saved_bytes,
     )
 
 
@@ -147,7 +147,7 @@ def test_layers_and_sub_groups_are_extrapolated() -> None:
     found = extrapolate({count: measurement_of(part) for count, part in parts.items()}, groups, 24)
     expected = measurement_of(plan)
     assert found.entries_bytes == expected.entries_bytes
-    assert found.kept_bytes == expected.kept_bytes
+    assert found.saved_bytes == expected.saved_bytes
     assert found.resident_bytes == expected.resident_bytes
     for phase in (FORWARD, BACKWARD, FIRST_STEP, STEP):
         # The upper bounds of bookkeeping in the ledger do not grow.

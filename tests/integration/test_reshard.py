@@ -184,7 +184,11 @@ def plan_of(ranks: int, *, tile: int = 13, stage: Any = 3, offload: str = "none"
 
 def test_only_where_values_lie_may_change(tmp_path: Path) -> None:
     before = plan_of(2)
-    for same in (before, plan_of(2, steps=9, checkpoint_steps=1), plan_of(2, micro_batch=4, accumulation=2)):
+    for same in (
+        before,
+        plan_of(2, steps=9, checkpoint_steps=1),
+        plan_of(2, micro_batch=4, gradient_accumulation_steps=2),
+    ):
         check_same(same, before)
         assert layout_changes(same, before) == []
     elsewhere = {

@@ -71,7 +71,7 @@ def test_one_tile_is_whole_at_a_time_and_gradients_are_those_of_one_process(
     torch.manual_seed(0)
     network = build(spec, tile_relations=13)
     samples, _ = load_digits(spec)
-    (batch,) = next(micro_batches(samples, micro_batch=16, accumulation=1, rank=0, ranks=1, seed=0))
+    (batch,) = next(micro_batches(samples, micro_batch=16, gradient_accumulation_steps=1, rank=0, ranks=1, seed=0))
     torch.nn.functional.cross_entropy(network(batch.inputs), batch.targets).backward()
     for name, grad in torch.load(out.with_suffix(".pt")).items():
         expected = network.get_parameter(name).grad
@@ -85,9 +85,14 @@ def test_losses_do_not_depend_on_the_number_of_ranks_or_on_accumulation(tmp_path
     """Two ranks of 8, one rank of 16 and one rank of 8 twice train on the same global batches in fp32."""
     shapes = {"two ranks": (2, 8, 1), "one rank": (1, 16, 1), "accumulated": (1, 8, 2)}
     losses = {}
-    for name, (ranks, micro_batch, accumulation) in shapes.items():
+    for name, (ranks, micro_batch, gradient_accumulation_steps) in shapes.items():
         folder = write_plan(
-            tmp_path / name, ranks, steps=6, micro_batch=micro_batch, accumulation=accumulation, learning_rate=3e-3
+            tmp_path / name,
+            ranks,
+            steps=6,
+            micro_batch=micro_batch,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            learning_rate=3e-3,
         )
         run = run_plan(folder, ranks)
         steps = metrics(run, "step")
@@ -265,7 +270,7 @@ def test_a_diverged_run_stops_and_its_step_and_layer_are_named(
 
 
 def test_ranks_stop_together_when_one_of_them_is_not_finite(tmp_path: Path, root: Path) -> None:
-    folder = write_plan(tmp_path / "plan", 2, accumulation=2)
+    folder = write_plan(tmp_path / "plan", 2, gradient_accumulation_steps=2)
     make_run_folders(tmp_path / "run", folder)
     out = tmp_path / "said"
     run_ranks_of([root / "tests" / "programs" / "poison.py", folder, tmp_path / "run", out], 2, tmp_path / "log")

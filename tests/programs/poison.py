@@ -27,7 +27,7 @@ def main(plan_folder: Path, run: Path, out: Path) -> None:
     stream = micro_batches(
         samples,
         micro_batch=training.micro_batch,
-        accumulation=training.accumulation,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
         rank=rank.rank,
         ranks=rank.ranks,
         seed=training.seed,

@@ -55,7 +55,7 @@ def main(plan_folder: Path, run: Path, out: Path) -> None:
     stream = micro_batches(
         samples,
         micro_batch=training.micro_batch,
-        accumulation=1,
+        gradient_accumulation_steps=1,
         rank=rank.rank,
         ranks=rank.ranks,
         seed=training.seed,

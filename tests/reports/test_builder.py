@@ -22,7 +22,7 @@ from translution.planner.config.presets import preset
 from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
 from translution.planner.plans.plan import load_plan
-from translution.planner.search.constraints import Wishes
+from translution.planner.search.constraints import SearchConstraints
 from translution.planner.search.plan_search import search
 from translution.reports.builder import Collector, Request
 from translution.reports.inputs.plan_command import plan_command
@@ -168,17 +168,17 @@ def test_experiments_are_shown_as_they_were_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "cluster", "wishes"),
+    ("model", "cluster", "constraints"),
     [
-        ("vit-base/16", "2x8xH100", Wishes()),
-        ("gpt-large/1024", "8xH100", Wishes(micro_batch=1, accumulation=2)),
+        ("vit-base/16", "2x8xH100", SearchConstraints()),
+        ("gpt-large/1024", "8xH100", SearchConstraints(micro_batch=1, gradient_accumulation_steps=2)),
     ],
     ids=["no offload", "offload"],
 )
 def test_the_command_of_a_plan_plans_it_again(
-    model: str, cluster: str, wishes: Wishes, tmp_path: Path, capsys: Captured
+    model: str, cluster: str, constraints: SearchConstraints, tmp_path: Path, capsys: Captured
 ) -> None:
-    plan = search(preset(model), load_cluster(cluster), BF16, wishes)
+    plan = search(preset(model), load_cluster(cluster), BF16, constraints)
     command = plan_command(plan)
     assert command is not None
     words = shlex.split(command.replace("PLAN", str(tmp_path / "plan")))

@@ -23,7 +23,7 @@ from translution.planner.config.presets import preset
 from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
 from translution.planner.plans.plan import load_plan
-from translution.planner.simulator.network.ops import Widths
+from translution.planner.simulator.network.ops import DtypeSizes
 from translution.reports.inputs.benchmark_records import Accuracy, StepTimes, load_recorded
 from translution.reports.render import markdown
 from translution.reports.render.document import Document, Section, Value, load_document, shown
@@ -90,7 +90,7 @@ def test_the_committed_figures_are_the_planners(committed: Document) -> None:
     for operator, row in zip(LABELS, held, strict=True):
         model = with_operator(spec, operator)  # type: ignore[arg-type]  # its own keys
         assert model is not None
-        entry = describe(model, 1, Widths.of(2, "cuda"))
+        entry = describe(model, 1, DtypeSizes.of(2, "cuda"))
         assert row["parameters"] == entry["parameters"]["total"]
         assert row["kept, published"] == entry["activations_bytes"]["published"]
         assert row["kept, ours"] == entry["activations_bytes"]["ours"]
@@ -101,7 +101,7 @@ def test_the_committed_figures_are_the_planners(committed: Document) -> None:
         check_point(row, point)
     rows = [row for row in table(committed, "comparison-table") if row["model"] == "vit-base/16"]
     for row, other in zip(rows, compare(spec, "H100", BF16), strict=True):
-        assert (row["states"], row["kept / sample"]) == (other.states_bytes, other.kept_bytes)
+        assert (row["states"], row["kept / sample"]) == (other.states_bytes, other.saved_bytes)
         assert (row["smallest cluster"], row["with offload"]) == (other.cluster, other.offload_cluster)
         assert row["time / sample"] == pytest.approx(other.sample_s)
 

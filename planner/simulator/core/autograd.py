@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from .storage import Memory, Storage
+from .storage import MemoryTracker, Storage
 
 Gradients: TypeAlias = Sequence["Storage | None"]
 Backward: TypeAlias = Callable[[Storage], Gradients]
@@ -25,13 +25,13 @@ def _spent(grad: Storage) -> Gradients:
 class Node:
     """An operation that autograd remembers: its inputs, what its backward does and what it needs."""
 
-    __slots__ = ("backward", "grad", "inputs", "moment", "saved")
+    __slots__ = ("backward", "grad", "inputs", "saved", "site")
 
-    def __init__(self, inputs: Sequence[Tensor], backward: Backward, saved: Sequence[Storage], moment: str) -> None:
+    def __init__(self, inputs: Sequence[Tensor], backward: Backward, saved: Sequence[Storage], site: str) -> None:
         self.inputs = tuple(tensor.node for tensor in inputs)
         self.backward = backward
         self.saved = tuple(saved)
-        self.moment = moment
+        self.site = site
         self.grad: Storage | None = None
 
 
@@ -50,27 +50,27 @@ class Tensor:
 
 
 @dataclass(slots=True, eq=False)
-class Weights:
+class ModuleParams:
     """The parameters of one module: elements of each tensor, in the order of its gradients."""
 
     numels: tuple[int, ...]
     grads: list[Storage | None] = field(default_factory=list)
 
 
-class ParameterPolicy:
+class ParameterHooks:
     """How parameters lie in memory and where their gradients go; this one is training without ZeRO.
 
     Parameters are whole and live throughout, so modules need not fetch them, and gradients stay
     beside them until the optimizer step.
     """
 
-    def fetch(self, weights: Weights, *, backward: bool) -> None:
+    def fetch(self, weights: ModuleParams, *, backward: bool) -> None:
         """A module is about to run."""
 
-    def release(self, weights: Weights, *, backward: bool) -> None:
+    def release(self, weights: ModuleParams, *, backward: bool) -> None:
         """A module has run."""
 
-    def gradients(self, weights: Weights, grads: list[Storage]) -> None:
+    def gradients(self, weights: ModuleParams, grads: list[Storage]) -> None:
         """The gradients of a module's parameters are ready; added to those of earlier micro-batches.
 
         Whoever takes one out of the list is its only holder.
@@ -90,9 +90,9 @@ class Tape:
         policy: how parameters are held.
     """
 
-    def __init__(self, memory: Memory, policy: ParameterPolicy | None = None) -> None:
+    def __init__(self, memory: MemoryTracker, hooks: ParameterHooks | None = None) -> None:
         self.memory = memory
-        self.policy = policy or ParameterPolicy()
+        self.hooks = hooks or ParameterHooks()
         self.outer: Storage | None = None
         """A gradient that somebody outside holds too, so that nothing is added to it in place."""
         self.casts: list[Storage] = []
@@ -111,7 +111,7 @@ class Tape:
         return self._nodes is not None
 
     @contextmanager
-    def forgetting(self) -> Iterator[None]:
+    def no_grad(self) -> Iterator[None]:
         """Run operations without remembering them, as under ``torch.no_grad``."""
         before, self._nodes = self._nodes, None
         try:
@@ -125,13 +125,13 @@ class Tape:
         """The output of an operation, remembered with its backward and what that keeps."""
         if self._nodes is None:
             return Tensor(storage)
-        node = Node(inputs, backward, saved, self.memory.moment)
+        node = Node(inputs, backward, saved, self.memory.site)
         self._nodes.append(node)
         return Tensor(storage, node)
 
-    def kept_bytes(self) -> int:
+    def saved_bytes(self) -> int:
         """Bytes that the remembered operations keep for backward here, each storage counted once."""
-        saved = [storage for node in self._nodes or [] for storage in node.saved if storage.lies_in(self.memory)]
+        saved = [storage for node in self._nodes or [] for storage in node.saved if storage.is_in(self.memory)]
         return sum({id(storage): storage.size for storage in saved}.values())
 
     def leaf(self, storage: Storage) -> Tensor:
@@ -155,7 +155,7 @@ class Tape:
         grad, node.grad = node.grad, None
         if grad is None:
             return None
-        self.memory.moment = f"{node.moment}, backward"
+        self.memory.site = f"{node.site}, backward"
         for source, result in zip(node.inputs, backward(grad), strict=True):
             if source is None or result is None:
                 continue

@@ -18,11 +18,11 @@ class Peak:
     total_bytes: int
     live_bytes: dict[str, int]
     """What it was made of."""
-    moment: str
+    site: str
     """Where in the schedule it was."""
 
 
-class Memory:
+class MemoryTracker:
     """The live bytes of one device, by what they are, and the peak of every phase.
 
     Args:
@@ -34,12 +34,12 @@ class Memory:
         self._ignored = ignored
         self.live: dict[str, int] = {}
         self.total = 0
-        self.moment = ""
+        self.site = ""
         self.events: list[Event] | None = [] if record else None
         self.peaks: dict[str, Peak] = {}
         self._phase = ""
         self._peak = -1
-        self._peak_moment = ""
+        self._peak_site = ""
 
     def allocate(self, what: str, size: int) -> None:
         """Add bytes to what is live."""
@@ -49,9 +49,9 @@ class Memory:
         live[what] = live.get(what, 0) + size
         self.total += size
         if self.events is not None:
-            self.events.append((self._phase, self.moment, what, size))
+            self.events.append((self._phase, self.site, what, size))
         if self.total > self._peak:
-            self._peak, self._peak_moment = self.total, self.moment
+            self._peak, self._peak_site = self.total, self.site
 
     def free(self, what: str, size: int) -> None:
         """Take bytes from what is live."""
@@ -62,31 +62,31 @@ class Memory:
         self.live[what] -= size
         self.total -= size
         if self.events is not None:
-            self.events.append((self._phase, self.moment, what, -size))
+            self.events.append((self._phase, self.site, what, -size))
 
     def _note(self) -> None:
         """Keep what the phase's peak is made of; a peak lasts until something is freed."""
         noted = self.peaks.get(self._phase)
         if noted is None or noted.total_bytes < self._peak:
-            self.peaks[self._phase] = Peak(self._peak, dict(self.live), self._peak_moment)
+            self.peaks[self._phase] = Peak(self._peak, dict(self.live), self._peak_site)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Let the events of the block count for a phase; a phase met again keeps its higher peak."""
         if self.total == self._peak:
             self._note()
-        before = self._phase, self._peak, self._peak_moment
+        before = self._phase, self._peak, self._peak_site
         earlier = self.peaks.get(name)
         self._phase, self._peak = name, -1 if earlier is None else earlier.total_bytes
         if self.total > self._peak:
-            self._peak, self._peak_moment = self.total, self.moment
+            self._peak, self._peak_site = self.total, self.site
             self._note()
         try:
             yield
         finally:
             if self.total == self._peak:
                 self._note()
-            self._phase, self._peak, self._peak_moment = before
+            self._phase, self._peak, self._peak_site = before
 
 
 class Storage:
@@ -94,11 +94,11 @@ class Storage:
 
     __slots__ = ("_memory", "size", "what")
 
-    def __init__(self, memory: Memory, what: str, size: int) -> None:
+    def __init__(self, memory: MemoryTracker, what: str, size: int) -> None:
         self._memory, self.what, self.size = memory, what, size
         memory.allocate(what, size)
 
-    def lies_in(self, memory: Memory) -> bool:
+    def is_in(self, memory: MemoryTracker) -> bool:
         """Whether it is there that the bytes are."""
         return self._memory is memory
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal, TypeAlias
 
-from .storage import Memory, Storage
+from .storage import MemoryTracker, Storage
 
 Tier: TypeAlias = Literal["device", "host", "pinned", "nvme"]
 TIERS: tuple[Tier, ...] = ("device", "host", "pinned", "nvme")
 
 
-def power_of_two(size: int) -> int:
+def next_power_of_two(size: int) -> int:
     """The least power of two that is no smaller; torch's pinned allocator gives so much (CachingHostAllocator.h)."""
     return 1 << (size - 1).bit_length() if size > 0 else 0
 
@@ -32,16 +32,16 @@ class RankMemory:
 
     def __init__(self, device: str, *, record: bool = False, alone: bool = False) -> None:
         self.on_cpu = device == "cpu"
-        self.by_gloo = self.on_cpu and not alone
-        self.host = Memory(record=record)
-        self.device = self.host if self.on_cpu else Memory(record=record)
-        self.pinned = Memory(record=record)
-        self.nvme = Memory(record=record)
+        self.uses_gloo = self.on_cpu and not alone
+        self.host = MemoryTracker(record=record)
+        self.device = self.host if self.on_cpu else MemoryTracker(record=record)
+        self.pinned = MemoryTracker(record=record)
+        self.nvme = MemoryTracker(record=record)
 
     @property
-    def tiers(self) -> dict[Tier, Memory]:
+    def tiers(self) -> dict[Tier, MemoryTracker]:
         """The tiers that this rank has."""
-        shared: dict[Tier, Memory] = {"host": self.host, "pinned": self.pinned, "nvme": self.nvme}
+        shared: dict[Tier, MemoryTracker] = {"host": self.host, "pinned": self.pinned, "nvme": self.nvme}
         return shared if self.on_cpu else {"device": self.device, **shared}
 
     @contextmanager
@@ -49,24 +49,24 @@ class RankMemory:
         """Let what happens in the block count for a phase, on every tier."""
         with ExitStack() as stack:
             for memory in self.tiers.values():
-                memory.moment = name
+                memory.site = name
                 stack.enter_context(memory.phase(name))
             yield
 
-    def at(self, moment: str) -> None:
+    def at(self, site: str) -> None:
         """Say where in the schedule what follows happens."""
         for memory in self.tiers.values():
-            memory.moment = moment
+            memory.site = site
 
     def pin(self, what: str, size: int) -> Storage:
         """A host tensor that ``pin_memory`` has locked: on a GPU as much as torch's allocator gives."""
-        return Storage(self.host, what, size) if self.on_cpu else Storage(self.pinned, what, power_of_two(size))
+        return Storage(self.host, what, size) if self.on_cpu else Storage(self.pinned, what, next_power_of_two(size))
 
     def lock(self, what: str, size: int) -> Storage:
         """A buffer of the I/O library, locked without rounding (csrc/aio)."""
         return Storage(self.pinned, what, size)
 
-    def pass_through(self, *pieces: tuple[Memory, str, int]) -> None:
+    def add_transient(self, *pieces: tuple[MemoryTracker, str, int]) -> None:
         """Allocate the pieces one beside the other and free them again."""
         held = [Storage(memory, what, size) for memory, what, size in pieces if size]
         held.clear()

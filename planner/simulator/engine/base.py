@@ -1,6 +1,6 @@
 """What every twin of a DeepSpeed engine shares: the setting, the names of what it holds, and its life.
 
-A twin of an engine is the `ParameterPolicy` of a replayed step, and has the phases around it: building,
+A twin of an engine is the `ParameterHooks` of a replayed step, and has the phases around it: building,
 the first step, which makes the optimizer's moments, later steps, saving and resuming. It says which tier
 holds what and when; stage 3 is in zero3_twin.py, the others in zero_twin.py.
 """
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from ...config.training import DTYPE_BYTES, TrainingSpec
 from ...config.zero import ZeroSpec
 from ...costs.optimizer_state import moments, temporary_tensors, widths
-from ..core.autograd import ParameterPolicy
-from ..core.storage import Memory, Storage
+from ..core.autograd import ParameterHooks
+from ..core.storage import MemoryTracker, Storage
 from ..core.tiers import RankMemory
-from ..network.model import NetworkTwin
+from ..network.model import SimulatedNetwork
 
 PARAMETERS, PERSISTENT, BUFFERS = "parameters", "persistent parameters", "buffers"
 MASTER, STATES = "master parameters", "optimizer states"
@@ -38,12 +38,12 @@ SIMULATED_MICRO_BATCHES = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class EngineConfig:
     """What an engine runs under."""
 
     training: TrainingSpec
     zero: ZeroSpec
-    ranks: int
+    world_size: int
     rank: int | None = None
     """Which rank; None is the one that holds the most."""
 
@@ -68,7 +68,7 @@ class Setting:
         return widths(self.training)[1] * moments(self.training)
 
 
-class EngineTwin(ParameterPolicy):
+class SimulatedEngine(ParameterHooks):
     """The part that all stages have in common.
 
     Args:
@@ -77,14 +77,14 @@ class EngineTwin(ParameterPolicy):
         network: the parameters, module by module.
     """
 
-    def __init__(self, memory: RankMemory, setting: Setting, network: NetworkTwin) -> None:
-        self.memory, self.setting, self.network = memory, setting, network
+    def __init__(self, memory: RankMemory, config: EngineConfig, network: SimulatedNetwork) -> None:
+        self.memory, self.config, self.network = memory, config, network
         self.kept: list[Storage] = []
         """What lives as long as the engine."""
         self.passes = 0
         """Backward passes since the last optimizer step."""
 
-    def keep(self, memory: Memory, what: str, size: int) -> Storage | None:
+    def keep(self, memory: MemoryTracker, what: str, size: int) -> Storage | None:
         """Allocate for the engine's life; nothing for no bytes."""
         if not size:
             return None
@@ -95,13 +95,13 @@ class EngineTwin(ParameterPolicy):
     @property
     def offloaded(self) -> bool:
         """Whether the host's own optimizer updates."""
-        return self.setting.zero.offload_optimizer.device != "none"
+        return self.config.zero.offload_optimizer.device != "none"
 
     def update(self, numel: int, *, offloaded: bool, one_by_one: bool = False) -> None:
         """The optimizer's update of so many elements, or of parameters with at most so many."""
-        count = temporary_tensors(self.setting.training, offloaded=offloaded, one_by_one=one_by_one)
-        piece = (self.memory.device, OPTIMIZER_TEMPORARIES, numel * self.setting.master_width)
-        self.memory.pass_through(*[piece] * count)
+        count = temporary_tensors(self.config.training, offloaded=offloaded, one_by_one=one_by_one)
+        piece = (self.memory.device, OPTIMIZER_TEMPORARIES, numel * self.config.master_width)
+        self.memory.add_transient(*[piece] * count)
 
     @abstractmethod
     def build(self) -> None:
@@ -126,4 +126,4 @@ class EngineTwin(ParameterPolicy):
     @property
     def accumulates(self) -> bool:
         """Whether another micro-batch follows the one that runs before the optimizer step."""
-        return self.passes + 1 < min(self.setting.training.accumulation, SIMULATED_MICRO_BATCHES)
+        return self.passes + 1 < min(self.config.training.gradient_accumulation_steps, SIMULATED_MICRO_BATCHES)

@@ -20,7 +20,7 @@ def _name(shard: Shard) -> str:
     return PERSISTENT if shard.persistent else GATHERED
 
 
-class Gathering:
+class ParameterCoordinator:
     """Fetches, prefetches and releases parameters as modules run.
 
     Args:
@@ -33,9 +33,9 @@ class Gathering:
     """
 
     def __init__(
-        self, memory: RankMemory, zero: ZeroSpec, ranks: int, width: int, order: Sequence[Sequence[Shard]] = ()
+        self, memory: RankMemory, zero: ZeroSpec, world_size: int, width: int, order: Sequence[Sequence[Shard]] = ()
     ) -> None:
-        self.memory, self.zero, self.ranks, self.width = memory, zero, ranks, width
+        self.memory, self.zero, self.world_size, self.width = memory, zero, world_size, width
         self.order = order
         self.live_elements = 0
         self._late: Storage | None = None
@@ -52,7 +52,7 @@ class Gathering:
 
     def fetch(self, shards: Sequence[Shard]) -> None:
         """Make a module's parameters whole, and prefetch what follows."""
-        self.gather([shard for shard in shards if shard.whole is None and shard.flight is None])
+        self.gather([shard for shard in shards if shard.full is None and shard.in_flight is None])
         for shard in shards:
             self.wait(shard)
         if self.order and self.zero.prefetch_bucket_elements:
@@ -70,31 +70,31 @@ class Gathering:
             return
         self.settle()
         self.live_elements += sum(shard.numel for shard in shards)
-        whole = [shard.share * self.ranks * self.width for shard in shards]
+        whole = [shard.share * self.world_size * self.width for shard in shards]
         together = Storage(self.memory.device, _name(shards[0]) if len(shards) == 1 else GATHERED, sum(whole))
         pieces = []
         if not self.memory.on_cpu and self.zero.offload_param.device != "none":
             pieces.append((self.memory.device, GATHER_COPIES, sum(shard.share for shard in shards) * self.width))
-        if self.memory.by_gloo:
+        if self.memory.uses_gloo:
             # gloo gathers into a tensor of its own.
             pieces.append((self.memory.device, BACKEND_COPIES, sum(whole)))
-        self.memory.pass_through(*pieces)
-        self._late = together if self.memory.by_gloo else None
+        self.memory.add_transient(*pieces)
+        self._late = together if self.memory.uses_gloo else None
         if len(shards) == 1:
-            shards[0].whole = together
+            shards[0].full = together
             return
         for shard in shards:
-            shard.flight = shards
+            shard.in_flight = shards
         self._held[id(shards)] = together
 
     def wait(self, shard: Shard) -> None:
         """What was gathered with a parameter is copied out of the common buffer, which is dropped then."""
-        if shard.flight is None:
+        if shard.in_flight is None:
             return
-        together = shard.flight
+        together = shard.in_flight
         for each in together:
-            each.whole = Storage(self.memory.device, _name(each), each.numel * self.width)
-            each.flight = None
+            each.full = Storage(self.memory.device, _name(each), each.numel * self.width)
+            each.in_flight = None
         del self._held[id(together)]
 
     def _forget(self, shards: Sequence[Shard]) -> None:
@@ -115,7 +115,7 @@ class Gathering:
                 break
             self.queue.popleft()
             self.fetched_for[id(shard)] = max(self.fetched_for.get(id(shard), -1), used_at)
-            if shard.whole is None and shard.flight is None and shard not in chosen:
+            if shard.full is None and shard.in_flight is None and shard not in chosen:
                 chosen.append(shard)
                 elements += shard.numel
         self.gather(chosen)
@@ -138,6 +138,6 @@ class Gathering:
     def drop(self, shard: Shard) -> None:
         """Keep a rank's share of a parameter only."""
         self.wait(shard)
-        if shard.whole is not None:
-            shard.whole = None
+        if shard.full is not None:
+            shard.full = None
             self.live_elements -= shard.numel

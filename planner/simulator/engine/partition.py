@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ...config.zero import ZeroSpec
 from ...costs.parameters import ParameterGroup
 from ...deepspeed.config import NVME_BLOCK_BYTES
-from ..core.autograd import Weights
+from ..core.autograd import ModuleParams
 from ..core.storage import Storage
 
 ALIGNMENT_BYTES = 1024
@@ -27,8 +27,8 @@ class Shard:
     persistent: bool
     """Stays whole once it has been gathered, but for the optimizer step."""
     on_nvme: bool
-    whole: Storage | None = None
-    flight: list[Shard] | None = None
+    full: Storage | None = None
+    in_flight: list[Shard] | None = None
     """What was gathered with it and has not been waited for."""
 
 
@@ -50,9 +50,9 @@ def ceil_div(count: int, parts: int) -> int:
     return -(-count // parts)
 
 
-def partitioned(groups: Sequence[ParameterGroup], ranks: int) -> int:
+def partitioned(groups: Sequence[ParameterGroup], world_size: int) -> int:
     """Elements per rank when every tensor is padded to a multiple of the ranks and cut."""
-    return sum(ceil_div(group.numel, ranks) * group.copies for group in groups)
+    return sum(ceil_div(group.numel, world_size) * group.copies for group in groups)
 
 
 def align(numel: int, width: int) -> int:
@@ -61,7 +61,7 @@ def align(numel: int, width: int) -> int:
     return ceil_div(numel, elements) * elements
 
 
-def make_shards(modules: Sequence[Weights], zero: ZeroSpec, ranks: int, width: int) -> dict[int, list[Shard]]:
+def make_shards(modules: Sequence[ModuleParams], zero: ZeroSpec, world_size: int, width: int) -> dict[int, list[Shard]]:
     """The shards of each module's parameters, by the identity of the module."""
     on_nvme = zero.offload_param.device == "nvme"
     result: dict[int, list[Shard]] = {}
@@ -69,7 +69,7 @@ def make_shards(modules: Sequence[Weights], zero: ZeroSpec, ranks: int, width: i
         result[id(weights)] = [
             Shard(
                 numel,
-                share := ceil_div(numel, ranks),
+                share := ceil_div(numel, world_size),
                 persistent=numel <= zero.persistence_threshold_elements,
                 on_nvme=on_nvme and share * width >= NVME_BLOCK_BYTES,
             )

@@ -6,39 +6,49 @@ runtime/fp16/unfused_optimizer.py, and traces of torch's allocator on CPU ranks.
 
 from __future__ import annotations
 
-from ..core.autograd import Weights
+from ..core.autograd import ModuleParams
 from ..core.storage import Storage
 from ..core.tiers import RankMemory
-from ..network.model import NetworkTwin
-from .base import LOADED, MASTER, PARAMETERS, REDUCE_COPIES, STAGING, STATES, STEP_GRADIENTS, EngineTwin, Setting
+from ..network.model import SimulatedNetwork
+from .base import (
+    LOADED,
+    MASTER,
+    PARAMETERS,
+    REDUCE_COPIES,
+    STAGING,
+    STATES,
+    STEP_GRADIENTS,
+    EngineConfig,
+    SimulatedEngine,
+)
 from .stage1_2 import make_whole_model
 
 
-class WholeTwin(EngineTwin):
+class Stage0Engine(SimulatedEngine):
     """Stage 0: parameters, states and gradients whole; half precision keeps an fp32 master copy.
 
     Args:
-        memory, setting, network: as in `EngineTwin`.
+        memory, setting, network: as in `SimulatedEngine`.
     """
 
-    def __init__(self, memory: RankMemory, setting: Setting, network: NetworkTwin) -> None:
-        super().__init__(memory, setting, network)
+    def __init__(self, memory: RankMemory, config: EngineConfig, network: SimulatedNetwork) -> None:
+        super().__init__(memory, config, network)
         self.numels = [numel for weights in network.modules for numel in weights.numels]
         self.elements = sum(self.numels)
-        self.half = setting.width != setting.master_width
+        self.half = config.width != config.master_width
         self.has_states = False
 
     def build(self) -> None:
         """The model alone in fp32; beside a master copy in half precision."""
         make_whole_model(self, self.elements)
-        self.keep(self.memory.device, PARAMETERS, self.elements * self.setting.width)
+        self.keep(self.memory.device, PARAMETERS, self.elements * self.config.width)
         if self.half:
             self.memory.at("master parameters")
-            self.keep(self.memory.device, MASTER, self.elements * self.setting.master_width)
+            self.keep(self.memory.device, MASTER, self.elements * self.config.master_width)
             self.memory.at("optimizer states")
             # A step with gradients of nought makes the moments (unfused_optimizer.py).
             self._make_states()
-            both = self.setting.master_width + self.setting.width
+            both = self.config.master_width + self.config.width
             zeros = Storage(self.memory.device, STEP_GRADIENTS, self.elements * both)
             self._update()
             del zeros
@@ -46,7 +56,7 @@ class WholeTwin(EngineTwin):
     def _update(self) -> None:
         self.update(max(self.numels), offloaded=False, one_by_one=True)
 
-    def gradients(self, weights: Weights, grads: list[Storage]) -> None:
+    def gradients(self, weights: ModuleParams, grads: list[Storage]) -> None:
         """They stay whole until the step; those of later micro-batches are added."""
         if not weights.grads:
             weights.grads = list(grads)
@@ -56,7 +66,7 @@ class WholeTwin(EngineTwin):
         """All are reduced in one flat copy, when the last micro-batch has added to them."""
         if not self.accumulates:
             self.memory.at("reduction")
-            flat = Storage(self.memory.device, REDUCE_COPIES, self.elements * self.setting.width)
+            flat = Storage(self.memory.device, REDUCE_COPIES, self.elements * self.config.width)
             del flat
         super().finish()
 
@@ -64,10 +74,10 @@ class WholeTwin(EngineTwin):
         """In half precision flat fp32 gradients are made; otherwise parameters are updated one by one."""
         self.memory.at("optimizer step")
         self.passes = 0
-        setting = self.setting
+        config = self.config
         wide = None
         if self.half:
-            wide = Storage(self.memory.device, STEP_GRADIENTS, self.elements * setting.master_width)
+            wide = Storage(self.memory.device, STEP_GRADIENTS, self.elements * config.master_width)
         self._update()
         del wide
         for weights in self.network.modules:
@@ -77,15 +87,15 @@ class WholeTwin(EngineTwin):
         """Tensors on a device are copied to the host storage by storage."""
         self.memory.at("checkpoint save")
         if not self.memory.on_cpu:
-            self.memory.pass_through((self.memory.host, STAGING, max(self.numels) * self.setting.master_width))
+            self.memory.add_transient((self.memory.host, STAGING, max(self.numels) * self.config.master_width))
 
     def load(self) -> None:
         """A rank reads the file whole, and copies it into what the engine has made."""
-        setting = self.setting
+        config = self.config
         # Moments that stay on the host are those that were read. In half precision there are moments already, and
         # the file has the parameters in both widths.
-        width = setting.master_width + (0 if self.memory.on_cpu and not self.half else setting.state_width)
-        width += setting.width if self.half else 0
+        width = config.master_width + (0 if self.memory.on_cpu and not self.half else config.state_width)
+        width += config.width if self.half else 0
         loaded = Storage(self.memory.host, LOADED, self.elements * width)
         if not self.has_states:
             self._make_states()
@@ -93,4 +103,4 @@ class WholeTwin(EngineTwin):
 
     def _make_states(self) -> None:
         self.has_states = True
-        self.keep(self.memory.device, STATES, self.elements * self.setting.state_width)
+        self.keep(self.memory.device, STATES, self.elements * self.config.state_width)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-from ..core.autograd import Weights
+from ..core.autograd import ModuleParams
 from ..core.storage import Storage
 from ..core.tiers import RankMemory
-from ..network.model import NetworkTwin
+from ..network.model import SimulatedNetwork
 from .base import (
     BACKEND_COPIES,
     BUCKET,
@@ -27,8 +27,8 @@ from .base import (
     STAGING,
     STATES,
     STEP_GRADIENTS,
-    EngineTwin,
-    Setting,
+    EngineConfig,
+    SimulatedEngine,
 )
 from .partition import ceil_div
 
@@ -37,9 +37,9 @@ START_ALIGNMENT = 2
 """Flat buffers hold a multiple of twice the ranks (stage_1_and_2.py, ``nccl_start_alignment_factor``)."""
 
 
-def make_whole_model(twin: EngineTwin, elements: int) -> None:
+def make_whole_model(twin: SimulatedEngine, elements: int) -> None:
     """Build the model whole in fp32 on the host, cast it there, and move it to the device."""
-    memory, width = twin.memory, twin.setting.width
+    memory, width = twin.memory, twin.config.width
     memory.at("construction")
     twin.keep(memory.device, BUFFERS, twin.network.buffer_bytes)
     made = Storage(memory.host, CONSTRUCTION, elements * FP32)
@@ -49,26 +49,26 @@ def make_whole_model(twin: EngineTwin, elements: int) -> None:
     del cast, moved
 
 
-class ZeroTwin(EngineTwin):
+class Stage12Engine(SimulatedEngine):
     """Stages 1 and 2: states are cut into shares of one flat buffer, at stage 2 gradients too.
 
     Args:
-        memory, setting, network: as in `EngineTwin`.
+        memory, setting, network: as in `SimulatedEngine`.
     """
 
-    def __init__(self, memory: RankMemory, setting: Setting, network: NetworkTwin) -> None:
-        super().__init__(memory, setting, network)
+    def __init__(self, memory: RankMemory, config: EngineConfig, network: SimulatedNetwork) -> None:
+        super().__init__(memory, config, network)
         self.numels: list[int] = []
         self.first: dict[int, int] = {}
         """Number of the first parameter of each module."""
         for weights in network.modules:
             self.first[id(weights)] = len(self.numels)
             self.numels += weights.numels
-        unit = START_ALIGNMENT * setting.ranks
+        unit = START_ALIGNMENT * config.world_size
         self.elements = sum(self.numels)
         self.flat = ceil_div(self.elements, unit) * unit
-        self.share = self.flat // setting.ranks
-        self.cuts = setting.zero.stage == 2
+        self.share = self.flat // config.world_size
+        self.cuts = config.zero.stage == 2
         self.home = memory.host if self.offloaded else memory.device
         self.bucket: Storage | None = None
         self.ends = list(accumulate(self.numels))
@@ -82,28 +82,28 @@ class ZeroTwin(EngineTwin):
 
     def build(self) -> None:
         """The flat copy is made beside the model; then the optimizer's share of it is widened."""
-        memory, setting = self.memory, self.setting
+        memory, config = self.memory, self.config
         make_whole_model(self, self.elements)
         memory.at("flat parameters")
         # The parameters wait on the host while the flat buffer is made there.
-        parts = Storage(memory.host, CONSTRUCTION, self.elements * setting.width)
-        flat = Storage(memory.host, PARAMETERS if memory.on_cpu else STAGING, self.flat * setting.width)
-        self.kept.append(flat if memory.on_cpu else Storage(memory.device, PARAMETERS, self.flat * setting.width))
+        parts = Storage(memory.host, CONSTRUCTION, self.elements * config.width)
+        flat = Storage(memory.host, PARAMETERS if memory.on_cpu else STAGING, self.flat * config.width)
+        self.kept.append(flat if memory.on_cpu else Storage(memory.device, PARAMETERS, self.flat * config.width))
         del parts, flat
         memory.at("master parameters")
-        clone = Storage(memory.device, CONSTRUCTION, self.share * setting.width)
-        self._keep_pinned(MASTER, self.share * setting.master_width)
+        clone = Storage(memory.device, CONSTRUCTION, self.share * config.width)
+        self._keep_pinned(MASTER, self.share * config.master_width)
         del clone
         memory.at("optimizer states")
         if self.offloaded:
-            self._keep_pinned(STEP_GRADIENTS, self.share * setting.master_width)
+            self._keep_pinned(STEP_GRADIENTS, self.share * config.master_width)
         else:
-            memory.pass_through((memory.device, STEP_GRADIENTS, self.share * setting.master_width))
+            memory.add_transient((memory.device, STEP_GRADIENTS, self.share * config.master_width))
         if self.offloaded:
             self._make_offload_copies()
 
     def _keep_pinned(self, what: str, size: int) -> None:
-        pinned = self.offloaded and self.setting.zero.offload_optimizer.pin_memory and not self.memory.on_cpu
+        pinned = self.offloaded and self.config.zero.offload_optimizer.pin_memory and not self.memory.on_cpu
         if pinned:
             plain = Storage(self.memory.host, STAGING, size)
             self.kept.append(self.memory.pin(what, size))
@@ -113,20 +113,20 @@ class ZeroTwin(EngineTwin):
 
     def _make_offload_copies(self) -> None:
         """Buffers through which gradients of the largest parameter and the share of parameters pass."""
-        memory, setting = self.memory, self.setting
+        memory, config = self.memory, self.config
         largest = max(self.numels)
-        self.kept.append(memory.pin(OFFLOAD_COPIES, self.share * setting.width))
-        self.kept.append(memory.pin(OFFLOAD_COPIES, largest * setting.width))
-        self.keep(memory.device, OFFLOAD_COPIES, largest * setting.width)
+        self.kept.append(memory.pin(OFFLOAD_COPIES, self.share * config.width))
+        self.kept.append(memory.pin(OFFLOAD_COPIES, largest * config.width))
+        self.keep(memory.device, OFFLOAD_COPIES, largest * config.width)
 
     # One training step.
 
-    def gradients(self, weights: Weights, grads: list[Storage]) -> None:
+    def gradients(self, weights: ModuleParams, grads: list[Storage]) -> None:
         """Stage 2 reduces them bucket by bucket, stage 1 when backward is over."""
         if self.bucket is None:
-            size = self.setting.zero.reduce_bucket_elements * self.setting.width
+            size = self.config.zero.reduce_bucket_elements * self.config.width
             # A second one is filled while the first is reduced on another stream.
-            double = self.setting.zero.overlap_comm and not self.memory.on_cpu
+            double = self.config.zero.overlap_comm and not self.memory.on_cpu
             self.bucket = Storage(self.memory.device, BUCKET, size * (1 + double))
         if not self.cuts:
             # Those of a later micro-batch are added to the first ones.
@@ -135,26 +135,26 @@ class ZeroTwin(EngineTwin):
             return
         self._fill(weights, grads)
 
-    def _fill(self, weights: Weights, grads: list[Storage]) -> None:
+    def _fill(self, weights: ModuleParams, grads: list[Storage]) -> None:
         """Copy gradients into the bucket, one by one, and reduce it when the next does not fit."""
         for offset, numel in enumerate(weights.numels):
             waiting = sum(self.numels[number] for number in self.in_bucket)
-            if waiting + numel > self.setting.zero.reduce_bucket_elements:
+            if waiting + numel > self.config.zero.reduce_bucket_elements:
                 self._reduce()
             self.in_bucket.append(self.first[id(weights)] + offset)
             grads.pop(0)
 
     def _reduce(self) -> None:
         """The bucket's sum over ranks; a rank's own part is copied from it."""
-        memory, setting = self.memory, self.setting
+        memory, config = self.memory, self.config
         if self.offloaded:
             # Each gradient is squared in fp64 on its way to the host.
             largest = max((self.numels[number] for number in self.in_bucket), default=0)
-            memory.pass_through((memory.device, NORM, largest * NORM_BYTES))
-        owns = setting.rank is None or any(setting.rank in self.owners(number) for number in self.in_bucket)
+            memory.add_transient((memory.device, NORM, largest * NORM_BYTES))
+        owns = config.rank is None or any(config.rank in self.owners(number) for number in self.in_bucket)
         self.in_bucket.clear()
         if self.part is None and owns and not self.offloaded:
-            self.part = Storage(memory.device, SHARED_GRADIENTS, self.overlapping * setting.width)
+            self.part = Storage(memory.device, SHARED_GRADIENTS, self.overlapping * config.width)
 
     def owners(self, number: int) -> range:
         """The ranks that a parameter's elements belong to."""
@@ -164,17 +164,17 @@ class ZeroTwin(EngineTwin):
     @property
     def overlapping(self) -> int:
         """Elements of all parameters of which a part belongs to the rank, or to the rank with the most."""
-        held = [0] * self.setting.ranks
+        held = [0] * self.config.world_size
         for number, numel in enumerate(self.numels):
             for rank in self.owners(number):
                 held[rank] += numel
-        return max(held) if self.setting.rank is None else held[self.setting.rank]
+        return max(held) if self.config.rank is None else held[self.config.rank]
 
     def finish(self) -> None:
         """Stage 2 adds its part to that of earlier micro-batches; stage 1 reduces when all are there."""
         if self.cuts or not self.accumulates:
             self.memory.at("reduction")
-            if self.waiting and self.setting.rank is None and self.part is None:
+            if self.waiting and self.config.rank is None and self.part is None:
                 # The first rank's part is made when all gradients are whole.
                 self.in_bucket.append(0)
                 self._reduce()
@@ -187,10 +187,10 @@ class ZeroTwin(EngineTwin):
         super().finish()
 
     def _add_part(self) -> None:
-        if self.averaged is None and self.setting.accumulation_width == self.setting.width:
+        if self.averaged is None and self.config.accumulation_width == self.config.width:
             self.averaged = self.part
         elif self.averaged is None and self.part is not None:
-            size = self.part.size // self.setting.width * self.setting.accumulation_width
+            size = self.part.size // self.config.width * self.config.accumulation_width
             self.averaged = Storage(self.memory.device, SHARED_GRADIENTS, size)
         self.part = None
 
@@ -200,18 +200,18 @@ class ZeroTwin(EngineTwin):
         """The share of the flat buffer is updated at once."""
         self.memory.at("optimizer step")
         self.passes = 0
-        setting = self.setting
+        config = self.config
         if self.offloaded:
-            if first and setting.training.accumulation > 1:
+            if first and config.training.gradient_accumulation_steps > 1:
                 # Made by the first backward pass: where the host adds micro-batches up.
-                self._keep_pinned(SHARED_GRADIENTS, self.overlapping * setting.width)
+                self._keep_pinned(SHARED_GRADIENTS, self.overlapping * config.width)
             self.update(self.share, offloaded=True)
             self._gather_parameters()
             return
-        joined = Storage(self.memory.device, STEP_GRADIENTS, self.share * setting.accumulation_width)
+        joined = Storage(self.memory.device, STEP_GRADIENTS, self.share * config.accumulation_width)
         grads = joined
-        if setting.accumulation_width != setting.master_width:
-            grads = Storage(self.memory.device, STEP_GRADIENTS, self.share * setting.master_width)
+        if config.accumulation_width != config.master_width:
+            grads = Storage(self.memory.device, STEP_GRADIENTS, self.share * config.master_width)
         del joined
         self.averaged = None
         self.update(self.share, offloaded=False)
@@ -220,24 +220,24 @@ class ZeroTwin(EngineTwin):
 
     def _gather_parameters(self) -> None:
         """Ranks exchange what each has updated, in place; gloo in a tensor of its own."""
-        if self.memory.by_gloo:
-            self.memory.pass_through((self.memory.device, BACKEND_COPIES, self.flat * self.setting.width))
+        if self.memory.uses_gloo:
+            self.memory.add_transient((self.memory.device, BACKEND_COPIES, self.flat * self.config.width))
 
     def save(self) -> None:
         """Tensors on a device are copied to the host storage by storage."""
         self.memory.at("checkpoint save")
         if not self.memory.on_cpu and not self.offloaded:
-            self.memory.pass_through((self.memory.host, STAGING, self.share * FP32))
+            self.memory.add_transient((self.memory.host, STAGING, self.share * FP32))
 
     def load(self) -> None:
         """A rank reads its own file whole, and copies it into what the engine has made."""
         self.memory.at("resume")
-        setting = self.setting
+        config = self.config
         # Moments that stay on the host are those that were read.
-        width = setting.master_width + (0 if self.home is self.memory.host else setting.state_width)
+        width = config.master_width + (0 if self.home is self.memory.host else config.state_width)
         loaded = Storage(self.memory.host, LOADED, self.share * width)
-        self.keep(self.home, STATES, self.share * setting.state_width)
-        if setting.rank in (None, setting.ranks - 1) and self.flat > self.elements:
+        self.keep(self.home, STATES, self.share * config.state_width)
+        if config.rank in (None, config.world_size - 1) and self.flat > self.elements:
             # The last rank's share was saved without its padding, and is copied to be padded.
-            self.memory.pass_through((self.memory.host, LOADED, self.share * setting.master_width))
+            self.memory.add_transient((self.memory.host, LOADED, self.share * config.master_width))
         del loaded

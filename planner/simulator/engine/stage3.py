@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...deepspeed.config import NVME_BLOCK_BYTES
-from ..core.autograd import Weights
-from ..core.storage import Memory, Storage
-from ..core.tiers import RankMemory, power_of_two
-from ..network.model import NetworkTwin
+from ..core.autograd import ModuleParams
+from ..core.storage import MemoryTracker, Storage
+from ..core.tiers import RankMemory, next_power_of_two
+from ..network.model import SimulatedNetwork
 from .base import (
     BACKEND_COPIES,
     BUCKET,
@@ -33,10 +33,10 @@ from .base import (
     STEP_GRADIENTS,
     STREAMS,
     SUB_GROUP_BUFFER,
-    EngineTwin,
-    Setting,
+    EngineConfig,
+    SimulatedEngine,
 )
-from .coordinator import Gathering
+from .coordinator import ParameterCoordinator
 from .partition import ALIGNMENT_BYTES, Shard, SubGroup, align, make_shards, make_sub_groups
 
 NORM_ELEMENTS = 250_000_000
@@ -44,26 +44,26 @@ NORM_ELEMENTS = 250_000_000
 FP32 = 4
 
 
-class Zero3Twin(EngineTwin):
+class Stage3Engine(SimulatedEngine):
     """Stage 3, with or without offload.
 
     Args:
-        memory, setting, network: as in `EngineTwin`.
-        order: as in `Gathering`, by number of the parameter.
+        memory, setting, network: as in `SimulatedEngine`.
+        order: as in `ParameterCoordinator`, by number of the parameter.
     """
 
     def __init__(
-        self, memory: RankMemory, setting: Setting, network: NetworkTwin, order: Sequence[Sequence[int]] = ()
+        self, memory: RankMemory, config: EngineConfig, network: SimulatedNetwork, order: Sequence[Sequence[int]] = ()
     ) -> None:
-        super().__init__(memory, setting, network)
-        zero, ranks = setting.zero, setting.ranks
-        self.zero, self.ranks, self.width = zero, ranks, setting.width
-        self.by_module = make_shards(network.modules, zero, ranks, self.width)
+        super().__init__(memory, config, network)
+        zero, world_size = config.zero, config.world_size
+        self.zero, self.world_size, self.width = zero, world_size, config.width
+        self.by_module = make_shards(network.modules, zero, world_size, self.width)
         self.shards = [shard for weights in network.modules for shard in self.by_module[id(weights)]]
         self.persistent = [shard for shard in self.shards if shard.persistent]
-        self.groups = make_sub_groups(self.shards, zero, setting.master_width)
+        self.groups = make_sub_groups(self.shards, zero, config.master_width)
         calls = [[self.shards[number] for number in call] for call in order]
-        self.gathering = Gathering(memory, zero, ranks, self.width, calls)
+        self.coordinator = ParameterCoordinator(memory, zero, world_size, self.width, calls)
         self.largest_group = max(group.numel for group in self.groups)
         self.elements = sum(shard.share for shard in self.shards)
         self.param_home = memory.host if zero.offload_param.device != "none" else memory.device
@@ -91,7 +91,7 @@ class Zero3Twin(EngineTwin):
             largest = max(shard.numel for shard in self.shards)
             self.keep(self.memory.device, STREAMS, 2 * (largest + self.zero.reduce_bucket_elements) * self.width)
         self.memory.at("gradients")
-        self._keep_on_host_pinned(SHARED_GRADIENTS, self.elements * self.setting.accumulation_width)
+        self._keep_on_host_pinned(SHARED_GRADIENTS, self.elements * self.config.accumulation_width)
         self._gather_each()
 
     def _lock_param_buffers(self) -> None:
@@ -118,9 +118,9 @@ class Zero3Twin(EngineTwin):
                 size = sum(size for own in part for where, size in own if where is home)
                 (self.kept if home is self.memory.nvme else self.parts).append(Storage(home, PARAMETERS, size))
             if index == 0:
-                self.memory.pass_through((device, CONSTRUCTION, self._making(self.network.construction[number])))
+                self.memory.add_transient((device, CONSTRUCTION, self._making(self.network.construction[number])))
 
-    def _shares(self, weights: Weights) -> list[tuple[Memory, int]]:
+    def _shares(self, weights: ModuleParams) -> list[tuple[MemoryTracker, int]]:
         """Where a rank's shares of a module's parameters lie, and their bytes."""
         result = []
         for shard in self.by_module[id(weights)]:
@@ -131,7 +131,7 @@ class Zero3Twin(EngineTwin):
                 result.append((home, shard.share * self.width))
         return result
 
-    def _making(self, weights: Weights) -> int:
+    def _making(self, weights: ModuleParams) -> int:
         """The most bytes of a module's tensors while it is made: the last one in fp32 beside all of its dtype."""
         made = most = 0
         for numel in weights.numels:
@@ -153,7 +153,7 @@ class Zero3Twin(EngineTwin):
             self.kept.append(memory.pin(PARAMETERS, inside))
             if pinned:
                 # torch's pinned allocator keeps the blocks of the first copies.
-                sizes = [power_of_two(shard.share * self.width) for shard in self.shards]
+                sizes = [next_power_of_two(shard.share * self.width) for shard in self.shards]
                 self.kept.append(Storage(memory.pinned, FIRST_COPIES, sum(sizes)))
             self.parts.clear()
         elif any(shard.on_nvme for shard in self.shards):
@@ -164,7 +164,7 @@ class Zero3Twin(EngineTwin):
 
     def _make_master(self) -> None:
         self.memory.at("master parameters")
-        width = self.setting.master_width
+        width = self.config.master_width
         if any(group.swapped for group in self.groups):
             count = self.zero.offload_optimizer.buffer_count
             self.kept.append(self.memory.lock(OPTIMIZER_BUFFERS, count * align(self.largest_group, FP32) * FP32))
@@ -172,7 +172,7 @@ class Zero3Twin(EngineTwin):
             home = self._home(group)
             if group.swapped:
                 if any(shard.on_nvme for shard in group.shards):
-                    self.memory.pass_through((self.state_home, STAGING, group.numel * width))
+                    self.memory.add_transient((self.state_home, STAGING, group.numel * width))
                 self.keep(self.memory.nvme, MASTER, align(group.numel, width) * width)
                 continue
             # The cast is cloned before it is dropped.
@@ -180,13 +180,13 @@ class Zero3Twin(EngineTwin):
             self.keep(home, MASTER, group.numel * width)
             del cast
 
-    def _home(self, group: SubGroup) -> Memory:
+    def _home(self, group: SubGroup) -> MemoryTracker:
         return self.memory.host if group.on_host or group.swapped else self.memory.device
 
     def _make_step_gradients(self) -> None:
         """Offloaded sub-groups keep a gradient of the master's width; others pass through one buffer."""
         self.memory.at("optimizer states")
-        width = self.setting.master_width
+        width = self.config.master_width
         shared = Storage(self.state_home, STEP_GRADIENTS, self.largest_group * width)
         for group in self.groups:
             if self.offloaded and not group.swapped:
@@ -194,7 +194,7 @@ class Zero3Twin(EngineTwin):
                     self._keep_on_host_pinned(STEP_GRADIENTS, group.numel * width)
                 else:
                     self.keep(self.memory.device, STEP_GRADIENTS, group.numel * width)
-        if self.setting.training.optimizer == "adagrad" and not self.offloaded:
+        if self.config.training.optimizer == "adagrad" and not self.offloaded:
             self._make_states()
         del shared
 
@@ -216,30 +216,30 @@ class Zero3Twin(EngineTwin):
         """
         self.memory.at("gradient hooks")
         largest = max(self.shards, key=lambda shard: shard.numel)
-        self.gathering.gather([largest])
-        self.gathering.drop(largest)
-        self.gathering.settle()
+        self.coordinator.gather([largest])
+        self.coordinator.drop(largest)
+        self.coordinator.settle()
 
     # One training step.
 
     def begin_step(self) -> None:
         """Persistent parameters are whole; nothing else is."""
-        self.gathering.begin()
-        self.gathering.gather([shard for shard in self.persistent if shard.whole is None])
+        self.coordinator.begin()
+        self.coordinator.gather([shard for shard in self.persistent if shard.full is None])
         for shard in self.persistent:
-            self.gathering.wait(shard)
+            self.coordinator.wait(shard)
 
-    def fetch(self, weights: Weights, *, backward: bool) -> None:
+    def fetch(self, weights: ModuleParams, *, backward: bool) -> None:
         """Gather a module's parameters."""
-        self.gathering.fetch(self.by_module[id(weights)])
+        self.coordinator.fetch(self.by_module[id(weights)])
 
-    def release(self, weights: Weights, *, backward: bool) -> None:
+    def release(self, weights: ModuleParams, *, backward: bool) -> None:
         """Drop them again."""
-        self.gathering.release(self.by_module[id(weights)])
+        self.coordinator.release(self.by_module[id(weights)])
 
-    def gradients(self, weights: Weights, grads: list[Storage]) -> None:
+    def gradients(self, weights: ModuleParams, grads: list[Storage]) -> None:
         """Each whole gradient waits in the bucket, which is reduced when the next one does not fit."""
-        self.gathering.settle()
+        self.coordinator.settle()
         for shard in self.by_module[id(weights)]:
             if self.bucket_elements + shard.numel > self.zero.reduce_bucket_elements and self.in_bucket:
                 self._reduce()
@@ -254,21 +254,21 @@ class Zero3Twin(EngineTwin):
         """What is left in the bucket is reduced."""
         if self.in_bucket:
             self._reduce()
-        self.gathering.settle()
+        self.coordinator.settle()
         super().finish()
 
     def _reduce(self) -> None:
         memory, width = self.memory, self.width
         shards = [shard for shard, _ in self.in_bucket]
-        padded = sum(shard.share for shard in shards) * self.ranks
-        single = len(shards) == 1 and shards[0].numel % self.ranks == 0
+        padded = sum(shard.share for shard in shards) * self.world_size
+        single = len(shards) == 1 and shards[0].numel % self.world_size == 0
         flat = None if single else Storage(memory.device, REDUCE_COPIES, padded * width)
         # gloo reduces a copy, and lets go of it some time before the shares have been taken over.
-        copy = Storage(memory.device, BACKEND_COPIES, padded * width) if memory.by_gloo else None
-        accumulated = self.setting.accumulation_width
+        copy = Storage(memory.device, BACKEND_COPIES, padded * width) if memory.uses_gloo else None
+        accumulated = self.config.accumulation_width
         cast = None
         if accumulated != width:
-            cast = Storage(memory.device, REDUCE_COPIES, padded // self.ranks * accumulated)
+            cast = Storage(memory.device, REDUCE_COPIES, padded // self.world_size * accumulated)
         copies: list[Storage] = []
         for shard in shards:
             self._take_over(shard, copies)
@@ -281,11 +281,11 @@ class Zero3Twin(EngineTwin):
         if not self.offloaded:
             return
         memory, group = self.memory, self.group_of[id(shard)]
-        size = shard.share * self.setting.accumulation_width
+        size = shard.share * self.config.accumulation_width
         on_device = None if memory.on_cpu else Storage(memory.device, REDUCE_COPIES, size)
-        memory.pass_through((memory.device, NORM, min(shard.share, NORM_ELEMENTS) * NORM_BYTES))
-        widened = self.setting.master_width != self.setting.accumulation_width
-        size = shard.share * self.setting.master_width
+        memory.add_transient((memory.device, NORM, min(shard.share, NORM_ELEMENTS) * NORM_BYTES))
+        widened = self.config.master_width != self.config.accumulation_width
+        size = shard.share * self.config.master_width
         if group.swapped:
             part = Storage(memory.device, STEP_GRADIENTS, size) if widened or not memory.on_cpu else None
             if part is not None and shard.share * FP32 < NVME_BLOCK_BYTES:
@@ -293,7 +293,7 @@ class Zero3Twin(EngineTwin):
             elif part is not None:
                 copies.append(part)
         elif widened:
-            memory.pass_through((memory.device, REDUCE_COPIES, size))
+            memory.add_transient((memory.device, REDUCE_COPIES, size))
         del on_device
 
     # The optimizer step, and checkpoints.
@@ -303,26 +303,26 @@ class Zero3Twin(EngineTwin):
         self.memory.at("optimizer step")
         self.passes = 0
         for shard in self.shards:
-            if shard.whole is not None or shard.flight is not None:
-                self.gathering.drop(shard)
-        self.gathering.settle()
+            if shard.full is not None or shard.in_flight is not None:
+                self.coordinator.drop(shard)
+        self.coordinator.settle()
         if not self.offloaded:
             largest = max(shard.share for shard in self.shards)
-            self.memory.pass_through((self.memory.device, NORM, largest * NORM_BYTES))
-        if self.setting.training.precision == "fp16":
+            self.memory.add_transient((self.memory.device, NORM, largest * NORM_BYTES))
+        if self.config.training.precision == "fp16":
             # Each is asked whether it is finite (stage3.py:3012).
-            self.memory.pass_through((self.state_home, NORM, self.elements))
+            self.memory.add_transient((self.state_home, NORM, self.elements))
         for group in self.groups:
             self._update_group(group)
             if first and group.swapped:
                 # Moments are made in ordinary memory by the first update, then written out.
-                self.memory.pass_through((self.memory.host, STATES, group.numel * self.setting.state_width))
+                self.memory.add_transient((self.memory.host, STATES, group.numel * self.config.state_width))
         self.unswapped.clear()
         self.begin_step()
 
     def _make_states(self) -> None:
         self.has_states = True
-        width = self.setting.state_width
+        width = self.config.state_width
         for group in self.groups:
             if group.swapped:
                 aligned = align(group.numel, FP32) * width
@@ -339,7 +339,7 @@ class Zero3Twin(EngineTwin):
         )
 
     def _update_group(self, group: SubGroup) -> None:
-        memory, training = self.memory, self.setting
+        memory, training = self.memory, self.config
         if not self.offloaded:
             grads = self._flat_gradients(group)
             self.update(group.numel, offloaded=False)
@@ -349,11 +349,11 @@ class Zero3Twin(EngineTwin):
             self.update(group.numel, offloaded=group.on_host or memory.on_cpu)
         if self.offloaded and not memory.on_cpu and self.zero.offload_param.device == "none":
             # A copy in the parameters' dtype is made on the host before it goes to the device.
-            memory.pass_through((memory.host, STAGING, group.numel * training.width))
+            memory.add_transient((memory.host, STAGING, group.numel * training.width))
 
     def _flat_gradients(self, group: SubGroup) -> Storage | None:
         """A sub-group's gradients joined, and widened to the master's dtype."""
-        width, wide = self.setting.accumulation_width, self.setting.master_width
+        width, wide = self.config.accumulation_width, self.config.master_width
         joined = None
         if len(group.shards) > 1:
             joined = Storage(self.memory.device, STEP_GRADIENTS, group.numel * width)
@@ -367,18 +367,18 @@ class Zero3Twin(EngineTwin):
         """Tensors on a device are copied to the host storage by storage; on the host they are written as they are."""
         self.memory.at("checkpoint save")
         if not self.memory.on_cpu and not self.offloaded:
-            self.memory.pass_through((self.memory.host, STAGING, self.largest_group * FP32))
+            self.memory.add_transient((self.memory.host, STAGING, self.largest_group * FP32))
 
     def load(self) -> None:
         """A rank reads its own file whole, and copies it into what the engine has made."""
         self.memory.at("resume")
         loaded: list[Storage] = []
-        setting = self.setting
+        config = self.config
         for group in self.groups:
             if not group.swapped:
                 # Moments that stay on the host are those that were read.
                 stay = self._home(group) is self.memory.host
-                width = setting.master_width + (0 if stay else setting.state_width)
+                width = config.master_width + (0 if stay else config.state_width)
                 loaded.append(Storage(self.memory.host, LOADED, group.numel * width))
         if not self.has_states:
             self._make_states()

@@ -5,40 +5,47 @@ Source: torch 2.13, its allocator's events; models/attention.py, models/rotary.p
 
 from __future__ import annotations
 
-from ..core.autograd import Gradients, Tape, Tensor, Weights
+from ..core.autograd import Gradients, ModuleParams, Tape, Tensor
 from ..core.storage import Storage
-from .ops import GRADIENTS, TEMPORARY, Widths, cast, cast_parameters, weight_gradients
+from .ops import GRADIENTS, TEMPORARY, DtypeSizes, cast, cast_parameters, weight_gradients
 
 
-def flash_block_bytes(tokens: int, head_dim: int, w: Widths) -> int:
+def flash_block_bytes(tokens: int, head_dim: int, sizes: DtypeSizes) -> int:
     """Scratch of fused attention on a CPU: per thread a block of scores, two rows and an output block.
 
     Source: torch 2.13, aten/src/ATen/native/cpu/FlashAttentionKernel.cpp.
     """
-    if w.device != "cpu":
+    if sizes.device != "cpu":
         return 0
     queries = min(tokens, 256 if tokens >= 768 else 64 if tokens >= 192 else 32)
     keys = min(tokens, 512)
-    block = (queries * keys + 2 * queries + queries * head_dim) * w.accumulator
-    return w.threads * (block + (queries * keys * w.value if w.value < w.accumulator else 0))
+    block = (queries * keys + 2 * queries + queries * head_dim) * sizes.accumulator
+    return sizes.threads * (block + (queries * keys * sizes.value if sizes.value < sizes.accumulator else 0))
 
 
-def rotate(tape: Tape, x: Tensor, numel: int, w: Widths) -> Tensor:
+def rotate(tape: Tape, x: Tensor, numel: int, sizes: DtypeSizes) -> Tensor:
     """Queries or keys turned by rotary embedding, whose angles are as wide as parameters; nothing is kept."""
-    size, wide = numel * w.value, numel * w.parameter
+    size, wide = numel * sizes.value, numel * sizes.parameter
     halves, joined = tape.new(wide, TEMPORARY), tape.new(wide)
-    out = tape.new(size) if w.casts else joined
+    out = tape.new(size) if sizes.casts else joined
     del halves, joined
 
     def backward(grad: Storage) -> Gradients:
-        tape.new((3 if w.casts else 2) * wide, TEMPORARY)
+        tape.new((3 if sizes.casts else 2) * wide, TEMPORARY)
         return (tape.new(size, GRADIENTS),)
 
     return tape.result(out, (x,), backward)
 
 
 def positions(
-    tape: Tape, x: Tensor, batch: int, d_in: int, d_out: int, tiles: list[tuple[int, Weights]], w: Widths, given: Widths
+    tape: Tape,
+    x: Tensor,
+    batch: int,
+    d_in: int,
+    d_out: int,
+    tiles: list[tuple[int, ModuleParams]],
+    sizes: DtypeSizes,
+    given: DtypeSizes,
 ) -> Tensor:
     """Every token times its position's matrix, tile by tile, joined into one tensor; keeps its input.
 
@@ -52,9 +59,9 @@ def positions(
     parts = []
     for count, weights in tiles:
         part = x if len(tiles) == 1 else _slice(tape, x, total * d_in * given.value)
-        parts.append(_position_tile(tape, part, batch * count, d_in, d_out, weights, w, given))
+        parts.append(_position_tile(tape, part, batch * count, d_in, d_out, weights, sizes, given))
         del part
-    return tape.result(tape.new(total * d_out * w.value), parts, lambda grad: [grad] * len(tiles))
+    return tape.result(tape.new(total * d_out * sizes.value), parts, lambda grad: [grad] * len(tiles))
 
 
 def _slice(tape: Tape, x: Tensor, size: int) -> Tensor:
@@ -63,22 +70,22 @@ def _slice(tape: Tape, x: Tensor, size: int) -> Tensor:
 
 
 def _position_tile(
-    tape: Tape, x: Tensor, rows: int, d_in: int, d_out: int, weights: Weights, w: Widths, given: Widths
+    tape: Tape, x: Tensor, rows: int, d_in: int, d_out: int, weights: ModuleParams, sizes: DtypeSizes, given: DtypeSizes
 ) -> Tensor:
-    tape.policy.fetch(weights, backward=False)
-    casts = cast_parameters(tape, weights, w)
-    x = cast(tape, x, rows * d_in, given, w)
-    out = tape.new(rows * d_out * w.value)
-    tape.policy.release(weights, backward=False)
+    tape.hooks.fetch(weights, backward=False)
+    casts = cast_parameters(tape, weights, sizes)
+    x = cast(tape, x, rows * d_in, given, sizes)
+    out = tape.new(rows * d_out * sizes.value)
+    tape.hooks.release(weights, backward=False)
 
     def backward(grad: Storage) -> Gradients:
-        tape.policy.fetch(weights, backward=True)
-        part = tape.new(rows * d_in * w.value, GRADIENTS)
+        tape.hooks.fetch(weights, backward=True)
+        part = tape.new(rows * d_in * sizes.value, GRADIENTS)
         if casts_back:
-            tape.policy.release(weights, backward=True)
-            return (part, tape.new(weights.numels[0] * w.value, GRADIENTS))
-        weight_gradients(tape, weights, w.parameter)
-        tape.policy.release(weights, backward=True)
+            tape.hooks.release(weights, backward=True)
+            return (part, tape.new(weights.numels[0] * sizes.value, GRADIENTS))
+        weight_gradients(tape, weights, sizes.parameter)
+        tape.hooks.release(weights, backward=True)
         return (part,)
 
     casts_back = len(casts)
@@ -86,7 +93,7 @@ def _position_tile(
 
 
 def fused_attention(
-    tape: Tape, rows: list[Tensor], batch: int, tokens: int, heads: int, head_dim: int, w: Widths
+    tape: Tape, rows: list[Tensor], batch: int, tokens: int, heads: int, head_dim: int, sizes: DtypeSizes
 ) -> Tensor:
     """Queries, keys and values through one fused kernel; keeps them, the output and a sum per row.
 
@@ -95,10 +102,10 @@ def fused_attention(
         rows: queries, keys and values, each of its own or as parts of one storage.
         batch, tokens, heads, head_dim: sizes.
     """
-    one = batch * tokens * heads * head_dim * w.value
+    one = batch * tokens * heads * head_dim * sizes.value
     out = tape.new(one)
-    sums = tape.new(batch * heads * tokens * w.accumulator)
-    block = flash_block_bytes(tokens, head_dim, w)
+    sums = tape.new(batch * heads * tokens * sizes.accumulator)
+    block = flash_block_bytes(tokens, head_dim, sizes)
     tape.new(block, TEMPORARY)
     count = len(rows)
 

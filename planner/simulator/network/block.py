@@ -7,24 +7,24 @@ from __future__ import annotations
 
 from ...config.model import ModelSpec, Operator
 from ...costs.parameters import table_tiles
-from ..core.autograd import Tape, Tensor, Weights
+from ..core.autograd import ModuleParams, Tape, Tensor
 from ..core.storage import Storage
 from .attention_ops import fused_attention, positions, rotate
-from .gather_ops import GatherTwin
-from .ops import GRADIENTS, Widths, add, add_narrow, cast, dropout, gelu, layer_norm, linear
-from .relation_ops import RelationTwin
-from .relation_shape import Implementation, RelationShape, TermTwin, TileTwin, largest_rectangle, pairs_of
+from .gather_ops import SimulatedGather
+from .ops import GRADIENTS, DtypeSizes, add, add_narrow, cast, dropout, gelu, layer_norm, linear
+from .relation_ops import SimulatedRelations
+from .relation_shape import Implementation, RelationShape, SimulatedTerm, SimulatedTile, largest_rectangle, pairs_of
 
 _ROLES = {"q": "query", "k": "key", "v": "value"}
 _PLAIN = ("plain_query", "plain_key", "plain_value")
 
 
-def linear_weights(d_in: int, d_out: int, *, bias: bool = True) -> Weights:
+def linear_weights(d_in: int, d_out: int, *, bias: bool = True) -> ModuleParams:
     """The parameters of a linear layer."""
-    return Weights((d_out * d_in, d_out) if bias else (d_out * d_in,))
+    return ModuleParams((d_out * d_in, d_out) if bias else (d_out * d_in,))
 
 
-class BlockTwin:
+class SimulatedBlock:
     """A pre-norm block with its operator and feed-forward network.
 
     Args:
@@ -43,42 +43,48 @@ class BlockTwin:
         operator: Operator,
         tile_relations: int | None,
         batch: int,
-        w: Widths,
+        sizes: DtypeSizes,
         implementation: Implementation = "grouped",
-        stream: Widths | None = None,
+        stream: DtypeSizes | None = None,
     ) -> None:
-        self.spec, self.operator, self.batch, self.w, self.implementation = spec, operator, batch, w, implementation
-        self.stream = w if stream is None else stream
+        self.spec, self.operator, self.batch, self.sizes, self.implementation = (
+            spec,
+            operator,
+            batch,
+            sizes,
+            implementation,
+        )
+        self.stream = sizes if stream is None else stream
         self.rows = batch * spec.tokens
         dim, inner = spec.dim, spec.inner_dim
-        self.norms = (Weights((dim, dim)), Weights((dim, dim)))
+        self.norms = (ModuleParams((dim, dim)), ModuleParams((dim, dim)))
         self.up, self.down = linear_weights(dim, spec.ffn_dim), linear_weights(spec.ffn_dim, dim)
         self.output = linear_weights(inner, dim) if spec.has_output_projection else None
         self.plain = {role: linear_weights(dim, inner, bias=False) for role in "qkv"}
         self.joint = linear_weights(dim, 3 * inner, bias=False)
-        self.terms: list[TermTwin] = []
-        self.logit_tiles: list[TileTwin] = []
-        self.value_tiles: list[TileTwin] = []
+        self.terms: list[SimulatedTerm] = []
+        self.logit_tiles: list[SimulatedTile] = []
+        self.value_tiles: list[SimulatedTile] = []
         relations = spec.geometry.relations
         if operator == "bias":
-            self.terms = [TermTwin("bias", Weights((relations * spec.heads,)))]
+            self.terms = [SimulatedTerm("bias", ModuleParams((relations * spec.heads,)))]
         elif operator == "shaw":
-            self.terms = [TermTwin(kind, Weights((relations * spec.head_dim,))) for kind in ("key", "value")]
+            self.terms = [SimulatedTerm(kind, ModuleParams((relations * spec.head_dim,))) for kind in ("key", "value")]
         if operator in ("translution", "alpha"):
             self._make_tables(tile_relations)
         else:
             self.shape = self._shape(0, spec.inner_dim)
         if operator == "absolute":
-            sizes = [n for n, copies in table_tiles(spec.tokens, tile_relations) for _ in range(copies)]
-            self.positions = {role: [(n, Weights((n * dim * inner,))) for n in sizes] for role in spec.roles}
+            numbers = [n for n, copies in table_tiles(spec.tokens, tile_relations) for _ in range(copies)]
+            self.positions = {role: [(n, ModuleParams((n * dim * inner,))) for n in numbers] for role in spec.roles}
 
     @property
-    def modules(self) -> list[Weights]:
+    def modules(self) -> list[ModuleParams]:
         """The parameters of each module, in the order in which torch walks the block's modules."""
         return [self.norms[0], *self.operator_modules, self.norms[1], self.up, self.down]
 
     @property
-    def operator_modules(self) -> list[Weights]:
+    def operator_modules(self) -> list[ModuleParams]:
         """Those of the operator alone."""
         spec = self.spec
         output = [self.output] if self.output is not None else []
@@ -94,7 +100,7 @@ class BlockTwin:
         return [self.joint, *low, *tiles, *([self.low_output] if "v" in spec.roles else []), *output]
 
     @property
-    def construction(self) -> list[Weights]:
+    def construction(self) -> list[ModuleParams]:
         """The operator's in the order in which they are made: a block of relations after the other."""
         tiles = sorted((*self.logit_tiles, *self.value_tiles), key=lambda tile: tile.first)
         own, made = {id(tile.weights) for tile in tiles}, iter(tiles)
@@ -102,29 +108,31 @@ class BlockTwin:
 
     def _shape(self, d_in: int, d_out: int) -> RelationShape:
         spec = self.spec
-        return RelationShape(spec.geometry, self.batch, spec.heads, d_in, d_out, spec.inner_dim, self.w, spec.dropout)
+        return RelationShape(
+            spec.geometry, self.batch, spec.heads, d_in, d_out, spec.inner_dim, self.sizes, spec.dropout
+        )
 
     def _make_tables(self, tile_relations: int | None) -> None:
         spec = self.spec
         d_in, d_out = (spec.dim, spec.inner_dim) if self.operator == "translution" else spec.low_dims
         self.shape = self._shape(d_in, d_out)
-        sizes = [n for n, copies in table_tiles(spec.geometry.relations, tile_relations) for _ in range(copies)]
+        numbers = [n for n, copies in table_tiles(spec.geometry.relations, tile_relations) for _ in range(copies)]
         both = len(set("qk") & set(spec.roles))
         first = 0
-        for count in sizes:
+        for count in numbers:
             numel = count * d_in * d_out
-            sizes_of = largest_rectangle(spec.geometry, first, count), pairs_of(spec.geometry, first, count)
+            extent = largest_rectangle(spec.geometry, first, count), pairs_of(spec.geometry, first, count)
             if both:
-                self.logit_tiles.append(TileTwin(first, count, Weights((numel,) * both), *sizes_of))
+                self.logit_tiles.append(SimulatedTile(first, count, ModuleParams((numel,) * both), *extent))
             if "v" in spec.roles:
-                self.value_tiles.append(TileTwin(first, count, Weights((numel,)), *sizes_of))
+                self.value_tiles.append(SimulatedTile(first, count, ModuleParams((numel,)), *extent))
             first += count
         low1, low2 = d_in, d_out
         coupled = bool(both)
-        widths = {role: low1 if role in spec.roles else low2 for role in "qk" if coupled}
+        low_widths = {role: low1 if role in spec.roles else low2 for role in "qk" if coupled}
         if "v" in spec.roles:
-            widths["v"] = low1
-        self.low = {role: (width, linear_weights(spec.dim, width, bias=False)) for role, width in widths.items()}
+            low_widths["v"] = low1
+        self.low = {role: (width, linear_weights(spec.dim, width, bias=False)) for role, width in low_widths.items()}
         self.low_output = linear_weights(low2, spec.inner_dim, bias=False)
 
     def forward(self, tape: Tape, x: Tensor, *, again: bool = False) -> Tensor:
@@ -136,31 +144,31 @@ class BlockTwin:
             again: compute what backward needs and no more, as torch's checkpoint does.
         """
         # Nested as the layers call each other: a name would keep what is dropped out alive.
-        widths = (self.stream, self.w)
-        x = add_narrow(tape, x, self._drop(tape, self._operator(tape, self._norm(tape, x, 0))), *widths)
+        sizes = (self.stream, self.sizes)
+        x = add_narrow(tape, x, self._drop(tape, self._operator(tape, self._norm(tape, x, 0))), *sizes)
         return add_narrow(
-            tape, x, self._drop(tape, self._feed_forward(tape, self._norm(tape, x, 1), again), last=again), *widths
+            tape, x, self._drop(tape, self._feed_forward(tape, self._norm(tape, x, 1), again), last=again), *sizes
         )
 
     def _norm(self, tape: Tape, x: Tensor, number: int) -> Tensor:
         return layer_norm(tape, x, self.rows, self.spec.dim, self.norms[number], self.stream)
 
-    def _linear(self, tape: Tape, x: Tensor, d_out: int, weights: Weights) -> Tensor:
+    def _linear(self, tape: Tape, x: Tensor, d_out: int, weights: ModuleParams) -> Tensor:
         """A product of the normed input, which autocast casts for each one."""
-        return linear(tape, x, self.rows, self.spec.dim, d_out, weights, self.w, given=self.stream)
+        return linear(tape, x, self.rows, self.spec.dim, d_out, weights, self.sizes, given=self.stream)
 
     def _drop(self, tape: Tape, x: Tensor, *, last: bool = False) -> Tensor:
-        return dropout(tape, x, self.w, last=last) if self.spec.dropout else x
+        return dropout(tape, x, self.sizes, last=last) if self.spec.dropout else x
 
     def _feed_forward(self, tape: Tape, x: Tensor, again: bool) -> Tensor:
-        spec, rows, w = self.spec, self.rows, self.w
-        tape.memory.moment = "feed-forward"
+        spec, rows, sizes = self.spec, self.rows, self.sizes
+        tape.memory.site = "feed-forward"
         hidden = self._drop(tape, gelu(tape, self._linear(tape, x, spec.ffn_dim, self.up)))
         last = again and not spec.dropout
-        return linear(tape, hidden, rows, spec.ffn_dim, spec.dim, self.down, w, last=last)
+        return linear(tape, hidden, rows, spec.ffn_dim, spec.dim, self.down, sizes, last=last)
 
     def _operator(self, tape: Tape, x: Tensor) -> Tensor:
-        tape.memory.moment = self.operator
+        tape.memory.site = self.operator
         twins = {
             "attention": self._attention,
             "translution": self._translution,
@@ -174,28 +182,28 @@ class BlockTwin:
     def _project(self, tape: Tape, x: Tensor) -> Tensor:
         if self.output is None:
             return x
-        return linear(tape, x, self.rows, self.spec.inner_dim, self.spec.dim, self.output, self.w)
+        return linear(tape, x, self.rows, self.spec.inner_dim, self.spec.dim, self.output, self.sizes)
 
     def _attention(self, tape: Tape, x: Tensor) -> Tensor:
-        spec, w = self.spec, self.w
+        spec, sizes = self.spec, self.sizes
         if spec.dropout and not spec.rotary_attention:
             return self._with_terms(tape, x)
         projected = self._linear(tape, x, 3 * spec.inner_dim, self.joint)
-        one = self.rows * spec.inner_dim * w.value
+        one = self.rows * spec.inner_dim * sizes.value
         rows = _split(tape, projected, one, copies=False, by_heads=True)
         for n in (0, 1) if spec.rotary_attention else ():
-            rows[n] = rotate(tape, rows[n], one // w.value, w)
+            rows[n] = rotate(tape, rows[n], one // sizes.value, sizes)
         if spec.dropout:
             # With one head turned rows lie token by token already.
-            sizes = [one if n == 2 or spec.heads > 1 else 0 for n in range(3)]
+            numbers = [one if n == 2 or spec.heads > 1 else 0 for n in range(3)]
             copies = [
                 tape.result(tape.new(size) if size else row.storage, (row,), lambda grad: (grad,))
-                for row, size in zip(rows, sizes, strict=True)
+                for row, size in zip(rows, numbers, strict=True)
             ]
             out = self._attend(tape, dict(zip(_PLAIN, copies, strict=True)))
             del rows, projected
             return out
-        out = joined = fused_attention(tape, rows, self.batch, spec.tokens, spec.heads, spec.head_dim, w)
+        out = joined = fused_attention(tape, rows, self.batch, spec.tokens, spec.heads, spec.head_dim, sizes)
         if spec.rotary_attention and spec.heads > 1 and spec.tokens > 1:
             # The kernel gives turned queries' output by heads; joined again it is a copy.
             joined = tape.result(tape.new(one), (out,), lambda grad: (grad,))
@@ -206,7 +214,7 @@ class BlockTwin:
 
     def _attend(self, tape: Tape, sources: dict[str, Tensor]) -> Tensor:
         """Projected rows through the operator's chain, and the output projection."""
-        relative, plain = RelationTwin(tape, self.shape, dict(sources), [], [], self.terms).forward()
+        relative, plain = SimulatedRelations(tape, self.shape, dict(sources), [], [], self.terms).forward()
         assert plain is not None
         out = plain if relative is None else add(tape, plain, relative)
         del relative, plain
@@ -214,22 +222,22 @@ class BlockTwin:
 
     def _with_terms(self, tape: Tape, x: Tensor) -> Tensor:
         joint = self._linear(tape, x, 3 * self.spec.inner_dim, self.joint)
-        one = self.rows * self.spec.inner_dim * self.w.value
+        one = self.rows * self.spec.inner_dim * self.sizes.value
         return self._attend(tape, dict(zip(_PLAIN, _split(tape, joint, one), strict=True)))
 
     def _absolute(self, tape: Tape, x: Tensor) -> Tensor:
-        spec, w = self.spec, self.w
+        spec, sizes = self.spec, self.sizes
         names = {"q": "plain_query", "k": "plain_key", "v": "plain_value"}
         rows = {}
         for role in "qkv":
             if role in spec.roles:
-                sizes = (self.batch, spec.dim, spec.inner_dim)
-                rows[names[role]] = positions(tape, x, *sizes, self.positions[role], w, self.stream)
+                numbers = (self.batch, spec.dim, spec.inner_dim)
+                rows[names[role]] = positions(tape, x, *numbers, self.positions[role], sizes, self.stream)
             else:
                 rows[names[role]] = self._linear(tape, x, spec.inner_dim, self.plain[role])
         if spec.dropout:
             return self._attend(tape, rows)
-        out = fused_attention(tape, list(rows.values()), self.batch, spec.tokens, spec.heads, spec.head_dim, w)
+        out = fused_attention(tape, list(rows.values()), self.batch, spec.tokens, spec.heads, spec.head_dim, sizes)
         return self._project(tape, out)
 
     def _relate(self, tape: Tape, sources: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
@@ -238,12 +246,12 @@ class BlockTwin:
         if self.operator == "translution":
             # Under autocast each of them is cast, though it is the same tensor.
             for name in relative:
-                sources[name] = cast(tape, sources[name], self.rows * self.spec.dim, self.stream, self.w)
+                sources[name] = cast(tape, sources[name], self.rows * self.spec.dim, self.stream, self.sizes)
         if self.implementation == "grouped":
-            twin = RelationTwin(tape, self.shape, sources, self.logit_tiles, self.value_tiles)
+            twin = SimulatedRelations(tape, self.shape, sources, self.logit_tiles, self.value_tiles)
             del sources
             return twin.forward()
-        gathered = GatherTwin(tape, self.shape, sources, relative, self.logit_tiles, self.value_tiles)
+        gathered = SimulatedGather(tape, self.shape, sources, relative, self.logit_tiles, self.value_tiles)
         del sources
         return gathered.forward()
 
@@ -264,13 +272,13 @@ class BlockTwin:
 
     def _plain_parts(self, tape: Tape, joint: Tensor) -> list[Tensor]:
         """Plain queries, keys and values; the grouped operator copies those that are views."""
-        size = self.rows * self.spec.inner_dim * self.w.value
+        size = self.rows * self.spec.inner_dim * self.sizes.value
         copies = self.implementation == "grouped"
         if not self.spec.rotary:
             return _split(tape, joint, size, copies=copies)
         parts = _split(tape, joint, size, copies=False)
         for n in (0, 1):
-            parts[n] = rotate(tape, parts[n], size // self.w.value, self.w)
+            parts[n] = rotate(tape, parts[n], size // self.sizes.value, self.sizes)
             if self.spec.heads > 1:
                 # Token by token again.
                 turned = parts.pop(n)
@@ -281,7 +289,7 @@ class BlockTwin:
         return parts
 
     def _alpha(self, tape: Tape, x: Tensor) -> Tensor:
-        spec, w, n = self.spec, self.w, self.rows
+        spec, sizes, n = self.spec, self.sizes, self.rows
         joint = self._linear(tape, x, 3 * spec.inner_dim, self.joint)
         lows = {role: self._linear(tape, x, width, weights) for role, (width, weights) in self.low.items()}
         parts = self._plain_parts(tape, joint)
@@ -293,7 +301,7 @@ class BlockTwin:
         assert plain is not None
         del sources
         if relative is not None:
-            up = linear(tape, relative, n, self.shape.d_out, spec.inner_dim, self.low_output, w)
+            up = linear(tape, relative, n, self.shape.d_out, spec.inner_dim, self.low_output, sizes)
             total = add(tape, plain, up)
             plain = tape.result(tape.new(total.size), (total,), lambda grad: (tape.new(grad.size, GRADIENTS),))
             del total, up

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..core.autograd import Gradients, Tape, Tensor, Weights
+from ..core.autograd import Gradients, ModuleParams, Tape, Tensor
 from ..core.storage import Storage
 from .ops import GRADIENTS, INDEX_BYTES, TEMPORARY, WEIGHT_GRADIENTS, cast, product_scratch_bytes
-from .relation_shape import RelationShape, TileTwin
+from .relation_shape import RelationShape, SimulatedTile
 
 ATTENTION, GATHERED, TABLE = "attention weights", "gathered matrices", "joined tables"
 
 
-class GatherTwin:
+class SimulatedGather:
     """One call of the operator.
 
     Args:
@@ -36,12 +36,12 @@ class GatherTwin:
         shape: RelationShape,
         sources: dict[str, Tensor],
         relative: Sequence[str],
-        logit_tiles: Sequence[TileTwin],
-        value_tiles: Sequence[TileTwin],
+        logit_tiles: Sequence[SimulatedTile],
+        value_tiles: Sequence[SimulatedTile],
     ) -> None:
         self.tape, self.shape, self.sources, self.relative = tape, shape, sources, relative
         self.logit_tiles, self.value_tiles = logit_tiles, value_tiles
-        width = shape.widths.value
+        width = shape.sizes.value
         self.square = shape.geometry.tokens**2
         pairs = shape.batch * self.square
         matrix = shape.d_in * shape.d_out * width
@@ -51,7 +51,7 @@ class GatherTwin:
         self.rows_in, self.rows_out = pairs * shape.d_in * width, pairs * shape.d_out * width
         self.weight_bytes = shape.pairs * width
         self.plain_bytes = shape.rows * shape.inner * width
-        self.given: dict[Weights, list[Storage]] = {}
+        self.given: dict[ModuleParams, list[Storage]] = {}
 
     def forward(self) -> tuple[Tensor | None, Tensor | None]:
         """Outputs of the relative and of the plain values, as the operator gives them."""
@@ -78,10 +78,10 @@ class GatherTwin:
 
     def _table(self, name: str) -> Tensor:
         """A role's tiles joined, in the paper's order, and in the rows' dtype; keeps the order."""
-        tape, w = self.tape, self.shape.widths
+        tape, sizes = self.tape, self.shape.sizes
         tiles = self.value_tiles if name == "value" else self.logit_tiles
-        numel = self.table_bytes // w.value
-        size = numel * w.parameter
+        numel = self.table_bytes // sizes.value
+        size = numel * sizes.parameter
 
         def give(grad: Storage) -> Gradients:
             # A tile's gradient is its part of the table's, and stays in that storage.
@@ -89,7 +89,7 @@ class GatherTwin:
                 found = self.given.setdefault(tile.weights, [])
                 found.append(grad)
                 if len(found) == len(tile.weights.numels):
-                    tape.policy.gradients(tile.weights, self.given.pop(tile.weights))
+                    tape.hooks.gradients(tile.weights, self.given.pop(tile.weights))
             return ()
 
         joined = tape.result(tape.new(size, TABLE), (), give)
@@ -98,7 +98,7 @@ class GatherTwin:
             tape.new(size, TABLE), (joined,), lambda grad: (tape.new(size, WEIGHT_GRADIENTS),), (order,)
         )
         del joined
-        return cast(tape, ordered, numel, w.wide, w)
+        return cast(tape, ordered, numel, sizes.wide, sizes)
 
     def _logits(
         self, sources: dict[str, Tensor], tables: dict[str, Tensor], index: Storage
@@ -141,7 +141,7 @@ class GatherTwin:
         )
         rows = self._copied(x, self.rows_in)
         matrices = self._copied(gathered, self.copied_bytes, what=GATHERED)
-        scratch = product_scratch_bytes(1, shape.d_in, shape.d_out, shape.widths)
+        scratch = product_scratch_bytes(1, shape.d_in, shape.d_out, shape.sizes)
         return self._product(rows, matrices, self.rows_out, (self.rows_in, self.copied_bytes), scratch)
 
     def _copied(self, x: Tensor, size: int, what: str = "activations") -> Tensor:
@@ -205,7 +205,7 @@ class GatherTwin:
             return of_attention, of_value
 
         product = tape.result(tape.new(self.rows_out), (attention, value), backward, (attention.storage, value.storage))
-        size = shape.rows * shape.d_out * shape.widths.value
+        size = shape.rows * shape.d_out * shape.sizes.value
         return tape.result(tape.new(size), (product,), lambda grad: (grad,))
 
     def _plain_output(self, attention: Tensor, value: Tensor) -> Tensor:

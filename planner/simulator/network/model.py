@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 
 from ...common.errors import InputError
 from ...config.model import GptSpec, ModelSpec, VitSpec
-from ..core.autograd import ParameterPolicy, Tape, Tensor, Weights
-from ..core.storage import Memory, Storage
-from .block import BlockTwin, linear_weights
+from ..core.autograd import ModuleParams, ParameterHooks, Tape, Tensor
+from ..core.storage import MemoryTracker, Storage
+from .block import SimulatedBlock, linear_weights
 from .ops import (
     GRADIENTS,
     INDEX_BYTES,
-    Widths,
+    DtypeSizes,
     add_positions,
     cast,
     cross_entropy,
@@ -38,7 +38,7 @@ OFFLOADED = "offloaded activations"
 MICRO_BATCHES = "micro-batches"
 
 
-class NetworkTwin:
+class SimulatedNetwork:
     """A whole network and its loss.
 
     Args:
@@ -53,42 +53,42 @@ class NetworkTwin:
         self,
         spec: ModelSpec,
         batch: int,
-        w: Widths,
+        sizes: DtypeSizes,
         tile_relations: int | None = None,
         implementation: Implementation = "grouped",
     ) -> None:
-        self.spec, self.batch, self.w = spec, batch, w
-        self.host = Memory()
+        self.spec, self.batch, self.sizes = spec, batch, sizes
+        self.host = MemoryTracker()
         self.states: list[Storage] = []
-        if w.casts and spec.checkpointing == "offload":
+        if sizes.casts and spec.checkpointing == "offload":
             # fairscale computes again outside autocast on a CPU, and in fp16 on a GPU.
             raise InputError("checkpointing: offload is not allowed: must be none or block under autocast")
         # What stands between blocks: autocast widens what is joined or added to a parameter.
-        self.embedded = w if isinstance(spec, VitSpec) and w.device == "cpu" else w.wide
+        self.embedded = sizes if isinstance(spec, VitSpec) and sizes.device == "cpu" else sizes.wide
         widened = spec.learned_positions or (isinstance(spec, VitSpec) and spec.class_token)
-        self.stream = w.wide if widened else self.embedded
+        self.stream = sizes.wide if widened else self.embedded
         self.blocks = [
-            BlockTwin(spec, operator, tile_relations, batch, w, implementation, self.stream)
+            SimulatedBlock(spec, operator, tile_relations, batch, sizes, implementation, self.stream)
             for operator in spec.layer_operators
         ]
         dim = spec.dim
-        self.embedding: tuple[Weights, ...]
+        self.embedding: tuple[ModuleParams, ...]
         if isinstance(spec, VitSpec):
             self.embedding = (
-                Weights((spec.patch_dim,) * 2),
+                ModuleParams((spec.patch_dim,) * 2),
                 linear_weights(spec.patch_dim, dim),
-                Weights((dim, dim)),
+                ModuleParams((dim, dim)),
             )
             self.head = linear_weights(dim, spec.classes)
         else:
-            self.embedding = (Weights((spec.vocabulary * dim,)),)
+            self.embedding = (ModuleParams((spec.vocabulary * dim,)),)
             self.head = linear_weights(dim, spec.vocabulary, bias=False)
-        self.class_token = Weights((dim,))
-        self.positions = Weights((spec.tokens * dim,)) if spec.learned_positions else None
-        self.norm, self.head_norm = Weights((dim, dim)), Weights((dim, dim))
+        self.class_token = ModuleParams((dim,))
+        self.positions = ModuleParams((spec.tokens * dim,)) if spec.learned_positions else None
+        self.norm, self.head_norm = ModuleParams((dim, dim)), ModuleParams((dim, dim))
 
     @property
-    def modules(self) -> list[Weights]:
+    def modules(self) -> list[ModuleParams]:
         """The parameters of each module, in the order in which torch walks the modules."""
         learned = [self.class_token] if isinstance(self.spec, VitSpec) and self.spec.class_token else []
         learned += [self.positions] if self.positions is not None else []
@@ -97,7 +97,7 @@ class NetworkTwin:
         return [*self.embedding, *learned, *blocks, *ends, self.head]
 
     @property
-    def construction(self) -> list[Weights]:
+    def construction(self) -> list[ModuleParams]:
         """The same in the order in which they are made: all operators first."""
         operators = [weights for block in self.blocks for weights in block.construction]
         made = set(map(id, operators))
@@ -113,29 +113,29 @@ class NetworkTwin:
         turning = sum(
             spec.rotary_attention if operator == "attention" else spec.rotary for operator in spec.layer_operators
         )
-        grouped = {"translution", "alpha"} & set(spec.layer_operators) and self.w.batched
+        grouped = {"translution", "alpha"} & set(spec.layer_operators) and self.sizes.batched
         lists = spec.geometry.total_pairs * 7 * INDEX_BYTES if grouped else 0
-        return turning * spec.tokens * spec.head_dim * self.w.parameter + lists
+        return turning * spec.tokens * spec.head_dim * self.sizes.parameter + lists
 
     @property
     def input_bytes(self) -> int:
         """An image batch in the parameters' dtype, or token numbers."""
         if isinstance(self.spec, VitSpec):
-            return self.batch * self.spec.channels * self.spec.image[0] * self.spec.image[1] * self.w.parameter
+            return self.batch * self.spec.channels * self.spec.image[0] * self.spec.image[1] * self.sizes.parameter
         return self.batch * self.spec.tokens * INDEX_BYTES
 
     def _embed(self, tape: Tape, inputs: Storage) -> Tensor:
-        spec, w, batch = self.spec, self.w, self.batch
-        tape.memory.moment = "embedding"
+        spec, sizes, batch = self.spec, self.sizes, self.batch
+        tape.memory.site = "embedding"
         if isinstance(spec, GptSpec):
-            return embed(tape, batch * spec.tokens, spec.dim, self.embedding[0], inputs, w.wide)
+            return embed(tape, batch * spec.tokens, spec.dim, self.embedding[0], inputs, sizes.wide)
         patches = batch * spec.geometry.patches
-        x = Tensor(tape.new(patches * spec.patch_dim * w.parameter))
-        x = layer_norm(tape, x, patches, spec.patch_dim, self.embedding[0], w.wide)
-        x = linear(tape, x, patches, spec.patch_dim, spec.dim, self.embedding[1], w, given=w.wide)
+        x = Tensor(tape.new(patches * spec.patch_dim * sizes.parameter))
+        x = layer_norm(tape, x, patches, spec.patch_dim, self.embedding[0], sizes.wide)
+        x = linear(tape, x, patches, spec.patch_dim, spec.dim, self.embedding[1], sizes, given=sizes.wide)
         # On a GPU autocast norms in fp32.
-        x = cast(tape, x, patches * spec.dim, w, self.embedded)
-        copies = patches * spec.dim * w.value if spec.class_token and not w.casts else 0
+        x = cast(tape, x, patches * spec.dim, sizes, self.embedded)
+        copies = patches * spec.dim * sizes.value if spec.class_token and not sizes.casts else 0
         return layer_norm(tape, x, patches, spec.dim, self.embedding[2], self.embedded, copies=copies)
 
     def forward(self, tape: Tape, inputs: Storage) -> Tensor:
@@ -146,50 +146,48 @@ class NetworkTwin:
         return logits
 
     def _forward(self, tape: Tape, inputs: Storage) -> Tensor:
-        spec, w, batch, stream = self.spec, self.w, self.batch, self.stream
+        spec, sizes, batch, stream = self.spec, self.sizes, self.batch, self.stream
         rows = batch * spec.tokens
-        x, widths = self._embed(tape, inputs), self.embedded
+        x, given = self._embed(tape, inputs), self.embedded
         if isinstance(spec, VitSpec) and spec.class_token:
             size = batch * spec.geometry.patches * spec.dim
-            x, widths = (
-                prepend(tape, cast(tape, x, size, widths, stream), rows * spec.dim, self.class_token, stream),
-                stream,
-            )
+            x = prepend(tape, cast(tape, x, size, given, stream), rows * spec.dim, self.class_token, stream)
+            given = stream
         if self.positions is not None:
-            x = add_positions(tape, x, self.positions, widths)
+            x = add_positions(tape, x, self.positions, given)
         if spec.dropout:
             x = dropout(tape, x, stream)
         for block in self.blocks:
             x = block.forward(tape, x) if spec.checkpointing == "none" else self._checkpointed(tape, block, x)
-        tape.memory.moment = "head"
+        tape.memory.site = "head"
         x = layer_norm(tape, x, rows, spec.dim, self.norm, stream)
         if isinstance(spec, VitSpec):
             size = batch * spec.dim * stream.value
             pooled = pool_first(tape, x) if spec.pool == "class" else pool_mean(tape, x, size, stream)
-            return linear(tape, pooled, batch, spec.dim, spec.classes, self.head, w, given=stream)
+            return linear(tape, pooled, batch, spec.dim, spec.classes, self.head, sizes, given=stream)
         x = layer_norm(tape, x, rows, spec.dim, self.head_norm, stream)
-        return linear(tape, x, rows, spec.dim, spec.vocabulary, self.head, w, given=stream)
+        return linear(tape, x, rows, spec.dim, spec.vocabulary, self.head, sizes, given=stream)
 
-    def _checkpointed(self, tape: Tape, block: BlockTwin, x: Tensor) -> Tensor:
+    def _checkpointed(self, tape: Tape, block: SimulatedBlock, x: Tensor) -> Tensor:
         """A block that keeps its input alone, and runs again in backward to be remembered."""
         spec = self.spec
         offload = spec.checkpointing == "offload"
-        offloaded = offload and self.w.device != "cpu"
-        narrows = self.stream.value != self.w.value
-        state_bytes = RANDOM_STATE_BYTES if self.w.device == "cpu" else 0
+        offloaded = offload and self.sizes.device != "cpu"
+        narrows = self.stream.value != self.sizes.value
+        state_bytes = RANDOM_STATE_BYTES if self.sizes.device == "cpu" else 0
         state = tape.new(state_bytes, "random states")
         if offload:
             # fairscale's function holds it as an attribute, for as long as the graph lives.
             self.states.append(state)
-        with tape.forgetting():
+        with tape.no_grad():
             out = block.forward(tape, Tensor(x.storage)).storage
         kept = Storage(self.host, OFFLOADED, x.size) if offloaded else x.storage
 
         def backward(grad: Storage) -> tuple[Storage | None]:
-            inner = Tape(tape.memory, tape.policy)
+            inner = Tape(tape.memory, tape.hooks)
             held = [state, tape.new(state_bytes, "random states")]
             # The last sum's backward, which needs nothing that was kept, has run before.
-            cast_grad = tape.new(kept.size // self.stream.value * self.w.value if narrows else 0, GRADIENTS)
+            cast_grad = tape.new(kept.size // self.stream.value * self.sizes.value if narrows else 0, GRADIENTS)
             again = inner.leaf(tape.new(kept.size) if offloaded else kept)
             # torch's own checkpoint stops where nothing more is needed; fairscale's holds the output.
             result = block.forward(inner, again, again=not offload)
@@ -212,8 +210,8 @@ class NetworkTwin:
     def loss(self, tape: Tape, inputs: Storage, targets: Storage) -> Tensor:
         """The mean cross-entropy of a micro-batch, in fp32."""
         logits = self.forward(tape, inputs)
-        tape.memory.moment = "loss"
-        logits = cast(tape, logits, logits.size // self.w.value, self.w, replace(self.w, value=4))
+        tape.memory.site = "loss"
+        logits = cast(tape, logits, logits.size // self.sizes.value, self.sizes, replace(self.sizes, value=4))
         return cross_entropy(tape, logits, targets)
 
 
@@ -221,9 +219,9 @@ class NetworkTwin:
 class Replay:
     """What a replayed step left."""
 
-    memory: Memory
+    memory: MemoryTracker
     """Its peaks, and its events where they were recorded."""
-    kept_bytes: int
+    saved_bytes: int
     """Kept for backward when forward ends, on the device itself."""
 
 
@@ -231,7 +229,9 @@ Phase = Callable[[str], AbstractContextManager[None]]
 """Opens a phase of the step by its name."""
 
 
-def run_micro_batch(network: NetworkTwin, memory: Memory, policy: ParameterPolicy | None, phase: Phase) -> int:
+def run_micro_batch(
+    network: SimulatedNetwork, memory: MemoryTracker, hooks: ParameterHooks | None, phase: Phase
+) -> int:
     """Forward and backward of one micro-batch, as phases of those names.
 
     Args:
@@ -243,16 +243,16 @@ def run_micro_batch(network: NetworkTwin, memory: Memory, policy: ParameterPolic
     Returns:
         Bytes kept for backward when forward ends, on the device itself.
     """
-    tape, spec = Tape(memory, policy), network.spec
+    tape, spec = Tape(memory, hooks), network.spec
     inputs = tape.new(network.input_bytes, MICRO_BATCHES)
     outputs = network.batch * (spec.tokens if isinstance(spec, GptSpec) else 1)
     targets = tape.new(outputs * INDEX_BYTES, MICRO_BATCHES)
     with phase("forward"):
         loss = network.loss(tape, inputs, targets)
-    kept = tape.kept_bytes()
+    kept = tape.saved_bytes()
     with phase("backward"):
         tape.backward(loss.node, tape.new(4, GRADIENTS))
-        tape.policy.finish()
+        tape.hooks.finish()
     network.states.clear()
     return kept
 
@@ -260,11 +260,11 @@ def run_micro_batch(network: NetworkTwin, memory: Memory, policy: ParameterPolic
 def replay(
     spec: ModelSpec,
     batch: int,
-    w: Widths,
+    sizes: DtypeSizes,
     tile_relations: int | None = None,
     *,
-    memory: Memory | None = None,
-    policy: ParameterPolicy | None = None,
+    memory: MemoryTracker | None = None,
+    hooks: ParameterHooks | None = None,
     implementation: Implementation = "grouped",
 ) -> Replay:
     """Forward and backward of one micro-batch on one process, without ZeRO unless the policy is another.
@@ -278,9 +278,9 @@ def replay(
         policy: how parameters lie.
         implementation: "grouped", or "gather" for the published way.
     """
-    memory = Memory() if memory is None else memory
-    network = NetworkTwin(spec, batch, w, tile_relations, implementation)
-    kept = run_micro_batch(network, memory, policy, memory.phase)
+    memory = MemoryTracker() if memory is None else memory
+    network = SimulatedNetwork(spec, batch, sizes, tile_relations, implementation)
+    kept = run_micro_batch(network, memory, hooks, memory.phase)
     return Replay(memory, kept)
 
 

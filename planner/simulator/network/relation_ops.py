@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from ..core.autograd import Gradients, Tape, Tensor
 from ..core.storage import Storage
 from .ops import GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS, product_scratch_bytes
-from .relation_shape import RelationShape, TermTwin, TileTwin
+from .relation_shape import RelationShape, SimulatedTerm, SimulatedTile
 
 WORKSPACE, ATTENTION = "workspace", "attention weights"
 INDEXING = 34
 """Bytes per pair of tokens while the number of its relation is worked out."""
 
 
-class RelationTwin:
+class SimulatedRelations:
     """One call of the operator.
 
     Args:
@@ -34,17 +34,17 @@ class RelationTwin:
         tape: Tape,
         shape: RelationShape,
         sources: dict[str, Tensor],
-        logit_tiles: list[TileTwin],
-        value_tiles: list[TileTwin],
-        terms: Sequence[TermTwin] = (),
+        logit_tiles: list[SimulatedTile],
+        value_tiles: list[SimulatedTile],
+        terms: Sequence[SimulatedTerm] = (),
     ) -> None:
-        self.tape, self.shape, self.w = tape, shape, shape.widths
+        self.tape, self.shape, self.sizes = tape, shape, shape.sizes
         self.sources = sources
         self.logit_tiles, self.value_tiles, self.terms = logit_tiles, value_tiles, terms
-        self.half = self.w.value < self.w.accumulator
+        self.half = self.sizes.value < self.sizes.accumulator
         self.buffers: dict[str, Storage] = {}
         self.received: dict[str, Storage] = {}
-        self.source_widths = {name: x.size // (shape.rows * self.w.value) for name, x in sources.items()}
+        self.source_widths = {name: x.size // (shape.rows * self.sizes.value) for name, x in sources.items()}
 
     def forward(self) -> tuple[Tensor | None, Tensor | None]:
         """Outputs of the relative and of the plain values, as the operator gives them."""
@@ -59,7 +59,7 @@ class RelationTwin:
         self._softmax()
         for term in self.terms:
             if term.kind == "value":
-                self._open("out", self.shape.rows * self.shape.inner * self.w.accumulator)
+                self._open("out", self.shape.rows * self.shape.inner * self.sizes.accumulator)
                 self._term(term)
         attention = self.buffers["attention"]
         for tile in self.value_tiles:
@@ -82,17 +82,17 @@ class RelationTwin:
     def _product_scratch(self, rows: int, *, backward: bool = False) -> None:
         """Scratch of a product of so many rows with a relation's matrix, and of that matrix' gradient."""
         shape = self.shape
-        self._moment(product_scratch_bytes(rows, shape.d_in, shape.d_out, self.w))
+        self._moment(product_scratch_bytes(rows, shape.d_in, shape.d_out, self.sizes))
         if backward:
-            self._moment(product_scratch_bytes(shape.d_in, rows, shape.d_out, self.w, transposed=True))
+            self._moment(product_scratch_bytes(shape.d_in, rows, shape.d_out, self.sizes, transposed=True))
 
     def _heads_scratch(self) -> int:
         """Scratch of a product of queries and keys, or of weights and values, by heads."""
         tokens, head_dim = self.shape.geometry.tokens, self.shape.inner // self.shape.heads
-        return product_scratch_bytes(tokens, max(tokens, head_dim), tokens, self.w)
+        return product_scratch_bytes(tokens, max(tokens, head_dim), tokens, self.sizes)
 
     def _plain_bytes(self) -> int:
-        return self.shape.rows * self.shape.inner * self.w.value
+        return self.shape.rows * self.shape.inner * self.sizes.value
 
     def _by_heads(self, count: int = 1) -> Storage:
         """Copies of plain rows head by head, as products want them unless they lie so already."""
@@ -108,19 +108,19 @@ class RelationTwin:
         return self.tape.new(self._plain_bytes(), what) if self.shape.heads > 1 else product
 
     def _logits(self) -> None:
-        shape, w = self.shape, self.w
+        shape, sizes = self.shape, self.sizes
         if "plain_query" in self.sources:
             copies = self._by_heads(2)
-            self._open("logits", shape.pairs * w.value, ATTENTION)
+            self._open("logits", shape.pairs * sizes.value, ATTENTION)
             self._moment(self._heads_scratch())
             del copies
             if self.half:
-                wide = self.tape.new(shape.pairs * w.accumulator, ATTENTION)
+                wide = self.tape.new(shape.pairs * sizes.accumulator, ATTENTION)
                 self.buffers["logits"] = wide
         else:
-            self._open("logits", shape.pairs * w.accumulator, ATTENTION)
+            self._open("logits", shape.pairs * sizes.accumulator, ATTENTION)
 
-    def _class_rows(self, tile: TileTwin) -> tuple[int, int]:
+    def _class_rows(self, tile: SimulatedTile) -> tuple[int, int]:
         """Pairs of a piece of a class relation, and how many of the two such relations the tile has."""
         geometry = self.shape.geometry
         if not geometry.class_token:
@@ -129,20 +129,20 @@ class RelationTwin:
         found = sum(geometry.offsets + n in last for n in (1, 2))
         return self.shape.piece(geometry.height, geometry.width) if found else 0, found
 
-    def _patch_rows(self, tile: TileTwin) -> int:
+    def _patch_rows(self, tile: SimulatedTile) -> int:
         return self.shape.piece(*tile.rectangle)
 
-    def _matrix_bytes(self, tile: TileTwin) -> int:
+    def _matrix_bytes(self, tile: SimulatedTile) -> int:
         """What autocast casts at a time: a relation's matrix, on a GPU at most a tile's."""
-        shape, w = self.shape, self.w
-        count = tile.count if w.batched else 1
-        return count * shape.d_in * shape.d_out * w.value if w.casts else 0
+        shape, sizes = self.shape, self.sizes
+        count = tile.count if sizes.batched else 1
+        return count * shape.d_in * shape.d_out * sizes.value if sizes.casts else 0
 
-    def _logit_tile(self, tile: TileTwin) -> None:
-        shape, heads, w = self.shape, self.shape.heads, self.w
-        self.tape.policy.fetch(tile.weights, backward=False)
-        value = heads * w.value
-        cast = heads * w.accumulator if self.half and "plain_query" in self.sources else 0
+    def _logit_tile(self, tile: SimulatedTile) -> None:
+        shape, heads, sizes = self.shape, self.shape.heads, self.sizes
+        self.tape.hooks.fetch(tile.weights, backward=False)
+        value = heads * sizes.value
+        cast = heads * sizes.accumulator if self.half and "plain_query" in self.sources else 0
         rows = self._patch_rows(tile)
         self._moment(self._matrix_bytes(tile))
         self._moment(2 * rows * value, rows * cast)
@@ -150,63 +150,67 @@ class RelationTwin:
         self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=False, backward=False))
         rows, found = self._class_rows(tile)
         # One side is the class token, broadcast: the products of both relations are new tensors.
-        self._moment(found * rows * self.shape.d_out * w.value, 2 * rows * value, rows * cast)
-        self.tape.policy.release(tile.weights, backward=False)
+        self._moment(found * rows * self.shape.d_out * sizes.value, 2 * rows * value, rows * cast)
+        self.tape.hooks.release(tile.weights, backward=False)
 
     def _softmax(self) -> None:
-        shape, w = self.shape, self.w
+        shape, sizes = self.shape, self.sizes
         if "plain_query" in self.sources and not shape.geometry.complete and self.logit_tiles + self.value_tiles:
             self._moment(25 * shape.geometry.tokens**2)
-        self._moment(shape.rows * shape.heads * w.accumulator)
+        self._moment(shape.rows * shape.heads * sizes.accumulator)
         logits = self.buffers.pop("logits")
-        self.buffers["attention"] = self.tape.new(shape.pairs * w.value, ATTENTION) if self.half else logits
+        self.buffers["attention"] = self.tape.new(shape.pairs * sizes.value, ATTENTION) if self.half else logits
         self._drop()
         del logits
 
     def _drop(self) -> None:
         """The weights that values are multiplied by: others than the attention's only under dropout."""
         if self.shape.dropout:
-            noise = self.tape.new(self.shape.pairs * self.w.value, TEMPORARY)
-            self._open("weights", self.shape.pairs * self.w.value, ATTENTION)
+            noise = self.tape.new(self.shape.pairs * self.sizes.value, TEMPORARY)
+            self._open("weights", self.shape.pairs * self.sizes.value, ATTENTION)
             del noise
 
-    def _value_tile(self, tile: TileTwin) -> None:
-        shape, w = self.shape, self.w
-        self.tape.policy.fetch(tile.weights, backward=False)
-        self._open("out", shape.rows * shape.d_out * w.accumulator)
+    def _value_tile(self, tile: SimulatedTile) -> None:
+        shape, sizes = self.shape, self.sizes
+        self.tape.hooks.fetch(tile.weights, backward=False)
+        self._open("out", shape.rows * shape.d_out * sizes.accumulator)
         rows = self._patch_rows(tile)
         self._moment(self._matrix_bytes(tile))
-        self._moment(rows * shape.d_out * w.accumulator if self.half else 0)
+        self._moment(rows * shape.d_out * sizes.accumulator if self.half else 0)
         self._product_scratch(rows)
         self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=False))
         rows, found = self._class_rows(tile)
         if found == 2 or tile.first + tile.count == shape.geometry.relations:
             # The class token's value, weighted for every query, and its copy with contiguous heads.
-            self._moment(2 * rows * shape.d_out * w.value, rows * shape.d_out * w.accumulator if self.half else 0)
-        self.tape.policy.release(tile.weights, backward=False)
+            self._moment(
+                2 * rows * shape.d_out * sizes.value, rows * shape.d_out * sizes.accumulator if self.half else 0
+            )
+        self.tape.hooks.release(tile.weights, backward=False)
 
-    def _term(self, term: TermTwin) -> None:
-        shape, w, tape = self.shape, self.w, self.tape
-        tape.policy.fetch(term.weights, backward=False)
+    def _term(self, term: SimulatedTerm) -> None:
+        shape, sizes, tape = self.shape, self.sizes, self.tape
+        tape.hooks.fetch(term.weights, backward=False)
         square = shape.geometry.tokens**2
         self._moment(INDEXING * square)
         if term.kind == "bias":
             self._moment(
-                8 * square, square * shape.heads * w.value, square * shape.heads * w.accumulator if self.half else 0
+                8 * square,
+                square * shape.heads * sizes.value,
+                square * shape.heads * sizes.accumulator if self.half else 0,
             )
         else:
             self._chunks(term.kind)
-        tape.policy.release(term.weights, backward=False)
+        tape.hooks.release(term.weights, backward=False)
 
     def _chunks(self, kind: str, *, backward: bool = False) -> None:
         """What vectors take for a chunk of query positions, moment by moment."""
-        shape, w = self.shape, self.w
+        shape, sizes = self.shape, self.sizes
         tokens, head_dim = shape.geometry.tokens, shape.inner // shape.heads
-        chunk = min(tokens, max(1, shape.workspace_limit // (2 * tokens * head_dim * w.parameter)))
+        chunk = min(tokens, max(1, shape.workspace_limit // (2 * tokens * head_dim * sizes.parameter)))
         vectors = chunk * tokens * head_dim
         pairs, rows = chunk * shape.batch * shape.heads * tokens, chunk * shape.batch * shape.inner
         copied = rows if shape.heads > 1 and shape.batch > 1 else 0
-        wide = w.accumulator if self.half else 0
+        wide = sizes.accumulator if self.half else 0
         # Operands and a product beside the vectors, and what of them is widened to be added.
         grads = pairs if self.half else 0
         moments = [(copied + pairs, pairs) if kind == "key" else (rows, rows)]
@@ -217,33 +221,33 @@ class RelationTwin:
         index = 8 * tokens**2 * (2 if backward else 1)
         for narrow, widened in moments:
             # Vectors that autocast casts are dropped before anything is widened.
-            other = max(widened * wide, vectors * w.value if w.casts else 0)
-            self._moment(index, vectors * w.parameter + narrow * w.value + other)
+            other = max(widened * wide, vectors * sizes.value if sizes.casts else 0)
+            self._moment(index, vectors * sizes.parameter + narrow * sizes.value + other)
 
-    def _term_backward(self, term: TermTwin) -> None:
-        shape, w, tape = self.shape, self.w, self.tape
-        tape.policy.fetch(term.weights, backward=True)
+    def _term_backward(self, term: SimulatedTerm) -> None:
+        shape, sizes, tape = self.shape, self.sizes, self.tape
+        tape.hooks.fetch(term.weights, backward=True)
         square = shape.geometry.tokens**2
         numel = term.weights.numels[0]
-        sums = tape.new(numel * w.accumulator, TEMPORARY)
+        sums = tape.new(numel * sizes.accumulator, TEMPORARY)
         if term.kind == "bias":
-            self._moment(2 * square * shape.heads * w.accumulator, INDEXING * square)
+            self._moment(2 * square * shape.heads * sizes.accumulator, INDEXING * square)
         else:
             if term.kind == "key":
-                self._open("plain_query", shape.rows * shape.inner * w.accumulator, GRADIENTS)
+                self._open("plain_query", shape.rows * shape.inner * sizes.accumulator, GRADIENTS)
             self._chunks(term.kind, backward=True)
-        narrow = w.parameter < w.accumulator
-        grads = [tape.new(numel * w.parameter, WEIGHT_GRADIENTS)] if narrow else [sums]
+        narrow = sizes.parameter < sizes.accumulator
+        grads = [tape.new(numel * sizes.parameter, WEIGHT_GRADIENTS)] if narrow else [sums]
         del sums
-        tape.policy.gradients(term.weights, grads)
-        tape.policy.release(term.weights, backward=True)
+        tape.hooks.gradients(term.weights, grads)
+        tape.hooks.release(term.weights, backward=True)
 
     def _close(self, attention: Storage) -> tuple[Tensor | None, Tensor | None]:
-        shape, w, tape = self.shape, self.w, self.tape
+        shape, sizes, tape = self.shape, self.sizes, self.tape
         outputs: dict[str, Storage] = {}
         if "out" in self.buffers:
             out = self.buffers["out"]
-            outputs["relative"] = tape.new(shape.rows * shape.d_out * w.value) if self.half else out
+            outputs["relative"] = tape.new(shape.rows * shape.d_out * sizes.value) if self.half else out
         if "plain_value" in self.sources:
             outputs["plain"] = self._plain_product("activations")
         self.buffers.clear()
@@ -264,7 +268,7 @@ class RelationTwin:
         return receive
 
     def _backward(self, grad: Storage) -> Gradients:
-        shape, w, tape = self.shape, self.w, self.tape
+        shape, sizes, tape = self.shape, self.sizes, self.tape
         relative_grad = self.received.pop("relative", None)
         plain_grad = self.received.pop("plain", None)
         if self.logit_tiles or self.value_tiles:
@@ -273,17 +277,19 @@ class RelationTwin:
         self._start(plain_grad)
         del plain_grad
         if self.has_relative and relative_grad is None:
-            relative_grad = tape.new(shape.rows * shape.d_out * w.value, GRADIENTS)
+            relative_grad = tape.new(shape.rows * shape.d_out * sizes.value, GRADIENTS)
         for term in self.terms:
             if term.kind == "value":
                 self._term_backward(term)
         for tile in reversed(self.value_tiles):
             self._value_tile_backward(tile)
         if shape.dropout:
-            self._moment(shape.pairs * w.value, shape.pairs * w.accumulator if self.half else 0)
+            self._moment(shape.pairs * sizes.value, shape.pairs * sizes.accumulator if self.half else 0)
         self.buffers.pop("weights", None)
         # Half weights are widened to be multiplied by the row sums, in a third tensor.
-        self._moment(2 * shape.pairs * w.accumulator if self.half else 0, shape.rows * shape.heads * w.accumulator)
+        self._moment(
+            2 * shape.pairs * sizes.accumulator if self.half else 0, shape.rows * shape.heads * sizes.accumulator
+        )
         for tile in reversed(self.logit_tiles):
             self._logit_tile_backward(tile)
         for term in self.terms:
@@ -293,66 +299,66 @@ class RelationTwin:
 
     def _start(self, plain_grad: Storage | None) -> None:
         """Gradients of the attention weights, and of the plain values."""
-        shape, w = self.shape, self.w
+        shape, sizes = self.shape, self.sizes
         if plain_grad is None:
-            self._open("logits", shape.pairs * w.accumulator, GRADIENTS)
+            self._open("logits", shape.pairs * sizes.accumulator, GRADIENTS)
             return
         copies = self._by_heads(2)
-        self._open("logits", shape.pairs * w.value, GRADIENTS)
+        self._open("logits", shape.pairs * sizes.value, GRADIENTS)
         self._moment(self._heads_scratch())
         del copies
         if self.half:
-            self.buffers["logits"] = self.tape.new(shape.pairs * w.accumulator, GRADIENTS)
+            self.buffers["logits"] = self.tape.new(shape.pairs * sizes.accumulator, GRADIENTS)
         if "plain_value" in self.wanted:
             self.buffers["plain_value"] = self._plain_product()
 
     def _input_gradient(self, name: str, width: int) -> None:
         """The sum of a source's gradient over relations begins with the first tile that adds to it."""
         if name in self.wanted:
-            self._open(name, self.shape.rows * width * self.w.accumulator, GRADIENTS)
+            self._open(name, self.shape.rows * width * self.sizes.accumulator, GRADIENTS)
 
-    def _value_tile_backward(self, tile: TileTwin) -> None:
-        shape, w, tape = self.shape, self.w, self.tape
-        tape.policy.fetch(tile.weights, backward=True)
-        grads = [tape.new(numel * w.parameter, WEIGHT_GRADIENTS) for numel in tile.weights.numels]
-        cast = w.accumulator if self.half else 0
+    def _value_tile_backward(self, tile: SimulatedTile) -> None:
+        shape, sizes, tape = self.shape, self.sizes, self.tape
+        tape.hooks.fetch(tile.weights, backward=True)
+        grads = [tape.new(numel * sizes.parameter, WEIGHT_GRADIENTS) for numel in tile.weights.numels]
+        cast = sizes.accumulator if self.half else 0
         self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=True))
         rows, found = self._class_rows(tile)
         last = tile.first + tile.count == shape.geometry.relations
         self._input_gradient("value", shape.d_in)
-        row = shape.heads * w.value + max(shape.heads, shape.d_in) * cast
+        row = shape.heads * sizes.value + max(shape.heads, shape.d_in) * cast
         self._moment(self._patch_rows(tile) * row, 2 * self._matrix_bytes(tile))
         self._product_scratch(self._patch_rows(tile), backward=True)
         if found and last:
-            self._moment(2 * rows * shape.d_out * w.value, rows * row, 2 * self._matrix_bytes(tile))
-        tape.policy.gradients(tile.weights, grads)
-        tape.policy.release(tile.weights, backward=True)
+            self._moment(2 * rows * shape.d_out * sizes.value, rows * row, 2 * self._matrix_bytes(tile))
+        tape.hooks.gradients(tile.weights, grads)
+        tape.hooks.release(tile.weights, backward=True)
 
-    def _logit_tile_backward(self, tile: TileTwin) -> None:
-        shape, w, tape = self.shape, self.w, self.tape
-        tape.policy.fetch(tile.weights, backward=True)
-        grads = [tape.new(numel * w.parameter, WEIGHT_GRADIENTS) for numel in tile.weights.numels]
-        cast = w.accumulator if self.half else 0
+    def _logit_tile_backward(self, tile: SimulatedTile) -> None:
+        shape, sizes, tape = self.shape, self.sizes, self.tape
+        tape.hooks.fetch(tile.weights, backward=True)
+        grads = [tape.new(numel * sizes.parameter, WEIGHT_GRADIENTS) for numel in tile.weights.numels]
+        cast = sizes.accumulator if self.half else 0
         rows, found = self._class_rows(tile)
-        widths = {name: self.source_widths.get(name, shape.d_in) for name in ("query", "key")}
-        for name, width in widths.items():
+        row_widths = {name: self.source_widths.get(name, shape.d_in) for name in ("query", "key")}
+        for name, width in row_widths.items():
             self._input_gradient(name, width)
         self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=False, backward=True))
         # Rows are widened to be added; a plain role's are as wide as its source.
-        row = (shape.heads * w.value if self.half else 0) + max(widths.values()) * cast
+        row = (shape.heads * sizes.value if self.half else 0) + max(row_widths.values()) * cast
         self._moment(self._patch_rows(tile) * row, 2 * self._matrix_bytes(tile))
         self._product_scratch(self._patch_rows(tile), backward=True)
         if found:
-            self._moment(3 * rows * shape.d_out * w.value, rows * row, 2 * self._matrix_bytes(tile))
-        tape.policy.gradients(tile.weights, grads)
-        tape.policy.release(tile.weights, backward=True)
+            self._moment(3 * rows * shape.d_out * sizes.value, rows * row, 2 * self._matrix_bytes(tile))
+        tape.hooks.gradients(tile.weights, grads)
+        tape.hooks.release(tile.weights, backward=True)
 
     def _finish(self) -> Gradients:
-        shape, w, tape = self.shape, self.w, self.tape
+        shape, sizes, tape = self.shape, self.sizes, self.tape
         cast = product = None
         narrow = {"plain_value"}
         if "plain_query" in self.names:
-            cast = tape.new(shape.pairs * w.value, GRADIENTS) if self.half else None
+            cast = tape.new(shape.pairs * sizes.value, GRADIENTS) if self.half else None
             for name in ("plain_query", "plain_key"):
                 if name not in self.wanted:
                     continue
@@ -369,7 +375,7 @@ class RelationTwin:
         for name in self.names:
             held = self.buffers.get(name)
             if held is not None and self.half and name not in narrow:
-                held = tape.new(held.size * w.value // w.accumulator, GRADIENTS)
+                held = tape.new(held.size * sizes.value // sizes.accumulator, GRADIENTS)
             results.append(held)
         self.buffers.clear()
         del cast, product

@@ -10,8 +10,8 @@ from functools import lru_cache
 from typing import Literal, TypeAlias
 
 from ...config.geometry import RelationGeometry
-from ..core.autograd import Weights
-from .ops import Widths
+from ..core.autograd import ModuleParams
+from .ops import DtypeSizes
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
 
@@ -20,12 +20,12 @@ Implementation: TypeAlias = Literal["grouped", "gather"]
 
 
 @dataclass(frozen=True, slots=True)
-class TileTwin:
+class SimulatedTile:
     """One tile: its relations and the parameters of its module."""
 
     first: int
     count: int
-    weights: Weights
+    weights: ModuleParams
     rectangle: tuple[int, int] = (0, 0)
     """Rows and columns of its relation between patches with the most pairs."""
     pairs: int = 0
@@ -33,11 +33,11 @@ class TileTwin:
 
 
 @dataclass(frozen=True, slots=True)
-class TermTwin:
+class SimulatedTerm:
     """A scalar or a vector per relation (models/relative_terms.py)."""
 
     kind: Literal["bias", "key", "value"]
-    weights: Weights
+    weights: ModuleParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,10 @@ class RelationShape:
     heads: int
     d_in: int
     d_out: int
-    """Widths of a matrix."""
+    """DtypeSizes of a matrix."""
     inner: int
     """Width of the plain queries, keys and values beside the relative ones."""
-    widths: Widths
+    sizes: DtypeSizes
     dropout: float = 0.0
     workspace_limit: int = DEFAULT_WORKSPACE_BYTES
 
@@ -69,29 +69,29 @@ class RelationShape:
     @property
     def workspace_rows(self) -> int:
         """Rows of the scratch matrices."""
-        row = 2 * (self.d_in + self.d_out) * self.widths.value
-        limit = self.workspace_limit // (4 if self.widths.batched else 1)
+        row = 2 * (self.d_in + self.d_out) * self.sizes.value
+        limit = self.workspace_limit // (4 if self.sizes.batched else 1)
         return max(self.geometry.width, min(self.batch * self.geometry.patches, limit // row))
 
     @property
     def most_pairs(self) -> int:
         """Pairs that are taken at a time on a GPU (models/batched.py)."""
         row = 3 * self.d_in + 2 * self.d_out + 2 * max(self.d_in, self.d_out)
-        return self.workspace_limit * 3 // 4 // (row * self.batch * self.widths.value)
+        return self.workspace_limit * 3 // 4 // (row * self.batch * self.sizes.value)
 
     @property
     def _too_large(self) -> bool:
         return self.geometry.patches > self.most_pairs
 
-    def batched_bytes(self, tile: TileTwin, *, values: bool, backward: bool) -> int:
+    def batched_bytes(self, tile: SimulatedTile, *, values: bool, backward: bool) -> int:
         """The most scratch of a chunk of a tile's pairs on a GPU: rows, products, sums by token; an upper bound.
 
         Tokens have up to twice as many slots as a chunk has pairs (models/pair_chunks.py).
         """
         pairs = min(tile.pairs, self.most_pairs)
-        if not pairs or not self.widths.batched:
+        if not pairs or not self.sizes.batched:
             return 0
-        value, wide = self.widths.value, self.widths.accumulator
+        value, wide = self.sizes.value, self.sizes.accumulator
         if backward:
             row = self.d_out + 3 * self.d_in if values else 4 * self.d_in + 2 * self.d_out
             row, summed = max(row, self.d_in + 2 * self.d_out), self.d_in
@@ -102,7 +102,7 @@ class RelationShape:
         rows = (pairs + 1) * self.batch
         by_heads = 3 * rows * self.heads * wide
         # torch's grouped product gives a tile's gradients in a tensor of its own.
-        product = tile.count * self.d_in * self.d_out * value if backward and self.widths.copies_products else 0
+        product = tile.count * self.d_in * self.d_out * value if backward and self.sizes.copies_products else 0
         return rows * row * value + self.rows * summed * wide + by_heads + product
 
     @property
@@ -111,9 +111,9 @@ class RelationShape:
 
         On a GPU they serve the relations that are not taken many at a time, and have a quarter of the limit.
         """
-        if self.widths.batched and not (self.geometry.class_token or self._too_large):
+        if self.sizes.batched and not (self.geometry.class_token or self._too_large):
             return 0
-        return self.workspace_rows * 2 * (self.d_in + self.d_out) * self.widths.value
+        return self.workspace_rows * 2 * (self.d_in + self.d_out) * self.sizes.value
 
     def piece(self, rows: int, cols: int) -> int:
         """Pairs of the largest piece into which a relation of a rectangle of pairs is split."""

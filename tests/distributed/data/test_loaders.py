@@ -34,16 +34,23 @@ def numbered(count: int) -> Samples:
     return Samples(torch.arange(count), torch.arange(count))
 
 
-def steps(ranks: int, micro_batch: int, accumulation: int, count: int = 7) -> list[set[int]]:
+def steps(ranks: int, micro_batch: int, gradient_accumulation_steps: int, count: int = 7) -> list[set[int]]:
     """The samples of each global batch, put together from all ranks."""
     streams = [
-        micro_batches(numbered(50), micro_batch=micro_batch, accumulation=accumulation, rank=rank, ranks=ranks, seed=3)
+        micro_batches(
+            numbered(50),
+            micro_batch=micro_batch,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            rank=rank,
+            ranks=ranks,
+            seed=3,
+        )
         for rank in range(ranks)
     ]
     batches = []
     for shares in islice(zip(*streams, strict=True), count):
         taken = [int(n) for share in shares for batch in share for n in batch.inputs]
-        assert len(taken) == len(set(taken)) == micro_batch * accumulation * ranks
+        assert len(taken) == len(set(taken)) == micro_batch * gradient_accumulation_steps * ranks
         batches.append(set(taken))
     return batches
 
@@ -60,7 +67,7 @@ def test_an_epoch_gives_every_sample_once_and_the_next_another_order() -> None:
 
 def test_too_large_a_step_is_named() -> None:
     with pytest.raises(InputError, match="global batch: 64 is not allowed: must be at most 50"):
-        next(micro_batches(numbered(50), micro_batch=32, accumulation=1, rank=0, ranks=2, seed=0))
+        next(micro_batches(numbered(50), micro_batch=32, gradient_accumulation_steps=1, rank=0, ranks=2, seed=0))
 
 
 def test_digits_are_split_evenly_and_without_overlap() -> None:
@@ -168,7 +175,13 @@ def test_ranks_share_one_global_batch_also_after_an_interruption(kind: str) -> N
     def global_batches(ranks: int, first: int, count: int) -> list[torch.Tensor]:
         streams = [
             micro_batches(
-                training, micro_batch=96 // ranks, accumulation=1, rank=rank, ranks=ranks, seed=5, first_step=first
+                training,
+                micro_batch=96 // ranks,
+                gradient_accumulation_steps=1,
+                rank=rank,
+                ranks=ranks,
+                seed=5,
+                first_step=first,
             )
             for rank in range(ranks)
         ]

@@ -55,7 +55,13 @@ def test_ranks_share_an_epoch_of_windows_and_go_on_in_its_middle(tmp_path: Path)
     def begins(ranks: int, first: int, count: int) -> list[list[int]]:
         streams = [
             micro_batches(
-                training, micro_batch=6 // ranks, accumulation=1, rank=rank, ranks=ranks, seed=1, first_step=first
+                training,
+                micro_batch=6 // ranks,
+                gradient_accumulation_steps=1,
+                rank=rank,
+                ranks=ranks,
+                seed=1,
+                first_step=first,
             )
             for rank in range(ranks)
         ]

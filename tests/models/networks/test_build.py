@@ -12,8 +12,8 @@ from translution.distributed.profiling.allocation_tracer import count_every_allo
 from translution.models import build
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import ModelSpec, VitSpec, parse_model_spec
-from translution.planner.memory.activations import kept_bytes, peak_bytes
-from translution.planner.simulator.network.ops import Widths
+from translution.planner.memory.activations import peak_bytes, saved_bytes
+from translution.planner.simulator.network.ops import DtypeSizes
 
 VIT: dict[str, Any] = {"family": "vit", "image": [12, 8], "patch": 4, "channels": 2, "classes": 7, "dim": 24}
 GPT: dict[str, Any] = {"family": "gpt", "context": 11, "vocabulary": 13, "dim": 24}
@@ -81,23 +81,23 @@ def test_the_peak_of_a_step_is_predicted_and_checkpointing_lowers_it(operator: s
 
     step()  # Gradients exist from here on.
     begin, peak = trace_allocations(step)
-    predicted = peak_bytes(spec, 16, Widths.of(4, "cpu"))
+    predicted = peak_bytes(spec, 16, DtypeSizes.of(4, "cpu"))
     largest_gradient = max(parameter.numel() for parameter in network.parameters()) * 4
     # The gradient that is being made stands beside the one it is added to.
     assert peak - begin <= predicted + 2 * largest_gradient
     assert predicted <= 1.35 * (peak - begin)
     if checkpointing == "block":
         plain = parse_model_spec(base | {"operator": operator})
-        assert predicted < peak_bytes(plain, 16, Widths.of(4, "cpu")) / 2
+        assert predicted < peak_bytes(plain, 16, DtypeSizes.of(4, "cpu")) / 2
 
 
 def test_offload_keeps_blocks_off_the_device() -> None:
     spec = parse_model_spec(VIT | SIZES | {"checkpointing": "offload"})
     block = parse_model_spec(VIT | SIZES | {"checkpointing": "block"})
     stream = 2 * 7 * 24 * 4
-    gpu = Widths.of(4, "cuda")
-    assert kept_bytes(block, 2, gpu) - kept_bytes(spec, 2, gpu) == 3 * stream
-    assert kept_bytes(spec, 2, Widths.of(4, "cpu")) == kept_bytes(block, 2, Widths.of(4, "cpu"))
+    gpu = DtypeSizes.of(4, "cuda")
+    assert saved_bytes(block, 2, gpu) - saved_bytes(spec, 2, gpu) == 3 * stream
+    assert saved_bytes(spec, 2, DtypeSizes.of(4, "cpu")) == saved_bytes(block, 2, DtypeSizes.of(4, "cpu"))
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)

@@ -113,11 +113,11 @@ def test_a_layer_with_grouped_products_equals_the_reference(
     torch.manual_seed(0)
     calls: list[int] = []
 
-    def choose(*_: object) -> GroupedProducts:
+    def search_plan(*_: object) -> GroupedProducts:
         calls.append(1)
         return GroupedProducts()
 
-    monkeypatch.setattr(batched, "choose_products", choose)
+    monkeypatch.setattr(batched, "choose_products", search_plan)
     fast = Translution(16, 2, roles=roles, tile_relations=5, implementation="batched", **place)
     slow = Translution(16, 2, roles=roles, tile_relations=5, implementation="gather", **place)
     slow.load_state_dict(fast.state_dict())

@@ -14,7 +14,7 @@ from translution.planner.config.presets import preset
 from translution.planner.config.training import TrainingSpec
 from translution.planner.costs.flops import count_flops
 from translution.planner.costs.parameters import count_parameters
-from translution.planner.search.constraints import Wishes
+from translution.planner.search.constraints import SearchConstraints
 
 BF16 = TrainingSpec(precision="bf16", data="synthetic")
 
@@ -40,8 +40,8 @@ def test_every_operator_has_a_row() -> None:
 
 def test_offload_needs_no_more_gpus() -> None:
     for model in ("vit-base/16", "vit-large/32"):
-        plain = smallest_cluster(preset(model), "A100-80", BF16, Wishes(offload="none"))
-        away = smallest_cluster(preset(model), "A100-80", BF16, Wishes())
+        plain = smallest_cluster(preset(model), "A100-80", BF16, SearchConstraints(offload="none"))
+        away = smallest_cluster(preset(model), "A100-80", BF16, SearchConstraints())
         assert plain and away
         assert away.ranks <= plain.ranks
 
@@ -60,7 +60,7 @@ def test_memory_grows_along_every_axis() -> None:
     points = list(scale(spec, BF16))
     for axis in ("width", "tokens", "depth"):
         for operator in ("full Translution", "α-Translution", "attention"):
-            sizes = [point.states_bytes + point.kept_bytes for point in points
+            sizes = [point.states_bytes + point.saved_bytes for point in points
                      if (point.axis, point.operator) == (axis, operator)]  # fmt: skip
             assert len(sizes) >= 5
             assert sizes == sorted(sizes)

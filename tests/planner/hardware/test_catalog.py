@@ -15,13 +15,13 @@ from pydantic import BaseModel
 from translution.planner.common.errors import InputError
 from translution.planner.common.machine import usable_cores
 from translution.planner.common.units import GIB
-from translution.planner.hardware.catalog import Catalogue, Figure, catalogue, find_gpu, find_node
+from translution.planner.hardware.catalog import Catalog, Figure, catalog, find_gpu, find_node
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 
 UNITS = {"": 1, "GiB": GIB, "TB": 1e12, "TFLOP/s": 1e12, "GB/s": 1e9, "Gb/s": 1e9 / 8}
 CLUSTERS = [
-    *catalogue().nodes,
-    *(f"{nodes}x{gpus}x{gpu}" for nodes, gpus in ((1, 1), (64, 8)) for gpu in catalogue().gpus),
+    *catalog().nodes,
+    *(f"{nodes}x{gpus}x{gpu}" for nodes, gpus in ((1, 1), (64, 8)) for gpu in catalog().gpus),
 ]
 
 
@@ -35,7 +35,7 @@ def figures(spec: BaseModel) -> dict[str, Figure]:
 
 
 def entry(name: str) -> BaseModel:
-    return catalogue().gpus[name] if name in catalogue().gpus else catalogue().nodes[name]
+    return catalog().gpus[name] if name in catalog().gpus else catalog().nodes[name]
 
 
 def test_figures_are_what_vendors_print(root: Path) -> None:
@@ -56,12 +56,12 @@ def test_figures_are_what_vendors_print(root: Path) -> None:
 
 def test_every_peak_of_a_gpu_has_a_published_figure(root: Path) -> None:
     known = {(row["name"], row["figure"]) for row in published(root)}
-    missing = {(name, figure) for name, gpu in catalogue().gpus.items() for figure in figures(gpu)} - known
+    missing = {(name, figure) for name, gpu in catalog().gpus.items() for figure in figures(gpu)} - known
     assert missing == {("RTX4090", "link_bytes_per_s")}  # an estimate: it has no link
 
 
 def test_every_figure_is_positive_and_names_a_source_with_a_page() -> None:
-    known = catalogue()
+    known = catalog()
     used = set()
     for spec in (*known.gpus.values(), *known.nodes.values()):
         for name, figure in figures(spec).items():
@@ -74,7 +74,7 @@ def test_every_figure_is_positive_and_names_a_source_with_a_page() -> None:
 
 
 def test_a_node_is_of_a_known_gpu_and_as_fast_as_its_link() -> None:
-    known = catalogue()
+    known = catalog()
     for gpu in known.gpus.values():
         node = known.nodes[gpu.node]
         assert node.intra_node_bytes_per_s == gpu.link_bytes_per_s
@@ -85,7 +85,7 @@ def test_a_node_is_of_a_known_gpu_and_as_fast_as_its_link() -> None:
 
 
 def test_the_catalogue_survives_json() -> None:
-    assert Catalogue.model_validate_json(catalogue().model_dump_json()) == catalogue()
+    assert Catalog.model_validate_json(catalog().model_dump_json()) == catalog()
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -101,7 +101,7 @@ def test_a_named_cluster_is_whole_and_survives_json(name: str) -> None:
 def test_a_cluster_has_the_figures_of_its_gpu_and_node() -> None:
     cluster = load_cluster("2x8xh100")
     assert (cluster.name, cluster.gpu, cluster.device) == ("2x8xH100", "H100", "cuda")
-    assert (cluster.nodes, cluster.ranks_per_node, cluster.ranks) == (2, 8, 16)
+    assert (cluster.nodes, cluster.ranks_per_node, cluster.world_size) == (2, 8, 16)
     assert cluster.device_memory_bytes == 81_559 * 2**20
     assert (cluster.bf16_flops_per_s, cluster.memory_bytes_per_s) == (989.5e12, 3.35e12)
     assert (cluster.host_memory_bytes, cluster.host_cores, cluster.nics) == (2048 * GIB, 112, 8)
@@ -145,14 +145,14 @@ def test_a_file_may_start_from_this_machine(tmp_path: Path) -> None:
     path.write_text("base: cpu:1\nhost_memory_bytes: 5\n")
     cluster = load_cluster(str(path))
     assert (cluster.device, cluster.host_memory_bytes, cluster.host_cores) == ("cpu", 5, usable_cores())
-    assert cluster.constants() is None
+    assert cluster.device_overhead() is None
 
 
 def test_a_cluster_of_an_older_plan_is_read() -> None:
     """Version 0.1 knew six fields."""
     old = {"name": "8xH100", "device": "cuda", "nodes": 1, "ranks_per_node": 8, "device_memory_bytes": 9}
     cluster = ClusterSpec.model_validate(old | {"host_memory_bytes": 8})
-    assert (cluster.ranks, cluster.gpu, cluster.bf16_flops_per_s) == (8, None, None)
+    assert (cluster.world_size, cluster.gpu, cluster.bf16_flops_per_s) == (8, None, None)
 
 
 @pytest.mark.parametrize(

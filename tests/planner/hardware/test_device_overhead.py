@@ -16,23 +16,23 @@ from translution.planner.common.errors import InputError
 from translution.planner.common.units import MIB
 from translution.planner.hardware import caching_allocator as allocator
 from translution.planner.hardware.caching_allocator import block_bytes, segment_bytes
-from translution.planner.hardware.catalog import catalogue, read_data
+from translution.planner.hardware.catalog import catalog, read_data
 from translution.planner.hardware.cluster import load_cluster
-from translution.planner.hardware.device_overhead import GpuConstants, gpu_constants
-from translution.planner.hardware.intervals import ConstantEntry, Level
+from translution.planner.hardware.device_overhead import DeviceOverhead, device_overhead
+from translution.planner.hardware.intervals import Level, OverheadItem
 from translution.planner.hardware.nccl import CONNECTION_BYTES
 
 LEVELS: tuple[Level, ...] = ("low", "likely", "high")
-GPUS = tuple(catalogue().gpus)
+GPUS = tuple(catalog().gpus)
 SHAPES = [(1, 1), (2, 1), (8, 1), (16, 2), (2, 2), (512, 64)]
 
 
 def test_the_allocators_sizes_are_those_of_torchs_header() -> None:
     header = (Path(torch.__file__).parent / "include" / "c10" / "core" / "AllocatorConfig.h").read_text()
-    constants = dict(re.findall(r"constexpr size_t (k\w+) = (\d+);", header))
+    sizes = dict(re.findall(r"constexpr size_t (k\w+) = (\d+);", header))
     large = re.search(r"large_segment_size_\{(\d+)\}", header)
     assert large
-    assert {name: int(value) for name, value in constants.items()} == {
+    assert {name: int(value) for name, value in sizes.items()} == {
         "kMinBlockSize": allocator.MIN_BLOCK_BYTES,
         "kSmallSize": allocator.SMALL_BYTES,
         "kSmallBuffer": allocator.SMALL_SEGMENT_BYTES,
@@ -73,7 +73,7 @@ def test_rounding_never_loses_a_byte(size: int) -> None:
 
 def test_workspaces_are_those_of_torch() -> None:
     """cuBLAS: 8519680 bytes, from Hopper on 32 MiB; rocBLAS and hipBLASLt on MI300X: 128 and 76 MiB."""
-    sizes = {gpu: gpu_constants(gpu, 8, 1).entry("blas_workspace") for gpu in GPUS}
+    sizes = {gpu: device_overhead(gpu, 8, 1).item("blas_workspace") for gpu in GPUS}
     for gpu in ("A100-40", "A100-80", "L40S", "RTX4090"):
         assert (sizes[gpu].low_bytes, sizes[gpu].likely_bytes) == (8_519_680, 2 * 8_519_680)
     for gpu in ("H100", "H200", "B200"):
@@ -89,12 +89,12 @@ def test_a_connection_is_what_nccl_was_seen_to_map() -> None:
 
 def test_communicators_of_eight_h100_by_hand() -> None:
     """24 channels: rings of two communicators and trees of one at 12 MiB, 16 x 2 MiB of NVLS for each of 8 GPUs."""
-    entry = gpu_constants("H100", 8, 1).entry("nccl")
+    entry = device_overhead("H100", 8, 1).item("nccl")
     assert entry.low_bytes == 16 * 12 * MIB
     assert entry.likely_bytes == (2 * (24 * 12 + 64) + 24 * 12 + 16 * 2 * 8) * MIB
     assert entry.high_bytes == 2 * (2 * 32 * 12 + 24 * 2 * 8 + 224) * MIB
     # Two nodes: 3 of the 24 channels leave at each GPU, 8 MiB for a ring and 60 for a tree.
-    assert gpu_constants("H100", 16, 2).entry("nccl").likely_bytes == entry.likely_bytes + 3 * (2 * 8 + 60) * MIB
+    assert device_overhead("H100", 16, 2).item("nccl").likely_bytes == entry.likely_bytes + 3 * (2 * 8 + 60) * MIB
 
 
 @pytest.mark.parametrize(
@@ -103,50 +103,50 @@ def test_communicators_of_eight_h100_by_hand() -> None:
     [("A100-80", 4, 688), ("H100", 8, 958), ("H100", 8, 1526)],
 )
 def test_what_others_measured_lies_within(gpu: str, ranks: int, mebibytes: int) -> None:
-    entry = gpu_constants(gpu, ranks, 1).entry("nccl")
+    entry = device_overhead(gpu, ranks, 1).item("nccl")
     assert entry.low_bytes < mebibytes * MIB < entry.high_bytes
 
 
 def test_communicators_need_no_more_beyond_two_nodes() -> None:
     """github.com/NVIDIA/nccl/issues/986"""
     for gpu in GPUS:
-        alone, two, many = (gpu_constants(gpu, 8 * nodes, nodes).total("likely") for nodes in (1, 2, 64))
+        alone, two, many = (device_overhead(gpu, 8 * nodes, nodes).total("likely") for nodes in (1, 2, 64))
         assert alone <= two == many
 
 
 def test_a_card_without_peer_access_keeps_buffers_on_the_host() -> None:
-    card, linked = gpu_constants("RTX4090", 4, 1), gpu_constants("H100", 4, 1)
+    card, linked = device_overhead("RTX4090", 4, 1), device_overhead("H100", 4, 1)
     assert card.total("likely", "host") == 3 * 2 * CONNECTION_BYTES
-    assert card.entry("nccl").likely_bytes < linked.entry("nccl").likely_bytes / 4
+    assert card.item("nccl").likely_bytes < linked.entry("nccl").likely_bytes / 4
 
 
 @pytest.mark.parametrize(("ranks", "nodes"), SHAPES)
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_entry_is_an_interval_with_a_source(gpu: str, ranks: int, nodes: int) -> None:
-    constants = gpu_constants(gpu, ranks, nodes)
-    assert [entry.name for entry in constants.entries] == [
+    overhead = device_overhead(gpu, ranks, nodes)
+    assert [entry.name for entry in overhead.breakdown] == [
         "driver_reserve",
         "context",
         "blas_workspace",
         "nccl",
         "nccl_host",
     ]
-    for entry in constants.entries:
+    for entry in overhead.breakdown:
         assert entry.low_bytes <= entry.likely_bytes <= entry.high_bytes
         assert entry.formula
         assert entry.source
-    totals = [constants.total(level) for level in LEVELS]
+    totals = [overhead.total(level) for level in LEVELS]
     assert totals == sorted(totals)
     assert 0.2 * 1024 * MIB < totals[0] < totals[2] < 6 * 1024 * MIB
-    assert GpuConstants.model_validate_json(constants.model_dump_json()) == constants
+    assert DeviceOverhead.model_validate_json(overhead.model_dump_json()) == overhead
 
 
 def test_a_source_is_a_page_a_file_or_said_to_be_a_guess() -> None:
     shape: TypeAdapter[dict[str, dict[str, dict[str, Any]]]] = TypeAdapter(dict[str, dict[str, dict[str, Any]]])
     observed = [
-        figure["source"] for group in read_data("gpu_constants.yaml", shape).values() for figure in group.values()
+        figure["source"] for group in read_data("device_overhead.yaml", shape).values() for figure in group.values()
     ]
-    computed = [entry.source for gpu in GPUS for ranks in (1, 8) for entry in gpu_constants(gpu, ranks, 1).entries]
+    computed = [entry.source for gpu in GPUS for ranks in (1, 8) for entry in device_overhead(gpu, ranks, 1).breakdown]
     assert len(observed) == 8 + 5 + 7
     for source in (*observed, *computed):
         assert re.search(r"github\.com/|torch 2\.13|messages|estimate, not measured|no connection", source), source
@@ -154,16 +154,16 @@ def test_a_source_is_a_page_a_file_or_said_to_be_a_guess() -> None:
 
 def test_a_lone_rank_makes_no_connection() -> None:
     for gpu in GPUS:
-        constants = gpu_constants(gpu, 1, 1)
-        assert constants.entry("nccl").likely_bytes == 64 * MIB
-        assert constants.total("high", "host") == 0
+        overhead = device_overhead(gpu, 1, 1)
+        assert overhead.item("nccl").likely_bytes == 64 * MIB
+        assert overhead.total("high", "host") == 0
 
 
 def test_without_a_gpus_name_the_interval_spans_all() -> None:
-    spanned = gpu_constants(None, 8, 1)
+    spanned = device_overhead(None, 8, 1)
     for name in ("driver_reserve", "context", "blas_workspace", "nccl", "nccl_host"):
-        entries = [gpu_constants(gpu, 8, 1).entry(name) for gpu in GPUS]
-        entry = spanned.entry(name)
+        entries = [device_overhead(gpu, 8, 1).item(name) for gpu in GPUS]
+        entry = spanned.item(name)
         assert entry.low_bytes == min(other.low_bytes for other in entries)
         assert entry.likely_bytes == max(other.likely_bytes for other in entries)
         assert entry.high_bytes == max(other.high_bytes for other in entries)
@@ -172,15 +172,15 @@ def test_without_a_gpus_name_the_interval_spans_all() -> None:
 def test_the_whole_device_by_hand() -> None:
     """70 of tensors and 30 of workspace are half of what torch reserves; 10, 20 and 40 lie outside of it."""
     given_figures = {"driver_reserve": 10, "context": 20, "blas_workspace": 30, "nccl": 40, "fragmentation": 0.5}
-    constants = gpu_constants("H100", 8, 1, given_figures)
-    assert constants.total() == 100
-    assert (constants.total(in_torch=True), constants.total(in_torch=False)) == (30, 70)
-    assert constants.reserved_bytes(100) == 200
-    assert [constants.device_bytes(70, level) for level in LEVELS] == [270] * 3
+    overhead = device_overhead("H100", 8, 1, given_figures)
+    assert overhead.total() == 100
+    assert (overhead.total(in_torch=True), overhead.total(in_torch=False)) == (30, 70)
+    assert overhead.reserved_bytes(100) == 200
+    assert [overhead.device_bytes(70, level) for level in LEVELS] == [270] * 3
 
 
 def test_fragmentation_is_less_with_expandable_segments() -> None:
-    plain, expandable = (gpu_constants("A100-80", 8, 1, expandable_segments=value) for value in (False, True))
+    plain, expandable = (device_overhead("A100-80", 8, 1, expandable_segments=value) for value in (False, True))
     for level in LEVELS:
         assert plain.reserved_bytes(10**9, level) > expandable.reserved_bytes(10**9, level) >= 10**9
     assert plain.reserved_bytes(10**9, "high") == pytest.approx(10**9 / 0.67)
@@ -193,10 +193,10 @@ def test_overrides_replace_what_they_name(tmp_path: Path) -> None:
         "  nccl: {low_bytes: 1, likely_bytes: 2, high_bytes: 3, source: measured}\n"
         "  fragmentation: {low: 0, likely: 0.1, high: 0.2}\n"
     )
-    constants, plain = load_cluster(str(path)).constants(), load_cluster("8xH100").constants()
-    assert constants
+    overhead, plain = load_cluster(str(path)).device_overhead(), load_cluster("8xH100").device_overhead()
+    assert overhead
     assert plain
-    context, nccl = constants.entry("context"), constants.entry("nccl")
+    context, nccl = overhead.item("context"), overhead.item("nccl")
     assert (context.low_bytes, context.likely_bytes, context.high_bytes, context.source) == (
         123,
         123,
@@ -204,9 +204,9 @@ def test_overrides_replace_what_they_name(tmp_path: Path) -> None:
         "given by the user",
     )
     assert (nccl.low_bytes, nccl.likely_bytes, nccl.high_bytes, nccl.source) == (1, 2, 3, "measured")
-    assert constants.entry("driver_reserve") == plain.entry("driver_reserve")
-    assert constants.entry("blas_workspace") == plain.entry("blas_workspace")
-    assert constants.fragmentation.high == 0.2
+    assert overhead.item("driver_reserve") == plain.item("driver_reserve")
+    assert overhead.item("blas_workspace") == plain.item("blas_workspace")
+    assert overhead.fragmentation.high == 0.2
 
 
 @pytest.mark.parametrize(
@@ -224,12 +224,12 @@ def test_overrides_replace_what_they_name(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_bad_override_is_one_line(overrides: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        gpu_constants("H100", 8, 1, overrides)
+        device_overhead("H100", 8, 1, overrides)
 
 
 def test_an_entry_out_of_order_is_refused() -> None:
     with pytest.raises(ValueError, match="must not fall"):
-        ConstantEntry(name="x", low_bytes=2, likely_bytes=1, high_bytes=3, formula="", source="")
+        OverheadItem(name="x", low_bytes=2, likely_bytes=1, high_bytes=3, formula="", source="")
 
 
 @pytest.mark.parametrize(
@@ -242,4 +242,4 @@ def test_an_entry_out_of_order_is_refused() -> None:
 )
 def test_an_impossible_question_is_refused(gpu: str, ranks: int, nodes: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        gpu_constants(gpu, ranks, nodes)
+        device_overhead(gpu, ranks, nodes)

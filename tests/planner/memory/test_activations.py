@@ -14,8 +14,8 @@ from translution.models import Translution, build
 from translution.planner.config.model import ModelSpec, VitSpec, parse_model_spec
 from translution.planner.config.presets import preset
 from translution.planner.costs.flops import count_flops
-from translution.planner.memory.activations import kept_bytes
-from translution.planner.simulator.network.ops import Widths
+from translution.planner.memory.activations import saved_bytes
+from translution.planner.simulator.network.ops import DtypeSizes
 from translution.planner.simulator.network.relation_shape import Implementation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,7 +99,7 @@ def test_kept_for_backward_is_exact(base: dict[str, Any], operator: dict[str, An
     spec = spec_of(base, operator | {"checkpointing": checkpointing})
     for implementation in implementations(operator):
         for dtype, batch in ((torch.float32, 3), (torch.bfloat16, 2), (torch.float16, 1)):
-            predicted = kept_bytes(spec, batch, Widths.of(dtype.itemsize, "cpu"), implementation)
+            predicted = saved_bytes(spec, batch, DtypeSizes.of(dtype.itemsize, "cpu"), implementation)
             assert predicted == counted_bytes(spec, batch, dtype, implementation), (implementation, dtype)
 
 
@@ -112,7 +112,7 @@ def test_kept_for_backward_is_exact(base: dict[str, Any], operator: dict[str, An
 def test_kept_under_autocast_is_exact(base: dict[str, Any], operator: dict[str, Any], checkpointing: str) -> None:
     spec = spec_of(base, operator | {"checkpointing": checkpointing})
     for implementation in implementations(operator):
-        predicted = kept_bytes(spec, 2, Widths.autocast("cpu"), implementation)
+        predicted = saved_bytes(spec, 2, DtypeSizes.autocast("cpu"), implementation)
         counted = counted_bytes(spec, 2, torch.float32, implementation, autocast=torch.bfloat16)
         assert predicted == counted, implementation
 
@@ -141,7 +141,7 @@ def test_a_layer_keeps_its_input_and_the_attention_weights_and_nothing_else() ->
 )
 def test_the_published_way_keeps_what_the_paper_says(name: str, gibibytes: float) -> None:
     spec = preset(name)
-    kept = kept_bytes(spec, 1, Widths.of(4, "cuda"), "gather") / spec.depth / 2**30
+    kept = saved_bytes(spec, 1, DtypeSizes.of(4, "cuda"), "gather") / spec.depth / 2**30
     assert kept == pytest.approx(gibibytes, rel=0.01)
 
 

@@ -13,13 +13,13 @@ from translution.planner.config.model import ModelSpec, parse_model_spec
 from translution.planner.config.presets import preset
 from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster
-from translution.planner.memory.activations import kept_bytes
-from translution.planner.memory.estimate import BETWEEN, PHASES, MemoryEstimate, atomic_floor, estimate_memory
+from translution.planner.memory.activations import saved_bytes
+from translution.planner.memory.estimate import BETWEEN, PHASES, MemoryEstimate, estimate_memory, gathered_floor_bytes
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.defaults import choose_tile, choose_zero, override_zero
 from translution.planner.simulator.lifecycle import simulate
-from translution.planner.simulator.network.model import NetworkTwin, replay
-from translution.planner.simulator.network.ops import Widths
+from translution.planner.simulator.network.model import SimulatedNetwork, replay
+from translution.planner.simulator.network.ops import DtypeSizes
 
 VIT = {"family": "vit", "image": [16, 12], "patch": 4, "channels": 1, "classes": 10, "dim": 32, "depth": 3, "heads": 2}
 GPT = {"family": "gpt", "context": 12, "vocabulary": 50, "dim": 32, "depth": 3, "heads": 2}
@@ -33,10 +33,12 @@ OPERATORS: list[dict[str, Any]] = [
 GPUS = ClusterSpec(ranks_per_node=8, gpu="H100", device_memory_bytes=80 * 2**30)
 
 
-def ledger(spec: ModelSpec, *, offload: str = "none", knobs: dict[str, object] | None = None) -> MemoryEstimate:
+def ledger(
+    spec: ModelSpec, *, offload: str = "none", zero_overrides: dict[str, object] | None = None
+) -> MemoryEstimate:
     tile = choose_tile(spec, 8)
     nvme = "/nvme" if "nvme" in offload else None
-    zero = override_zero(choose_zero(spec, tile, 3, 8, offload=offload, nvme_path=nvme), knobs or {})
+    zero = override_zero(choose_zero(spec, tile, 3, 8, offload=offload, nvme_path=nvme), zero_overrides or {})
     return estimate_memory(spec, GPUS, TrainingSpec(precision="bf16", micro_batch=1, data="synthetic"), zero, tile)
 
 
@@ -45,7 +47,7 @@ def ledger(spec: ModelSpec, *, offload: str = "none", knobs: dict[str, object] |
 def test_modules_have_torchs_parameters_in_torchs_order(base: dict[str, Any], operator: dict[str, Any]) -> None:
     """Sub-groups and buckets are filled in that order."""
     spec = parse_model_spec(base | operator)
-    network = NetworkTwin(spec, 1, Widths.of(4, "cpu"), 5)
+    network = SimulatedNetwork(spec, 1, DtypeSizes.of(4, "cpu"), 5)
     modules = [
         [p.numel() for p in module.parameters(recurse=False)] for module in build(spec, tile_relations=5).modules()
     ]
@@ -58,8 +60,8 @@ def test_entries_add_up_and_every_one_has_words_and_a_source(offload: str) -> No
     estimate = ledger(preset("vit-tiny/32"), offload=offload)
     assert {peak.phase for peak in estimate.peaks} == set(PHASES)
     for peak in estimate.peaks:
-        assert peak.bytes == sum(entry.bytes for entry in peak.entries)
-        assert all(entry.bytes > 0 and entry.source and entry.formula != entry.name for entry in peak.entries)
+        assert peak.bytes == sum(entry.bytes for entry in peak.breakdown)
+        assert all(entry.bytes > 0 and entry.source and entry.formula != entry.name for entry in peak.breakdown)
     assert MemoryEstimate.model_validate_json(estimate.model_dump_json()) == estimate
     assert ("nvme" in estimate.tiers) == ("nvme" in offload)
 
@@ -67,17 +69,17 @@ def test_entries_add_up_and_every_one_has_words_and_a_source(offload: str) -> No
 def test_each_tier_holds_what_deepspeed_puts_there() -> None:
     """Bytes per parameter of a rank's share, from the table of states by mode (deepspeed, stage3.py)."""
     spec = preset("vit-base/16")
-    share = sum(-(-group // 8) for weights in NetworkTwin(spec, 1, Widths.of(2, "cuda"), choose_tile(spec, 8)).modules
-                for group in weights.numels)  # fmt: skip
+    network = SimulatedNetwork(spec, 1, DtypeSizes.of(2, "cuda"), choose_tile(spec, 8))
+    share = sum(-(-group // 8) for weights in network.modules for group in weights.numels)
     states = ("parameters", "gradients", "fp32 gradients", "master parameters", "optimizer states")
 
     def per_parameter(estimate: MemoryEstimate, *tiers: Any) -> float:
         return sum(estimate.of(name, BETWEEN, tier) for name in states for tier in tiers) / share
 
     assert per_parameter(ledger(spec), "device") == pytest.approx(16)
-    host = ledger(spec, offload="cpu-optimizer", knobs={"offload_optimizer.pin_memory": False})
+    host = ledger(spec, offload="cpu-optimizer", zero_overrides={"offload_optimizer.pin_memory": False})
     assert (per_parameter(host, "device"), per_parameter(host, "host")) == (pytest.approx(2), pytest.approx(18))
-    both = ledger(spec, offload="cpu", knobs={"offload_optimizer.pin_memory": False})
+    both = ledger(spec, offload="cpu", zero_overrides={"offload_optimizer.pin_memory": False})
     assert per_parameter(both, "host", "pinned") == pytest.approx(20, rel=0.1)  # One flat buffer, rounded up.
     nvme = ledger(spec, offload="nvme")
     assert per_parameter(nvme, "nvme") == pytest.approx(18, rel=0.01)
@@ -87,7 +89,7 @@ def test_each_tier_holds_what_deepspeed_puts_there() -> None:
 
 def test_pinned_tensors_are_as_large_as_torchs_allocator_makes_them() -> None:
     estimate = ledger(preset("vit-tiny/32"), offload="cpu-optimizer")
-    sizes = [entry.bytes for entry in estimate.peak(BETWEEN, "pinned").entries]  # type: ignore[union-attr]  # it has
+    sizes = [entry.bytes for entry in estimate.peak(BETWEEN, "pinned").breakdown]  # type: ignore[union-attr]  # it has
     assert len(sizes) == 2
     assert estimate.of("gradients", BETWEEN, "pinned").bit_count() == 1
 
@@ -98,18 +100,18 @@ def test_reuse_keeps_every_tile_and_prefetch_stays_within_the_live_limit() -> No
     tile = 2 * choose_tile(spec, 8) * 192 * 192 * 2  # type: ignore[operator]  # tables have tiles
     # Copied out of the buffer that both matrices of a tile of logits were gathered into.
     assert one.of("gathered parameters", "forward") == 2 * tile
-    everything = ledger(spec, knobs={"max_reuse_distance_elements": 10**9})
+    everything = ledger(spec, zero_overrides={"max_reuse_distance_elements": 10**9})
     tables = 3 * 6 * 172 * 192 * 192 * 2
     assert tables < everything.of("gathered parameters", "backward") < 1.1 * tables
     elements = tile // 2
-    ahead = ledger(spec, knobs={"prefetch_bucket_elements": elements, "max_live_elements": 2 * elements})
+    ahead = ledger(spec, zero_overrides={"prefetch_bucket_elements": elements, "max_live_elements": 2 * elements})
     assert 2 * tile < ahead.of("gathered parameters", "forward") <= 4 * tile
 
 
 def test_a_tile_above_the_floor_is_refused_with_one_that_would_do() -> None:
     spec = preset("vit-large/16")
     training = TrainingSpec(precision="bf16", micro_batch=1, data="synthetic")
-    assert atomic_floor(spec, training, 732) == 4 * 732 * 1024 * 1024 * 2
+    assert gathered_floor_bytes(spec, training, 732) == 4 * 732 * 1024 * 1024 * 2
     small = load_cluster("8x8xH100").model_copy(update={"device_memory_bytes": 5 * 2**30})
     with pytest.raises(DoesNotFitError, match=r"a tile of 732 relations .* on every rank.*tile_relations: \d+"):
         make_plan(spec, small, training, tile_relations=732)
@@ -117,15 +119,15 @@ def test_a_tile_above_the_floor_is_refused_with_one_that_would_do() -> None:
 
 def test_the_ledger_keeps_what_the_closed_question_says() -> None:
     spec = preset("vit-tiny/32")
-    assert ledger(spec).kept_bytes == kept_bytes(spec, 1, Widths.of(2, "cuda"))
+    assert ledger(spec).saved_bytes == saved_bytes(spec, 1, DtypeSizes.of(2, "cuda"))
 
 
 def test_the_largest_preset_is_replayed_in_few_events() -> None:
     """Some 20,000 take 40 ms; benchmarks/accuracy.py has the times."""
     spec, cluster = preset("gpt-large/1024"), load_cluster("64x8xH100")
-    tile = choose_tile(spec, cluster.ranks)
+    tile = choose_tile(spec, cluster.world_size)
     training = TrainingSpec(precision="bf16", micro_batch=1, data="synthetic")
-    zero = choose_zero(spec, tile, 3, cluster.ranks)
+    zero = choose_zero(spec, tile, 3, cluster.world_size)
     memory = simulate(spec, cluster, training, zero, tile, record=True).memory
     assert 5_000 < sum(len(tier.events or []) for tier in memory.tiers.values()) < 20_000
 
@@ -147,5 +149,5 @@ def test_what_a_deep_network_keeps_follows_from_shallow_ones(checkpointing: str,
     fields = {"family": "gpt", "context": 12, "vocabulary": 40, "dim": 24, "depth": 9, "heads": 3, "c1": 2, "c2": 3}
     for operator in ("translution", "alpha", "attention", "bias", "shaw", "absolute"):
         spec = parse_model_spec(fields | {"operator": operator, "checkpointing": checkpointing})
-        whole = replay(spec, 3, Widths.of(2, "cuda"), implementation=implementation).kept_bytes
-        assert kept_bytes(spec, 3, Widths.of(2, "cuda"), implementation) == whole
+        whole = replay(spec, 3, DtypeSizes.of(2, "cuda"), implementation=implementation).saved_bytes
+        assert saved_bytes(spec, 3, DtypeSizes.of(2, "cuda"), implementation) == whole

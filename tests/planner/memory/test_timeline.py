@@ -15,9 +15,9 @@ from translution.planner.common.errors import InputError
 from translution.planner.common.schema import parse_json
 from translution.planner.config.presets import preset
 from translution.planner.memory.timeline import Event, Timeline, make_timeline
-from translution.planner.simulator.core.storage import Memory
+from translution.planner.simulator.core.storage import MemoryTracker
 from translution.planner.simulator.network.model import replay
-from translution.planner.simulator.network.ops import Widths
+from translution.planner.simulator.network.ops import DtypeSizes
 
 
 def test_the_peak_its_place_and_its_parts() -> None:
@@ -33,7 +33,7 @@ def test_the_peak_its_place_and_its_parts() -> None:
     timeline = make_timeline(events, {"parameters": 100, "unused": 0})
     assert timeline.categories == ("parameters", "gradients", "activations", "temporaries")
     assert timeline.peak_bytes == 185
-    assert (timeline.peak.phase, timeline.peak.moment) == ("backward", "head, backward")
+    assert (timeline.peak.phase, timeline.peak.site) == ("backward", "head, backward")
     assert dict(zip(timeline.categories, timeline.peak.live_bytes, strict=True)) == {
         "parameters": 100, "gradients": 45, "activations": 40, "temporaries": 0,
     }  # fmt: skip
@@ -45,7 +45,7 @@ def test_the_peak_its_place_and_its_parts() -> None:
 def test_a_point_shows_the_highest_moment_of_its_events() -> None:
     events = [("step", str(number), "x", size) for number, size in enumerate([1, 9, -8, 1, 1, -3, 2, -2])]
     timeline = make_timeline(events, points=3)
-    assert [(point.first_event, point.moment, point.live_bytes) for point in timeline.points] == [
+    assert [(point.first_event, point.site, point.live_bytes) for point in timeline.points] == [
         (0, "1", (10,)),
         (4, "4", (4,)),
     ]
@@ -98,8 +98,8 @@ def test_no_peak_is_lost_whatever_the_number_of_points(step: tuple[dict[str, int
         own = totals[point.first_event + 1 : end + 1] if point.first_event else totals[: end + 1]
         assert point.total_bytes == max(own)
         if events:
-            assert events[int(point.moment.split()[1])][:2] == (point.phase, point.moment)
-            assert point.first_event <= int(point.moment.split()[1]) < end
+            assert events[int(point.site.split()[1])][:2] == (point.phase, point.site)
+            assert point.first_event <= int(point.site.split()[1]) < end
     for phase in timeline.phases:
         assert phase.peak_bytes == max(totals[phase.first_event : phase.first_event + phase.event_count + 1])
         assert {events[phase.first_event + number][0] for number in range(phase.event_count)} == {phase.name}
@@ -107,13 +107,13 @@ def test_no_peak_is_lost_whatever_the_number_of_points(step: tuple[dict[str, int
 
 
 def test_the_live_bytes_of_every_category_are_those_of_the_replay() -> None:
-    memory = Memory(record=True)
-    result = replay(preset("vit-tiny/56"), 2, Widths.of(2, "cuda"), 13, memory=memory)
+    memory = MemoryTracker(record=True)
+    result = replay(preset("vit-tiny/56"), 2, DtypeSizes.of(2, "cuda"), 13, memory=memory)
     assert memory.events is not None
     timeline = make_timeline([("step", *event[1:]) for event in memory.events], points=50)
     peak = max(result.memory.peaks.values(), key=lambda peak: peak.total_bytes)
     assert timeline.peak_bytes == peak.total_bytes
-    assert timeline.peak.moment == peak.moment
+    assert timeline.peak.site == peak.site
     shown = dict(zip(timeline.categories, timeline.peak.live_bytes, strict=True))
     assert {name: size for name, size in shown.items() if size} == {
         name: size for name, size in peak.live_bytes.items() if size

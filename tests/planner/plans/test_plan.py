@@ -59,7 +59,7 @@ def test_model_states_of_vit_base_by_hand() -> None:
         4 * share,
         8 * share,
     ]
-    assert all(peak.bytes == sum(entry.bytes for entry in peak.entries) for peak in estimate.peaks)
+    assert all(peak.bytes == sum(entry.bytes for entry in peak.breakdown) for peak in estimate.peaks)
     assert estimate.peak_bytes == max(peak.bytes for peak in estimate.peaks if peak.tier == "device")
 
 
@@ -110,7 +110,7 @@ def test_deepspeeds_silent_defaults_are_set(plan: Plan) -> None:
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
     assert config["optimizer"]["params"]["weight_decay"] == plan.training.weight_decay
     assert config["optimizer"]["params"]["torch_adam"] is True
-    assert config["train_batch_size"] == plan.training.global_batch(plan.cluster.ranks)
+    assert config["train_batch_size"] == plan.training.global_batch(plan.cluster.world_size)
 
 
 def test_the_folder_holds_the_plan_and_its_files(plan: Plan, tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_bad_cluster_is_one_line(name: str, message: str) -> None:
 def test_a_cluster_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text("name: lab\nnodes: 3\nranks_per_node: 4\ndevice_memory_bytes: 51539607552\n")
-    assert load_cluster(str(path)).ranks == 12
+    assert load_cluster(str(path)).world_size == 12
     path.write_text("nodes: 3\nranks: 4\n")
     with pytest.raises(InputError, match=r"cluster.yaml: .*(unknown key 'ranks'|is required)"):
         load_cluster(str(path))

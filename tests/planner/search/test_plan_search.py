@@ -23,16 +23,16 @@ from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 from translution.planner.memory.estimate import estimate_memory
 from translution.planner.memory.upper_bound import bound_memory
 from translution.planner.plans.defaults import choose_tile, choose_zero
-from translution.planner.search.constraints import Wishes
+from translution.planner.search.constraints import SearchConstraints
 from translution.planner.search.explain import SearchResult
-from translution.planner.search.plan_search import NoPlanError, choose, search
+from translution.planner.search.plan_search import NoPlanFits, search, search_plan
 from translution.planner.search.searcher import Searcher
 
 BF16 = TrainingSpec(precision="bf16", data="synthetic")
 
 
-def found(model: str, cluster: str, **wishes: Any) -> SearchResult:
-    return choose(preset(model), load_cluster(cluster), BF16, Wishes(**wishes))
+def found(model: str, cluster: str, **constraints: Any) -> SearchResult:
+    return search_plan(preset(model), load_cluster(cluster), BF16, SearchConstraints(**constraints))
 
 
 def fits(result: SearchResult, headroom: float = 0.08) -> None:
@@ -62,9 +62,9 @@ def test_vit_base_16_on_eight_a100_needs_no_offload() -> None:
 def test_vit_base_16_on_one_h200_needs_more_host_than_its_share_of_a_node() -> None:
     # 16 bytes x 15.6 G = 233 GiB do not fit on 140 GiB; with the optimizer away the device holds 2 bytes = 29 GiB,
     # and the host 4 + 4 + 8 and the accumulator's 2, 262 GiB before pinning, of its eighth of 2 TiB: 256 GiB.
-    with pytest.raises(NoPlanError) as error:
+    with pytest.raises(NoPlanFits) as error:
         found("vit-base/16", "1xH200")
-    reasons = {verdict.family: verdict.reason for verdict in error.value.families}
+    reasons = {verdict.strategy: verdict.reason for verdict in error.value.strategies}
     assert "on the device, 129 GiB usable" in reasons["ZeRO-3, no offload"]
     assert "of a node's host memory, 236 GiB usable" in reasons["ZeRO-3, optimizer on the host"]
     assert reasons["ZeRO-3, all on NVMe"].startswith("no path")
@@ -74,7 +74,7 @@ def test_vit_base_16_on_one_h200_needs_more_host_than_its_share_of_a_node() -> N
 
 def test_vit_base_16_on_one_h200_trains_with_a_roomy_host() -> None:
     cluster = load_cluster("1xH200").model_copy(update={"host_memory_bytes": 512 * GIB})
-    result = choose(preset("vit-base/16"), cluster, BF16, Wishes(global_batch=64))
+    result = search_plan(preset("vit-base/16"), cluster, BF16, SearchConstraints(global_batch=64))
     assert result.plan.zero.offload_optimizer.device == "cpu"
     assert result.plan.zero.offload_optimizer.ratio < 1  # What the device has room for stays there.
     fits(result)
@@ -91,7 +91,7 @@ def test_vit_large_16_needs_two_nodes_of_eight_h100() -> None:
         fits(result)
     on_one = found("vit-large/16", "8xH100", global_batch=64)
     assert on_one.plan.zero.offload_optimizer.device == "cpu"
-    reasons = {verdict.family: verdict.reason for verdict in on_one.families}
+    reasons = {verdict.strategy: verdict.reason for verdict in on_one.strategies}
     assert "on the device, 73.28 GiB usable" in reasons["ZeRO-3, no offload"]
     fits(on_one)
 
@@ -102,7 +102,7 @@ def test_language_models_of_1024_tokens(model: str, cluster: str) -> None:
     # of 140 GiB 72.4 GiB.
     result = found(model, cluster, global_batch=128)
     assert not result.plan.zero.offloads
-    share = 16 * count_parameters(preset(model)).total / result.plan.cluster.ranks
+    share = 16 * count_parameters(preset(model)).total / result.plan.cluster.world_size
     names = ("parameters", "gradients", "master parameters", "optimizer states")
     assert sum(result.plan.prediction.of(name) for name in names) == pytest.approx(share, rel=0.01)
     fits(result)
@@ -122,8 +122,8 @@ def test_vit_base_16_on_four_rtx_4090_swaps_to_nvme() -> None:
 
 def test_vit_large_16_on_one_4090_with_little_fits_nowhere_and_says_what_would() -> None:
     cluster = load_cluster("1xRTX4090").model_copy(update={"host_memory_bytes": 64 * GIB, "nvme_bytes": None})
-    with pytest.raises(NoPlanError) as error:
-        choose(preset("vit-large/16"), cluster, BF16)
+    with pytest.raises(NoPlanFits) as error:
+        search_plan(preset("vit-large/16"), cluster, BF16)
     assert error.value.exit_code == 3
     text = {advice.kind: advice.text for advice in error.value.advice}
     # 55.5 G parameters: 2 bytes of each over 24 GiB are not enough below 25 nodes without offload.
@@ -134,42 +134,47 @@ def test_vit_large_16_on_one_4090_with_little_fits_nowhere_and_says_what_would()
 
 def test_what_is_advised_does() -> None:
     cluster = load_cluster("1xH200")
-    with pytest.raises(NoPlanError) as error:
-        choose(preset("vit-base/16"), cluster, BF16)
+    with pytest.raises(NoPlanFits) as error:
+        search_plan(preset("vit-base/16"), cluster, BF16)
     hybrids = error.value.hybrids
     assert hybrids
     assert [row.full_layers for row in hybrids] == sorted((row.full_layers for row in hybrids), reverse=True)
     best = override(preset("vit-base/16"), **hybrids[0].changes)
     assert best.layer_operators.count("translution") == hybrids[0].full_layers
     assert count_parameters(best).total == hybrids[0].parameters
-    choose(best, cluster, BF16)
+    search_plan(best, cluster, BF16)
     one_more = hybrids[0].changes | {"relative_layers": f"first:{hybrids[0].full_layers + 1}"}
-    with pytest.raises(NoPlanError):
-        choose(override(preset("vit-base/16"), **one_more), cluster, BF16, Wishes(micro_batch=1))
+    with pytest.raises(NoPlanFits):
+        search_plan(override(preset("vit-base/16"), **one_more), cluster, BF16, SearchConstraints(micro_batch=1))
     for advice in error.value.advice:
         if advice.changes:
-            choose(override(preset("vit-base/16"), **advice.changes), cluster, BF16, Wishes(micro_batch=1))
+            search_plan(
+                override(preset("vit-base/16"), **advice.changes), cluster, BF16, SearchConstraints(micro_batch=1)
+            )
 
 
 def test_every_advised_hybrid_is_one_that_the_search_takes() -> None:
     """Of tiles whose closed forms are the same, and above what is usable, some fit when they are replayed."""
-    cluster, wishes = load_cluster("1x1xRTX4090"), Wishes(headroom=0.9, stage=3, offload="none", global_batch=1)
+    cluster, constraints = (
+        load_cluster("1x1xRTX4090"),
+        SearchConstraints(headroom=0.9, stage=3, offload="none", global_batch=1),
+    )
     training = TrainingSpec(precision="bf16", data="synthetic")
     model = override(preset("gpt-mini/256"), depth=4)
-    with pytest.raises(NoPlanError) as error:
-        choose(model, cluster, training, wishes)
+    with pytest.raises(NoPlanFits) as error:
+        search_plan(model, cluster, training, constraints)
     assert [row.c1 for row in error.value.hybrids] == [32, 16, 8, 4, None]
     for row in error.value.hybrids:
-        assert choose(override(model, **row.changes), cluster, training, wishes).plan
+        assert search_plan(override(model, **row.changes), cluster, training, constraints).plan
 
 
 def test_every_family_and_every_knob_has_a_reason() -> None:
     result = found("vit-base/16", "2x8xH100", global_batch=256)
-    assert sum(verdict.chosen for verdict in result.families) == 1
-    assert {verdict.family for verdict in result.families} >= {"ZeRO-0, no offload", "ZeRO-3, all on NVMe"}
-    assert all(verdict.reason for verdict in result.families)
-    knobs = {knob.knob for knob in result.knobs}
-    assert {"nodes", "stage and offload", "checkpointing", "micro-batch", "relations per tile"} <= knobs
+    assert sum(verdict.chosen for verdict in result.strategies) == 1
+    assert {verdict.strategy for verdict in result.strategies} >= {"ZeRO-0, no offload", "ZeRO-3, all on NVMe"}
+    assert all(verdict.reason for verdict in result.strategies)
+    zero_overrides = {knob.knob for knob in result.knobs}
+    assert {"nodes", "stage and offload", "checkpointing", "micro-batch", "relations per tile"} <= zero_overrides
     assert all(knob.reason and knob.value for knob in result.knobs)
     points = result.pareto
     assert points[0].step_s == min(point.step_s for point in points)
@@ -193,12 +198,12 @@ def test_each_objective_is_the_least_of_its_kind() -> None:
 
 
 def test_what_is_fixed_stays() -> None:
-    wishes = {"stage": 2, "micro_batch": 2, "accumulation": 4, "checkpointing": "block", "all_nodes": True}
-    plan = found("vit-small/32", "2x8xH100", **wishes).plan
-    assert (plan.zero.stage, plan.training.micro_batch, plan.training.accumulation) == (2, 2, 4)
+    constraints = {"stage": 2, "micro_batch": 2, "accumulation": 4, "checkpointing": "block", "all_nodes": True}
+    plan = found("vit-small/32", "2x8xH100", **constraints).plan
+    assert (plan.zero.stage, plan.training.micro_batch, plan.training.gradient_accumulation_steps) == (2, 2, 4)
     assert plan.model.checkpointing == "block"
     assert plan.cluster.nodes == 2
-    tile = found("vit-small/32", "8xH100", stage=3, tile_relations=7, knobs={"sub_group_elements": 12345}).plan
+    tile = found("vit-small/32", "8xH100", stage=3, tile_relations=7, zero_overrides={"sub_group_elements": 12345}).plan
     assert (tile.tile_relations, tile.zero.sub_group_elements) == (7, 12345)
 
 
@@ -208,7 +213,7 @@ def test_a_batch_that_the_ranks_do_not_share_is_named() -> None:
 
 
 def test_nothing_goes_to_nvme_that_would_never_reach_it() -> None:
-    with pytest.raises(NoPlanError, match="does not fit"):
+    with pytest.raises(NoPlanFits, match="does not fit"):
         found("vit-tiny/56", "8x8xH100", offload="nvme", nvme_path="/nvme")
     plan = found("vit-base/16", "8xH100", offload="nvme", nvme_path="/nvme", micro_batch=1).plan
     largest = plan.zero.offload_param.buffer_elements
@@ -217,21 +222,21 @@ def test_nothing_goes_to_nvme_that_would_never_reach_it() -> None:
 
 def test_five_thousand_candidates_are_considered() -> None:
     """Their seconds are in benchmarks/planner.py; here, that knobs are not left out to be quick."""
-    searcher = Searcher(preset("vit-base/16"), load_cluster("2x8xH100"), BF16, Wishes(global_batch=1024))
+    searcher = Searcher(preset("vit-base/16"), load_cluster("2x8xH100"), BF16, SearchConstraints(global_batch=1024))
     assert searcher.considered >= 5000
 
 
 CLUSTERS = ("1xH200", "8xA100-80", "2x8xH100", "4xRTX4090", "cpu:1")
 MODELS = ("vit-tiny/56", "vit-small/32", "gpt-mini/160", "vit-base/32")
-FAMILIES = [(0, "none"), (1, "none"), (2, "none"), (2, "cpu-optimizer")]
-FAMILIES += [(3, offload) for offload in ("none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme")]
+STRATEGIES = [(0, "none"), (1, "none"), (2, "none"), (2, "cpu-optimizer")]
+STRATEGIES += [(3, offload) for offload in ("none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme")]
 
 
 @settings(max_examples=15)
 @given(
     st.sampled_from(MODELS),
     st.sampled_from(CLUSTERS),
-    st.sampled_from(FAMILIES),
+    st.sampled_from(STRATEGIES),
     st.sampled_from(["none", "block", "offload"]),
     st.sampled_from(["translution", "alpha", "attention"]),
     st.integers(1, 12),
@@ -243,14 +248,14 @@ def test_closed_forms_are_never_below_the_ledger(
 ) -> None:
     spec = override(preset(model), checkpointing=mode, operator=operator)
     where, (stage, offload) = load_cluster(cluster), family
-    training = TrainingSpec(precision=precision, micro_batch=batch, accumulation=times, data="synthetic")
-    tile = choose_tile(spec, where.ranks)
+    training = TrainingSpec(precision=precision, micro_batch=batch, gradient_accumulation_steps=times, data="synthetic")
+    tile = choose_tile(spec, where.world_size)
     path = "/nvme" if "nvme" in offload else None
-    zero = choose_zero(spec, tile, stage, where.ranks, offload=offload, nvme_path=path)
+    zero = choose_zero(spec, tile, stage, where.world_size, offload=offload, nvme_path=path)
     bounds = bound_memory(spec, where, training, zero, tile)
     memory = estimate_memory(spec, where, training, zero, tile)
-    constants = where.constants()
-    beside = {entry.name.replace("_", " ") for entry in constants.entries} if constants else set()
+    overhead = where.device_overhead()
+    beside = {entry.name.replace("_", " ") for entry in overhead.breakdown} if overhead else set()
     sizes = {"device": bounds.device, "host": bounds.host, "pinned": bounds.pinned, "nvme": bounds.nvme}
     for tier, size in sizes.items():
         if where.device == "cpu" and tier == "device":
@@ -259,7 +264,7 @@ def test_closed_forms_are_never_below_the_ledger(
             continue
         peaks = [peak for peak in memory.peaks if peak.tier == tier]
         tensors = [
-            sum(entry.bytes for entry in peak.entries if entry.name not in {*beside, "fragmentation", "bookkeeping"})
+            sum(entry.bytes for entry in peak.breakdown if entry.name not in {*beside, "fragmentation", "bookkeeping"})
             for peak in peaks
         ]
         assert size >= max(tensors, default=0), tier
@@ -279,11 +284,11 @@ def test_more_ranks_or_offload_never_need_more_of_a_device_nor_a_larger_batch_le
         tile = choose_tile(spec, 8)
         zero = choose_zero(spec, tile, 3, ranks, offload=offload)
         memory = estimate_memory(spec, cluster, training, zero, tile)
-        constants = cluster.constants()
-        assert constants is not None
-        names = {entry.name.replace("_", " ") for entry in constants.entries} | {"fragmentation"}
+        overhead = cluster.device_overhead()
+        assert overhead is not None
+        names = {entry.name.replace("_", " ") for entry in overhead.breakdown} | {"fragmentation"}
         return max(
-            sum(entry.bytes for entry in peak.entries if entry.name not in names)
+            sum(entry.bytes for entry in peak.breakdown if entry.name not in names)
             for peak in memory.peaks if peak.tier == "device"
         )  # fmt: skip
 
@@ -299,11 +304,13 @@ def test_more_ranks_or_offload_never_need_more_of_a_device_nor_a_larger_batch_le
 def test_a_plan_that_fits_is_under_every_capacity(model: str, cluster: str, stage: Any, batch: int) -> None:
     where = load_cluster(cluster)
     try:
-        result = choose(preset(model), where, BF16, Wishes(stage=stage, global_batch=batch * where.ranks))
-    except NoPlanError:
+        result = search_plan(
+            preset(model), where, BF16, SearchConstraints(stage=stage, global_batch=batch * where.world_size)
+        )
+    except NoPlanFits:
         return
     fits(result)
-    assert result.plan.training.global_batch(result.plan.cluster.ranks) == batch * where.ranks
+    assert result.plan.training.global_batch(result.plan.cluster.world_size) == batch * where.world_size
 
 
 def test_the_command_line_says_what_would_do_and_writes_a_spec_for_each(
@@ -345,7 +352,7 @@ def test_search_gives_the_plan_alone() -> None:
 def test_a_cluster_without_rates_is_named() -> None:
     bare = ClusterSpec(ranks_per_node=8, device_memory_bytes=80 * GIB)
     with pytest.raises(InputError, match="bf16_flops_per_s: is required to predict times"):
-        choose(preset("vit-tiny/56"), bare, BF16)
+        search_plan(preset("vit-tiny/56"), bare, BF16)
 
 
 def test_no_estimate_takes_seconds() -> None:
@@ -357,10 +364,10 @@ def test_no_estimate_takes_seconds() -> None:
 
 def test_a_family_of_which_nothing_can_be_tried_gives_its_reason() -> None:
     spec = override(preset("vit-tiny/56"), dim=64, heads=2, depth=1)
-    with pytest.raises(NoPlanError, match="all on NVMe: a rank's shares are below 1 MiB, which DeepSpeed never"):
-        choose(
+    with pytest.raises(NoPlanFits, match="all on NVMe: a rank's shares are below 1 MiB, which DeepSpeed never"):
+        search_plan(
             spec,
             load_cluster("8xH100"),
             TrainingSpec(precision="bf16", data="synthetic"),
-            Wishes(offload="nvme", nvme_path="/nvme"),
+            SearchConstraints(offload="nvme", nvme_path="/nvme"),
         )

@@ -13,7 +13,7 @@ from translution.distributed.profiling.single_process import measure_passes
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import ModelSpec, parse_model_spec
 from translution.planner.simulator.network.model import MICRO_BATCHES, replay
-from translution.planner.simulator.network.ops import Widths
+from translution.planner.simulator.network.ops import DtypeSizes
 from translution.planner.simulator.network.relation_shape import Implementation
 
 pytestmark = [
@@ -98,9 +98,9 @@ def check_peaks(
 ) -> None:
     count_every_allocation()
     packs = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    widths = Widths.of(dtype.itemsize, "cpu", packs=packs)
+    widths = DtypeSizes.of(dtype.itemsize, "cpu", packs=packs)
     if autocast is not None:
-        widths = Widths.autocast("cpu", packs=packs)
+        widths = DtypeSizes.autocast("cpu", packs=packs)
     predicted = replay(spec, batch, widths, 9, implementation=implementation).memory.peaks
     for phase, measured in measure_passes(spec, batch, dtype, 9, implementation, autocast).items():
         ours = predicted[phase].total_bytes - predicted[phase].live_bytes[MICRO_BATCHES]
@@ -133,7 +133,7 @@ def test_the_scratch_of_many_relations_at_a_time_is_bounded_from_above(
     """A GPU's way, on a CPU in fp32: in bf16 a CPU widens what it sums, which a GPU does not."""
     count_every_allocation()
     spec = parse_model_spec(base | operator)
-    widths = replace(Widths.of(4, "cuda"), copies_products=False)
+    widths = replace(DtypeSizes.of(4, "cuda"), copies_products=False)
     for tile in (9, 200):
         predicted = replay(spec, 8, widths, tile).memory.peaks
         for phase, measured in measure_passes(spec, 8, torch.float32, tile, "batched").items():
@@ -155,4 +155,4 @@ def test_the_published_ways_peak_under_autocast_is_predicted(case: dict[str, Any
 def test_offload_is_refused_under_autocast() -> None:
     spec = parse_model_spec(VIT | {"checkpointing": "offload"})
     with pytest.raises(InputError, match="checkpointing: offload is not allowed: must be none or block under autocast"):
-        replay(spec, 2, Widths.autocast("cpu"))
+        replay(spec, 2, DtypeSizes.autocast("cpu"))

@@ -17,8 +17,8 @@ from translution.planner.costs.workload import count_work, pair_counts
 from translution.planner.hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer, interpolate
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 from translution.planner.plans.defaults import choose_tile, choose_zero, override_zero
-from translution.planner.search.constraints import Wishes
-from translution.planner.search.plan_search import run_cost, steps_of
+from translution.planner.search.constraints import SearchConstraints
+from translution.planner.search.plan_search import run_cost, steps_for_epochs
 from translution.planner.timing.rates import Rates
 from translution.planner.timing.step_time import StepTime, estimate_step_time
 
@@ -33,22 +33,22 @@ def time_of(
     model: str = "vit-base/16",
     cluster: str | ClusterSpec = "8xA100-80",
     offload: str = "none",
-    knobs: dict[str, Any] | None = None,
+    zero_overrides: dict[str, Any] | None = None,
     stage: Any = 3,
     mode: str = "none",
     **training: Any,
 ) -> StepTime:
     spec = override(preset(model), checkpointing=mode)
     where = load_cluster(cluster) if isinstance(cluster, str) else cluster
-    tile = choose_tile(spec, where.ranks)
+    tile = choose_tile(spec, where.world_size)
     path = "/nvme" if "nvme" in offload else None
-    zero = choose_zero(spec, tile, stage, where.ranks, offload=offload, nvme_path=path)
+    zero = choose_zero(spec, tile, stage, where.world_size, offload=offload, nvme_path=path)
     values = {"precision": "bf16", "micro_batch": 8, "data": "synthetic"} | training
-    return estimate_step_time(spec, where, TrainingSpec(**values), override_zero(zero, knobs or {}), tile)
+    return estimate_step_time(spec, where, TrainingSpec(**values), override_zero(zero, zero_overrides or {}), tile)
 
 
 def seconds(time: StepTime, name: str) -> float:
-    return sum(entry.likely_s for entry in time.entries if entry.name == name)
+    return sum(entry.likely_s for entry in time.breakdown if entry.name == name)
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
@@ -87,9 +87,11 @@ def test_a_step_by_hand() -> None:
 @given(st.sampled_from(["8xA100-80", "2x8xH100", "4xRTX4090", "1xH200"]), st.sampled_from([0, 1, 2, 3]),
        st.sampled_from(["none", "block"]), st.integers(1, 16), st.integers(1, 4))  # fmt: skip
 def test_an_interval_holds_what_is_likely(cluster: str, stage: Any, mode: str, batch: int, times: int) -> None:
-    time = time_of("vit-small/32", cluster, stage=stage, mode=mode, micro_batch=batch, accumulation=times)
+    time = time_of(
+        "vit-small/32", cluster, stage=stage, mode=mode, micro_batch=batch, gradient_accumulation_steps=times
+    )
     assert 0 < time.low_s <= time.likely_s <= time.high_s
-    assert all(0 <= entry.low_s <= entry.likely_s <= entry.high_s for entry in time.entries)
+    assert all(0 <= entry.low_s <= entry.likely_s <= entry.high_s for entry in time.breakdown)
     assert 0 < time.mfu < 1
 
 
@@ -106,17 +108,17 @@ def test_more_work_takes_longer_and_checkpointing_does_too() -> None:
 
 def test_what_overlaps_costs_only_what_is_left_of_it() -> None:
     alone = time_of()
-    beside = time_of(knobs={"overlap_comm": True, "prefetch_bucket_elements": 1})
+    beside = time_of(zero_overrides={"overlap_comm": True, "prefetch_bucket_elements": 1})
     moving = seconds(alone, "parameter gathers") + seconds(alone, "gradient reduction")
     assert alone.likely_s - beside.likely_s == pytest.approx(
         min(moving, seconds(alone, "forward") + seconds(alone, "backward")), rel=0.1
     )
-    assert {entry.name for entry in beside.entries if entry.overlaps} >= {"parameter gathers", "gradient reduction"}
+    assert {entry.name for entry in beside.breakdown if entry.overlaps} >= {"parameter gathers", "gradient reduction"}
 
 
 def test_each_tier_adds_its_own_waiting() -> None:
     names = {
-        offload: {entry.name for entry in time_of(offload=offload).entries}
+        offload: {entry.name for entry in time_of(offload=offload).breakdown}
         for offload in ("none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme")
     }
     assert "gradients to the host" not in names["none"]
@@ -131,7 +133,7 @@ def test_each_tier_adds_its_own_waiting() -> None:
 def test_swapping_ahead_hides_the_drive() -> None:
     ahead = {"offload_optimizer.pipeline_read": True, "offload_optimizer.pipeline_write": True,
              "offload_optimizer.buffer_count": 12}  # fmt: skip
-    slow, fast = (time_of(offload="nvme-optimizer", knobs=knobs) for knobs in ({}, ahead))
+    slow, fast = (time_of(offload="nvme-optimizer", zero_overrides=zero_overrides) for zero_overrides in ({}, ahead))
     assert fast.likely_s < slow.likely_s
     update = seconds(slow, "optimizer states from NVMe") + seconds(slow, "optimizer states to NVMe")
     assert slow.likely_s - fast.likely_s < update
@@ -140,8 +142,8 @@ def test_swapping_ahead_hides_the_drive() -> None:
 def test_gradients_are_reduced_when_the_stage_does() -> None:
     """Stage 2 and 3 with every micro-batch, stage 0 and 1 once a step."""
     for stage, times in ((0, 1), (1, 1), (2, 4), (3, 4)):
-        one, four = (seconds(time_of("vit-small/32", stage=stage, accumulation=count), "gradient reduction")
-                     for count in (1, 4))  # fmt: skip
+        times_of = [time_of("vit-small/32", stage=stage, gradient_accumulation_steps=count) for count in (1, 4)]
+        one, four = (seconds(time, "gradient reduction") for time in times_of)
         assert four == pytest.approx(times * one)
 
 
@@ -178,4 +180,4 @@ def test_a_run_takes_its_steps() -> None:
     assert cost.samples == 64_000
     assert cost.gpu_hours == pytest.approx(1000 * time.likely_s * 8 / 3600)
     assert cost.price == pytest.approx(2 * cost.gpu_hours)
-    assert steps_of(1_281_167, 300, Wishes(global_batch=1024), cluster) == 375_342
+    assert steps_for_epochs(1_281_167, 300, SearchConstraints(global_batch=1024), cluster) == 375_342

@@ -79,7 +79,7 @@ def test_the_costs_are_those_of_estimate(capsys: pytest.CaptureFixture[str]) -> 
     assert [row["operator"] for row in rows] == [row.operator for row in costs.operators]
     for row, cost in zip(rows, costs.operators, strict=True):
         assert cost.parameters == row["parameters"]["total"]
-        assert (cost.kept_bytes, cost.published_kept_bytes) == tuple(
+        assert (cost.saved_bytes, cost.published_saved_bytes) == tuple(
             row["activations_bytes"][way] for way in ("ours", "published")
         )
         assert cost.training_flops == row["flops_per_sample"]["training_step"]
