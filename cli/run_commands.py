@@ -155,9 +155,10 @@ def rank(word: str) -> None:
 @app.command(hidden=True)
 def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
     """Run one rank of a plan; DeepSpeed's launcher or torchrun starts it on every rank."""
+    from translution.distributed.runs.mode import RunMode
     from translution.distributed.training.trainer import train as train_rank
 
-    train_rank(plan_folder, run, mode)
+    train_rank(plan_folder, run, RunMode(mode))
 
 
 @app.command(epilog="Example: **translution status plans/small/runs/001**")

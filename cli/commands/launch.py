@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from translution.distributed.checkpoint.resume import find_resumable
 from translution.distributed.launcher.launch import Where, launch, launch_command, next_run_folder
 from translution.distributed.remote.rank_command import rank_command
-from translution.distributed.runs.folder import CONTINUE
+from translution.distributed.runs.mode import RunMode
 from translution.distributed.system.environment import launch_environment, version_warnings
 from translution.planner.common.units import format_bytes
 from translution.planner.plans.launch_scripts import PORT
@@ -90,10 +90,10 @@ class _Display:
 
 def _print_command(plan: Plan, plan_folder: Path, run: Path | None, where: Where, *, resume: bool) -> None:
     """Print what would be started, as a line for a shell."""
-    hosts, mode = where.check(plan, run), "train"
+    hosts, mode = where.check(plan, run), RunMode.TRAIN
     if resume:
         run, _ = find_resumable(plan, plan_folder, run)
-        mode = CONTINUE
+        mode = RunMode.CONTINUE
     run = run or next_run_folder(plan_folder)
     command = shlex.join(launch_command(plan, plan_folder, run, where, where.master_port or PORT, mode))
     if hosts and not where.no_ssh:

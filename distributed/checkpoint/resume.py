@@ -10,7 +10,7 @@ from translution.planner.common.files import write_text
 from translution.planner.plans.plan import PLAN_FILE, Plan
 
 from ..runs.folder import CHECKPOINT, RUNS, require_run
-from ..runs.measurement import forget_measurements
+from ..runs.measurement import remove_measurements
 from .manifest import Saved, newest, tags
 
 _FREE = {
@@ -120,7 +120,7 @@ def run_to_resume(plan: Plan, plan_folder: Path, run: Path | None) -> tuple[Path
     """As `find_resumable`; the run takes the plan over."""
     run, saved = find_resumable(plan, plan_folder, run)
     if layout_changes(plan, saved.plan()):
-        forget_measurements(run)
+        remove_measurements(run)
     write_text(run / PLAN_FILE, (plan_folder / PLAN_FILE).read_text(encoding="utf-8"))
     return run, saved
 

@@ -46,7 +46,7 @@ def _cut(images: Tensor, classes: Tensor, alpha: float) -> tuple[Tensor, Tensor]
     return mixed, torch.stack([stays[:, 0], stays[:, 1], 1 - stays[:, 2]], dim=1)
 
 
-def class_shares(labels: Tensor, classes: int) -> Tensor:
+def soft_targets(labels: Tensor, classes: int) -> Tensor:
     """Targets (B, classes) of mixed images.
 
     Args:
@@ -101,4 +101,4 @@ class Augmenter:
         way, alpha = ways[int(torch.randint(len(ways), ()))]
         images, labels = way(images, batch.targets, alpha)
         assert isinstance(self._spec, VitSpec)
-        return Samples(images, class_shares(labels, self._spec.classes))
+        return Samples(images, soft_targets(labels, self._spec.classes))

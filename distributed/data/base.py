@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-class Source(ABC):
+class DataSource(ABC):
     """Samples that are made or read when a micro-batch needs them."""
 
     @property
@@ -20,7 +20,7 @@ class Source(ABC):
     def __len__(self) -> int:
         """How many samples an epoch has."""
 
-    def expect(self, index: Tensor) -> None:  # noqa: B027 - most have nothing to begin
+    def prefetch(self, index: Tensor) -> None:  # noqa: B027 - most have nothing to begin
         """Begin to read samples that will soon be asked for, where that takes time.
 
         Args:
@@ -41,7 +41,7 @@ class Source(ABC):
 
 
 @dataclass(frozen=True)
-class Samples(Source):
+class Samples(DataSource):
     """Inputs (S, …) with their targets (S,) or (S, context)."""
 
     inputs: Tensor

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from translution.planner.common.errors import InputError
 
-from .base import Samples, Source
+from .base import Samples, DataSource
 
 
 def micro_batches(
-    samples: Source,
+    samples: DataSource,
     *,
     micro_batch: int,
     gradient_accumulation_steps: int,
@@ -47,7 +47,7 @@ def micro_batches(
     while True:
         batches = [samples.select(index, epoch) for index in share[:, rank]]
         epoch, share = next(shares)
-        samples.expect(share[:, rank].flatten())
+        samples.prefetch(share[:, rank].flatten())
         yield batches
 
 

@@ -14,7 +14,7 @@ from translution.planner.common.errors import MissingPackageError
 from translution.planner.config.datasets import DIGITS_CLASSES, DataKind
 from translution.planner.config.model import VitSpec
 
-from .base import Samples, Source
+from .base import Samples, DataSource
 
 _MEAN, _DEVIATION = 0.3, 0.38
 _TRAINING, _HELD_OUT = 0, 1
@@ -55,7 +55,7 @@ def load_digits(spec: VitSpec) -> tuple[Samples, Samples]:
 
 
 @dataclass(frozen=True)
-class PlacedDigits(Source):
+class PlacedDigits(DataSource):
     """Digits (S, 1, P, P) that are smaller than the image they lie in."""
 
     digits: Tensor

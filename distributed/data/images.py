@@ -17,7 +17,7 @@ from torch import Tensor
 from translution.planner.common.errors import InputError, MissingPackageError
 from translution.planner.config.model import VitSpec
 
-from .base import Samples, Source
+from .base import Samples, DataSource
 
 TRAINING, HELD_OUT = ("train",), ("val", "validation", "test")
 """Names that each part may have; the first that exists is taken."""
@@ -71,7 +71,7 @@ class CorruptImages:
             )
 
 
-class Images(Source):
+class Images(DataSource):
     """A source of images (B, channels, height, width) with mean 0 and deviation 1, and their classes.
 
     Each is scaled until the model's image just fits in, and what stands over is cut off evenly. In
@@ -101,7 +101,7 @@ class Images(Source):
             return self._coming.pop(number)
         return self._pool.submit(self._decode, self.files.content(number))
 
-    def expect(self, index: Tensor) -> None:
+    def prefetch(self, index: Tensor) -> None:
         """Decode images (B,) while the model computes."""
         numbers = {self._instead.get(number, number) for number in index.tolist()}
         self._coming = {number: self._decoding(number) for number in numbers}

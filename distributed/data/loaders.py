@@ -8,11 +8,11 @@ from translution.planner.config.datasets import PLACED_DIGITS, DataKind, check_k
 from translution.planner.config.model import ModelSpec, VitSpec
 from translution.planner.config.training import TrainingSpec
 
-from .base import Source
+from .base import DataSource
 from .synthetic import make_synthetic
 
 
-def load_samples(spec: ModelSpec, training: TrainingSpec, step: int = 1) -> tuple[Source, Source]:
+def load_samples(spec: ModelSpec, training: TrainingSpec, step: int = 1) -> tuple[DataSource, DataSource]:
     """Training and held-out samples of a plan.
 
     Args:
@@ -30,7 +30,7 @@ def load_samples(spec: ModelSpec, training: TrainingSpec, step: int = 1) -> tupl
     return samples, held_out
 
 
-def _load(spec: ModelSpec, training: TrainingSpec, kind: DataKind, step: int) -> tuple[Source, Source]:
+def _load(spec: ModelSpec, training: TrainingSpec, kind: DataKind, step: int) -> tuple[DataSource, DataSource]:
     check_kind(spec, kind, training.digit_pixels)
     # Each has packages of its own, which the others do without.
     if isinstance(spec, VitSpec):

@@ -14,7 +14,7 @@ from translution.planner.config.datasets import BYTES_VOCABULARY
 
 from .token_files import HELD_OUT, META, TOKENIZER, TRAINING, TokenMeta
 
-PIECE_BYTES = 2**20
+CHUNK_BYTES = 2**20
 """About so much of a text is in memory at once."""
 _UINT16_TOKENS = 2**16
 
@@ -70,7 +70,7 @@ def _line_end(buffer: bytes) -> int:
     return end
 
 
-def find_cut(file: BinaryIO, size: int, wanted: int) -> int:
+def find_split(file: BinaryIO, size: int, wanted: int) -> int:
     """The first beginning of a line, or if no line begins there the first of a UTF-8 character, at a place or later.
 
     Args:
@@ -80,7 +80,7 @@ def find_cut(file: BinaryIO, size: int, wanted: int) -> int:
     """
     place = max(0, wanted - 1)
     file.seek(place)
-    while more := file.read(PIECE_BYTES):
+    while more := file.read(CHUNK_BYTES):
         line = more.find(b"\n") + 1
         if line and place + line < size:
             return place + line
@@ -103,7 +103,7 @@ def pieces(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int]]:
     """
     while start < end:
         file.seek(start)
-        piece = file.read(min(PIECE_BYTES, end - start))
+        piece = file.read(min(CHUNK_BYTES, end - start))
         if not piece:
             return
         if start + len(piece) < end:
@@ -133,7 +133,7 @@ def _read(text: Path, share: float, part: int) -> Iterator[tuple[bytes, int]]:
     try:
         with text.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            cut = find_cut(file, size, round(size * (1 - share)))
+            cut = find_split(file, size, round(size * (1 - share)))
             ends = (0, cut, size)
             yield from pieces(file, ends[part], ends[part + 1])
     except OSError as error:

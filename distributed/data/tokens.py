@@ -17,7 +17,7 @@ from torch import Tensor
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import GptSpec
 
-from .base import Samples, Source
+from .base import Samples, DataSource
 from .token_files import HELD_OUT, META, TRAINING, open_tokens, read_meta
 
 STDLIB_BYTES = 8_000_000
@@ -28,7 +28,7 @@ _HELD_OUT_EVERY = 10
 
 
 @dataclass(frozen=True)
-class TokenWindows(Source):
+class TokenWindows(DataSource):
     """Windows of a text side by side, each of the context's size; a token's target is the one after it."""
 
     tokens: np.ndarray

@@ -38,7 +38,7 @@ ROLES = ("qkv", "kv", "qv", "qk", "q", "k", "v")
 LOW_WIDTHS = (1, 2, 4, 8, 16)
 
 
-class Variant(Schema):
+class ModelVariant(Schema):
     """A model of an experiment."""
 
     name: str
@@ -59,7 +59,7 @@ class Experiment(Schema):
     question: str
     metric: str
     """``accuracy`` of held-out samples, or ``bits per byte``."""
-    variants: tuple[Variant, ...]
+    variants: tuple[ModelVariant, ...]
     tasks: tuple[Task, ...]
     steps: int
     quick_steps: int
@@ -67,8 +67,8 @@ class Experiment(Schema):
     learning_rate: float = 2e-3
 
 
-def _variants(base: dict[str, Any], models: dict[str, dict[str, Any]]) -> tuple[Variant, ...]:
-    return tuple(Variant(name=name, model=parse_model_spec(base | own)) for name, own in models.items())
+def _variants(base: dict[str, Any], models: dict[str, dict[str, Any]]) -> tuple[ModelVariant, ...]:
+    return tuple(ModelVariant(name=name, model=parse_model_spec(base | own)) for name, own in models.items())
 
 
 STATIC = Task(train="digits-static", tests=("digits-static", "digits-patches", "digits-shifted"))
@@ -99,9 +99,9 @@ def _ablation() -> Experiment:
         question="Is it the relations, or only the many parameters? A matrix per relation against one per position.",
         metric="accuracy",
         variants=(
-            Variant(name="relative matrices", model=relative),
-            Variant(name="absolute matrices, same width", model=same),
-            Variant(name=f"absolute matrices, width {wide.dim}", model=wide),
+            ModelVariant(name="relative matrices", model=relative),
+            ModelVariant(name="absolute matrices, same width", model=same),
+            ModelVariant(name=f"absolute matrices, width {wide.dim}", model=wide),
         ),
         tasks=(STATIC, DYNAMIC),
         steps=250,

@@ -22,12 +22,12 @@ from translution.planner.config.datasets import DataKind
 from translution.planner.config.training import TrainingSpec
 from translution.planner.costs.parameters import count_parameters
 
-from .definitions import BATCH, Experiment, Task, Variant
+from .definitions import BATCH, Experiment, Task, ModelVariant
 
 if TYPE_CHECKING:
     import torch
 
-    from ..data.base import Source
+    from ..data.base import DataSource
 
 _EVALUATED = 1024
 """Most held-out samples that a model is tested on."""
@@ -111,7 +111,7 @@ def _training(task: Task, seed: int, test: DataKind | None = None) -> TrainingSp
     return TrainingSpec(data=task.train, evaluation_data=test, seed=seed, micro_batch=BATCH)
 
 
-def run_trial(variant: Variant, task: Task, seed: int, steps: int, learning_rate: float) -> Trial:
+def run_trial(variant: ModelVariant, task: Task, seed: int, steps: int, learning_rate: float) -> Trial:
     """Train a model and test it; everything drawn follows from the seed.
 
     Args:
@@ -165,7 +165,7 @@ def run_trial(variant: Variant, task: Task, seed: int, steps: int, learning_rate
     )
 
 
-def _evaluate(network: torch.nn.Module, held_out: Source) -> tuple[float, float]:
+def _evaluate(network: torch.nn.Module, held_out: DataSource) -> tuple[float, float]:
     """Mean loss and accuracy over held-out samples, spread evenly if there are too many."""
     import torch
 
@@ -184,7 +184,7 @@ def _evaluate(network: torch.nn.Module, held_out: Source) -> tuple[float, float]
     return loss / targets, right / targets
 
 
-def _jobs(experiment: Experiment, seeds: int) -> Iterator[tuple[Variant, Task, int]]:
+def _jobs(experiment: Experiment, seeds: int) -> Iterator[tuple[ModelVariant, Task, int]]:
     """The largest models first, so that no core waits for one at the end."""
     ordered = sorted(experiment.variants, key=lambda variant: -count_parameters(variant.model).total)
     for variant in ordered:

@@ -20,8 +20,9 @@ from ..preflight.hosts import look_at_hosts, prepare_hosts
 from ..remote.hostfile import read_hostfile
 from ..remote.rank_command import rank_command, runner_environment
 from ..remote.ssh import Ssh
-from ..runs.folder import CONTINUE, LOG, RUNS, make_run_folders
-from ..runs.status import clear_statuses, judge
+from ..runs.folder import LOG, RUNS, make_run_folders
+from ..runs.mode import RunMode
+from ..runs.status import clear_statuses, raise_unless_finished
 from ..system.compiled_ops import needed_ops, prepare_ops
 from ..system.environment import check_machine, free_port, launch_environment
 from ..system.filesystem import remove_shared_buffers
@@ -72,7 +73,7 @@ HERE = Where()
 
 
 def launch_command(
-    plan: Plan, plan_folder: Path, run: Path, where: Where = HERE, port: int = PORT, mode: str = "train"
+    plan: Plan, plan_folder: Path, run: Path, where: Where = HERE, port: int = PORT, mode: RunMode = RunMode.TRAIN
 ) -> list[str]:
     """The command that starts all ranks, or one node's: DeepSpeed's launcher with this toolkit's ``train``.
 
@@ -85,10 +86,10 @@ def launch_command(
         run: what they write to.
         where: on which machines.
         port: of the rendezvous.
-        mode: of this toolkit's ``train``.
+        mode: what the ranks do.
     """
     ranks = ["train", str(plan_folder.resolve()), str(run.resolve())]
-    ranks += ["--mode", mode] if mode != "train" else []
+    ranks += ["--mode", mode] if mode is not RunMode.TRAIN else []
     if where.hostfile is None:
         world = json.dumps({"localhost": _devices(plan)}).encode()
         runner = [sys.executable, "-m", "deepspeed.launcher.launch", "--master_addr", "127.0.0.1"]
@@ -155,7 +156,7 @@ def launch(
     on_stage: OnStage,
     *,
     where: Where = HERE,
-    mode: str = "train",
+    mode: RunMode = RunMode.TRAIN,
     resume: bool = False,
     force: bool = False,
 ) -> Path:
@@ -167,7 +168,7 @@ def launch(
         on_metrics: called with each metrics line.
         on_stage: called with a line for people when something slow begins.
         where: on which machines.
-        mode: of this toolkit's ``train``.
+        mode: what the ranks do.
         resume: go on with that run, or with the plan folder's newest that has a checkpoint.
         force: start although memory or a drive seems to lack room.
 
@@ -195,7 +196,7 @@ def launch(
         on_stage(f"going on with {run} from step {saved.manifest.step}")
         if text := reshard_text(plan, saved):
             on_stage(text)
-        mode = CONTINUE
+        mode = RunMode.CONTINUE
     else:
         run = new_run_folder(plan_folder, run, shared=where.no_ssh)
     ops = needed_ops(plan)
@@ -217,7 +218,7 @@ def start_and_judge(
     run: Path,
     on_metrics: OnMetrics,
     *,
-    mode: str = "train",
+    mode: RunMode = RunMode.TRAIN,
     where: Where = HERE,
     port: int | None = None,
 ) -> None:
@@ -239,4 +240,4 @@ def start_and_judge(
             exit_code = run_ranks(command, launch_environment(plan.cluster), run, on_metrics)
         finally:
             remove_shared_buffers(port)
-    judge(run, ranks, exit_code)
+    raise_unless_finished(run, ranks, exit_code)

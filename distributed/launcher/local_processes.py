@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.folder import LOG, METRICS
-from ..runs.status import read_statuses, stopped_text
+from ..runs.status import read_statuses, resume_hint
 from ..runs.watchdog import LAUNCHER_PID
 from ..system.signals import EndedError, ending_signals_raise
 
@@ -94,7 +94,7 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path,
                 time.sleep(POLL_SECONDS)
         except (KeyboardInterrupt, EndedError) as ended:
             _let_ranks_save(process, run)
-            if text := stopped_text(run):
+            if text := resume_hint(run):
                 ended.args = (*ended.args, text)
             raise
         finally:

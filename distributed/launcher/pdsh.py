@@ -14,7 +14,7 @@ from pathlib import Path
 from ..remote.ssh import SSH_ARGUMENTS
 from ..runs.folder import LOG, METRICS
 from ..runs.heartbeat import beating, request_stop
-from ..runs.status import read_statuses, stopped_text
+from ..runs.status import read_statuses, resume_hint
 from ..system.signals import EndedError
 from ..system.signals import ending_signals_raise as ending_signals
 from .local_processes import GRACE_SECONDS, POLL_SECONDS, SAVE_SECONDS, MetricsReader, OnMetrics
@@ -62,7 +62,7 @@ def run_remote_ranks(command: Sequence[str], environment: Mapping[str, str], run
                     process.wait(GRACE_SECONDS)
         except (KeyboardInterrupt, EndedError) as ended:
             _let_ranks_save(process, run)
-            if text := stopped_text(run):
+            if text := resume_hint(run):
                 ended.args = (*ended.args, text)
             raise
         finally:

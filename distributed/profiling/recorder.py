@@ -60,7 +60,7 @@ class Recorder:
         if self.watch == "allocations":
             self._record_allocations(name, work)
             return
-        process_memory.forget_peak()
+        process_memory.reset_peak()
         work()
         self._process_peaks[name] = max(self._process_peaks.get(name, 0), process_memory.process_bytes()["peak"])
 

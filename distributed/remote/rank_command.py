@@ -23,6 +23,7 @@ from translution.planner.hardware.cluster import ClusterSpec
 from translution.planner.plans.launch_scripts import environment_variables
 
 from ..runs.heartbeat import FOLLOWS
+from ..runs.mode import RunMode
 
 FORWARDED = (
     "NCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "MKL_", "DS_", "DEEPSPEED_", "TORCH_", "PYTORCH_", "CUDA_", "TRITON_",
@@ -41,7 +42,7 @@ class RankCommand(Schema):
 
     plan_folder: Path
     run: Path
-    mode: str = "train"
+    mode: RunMode = RunMode.TRAIN
     environment: dict[str, str] = Field(default_factory=dict)
     """Set before anything else is imported."""
 
@@ -72,14 +73,14 @@ def forwarded(cluster: ClusterSpec, environment: Mapping[str, str] = os.environ)
     return environment_variables(cluster) | own
 
 
-def rank_command(plan_folder: Path, run: Path, cluster: ClusterSpec, mode: str, *, follows: bool) -> RankCommand:
+def rank_command(plan_folder: Path, run: Path, cluster: ClusterSpec, mode: RunMode, *, follows: bool) -> RankCommand:
     """The command of every rank of a run.
 
     Args:
         plan_folder: what the ranks read.
         run: what they write to.
         cluster: where they run.
-        mode: of this toolkit's ``train``.
+        mode: what the ranks do.
         follows: whether they end with the launcher's beat.
     """
     environment = forwarded(cluster) | ({FOLLOWS: "1"} if follows else {})

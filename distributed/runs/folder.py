@@ -23,11 +23,6 @@ from translution.planner.common.errors import InputError
 
 METRICS, LOG, CHECKPOINT, PLAN, RUNS = "metrics.jsonl", "launcher.log", "checkpoint", "plan.json", "runs"
 
-MEASURE, RESUMING, PROCESS, CONTINUE = "measure", "resume", "process", "continue"
-MODES = ("train", MEASURE, RESUMING, PROCESS, CONTINUE)
-"""What ranks do: train and evaluate; train, watching allocations; only resume, watching them; resume and
-train, watching the process; go on with a run and evaluate."""
-
 
 def status_path(run: Path, rank: int) -> Path:
     """Where a rank's status lies."""

@@ -55,7 +55,7 @@ def read_memory(run: Path, rank: int) -> MemoryMeasurement | None:
     return parse_json(_MEMORY, path.read_bytes(), str(path)) if path.exists() else None
 
 
-def forget_measurements(run: Path) -> None:
+def remove_measurements(run: Path) -> None:
     """Remove what ranks measured before the run took on another layout."""
     for path in memory_path(run, 0).parent.glob("rank_*.json"):
         path.unlink()

@@ -48,7 +48,7 @@ def read_statuses(run: Path) -> list[RankStatus]:
     return [parse_json(_STATUS, path.read_bytes(), str(path)) for path in paths]
 
 
-def stopped_text(run: Path) -> str:
+def resume_hint(run: Path) -> str:
     """How to go on with a run that saved when it was asked to end; nothing for another run."""
     statuses = read_statuses(run)
     if not statuses or any(status.state != "stopped" for status in statuses):
@@ -62,7 +62,7 @@ def clear_statuses(run: Path, ranks: Iterable[int]) -> None:
         status_path(run, rank).unlink(missing_ok=True)
 
 
-def judge(run: Path, ranks: int | Iterable[int], exit_code: int) -> None:
+def raise_unless_finished(run: Path, ranks: int | Iterable[int], exit_code: int) -> None:
     """Decide whether a run ended well.
 
     Args:
@@ -81,7 +81,7 @@ def judge(run: Path, ranks: int | Iterable[int], exit_code: int) -> None:
                 f"rank {rank} failed at step {status.step}: {status.message} (log: {log_path(run, rank)})"
             )
         if status is not None and status.state == "stopped":
-            raise RunFailedError(f"stopped by {status.message}; {stopped_text(run)}")
+            raise RunFailedError(f"stopped by {status.message}; {resume_hint(run)}")
         if status is None or status.state != "finished":
             last = "never started" if status is None else f"was last seen {status.state} at step {status.step}"
             silent.append(f"rank {rank} {last}")

@@ -14,7 +14,7 @@ LAUNCHER_PID = "TRANSLUTION_LAUNCHER_PID"
 """Names, to the ranks, the process without which they must not go on."""
 
 
-def process_lives(pid: int) -> bool:
+def process_is_alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and that nobody has waited for does not."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -30,7 +30,7 @@ def end_with_launcher() -> None:
         return
 
     def watch() -> None:
-        while process_lives(int(launcher)):
+        while process_is_alive(int(launcher)):
             time.sleep(1.0)
         remove_shared_buffers(os.environ.get("MASTER_PORT", ""), int(os.environ.get("RANK", "0")))
         os.kill(os.getpid(), signal.SIGKILL)

@@ -26,7 +26,7 @@ def process_bytes() -> dict[str, int]:
     return {name: int(lines.get(field, 0)) * 1024 for name, field in _FIELDS.items()}
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
     """Let the highest resident memory begin anew at the present one, where Linux allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -69,7 +69,7 @@ class StopRequest:
             os.close(write)
 
 
-class Clock:
+class IntervalTimer:
     """Tells when so many minutes have gone by."""
 
     def __init__(self, minutes: float) -> None:

@@ -17,7 +17,7 @@ from translution.planner.common.errors import InputError
 from translution.planner.plans.plan import Plan
 from translution.planner.simulator.lifecycle import INIT
 
-from ..data.base import Samples, Source
+from ..data.base import Samples, DataSource
 from ..profiling.recorder import Between, Recorder, Watch
 from ..runs.folder import METRICS
 from ..runs.status import RankStatus, write_status
@@ -164,7 +164,7 @@ class EngineRank:
         return [value / self.ranks for value in sums.tolist()]
 
     @torch.no_grad()
-    def evaluate(self, held_out: Source) -> tuple[float, float, int]:
+    def evaluate(self, held_out: DataSource) -> tuple[float, float, int]:
         """Mean loss and accuracy over the held-out samples, and how many those were; each is counted once.
 
         Every rank runs the same number of batches, as ZeRO-3's gathers require; a rank that has no

@@ -29,16 +29,13 @@ from ..checkpoint import save_load as checkpoint
 from ..checkpoint.manifest import newest, tags
 from ..checkpoint.resume import check_resumable, layout_changes
 from ..data.augment import Augmenter
-from ..data.base import Samples, Source
+from ..data.base import Samples, DataSource
 from ..data.batching import micro_batches
 from ..data.loaders import load_samples
 from ..profiling import allocation_tracer as measure
 from ..profiling.recorder import RunPhase, Watch, run_phase
 from ..runs.folder import (
     CHECKPOINT,
-    CONTINUE,
-    PROCESS,
-    RESUMING,
     log_to_own_file,
     make_run_folders,
     memory_path,
@@ -46,11 +43,12 @@ from ..runs.folder import (
 )
 from ..runs.heartbeat import follow_beat, require_beat
 from ..runs.measurement import MemoryMeasurement, read_memory
+from ..runs.mode import RunMode
 from ..runs.watchdog import end_with_launcher
 from ..system import filesystem, nvme_swap
 from ..system.environment import own_path
 from ..system.packages import check_training_packages
-from ..system.signals import Clock
+from ..system.signals import IntervalTimer
 from .engine import MODEL_DTYPES, EngineRank
 from .lr_schedule import learning_rate_factor
 from .monitor import RunMonitor
@@ -255,7 +253,7 @@ class Rank(EngineRank):
         self.say("finished")
 
     def train_steps(
-        self, batches: Iterator[list[Samples]], first: int, measured: int | None, held_out: Source | None
+        self, batches: Iterator[list[Samples]], first: int, measured: int | None, held_out: DataSource | None
     ) -> str:
         """All steps from one on, with evaluations and checkpoints between them.
 
@@ -268,7 +266,7 @@ class Rank(EngineRank):
         Returns:
             The name of the signal that ended them after a checkpoint; nothing if none did.
         """
-        training, clock = self.plan.training, Clock(self.plan.training.checkpoint_minutes)
+        training, clock = self.plan.training, IntervalTimer(self.plan.training.checkpoint_minutes)
         for self.step in range(first, training.steps):
             began = time.perf_counter()
             loss = self.checked_step(self.augment(next(batches), self.step), measured)
@@ -298,7 +296,7 @@ class Rank(EngineRank):
         self.check_gradients(batches)
         return loss
 
-    def log_evaluation(self, held_out: Source, step: int) -> None:
+    def log_evaluation(self, held_out: DataSource, step: int) -> None:
         """Evaluate after so many steps, and write the result."""
         loss, accuracy, samples = self.evaluate(held_out)
         self.log(event="evaluation", step=step, loss=loss, accuracy=accuracy, samples=samples)
@@ -317,13 +315,13 @@ class Rank(EngineRank):
         self.monitor.write("Train", self.step + 1, values)
 
 
-def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
+def train(plan_folder: Path, run: Path, mode: RunMode = RunMode.TRAIN) -> None:
     """Run one rank of a plan; called on every rank.
 
     Args:
         plan_folder: holds plan.json.
         run: the run folder, made by the launcher.
-        mode: one of `run_files.MODES`; a run folder with a checkpoint is gone on with.
+        mode: what the rank does; under TRAIN, a run folder that already has a checkpoint is resumed.
 
     Raises:
         TranslutionError: for a bad plan, data that does not suit it, a package that it needs and is absent, or a run
@@ -337,14 +335,16 @@ def train(plan_folder: Path, run: Path, mode: str = "train") -> None:
     # Nodes that were started by hand have no launcher that made the run folder.
     make_run_folders(run, plan_folder)
     log_to_own_file(run, int(os.environ.get("RANK", "0")))
-    if mode == "train" and tags(run / CHECKPOINT):
+    if mode is RunMode.TRAIN and tags(run / CHECKPOINT):
         # A Slurm job that is submitted again, or torchrun with the run folder of a run that ended.
         check_resumable(plan, run)
-        mode = CONTINUE
-    rank = Rank(plan, run, "process" if mode == PROCESS else "allocations")
-    evaluation = mode in ("train", CONTINUE)
-    training = partial(rank.train, evaluation=evaluation, read=mode == PROCESS, go_on=mode == CONTINUE)
-    run_rank(rank, rank.resume if mode == RESUMING else training)
+        mode = RunMode.CONTINUE
+    rank = Rank(plan, run, "process" if mode is RunMode.MEASURE_PROCESS else "allocations")
+    evaluation = mode in (RunMode.TRAIN, RunMode.CONTINUE)
+    training = partial(
+        rank.train, evaluation=evaluation, read=mode is RunMode.MEASURE_PROCESS, go_on=mode is RunMode.CONTINUE
+    )
+    run_rank(rank, rank.resume if mode is RunMode.MEASURE_RESUME else training)
 
 
 def run_rank(rank: Rank, work: Callable[[], None]) -> None:

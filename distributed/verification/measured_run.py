@@ -12,7 +12,7 @@ from translution.planner.plans.folder import write_plan_folder
 from translution.planner.plans.plan import Plan
 
 from ..launcher.launch import launch, start_and_judge
-from ..runs.folder import MEASURE, PROCESS, RESUMING
+from ..runs.mode import RunMode
 
 STEPS = 4
 """In the third allocations are watched; the process is in all but the first."""
@@ -40,13 +40,13 @@ def measure_plan(plan: Plan, folder: Path, on_stage: Callable[[str], None], *, r
         RunFailedError: if a rank did not finish.
     """
     write_plan_folder(plan, folder)
-    run = launch(folder, None, _quiet, on_stage, mode=MEASURE)
+    run = launch(folder, None, _quiet, on_stage, mode=RunMode.MEASURE)
     if resume:
         on_stage("starting the ranks anew, to resume from the checkpoint")
-        start_and_judge(plan, folder, run, _quiet, mode=RESUMING)
+        start_and_judge(plan, folder, run, _quiet, mode=RunMode.MEASURE_RESUME)
         on_stage("once more, to watch the processes instead of torch's allocator")
         with _freed_at_once():
-            start_and_judge(plan, folder, run, _quiet, mode=PROCESS)
+            start_and_judge(plan, folder, run, _quiet, mode=RunMode.MEASURE_PROCESS)
     return run
 
 

@@ -38,7 +38,7 @@ from ..launcher.launch import OnStage, new_run_folder
 from ..launcher.local_processes import OnMetrics, run_ranks
 from ..runs.folder import LOG, PLAN, make_run_folders
 from ..runs.measurement import MemoryMeasurement, read_memory
-from ..runs.status import judge
+from ..runs.status import raise_unless_finished
 from ..system.compiled_ops import needed_ops, prepare_ops
 from ..system.environment import check_packages, launch_environment
 from .extrapolate import extrapolate, join_init, largest_sub_group
@@ -206,7 +206,7 @@ def _run(plan: Plan, rank: int, run: Path, *, compute: bool, on_metrics: OnMetri
 
     command = [sys.executable, "-m", "translution.cli", "rehearse-rank", str(run.resolve())]
     exit_code = run_ranks(command + ["--compute"] * compute, environment(plan, rank, compute=compute), run, take)
-    judge(run, [rank], exit_code)
+    raise_unless_finished(run, [rank], exit_code)
     return seconds
 
 

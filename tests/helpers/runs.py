@@ -12,7 +12,8 @@ from typing import Any
 
 from helpers import forked
 
-from translution.distributed.runs.status import judge
+from translution.distributed.runs.mode import RunMode
+from translution.distributed.runs.status import raise_unless_finished
 from translution.distributed.system.environment import free_port, launch_environment
 from translution.distributed.system.filesystem import remove_shared_buffers
 from translution.planner.config.model import parse_model_spec
@@ -93,9 +94,9 @@ def exit_code(process: forked.ForkServerProcess | subprocess.Popen[bytes]) -> in
     return process.exitcode if isinstance(process, forked.ForkServerProcess) else process.poll()
 
 
-def run_plan(folder: Path, ranks: int, mode: str = "train") -> Path:
-    """Run a plan without a launcher; in a mode of `run_files.MODES`."""
+def run_plan(folder: Path, ranks: int, mode: RunMode = RunMode.TRAIN) -> Path:
+    """Run a plan without a launcher."""
     run = folder / "runs" / "by-hand"
     run_ranks_of(["-m", "translution.cli", "train", folder, run, "--mode", mode], ranks, folder / "log")
-    judge(run, ranks, exit_code=0)
+    raise_unless_finished(run, ranks, exit_code=0)
     return run

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from helpers.runs import TINY, run_plan, write_plan
 
-from translution.distributed.runs.folder import MEASURE, PROCESS, RESUMING
+from translution.distributed.runs.mode import RunMode
 from translution.distributed.system.compiled_ops import prepare_ops
 from translution.distributed.system.environment import launch_environment
 from translution.planner.common.machine import usable_cores
@@ -76,7 +76,7 @@ def test_states_are_exact_and_peaks_within_five_percent_and_never_low(name: str,
     for attempt in range(3):
         folder = tmp_path / str(attempt)
         folder.mkdir()
-        table = measured(folder, MEASURE, **CASES[name])
+        table = measured(folder, RunMode.MEASURE, **CASES[name])
         # That happens once in many runs, and a wrong prediction in every one.
         if not any(is_late(row) for row in table.to_dict("records")):
             break
@@ -105,7 +105,9 @@ def test_states_are_exact_and_peaks_within_five_percent_and_never_low(name: str,
 def test_resuming_and_the_resident_set_are_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What glibc would keep of freed tensors depends on their order.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**17))
-    table = measured(tmp_path, MEASURE, RESUMING, PROCESS, stage=3, precision="bf16")
+    table = measured(
+        tmp_path, RunMode.MEASURE, RunMode.MEASURE_RESUME, RunMode.MEASURE_PROCESS, stage=3, precision="bf16"
+    )
     resume = table[table["what"] == "peak of resume"]
     assert len(resume) == 2
     assert resume["ratio"].between(1.0, 1.05).all()

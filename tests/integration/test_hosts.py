@@ -24,7 +24,7 @@ from translution.distributed.runs import heartbeat as control
 from translution.distributed.runs.folder import CHECKPOINT, METRICS
 from translution.distributed.runs.heartbeat import BEAT, FOLLOWS, beating, control_path, read_beat, require_beat
 from translution.distributed.runs.status import read_statuses
-from translution.distributed.runs.watchdog import process_lives
+from translution.distributed.runs.watchdog import process_is_alive
 from translution.planner.common.errors import InputError
 from translution.planner.hardware.cluster import local_cpu_cluster
 
@@ -77,9 +77,9 @@ def test_a_launch_trains_on_two_hosts_is_stopped_and_goes_on(hosts: Hosts, tmp_p
     assert saved is not None
     assert not control_path(run, BEAT).exists()
     deadline = time.monotonic() + 20
-    while any(map(process_lives, pids)) and time.monotonic() < deadline:
+    while any(map(process_is_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not any(map(process_lives, pids))
+    assert not any(map(process_is_alive, pids))
 
     last = saved.manifest.step + 2
     write_plan(folder, 1, nodes=2, steps=last, force=True)

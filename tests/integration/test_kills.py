@@ -18,7 +18,7 @@ from helpers.runs import run_plan, write_plan
 from translution.distributed.checkpoint.manifest import tags
 from translution.distributed.runs.folder import CHECKPOINT, METRICS
 from translution.distributed.runs.status import RankStatus, read_statuses
-from translution.distributed.runs.watchdog import process_lives
+from translution.distributed.runs.watchdog import process_is_alive
 from translution.planner.common.machine import usable_cores
 
 pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
@@ -58,7 +58,7 @@ MOMENTS: tuple[Moment, ...] = (starting, building, stepping, saving)
 
 
 def living(run: Path) -> list[RankStatus]:
-    return [status for status in read_statuses(run) if process_lives(status.pid)] if run.is_dir() else []
+    return [status for status in read_statuses(run) if process_is_alive(status.pid)] if run.is_dir() else []
 
 
 def kill_at(folder: Path, run: Path, moment: Moment, delay_s: float, victim: int) -> tuple[str, float, list[int]]:
@@ -103,7 +103,7 @@ def test_a_run_whose_ranks_are_killed_ten_times_ends_as_one_that_was_not(tmp_pat
         assert seconds < 60, said
         assert errors.startswith("translution: error: "), (said, errors)
         assert errors.count("\n") == 1, (said, errors)
-        assert not any(map(process_lives, pids)), said
+        assert not any(map(process_is_alive, pids)), said
         assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")), said
     # The third kill came after three steps, so there is a checkpoint to go on from.
     command = [sys.executable, "-m", "translution.cli", "launch", str(folder), "--run", str(run), "--resume"]

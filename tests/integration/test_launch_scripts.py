@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from helpers.runs import write_plan
 
-from translution.distributed.runs.status import judge
+from translution.distributed.runs.status import raise_unless_finished
 from translution.distributed.system.environment import free_port, version_warnings
 from translution.planner.common.errors import InputError
 from translution.planner.config.presets import preset
@@ -131,7 +131,7 @@ def test_torchrun_runs_the_plan(tmp_path: Path) -> None:
     folder = write_plan(tmp_path / "plan", 1, steps=2)
     command = [str(folder / "launch-torchrun.sh"), str(folder / "runs" / "own")]
     subprocess.run(command, check=True, env=tools(tmp_path), capture_output=True, timeout=240)
-    judge(folder / "runs" / "own", 1, exit_code=0)
+    raise_unless_finished(folder / "runs" / "own", 1, exit_code=0)
 
 
 def test_threads_are_those_of_the_node() -> None:

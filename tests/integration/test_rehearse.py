@@ -14,8 +14,8 @@ from helpers.runs import run_plan
 
 from translution.cli.main import run as run_cli
 from translution.distributed.profiling.allocation_tracer import KeptCounter, trace_allocations
-from translution.distributed.runs.folder import MEASURE
 from translution.distributed.runs.measurement import MemoryMeasurement, read_memory
+from translution.distributed.runs.mode import RunMode
 from translution.distributed.system.compiled_ops import prepare_ops
 from translution.distributed.system.environment import launch_environment
 from translution.distributed.verification.extrapolate import (
@@ -99,7 +99,7 @@ def test_a_rehearsed_rank_holds_what_a_real_one_holds(tmp_path: Path) -> None:
     cluster = local_cpu_cluster(2)
     write_plan(folder, cluster, {"depth": 2}, data="digits")
     prepare_ops(["ShareMemCommBuilder"], launch_environment(cluster), tmp_path / "log")
-    real = read_memory(run_plan(folder, 2, MEASURE), 0)
+    real = read_memory(run_plan(folder, 2, RunMode.MEASURE), 0)
     found, run = rehearse(folder, 0)
     alone = found.measurement
     assert real is not None

@@ -18,7 +18,8 @@ from helpers.runs import run_plan, write_plan
 
 from translution.cli.main import run as run_cli
 from translution.distributed.checkpoint.manifest import MANIFEST, newest, tags
-from translution.distributed.runs.folder import CHECKPOINT, CONTINUE, METRICS
+from translution.distributed.runs.folder import CHECKPOINT, METRICS
+from translution.distributed.runs.mode import RunMode
 from translution.distributed.runs.status import read_status
 from translution.distributed.system.compiled_ops import prepare_ops
 from translution.distributed.system.environment import launch_environment
@@ -114,7 +115,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name: str, tmp_path: 
     shutil.copytree(tmp_path / "uninterrupted", run)
     shutil.rmtree(run / CHECKPOINT / f"step_{STEPS}")
     (run / METRICS).write_text((run / METRICS).read_text()[:-200])  # As a killed run leaves it.
-    assert run_plan(folder, 2, CONTINUE) == run
+    assert run_plan(folder, 2, RunMode.CONTINUE) == run
     assert values(run, SAVED)[-3:] == values(tmp_path / "uninterrupted", SAVED)
     last = f"{CHECKPOINT}/step_{STEPS}"
     assert_same_state(run / last, tmp_path / "uninterrupted" / last)
@@ -140,7 +141,7 @@ def test_an_augmented_run_is_the_same_again_and_resumed(tmp_path: Path) -> None:
 
     shutil.copytree(run, tmp_path / "uninterrupted")
     shutil.rmtree(run / last)
-    assert run_plan(folder, 1, CONTINUE) == run
+    assert run_plan(folder, 1, RunMode.CONTINUE) == run
     again = values(tmp_path / "uninterrupted", SAVED)
     assert values(run, SAVED)[-len(again) :] == again
     assert_same_state(run / last, other / last)

@@ -23,8 +23,8 @@ from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.digits import load_digits
 from translution.distributed.runs.folder import CHECKPOINT, METRICS, make_run_folders, memory_path
 from translution.distributed.runs.measurement import read_memory
-from translution.distributed.runs.status import judge, read_status
-from translution.distributed.runs.watchdog import process_lives
+from translution.distributed.runs.status import raise_unless_finished, read_status
+from translution.distributed.runs.watchdog import process_is_alive
 from translution.distributed.system.compiled_ops import prepare_ops
 from translution.distributed.system.environment import free_port, launch_environment
 from translution.models import build
@@ -172,7 +172,7 @@ def test_a_killed_launcher_fails_the_launch_and_leaves_nothing_behind(tmp_path: 
     assert errors.count("\n") == 1
     # Ranks that outlive their launcher are asked to end, and save.
     assert "translution: error: stopped by SIGTERM; saved" in errors
-    assert not any(process_lives(pid) for pid in pids)
+    assert not any(process_is_alive(pid) for pid in pids)
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGUSR1, signal.SIGKILL], ids=lambda end: end.name)
@@ -208,9 +208,9 @@ def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) 
         assert f"saved at step {saved.manifest.step}:" in errors
     assert len(pids) == 2
     deadline = time.monotonic() + 20
-    while any(process_lives(pid) for pid in pids) and time.monotonic() < deadline:
+    while any(process_is_alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not any(process_lives(pid) for pid in pids)
+    assert not any(process_is_alive(pid) for pid in pids)
     assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= before
 
 
@@ -219,7 +219,7 @@ def test_the_printed_command_runs_a_plan_by_itself(tmp_path: Path, capsys: pytes
     assert run_cli(["launch", str(folder), "--dry-run"]) == 0
     command = capsys.readouterr().out.strip().replace("29500", str(free_port()))
     subprocess.run(["sh", "-c", command], check=True, capture_output=True, timeout=240)
-    judge(folder / "runs" / "001", 1, exit_code=0)
+    raise_unless_finished(folder / "runs" / "001", 1, exit_code=0)
     assert run_cli(["verify", str(folder)]) == 0
 
 

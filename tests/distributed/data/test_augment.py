@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from translution.distributed.data.augment import Augmenter, class_shares
+from translution.distributed.data.augment import Augmenter, soft_targets
 from translution.distributed.data.base import Samples
 from translution.distributed.training.engine import smoothed_cross_entropy
 from translution.planner.common.errors import InputError
@@ -132,7 +132,7 @@ def test_each_micro_batch_gets_mixup_or_cutmix_by_chance() -> None:
 def test_mixed_targets_weigh_two_smoothed_cross_entropies() -> None:
     logits, own, other = torch.randn(6, 10), torch.arange(6), torch.arange(6).flip(0)
     share = torch.rand(6)
-    shares = class_shares(torch.stack([own.float(), other.float(), share], dim=1), 10)
+    shares = soft_targets(torch.stack([own.float(), other.float(), share], dim=1), 10)
     one, two = (cross_entropy(logits, classes, label_smoothing=0.2, reduction="none") for classes in (own, other))
     expected = ((1 - share) * one + share * two).mean()
     torch.testing.assert_close(smoothed_cross_entropy(logits, shares, 0.2), expected)

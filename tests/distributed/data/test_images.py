@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from translution.distributed.data.base import Source
+from translution.distributed.data.base import DataSource
 from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.images import Images
 from translution.distributed.data.loaders import load_samples
@@ -22,7 +22,7 @@ MODEL = {"family": "vit", "image": (16, 16), "patch": 8, "classes": 3, "dim": 8,
 MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
-def load(path: Path, limit: int = 100, **model: object) -> tuple[Source, Source]:
+def load(path: Path, limit: int = 100, **model: object) -> tuple[DataSource, DataSource]:
     training = TrainingSpec(data="images", data_path=str(path), corrupt_limit=limit)
     return load_samples(parse_model_spec(MODEL | model), training)
 
@@ -122,8 +122,8 @@ def test_nothing_but_damaged_images_ends_too(folder: Path) -> None:
 def test_what_is_expected_is_read_before_it_is_asked_for(folder: Path) -> None:
     training, _ = load(folder)
     whole = training.select(torch.arange(9))
-    training.expect(torch.tensor([2, 5]))
-    training.expect(torch.tensor([5, 7, 7]))
+    training.prefetch(torch.tensor([2, 5]))
+    training.prefetch(torch.tensor([5, 7, 7]))
     stop_reading(training)
     for path in folder.glob("train/*/*.png"):
         path.unlink()
@@ -132,7 +132,7 @@ def test_what_is_expected_is_read_before_it_is_asked_for(folder: Path) -> None:
         training.select(torch.tensor([2]))
 
 
-def stop_reading(source: Source) -> None:
+def stop_reading(source: DataSource) -> None:
     """Wait until all that is expected has been read."""
     assert isinstance(source, Images)
     for coming in source._coming.values():

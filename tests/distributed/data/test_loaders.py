@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from translution.cli.main import run
 from translution.distributed.checkpoint.resume import check_same
-from translution.distributed.data.base import Samples, Source
+from translution.distributed.data.base import Samples, DataSource
 from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.digits import load_digits
 from translution.distributed.data.loaders import load_samples
@@ -94,7 +94,7 @@ def test_synthetic_data_suffices_for_any_step_and_takes_little_memory(spec: Mode
     assert micro_batch.inputs.shape == ((2, 3, 16, 16) if isinstance(spec, VitSpec) else (2, 160))
 
 
-def placed(kind: str, image: object = 24, seed: int = 3, **training: object) -> tuple[Source, Source]:
+def placed(kind: str, image: object = 24, seed: int = 3, **training: object) -> tuple[DataSource, DataSource]:
     spec = parse_model_spec(DIGITS | {"image": image, "channels": 2})
     return load_samples(spec, TrainingSpec(data=kind, seed=seed, **training))
 
@@ -140,7 +140,7 @@ def test_a_digit_moved_by_whole_patches_is_the_same_patches_elsewhere() -> None:
     moved, centred = placed("digits-patches")[0], placed("digits-static")[0]
     index = torch.arange(200)
 
-    def patches(source: Source) -> torch.Tensor:
+    def patches(source: DataSource) -> torch.Tensor:
         cut = source.select(index).inputs[:, 0].unfold(1, 4, 4).unfold(2, 4, 4)
         return cut.reshape(len(index), -1, 16)
 

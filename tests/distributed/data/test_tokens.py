@@ -13,7 +13,7 @@ from helpers.runs import write_plan
 
 from translution.cli.main import run
 from translution.distributed.data import tokenize as preparing
-from translution.distributed.data.base import Source
+from translution.distributed.data.base import DataSource
 from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.loaders import load_samples
 from translution.distributed.data.tokens import load_stdlib, stdlib_files
@@ -26,7 +26,7 @@ from translution.planner.plans.plan import load_plan
 MODEL = {"family": "gpt", "context": 8, "vocabulary": 256, "dim": 8, "depth": 1, "heads": 1}
 
 
-def load(path: Path, **model: object) -> tuple[Source, Source]:
+def load(path: Path, **model: object) -> tuple[DataSource, DataSource]:
     return load_samples(parse_model_spec(MODEL | model), TrainingSpec(data="tokens", data_path=str(path)))
 
 
@@ -162,7 +162,7 @@ def test_this_pythons_library_is_enough_to_train_on() -> None:
     assert resident_bytes(training) == 0
 
 
-def resident_bytes(source: Source) -> int:
+def resident_bytes(source: DataSource) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in source.resident)
 
 
@@ -184,7 +184,7 @@ def tokens(folder: Path, name: str, dtype: str = "uint16") -> list[int]:
 def test_bytes_are_prepared_and_come_back(
     text: Path, tmp_path: Path, piece: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(preparing, "PIECE_BYTES", piece)
+    monkeypatch.setattr(preparing, "CHUNK_BYTES", piece)
     other = tmp_path / "other.txt"
     other.write_bytes(b"no line\xff" * 50)
     assert run(["prepare", str(text), str(other), "--out", str(tmp_path / "out"), "--held-out", "0.2", "--json"]) == 0
@@ -224,7 +224,7 @@ def test_a_tokenizers_tokens_come_back_as_the_text(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(preparing, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(preparing, "CHUNK_BYTES", 1000)
     tokenizer = make_tokenizer(tmp_path / "tokenizer.json", extra)
     out = tmp_path / "out"
     flags = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--out", str(out)]
@@ -284,7 +284,7 @@ def test_preparing_that_is_interrupted_leaves_what_was_there(
         return piece * 10_000
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparing, "PIECE_BYTES", 1000)
+        patch.setattr(preparing, "CHUNK_BYTES", 1000)
         patch.setattr(preparing, "_encode_bytes", interrupted)
         assert run(["prepare", "text.txt", "--out", "out"]) == 130
     assert written

@@ -15,7 +15,7 @@ from helpers.runs import write_plan
 from torch.utils.file_baton import FileBaton
 
 from translution.distributed.runs.folder import make_run_folders, status_path
-from translution.distributed.runs.status import RankStatus, judge, read_status, write_status
+from translution.distributed.runs.status import RankStatus, raise_unless_finished, read_status, write_status
 from translution.distributed.system import compiled_ops as ops
 from translution.distributed.system.compiled_ops import remove_stale_locks
 from translution.planner.common.errors import InputError, RunFailedError
@@ -37,33 +37,33 @@ def say(run: Path, rank: int, state: str, message: str = "") -> None:
 def test_all_finished_is_success_even_with_a_bad_exit_code(run: Path) -> None:
     say(run, 0, "finished")
     say(run, 1, "finished")
-    judge(run, 2, exit_code=134)
+    raise_unless_finished(run, 2, exit_code=134)
 
 
 def test_a_silent_rank_is_failure_even_with_exit_code_nought(run: Path) -> None:
     say(run, 0, "finished")
     say(run, 1, "training")
     with pytest.raises(RunFailedError, match="rank 1 was last seen training at step 7; launcher exit code 0"):
-        judge(run, 2, exit_code=0)
+        raise_unless_finished(run, 2, exit_code=0)
 
 
 def test_a_rank_that_never_started_is_named(run: Path) -> None:
     with pytest.raises(RunFailedError, match="rank 0 never started; rank 1 never started"):
-        judge(run, 2, exit_code=0)
+        raise_unless_finished(run, 2, exit_code=0)
 
 
 def test_a_failed_rank_speaks_first(run: Path) -> None:
     say(run, 0, "training")
     say(run, 1, "failed", "FloatingPointError: loss is nan")
     with pytest.raises(RunFailedError, match="rank 1 failed at step 7: FloatingPointError: loss is nan"):
-        judge(run, 2, exit_code=1)
+        raise_unless_finished(run, 2, exit_code=1)
 
 
 def test_a_rank_alone_is_judged_alone(run: Path) -> None:
     say(run, 5, "finished")
-    judge(run, [5], exit_code=0)
+    raise_unless_finished(run, [5], exit_code=0)
     with pytest.raises(RunFailedError, match="rank 4 never started"):
-        judge(run, [4], exit_code=0)
+        raise_unless_finished(run, [4], exit_code=0)
 
 
 def test_a_damaged_status_is_named(run: Path) -> None:

@@ -1,0 +1,28 @@
+"""What the ranks of a run do."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from translution.planner.common.errors import InputError
+
+
+class RunMode(str, Enum):
+    """What every rank of a run does; the values are the words of ``train --mode``."""
+
+    TRAIN = "train"
+    """Train and evaluate."""
+    CONTINUE = "continue"
+    """Resume from the newest checkpoint, train the remaining steps and evaluate."""
+    MEASURE = "measure"
+    """Train a few steps and trace allocations, without evaluation."""
+    MEASURE_RESUME = "resume"
+    """Only read the newest checkpoint and trace allocations."""
+    MEASURE_PROCESS = "process"
+    """Read the newest checkpoint, train from the first step and record the process's resident memory."""
+
+    __str__ = str.__str__
+
+    @classmethod
+    def _missing_(cls, value: object) -> RunMode:
+        raise InputError(f"mode: {value!r} is not allowed: must be one of {', '.join(cls)}")
