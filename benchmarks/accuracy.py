@@ -42,7 +42,14 @@ from translution.planner.plans.plan import Plan, load_plan
 from translution.planner.simulator.lifecycle import INIT, RESUME
 from translution.planner.simulator.network.model import MICRO_BATCHES, replay
 from translution.planner.simulator.network.ops import DtypeSizes
-from translution.reports.inputs.run_accuracy import KEPT, PROCESS, RESIDENT, compare, pairs, prediction_of
+from translution.reports.inputs.run_accuracy import (
+    PROCESS_PREFIX,
+    RESIDENT,
+    SAVED,
+    compare_run,
+    predict_rank,
+    predicted_and_measured,
+)
 
 SIZES: dict[str, Any] = {"dim": 96, "depth": 3, "heads": 3}
 VIT: dict[str, Any] = {"family": "vit", "image": [64, 48], "patch": 8, "channels": 3, "classes": 100} | SIZES
@@ -164,13 +171,13 @@ def predicted_anew(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     result = []
     for row in rows:
         kind, _, phase = row["what"].rpartition(" of " if row["what"].startswith("peak") else " in ")
-        prediction = prediction_of(plan_of(row["run"], "/nvme"), row["rank"])
+        prediction = predict_rank(plan_of(row["run"], "/nvme"), row["rank"])
         size, predicted = row["measured_bytes"], row["predicted_bytes"]
         if kind:
             init = known[row["run"], row["rank"], row["what"].replace(phase, INIT)]
             # A resumed run has built the engine too.
             size = max(size, init["measured_bytes"]) if phase == RESUME else size
-            if kind == PROCESS:
+            if kind == PROCESS_PREFIX:
                 # What the process held before the model was made is in the row of init, which has not changed.
                 predicted = init["predicted_bytes"] + _held(prediction, phase) - _held(prediction, INIT)
             else:
@@ -191,7 +198,7 @@ def rank_rows(names: list[str]) -> Iterator[dict[str, Any]]:
             nvme.mkdir()
             plan = plan_of(name, str(nvme))
             run = measure_plan(few_steps(plan), Path(folder) / "plan", partial(_say, name))
-            for row in compare(run).to_dict("records"):
+            for row in compare_run(run).to_dict("records"):
                 yield {"run": name} | {str(key): value for key, value in row.items()}
 
 
@@ -210,10 +217,10 @@ def _ranks_table(rows: list[dict[str, Any]]) -> list[str]:
     kinds = {
         "states between steps": table["what"] == RESIDENT,
         "peaks by phase": table["what"].str.startswith("peak of"),
-        "kept for backward": table["what"] == KEPT,
+        "kept for backward": table["what"] == SAVED,
         "pinned buffers": table["tier"] == "pinned",
         "files on NVMe": table["tier"] == "nvme",
-        "resident set": table["what"].str.startswith(PROCESS),
+        "resident set": table["what"].str.startswith(PROCESS_PREFIX),
     }
     lines = [f"| run | {' | '.join(kinds)} |", f"|---|{'--:|' * len(kinds)}"]
     for name in table["run"].unique():
@@ -226,7 +233,7 @@ def _misses(rows: list[dict[str, Any]]) -> list[str]:
     """Peaks outside [1.00, 1.05] and resident sets more than 10% off, one line each."""
     lines = []
     for row in rows:
-        process = row["what"].startswith(PROCESS)
+        process = row["what"].startswith(PROCESS_PREFIX)
         low, high = (0.9, 1.1) if process else (1.0, 1.05)
         if (process or row["what"].startswith("peak of")) and not low <= row["ratio"] <= high:
             lines.append(f"- {row['run']}, rank {row['rank']}, {row['what']}: {row['ratio']:.3f}")
@@ -241,7 +248,7 @@ def rehearsal_rows(run: Path) -> dict[str, Any]:
     rows = [
         {"what": what, "predicted": predicted, "measured": measured}
         # Predicted by the planner as it is now: a measurement outlives a mended prediction.
-        for _, what, predicted, measured in pairs(predict(load_plan(run)), found.measurement)
+        for _, what, predicted, measured in predicted_and_measured(predict(load_plan(run)), found.measurement)
         if measured and what != "other"
     ]
     text = f"Rank {found.rank} of {found.ranks} of {found.plan}, {found.layers} of {found.depth} layers run"

@@ -30,7 +30,7 @@ from translution.planner.config.presets import PRESET_NAMES
 from translution.planner.hardware.catalog import catalog
 from translution.reports.calculator.choice import Choice
 from translution.reports.calculator.pages import query_of
-from translution.reports.calculator.search_pool import popular
+from translution.reports.calculator.search_pool import popular_choices
 
 PATIENCE_S, THINK_S = 10.0, 1.0
 ALLOWED_S = 0.3
@@ -226,7 +226,7 @@ def main() -> None:
     }
     with serving("--no-warm") as server:
         new = scenario("anything, nothing known before", server, arguments.users, arguments.seconds, [])
-    known = list(islice(popular(), arguments.choices))
+    known = list(islice(popular_choices(), arguments.choices))
     with serving() as server:
         prepare(server, known)
         name = f"among {len(known)} popular choices, searched before"

@@ -15,15 +15,15 @@ from translution.planner.config.model import ModelSpec
 from translution.planner.config.training import Precision, TrainingSpec
 from translution.planner.hardware.cluster import ClusterSpec
 
-from .inputs.benchmark_records import Accuracy, StepTimes, load_recorded
+from .inputs.benchmark_records import Accuracy, StepTimes, load_record
 from .render.document import Document, Section
 from .sections.accuracy import accuracy_section, step_time_section
 from .sections.benchmarks import benchmark_sections
-from .sections.comparison import comparison
+from .sections.comparison import comparison_section
 from .sections.experiment import experiment_section, load_results
-from .sections.model_costs import costs, overview
+from .sections.model_costs import costs_section, overview_section
 from .sections.plan import PlanReport, report_plan
-from .sections.scaling import scaling
+from .sections.scaling import scaling_section
 
 PRECISION: Precision = "bf16"
 """Of everything that is planned for a report."""
@@ -31,7 +31,7 @@ PACKAGES = ("pydantic", "altair", "vl-convert-python")
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ReportRequest:
     """What a report is to hold; models and clusters with the names that the reader gave them."""
 
     plans: tuple[Path, ...] = ()
@@ -47,7 +47,7 @@ class Request:
     @property
     def of_one_plan(self) -> bool:
         """Whether nothing but one plan was asked for."""
-        return self == Request(plans=self.plans, cluster=self.cluster) and len(self.plans) == 1
+        return self == ReportRequest(plans=self.plans, cluster=self.cluster) and len(self.plans) == 1
 
     def where(self) -> tuple[str, ClusterSpec]:
         """The cluster that models are planned for."""
@@ -55,7 +55,7 @@ class Request:
         return self.cluster
 
 
-class Collector:
+class ReportBuilder:
     """Makes the sections, each with the command that gives it alone.
 
     Args:
@@ -64,7 +64,7 @@ class Collector:
         page: name of the page that a reader would write.
     """
 
-    def __init__(self, request: Request, made: Provenance, page: str) -> None:
+    def __init__(self, request: ReportRequest, made: Provenance, page: str) -> None:
         self._request, self._made, self._page = request, made, page
         self._training = TrainingSpec(precision=PRECISION, data="synthetic")
         self._pictures: list[dict[str, Any]] = []
@@ -82,7 +82,7 @@ class Collector:
         name, cluster = request.where()
         words = [word for model in request.models for word in ("--model", model)]
         made, specs = self._report(*words, "--cluster", name), tuple(request.models.values())
-        return [overview(specs, cluster, self._training, made), costs(specs, self._training, made)]
+        return [overview_section(specs, cluster, self._training, made), costs_section(specs, self._training, made)]
 
     def _comparison(self) -> list[Section]:
         request = self._request
@@ -96,7 +96,7 @@ class Collector:
         limits = tuple(thresholds(specs[0], cluster.gpu, self._training))
         points = tuple(scale(specs[0], self._training))
         made = self._by("compare", *request.compared, "--gpu", cluster.gpu, "--precision", PRECISION)
-        return [comparison(rows, limits, points, cluster.gpu, made)]
+        return [comparison_section(rows, limits, points, cluster.gpu, made)]
 
     def _scaling(self) -> list[Section]:
         if self._request.scaled is None:
@@ -104,7 +104,7 @@ class Collector:
         (name, spec), (place, cluster) = self._request.scaled, self._request.where()
         points = tuple(growth(spec, cluster, self._training))
         made = self._report("--scaling", name, "--cluster", place)
-        return [scaling(points, name, cluster, PRECISION, made)]
+        return [scaling_section(points, name, cluster, PRECISION, made)]
 
     def plans(self) -> list[PlanReport]:
         """The plans alone; where there are several, their sections say which is which."""
@@ -123,9 +123,9 @@ class Collector:
     def _recorded(self) -> list[Section]:
         request, sections = self._request, []
         if request.accuracy is not None:
-            sections.append(accuracy_section(load_recorded(Accuracy, request.accuracy)))
+            sections.append(accuracy_section(load_record(Accuracy, request.accuracy)))
         if request.step_time is not None:
-            sections.append(step_time_section(load_recorded(StepTimes, request.step_time)))
+            sections.append(step_time_section(load_record(StepTimes, request.step_time)))
         if request.experiments is not None:
             sections += map(experiment_section, load_results(request.experiments))
         if request.benchmarks is not None:

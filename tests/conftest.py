@@ -136,7 +136,7 @@ def browser(chromium: Browser) -> Browser:
 @pytest.fixture(scope="session")
 def gallery_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of everything at once, as page, Markdown and JSON, of models small enough to be searched in seconds."""
-    from translution.reports import builder as collect
+    from translution.reports import builder
 
     folder = tmp_path_factory.mktemp("gallery")
     plan_folder(folder / "plan", name=MALICIOUS)
@@ -150,8 +150,8 @@ def gallery_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words += ["--benchmarks", str(ROOT / "benchmarks" / "results"), "--out", str(folder / "index.html")]
     words += ["--markdown", str(folder / "README.md"), "--data", str(folder / "gallery.json")]
     with pytest.MonkeyPatch.context() as patch:
-        few = functools.partial(collect.growth, axes=("width",), factors=(1, 64))
-        patch.setattr(collect, "growth", few)
-        patch.setattr(collect, "thresholds", functools.partial(collect.thresholds, axes=("depth",)))
+        few = functools.partial(builder.growth, axes=("width",), factors=(1, 64))
+        patch.setattr(builder, "growth", few)
+        patch.setattr(builder, "thresholds", functools.partial(builder.thresholds, axes=("depth",)))
         assert run(words) == 0
     return folder

@@ -27,19 +27,19 @@ def _write(
     """Write what the suffix says: tables as Markdown, CSV or JSON, pictures as PNG or SVG."""
     try:
         from translution.reports.render.vega import png, svg
-        from translution.reports.sections.comparison import frame, markdown, picture
+        from translution.reports.sections.comparison import comparison_frame, comparison_markdown, comparison_picture
     except ModuleNotFoundError as error:
         raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[report]'") from None
     if out.suffix == ".md":
-        write_text(out, markdown(rows, limits))
+        write_text(out, comparison_markdown(rows, limits))
     elif out.suffix == ".csv":
-        write_text(out, frame(rows).to_csv(index=False))
+        write_text(out, comparison_frame(rows).to_csv(index=False))
     elif out.suffix == ".json":
-        write_text(out, frame(rows).to_json(orient="records", indent=2) + "\n")
+        write_text(out, comparison_frame(rows).to_json(orient="records", indent=2) + "\n")
     else:
         if len(points) != 1:
             raise InputError(f"out: {str(out)!r} is not allowed: a picture is of one model, not {len(points)}")
-        spec = picture(points[0], limits, f"{rows[0].model}: memory over all ranks")
+        spec = comparison_picture(points[0], limits, f"{rows[0].model}: memory over all ranks")
         write_bytes(out, png(spec)) if out.suffix == ".png" else write_text(out, svg(spec))
 
 

@@ -17,13 +17,13 @@ RESULT, TABLE, PICTURE = "result.json", "README.md", "figure"
 def write_result(result: ExperimentResult, out: Path, *, force: bool) -> None:
     """Write the raw figures, the table and the picture, whole or not at all."""
     from translution.reports.render.vega import png, svg
-    from translution.reports.sections.experiment import markdown, picture
+    from translution.reports.sections.experiment import experiment_markdown, experiment_picture
 
     with new_folder(out, marker=RESULT, force=force) as folder:
         (folder / RESULT).write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        text = f"{markdown(result)}\n![{result.experiment.question}]({PICTURE}.svg)\n"
+        text = f"{experiment_markdown(result)}\n![{result.experiment.question}]({PICTURE}.svg)\n"
         (folder / TABLE).write_text(text, encoding="utf-8")
-        spec = picture(result)
+        spec = experiment_picture(result)
         (folder / f"{PICTURE}.svg").write_text(svg(spec), encoding="utf-8")
         (folder / f"{PICTURE}.png").write_bytes(png(spec))
 
@@ -70,8 +70,8 @@ def run_and_show(
     if as_json:
         print_json({"summaries": [row.model_dump() for row in result.summaries()], "seconds": result.seconds})
         return
-    from translution.reports.sections.experiment import table as cells_of
+    from translution.reports.sections.experiment import experiment_cells
 
-    headings, cells = cells_of(result)
+    headings, cells = experiment_cells(result)
     console().print(table(experiment.question, headings, cells))
     console().print(f"wrote {out}: {RESULT}, {TABLE}, {PICTURE}.svg and .png")

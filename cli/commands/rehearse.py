@@ -90,10 +90,10 @@ def run_rehearse(
 def show_rehearsal(rehearsal: Rehearsal, run: Path, *, as_json: bool) -> None:
     """Print what a rehearsal found."""
     try:
-        from translution.reports.inputs.run_accuracy import pairs
+        from translution.reports.inputs.run_accuracy import predicted_and_measured
     except ImportError as error:
         raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[train]'") from None
-    rows = [row for row in pairs(rehearsal.prediction, rehearsal.measurement) if row[2] or row[3]]
+    rows = [row for row in predicted_and_measured(rehearsal.prediction, rehearsal.measurement) if row[2] or row[3]]
     if as_json:
         names = ("tier", "what", "predicted_bytes", "measured_bytes")
         memory = [dict(zip(names, row, strict=True)) for row in rows]

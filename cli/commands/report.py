@@ -18,7 +18,7 @@ from translution.planner.hardware.cluster import load_cluster
 from ..output import print_json
 
 if TYPE_CHECKING:
-    from translution.reports.builder import Request
+    from translution.reports.builder import ReportRequest
     from translution.reports.render.document import Document
     from translution.reports.sections.plan import PlanReport
 
@@ -57,16 +57,16 @@ class ReportInputs:
             if path is not None:
                 yield from (option, str(path))
 
-    def request(self) -> Request:
+    def request(self) -> ReportRequest:
         """The same with its models and cluster read.
 
         Raises:
             InputError: for an unknown name, or a bad file.
         """
-        from translution.reports.builder import Request
+        from translution.reports.builder import ReportRequest
 
         planned = self.models or self.compared or self.scaling is not None
-        return Request(
+        return ReportRequest(
             plans=tuple(self.folders),
             models={name: load_model_spec(name) for name in self.models},
             compared={name: load_model_spec(name) for name in self.compared},
@@ -122,15 +122,15 @@ def _contents(document: Document, plans: Sequence[PlanReport], outputs: ReportOu
     """What is to be written where."""
     from translution.reports.render import html, markdown, vega
 
-    written = {outputs.page: html.render(document).encode()}
+    written = {outputs.page: html.render_html(document).encode()}
     if outputs.png is not None:
         written[outputs.png] = vega.png(plans[0].picture)
     if outputs.svg is not None:
         written[outputs.svg] = vega.svg(plans[0].picture).encode()
     if outputs.markdown is not None:
-        for name, text in markdown.pictures(document).items():
+        for name, text in markdown.picture_files(document).items():
             written[outputs.markdown.with_name(name)] = text.encode()
-        written[outputs.markdown] = markdown.render(document).encode()
+        written[outputs.markdown] = markdown.render_markdown(document).encode()
     if outputs.data is not None:
         written[outputs.data] = (document.model_dump_json(indent=1) + "\n").encode()
     return written
@@ -146,14 +146,14 @@ def run_report(inputs: ReportInputs, outputs: ReportOutputs, *, as_json: bool) -
     """
     _check_all(inputs, outputs)
     try:
-        from translution.reports.builder import PACKAGES, Collector
+        from translution.reports.builder import PACKAGES, ReportBuilder
     except ImportError as error:
         raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[report]'") from None
     options = [word for option, (path, _) in outputs.named().items() for word in (option, str(path))]
     made = provenance(shlex.join(["translution", "report", *inputs.words(), *options]), PACKAGES)
-    collector = Collector(inputs.request(), made, str(outputs.page))
-    plans = collector.plans()
-    written = _contents(collector.document(plans), plans, outputs)
+    builder = ReportBuilder(inputs.request(), made, str(outputs.page))
+    plans = builder.plans()
+    written = _contents(builder.document(plans), plans, outputs)
     for path, content in written.items():
         write_bytes(path, content)
     if as_json:

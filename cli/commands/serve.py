@@ -69,7 +69,7 @@ def run_serve(host: str, port: int, workers: int | None, *, warm: bool, open_pag
     try:
         import uvicorn
 
-        from translution.reports.calculator.search_pool import Searches
+        from translution.reports.calculator.search_pool import SearchPool
         from translution.reports.calculator.server import make_app
     except ImportError as error:
         raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[serve]'") from None
@@ -78,7 +78,7 @@ def run_serve(host: str, port: int, workers: int | None, *, warm: bool, open_pag
     shown = f"[{host}]" if ":" in host else host
     if not is_loopback(host):
         note(f"--host {host}: anyone who reaches this machine may use the calculator; 127.0.0.1 is for you alone")
-    searches = Searches(workers or min(MOST_WORKERS, usable_cores()), warm=warm)
+    searches = SearchPool(workers or min(MOST_WORKERS, usable_cores()), warm=warm)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -21,7 +21,7 @@ def run_verify(folder: Path, *, as_json: bool) -> None:
         as_json: print JSON instead of a table.
     """
     try:
-        from translution.reports.inputs.run_accuracy import compare, files_of, find_run, metrics_of
+        from translution.reports.inputs.run_accuracy import compare_run, find_run, read_metrics, run_files
     except ImportError as error:
         raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[train]'") from None
     run = find_run(folder)
@@ -29,11 +29,11 @@ def run_verify(folder: Path, *, as_json: bool) -> None:
     if rehearsal is not None:
         show_rehearsal(rehearsal, run, as_json=as_json)
         return
-    rows = compare(run)
-    metrics = metrics_of(run)
+    rows = compare_run(run)
+    metrics = read_metrics(run)
     evaluations = metrics[metrics["event"] == "evaluation"]
     accuracy = None if evaluations.empty else float(evaluations["accuracy"].iloc[-1])
-    files = {name: str(path) for name, path in files_of(run).items()}
+    files = {name: str(path) for name, path in run_files(run).items()}
     if as_json:
         memory = json.loads(rows.to_json(orient="records"))
         print_json({"run": str(run), "accuracy": accuracy, "memory": memory, "files": files})

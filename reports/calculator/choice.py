@@ -22,12 +22,12 @@ from translution.planner.search.constraints import HEADROOM, Checkpointing, Obje
 from translution.planner.search.searcher import resolve_global_batch
 from translution.planner.search.space import batches, node_counts, strategies, tiles
 
-MOST_TOKENS = 8192
-MOST_LAYERS, MOST_WIDTH, MOST_HEADS = 128, 16384, 128
-MOST_GPUS, MOST_NODES = 16, 512
+MAX_TOKENS = 8192
+MAX_LAYERS, MAX_WIDTH, MAX_HEADS = 128, 16384, 128
+MAX_GPUS, MAX_NODES = 16, 512
 """Bounds of what is searched: larger choices would keep a search busy for minutes."""
 
-Offload: TypeAlias = Literal["none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme"]
+OffloadChoice: TypeAlias = Literal["none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme"]
 
 
 def _up_to(most: int, least: int = 1) -> Any:
@@ -56,23 +56,23 @@ class Choice(Schema):
 
     model: Annotated[str, Field(max_length=60), AfterValidator(_plain_model)] = "vit-base/16"
     operator: Operator = "translution"
-    dim: int | None = _up_to(MOST_WIDTH)
-    depth: int | None = _up_to(MOST_LAYERS)
-    heads: int | None = _up_to(MOST_HEADS)
+    dim: int | None = _up_to(MAX_WIDTH)
+    depth: int | None = _up_to(MAX_LAYERS)
+    heads: int | None = _up_to(MAX_HEADS)
     image: int | None = _up_to(4096)
     """Height and width, in pixels."""
     patch: int | None = _up_to(4096)
-    context: int | None = _up_to(MOST_TOKENS)
+    context: int | None = _up_to(MAX_TOKENS)
     roles: Annotated[str, Field(max_length=8)] | None = None
     c1: int | None = _up_to(1024)
     c2: int | None = _up_to(1024)
-    window: int | None = _up_to(MOST_TOKENS, 0)
+    window: int | None = _up_to(MAX_TOKENS, 0)
     relative_layers: Annotated[str, Field(pattern=r"^(all|(first|every):\d{1,4})$")] | None = None
     other_layers: Literal["attention", "alpha"] | None = None
     gpu: Annotated[str, Field(max_length=40), AfterValidator(_plain_gpu)] = "H100"
-    gpus: Annotated[int, Field(ge=1, le=MOST_GPUS)] = 8
+    gpus: Annotated[int, Field(ge=1, le=MAX_GPUS)] = 8
     """Of one node."""
-    nodes: Annotated[int, Field(ge=1, le=MOST_NODES)] = 1
+    nodes: Annotated[int, Field(ge=1, le=MAX_NODES)] = 1
     host_memory: int | None = _up_to(2**16)
     """Of one node, in GiB; else the catalog's."""
     nvme_path: Annotated[str, Field(max_length=200), AfterValidator(_path)] | None = None
@@ -85,7 +85,7 @@ class Choice(Schema):
     steps: Annotated[int, Field(ge=1, le=10**9)] = 10_000
     minimize: Objective = "time"
     stage: Stage | None = None
-    offload: Offload | None = None
+    offload: OffloadChoice | None = None
     checkpointing: Checkpointing | None = None
     tile_relations: int | None = _up_to(2**20)
     micro_batch: int | None = _up_to(2**16)
@@ -105,10 +105,10 @@ FIELDS = tuple(Choice.model_fields)
 _DEFAULTS = {name: field.default for name, field in Choice.model_fields.items()}
 _CHOICE: TypeAdapter[Choice] = TypeAdapter(Choice)
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
-_WISHES: TypeAdapter[SearchConstraints] = TypeAdapter(SearchConstraints)
+_CONSTRAINTS: TypeAdapter[SearchConstraints] = TypeAdapter(SearchConstraints)
 _OVERRIDES = ("operator", "roles", "c1", "c2", "relative_layers")
 _SETTINGS = ("dim", "depth", "heads", "image", "patch", "context", "window", "other_layers")
-_WISHED = ("stage", "offload", "nvme_path", "checkpointing", "tile_relations", "micro_batch", "accumulation")
+_CONSTRAINT_FIELDS = ("stage", "offload", "nvme_path", "checkpointing", "tile_relations", "micro_batch", "accumulation")
 _ALIASES = {"head_dim": "heads", "ffn_dim": "dim", "cluster": "gpu", "global batch": "global_batch"}
 """The form's fields for what the planner's lines name."""
 
@@ -166,7 +166,7 @@ def parse_choice(pairs: Iterable[tuple[str, str]]) -> Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class SearchInput:
     """A choice as the planner takes it."""
 
     spec: ModelSpec
@@ -192,13 +192,13 @@ def cluster_file_name(choice: Choice) -> str:
 def _spec_of(choice: Choice) -> ModelSpec:
     fields = {name: getattr(choice, name) for name in (*_OVERRIDES, *_SETTINGS)}
     spec = override(preset(choice.model), **fields)
-    if spec.tokens > MOST_TOKENS:
+    if spec.tokens > MAX_TOKENS:
         name = "context" if spec.family == "gpt" else "patch"
-        raise InputError(f"{name}: {spec.tokens:,} tokens are not allowed: must be at most {MOST_TOKENS:,}")
+        raise InputError(f"{name}: {spec.tokens:,} tokens are not allowed: must be at most {MAX_TOKENS:,}")
     return spec
 
 
-def question_of(choice: Choice) -> Question:
+def search_input(choice: Choice) -> SearchInput:
     """What the planner is to search, checked as far as that takes no time.
 
     Raises:
@@ -208,19 +208,21 @@ def question_of(choice: Choice) -> Question:
         spec, cluster = _spec_of(choice), cluster_of(choice)
         fields = {"precision": choice.precision, "optimizer": choice.optimizer, "steps": choice.steps}
         training = validate(_TRAINING, fields | {"data": "synthetic"}, "plan", tuple(TrainingSpec.model_fields))
-        wished = {name: getattr(choice, name) for name in (*_WISHED, "global_batch", "all_nodes", "headroom")}
+        wished = {
+            name: getattr(choice, name) for name in (*_CONSTRAINT_FIELDS, "global_batch", "all_nodes", "headroom")
+        }
         constraints = validate(
-            _WISHES, wished | {"minimize": choice.minimize}, "plan", tuple(SearchConstraints.model_fields)
+            _CONSTRAINTS, wished | {"minimize": choice.minimize}, "plan", tuple(SearchConstraints.model_fields)
         )
-        _check(Question(spec, cluster, training, constraints))
+        _check(SearchInput(spec, cluster, training, constraints))
     except ChoiceError:
         raise
     except InputError as error:
         raise choice_error(error, choice) from None
-    return Question(spec, cluster, training, constraints)
+    return SearchInput(spec, cluster, training, constraints)
 
 
-def _check(question: Question) -> None:
+def _check(question: SearchInput) -> None:
     """What a search would refuse before it begins."""
     spec, cluster, training, constraints = question.spec, question.cluster, question.training, question.constraints
     if not strategies(constraints, cluster)[0]:
@@ -238,7 +240,7 @@ def _check(question: Question) -> None:
         )
 
 
-def plan_words(choice: Choice) -> list[str]:
+def choice_arguments(choice: Choice) -> list[str]:
     """The command that makes the same plan."""
     changed = choice.changed
     cluster = f"{choice.nodes}x{choice.gpus}x{choice.gpu}"
@@ -254,15 +256,15 @@ def plan_words(choice: Choice) -> list[str]:
     words += ["--precision", choice.precision, "--data", "synthetic", "--steps", str(choice.steps)]
     if "optimizer" in changed:
         words += ["--train", f"optimizer={choice.optimizer}"]
-    for field in (*_WISHED, "global_batch", "minimize", "headroom"):
+    for field in (*_CONSTRAINT_FIELDS, "global_batch", "minimize", "headroom"):
         if field in changed:
             words += [f"--{field.replace('_', '-')}", str(changed[field])]
     return [*words, *(["--all-nodes"] if choice.all_nodes else []), "--out", f"plans/{name}"]
 
 
-def plan_command(choice: Choice) -> str:
+def choice_command(choice: Choice) -> str:
     """The same as a line for a shell, and before it what writes the cluster's file where one is needed."""
-    line = shlex.join(plan_words(choice))
+    line = shlex.join(choice_arguments(choice))
     text = cluster_file(choice)
     if text is None:
         return line

@@ -9,7 +9,7 @@ from translution.planner.analysis.operator_costs import LABELS
 from translution.planner.config.presets import PRESET_NAMES
 from translution.planner.hardware.catalog import catalog
 
-from .choice import MOST_GPUS, MOST_HEADS, MOST_LAYERS, MOST_NODES, MOST_TOKENS, MOST_WIDTH, Choice
+from .choice import MAX_GPUS, MAX_HEADS, MAX_LAYERS, MAX_NODES, MAX_TOKENS, MAX_WIDTH, Choice
 
 Options = tuple[tuple[str, str], ...]
 
@@ -24,14 +24,14 @@ class FormField:
     options: Options = ()
     """Values and texts of a select."""
     hint: str = ""
-    least: int | None = 1
-    most: int | None = None
+    minimum: int | None = 1
+    maximum: int | None = None
     placeholder: str = ""
     step: str = "1"
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class FormSection:
     """Fields that belong together; the more special ones are folded away."""
 
     title: str
@@ -52,59 +52,59 @@ def _same(*values: str) -> Options:
     return tuple((value, value) for value in values)
 
 
-def _number(name: str, label: str, most: int, placeholder: str, hint: str = "", least: int = 1) -> FormField:
-    return FormField(name, label, hint=hint, least=least, most=most, placeholder=placeholder)
+def _number(name: str, label: str, maximum: int, placeholder: str, hint: str = "", minimum: int = 1) -> FormField:
+    return FormField(name, label, hint=hint, minimum=minimum, maximum=maximum, placeholder=placeholder)
 
 
 _CHOSEN = (("", "chosen by the search"),)
 _PRESET, _SEARCHED = "preset's", "chosen"
 
 
-def _model() -> Section:
+def _model() -> FormSection:
     fields = (
         _select("model", "Model", _same(*PRESET_NAMES), "family-size/patch of 224 pixels, or /context in tokens"),
         _select("operator", "Operator", tuple(LABELS.items())),
     )
     more = (
-        _number("dim", "Width", MOST_WIDTH, _PRESET),
-        _number("depth", "Layers", MOST_LAYERS, _PRESET),
-        _number("heads", "Heads", MOST_HEADS, _PRESET, "must divide the width"),
+        _number("dim", "Width", MAX_WIDTH, _PRESET),
+        _number("depth", "Layers", MAX_LAYERS, _PRESET),
+        _number("heads", "Heads", MAX_HEADS, _PRESET, "must divide the width"),
         _number("image", "Image side", 4096, _PRESET, "pixels; vit only"),
         _number("patch", "Patch side", 4096, _PRESET, "pixels; vit only"),
-        _number("context", "Context", MOST_TOKENS, _PRESET, "tokens; gpt only"),
+        _number("context", "Context", MAX_TOKENS, _PRESET, "tokens; gpt only"),
         FormField("roles", "Relative roles", "text", placeholder="qkv", hint="one or more of q, k and v"),
         _number("c1", "c1", 1024, "16", "low width per head of α-Translution"),
         _number("c2", "c2", 1024, "16", "low width per head of α-Translution"),
-        _number("window", "Window", MOST_TOKENS, "none", "pairs farther apart do not exist", 0),
+        _number("window", "Window", MAX_TOKENS, "none", "pairs farther apart do not exist", 0),
         FormField("relative_layers", "Relative layers", "text", placeholder="all", hint="all, first:K or every:K"),
         _select("other_layers", "Other layers", (("", "attention"), ("alpha", "α-Translution"))),
     )
-    return Section("Model", fields, "Change the preset", more)
+    return FormSection("Model", fields, "Change the preset", more)
 
 
-def _cluster() -> Section:
+def _cluster() -> FormSection:
     gpus = tuple((name, f"{name}: {gpu.title}") for name, gpu in catalog().gpus.items())
     fields = (
         _select("gpu", "GPU", gpus),
-        _number("gpus", "GPUs per node", MOST_GPUS, ""),
-        _number("nodes", "Nodes", MOST_NODES, "", "at most; fewer are taken where more are not better"),
+        _number("gpus", "GPUs per node", MAX_GPUS, ""),
+        _number("nodes", "Nodes", MAX_NODES, "", "at most; fewer are taken where more are not better"),
     )
     more = (
         _number("host_memory", "Host memory per node, GiB", 2**16, "catalog's"),
         FormField("nvme_path", "NVMe path", "text", placeholder="none", hint="on every node; none keeps NVMe unused"),
-        FormField("headroom", "Headroom", hint="share of every memory that stays free", least=0, step="0.01"),
+        FormField("headroom", "Headroom", hint="share of every memory that stays free", minimum=0, step="0.01"),
         FormField("all_nodes", "Use every node", "checkbox"),
     )
-    return Section("Cluster", fields, "Memory and drives", more)
+    return FormSection("Cluster", fields, "Memory and drives", more)
 
 
-def _training() -> Section:
+def _training() -> FormSection:
     fields = (
         _select("precision", "Precision", _same("bf16", "fp16", "fp32")),
         _number("global_batch", "Global batch", 2**20, "8 per GPU", "samples per optimizer step"),
         _select(
             "minimize",
-            "Best is the least",
+            "Best is the minimum",
             (("time", "time of a sample"), ("nodes", "nodes"), ("cost", "nodes × time"), ("memory", "device memory")),
         ),
     )
@@ -126,10 +126,10 @@ def _training() -> Section:
         _number("micro_batch", "Micro-batch", 2**16, _SEARCHED, "samples per GPU and forward pass"),
         _number("accumulation", "Accumulation", 2**16, _SEARCHED, "micro-batches per step"),
     )
-    return Section("Training", fields, "Fix what the search chooses", more)
+    return FormSection("Training", fields, "Fix what the search chooses", more)
 
 
-def form() -> tuple[Section, ...]:
+def form_sections() -> tuple[FormSection, ...]:
     """The sections in order."""
     return _model(), _cluster(), _training()
 

@@ -13,7 +13,7 @@ from translution.planner.common.units import format_bytes, format_count, format_
 from translution.planner.plans.plan import version
 
 from .choice import Choice, ChoiceError
-from .form import form, value_text
+from .form import form_sections, value_text
 from .result import Costs, Outcome
 
 
@@ -59,7 +59,7 @@ def _environment() -> Environment:
     return environment
 
 
-def plan_part(choice: Choice, outcome: Outcome) -> str:
+def render_plan(choice: Choice, outcome: Outcome) -> str:
     """What the search found, or how far it is.
 
     Args:
@@ -71,7 +71,7 @@ def plan_part(choice: Choice, outcome: Outcome) -> str:
     )  # fmt: skip
 
 
-def answer_part(choice: Choice, costs: Costs, outcome: Outcome) -> str:
+def render_answer(choice: Choice, costs: Costs, outcome: Outcome) -> str:
     """Exact costs and what the search found.
 
     Args:
@@ -84,7 +84,7 @@ def answer_part(choice: Choice, costs: Costs, outcome: Outcome) -> str:
     )  # fmt: skip
 
 
-def page(choice: Choice, costs: Costs | None, outcome: Outcome | None, error: ChoiceError | None) -> str:
+def render_page(choice: Choice, costs: Costs | None, outcome: Outcome | None, error: ChoiceError | None) -> str:
     """The whole page.
 
     Args:
@@ -98,7 +98,7 @@ def page(choice: Choice, costs: Costs | None, outcome: Outcome | None, error: Ch
         costs=costs,
         outcome=outcome,
         error=error,
-        sections=form(),
+        sections=form_sections(),
         default=Choice(),
         version=version(),
         query=query_of(choice),

@@ -28,7 +28,7 @@ from translution.planner.simulator.network.ops import DtypeSizes
 from translution.planner.timing.step_time import StepTime
 
 from ..inputs.prediction import tier_name
-from .choice import Choice, Question, choice_error, plan_command, question_of
+from .choice import Choice, SearchInput, choice_command, choice_error, search_input
 
 State = Literal["found", "nothing fits", "refused", "stopped", "searching", "busy"]
 
@@ -125,7 +125,7 @@ class Outcome(Schema):
     no_plan: NoPlan | None = None
 
 
-class Found(NamedTuple):
+class WorkerResult(NamedTuple):
     """What a worker sends back, as JSON: pickles of schemas are several times as large."""
 
     outcome: bytes
@@ -143,7 +143,7 @@ def costs_of(choice: Choice) -> Costs:
     Raises:
         ChoiceError: naming the field.
     """
-    question = question_of(choice)
+    question = search_input(choice)
     described = compare_operators(question.spec, 1, DtypeSizes.of(question.training.dtype_bytes, "cuda"))
     rows = tuple(
         OperatorCost(
@@ -164,7 +164,7 @@ def costs_of(choice: Choice) -> Costs:
         tokens=question.spec.tokens,
         components=described[0]["parameters"]["components"],
         operators=rows,
-        command=plan_command(choice),
+        command=choice_command(choice),
     )
 
 
@@ -196,7 +196,7 @@ def _tiers(prediction: MemoryEstimate, cluster: ClusterSpec) -> tuple[TierUse, .
     return tuple(uses)
 
 
-def view_of(result: SearchResult) -> PlanView:
+def plan_view(result: SearchResult) -> PlanView:
     """What is shown of a search's result."""
     plan = result.plan
     cluster, training = plan.cluster, plan.training
@@ -228,31 +228,31 @@ def _no_plan(error: NoPlanFits) -> NoPlan:
     return NoPlan(strategies=error.strategies, advice=(*error.advice, *hybrids))
 
 
-def search(choice: Choice) -> Found:
-    """Search as `translution plan` does, in a worker process.
+def search_choice(choice: Choice) -> WorkerResult:
+    """SearchEntry as `translution plan` does, in a worker process.
 
     Args:
-        choice: of which `question_of` has made a question before.
+        choice: of which `search_input` has made a question before.
     """
     try:
-        question: Question = question_of(choice)
+        question: SearchInput = search_input(choice)
         result = search_plan(question.spec, question.cluster, question.training, question.constraints)
     except NoPlanFits as error:
         outcome = Outcome(state="nothing fits", message=str(error), no_plan=_no_plan(error))
-        return Found(outcome.model_dump_json().encode(), None)
+        return WorkerResult(outcome.model_dump_json().encode(), None)
     except InputError as error:
         refusal = choice_error(error, choice)
         outcome = Outcome(state="refused", message=refusal.message, field=refusal.field)
-        return Found(outcome.model_dump_json().encode(), None)
-    outcome = Outcome(state="found", plan=view_of(result))
-    return Found(outcome.model_dump_json().encode(), result.plan.model_dump_json().encode())
+        return WorkerResult(outcome.model_dump_json().encode(), None)
+    outcome = Outcome(state="found", plan=plan_view(result))
+    return WorkerResult(outcome.model_dump_json().encode(), result.plan.model_dump_json().encode())
 
 
 def plan_zip(plan_json: bytes) -> bytes:
     """The plan folder, as `translution plan` writes it, as a zip file of one folder named ``plan``.
 
     Args:
-        plan_json: of `Found`.
+        plan_json: of `WorkerResult`.
     """
     plan = parse_json(_PLAN, plan_json, PLAN_FILE)
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Searches for many readers at once: one for each choice, in worker processes, remembered, bounded.
+"""SearchPool for many readers at once: one for each choice, in worker processes, remembered, bounded.
 
 All state belongs to the thread of the event loop; workers only get a choice and send JSON back.
 """
@@ -25,19 +25,19 @@ from translution.planner.config.model import OPERATORS
 from translution.planner.config.presets import PRESET_NAMES
 
 from .choice import Choice
-from .result import Found, Outcome, search
+from .result import Outcome, WorkerResult, search_choice
 
 LIMIT_S = 60.0
 """Longest search; the largest clusters and models that are allowed take some seconds."""
 IDLE_LIMIT_S = 5.0
 """Longest search that nobody asked for."""
-QUEUE = 64
-KEPT = 2048
-FORSAKEN_S = 5.0
+MAX_QUEUED = 64
+MAX_REMEMBERED = 2048
+ABANDONED_S = 5.0
 """A search that has not begun, and that nobody has waited for in so long, is dropped."""
-POLITE = 10
+WORKER_NICENESS = 10
 """How much workers step back for the process that answers."""
-CLUSTERS: tuple[tuple[str, int, int], ...] = (("H100", 8, 1), ("A100-80", 8, 1), ("H100", 8, 2))
+POPULAR_CLUSTERS: tuple[tuple[str, int, int], ...] = (("H100", 8, 1), ("A100-80", 8, 1), ("H100", 8, 2))
 """GPU, how many in a node, and nodes, that are asked for most."""
 _OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Outcome)
 
@@ -56,7 +56,7 @@ class QueueFullError(Exception):
 
 
 @dataclass(slots=True, eq=False)
-class Search:
+class SearchEntry:
     """One choice's search."""
 
     choice: Choice
@@ -81,7 +81,7 @@ class Search:
         """The plan as JSON, if one was found."""
         return None if self.packed_plan is None else zlib.decompress(self.packed_plan)
 
-    def finish(self, found: Found) -> None:
+    def finish(self, found: WorkerResult) -> None:
         """Keep what was found and tell who waits."""
         self.packed_outcome = zlib.compress(found.outcome)
         self.packed_plan = None if found.plan is None else zlib.compress(found.plan)
@@ -89,16 +89,16 @@ class Search:
         self.done.set()
 
 
-def popular() -> Iterator[Choice]:
+def popular_choices() -> Iterator[Choice]:
     """What is searched while nobody asks: every preset with every operator on the clusters asked for most."""
     start = Choice()
-    for gpu, gpus, nodes in CLUSTERS:
+    for gpu, gpus, nodes in POPULAR_CLUSTERS:
         for operator in OPERATORS:
             for model in PRESET_NAMES:
                 yield start.but(model=model, operator=operator, gpu=gpu, gpus=gpus, nodes=nodes)
 
 
-def neighbours(choice: Choice) -> Iterator[Choice]:
+def neighbour_choices(choice: Choice) -> Iterator[Choice]:
     """What a reader may ask for next: the choice with one of its main fields otherwise."""
     # Roles, ranks and windows of one operator may not suit another.
     if {"window", "other_layers"}.isdisjoint(choice.changed):
@@ -118,10 +118,10 @@ def _alike(model: str, family: str, cut: str) -> bool:
 
 
 def _begin() -> None:
-    os.nice(POLITE)
+    os.nice(WORKER_NICENESS)
 
 
-class Searches:
+class SearchPool:
     """Starts searches, remembers what they found, and searches what may be asked for next.
 
     Args:
@@ -131,13 +131,13 @@ class Searches:
         queue: searches that may wait.
     """
 
-    def __init__(self, workers: int, *, warm: bool = True, limit_s: float = LIMIT_S, queue: int = QUEUE) -> None:
+    def __init__(self, workers: int, *, warm: bool = True, limit_s: float = LIMIT_S, queue: int = MAX_QUEUED) -> None:
         self.workers, self._limit_s, self._queue_size = workers, limit_s, queue
-        self._known: LRUCache[Choice, Search] = LRUCache(KEPT)
-        self._queued: dict[Choice, Search] = {}
-        self._running: dict[Choice, Search] = {}
+        self._known: LRUCache[Choice, SearchEntry] = LRUCache(MAX_REMEMBERED)
+        self._queued: dict[Choice, SearchEntry] = {}
+        self._running: dict[Choice, SearchEntry] = {}
         self._warm = warm
-        self._popular: Iterator[Choice] = popular() if warm else iter(())
+        self._popular: Iterator[Choice] = popular_choices() if warm else iter(())
         self._next: deque[Choice] = deque(maxlen=64)
         self._seconds = 1.0
         """Of a search, lately."""
@@ -168,7 +168,7 @@ class Searches:
         """Whether nothing runs or waits."""
         return not self._queued and not self._running
 
-    def ask(self, choice: Choice) -> Search:
+    def ask(self, choice: Choice) -> SearchEntry:
         """The search for a choice, begun or queued if nobody asked before.
 
         Raises:
@@ -179,20 +179,20 @@ class Searches:
             found = self._queued.get(choice) or self._enqueue(choice)
             if self._warm:
                 self._next.clear()
-                self._next.extend(neighbours(choice))
+                self._next.extend(neighbour_choices(choice))
         found.wanted, found.asked_at = True, time.monotonic()
         self._pump()
         return found
 
-    def _enqueue(self, choice: Choice) -> Search:
-        self._drop_forsaken()
+    def _enqueue(self, choice: Choice) -> SearchEntry:
+        self._drop_abandoned()
         if self._closed or len(self._queued) >= self._queue_size:
             waiting = len(self._queued)
             raise QueueFullError(waiting, max(1, round(waiting * self._seconds / self.workers)))
-        entry = self._queued[choice] = Search(choice)
+        entry = self._queued[choice] = SearchEntry(choice)
         return entry
 
-    async def wait(self, entry: Search, seconds: float) -> bool:
+    async def wait(self, entry: SearchEntry, seconds: float) -> bool:
         """Whether a search is done, after so long at most; while somebody waits it is not dropped."""
         entry.waiting += 1
         try:
@@ -204,10 +204,10 @@ class Searches:
             entry.asked_at = time.monotonic()
         return entry.state == "done"
 
-    def _drop_forsaken(self) -> None:
+    def _drop_abandoned(self) -> None:
         now = time.monotonic()
         for entry in list(self._queued.values()):
-            if not entry.waiting and now - entry.asked_at > FORSAKEN_S:
+            if not entry.waiting and now - entry.asked_at > ABANDONED_S:
                 del self._queued[entry.choice]
                 entry.finish(_stopped("nobody waited for it"))
 
@@ -215,7 +215,7 @@ class Searches:
         """Give idle workers what to do."""
         if self._closed or self._loop is None:
             return
-        self._drop_forsaken()
+        self._drop_abandoned()
         waited = sorted(self._queued.values(), key=lambda entry: entry.waiting == 0)
         for entry in waited[: self.workers - len(self._running)]:
             del self._queued[entry.choice]
@@ -223,7 +223,7 @@ class Searches:
         # One worker stays free for the next reader, where there is more than one.
         spare = max(1, self.workers - 1)
         while not self._queued and len(self._running) < spare and (choice := self._unasked()) is not None:
-            self._start(Search(choice, wanted=False))
+            self._start(SearchEntry(choice, wanted=False))
 
     def _unasked(self) -> Choice | None:
         candidates: Iterable[Choice] = (self._next.popleft() for _ in range(len(self._next)))
@@ -233,20 +233,20 @@ class Searches:
                     return choice
         return None
 
-    def _start(self, entry: Search) -> None:
+    def _start(self, entry: SearchEntry) -> None:
         entry.state = "running"
         self._running[entry.choice] = entry
         began = time.monotonic()
         limit = self._limit_s if entry.wanted else min(self._limit_s, IDLE_LIMIT_S)
-        future = self._pool.schedule(search, args=(entry.choice,), timeout=limit)
+        future = self._pool.schedule(search_choice, args=(entry.choice,), timeout=limit)
 
-        def tell(done: Future[Found]) -> None:
+        def tell(done: Future[WorkerResult]) -> None:
             if not self._closed and self._loop is not None:
                 self._loop.call_soon_threadsafe(self._finish, entry, done, time.monotonic() - began, limit)
 
         future.add_done_callback(tell)
 
-    def _finish(self, entry: Search, future: Future[Found], seconds: float, limit_s: float) -> None:
+    def _finish(self, entry: SearchEntry, future: Future[WorkerResult], seconds: float, limit_s: float) -> None:
         if self._closed:
             return
         del self._running[entry.choice]
@@ -264,7 +264,7 @@ class Searches:
         self._known[entry.choice] = entry
         self._pump()
 
-    def _give_up(self, entry: Search) -> None:
+    def _give_up(self, entry: SearchEntry) -> None:
         """After an idle search that took too long: begin again if somebody has asked for it meanwhile."""
         if entry.wanted:
             entry.state = "queued"
@@ -272,5 +272,5 @@ class Searches:
         self._pump()
 
 
-def _stopped(message: str) -> Found:
-    return Found(Outcome(state="stopped", message=message).model_dump_json().encode(), None)
+def _stopped(message: str) -> WorkerResult:
+    return WorkerResult(Outcome(state="stopped", message=message).model_dump_json().encode(), None)

@@ -19,11 +19,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .choice import Choice, ChoiceError, parse_choice
-from .pages import answer_part, asset, page, plan_part
+from .pages import asset, render_answer, render_page, render_plan
 from .result import Costs, Outcome, costs_of, plan_zip
-from .search_pool import QueueFullError, Search, Searches
+from .search_pool import QueueFullError, SearchEntry, SearchPool
 
-LONGEST_QUERY = 2048
+MAX_QUERY_LENGTH = 2048
 POLL_S = 8.0
 """How long a request for a plan is held at most."""
 HEARTBEAT_S = 0.5
@@ -58,7 +58,7 @@ def _is_address(host: str) -> bool:
     return True
 
 
-class _Guard:
+class _RequestGuard:
     """Adds the headers that every answer has; refuses long addresses, other names, and other sites' pages.
 
     Args:
@@ -72,8 +72,8 @@ class _Guard:
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
-        if len(scope["query_string"]) > LONGEST_QUERY or len(scope["path"]) > LONGEST_QUERY:
-            return _error(414, f"the address is too long: at most {LONGEST_QUERY} characters after the ?")
+        if len(scope["query_string"]) > MAX_QUERY_LENGTH or len(scope["path"]) > MAX_QUERY_LENGTH:
+            return _error(414, f"the address is too long: at most {MAX_QUERY_LENGTH} characters after the ?")
         host = _host_of(headers.get("host", ""))
         if host not in self._names and not (self._any_address and _is_address(host)):
             return _error(400, f"Host: {host[:60]!r} is not allowed: must be what the server was started as")
@@ -117,7 +117,7 @@ async def _http_error(_: Request, error: Exception) -> Response:
     return _error(error.status_code, texts.get(error.status_code, error.detail), headers=error.headers)
 
 
-async def _unforeseen(_: Request, error: Exception) -> Response:
+async def _internal_error(_: Request, error: Exception) -> Response:
     return _error(500, f"the calculator failed ({type(error).__name__}); the server's log says where")
 
 
@@ -126,14 +126,14 @@ def _raise_refusal(outcome: Outcome) -> None:
         raise ChoiceError(outcome.message, outcome.field)
 
 
-class _Pages:
+class _Routes:
     """The routes.
 
     Args:
         searches: where plans come from.
     """
 
-    def __init__(self, searches: Searches) -> None:
+    def __init__(self, searches: SearchPool) -> None:
         self._searches = searches
 
     async def _answer(self, choice: Choice) -> tuple[Costs, Outcome]:
@@ -146,7 +146,7 @@ class _Pages:
         _raise_refusal(outcome)
         return costs, outcome
 
-    async def _outcome(self, request: Request) -> tuple[Choice, Search]:
+    async def _outcome(self, request: Request) -> tuple[Choice, SearchEntry]:
         """The search of a request, after a bounded wait for its end."""
         choice = parse_choice(request.query_params.multi_items())
         await run_in_threadpool(costs_of, choice)  # Refuses what cannot be searched.
@@ -165,21 +165,21 @@ class _Pages:
             choice = parse_choice(request.query_params.multi_items())
             costs, outcome = await self._answer(choice)
         except ChoiceError as error:
-            return HTMLResponse(page(choice, None, None, error), 422)
-        return HTMLResponse(await run_in_threadpool(page, choice, costs, outcome, None))
+            return HTMLResponse(render_page(choice, None, None, error), 422)
+        return HTMLResponse(await run_in_threadpool(render_page, choice, costs, outcome, None))
 
     async def answer(self, request: Request) -> Response:
         """The part of the page that changes with the form."""
         choice = parse_choice(request.query_params.multi_items())
         costs, outcome = await self._answer(choice)
-        return HTMLResponse(await run_in_threadpool(answer_part, choice, costs, outcome))
+        return HTMLResponse(await run_in_threadpool(render_answer, choice, costs, outcome))
 
     async def plan(self, request: Request) -> Response:
         """The part of the page that shows the plan, as soon as it is there."""
         choice, search = await self._outcome(request)
         outcome = search.outcome
         _raise_refusal(outcome)
-        return HTMLResponse(await run_in_threadpool(plan_part, choice, outcome))
+        return HTMLResponse(await run_in_threadpool(render_plan, choice, outcome))
 
     async def api_answer(self, request: Request) -> Response:
         """Costs and outcome as JSON."""
@@ -216,7 +216,7 @@ def _asset(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
     return send
 
 
-def make_app(searches: Searches, hosts: Iterable[str] = (), *, any_address: bool = False) -> Starlette:
+def make_app(searches: SearchPool, hosts: Iterable[str] = (), *, any_address: bool = False) -> Starlette:
     """The application.
 
     Args:
@@ -225,9 +225,9 @@ def make_app(searches: Searches, hosts: Iterable[str] = (), *, any_address: bool
             foreign page can reach it through a name of its own that leads here.
         any_address: allow any address in place of a name.
     """
-    pages = _Pages(searches)
+    pages = _Routes(searches)
     # The first reader need not wait until the catalog is read and the templates are compiled.
-    page(Choice(), costs_of(Choice()), Outcome(state="searching"), None)
+    render_page(Choice(), costs_of(Choice()), Outcome(state="searching"), None)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -248,13 +248,15 @@ def make_app(searches: Searches, hosts: Iterable[str] = (), *, any_address: bool
     return Starlette(
         routes=[Route(path, endpoint, methods=["GET"]) for path, endpoint in routes.items()],
         middleware=[
-            Middleware(_Guard, frozenset((*LOOPBACK, *(host.lower() for host in hosts))), any_address=any_address)
+            Middleware(
+                _RequestGuard, frozenset((*LOOPBACK, *(host.lower() for host in hosts))), any_address=any_address
+            )
         ],
         exception_handlers={
             ChoiceError: _choice_error,
             QueueFullError: _queue_full,
             HTTPException: _http_error,
-            Exception: _unforeseen,
+            Exception: _internal_error,
         },
         lifespan=lifespan,
     )

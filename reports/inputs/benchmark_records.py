@@ -10,12 +10,12 @@ from pydantic import TypeAdapter
 from translution.planner.common.provenance import DISTRIBUTION, Provenance
 from translution.planner.common.schema import Schema, parse_json
 
-from ..render.document import read
+from ..render.document import read_input
 
 _VERSIONS = {"python": "Python", "translution": DISTRIBUTION}
 
 
-class Recorded(Schema):
+class BenchmarkRecord(Schema):
     """What all of them say of how they were made."""
 
     command: str
@@ -68,7 +68,7 @@ class AccuracySections(Schema):
     times: tuple[TimeRow, ...] = ()
 
 
-class Rehearsal(Schema):
+class RehearsalRecord(Schema):
     """One rank of a large world."""
 
     what: str
@@ -77,13 +77,13 @@ class Rehearsal(Schema):
     rows: tuple[PairRow, ...]
 
 
-class Accuracy(Recorded):
+class Accuracy(BenchmarkRecord):
     """``accuracy.json``."""
 
     sections: AccuracySections
     predicted: str | None = None
     """When and by which command the predictions were made anew, in words."""
-    rehearsal: Rehearsal | None = None
+    rehearsal: RehearsalRecord | None = None
 
 
 class StepRow(Schema):
@@ -99,7 +99,7 @@ class StepRow(Schema):
     parts: dict[str, float]
 
 
-class StepTimes(Recorded):
+class StepTimes(BenchmarkRecord):
     """``step_time.json``."""
 
     rates: dict[str, object]
@@ -133,7 +133,7 @@ class AlphaRow(Schema):
     operations_ratio: float
 
 
-class OperatorBenchmark(Recorded):
+class OperatorBenchmark(BenchmarkRecord):
     """``operator.json``."""
 
     parity: float
@@ -157,17 +157,17 @@ class SearchRow(Schema):
     seconds: float
 
 
-class PlannerBenchmark(Recorded):
+class PlannerBenchmark(BenchmarkRecord):
     """``planner.json``."""
 
     commands: tuple[CommandRow, ...]
     searches: tuple[SearchRow, ...]
 
 
-T = TypeVar("T")
+_Record = TypeVar("_Record")
 
 
-def load_recorded(kind: type[T], path: Path) -> T:
+def load_record(kind: type[_Record], path: Path) -> _Record:
     """Read one of these files.
 
     Args:
@@ -177,4 +177,4 @@ def load_recorded(kind: type[T], path: Path) -> T:
     Raises:
         InputError: if it is absent or damaged.
     """
-    return parse_json(TypeAdapter(kind), read(path), str(path))
+    return parse_json(TypeAdapter(kind), read_input(path), str(path))

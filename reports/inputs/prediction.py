@@ -18,7 +18,7 @@ TIER_NAMES = {"pinned": "pinned host", "nvme": "NVMe"}
 _STEP = (FORWARD, BACKWARD, STEP)
 
 
-def ledger_rows(prediction: MemoryEstimate) -> list[dict[str, Any]]:
+def breakdown_rows(prediction: MemoryEstimate) -> list[dict[str, Any]]:
     """Every entry at the peak of every phase and tier.
 
     Returns:

@@ -18,11 +18,11 @@ from translution.planner.simulator.core.tiers import Tier
 from translution.planner.simulator.engine.base import STATES
 from translution.planner.simulator.lifecycle import INIT, RESUME
 
-COLUMNS = ("rank", "tier", "what", "predicted_bytes", "measured_bytes", "ratio")
-RESIDENT, KEPT, PROCESS = "between steps", "kept for backward", "process"
+_COLUMNS = ("rank", "tier", "what", "predicted_bytes", "measured_bytes", "ratio")
+RESIDENT, SAVED, PROCESS_PREFIX = "between steps", "kept for backward", "process"
 PROCESS_GROWTH_BYTES = 40 * 2**20
 """What a process loads after it has begun to be watched: DeepSpeed's engine, gloo's threads, kernels. Measured."""
-SWAP_ENTRIES = {"exp_avg": STATES, "exp_avg_sq": STATES}
+_SWAP_ITEMS = {"exp_avg": STATES, "exp_avg_sq": STATES}
 """Entries of the ledger that files on NVMe belong to, where the file has another name."""
 
 
@@ -40,7 +40,9 @@ def find_run(folder: Path) -> Path:
     return require_run(runs[-1])
 
 
-def pairs(prediction: MemoryEstimate, measured: MemoryMeasurement) -> Iterator[tuple[Tier, str, int, int]]:
+def predicted_and_measured(
+    prediction: MemoryEstimate, measured: MemoryMeasurement
+) -> Iterator[tuple[Tier, str, int, int]]:
     """Tier, what, predicted and measured bytes: entries that can be told apart, then totals."""
     own: Tier = prediction.own_tier
     for name, size in measured.entries_bytes.items():
@@ -52,18 +54,18 @@ def pairs(prediction: MemoryEstimate, measured: MemoryMeasurement) -> Iterator[t
         yield "pinned", name, prediction.of(name, RESIDENT, "pinned"), size
     files: dict[str, int] = {}
     for name, size in measured.disk_bytes.items():
-        entry = SWAP_ENTRIES.get(name, name)
+        entry = _SWAP_ITEMS.get(name, name)
         files[entry] = files.get(entry, 0) + size
     for name, size in files.items():
         yield "nvme", name, prediction.of(name, RESIDENT, "nvme"), size
     yield own, RESIDENT, prediction.resident_bytes, measured.resident_bytes
     if measured.saved_bytes is not None:
-        yield own, KEPT, prediction.saved_bytes, measured.saved_bytes
+        yield own, SAVED, prediction.saved_bytes, measured.saved_bytes
     for phase, size in _with_building(measured.phase_peak_bytes).items():
         yield own, f"peak of {phase}", prediction.bytes_of(phase), size
     for phase, size in _with_building(measured.process_phase_peak_bytes).items():
         held = prediction.bytes_of(phase, "host") + prediction.bytes_of(phase, "pinned")
-        yield "host", f"{PROCESS} in {phase}", measured.process_start_bytes + PROCESS_GROWTH_BYTES + held, size
+        yield "host", f"{PROCESS_PREFIX} in {phase}", measured.process_start_bytes + PROCESS_GROWTH_BYTES + held, size
 
 
 def _with_building(peaks: Mapping[str, int]) -> dict[str, int]:
@@ -73,15 +75,15 @@ def _with_building(peaks: Mapping[str, int]) -> dict[str, int]:
     return dict(peaks)
 
 
-def prediction_of(plan: Plan, rank: int) -> MemoryEstimate:
+def predict_rank(plan: Plan, rank: int) -> MemoryEstimate:
     """The plan's, which is of the rank with the most; at stages 1 and 2 that of the rank itself."""
     if plan.zero.stage not in (1, 2):
         return plan.prediction
     return estimate_memory(plan.model, plan.cluster, plan.training, plan.zero, plan.tile_relations, rank)
 
 
-def compare(run: Path) -> pd.DataFrame:
-    """Predicted and measured bytes of every rank, with the columns of `COLUMNS`.
+def compare_run(run: Path) -> pd.DataFrame:
+    """Predicted and measured bytes of every rank, with the columns of `_COLUMNS`.
 
     Entries that can be told apart come first, then what is live between steps, what is kept for
     backward and the peak of each phase. The process's resident memory is predicted as what it was
@@ -97,17 +99,17 @@ def compare(run: Path) -> pd.DataFrame:
         measured = read_memory(run, rank)
         if measured is None:
             continue
-        for tier, what, predicted, size in pairs(prediction_of(plan, rank), measured):
+        for tier, what, predicted, size in predicted_and_measured(predict_rank(plan, rank), measured):
             if predicted or size:
                 values = (rank, tier, what, predicted, size, predicted / (size or float("nan")))
-                rows.append(dict(zip(COLUMNS, values, strict=True)))
+                rows.append(dict(zip(_COLUMNS, values, strict=True)))
     if not rows:
         raise InputError(f"{run}: holds no measurement: the run ended before its measured step")
-    table: pd.DataFrame = pd.DataFrame(rows, columns=list(COLUMNS))
+    table: pd.DataFrame = pd.DataFrame(rows, columns=list(_COLUMNS))
     return table
 
 
-def metrics_of(run: Path) -> pd.DataFrame:
+def read_metrics(run: Path) -> pd.DataFrame:
     """The run's metrics, a row per line of its metrics file; a torn last line is left out.
 
     Of steps that a resumed run did again, the last time counts.
@@ -131,7 +133,7 @@ def metrics_of(run: Path) -> pd.DataFrame:
     return metrics
 
 
-def files_of(run: Path) -> dict[str, Path]:
+def run_files(run: Path) -> dict[str, Path]:
     """Where the files of a run lie, by what they are; only those that exist."""
     paths = {"metrics": run / METRICS, "measured memory": run / "memory", "checkpoint": run / CHECKPOINT}
     return {name: path for name, path in paths.items() if path.exists()}

@@ -1,6 +1,6 @@
 """What a report holds, whatever it is written as: sections of tables and pictures, each with where it comes from.
 
-Cells hold values; `shown` makes a reader's text of them by the kind of their column. So one document gives the page,
+Cells hold values; `format_value` makes a reader's text of them by the kind of their column. So one document gives the page,
 the Markdown and the JSON, and the three cannot disagree.
 """
 
@@ -16,21 +16,21 @@ from translution.planner.common.provenance import Provenance
 from translution.planner.common.schema import Schema, parse_json
 from translution.planner.common.units import format_bytes, format_count, format_flops
 
-Kind: TypeAlias = Literal[
+ColumnKind: TypeAlias = Literal[
     "text", "sentence", "code", "integer", "count", "bytes", "flops", "seconds", "ratio", "times", "share", "number",
 ]  # fmt: skip
 """How a column's values are written: "count" in powers of 1000, "ratio" as 1.000, "times" as 1×, "share" as 100.0%."""
-Value: TypeAlias = int | float | str | tuple[float, ...] | None
+CellValue: TypeAlias = int | float | str | tuple[float, ...] | None
 """A pair is a mean and its deviation, or the two ends of a span of ratios; three are likely, low and high."""
-TEXTS: tuple[Kind, ...] = ("text", "sentence", "code")
-NOTHING = "–"
+TEXT_KINDS: tuple[ColumnKind, ...] = ("text", "sentence", "code")
+MISSING = "–"
 
 
 class Column(Schema):
     """A column of a table."""
 
     title: str
-    kind: Kind = "text"
+    kind: ColumnKind = "text"
 
 
 class Table(Schema):
@@ -42,8 +42,8 @@ class Table(Schema):
     text: str | None = None
     caption: str
     columns: tuple[Column, ...]
-    rows: tuple[tuple[Value, ...], ...]
-    foot: tuple[tuple[Value, ...], ...] = ()
+    rows: tuple[tuple[CellValue, ...], ...]
+    foot: tuple[tuple[CellValue, ...], ...] = ()
     """Stay below when the rows are sorted."""
     sortable: bool = True
     chosen_by: int | None = None
@@ -73,7 +73,7 @@ class Picture(Schema):
         return str(self.spec.get("description", self.caption))
 
 
-Part: TypeAlias = Annotated[Table | Picture, Field(discriminator="part")]
+SectionPart: TypeAlias = Annotated[Table | Picture, Field(discriminator="part")]
 
 
 class Section(Schema):
@@ -82,7 +82,7 @@ class Section(Schema):
     key: str
     title: str
     text: tuple[str, ...] = ()
-    parts: tuple[Part, ...] = ()
+    parts: tuple[SectionPart, ...] = ()
 
 
 class Document(Schema):
@@ -116,10 +116,10 @@ def load_document(path: Path) -> Document:
     Raises:
         InputError: if the file is absent or damaged.
     """
-    return parse_json(_DOCUMENT, read(path), str(path))
+    return parse_json(_DOCUMENT, read_input(path), str(path))
 
 
-def read(path: Path) -> bytes:
+def read_input(path: Path) -> bytes:
     """The content of a file that was named.
 
     Raises:
@@ -139,7 +139,7 @@ def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
-def _single(value: float, kind: Kind) -> str:
+def _single(value: float, kind: ColumnKind) -> str:
     if kind == "bytes":
         return format_bytes(round(value))
     if kind == "count":
@@ -150,11 +150,11 @@ def _single(value: float, kind: Kind) -> str:
         return _seconds(value)
     if kind == "times":
         return f"{value:,.0f}×" if value >= 10 else f"{value:.1f}×"
-    forms: dict[Kind, str] = {"integer": ",.0f", "ratio": ".3f", "share": ".1%", "number": ",.3f"}
+    forms: dict[ColumnKind, str] = {"integer": ",.0f", "ratio": ".3f", "share": ".1%", "number": ",.3f"}
     return format(value, forms[kind])
 
 
-def shown(value: Value, kind: Kind) -> str:
+def format_value(value: CellValue, kind: ColumnKind) -> str:
     """A value as a reader sees it.
 
     Args:
@@ -162,7 +162,7 @@ def shown(value: Value, kind: Kind) -> str:
         kind: of its column.
     """
     if value is None:
-        return NOTHING
+        return MISSING
     if isinstance(value, str):
         return value
     if not isinstance(value, tuple):
@@ -178,7 +178,7 @@ def shown(value: Value, kind: Kind) -> str:
     return f"{_single(first, kind)} ± {_single(second, kind)}"
 
 
-def weight(value: Value) -> float | None:
+def sort_value(value: CellValue) -> float | None:
     """The number by which a cell is sorted; None for texts and what is missing."""
     if isinstance(value, tuple):
         return value[0]

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..render import vega
-from .document import TEXTS, Document, shown, weight
+from .document import TEXT_KINDS, Document, format_value, sort_value
 
 _LIVE = vega.config("currentColor", "var(--line)", "var(--page)", legend_columns=4)
 """The page's own colours, so that charts turn dark and light with it."""
@@ -31,9 +31,9 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FunctionLoader(_read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["weight"] = weight
-    environment.globals["shown"] = shown
-    environment.globals["texts"] = TEXTS
+    environment.filters["sort_value"] = sort_value
+    environment.globals["format_value"] = format_value
+    environment.globals["texts"] = TEXT_KINDS
     return environment
 
 
@@ -64,7 +64,7 @@ def _live(spec: dict[str, Any]) -> bool:
     return not {"hconcat", "vconcat", "concat", "facet"} & set(spec)
 
 
-def render(document: Document) -> str:
+def render_html(document: Document) -> str:
     """The page.
 
     Args:

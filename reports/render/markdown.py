@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from translution.planner.common.provenance import Provenance
 
 from ..render import vega
-from .document import TEXTS, Column, Document, Kind, Picture, Table, Value, shown
+from .document import TEXT_KINDS, CellValue, Column, ColumnKind, Document, Picture, Table, format_value
 
 
 def _plain(text: str) -> str:
@@ -25,13 +25,13 @@ def _code(text: str) -> str:
     return f"{fence}{' '.join(text.split())}{fence}".replace("|", "\\|")
 
 
-def _cell(value: Value, kind: Kind) -> str:
+def _cell(value: CellValue, kind: ColumnKind) -> str:
     if kind == "code" and isinstance(value, str) and value:
         return _code(value)
-    return _plain(shown(value, kind))
+    return _plain(format_value(value, kind))
 
 
-def _row(values: tuple[Value, ...], columns: tuple[Column, ...]) -> str:
+def _row(values: tuple[CellValue, ...], columns: tuple[Column, ...]) -> str:
     cells = (_cell(value, column.kind) for value, column in zip(values, columns, strict=True))
     return f"| {' | '.join(cells)} |"
 
@@ -48,7 +48,7 @@ def _table(table: Table) -> Iterator[str]:
     yield f"{_plain(table.caption)}:"
     yield ""
     yield f"| {' | '.join(_plain(column.title) for column in table.columns)} |"
-    yield f"|{'|'.join('---' if column.kind in TEXTS else '--:' for column in table.columns)}|"
+    yield f"|{'|'.join('---' if column.kind in TEXT_KINDS else '--:' for column in table.columns)}|"
     for values in (*table.rows, *table.foot):
         yield _row(values, table.columns)
     yield ""
@@ -80,11 +80,11 @@ def _lines(document: Document) -> Iterator[str]:
             yield from (_made(part.made, part.how), "")
 
 
-def render(document: Document) -> str:
-    """The text, which names the pictures as `pictures` does."""
+def render_markdown(document: Document) -> str:
+    """The text, which names the pictures as `picture_files` does."""
     return "\n".join(_lines(document))
 
 
-def pictures(document: Document) -> dict[str, str]:
+def picture_files(document: Document) -> dict[str, str]:
     """The SVG of every picture, by the name of its file."""
     return {f"{picture.key}.svg": vega.svg(picture.spec) for picture in document.pictures}

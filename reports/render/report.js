@@ -31,10 +31,10 @@
   }
 
   const collator = new Intl.Collator("en", { numeric: true });
-  const weight = (cell) => (cell.dataset.weight === undefined ? null : Number(cell.dataset.weight));
+  const sortValue = (cell) => (cell.dataset.sortValue === undefined ? null : Number(cell.dataset.sortValue));
   // Numbers by size, then texts by the alphabet; what is missing stays last in both directions.
   const compare = (one, other, sign) => {
-    const [a, b] = [weight(one), weight(other)];
+    const [a, b] = [sortValue(one), sortValue(other)];
     if (a !== null && b !== null) return sign * (a - b);
     if (a !== null || b !== null) return a === null ? 1 : -1;
     return sign * collator.compare(one.textContent, other.textContent);

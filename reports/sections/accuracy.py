@@ -7,19 +7,19 @@ from typing import Any
 
 import altair as alt
 
-from ..inputs.benchmark_records import Accuracy, PairRow, RankRow, Rehearsal, StepRow, StepTimes
-from ..inputs.run_accuracy import KEPT, PROCESS, RESIDENT
-from ..render.document import Column, Part, Picture, Section, Table, Value
+from ..inputs.benchmark_records import Accuracy, PairRow, RankRow, RehearsalRecord, StepRow, StepTimes
+from ..inputs.run_accuracy import PROCESS_PREFIX, RESIDENT, SAVED
+from ..render.document import CellValue, Column, Picture, Section, SectionPart, Table
 from ..render.vega import COLOURS
-from .memory_timeline import WIDTH
+from .memory_timeline import CHART_WIDTH
 
 _KINDS: dict[str, Callable[[RankRow], bool]] = {
     "states between steps": lambda row: row.what == RESIDENT,
     "peaks by phase": lambda row: row.what.startswith("peak of"),
-    "kept for backward": lambda row: row.what == KEPT,
+    "kept for backward": lambda row: row.what == SAVED,
     "pinned buffers": lambda row: row.tier == "pinned",
     "files on NVMe": lambda row: row.tier == "nvme",
-    "resident set": lambda row: row.what.startswith(PROCESS),
+    "resident set": lambda row: row.what.startswith(PROCESS_PREFIX),
 }
 _PEAKS, _RESIDENT_SET = (1.0, 1.05), (0.9, 1.1)
 """Within which predicted over measured is to be."""
@@ -27,7 +27,7 @@ _STEP = 0.15
 """How far a predicted time may be off."""
 
 
-def _span(ratios: Iterable[float | None]) -> Value:
+def _span(ratios: Iterable[float | None]) -> CellValue:
     known = [ratio for ratio in ratios if ratio is not None]
     return (min(known), max(known)) if known else None
 
@@ -40,12 +40,12 @@ def _outside(row: RankRow) -> bool:
     """Whether a peak or a resident set is off by more than is aimed at."""
     if row.ratio is None:
         return False
-    if row.what.startswith(PROCESS):
+    if row.what.startswith(PROCESS_PREFIX):
         return not _RESIDENT_SET[0] <= row.ratio <= _RESIDENT_SET[1]
     return row.what.startswith("peak of") and not _PEAKS[0] <= row.ratio <= _PEAKS[1]
 
 
-def _summary(accuracy: Accuracy) -> Iterator[tuple[Value, ...]]:
+def _summary(accuracy: Accuracy) -> Iterator[tuple[CellValue, ...]]:
     """What, how many, the span, and how many are as they should be."""
     counts, passes, ranks = accuracy.sections.counts, accuracy.sections.passes, accuracy.sections.ranks
     if counts:
@@ -93,7 +93,7 @@ def _ranks_picture(rows: Sequence[RankRow], accuracy: Accuracy) -> Picture:
     ratios = [row["ratio"] for row in values]
     spec = alt.LayerChart(
         layer=[rule, dots],
-        width=WIDTH,
+        width=CHART_WIDTH,
         height=24 * len({row.run for row in rows}),
         title="Predicted over measured memory of two ranks",
         description=f"Predicted over measured memory of {len(values)} entries and peaks of two ranks: from "
@@ -141,7 +141,7 @@ def _misses_table(rows: Sequence[RankRow], accuracy: Accuracy) -> Table | None:
     )
 
 
-def _rehearsal_table(rehearsal: Rehearsal) -> Table:
+def _rehearsal_table(rehearsal: RehearsalRecord) -> Table:
     columns = (
         Column(title="what"),
         Column(title="predicted", kind="bytes"),
@@ -172,7 +172,7 @@ def accuracy_section(accuracy: Accuracy) -> Section:
         Column(title="predicted / measured", kind="ratio"),
         Column(title="of them"),
     )
-    parts: list[Part] = [
+    parts: list[SectionPart] = [
         Table(
             key="accuracy-summary",
             caption="Predicted over measured memory, and parameters",
@@ -220,7 +220,7 @@ def _step_picture(rows: Sequence[StepRow], times: StepTimes) -> Picture:
     text = "; ".join(f"{row.what} {row.predicted_s:.2f} s for {row.measured_s:.2f} s" for row in rows)
     title = "Predicted and measured time of a step"
     spec = alt.LayerChart(
-        layer=[line, dots], width=WIDTH, height=44 * len(rows), title=title, description=f"{title}: {text}."
+        layer=[line, dots], width=CHART_WIDTH, height=44 * len(rows), title=title, description=f"{title}: {text}."
     ).to_dict()
     caption = "Likely time in its interval; median of the measured steps between the fastest and the slowest."
     return Picture(key="step-time", caption=caption, name=title, spec=dict(spec), how="Measured by", made=times.made)
@@ -238,7 +238,7 @@ def step_time_section(times: StepTimes) -> Section:
         Column(title="measured (fastest to slowest)", kind="seconds"),
         Column(title="predicted / measured", kind="ratio"),
     )
-    rows: list[tuple[Value, ...]] = [
+    rows: list[tuple[CellValue, ...]] = [
         (
             row.what,
             (row.predicted_s, row.low_s, row.high_s),

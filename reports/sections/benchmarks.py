@@ -7,8 +7,8 @@ from pathlib import Path
 
 from translution.planner.common.errors import InputError
 
-from ..inputs.benchmark_records import OperatorBenchmark, PlannerBenchmark, load_recorded
-from ..render.document import Column, Part, Section, Table, Value
+from ..inputs.benchmark_records import OperatorBenchmark, PlannerBenchmark, load_record
+from ..render.document import CellValue, Column, Section, SectionPart, Table
 
 
 def operator_section(found: OperatorBenchmark) -> Section:
@@ -28,7 +28,7 @@ def operator_section(found: OperatorBenchmark) -> Section:
         Column(title="smaller", kind="times"),
         Column(title="of plain products' rate", kind="share"),
     )
-    rows: list[tuple[Value, ...]] = [
+    rows: list[tuple[CellValue, ...]] = [
         (
             row.case, row.batch, row.grouped_seconds, row.grouped_peak_bytes, row.gather_seconds, row.gather_peak_bytes,
             row.times_faster, row.times_smaller, row.matmul_rate_share,
@@ -45,7 +45,7 @@ def operator_section(found: OperatorBenchmark) -> Section:
         how="Measured by",
         made=found.made,
     )
-    parts: list[Part] = [table]
+    parts: list[SectionPart] = [table]
     if found.alpha:
         alpha = found.alpha
         titles = (("batch", "integer"), ("α-Translution", "seconds"), ("attention", "seconds"), ("slower", "times"))
@@ -102,8 +102,8 @@ def planner_section(found: PlannerBenchmark) -> Section:
 
 
 _READERS: dict[str, Callable[[Path], Section]] = {
-    "operator.json": lambda path: operator_section(load_recorded(OperatorBenchmark, path)),
-    "planner.json": lambda path: planner_section(load_recorded(PlannerBenchmark, path)),
+    "operator.json": lambda path: operator_section(load_record(OperatorBenchmark, path)),
+    "planner.json": lambda path: planner_section(load_record(PlannerBenchmark, path)),
 }
 
 

@@ -12,14 +12,14 @@ from translution.planner.analysis.compare import AXES, ComparisonRow, ScalePoint
 from translution.planner.common.provenance import Provenance
 from translution.planner.common.units import GIB, format_bytes, format_count, format_flops
 
-from ..render.document import Column, Part, Picture, Section, Table, Value
+from ..render.document import CellValue, Column, Picture, Section, SectionPart, Table
 from ..render.vega import COLOURS
 
-PICTURE_WIDTH, PICTURE_HEIGHT = 260, 240
-AXIS_TITLES = {"width": "model width", "tokens": "tokens per sample", "depth": "layers"}
+_PICTURE_WIDTH, _PICTURE_HEIGHT = 260, 240
+_AXIS_TITLES = {"width": "model width", "tokens": "tokens per sample", "depth": "layers"}
 
 
-def frame(rows: Iterable[ComparisonRow]) -> pd.DataFrame:
+def comparison_frame(rows: Iterable[ComparisonRow]) -> pd.DataFrame:
     """One row per model and operator; sizes in bytes, times in seconds."""
     result: pd.DataFrame = pd.DataFrame([row.model_dump() for row in rows])
     return result
@@ -41,27 +41,27 @@ def _cell(row: ComparisonRow) -> tuple[str, ...]:
     )
 
 
-COLUMNS = (
+_HEADINGS = (
     "model", "operator", "parameters", "training / sample", "states", "kept / sample", "whole at once",
     "smallest cluster", "with offload", "time / sample",
 )  # fmt: skip
 
 
-def printed(rows: Iterable[ComparisonRow]) -> list[tuple[str, ...]]:
-    """Cells for a reader, in the order of `COLUMNS`."""
+def _printed(rows: Iterable[ComparisonRow]) -> list[tuple[str, ...]]:
+    """Cells for a reader, in the order of `_HEADINGS`."""
     return [_cell(row) for row in rows]
 
 
-def markdown(rows: Sequence[ComparisonRow], limits: Sequence[Threshold]) -> str:
+def comparison_markdown(rows: Sequence[ComparisonRow], limits: Sequence[Threshold]) -> str:
     """The tables as Markdown."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|---|---|{'--:|' * (len(COLUMNS) - 2)}"]
-    lines += [f"| {' | '.join(cells)} |" for cells in printed(rows)]
+    lines = [f"| {' | '.join(_HEADINGS)} |", f"|---|---|{'--:|' * (len(_HEADINGS) - 2)}"]
+    lines += [f"| {' | '.join(cells)} |" for cells in _printed(rows)]
     if limits:
-        lines += ["", *threshold_lines(limits)]
+        lines += ["", *_threshold_lines(limits)]
     return "\n".join(lines) + "\n"
 
 
-def threshold_lines(limits: Sequence[Threshold]) -> list[str]:
+def _threshold_lines(limits: Sequence[Threshold]) -> list[str]:
     """Up to which size so many nodes train full Translution, as a Markdown table."""
     nodes = list(dict.fromkeys(limit.nodes for limit in limits))
     lines = [f"| full Translution up to | {' | '.join(f'{count} node(s)' for count in nodes)} |"]
@@ -69,11 +69,11 @@ def threshold_lines(limits: Sequence[Threshold]) -> list[str]:
     for axis in AXES:
         cells = [str(limit.largest or "none") for limit in limits if limit.axis == axis]
         if cells:
-            lines.append(f"| {AXIS_TITLES[axis]} | {' | '.join(cells)} |")
+            lines.append(f"| {_AXIS_TITLES[axis]} | {' | '.join(cells)} |")
     return lines
 
 
-def picture(points: Iterable[ScalePoint], limits: Sequence[Threshold], title: str) -> dict[str, Any]:
+def comparison_picture(points: Iterable[ScalePoint], limits: Sequence[Threshold], title: str) -> dict[str, Any]:
     """Memory against width, tokens and depth; rules where full Translution needs more than 1, 2 and 8 nodes.
 
     Args:
@@ -97,12 +97,12 @@ def picture(points: Iterable[ScalePoint], limits: Sequence[Threshold], title: st
             alt.Chart(own)
             .mark_line(point=True)
             .encode(
-                x=alt.X("value:Q", title=AXIS_TITLES[axis], scale=scale),
+                x=alt.X("value:Q", title=_AXIS_TITLES[axis], scale=scale),
                 y=alt.Y("GiB:Q", title="states and one sample, GiB", scale=scale),
                 color=alt.Color("operator:N", title=None, scale=colours, legend=alt.Legend(orient="bottom")),
                 tooltip=[
                     "operator:N",
-                    alt.Tooltip("value:Q", title=AXIS_TITLES[axis]),
+                    alt.Tooltip("value:Q", title=_AXIS_TITLES[axis]),
                     alt.Tooltip("GiB:Q", format=".4g"),
                 ],
             )
@@ -116,7 +116,7 @@ def picture(points: Iterable[ScalePoint], limits: Sequence[Threshold], title: st
                     x="largest:Q", y=alt.value(0), text="label:N"
                 )
             )
-        charts.append(alt.layer(*layers).properties(width=PICTURE_WIDTH, height=PICTURE_HEIGHT))
+        charts.append(alt.layer(*layers).properties(width=_PICTURE_WIDTH, height=_PICTURE_HEIGHT))
     spec: dict[str, Any] = alt.hconcat(*charts).properties(title=title).to_dict()
     return spec
 
@@ -137,7 +137,7 @@ _COLUMNS = (
 )
 
 
-def _row(row: ComparisonRow) -> tuple[Value, ...]:
+def _row(row: ComparisonRow) -> tuple[CellValue, ...]:
     sizes = row.states_bytes, row.saved_bytes, row.floor_bytes
     places = row.ranks, row.cluster or "none", row.offload_cluster or "none"
     return (
@@ -147,16 +147,16 @@ def _row(row: ComparisonRow) -> tuple[Value, ...]:
 
 def _limits(limits: Sequence[Threshold], model: str, made: Provenance) -> Table:
     nodes = list(dict.fromkeys(limit.nodes for limit in limits))
-    rows: list[tuple[Value, ...]] = []
+    rows: list[tuple[CellValue, ...]] = []
     for axis in dict.fromkeys(limit.axis for limit in limits):
         found = {limit.nodes: limit.largest for limit in limits if limit.axis == axis}
-        rows.append((AXIS_TITLES[axis], *(found.get(count) or "none" for count in nodes)))
+        rows.append((_AXIS_TITLES[axis], *(found.get(count) or "none" for count in nodes)))
     columns = (Column(title="full Translution up to"), *(Column(title=f"{n} node(s)", kind="integer") for n in nodes))
     caption = f"The largest {model} that so many nodes train without offload, one size at a time changed"
     return Table(key="limits-table", caption=caption, columns=columns, rows=tuple(rows), sortable=False, made=made)
 
 
-def comparison(
+def comparison_section(
     rows: Sequence[ComparisonRow],
     limits: Sequence[Threshold],
     points: Sequence[ScalePoint],
@@ -172,7 +172,7 @@ def comparison(
         gpu: of which the clusters are.
         made: where the figures come from.
     """
-    parts: list[Part] = [
+    parts: list[SectionPart] = [
         Table(
             key="comparison-table",
             caption=f"Costs, and the smallest cluster of {gpu} that trains each model",
@@ -184,7 +184,7 @@ def comparison(
     ]
     first = rows[0].model
     if points:
-        spec = picture(points, limits, f"{first}: memory over all ranks")
+        spec = comparison_picture(points, limits, f"{first}: memory over all ranks")
         ends = [p for p in points if p.value == max(q.value for q in points if q.axis == p.axis)]
         most = "; ".join(f"{p.operator} {p.states_bytes:,} bytes of states at {p.value} ({p.axis})" for p in ends)
         parts.append(

@@ -14,10 +14,10 @@ from translution.planner.common.errors import InputError
 from translution.planner.common.schema import parse_json
 from translution.planner.common.units import format_count
 
-from ..render.document import Column, Picture, Section, Table, Value, read
+from ..render.document import CellValue, Column, Picture, Section, Table, read_input
 from ..render.vega import COLOURS, REST_COLOUR
 
-PICTURE_WIDTH, ROW_HEIGHT = 320, 22
+_PICTURE_WIDTH, _ROW_HEIGHT = 320, 22
 _KINDS = {
     "digits-static": "centred",
     "digits-patches": "patches away",
@@ -31,14 +31,14 @@ def kind_name(kind: str) -> str:
     return _KINDS.get(kind, kind)
 
 
-def figure(result: ExperimentResult, row: Summary) -> str:
+def format_summary(result: ExperimentResult, row: Summary) -> str:
     """Mean and, of several seeds, spread as a reader sees them."""
     if result.experiment.metric == "accuracy":
         return f"{row.mean:.1%}" + (f" ± {row.deviation * 100:.1f}" if row.seeds > 1 else "")
     return f"{row.mean:.3f}" + (f" ± {row.deviation:.3f}" if row.seeds > 1 else "")
 
 
-def table(result: ExperimentResult) -> tuple[list[str], list[list[str]]]:
+def experiment_cells(result: ExperimentResult) -> tuple[list[str], list[list[str]]]:
     """Headings and cells: a row for each variant, a column for each task and test."""
     summaries = result.summaries()
     columns = list(dict.fromkeys((row.train, row.test) for row in summaries))
@@ -48,14 +48,16 @@ def table(result: ExperimentResult) -> tuple[list[str], list[list[str]]]:
     for variant in result.experiment.variants:
         own = {(row.train, row.test): row for row in summaries if row.variant == variant.name}
         first = next(iter(own.values()))
-        cells.append([variant.name, format_count(first.parameters), *(figure(result, own[key]) for key in columns)])
+        cells.append(
+            [variant.name, format_count(first.parameters), *(format_summary(result, own[key]) for key in columns)]
+        )
     return headings, cells
 
 
-def markdown(result: ExperimentResult) -> str:
+def experiment_markdown(result: ExperimentResult) -> str:
     """The whole experiment for a reader, with what it takes to run it again."""
     experiment, made = result.experiment, result.made
-    headings, cells = table(result)
+    headings, cells = experiment_cells(result)
     seeds = len({trial.seed for trial in result.trials})
     spread = f"mean ± sample standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     lines = [f"# {experiment.name}: {experiment.question}", ""]
@@ -73,7 +75,7 @@ def markdown(result: ExperimentResult) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(result: ExperimentResult) -> dict[str, Any]:
+def experiment_picture(result: ExperimentResult) -> dict[str, Any]:
     """Every trial as a dot and each mean as a bar's end; a Vega-Lite spec."""
     names = [variant.name for variant in result.experiment.variants]
     parameters = {trial.variant: format_count(trial.parameters) for trial in result.trials}
@@ -99,7 +101,7 @@ def picture(result: ExperimentResult) -> dict[str, Any]:
     dots = base.mark_point(color=REST_COLOUR, filled=True, size=28, opacity=1).encode(
         x=alt.X("value:Q"), y=y, tooltip=tooltip
     )
-    size = {"width": PICTURE_WIDTH, "height": ROW_HEIGHT * len(names)}
+    size = {"width": _PICTURE_WIDTH, "height": _ROW_HEIGHT * len(names)}
     tests = list(dict.fromkeys(data["test"]))
     charts = [
         alt.layer(bars, dots).transform_filter(alt.datum.test == test).properties(title=test, **size) for test in tests
@@ -108,7 +110,7 @@ def picture(result: ExperimentResult) -> dict[str, Any]:
     return spec
 
 
-RESULT_FILE = "result.json"
+_RESULT_FILE = "result.json"
 
 
 def load_results(folder: Path) -> tuple[ExperimentResult, ...]:
@@ -117,12 +119,12 @@ def load_results(folder: Path) -> tuple[ExperimentResult, ...]:
     Raises:
         InputError: if there is none, or one is damaged.
     """
-    paths = sorted(folder.glob(f"*/{RESULT_FILE}"))
+    paths = sorted(folder.glob(f"*/{_RESULT_FILE}"))
     if not paths:
-        raise InputError(f"--experiments: '{folder}' is not allowed: must hold folders with {RESULT_FILE}")
+        raise InputError(f"--experiments: '{folder}' is not allowed: must hold folders with {_RESULT_FILE}")
     results = []
     for path in paths:
-        result = parse_json(RESULT, read(path), str(path))
+        result = parse_json(RESULT, read_input(path), str(path))
         try:
             result.summaries()
         except (IndexError, KeyError, statistics.StatisticsError):
@@ -136,7 +138,7 @@ def _table(result: ExperimentResult, summaries: list[Summary]) -> Table:
     asked, key = result.experiment, result.experiment.name
     tests = list(dict.fromkeys((row.train, row.test) for row in summaries))
     found = {(row.variant, (row.train, row.test)): row for row in summaries}
-    rows: list[tuple[Value, ...]] = []
+    rows: list[tuple[CellValue, ...]] = []
     for variant in asked.variants:
         own = [found[variant.name, test] for test in tests]
         rows.append((variant.name, own[0].parameters, *((row.mean, row.deviation) for row in own)))
@@ -173,7 +175,7 @@ def experiment_section(result: ExperimentResult) -> Section:
         key=f"experiment-{asked.name}",
         caption="Every trial as a dot, the mean as a bar.",
         name=f"Trials of {asked.name}",
-        spec=picture(result) | {"description": f"{asked.question} Mean {asked.metric}: {means}."},
+        spec=experiment_picture(result) | {"description": f"{asked.question} Mean {asked.metric}: {means}."},
         how="Measured by",
         made=result.made,
     )

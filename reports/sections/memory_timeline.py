@@ -20,7 +20,7 @@ from translution.planner.memory.timeline import Timeline, TimelinePoint
 
 from ..render.vega import COLOURS, REST_COLOUR
 
-WIDTH, HEIGHT = 860, 340
+CHART_WIDTH, CHART_HEIGHT = 860, 340
 _UNITS = ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
 _LEAST_SHARE = 0.08
 """Of the axis, for a phase."""
@@ -49,25 +49,25 @@ class _Series:
         return [f"c{number}" for number in range(len(self.names))]
 
 
-def place_of(point: TimelinePoint) -> str:
+def describe_point(point: TimelinePoint) -> str:
     """Where in the step a point is, in words."""
     if not point.site or point.phase in point.site:
         return point.site or point.phase or "throughout"
     return f"{point.site}, {point.phase}"
 
 
-def describe(timeline: Timeline, title: str) -> str:
+def describe_timeline(timeline: Timeline, title: str) -> str:
     """What the picture shows, for those who do not see it."""
     sizes = zip(timeline.categories, timeline.peak.live_bytes, strict=True)
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes if size)
     phases = ", ".join(f"{phase.name} {format_bytes(phase.peak_bytes)}" for phase in timeline.phases)
     return (
         f"{title}. Stacked areas: live bytes over {timeline.event_count:,} allocations and releases. Peak "
-        f"{format_bytes(timeline.peak_bytes)} at {place_of(timeline.peak)}: {parts}. Peak of each phase: {phases}."
+        f"{format_bytes(timeline.peak_bytes)} at {describe_point(timeline.peak)}: {parts}. Peak of each phase: {phases}."
     )
 
 
-def colours_of(charts: Iterable[Sequence[str]]) -> list[dict[str, str]]:
+def assign_colours(charts: Iterable[Sequence[str]]) -> list[dict[str, str]]:
     """A colour for each name of each chart: different within a chart, the same in all where that goes.
 
     Args:
@@ -209,7 +209,7 @@ def _bands(timeline: Timeline, position: Callable[[int], float]) -> alt.LayerCha
 def _peak(timeline: Timeline, row: Mapping[str, Any], unit: int) -> alt.LayerChart:
     """The highest point with its size and moment."""
     x, size = (row["x"] + row["x2"]) / 2, timeline.peak_bytes
-    label = {"x": x, "y": size / unit, "text": f"peak {format_bytes(size)}: {place_of(timeline.peak)}"}
+    label = {"x": x, "y": size / unit, "text": f"peak {format_bytes(size)}: {describe_point(timeline.peak)}"}
     base = alt.Chart(alt.InlineData(values=[label])).encode(x="x:Q", y="y:Q")
     point = base.mark_point(shape="triangle-down", filled=True, size=70, yOffset=-6, opacity=1)
     text = base.mark_text(align="right" if x > 0.5 else "left", dx=-8 if x > 0.5 else 8, dy=-10, fontWeight="bold")
@@ -243,7 +243,7 @@ def _draw(
         *([] if seen is None else [_capacity(seen, unit)]),
         _hover(data, series, hover),
     ]
-    return alt.LayerChart(layer=layers, width=WIDTH, height=HEIGHT, title=title)
+    return alt.LayerChart(layer=layers, width=CHART_WIDTH, height=CHART_HEIGHT, title=title)
 
 
 def draw_timelines(
@@ -258,17 +258,17 @@ def draw_timelines(
         capacities: bytes of the tiers whose size is known, drawn where within sight of the peak.
     """
     used = {tier: timeline for tier, timeline in timelines.items() if timeline.peak_bytes}
-    colours = colours_of(timeline.categories[: len(COLOURS)] for timeline in used.values())
+    colours = assign_colours(timeline.categories[: len(COLOURS)] for timeline in used.values())
     charts = {}
     for number, ((tier, timeline), mine) in enumerate(zip(used.items(), colours, strict=True)):
         heading = f"{title}: {tier} memory"
         above = alt.TitleParams(heading, subtitle=subtitle, offset=16)
         chart = _draw(timeline, _series(timeline, mine), above, capacities.get(tier), f"hover_{number}")
-        charts[tier] = chart.properties(description=describe(timeline, heading))
+        charts[tier] = chart.properties(description=describe_timeline(timeline, heading))
     return charts
 
 
-def one_picture(charts: Mapping[str, alt.LayerChart]) -> dict[str, Any]:
+def combined_picture(charts: Mapping[str, alt.LayerChart]) -> dict[str, Any]:
     """The specification of all tiers' pictures, one below the other."""
     if len(charts) == 1:
         return dict(next(iter(charts.values())).to_dict())

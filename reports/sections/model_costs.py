@@ -17,11 +17,11 @@ from translution.planner.costs.parameters import TABLES
 from translution.planner.hardware.cluster import ClusterSpec
 from translution.planner.simulator.network.ops import DtypeSizes
 
-from ..render.document import Column, Picture, Section, Table, Value, shown
+from ..render.document import CellValue, Column, Picture, Section, Table, format_value
 from ..render.vega import COLOURS
-from .memory_timeline import WIDTH
+from .memory_timeline import CHART_WIDTH
 
-FULL, PLAIN = "full Translution", "attention"
+_FULL, _PLAIN = "full Translution", "attention"
 _STEP, _PLAN = Column(title="step (interval)", kind="seconds"), Column(title="best plan", kind="sentence")
 _DEVICE = Column(title="device of a rank", kind="bytes")
 TIER_COLUMNS = (
@@ -34,7 +34,7 @@ TIER_COLUMNS = (
 )
 
 
-def _time(point: PlanPoint) -> Value:
+def _time(point: PlanPoint) -> CellValue:
     if point.likely_s is None or point.low_s is None or point.high_s is None:
         return None
     return point.likely_s, point.low_s, point.high_s
@@ -48,7 +48,7 @@ def _host(point: PlanPoint) -> int | None:
     return None if point.host_bytes is None or point.pinned_bytes is None else point.host_bytes + point.pinned_bytes
 
 
-def tier_cells(point: PlanPoint) -> tuple[Value, ...]:
+def tier_cells(point: PlanPoint) -> tuple[CellValue, ...]:
     """Values in the order of `TIER_COLUMNS`."""
     sample = None if point.likely_s is None else point.likely_s / point.samples
     return (point.device_bytes, point.host_bytes, point.pinned_bytes, _time(point), sample, _plan(point))
@@ -58,10 +58,10 @@ def _sentences(points: Sequence[PlanPoint], cluster: ClusterSpec) -> tuple[str, 
     """How large the first model is, what a rank holds of it, and how long it takes."""
     model = points[0].model
     own = {point.operator: point for point in points if point.model == model}
-    full, plain = own[FULL], own[PLAIN]
+    full, plain = own[_FULL], own[_PLAIN]
     times = full.parameters / plain.parameters
     texts = [
-        f"{model} with full Translution has {format_count(full.parameters)} parameters, {shown(times, 'times')} as "
+        f"{model} with full Translution has {format_count(full.parameters)} parameters, {format_value(times, 'times')} as "
         f"many as with attention ({format_count(plain.parameters)})."
     ]
     host = _host(full)
@@ -72,12 +72,16 @@ def _sentences(points: Sequence[PlanPoint], cluster: ClusterSpec) -> tuple[str, 
         f"rank's {format_bytes(cluster.device_memory_bytes)}, and {format_bytes(host)} of host memory for each "
         "rank, from init to resume."
     )
-    beside = "" if plain.likely_s is None else f"; attention takes {shown(plain.likely_s, 'seconds')}"
-    texts.append(f"A step of {full.samples} samples is predicted to take {shown(_time(full), 'seconds')}{beside}.")
+    beside = "" if plain.likely_s is None else f"; attention takes {format_value(plain.likely_s, 'seconds')}"
+    texts.append(
+        f"A step of {full.samples} samples is predicted to take {format_value(_time(full), 'seconds')}{beside}."
+    )
     return tuple(texts)
 
 
-def overview(specs: Iterable[ModelSpec], cluster: ClusterSpec, training: TrainingSpec, made: Provenance) -> Section:
+def overview_section(
+    specs: Iterable[ModelSpec], cluster: ClusterSpec, training: TrainingSpec, made: Provenance
+) -> Section:
     """The best plan of every model and operator on one cluster, and three sentences on the first.
 
     Args:
@@ -130,7 +134,7 @@ _COLUMNS = (
 )
 
 
-def _cost_row(spec: ModelSpec, training: TrainingSpec) -> tuple[Value, ...]:
+def _cost_row(spec: ModelSpec, training: TrainingSpec) -> tuple[CellValue, ...]:
     entry = describe(spec, 1, DtypeSizes.of(training.dtype_bytes, "cuda"))
     parameters, kept, flops = entry["parameters"], entry["activations_bytes"], entry["flops_per_sample"]
     total = parameters["total"]
@@ -148,7 +152,7 @@ def _cost_row(spec: ModelSpec, training: TrainingSpec) -> tuple[Value, ...]:
     )
 
 
-def _kept_picture(rows: Iterable[tuple[Value, ...]], made: Provenance) -> Picture:
+def _kept_picture(rows: Iterable[tuple[CellValue, ...]], made: Provenance) -> Picture:
     """What full Translution keeps, the published way and ours."""
     names = [column.title for column in _COLUMNS]
     full: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in rows if row[1] == LABELS["translution"]]
@@ -172,7 +176,7 @@ def _kept_picture(rows: Iterable[tuple[Value, ...]], made: Provenance) -> Pictur
     )
     chart = alt.LayerChart(
         layer=[line, dots],
-        width=WIDTH,
+        width=CHART_WIDTH,
         height=26 * max(2, len(full)),
         title="What a forward pass of full Translution keeps",
         description=f"What full Translution keeps for backward of one sample, the published way: {text}.",
@@ -186,7 +190,7 @@ def _kept_picture(rows: Iterable[tuple[Value, ...]], made: Provenance) -> Pictur
     )
 
 
-def costs(specs: Iterable[ModelSpec], training: TrainingSpec, made: Provenance) -> Section:
+def costs_section(specs: Iterable[ModelSpec], training: TrainingSpec, made: Provenance) -> Section:
     """What every model costs with every operator that suits it.
 
     Args:

@@ -15,10 +15,10 @@ from translution.planner.costs.parameters import TABLES, count_parameters
 from translution.planner.plans.plan import Plan, load_plan
 
 from ..inputs.plan_command import plan_command
-from ..inputs.prediction import DEVICE, HOST, ledger_rows, tier_name, timelines_of
-from ..inputs.run_accuracy import compare, metrics_of
-from ..render.document import Column, Part, Picture, Section, Table, Value
-from .memory_timeline import draw_timelines, one_picture
+from ..inputs.prediction import DEVICE, HOST, breakdown_rows, tier_name, timelines_of
+from ..inputs.run_accuracy import compare_run, read_metrics
+from ..render.document import CellValue, Column, Picture, Section, SectionPart, Table
+from .memory_timeline import combined_picture, draw_timelines
 from .training_curve import draw_curve
 
 
@@ -73,16 +73,16 @@ def _heading(tier: str) -> str:
     return f"{tier[0].upper()}{tier[1:]}"
 
 
-def _ledger(tier: str, own: list[Mapping[str, Any]], key: str, made: Provenance) -> Table:
-    """The rows of `ledger_rows` of one tier, a column per phase."""
+def _breakdown_table(tier: str, own: list[Mapping[str, Any]], key: str, made: Provenance) -> Table:
+    """The rows of `breakdown_rows` of one tier, a column per phase."""
     phases = {row["phase"]: row for row in own}
-    rows: list[tuple[Value, ...]] = []
+    rows: list[tuple[CellValue, ...]] = []
     for name in dict.fromkeys(row["name"] for row in own):
         named = [row for row in own if row["name"] == name]
         sizes = [[row["bytes"] for row in named if row["phase"] == phase] for phase in phases]
         cells = tuple(sum(found) if found else None for found in sizes)
         rows.append((name, *cells, _once(row["formula"] for row in named), _once(row["source"] for row in named)))
-    foot: list[tuple[Value, ...]] = [("peak", *(row["peak_bytes"] for row in phases.values()), "", "")]
+    foot: list[tuple[CellValue, ...]] = [("peak", *(row["peak_bytes"] for row in phases.values()), "", "")]
     moments = tuple(row["moment"] for row in phases.values())
     if any(moments):
         foot.append(("when", *moments, "", ""))
@@ -102,13 +102,13 @@ def _ledger(tier: str, own: list[Mapping[str, Any]], key: str, made: Provenance)
     )
 
 
-def ledgers_of(rows: Iterable[Mapping[str, Any]], prefix: str, made: Provenance) -> Iterator[Table]:
-    """The rows of `ledger_rows` as one table per tier."""
+def breakdown_tables(rows: Iterable[Mapping[str, Any]], prefix: str, made: Provenance) -> Iterator[Table]:
+    """The rows of `breakdown_rows` as one table per tier."""
     tiers: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         tiers.setdefault(tier_name(row["tier"]), []).append(row)
     for number, (tier, own) in enumerate(tiers.items()):
-        yield _ledger(tier, own, f"{prefix}ledger-{number}", made)
+        yield _breakdown_table(tier, own, f"{prefix}ledger-{number}", made)
 
 
 def _measured_run(folder: Path) -> Path | None:
@@ -120,20 +120,20 @@ def _measured_run(folder: Path) -> Path | None:
 
 def _measured(run: Path, key: str) -> Section:
     """What a run has measured, beside what was predicted for it."""
-    metrics = metrics_of(run)
+    metrics = read_metrics(run)
     evaluations = metrics[metrics["event"] == "evaluation"]
     steps = metrics[metrics["event"] == "step"]
     started = metrics[metrics["event"] == "start"].to_dict("records")
     found = started[-1].get("made") if started else None
     made = Provenance.model_validate(found) if isinstance(found, dict) else None
-    rows: list[tuple[Value, ...]] = []
-    for row in compare(run).to_dict("records"):
+    rows: list[tuple[CellValue, ...]] = []
+    for row in compare_run(run).to_dict("records"):
         ratio = float(row["ratio"])
         sizes = int(row["predicted_bytes"]), int(row["measured_bytes"])
         rows.append((row["what"], int(row["rank"]), *sizes, ratio if ratio == ratio else None))
     titles = {"rank": "integer", "predicted": "bytes", "measured": "bytes", "predicted / measured": "ratio"}
     columns = [Column.model_validate({"title": title, "kind": kind}) for title, kind in titles.items()]
-    parts: list[Part] = [
+    parts: list[SectionPart] = [
         Table(
             key=f"{key}-memory",
             caption=f"Memory per rank of {run}",
@@ -184,7 +184,7 @@ def _timelines(plan: Plan, title: str, prefix: str, made: Provenance) -> tuple[S
         "for sizes and places."
     )
     section = Section(key=f"{prefix}timeline", title="Memory over a step", text=(text,), parts=tuple(pictures))
-    return section, one_picture(charts)
+    return section, combined_picture(charts)
 
 
 def report_plan(folder: Path, made: Provenance, prefix: str = "") -> PlanReport:
@@ -200,7 +200,7 @@ def report_plan(folder: Path, made: Provenance, prefix: str = "") -> PlanReport:
     """
     plan = load_plan(folder)
     title = f"{plan.model.name} on {plan.cluster.name}"
-    rows: list[tuple[Value, ...]] = list(summarize(plan))
+    rows: list[tuple[CellValue, ...]] = list(summarize(plan))
     columns = (Column(title="what"), Column(title="how much"))
     summary = Table(
         key=f"{prefix}summary", caption="What is planned", columns=columns, rows=tuple(rows), sortable=False, made=made
@@ -208,7 +208,7 @@ def report_plan(folder: Path, made: Provenance, prefix: str = "") -> PlanReport:
     timelines, picture = _timelines(plan, title, prefix, made)
     sections = [Section(key=f"{prefix}plan", title="Plan", parts=(summary,)), timelines]
     text = "Every entry at the peak of every phase, how it is counted, and from which source."
-    ledgers = tuple(ledgers_of(ledger_rows(plan.prediction), prefix, made))
+    ledgers = tuple(breakdown_tables(breakdown_rows(plan.prediction), prefix, made))
     sections.append(Section(key=f"{prefix}ledger", title="Memory ledger", text=(text,), parts=ledgers))
     run = _measured_run(folder)
     if run is not None:

@@ -12,11 +12,11 @@ from translution.planner.common.provenance import Provenance
 from translution.planner.common.units import GIB, format_bytes
 from translution.planner.hardware.cluster import ClusterSpec
 
-from ..render.document import Column, Part, Picture, Section, Table, shown
+from ..render.document import Column, Picture, Section, SectionPart, Table, format_value
 from ..render.vega import COLOURS
 from .model_costs import TIER_COLUMNS, tier_cells
 
-TITLES: dict[GrowthAxis, str] = {
+_AXIS_TITLES: dict[GrowthAxis, str] = {
     "width": "model width", "tokens": "tokens per sample", "depth": "layers", "nodes": "nodes",
 }  # fmt: skip
 _WIDTH, _HEIGHT = 440, 280
@@ -46,7 +46,7 @@ def _time_rows(points: Iterable[GrowthPoint]) -> list[dict[str, Any]]:
         best = point.best
         if best.likely_s is None:
             continue
-        text = shown((best.likely_s, best.low_s or 0.0, best.high_s or 0.0), "seconds")
+        text = format_value((best.likely_s, best.low_s or 0.0, best.high_s or 0.0), "seconds")
         row = {"x": point.value, "operator": best.operator, "y": best.likely_s, "low": best.low_s, "high": best.high_s}
         rows.append(row | {"size": text, "plan": _text(best)})
     return rows
@@ -72,7 +72,7 @@ def _chart(
     values = sorted({point.value for point in points})
     x = alt.X(
         "x:Q",
-        title=TITLES[axis],
+        title=_AXIS_TITLES[axis],
         scale=alt.Scale(type="log", base=2, nice=False, padding=8),
         axis=alt.Axis(values=values, format="d", labelOverlap=True, grid=False),
     )
@@ -83,7 +83,7 @@ def _chart(
         .encode(x=x, y=alt.value(8), color=colour, tooltip=[alt.Tooltip("operator:N"), alt.Tooltip("plan:N")])
     )
     drawn = [layer.encode(x=x, color=colour) for layer in layers]
-    title = f"{y} against {TITLES[axis]}"
+    title = f"{y} against {_AXIS_TITLES[axis]}"
     ends = [f"{row['operator']} {row['size']} at {row['x']}" for row in rows if row["x"] in (values[0], values[-1])]
     none = [f"{row['operator']} fits nowhere at {row['x']}" for row in absent]
     return dict(
@@ -100,7 +100,7 @@ def _chart(
 def _tooltip(axis: GrowthAxis, title: str) -> list[alt.Tooltip]:
     return [
         alt.Tooltip("operator:N"),
-        alt.Tooltip("x:Q", title=TITLES[axis]),
+        alt.Tooltip("x:Q", title=_AXIS_TITLES[axis]),
         alt.Tooltip("size:N", title=title),
         alt.Tooltip("plan:N"),
     ]
@@ -128,9 +128,9 @@ def _time(points: Sequence[GrowthPoint], axis: GrowthAxis) -> dict[str, Any]:
     return _chart(rows, points, axis, "Time", [band, base.mark_line().encode(y=y), dots])
 
 
-def _pictures(points: Sequence[GrowthPoint], axis: GrowthAxis, made: Provenance) -> list[Part]:
+def _pictures(points: Sequence[GrowthPoint], axis: GrowthAxis, made: Provenance) -> list[SectionPart]:
     cross = " A cross: nothing fits." if _missing(points) else ""
-    title = TITLES[axis]
+    title = _AXIS_TITLES[axis]
     return [
         Picture(
             key=f"scaling-{axis}-memory",
@@ -153,7 +153,7 @@ def _pictures(points: Sequence[GrowthPoint], axis: GrowthAxis, made: Provenance)
     ]
 
 
-def scaling(
+def scaling_section(
     points: Sequence[GrowthPoint], name: str, cluster: ClusterSpec, precision: str, made: Provenance
 ) -> Section:
     """The best plan at every size, as pictures and as a table.
@@ -165,13 +165,13 @@ def scaling(
         precision: of training.
         made: where the figures come from.
     """
-    parts: list[Part] = []
+    parts: list[SectionPart] = []
     for axis in GROWTH_AXES:
         own = [point for point in points if point.axis == axis]
         if own:
             parts += _pictures(own, axis, made)
     columns = (Column(title="axis"), Column(title="size", kind="integer"), Column(title="operator"), *TIER_COLUMNS)
-    rows = tuple((TITLES[p.axis], p.value, p.best.operator, *tier_cells(p.best)) for p in points)
+    rows = tuple((_AXIS_TITLES[p.axis], p.value, p.best.operator, *tier_cells(p.best)) for p in points)
     parts.append(
         Table(
             key="scaling-table",

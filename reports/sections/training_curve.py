@@ -6,7 +6,7 @@ import altair as alt
 import pandas as pd
 
 from ..render.vega import COLOURS
-from .memory_timeline import WIDTH
+from .memory_timeline import CHART_WIDTH
 
 _POINTS = 1000
 
@@ -39,4 +39,4 @@ def draw_curve(steps: pd.DataFrame, title: str) -> alt.LayerChart:
     first, last = rows[0], rows[-1]
     text = f"{title}: loss {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step {last['step']}."
     lines = [base.mark_line(color=COLOURS[0]), points]
-    return alt.LayerChart(layer=lines, width=WIDTH, height=240, title=alt.TitleParams(title), description=text)
+    return alt.LayerChart(layer=lines, width=CHART_WIDTH, height=240, title=alt.TitleParams(title), description=text)

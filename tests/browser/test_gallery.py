@@ -50,11 +50,13 @@ def test_a_table_is_sorted_by_value_with_the_keyboard_alone(browser: Browser, ga
     before = browser.evaluate(COLUMN.format(table="costs-table", index=2))
     heading = "document.querySelector('#costs-table').tHead.rows[0].cells[2]"
     browser.evaluate(f"{heading}.querySelector('button').focus()")
-    weights = "[...document.querySelector('#costs-table tbody').rows].map((row) => Number(row.cells[2].dataset.weight))"
+    sort_values = (
+        "[...document.querySelector('#costs-table tbody').rows].map((row) => Number(row.cells[2].dataset.sortValue))"
+    )
     for direction, backwards in (("ascending", False), ("descending", True)):
         press(browser, "Enter", 13, "\r")
         assert browser.evaluate(f"{heading}.getAttribute('aria-sort')") == direction
-        values = browser.evaluate(weights)
+        values = browser.evaluate(sort_values)
         assert values == sorted(values, reverse=backwards)
         assert sorted(browser.evaluate(COLUMN.format(table="costs-table", index=2))) == sorted(before)
     # The next heading is one tabulator away.

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from helpers.html_page import Page
 
-from translution.reports.render.document import Document, Value
+from translution.reports.render.document import CellValue, Document
 
 
-def table(document: Document, key: str) -> list[dict[str, Value]]:
+def table(document: Document, key: str) -> list[dict[str, CellValue]]:
     """The rows of a table by the titles of its columns."""
     (found,) = (table for table in document.tables if table.key == key)
     return [dict(zip((column.title for column in found.columns), row, strict=True)) for row in found.rows]

@@ -14,8 +14,8 @@ from translution.distributed.system.compiled_ops import prepare_ops
 from translution.distributed.system.environment import launch_environment
 from translution.planner.common.machine import usable_cores
 from translution.planner.hardware.cluster import local_cpu_cluster
-from translution.reports.inputs.run_accuracy import KEPT, RESIDENT, compare
-from translution.reports.inputs.run_accuracy import PROCESS as PROCESS_ROWS
+from translution.reports.inputs.run_accuracy import PROCESS_PREFIX as PROCESS_ROWS
+from translution.reports.inputs.run_accuracy import RESIDENT, SAVED, compare_run
 
 pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
 
@@ -63,7 +63,7 @@ def measured(folder: Path, *modes: str, **options: Any) -> pd.DataFrame:
     plan = write_plan(folder / "plan", 2, nvme_path=nvme, **values)
     for mode in modes:
         run = run_plan(plan, 2, mode)
-    return compare(run)
+    return compare_run(run)
 
 
 def is_late(row: dict[str, Any]) -> bool:
@@ -94,7 +94,7 @@ def test_states_are_exact_and_peaks_within_five_percent_and_never_low(name: str,
     for row in table.to_dict("records"):
         difference = row["predicted_bytes"] - row["measured_bytes"]
         where = f"{row['what']} of rank {row['rank']}: {row['predicted_bytes']} for {row['measured_bytes']}"
-        if row["what"] == KEPT:
+        if row["what"] == SAVED:
             assert difference == 0, where
         elif row["what"] == RESIDENT or row["what"].startswith("peak of"):
             assert 1.0 <= row["ratio"] <= 1.05 or 0 <= difference <= WITHIN_BYTES, where

@@ -24,12 +24,12 @@ from translution.planner.hardware.cluster import load_cluster
 from translution.planner.plans.plan import load_plan
 from translution.planner.search.constraints import SearchConstraints
 from translution.planner.search.plan_search import search
-from translution.reports.builder import Collector, Request
+from translution.reports.builder import ReportBuilder, ReportRequest
 from translution.reports.inputs.plan_command import plan_command
 from translution.reports.render import markdown
-from translution.reports.render.document import Document, Kind, Table, Value, load_document, shown
+from translution.reports.render.document import CellValue, ColumnKind, Document, Table, format_value, load_document
 from translution.reports.sections.experiment import experiment_section, kind_name, load_results
-from translution.reports.sections.scaling import scaling
+from translution.reports.sections.scaling import scaling_section
 
 Captured = pytest.CaptureFixture[str]
 BF16 = TrainingSpec(precision="bf16", data="synthetic")
@@ -42,7 +42,7 @@ def small(gallery_folder: Path) -> Document:
 
 
 def test_a_value_is_written_by_the_kind_of_its_column() -> None:
-    cases: list[tuple[Value, Kind, str]] = [
+    cases: list[tuple[CellValue, ColumnKind, str]] = [
         (None, "bytes", "–"), (3 * 2**30, "bytes", "3.00 GiB"), (15_608_200_168, "count", "15.61 G"),
         (6.64e12, "flops", "6.64 TFLOP"), (0.0447, "seconds", "44.7 ms"), (123.4, "seconds", "123 s"),
         ((2.0, 1.5, 3.0), "seconds", "2 s (1.5 s to 3 s)"), (0.98765, "ratio", "0.988"),
@@ -51,7 +51,7 @@ def test_a_value_is_written_by_the_kind_of_its_column() -> None:
         (1.04, "times", "1.0×"), (9933, "integer", "9,933"), ("none", "integer", "none"),
     ]  # fmt: skip
     for value, kind, text in cases:
-        assert shown(value, kind) == text
+        assert format_value(value, kind) == text
 
 
 def test_page_markdown_and_data_agree(gallery_folder: Path, small: Document) -> None:
@@ -61,11 +61,11 @@ def test_page_markdown_and_data_agree(gallery_folder: Path, small: Document) -> 
     for own in small.tables:
         kinds = [column.kind for column in own.columns]
         for row, texts in zip((*own.rows, *own.foot), on_page[own.key], strict=True):
-            assert texts == [shown(value, kind) for value, kind in zip(row, kinds, strict=True)]
+            assert texts == [format_value(value, kind) for value, kind in zip(row, kinds, strict=True)]
     assert sum(line.startswith("| ") for line in lines) == sum(
         len(own.rows) + len(own.foot) + 1 for own in small.tables
     )
-    assert "\n".join(lines) + "\n" == markdown.render(small)
+    assert "\n".join(lines) + "\n" == markdown.render_markdown(small)
 
 
 def test_every_table_and_picture_says_where_it_comes_from(gallery_folder: Path, small: Document) -> None:
@@ -127,7 +127,7 @@ def test_what_fits_nowhere_is_said_and_drawn() -> None:
     assert none.reason and "GiB on the device, 22.07 GiB usable" in none.reason
     fits = best_point(override(spec, operator="attention"), "attention", cluster, BF16)
     points = [GrowthPoint(axis="depth", value=24, best=point) for point in (none, fits)]
-    section = scaling(points, "vit-large/16", cluster, "bf16", MADE)
+    section = scaling_section(points, "vit-large/16", cluster, "bf16", MADE)
     memory, time, rows = section.parts
     assert isinstance(rows, Table)
     assert str(rows.rows[0][-1]).startswith("nothing fits; ZeRO-3")
@@ -242,8 +242,8 @@ def test_two_plans_keep_apart(tmp_path: Path) -> None:
     folders = tmp_path / "one", tmp_path / "two"
     for folder in folders:
         plan_folder(folder, name=folder.name)
-    collector = Collector(Request(plans=folders), MADE, "x.html")
-    document = collector.document(collector.plans())
+    builder = ReportBuilder(ReportRequest(plans=folders), MADE, "x.html")
+    document = builder.document(builder.plans())
     titles = [section.title for section in document.sections]
     assert "Memory ledger: one on cpu:1" in titles and "Memory ledger: two on cpu:1" in titles
     parts = [part for section in document.sections for part in section.parts]

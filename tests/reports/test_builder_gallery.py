@@ -24,13 +24,13 @@ from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
 from translution.planner.plans.plan import load_plan
 from translution.planner.simulator.network.ops import DtypeSizes
-from translution.reports.inputs.benchmark_records import Accuracy, StepTimes, load_recorded
+from translution.reports.inputs.benchmark_records import Accuracy, StepTimes, load_record
 from translution.reports.render import markdown
-from translution.reports.render.document import Document, Section, Value, load_document, shown
+from translution.reports.render.document import CellValue, Document, Section, format_value, load_document
 from translution.reports.sections.accuracy import accuracy_section, step_time_section
 from translution.reports.sections.benchmarks import benchmark_sections
 from translution.reports.sections.experiment import experiment_section, load_results
-from translution.reports.sections.model_costs import costs
+from translution.reports.sections.model_costs import costs_section
 
 BF16 = TrainingSpec(precision="bf16", data="synthetic")
 MADE = provenance("translution report --model x --out y.html")
@@ -43,7 +43,7 @@ def committed(root: Path) -> Document:
 
 def test_the_committed_markdown_is_that_of_the_committed_data(root: Path, committed: Document) -> None:
     text = (root / "reports" / "gallery" / "README.md").read_text(encoding="utf-8")
-    assert text == markdown.render(committed), "run: make reports"
+    assert text == markdown.render_markdown(committed), "run: make reports"
     named = re.findall(r"\]\(([^)]+\.svg)\)", text)
     assert sorted(named) == sorted(path.name for path in (root / "reports" / "gallery").glob("*.svg"))
 
@@ -54,13 +54,15 @@ def test_the_committed_page_shows_the_committed_data(root: Path, committed: Docu
     for own in committed.tables:
         kinds = [column.kind for column in own.columns]
         for row, texts in zip((*own.rows, *own.foot), on_page[own.key], strict=True):
-            assert texts == [shown(value, kind) for value, kind in zip(row, kinds, strict=True)], "run: make reports"
+            assert texts == [format_value(value, kind) for value, kind in zip(row, kinds, strict=True)], (
+                "run: make reports"
+            )
 
 
 def sections(root: Path) -> Iterator[Section]:
     """What the committed measurements give now."""
-    yield accuracy_section(load_recorded(Accuracy, root / "reports" / "accuracy.json"))
-    yield step_time_section(load_recorded(StepTimes, root / "reports" / "step_time.json"))
+    yield accuracy_section(load_record(Accuracy, root / "reports" / "accuracy.json"))
+    yield step_time_section(load_record(StepTimes, root / "reports" / "step_time.json"))
     if list((root / "reports" / "experiments").glob("*/result.json")):
         yield from map(experiment_section, load_results(root / "reports" / "experiments"))
     yield from benchmark_sections(root / "benchmarks" / "results")
@@ -95,7 +97,7 @@ def test_the_committed_figures_are_the_planners(committed: Document) -> None:
         assert row["kept, published"] == entry["activations_bytes"]["published"]
         assert row["kept, ours"] == entry["activations_bytes"]["ours"]
         assert row["training"] == entry["flops_per_sample"]["training_step"]
-    assert costs([spec], BF16, MADE).parts[0].model_dump()["rows"][0] == tuple(held[0].values())
+    assert costs_section([spec], BF16, MADE).parts[0].model_dump()["rows"][0] == tuple(held[0].values())
     glance = [row for row in table(committed, "glance-table") if row["model"] == "vit-base/16"]
     for row, point in zip(glance, best_points(spec, cluster, BF16), strict=True):
         check_point(row, point)
@@ -106,7 +108,7 @@ def test_the_committed_figures_are_the_planners(committed: Document) -> None:
         assert row["time / sample"] == pytest.approx(other.sample_s)
 
 
-def check_point(row: dict[str, Value], point: PlanPoint) -> None:
+def check_point(row: dict[str, CellValue], point: PlanPoint) -> None:
     assert (row["operator"], row["parameters"], row["device of a rank"]) == (
         point.operator, point.parameters, point.device_bytes,
     ), "run: make reports"  # fmt: skip

@@ -19,7 +19,7 @@ from translution.distributed.experiments.runner import RESULT, ExperimentResult,
 from translution.planner.common.provenance import provenance
 from translution.planner.common.schema import parse_json
 from translution.planner.costs.parameters import count_parameters
-from translution.reports.sections.experiment import markdown, picture, table
+from translution.reports.sections.experiment import experiment_markdown, experiment_picture
 
 
 def trial(name: str, train: str, seed: int, *, accuracies: dict[str, float]) -> Trial:
@@ -50,7 +50,7 @@ def test_means_and_spreads_are_those_of_the_seeds() -> None:
     assert len(rows) == 8
     row = rows["full Translution", "digits-shifted", "digits-shifted"]
     assert (row.mean, row.deviation, row.seeds) == (pytest.approx(0.26), pytest.approx(0.01), 3)
-    text = markdown(made_up())
+    text = experiment_markdown(made_up())
     assert "| full Translution | 16.00 k | 49.5% ± 2.0 | 26.0% ± 1.0 | 26.0% ± 1.0 | 26.0% ± 1.0 |" in text
     assert (
         "| model | parameters | centred → centred | centred → patches away | centred → anywhere | anywhere → anywhere |"
@@ -58,7 +58,7 @@ def test_means_and_spreads_are_those_of_the_seeds() -> None:
     )
     assert "over 3 seeds" in text
     assert "`translution experiment shift`, " in text
-    shown = json.dumps(picture(made_up()), ensure_ascii=False)
+    shown = json.dumps(experiment_picture(made_up()), ensure_ascii=False)
     assert "α-Translution (13.00 k)" in shown
     assert shown.count('"title": "trained') == 4
 
@@ -158,7 +158,7 @@ def test_a_quick_experiment_writes_figures_table_and_picture(
     assert document["summaries"] == [row.model_dump() for row in result.summaries()]
     assert (result.quick, result.steps, len(result.trials)) == (True, short.quick_steps, 8)
     table = (out / "README.md").read_text()
-    assert table.startswith(markdown(result))
+    assert table.startswith(experiment_markdown(result))
     assert "A quick run, of too few steps" in table
     assert result.made.command == "translution experiment shift --quick --seeds 2"
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -178,7 +178,7 @@ def test_the_committed_results_are_those_of_todays_experiments_and_their_tables_
     assert seeds == set(range(asked.seeds))
     assert len(result.trials) == len(asked.variants) * len(asked.tasks) * len(seeds)
     assert result.seconds <= 15 * 60
-    assert (folder / "README.md").read_text(encoding="utf-8").startswith(markdown(result))
+    assert (folder / "README.md").read_text(encoding="utf-8").startswith(experiment_markdown(result))
     page = (root / "docs" / "experiments.md").read_text(encoding="utf-8")
-    for row in table(result)[1]:
+    for row in experiment_cells(result)[1]:
         assert f"| {' | '.join(row)} |" in page

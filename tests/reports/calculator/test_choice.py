@@ -19,16 +19,16 @@ from translution.reports.calculator.choice import (
     FIELDS,
     Choice,
     ChoiceError,
+    choice_arguments,
     cluster_file,
     cluster_file_name,
     parse_choice,
-    plan_words,
-    question_of,
+    search_input,
 )
-from translution.reports.calculator.form import form
-from translution.reports.calculator.pages import page, plan_part, query_of
-from translution.reports.calculator.result import Outcome, costs_of, plan_zip, search
-from translution.reports.calculator.search_pool import neighbours, popular
+from translution.reports.calculator.form import form_sections
+from translution.reports.calculator.pages import query_of, render_page, render_plan
+from translution.reports.calculator.result import Outcome, costs_of, plan_zip, search_choice
+from translution.reports.calculator.search_pool import neighbour_choices, popular_choices
 
 
 def choice_of(query: str) -> Choice:
@@ -50,13 +50,13 @@ def test_the_command_shown_makes_the_same_plan_and_folder(
     query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     choice = choice_of(query)
-    found = search(choice)
+    found = search_choice(choice)
     assert found.plan is not None, found.outcome
     monkeypatch.chdir(tmp_path)
     text = cluster_file(choice)
     if text is not None:
         Path(f"{cluster_file_name(choice)}.yaml").write_text(text)
-    words = plan_words(choice)
+    words = choice_arguments(choice)
     assert run(words[1:]) == 0, capsys.readouterr().err
     folder = Path(words[-1])
     assert load_plan(folder).model_dump_json() == found.plan.decode()
@@ -122,7 +122,7 @@ def test_a_choice_that_cannot_be_is_refused_in_one_line_that_names_the_field(
     query: str, field: str | None, text: str
 ) -> None:
     with pytest.raises(ChoiceError) as caught:
-        question_of(choice_of(query))
+        search_input(choice_of(query))
     assert caught.value.field == field
     assert text in caught.value.message
     assert "\n" not in caught.value.message
@@ -143,7 +143,7 @@ def test_whatever_a_query_holds_is_read_or_refused(pairs: list[tuple[str, str]])
     refused: ChoiceError | None = None
     try:
         choice = parse_choice(pairs)
-        question_of(choice)
+        search_input(choice)
     except ChoiceError as error:
         refused = error
     if refused is None:
@@ -162,34 +162,34 @@ def test_the_query_holds_what_differs_from_the_default_and_brings_it_back() -> N
 
 
 def test_what_is_searched_in_idle_time_are_choices_that_can_be_made() -> None:
-    choices = [*popular(), *neighbours(Choice()), *neighbours(choice_of(SAME[2]))]
+    choices = [*popular_choices(), *neighbour_choices(Choice()), *neighbour_choices(choice_of(SAME[2]))]
     for choice in choices:
-        question_of(choice_of(query_of(choice)))
+        search_input(choice_of(query_of(choice)))
     assert Choice() in choices
     assert 200 < len(choices) < 1000
 
 
 def test_where_nothing_fits_the_page_links_to_what_would_do() -> None:
     choice = choice_of("model=gpt-tiny/160&gpu=RTX4090&gpus=1&headroom=0.9&stage=2&offload=none&global_batch=1")
-    outcome = Outcome.model_validate_json(search(choice).outcome)
+    outcome = Outcome.model_validate_json(search_choice(choice).outcome)
     assert outcome.state == "nothing fits"
     assert outcome.no_plan is not None
-    html = plan_part(choice, outcome)
+    html = render_plan(choice, outcome)
     assert "does not fit" in html
     changed = next(advice for advice in outcome.no_plan.advice if advice.kind == "hybrid")
     better = choice.but(**changed.changes)
     assert f'href="./?{query_of(better).replace("&", "&amp;")}"' in html
-    assert search(choice_of(query_of(better))).plan is not None
+    assert search_choice(choice_of(query_of(better))).plan is not None
 
 
 def test_every_field_has_its_place_in_the_form() -> None:
-    names = [field.name for section in form() for field in (*section.fields, *section.more)]
+    names = [field.name for section in form_sections() for field in (*section.fields, *section.more)]
     assert sorted(names) == sorted(FIELDS)
 
 
 def test_what_a_query_says_is_text_in_the_page() -> None:
     choice = choice_of("nvme_path=/<script>alert(1)</script>%22'")
-    html = page(choice, costs_of(choice), Outcome(state="searching"), None)
+    html = render_page(choice, costs_of(choice), Outcome(state="searching"), None)
     assert "<script>alert" not in html
     error = ChoiceError("model: '<script>' is not allowed", "model")
-    assert "<script>'" not in page(Choice(), None, None, error)
+    assert "<script>'" not in render_page(Choice(), None, None, error)

@@ -27,8 +27,8 @@ from translution.cli.main import run
 from translution.planner.plans.plan import load_plan
 from translution.reports.calculator.choice import Choice, parse_choice
 from translution.reports.calculator.pages import query_of
-from translution.reports.calculator.result import search
-from translution.reports.calculator.search_pool import QueueFullError, Searches
+from translution.reports.calculator.result import search_choice
+from translution.reports.calculator.search_pool import QueueFullError, SearchPool
 
 SMALL = "model=vit-tiny%2F56&gpus=2"
 OTHER = "model=vit-tiny%2F56&operator=attention&gpus=2"
@@ -141,7 +141,7 @@ def test_costs_come_at_once_and_the_plan_follows(server: Server, tmp_path: Path)
     assert again["plan"] == outcome
     archive = zipfile.ZipFile(io.BytesIO(get(server, f"/plan.zip?{SMALL}").body))
     archive.extractall(tmp_path)
-    found = search(Choice(model="vit-tiny/56", gpus=2)).plan
+    found = search_choice(Choice(model="vit-tiny/56", gpus=2)).plan
     assert found is not None
     assert load_plan(tmp_path / "plan").model_dump_json() == found.decode()
 
@@ -359,7 +359,7 @@ def test_the_committed_figures_are_those_of_the_benchmark(root: Path, monkeypatc
 
 def test_searches_are_bounded_and_one_for_each_choice() -> None:
     async def body() -> None:
-        searches = Searches(1, warm=False, queue=2, limit_s=PATIENCE_S)
+        searches = SearchPool(1, warm=False, queue=2, limit_s=PATIENCE_S)
         searches.open()
         try:
             long = searches.ask(Choice(model="gpt-large/1024", nodes=64, minimize="nodes"))
@@ -381,7 +381,7 @@ def test_searches_are_bounded_and_one_for_each_choice() -> None:
 
 def test_a_search_that_takes_too_long_is_ended_and_the_next_is_not_lost() -> None:
     async def body() -> None:
-        searches = Searches(1, warm=False, limit_s=0.2)
+        searches = SearchPool(1, warm=False, limit_s=0.2)
         searches.open()
         try:
             # So many nodes are looked through for seconds.
@@ -401,7 +401,7 @@ def test_a_search_that_takes_too_long_is_ended_and_the_next_is_not_lost() -> Non
 
 def test_idle_time_searches_what_may_come_next_and_gives_way() -> None:
     async def body() -> None:
-        searches = Searches(1, warm=True)
+        searches = SearchPool(1, warm=True)
         searches._popular = iter([Choice(model="vit-tiny/56", gpus=1)])
         searches.open()
         try:

@@ -15,7 +15,12 @@ from translution.planner.common.units import GIB
 from translution.planner.memory.timeline import Event, Timeline, make_timeline
 from translution.reports.render import vega
 from translution.reports.render.vega import COLOURS, REST_COLOUR
-from translution.reports.sections.memory_timeline import colours_of, describe, draw_timelines, one_picture
+from translution.reports.sections.memory_timeline import (
+    assign_colours,
+    combined_picture,
+    describe_timeline,
+    draw_timelines,
+)
 
 EVENTS: list[Event] = [
     *(("forward", f"block {number}", "activations", GIB) for number in range(8)),
@@ -106,10 +111,10 @@ def test_a_tier_on_which_nothing_lives_is_not_drawn() -> None:
 
 
 def test_a_category_has_one_colour_in_all_charts_and_its_own_within_each() -> None:
-    first, second, third = colours_of([["a", "b"], ["c", "b"], ["c", "a", "b"]])
+    first, second, third = assign_colours([["a", "b"], ["c", "b"], ["c", "a", "b"]])
     assert first["b"] == second["b"] == third["b"]
     assert first["a"] == second["c"] == third["c"] != third["a"]
-    full = colours_of([[str(number) for number in range(len(COLOURS))]])[0]
+    full = assign_colours([[str(number) for number in range(len(COLOURS))]])[0]
     assert sorted(full.values()) == sorted(COLOURS)
 
 
@@ -150,7 +155,7 @@ def test_colours_stand_out_from_the_page(page: str) -> None:
 
 
 def test_those_who_do_not_see_it_are_told_the_same() -> None:
-    assert describe(timeline(), "A model") == (
+    assert describe_timeline(timeline(), "A model") == (
         "A model. Stacked areas: live bytes over 18 allocations and releases. Peak 13.00 GiB at block 7, backward: "
         "activations 8.00 GiB, parameters 3.00 GiB, gradients 2.00 GiB. Peak of each phase: forward 11.00 GiB, "
         "backward 13.00 GiB, optimizer step 5.00 GiB."
@@ -173,5 +178,5 @@ def test_one_specification_serves_png_and_svg() -> None:
 
 def test_all_tiers_make_one_picture() -> None:
     charts = draw_timelines({"device": timeline(), "host": make_timeline(EVENTS)}, "m", "p", {})
-    written = vega.svg(one_picture(charts))
+    written = vega.svg(combined_picture(charts))
     assert "m: device memory" in written and "m: host memory" in written

@@ -19,7 +19,7 @@ from helpers.report_folders import MALICIOUS, plan_folder, run_folder
 
 from translution.cli.main import run
 from translution.planner.plans.plan import Plan, load_plan
-from translution.reports.inputs.prediction import ledger_rows, timelines_of
+from translution.reports.inputs.prediction import breakdown_rows, timelines_of
 
 Captured = pytest.CaptureFixture[str]
 
@@ -92,7 +92,7 @@ def test_the_page_is_accessible(page: Page) -> None:
 
 def test_every_entry_of_the_ledger_is_shown_to_the_byte(page: Page, plan: Plan) -> None:
     shown = [int(str(attributes["value"])) for _, attributes, _ in page.all("data")]
-    rows = ledger_rows(plan.prediction)
+    rows = breakdown_rows(plan.prediction)
     assert {row["bytes"] for row in rows} | {peak.bytes for peak in plan.prediction.peaks} <= set(shown)
     cells = {text for _, _, text in page.all("td", "th")}
     assert {row[key] for row in rows for key in ("name", "phase", "formula", "source")} <= cells | {
@@ -101,7 +101,7 @@ def test_every_entry_of_the_ledger_is_shown_to_the_byte(page: Page, plan: Plan) 
 
 
 def test_the_entries_of_each_phase_add_up_to_its_peak(plan: Plan) -> None:
-    rows = ledger_rows(plan.prediction)
+    rows = breakdown_rows(plan.prediction)
     for tier, phase in {(row["tier"], row["phase"]) for row in rows}:
         own = [row for row in rows if (row["tier"], row["phase"]) == (tier, phase)]
         assert {row["peak_bytes"] for row in own} == {sum(row["bytes"] for row in own)}
