@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..config.model import ModelSpec
-from ..config.training import TrainingSpec
-from ..config.zero import ZeroSpec
-from ..hardware.cluster import ClusterSpec
+from ..run_config import RunConfig
 from .core.autograd import ModuleParams, ParameterHooks
 from .core.storage import MemoryTracker, Peak, Storage
 from .core.tiers import RankMemory, Tier
@@ -72,11 +69,7 @@ def _engine(memory: RankMemory, config: EngineConfig, network: SimulatedNetwork)
 
 
 def simulate(
-    spec: ModelSpec,
-    cluster: ClusterSpec,
-    training: TrainingSpec,
-    zero: ZeroSpec,
-    tile_relations: int | None = None,
+    run: RunConfig,
     *,
     record: bool = False,
     threads: int = 1,
@@ -86,23 +79,20 @@ def simulate(
     """Replay a rank's life.
 
     Args:
-        spec: the model.
-        cluster: gives the number of ranks and the device.
-        training: precision, batch and optimizer.
-        zero: stage, knobs and offload.
-        tile_relations: relations per tile; None keeps tables whole.
+        run: what is trained, where and how.
         record: keep every event of the training step.
         threads: CPU threads of a rank.
         rank: which rank; None is the one that holds the most.
         rehearsed: the rank runs alone, and a CPU stands in for its device.
     """
-    widths = DtypeSizes.of(training.dtype_bytes, cluster.device, threads)
+    training, cluster = run.training, run.cluster
+    sizes = DtypeSizes.of(training.dtype_bytes, cluster.device, threads)
     if rehearsed:
         # Products need no scratch where they are not computed; the operator takes its device's way.
         own = DtypeSizes.of(training.dtype_bytes, "cpu", threads, packs=False)
-        widths = replace(own, batched=widths.batched, copies_products=widths.copies_products)
-    network = SimulatedNetwork(spec, training.micro_batch, widths, tile_relations)
-    config = EngineConfig(training, zero, cluster.world_size, rank)
+        sizes = replace(own, batched=sizes.batched, copies_products=sizes.copies_products)
+    network = SimulatedNetwork(run.model, training.micro_batch, sizes, run.tile_relations)
+    config = EngineConfig(run, rank)
     memory = RankMemory("cpu" if rehearsed else cluster.device, record=record, alone=rehearsed)
     network.host = memory.host
     engine = _engine(memory, config, network)
@@ -113,7 +103,7 @@ def simulate(
         engine.load()
     with memory.phase(FIRST_STEP):
         engine.step(first=True)
-    samples = training.micro_batch * training.gradient_accumulation_steps * sample_bytes(spec)
+    samples = training.micro_batch * training.gradient_accumulation_steps * sample_bytes(run.model)
     batches = Storage(memory.host, MICRO_BATCHES, samples)
     with memory.phase(BETWEEN):
         pass

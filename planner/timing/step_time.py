@@ -18,7 +18,7 @@ from ..costs.comm_volume import Volumes, volumes
 from ..costs.flops import count_flops
 from ..costs.optimizer_state import moments, widths
 from ..costs.workload import count_work
-from ..hardware.cluster import ClusterSpec
+from ..run_config import RunConfig
 from .rates import LEVELS, Level, Rates
 
 Bound: TypeAlias = Literal["compute", "network", "host link", "host", "NVMe", "engine"]
@@ -187,34 +187,26 @@ def _engine(zero: ZeroSpec, training: TrainingSpec, v: Volumes, uses: int, rates
     return Part(seconds, "engine", not rates.on_cpu)
 
 
-def step_parts(
-    spec: ModelSpec,
-    training: TrainingSpec,
-    zero: ZeroSpec,
-    tile_relations: int | None,
-    rates: Rates,
-) -> dict[str, Part]:
+def step_parts(run: RunConfig, rates: Rates) -> dict[str, Part]:
     """Every part of a step at one level of the rates.
 
     Args:
-        spec: the model.
-        training: batch, precision and optimizer.
-        zero: the stage, its knobs and offload.
-        tile_relations: relations per tile; None keeps tables whole.
-        rates: of the machine.
+        run: what is trained, where and how.
+        rates: the machine's rates.
     """
-    v = volumes(spec, tile_relations, rates.cluster.world_size, zero.persistence_threshold_elements)
-    forward, backward = compute_seconds(spec, training.micro_batch, v.tiles, rates)
-    count, again = training.gradient_accumulation_steps, spec.checkpointing != "none"
+    model, training, zero = run.model, run.training, run.zero
+    v = volumes(model, run.tile_relations, rates.cluster.world_size, zero.persistence_threshold_elements)
+    forward, backward = compute_seconds(model, training.micro_batch, v.tiles, rates)
+    count, again = training.gradient_accumulation_steps, model.checkpointing != "none"
     parts = {FORWARD: Part(count * forward, "compute"), BACKWARD: Part(count * backward, "compute")}
     uses = 2
     if again:
         uses = 3
-        parts[RECOMPUTE] = Part(count * forward * count_work(spec).recompute, "compute")
-        if spec.checkpointing == "offload" and not rates.on_cpu:
-            size = spec.depth * training.micro_batch * spec.tokens * spec.dim * training.dtype_bytes
+        parts[RECOMPUTE] = Part(count * forward * count_work(model).recompute, "compute")
+        if model.checkpointing == "offload" and not rates.on_cpu:
+            size = model.depth * training.micro_batch * model.tokens * model.dim * training.dtype_bytes
             out, back = rates.host_copy("device_to_host"), rates.host_copy("host_to_device")
-            seconds = spec.depth * (out.latency_s + back.latency_s) + size / out.bytes_per_s + size / back.bytes_per_s
+            seconds = model.depth * (out.latency_s + back.latency_s) + size / out.bytes_per_s + size / back.bytes_per_s
             parts["activations to the host and back"] = Part(count * seconds, "host link")
     parts |= _moving(training, zero, v, uses, rates)
     parts |= _updating(training, zero, v, rates)
@@ -234,28 +226,18 @@ def total_seconds(parts: Iterable[Part]) -> float:
     return alone + max(0.0, beside - compute)
 
 
-def estimate_step_time(
-    spec: ModelSpec,
-    cluster: ClusterSpec,
-    training: TrainingSpec,
-    zero: ZeroSpec,
-    tile_relations: int | None = None,
-) -> StepTime:
-    """Time of one optimizer step, with an interval.
+def estimate_step_time(run: RunConfig) -> StepTime:
+    """Predict the time of one optimizer step, with an interval.
 
     Args:
-        spec: the model.
-        cluster: where it runs.
-        training: batch, precision and optimizer.
-        zero: the stage, its knobs and offload.
-        tile_relations: relations per tile; None keeps tables whole.
+        run: what is trained, where and how.
 
     Raises:
-        InputError: if the cluster lacks a rate that is needed.
+        InputError: if the cluster lacks a rate that the prediction needs.
     """
+    model, cluster, training = run.model, run.cluster, run.training
     by_level: dict[Level, dict[str, Part]] = {
-        level: step_parts(spec, training, zero, tile_relations, Rates(cluster, training.precision, level))
-        for level in LEVELS
+        level: step_parts(run, Rates(cluster, training.precision, level)) for level in LEVELS
     }
     likely = by_level["likely"]
     breakdown = tuple(
@@ -274,9 +256,9 @@ def estimate_step_time(
     bounds: dict[str, float] = {}
     for part in likely.values():
         bounds[part.bound] = bounds.get(part.bound, 0.0) + part.seconds
-    batch = training.global_batch(cluster.world_size)
-    flops = 3 * count_flops(spec).forward * batch
-    peak = Rates(cluster, training.precision).peak_flops_per_s * cluster.world_size
+    batch = run.global_batch
+    flops = 3 * count_flops(model).forward * batch
+    peak = Rates(cluster, training.precision).peak_flops_per_s * run.world_size
     return StepTime(
         breakdown=breakdown,
         low_s=low,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ...config.training import DTYPE_BYTES, TrainingSpec
 from ...config.zero import ZeroSpec
 from ...costs.optimizer_state import moments, temporary_tensors, widths
+from ...run_config import RunConfig
 from ..core.autograd import ParameterHooks
 from ..core.storage import MemoryTracker, Storage
 from ..core.tiers import RankMemory
@@ -41,11 +42,24 @@ SIMULATED_MICRO_BATCHES = 2
 class EngineConfig:
     """What an engine runs under."""
 
-    training: TrainingSpec
-    zero: ZeroSpec
-    world_size: int
+    run: RunConfig
     rank: int | None = None
-    """Which rank; None is the one that holds the most."""
+    """Number of the rank; None is the rank that holds the most."""
+
+    @property
+    def training(self) -> TrainingSpec:
+        """Precision, batch and optimizer."""
+        return self.run.training
+
+    @property
+    def zero(self) -> ZeroSpec:
+        """ZeRO stage, offload and knobs."""
+        return self.run.zero
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.run.world_size
 
     @property
     def width(self) -> int:
