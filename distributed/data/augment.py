@@ -1,7 +1,7 @@
-"""Images of a micro-batch changed at random: cropped, mirrored, and mixed with each other.
+"""Random image augmentation: crops, flips, mixup and cutmix.
 
-Everything is drawn anew from the seed, the step and the rank, so that a resumed run draws what the
-uninterrupted one does, and what comes before and after in torch's random state stays as it is.
+Random values depend only on the seed, the step and the rank, so that a resumed run draws the same ones as an
+uninterrupted run. torch's global random state is left unchanged.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from translution.planner.config.training import TrainingSpec
 from .base import Samples
 
 _SALT = 0x5EED
-"""Sets the seeds apart from those of dropout."""
+"""Mixed into the seeds, so that they differ from those of dropout."""
 
 
-def _mix(images: Tensor, classes: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Each image faded into another by a share drawn from Beta(alpha, alpha), as `Augmenter` has it."""
+def _mixup(images: Tensor, classes: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Apply mixup: blend each image with another, by a weight drawn from Beta(alpha, alpha)."""
     from kornia.augmentation import RandomMixUpV2
 
-    # kornia's own generator draws the shares evenly.
+    # kornia's own generator draws the weights uniformly.
     count = len(images)
     params = {
         "mixup_pairs": torch.randperm(count),
@@ -36,40 +36,40 @@ def _mix(images: Tensor, classes: Tensor, alpha: float) -> tuple[Tensor, Tensor]
     return mixed, labels
 
 
-def _cut(images: Tensor, classes: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """In each image a rectangle of another, its area by Beta(alpha, alpha)."""
+def _cutmix(images: Tensor, classes: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Apply cutmix: replace a rectangle of each image by one of another; its area follows Beta(alpha, alpha)."""
     from kornia.augmentation import RandomCutMixV2
 
     mixed, labels = RandomCutMixV2(beta=alpha, data_keys=["input", "class"], use_correct_lambda=True)(images, classes)
-    # kornia's share is the one that stays, here; in mixup it is the other's.
-    stays = labels[0]
-    return mixed, torch.stack([stays[:, 0], stays[:, 1], 1 - stays[:, 2]], dim=1)
+    # kornia's cutmix gives the weight of the image's own class; its mixup gives the weight of the other class.
+    own = labels[0]
+    return mixed, torch.stack([own[:, 0], own[:, 1], 1 - own[:, 2]], dim=1)
 
 
 def soft_targets(labels: Tensor, classes: int) -> Tensor:
-    """Targets (B, classes) of mixed images.
+    """Return the target distributions (B, classes) of mixed images.
 
     Args:
-        labels: (B, 3): the image's own class, the other's, and the other's share.
-        classes: of the model.
+        labels: (B, 3): the image's own class, the other image's class, and the weight of the other class.
+        classes: number of classes of the model.
     """
     own, other = (one_hot(labels[:, column].long(), classes) for column in (0, 1))
     return own + labels[:, 2:] * (other - own)
 
 
 class Augmenter:
-    """What a plan does to a rank's images before the forward pass, on the host.
+    """Augments the images of one rank on the host, before the forward pass.
 
     Args:
-        spec: the model, which gives the images' size and the classes.
-        training: what to do.
-        rank: which rank this is, of
-        ranks: so many.
+        spec: the model; it gives the image size and the number of classes.
+        training: the training settings; they choose the augmentations.
+        rank: this rank.
+        world_size: number of ranks.
     """
 
-    def __init__(self, spec: ModelSpec, training: TrainingSpec, rank: int, ranks: int) -> None:
+    def __init__(self, spec: ModelSpec, training: TrainingSpec, rank: int, world_size: int) -> None:
         self._spec, self._training = spec, training
-        self._first = (training.seed * ranks + rank + 1) * 1_000_003
+        self._first = (training.seed * world_size + rank + 1) * 1_000_003
         self._stages: list[Any] = []
         if not training.augmentation:
             return
@@ -84,7 +84,7 @@ class Augmenter:
             self._stages.append(augmentation.RandomHorizontalFlip(p=training.flip))
 
     def __call__(self, batches: list[Samples], step: int) -> list[Samples]:
-        """The micro-batches of a step, changed; targets of mixed images are shares (B, classes) in fp32."""
+        """Augment the micro-batches of a step; mixed images get fp32 target distributions (B, classes)."""
         if not self._training.augmentation:
             return batches
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -95,10 +95,10 @@ class Augmenter:
         training, images = self._training, batch.inputs
         for stage in self._stages:
             images = stage(images)
-        ways = [(way, alpha) for way, alpha in ((_mix, training.mixup), (_cut, training.cutmix)) if alpha]
-        if not ways:
+        mixers = [(mix, alpha) for mix, alpha in ((_mixup, training.mixup), (_cutmix, training.cutmix)) if alpha]
+        if not mixers:
             return Samples(images, batch.targets)
-        way, alpha = ways[int(torch.randint(len(ways), ()))]
-        images, labels = way(images, batch.targets, alpha)
+        mix, alpha = mixers[int(torch.randint(len(mixers), ()))]
+        images, labels = mix(images, batch.targets, alpha)
         assert isinstance(self._spec, VitSpec)
         return Samples(images, soft_targets(labels, self._spec.classes))

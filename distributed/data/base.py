@@ -1,4 +1,4 @@
-"""What every data source gives: samples by their number."""
+"""The interface of data sources: samples selected by index."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from torch import Tensor
 
 
 class DataSource(ABC):
-    """Samples that are made or read when a micro-batch needs them."""
+    """Samples that are generated or read when a micro-batch needs them."""
 
     @property
     def resident(self) -> list[Tensor]:
-        """Tensors that are held for the whole run."""
+        """Tensors that stay in memory for the entire run."""
         return []
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many samples an epoch has."""
+        """Number of samples in an epoch."""
 
-    def prefetch(self, index: Tensor) -> None:  # noqa: B027 - most have nothing to begin
-        """Begin to read samples that will soon be asked for, where that takes time.
+    def prefetch(self, index: Tensor) -> None:  # noqa: B027 - most sources have nothing to prefetch
+        """Start reading samples that will be selected soon, for sources where reading is slow.
 
         Args:
-            index: their numbers (B,).
+            index: sample indices (B,).
         """
 
     @abstractmethod
     def select(self, index: Tensor, epoch: int = 0) -> Samples:
-        """A micro-batch.
+        """Return a micro-batch.
 
         Args:
-            index: numbers of samples (B,); what they give depends on nothing else but the epoch.
-            epoch: for what is drawn anew in each; 0 for held-out samples.
+            index: sample indices (B,); a sample depends only on its index and the epoch.
+            epoch: epoch number, for sources that draw new random values in each; 0 for held-out samples.
 
         Raises:
-            InputError: if what was to be read is damaged.
+            InputError: if a file to read is damaged.
         """
 
 
 @dataclass(frozen=True)
 class Samples(DataSource):
-    """Inputs (S, …) with their targets (S,) or (S, context)."""
+    """Samples in memory: inputs (S, …) with targets (S,) or (S, context)."""
 
     inputs: Tensor
     targets: Tensor
@@ -52,9 +52,9 @@ class Samples(DataSource):
 
     @property
     def resident(self) -> list[Tensor]:
-        """The tensors themselves."""
+        """Inputs and targets."""
         return [self.inputs, self.targets]
 
     def select(self, index: Tensor, epoch: int = 0) -> Samples:
-        """The samples of an index tensor, the same in every epoch."""
+        """Return the samples at the given indices, the same in every epoch."""
         return Samples(self.inputs[index], self.targets[index])

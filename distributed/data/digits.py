@@ -1,4 +1,4 @@
-"""Handwritten digits: filling the model's image, in its middle, or anywhere in it."""
+"""Handwritten digits from scikit-learn: resized to the model's image, or placed within it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from translution.planner.common.errors import MissingPackageError
 from translution.planner.config.datasets import DIGITS_CLASSES, DataKind
 from translution.planner.config.model import VitSpec
 
-from .base import Samples, DataSource
+from .base import DataSource, Samples
 
 _MEAN, _DEVIATION = 0.3, 0.38
 _TRAINING, _HELD_OUT = 0, 1
 
 
 def _read(size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised digits (1797, 1, height, width), their classes, and which are held out.
+    """Return normalized digits (1797, 1, height, width), their classes (1797,), and a held-out mask (1797,).
 
     Raises:
-        MissingPackageError: without scikit-learn.
+        MissingPackageError: if scikit-learn is not installed.
     """
     package = importlib.util.find_spec("sklearn")
     if package is None or package.origin is None:
         raise MissingPackageError("scikit-learn is missing: pip install 'translution-scale[train]'")
-    # What its load_digits reads: importing it takes each rank two seconds.
+    # Read the file behind scikit-learn's load_digits: importing scikit-learn takes each rank two seconds.
     table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     images = torch.tensor(table[:, :-1].reshape(-1, 1, 8, 8), dtype=torch.float32) / 16
     targets = torch.tensor(table[:, -1], dtype=torch.int64)
@@ -42,12 +42,12 @@ def _read(size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def load_digits(spec: VitSpec) -> tuple[Samples, Samples]:
-    """The handwritten digits of scikit-learn, resized to the model's image: training and held-out.
+    """Return scikit-learn's handwritten digits, resized to the model's image: training and held-out samples.
 
     Every fifth sample of each class is held out, 364 of 1,797.
 
     Raises:
-        MissingPackageError: without scikit-learn.
+        MissingPackageError: if scikit-learn is not installed.
     """
     images, targets, held_out = _read(spec.image)
     images = images.expand(-1, spec.channels, -1, -1).contiguous()
@@ -56,59 +56,60 @@ def load_digits(spec: VitSpec) -> tuple[Samples, Samples]:
 
 @dataclass(frozen=True)
 class PlacedDigits(DataSource):
-    """Digits (S, 1, P, P) that are smaller than the image they lie in."""
+    """Digits (S, 1, P, P) placed on a larger image."""
 
     digits: Tensor
     targets: Tensor
     channels: int
     image: tuple[int, int]
-    """Height and width in pixels."""
+    """Height and width of the image in pixels."""
     seed: tuple[int, int] | None
-    """Of the positions; None puts every digit in the middle."""
+    """Seed of the positions; None puts every digit in the center."""
     step: tuple[int, int] = (1, 1)
-    """Pixels between one position and the next, downwards and to the right; the middle is one of them."""
+    """Vertical and horizontal distance between possible positions, in pixels; the center is a possible position."""
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @property
     def resident(self) -> list[Tensor]:
-        """The digits without their surroundings."""
+        """Digits and classes; images are filled in when selected."""
         return [self.digits, self.targets]
 
     def corners(self, epoch: int) -> np.ndarray:
-        """Row and column of every digit's upper left pixel (S, 2); they depend on the seed and the epoch alone."""
+        """Return row and column of every digit's upper left pixel (S, 2); they depend only on seed and epoch."""
         room, step = np.array(self.image) - self.digits.shape[-1], np.array(self.step)
-        middle = room // 2
+        center = room // 2
         if self.seed is None:
-            return np.broadcast_to(middle, (len(self), 2))
+            return np.broadcast_to(center, (len(self), 2))
         drawn = np.random.default_rng((*self.seed, epoch)).integers(
-            -(middle // step), (room - middle) // step + 1, size=(len(self), 2)
+            -(center // step), (room - center) // step + 1, size=(len(self), 2)
         )
-        return middle + step * drawn
+        return center + step * drawn
 
     def select(self, index: Tensor, epoch: int = 0) -> Samples:
-        """The digits of an index tensor, where they lie in an epoch: (B, channels, height, width)."""
+        """Return the images (B, channels, height, width) at the given indices, placed as in `epoch`."""
         size, corners = self.digits.shape[-1], self.corners(epoch)
         inputs = torch.full((len(index), self.channels, *self.image), -_MEAN / _DEVIATION)
-        for place, number in enumerate(index.tolist()):
+        for position, number in enumerate(index.tolist()):
             row, column = corners[number]
-            inputs[place, :, row : row + size, column : column + size] = self.digits[number]
+            inputs[position, :, row : row + size, column : column + size] = self.digits[number]
         return Samples(inputs, self.targets[index])
 
 
 def place_digits(spec: VitSpec, size: int, seed: int, kind: DataKind) -> tuple[PlacedDigits, PlacedDigits]:
-    """The same digits as `load_digits`, smaller than the image: training and held-out.
+    """Return the digits of `load_digits`, smaller than the image: training and held-out samples.
 
     Args:
         spec: the model.
         size: height and width of a digit in pixels.
-        seed: of the positions.
-        kind: ``digits-static`` puts all in the middle, ``digits-shifted`` each somewhere, training digits elsewhere in
-            every epoch; ``digits-patches`` the same, whole patches from the middle.
+        seed: seed of the positions.
+        kind: ``digits-static`` puts every digit in the center, ``digits-shifted`` at a random position, and
+            ``digits-patches`` at a random position a multiple of the patch size from the center. Random positions
+            of training digits change in every epoch.
 
     Raises:
-        MissingPackageError: without scikit-learn.
+        MissingPackageError: if scikit-learn is not installed.
     """
     digits, targets, held_out = _read((size, size))
 

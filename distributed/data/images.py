@@ -1,4 +1,4 @@
-"""Images in folders, or in a folder of Hugging Face's `datasets`, decoded when a micro-batch needs them."""
+"""Images from class folders or a Hugging Face `datasets` folder, decoded when a micro-batch needs them."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from torch import Tensor
 from translution.planner.common.errors import InputError, MissingPackageError
 from translution.planner.config.model import VitSpec
 
-from .base import Samples, DataSource
+from .base import DataSource, Samples
 
-TRAINING, HELD_OUT = ("train",), ("val", "validation", "test")
-"""Names that each part may have; the first that exists is taken."""
+TRAINING_SPLITS, HELD_OUT_SPLITS = ("train",), ("val", "validation", "test")
+"""Accepted names of each split; the first that exists is used."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _MEAN = {1: np.array([0.449], np.float32), 3: np.array([0.485, 0.456, 0.406], np.float32)}
 _DEVIATION = {1: np.array([0.226], np.float32), 3: np.array([0.229, 0.224, 0.225], np.float32)}
-"""Of ImageNet's grey, or red, green and blue, from 0 to 1."""
+"""ImageNet's mean and standard deviation by number of channels: gray, or red, green and blue, from 0 to 1."""
 
 
 class ImageFiles(Protocol):
     """Encoded images with their classes."""
 
     def __len__(self) -> int:
-        """How many."""
+        """Number of images."""
 
     def content(self, number: int) -> str | bytes:
-        """The path of an image, or its encoded content."""
+        """Return the path of an image, or its encoded bytes."""
 
     def label(self, number: int) -> int:
-        """Its class."""
+        """Return the class of an image."""
 
     def name(self, number: int) -> str:
-        """What a person finds it by."""
+        """Return the name of an image for messages."""
 
 
 class CorruptImages:
-    """Images that could not be read: each is named once.
+    """Collects the images that could not be read, and reports each once.
 
     Args:
-        limit: so many are borne.
+        limit: number of unreadable images allowed.
     """
 
     def __init__(self, limit: int) -> None:
@@ -55,10 +55,10 @@ class CorruptImages:
         self.names: set[str] = set()
 
     def add(self, name: str, reason: str) -> None:
-        """Name an image on stderr.
+        """Report an unreadable image on stderr.
 
         Raises:
-            InputError: if there are more than the limit by now.
+            InputError: if there are now more than `limit`.
         """
         if name in self.names:
             return
@@ -72,21 +72,21 @@ class CorruptImages:
 
 
 class Images(DataSource):
-    """A source of images (B, channels, height, width) with mean 0 and deviation 1, and their classes.
+    """Normalized images (B, channels, height, width) and their classes.
 
-    Each is scaled until the model's image just fits in, and what stands over is cut off evenly. In
-    place of one that cannot be read stands the next that can.
+    An image is scaled to cover the model's image size, then cropped to its center. An unreadable image is replaced
+    by the next readable one.
 
     Args:
-        files: where they come from.
+        files: the encoded images.
         spec: the model.
-        corrupt: counts those that cannot be read.
+        corrupt: counts the unreadable images.
     """
 
     def __init__(self, files: ImageFiles, spec: VitSpec, corrupt: CorruptImages) -> None:
         self.files, self.spec, self.corrupt = files, spec, corrupt
-        self._instead: dict[int, int] = {}
-        self._coming: dict[int, Future[np.ndarray | str]] = {}
+        self._replacements: dict[int, int] = {}
+        self._prefetched: dict[int, Future[np.ndarray | str]] = {}
 
     def __len__(self) -> int:
         return len(self.files)
@@ -96,60 +96,60 @@ class Images(DataSource):
         return ThreadPoolExecutor(max_workers=torch.get_num_threads(), thread_name_prefix="decode")
 
     def _decoding(self, number: int) -> Future[np.ndarray | str]:
-        """An image that is being decoded, since it was expected or from now on."""
-        if number in self._coming:
-            return self._coming.pop(number)
+        """Return the prefetched decoding of an image, or start it now."""
+        if number in self._prefetched:
+            return self._prefetched.pop(number)
         return self._pool.submit(self._decode, self.files.content(number))
 
     def prefetch(self, index: Tensor) -> None:
-        """Decode images (B,) while the model computes."""
-        numbers = {self._instead.get(number, number) for number in index.tolist()}
-        self._coming = {number: self._decoding(number) for number in numbers}
+        """Start decoding the images at the given indices (B,), while the model computes."""
+        numbers = {self._replacements.get(number, number) for number in index.tolist()}
+        self._prefetched = {number: self._decoding(number) for number in numbers}
 
     def select(self, index: Tensor, epoch: int = 0) -> Samples:
-        """The images of an index tensor, the same in every epoch.
+        """Return the images at the given indices, the same in every epoch.
 
         Raises:
-            InputError: if more images than allowed cannot be read, or a class is unknown.
+            InputError: if more images than allowed cannot be read, or a class is out of range.
         """
-        numbers = [self._instead.get(number, number) for number in index.tolist()]
+        numbers = [self._replacements.get(number, number) for number in index.tolist()]
         decoding = [self._decoding(number) for number in numbers]
-        # Images are decoded into numpy's memory: a run measures torch's, and the micro-batch is to be all of it.
+        # Images are decoded into numpy's memory: a run measures torch's, which should hold only the micro-batch.
         channels = self.spec.channels
         inputs = torch.empty(len(numbers), channels, *self.spec.image)
-        for place, decoded in enumerate(decoding):
+        for position, decoded in enumerate(decoding):
             pixels = decoded.result()
             if isinstance(pixels, str):
-                numbers[place], pixels = self._next(int(index[place]), numbers[place], pixels)
+                numbers[position], pixels = self._replace(int(index[position]), numbers[position], pixels)
             normal = (pixels / np.float32(255) - _MEAN[channels]) / _DEVIATION[channels]
-            inputs.numpy()[place] = normal.transpose(2, 0, 1)
+            inputs.numpy()[position] = normal.transpose(2, 0, 1)
         return Samples(inputs, torch.tensor([self._label(number) for number in numbers]))
 
-    def _next(self, wanted: int, number: int, reason: str) -> tuple[int, np.ndarray]:
-        """The first readable image after one that is not, and its pixels."""
+    def _replace(self, wanted: int, number: int, reason: str) -> tuple[int, np.ndarray]:
+        """Return the first readable image after an unreadable one, and its pixels."""
         for _ in range(len(self)):
             self.corrupt.add(self.files.name(number), reason)
             number = (number + 1) % len(self)
             pixels = self._decode(self.files.content(number))
             if not isinstance(pixels, str):
-                self._instead[wanted] = number
+                self._replacements[wanted] = number
                 return number, pixels
             reason = pixels
         raise InputError(f"{self.files.name(number)}: cannot be read as an image, nor can any other")
 
     def _decode(self, content: str | bytes) -> np.ndarray | str:
-        """The pixels of an image (height, width, channels), in bytes, or why there are none."""
+        """Return an image's pixels (height, width, channels) as uint8, or the reason why it cannot be decoded."""
         from PIL import Image, ImageOps
 
         height, width = self.spec.image
         mode = "L" if self.spec.channels == 1 else "RGB"
         try:
             with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-                # A JPEG is decoded at a half, a quarter or an eighth where that is still twice what is wanted.
+                # Decode a JPEG at 1/2, 1/4 or 1/8 of its size, if that is still at least twice the wanted size.
                 image.draft(mode, (2 * width, 2 * height))
                 plain = image.convert(mode)
             fitted = ImageOps.fit(plain, (width, height), Image.Resampling.BILINEAR)
-        except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to.
+        except Exception as error:  # Damaged files raise many kinds of errors in Pillow.
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return np.asarray(fitted, dtype=np.uint8).reshape(height, width, self.spec.channels)
 
@@ -163,14 +163,14 @@ class Images(DataSource):
 
 
 class FolderImages:
-    """Images that lie in a folder per class.
+    """Images in one folder per class.
 
     Args:
-        folder: holds the classes' folders.
-        classes: their names, in the order of the class numbers.
+        folder: folder that holds the class folders.
+        classes: names of the class folders, in the order of the class numbers.
 
     Raises:
-        InputError: if there is no image, or a folder of no known class.
+        InputError: if there is no image, or a folder that is not in `classes`.
     """
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
@@ -186,34 +186,34 @@ class FolderImages:
             labels += [label] * len(found)
         if not names:
             raise InputError(f"{folder}: holds no image: must hold CLASS/*{', CLASS/*'.join(SUFFIXES[:3])} or alike")
-        # A million names as Python's strings would take a hundred bytes each.
+        # A numpy array of bytes is smaller: a Python string takes about 100 bytes per name.
         self._names, self._labels = np.array(names), np.array(labels, dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def content(self, number: int) -> str:
-        """Its path."""
+        """Return the path of an image."""
         return str(self._folder / self._classes[self._labels[number]] / os.fsdecode(self._names[number]))
 
     def label(self, number: int) -> int:
-        """The number of its folder."""
+        """Return the number of an image's class folder."""
         return int(self._labels[number])
 
     def name(self, number: int) -> str:
-        """Its path."""
+        """Return the path of an image."""
         return self.content(number)
 
 
 class DatasetImages:
-    """A split of a data set of Hugging Face's `datasets`.
+    """Images of one split of a Hugging Face `datasets` folder.
 
     Args:
-        split: the data set.
-        name: what it is called.
+        split: the split.
+        name: its name for messages.
 
     Raises:
-        InputError: if it has no column of images or none of classes, or no row.
+        InputError: if it has no image column, no class column or no rows.
     """
 
     def __init__(self, split: Any, name: str) -> None:
@@ -228,7 +228,7 @@ class DatasetImages:
             raise InputError(f"{name}: holds no image")
         self._image, self._name = images[0], name
         self.classes = int(split.features[labels[0]].num_classes)
-        # Read once: a row's class would bring its image along.
+        # Read the class column once: reading a row's class would also load its image.
         values = split.select_columns(labels[:1])[:][labels[0]]
         self._labels = np.array([-1 if value is None else value for value in values], dtype=np.int32)
         self._split = split.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
@@ -237,16 +237,16 @@ class DatasetImages:
         return len(self._split)
 
     def content(self, number: int) -> str | bytes:
-        """Its bytes, or its path if it lies outside of the data set."""
+        """Return an image's encoded bytes, or its path if it is stored outside the data set."""
         cell = self._split[number][self._image] or {}
         return cell.get("bytes") or cell.get("path") or b""
 
     def label(self, number: int) -> int:
-        """The value of the column of classes."""
+        """Return the value of the class column."""
         return int(self._labels[number])
 
     def name(self, number: int) -> str:
-        """Its row."""
+        """Return the split's name and the row number."""
         return f"{self._name} row {number}"
 
 
@@ -261,8 +261,8 @@ def _images_in(folder: Path) -> list[bytes]:
     return sorted(os.fsencode(name) for name in names if name.lower().endswith(SUFFIXES))
 
 
-def _first(names: tuple[str, ...], there: Any) -> str | None:
-    return next((name for name in names if name in there), None)
+def _first(names: tuple[str, ...], existing: Any) -> str | None:
+    return next((name for name in names if name in existing), None)
 
 
 def _check_classes(spec: VitSpec, count: int, where: Path) -> None:
@@ -277,18 +277,20 @@ def _open_dataset(path: Path) -> tuple[DatasetImages, DatasetImages]:
         raise MissingPackageError("datasets is missing: pip install 'translution-scale[train]'") from None
     try:
         splits = datasets.load_from_disk(str(path))
-    except Exception as error:  # Arrow, JSON and the file system each have their own.
+    except Exception as error:  # Arrow, JSON and the file system raise errors of different kinds.
         raise InputError(f"{path}: cannot be read as a data set: {' '.join(str(error).split())[:300]}") from None
-    names = _first(TRAINING, splits), _first(HELD_OUT, splits)
+    names = _first(TRAINING_SPLITS, splits), _first(HELD_OUT_SPLITS, splits)
     if not isinstance(splits, datasets.DatasetDict) or None in names:
-        raise InputError(f"{path}: must hold splits train, and {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]}")
+        raise InputError(
+            f"{path}: must hold splits train, and {', '.join(HELD_OUT_SPLITS[:-1])} or {HELD_OUT_SPLITS[-1]}"
+        )
     training, held_out = (DatasetImages(splits[name], f"{path} {name}") for name in names)
     return training, held_out
 
 
 def _open_folders(path: Path) -> tuple[FolderImages, FolderImages, int]:
-    there = _folders(path) if path.is_dir() else []
-    training, held_out = _first(TRAINING, there), _first(HELD_OUT, there)
+    folders = _folders(path) if path.is_dir() else []
+    training, held_out = _first(TRAINING_SPLITS, folders), _first(HELD_OUT_SPLITS, folders)
     if training is None or held_out is None:
         raise InputError(
             f"data_path: {str(path)!r} is not allowed: must be a folder with train/CLASS/* and val/CLASS/*, "
@@ -299,16 +301,16 @@ def _open_folders(path: Path) -> tuple[FolderImages, FolderImages, int]:
 
 
 def load_images(spec: VitSpec, path: Path, corrupt_limit: int) -> tuple[Images, Images]:
-    """The images of a folder: training and held-out.
+    """Return the images of a folder: training and held-out samples.
 
     Args:
-        spec: the model, of one channel or three.
-        path: laid out as ImageNet is, or written by `save_to_disk` of `datasets` with splits.
-        corrupt_limit: so many images may be unreadable.
+        spec: the model, with one or three channels.
+        path: a folder laid out like ImageNet, or one with splits that `save_to_disk` of `datasets` wrote.
+        corrupt_limit: number of unreadable images allowed.
 
     Raises:
-        InputError: for another layout, more classes than the model has, or no images.
-        MissingPackageError: without Pillow, or `datasets` where it is needed.
+        InputError: if the layout is unknown, there are more classes than the model has, or no images.
+        MissingPackageError: if Pillow is not installed, or `datasets` where it is needed.
     """
     try:
         import PIL.Image  # noqa: F401

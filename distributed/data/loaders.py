@@ -1,4 +1,4 @@
-"""The samples a run trains on, in an order that does not depend on the number of ranks."""
+"""Open the data source that a plan names."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from .base import DataSource
 from .synthetic import make_synthetic
 
 
-def load_samples(spec: ModelSpec, training: TrainingSpec, step: int = 1) -> tuple[DataSource, DataSource]:
-    """Training and held-out samples of a plan.
+def load_samples(spec: ModelSpec, training: TrainingSpec, global_batch: int = 1) -> tuple[DataSource, DataSource]:
+    """Return the training and held-out samples of a plan.
 
     Args:
         spec: the model.
-        training: says which data.
-        step: samples of a global batch.
+        training: the training settings; they name the data.
+        global_batch: samples per step; synthetic data has at least this many.
 
     Raises:
-        InputError: if the data does not suit the model, is absent or damaged.
-        MissingPackageError: without a package that reads it.
+        InputError: if the data does not fit the model, is missing or is damaged.
+        MissingPackageError: if a package that reads the data is not installed.
     """
-    samples, held_out = _load(spec, training, training.data, step)
+    samples, held_out = _load(spec, training, training.data, global_batch)
     if training.evaluation_data not in (None, training.data):
-        _, held_out = _load(spec, training, training.evaluation_data, step)
+        _, held_out = _load(spec, training, training.evaluation_data, global_batch)
     return samples, held_out
 
 
-def _load(spec: ModelSpec, training: TrainingSpec, kind: DataKind, step: int) -> tuple[DataSource, DataSource]:
+def _load(spec: ModelSpec, training: TrainingSpec, kind: DataKind, global_batch: int) -> tuple[DataSource, DataSource]:
     check_kind(spec, kind, training.digit_pixels)
-    # Each has packages of its own, which the others do without.
+    # Imported on use: each source needs packages that the others do not.
     if isinstance(spec, VitSpec):
         if kind == "digits":
             from .digits import load_digits
@@ -55,4 +55,4 @@ def _load(spec: ModelSpec, training: TrainingSpec, kind: DataKind, step: int) ->
         from .tokens import load_stdlib
 
         return load_stdlib(spec)
-    return make_synthetic(spec, training.seed, step)
+    return make_synthetic(spec, training.seed, global_batch)

@@ -1,4 +1,4 @@
-"""Random samples of a model's shape, for measurements."""
+"""Random samples with a model's input shape, for measurements."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .base import Samples
 _SYNTHETIC_SAMPLES = 4096
 
 
-def make_synthetic(spec: ModelSpec, seed: int, step: int = 1) -> tuple[Samples, Samples]:
-    """Random samples of the model's shape, for load tests; nothing can be learned from them.
+def make_synthetic(spec: ModelSpec, seed: int, global_batch: int = 1) -> tuple[Samples, Samples]:
+    """Return random training and held-out samples for load tests; there is nothing to learn from them.
 
     Args:
-        spec: the model.
-        seed: of the samples.
-        step: samples of a global batch; there are at least so many to train on.
+        spec: the model; it gives the input shape.
+        seed: seed of the random values.
+        global_batch: samples per step; at least this many training samples are returned.
     """
     generator = torch.Generator().manual_seed(seed)
-    count = max(_SYNTHETIC_SAMPLES, 2 * step)
+    count = max(_SYNTHETIC_SAMPLES, 2 * global_batch)
     if isinstance(spec, VitSpec):
-        # One image viewed count times: the memory of a load test belongs to the model.
+        # One image, expanded to `count` views: the memory of a load test belongs to the model.
         inputs = torch.randn(1, spec.channels, *spec.image, generator=generator).expand(count, -1, -1, -1)
         samples = Samples(inputs, torch.randint(spec.classes, (count,), generator=generator))
     else:

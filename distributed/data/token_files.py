@@ -1,9 +1,9 @@
-"""Tokens in files, as nanoGPT lays them out: train.bin and val.bin hold nothing but numbers.
+"""Token files in nanoGPT's layout: train.bin and val.bin hold only token numbers.
 
-train.bin               tokens to train on, little-endian
-val.bin                 tokens held out
-meta.json               TokenMeta; without it tokens are uint16
-tokenizer.json          what made the tokens, where it was no plain bytes
+train.bin               training tokens, little-endian
+val.bin                 held-out tokens
+meta.json               `TokenMeta`; without it, tokens are uint16
+tokenizer.json          the tokenizer; absent if every byte is a token
 """
 
 from __future__ import annotations
@@ -20,36 +20,38 @@ from translution.planner.config.model import Positive
 if TYPE_CHECKING:
     import numpy as np
 
-TRAINING, HELD_OUT, META, TOKENIZER = "train.bin", "val.bin", "meta.json", "tokenizer.json"
+TRAINING_FILE, HELD_OUT_FILE, META_FILE, TOKENIZER_FILE = "train.bin", "val.bin", "meta.json", "tokenizer.json"
 
 
 class TokenMeta(Schema):
-    """What a folder of tokens holds."""
+    """Contents of a token folder."""
 
     dtype: Literal["uint16", "uint32"] = "uint16"
     vocabulary: Positive | None = None
-    """Tokens are below it."""
+    """Size of the vocabulary; every token is below it."""
     tokenizer: str | None = None
-    """File of the folder; null where tokens are bytes."""
+    """Name of the tokenizer file in the folder; null if every byte is a token."""
     training_tokens: Positive | None = None
+    """Number of tokens in train.bin."""
     held_out_tokens: Positive | None = None
+    """Number of tokens in val.bin."""
 
 
 _META: TypeAdapter[TokenMeta] = TypeAdapter(TokenMeta)
 
 
 def read_meta(folder: Path) -> TokenMeta:
-    """What a folder says of its tokens; uint16 if it says nothing.
+    """Read the meta.json of a token folder; without one, tokens are uint16.
 
     Raises:
-        InputError: if there is no folder, or its meta.json is damaged.
+        InputError: if the folder does not exist, or its meta.json is damaged.
     """
     if not folder.is_dir():
         raise InputError(
-            f"data_path: {str(folder)!r} is not allowed: must be a folder with {TRAINING} and {HELD_OUT}, "
+            f"data_path: {str(folder)!r} is not allowed: must be a folder with {TRAINING_FILE} and {HELD_OUT_FILE}, "
             "as translution prepare writes it"
         )
-    path = folder / META
+    path = folder / META_FILE
     try:
         return parse_json(_META, path.read_bytes(), str(path)) if path.exists() else TokenMeta()
     except OSError as error:
@@ -57,16 +59,16 @@ def read_meta(folder: Path) -> TokenMeta:
 
 
 def open_tokens(path: Path, dtype: str, expected: int | None) -> np.ndarray:
-    """The tokens of a file, read from disk as they are asked for.
+    """Memory-map the tokens of a file.
 
     Args:
-        path: of the file.
+        path: the token file.
         dtype: uint16 or uint32.
-        expected: how many it must hold, if that is known.
+        expected: number of tokens that the file must hold, or None if unknown.
 
     Raises:
-        InputError: if it is absent, cannot be read or was cut off.
-        MissingPackageError: without numpy.
+        InputError: if the file is missing, unreadable or truncated.
+        MissingPackageError: if numpy is not installed.
     """
     try:
         import numpy as np
@@ -79,8 +81,8 @@ def open_tokens(path: Path, dtype: str, expected: int | None) -> np.ndarray:
             raise InputError(f"{path}: {size} bytes are cut off: must be a multiple of {item.itemsize}, for {dtype}")
         count = size // item.itemsize
         if expected is not None and count != expected:
-            raise InputError(f"{path}: holds {count} tokens, must hold {expected} as {META} says: it was cut off?")
-        # An empty file cannot be mapped.
+            raise InputError(f"{path}: holds {count} tokens, must hold {expected} as {META_FILE} says: it was cut off?")
+        # An empty file cannot be memory-mapped.
         return np.memmap(path, dtype=item, mode="r") if count else np.zeros(0, dtype=item)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None

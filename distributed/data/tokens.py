@@ -1,4 +1,4 @@
-"""Text to train on: windows of tokens from files, or from the source of Python's own library."""
+"""Windows of tokens, from token files or from the source of Python's standard library."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from torch import Tensor
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import GptSpec
 
-from .base import Samples, DataSource
-from .token_files import HELD_OUT, META, TRAINING, open_tokens, read_meta
+from .base import DataSource, Samples
+from .token_files import HELD_OUT_FILE, META_FILE, TRAINING_FILE, open_tokens, read_meta
 
 STDLIB_BYTES = 8_000_000
-"""The most that is read of Python's library."""
+"""Maximum number of bytes read from Python's standard library."""
 _OTHERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-"""Folders of the library's that hold no source of it."""
+"""Folders under the standard library that are skipped."""
 _HELD_OUT_EVERY = 10
 
 
 @dataclass(frozen=True)
 class TokenWindows(DataSource):
-    """Windows of a text side by side, each of the context's size; a token's target is the one after it."""
+    """Consecutive windows of a text, each as long as the context; a token's target is the next token."""
 
     tokens: np.ndarray
-    """Numbers (T,), in memory or in a mapped file."""
+    """Token numbers (T,), in memory or memory-mapped."""
     context: int
     vocabulary: int
     name: str
-    """What error lines call the text."""
+    """Name of the text in error messages."""
 
     def __post_init__(self) -> None:
         if len(self.tokens) <= self.context:
@@ -48,70 +48,71 @@ class TokenWindows(DataSource):
         return (len(self.tokens) - 1) // self.context
 
     def select(self, index: Tensor, epoch: int = 0) -> Samples:
-        """The windows of an index tensor: inputs and targets (B, context), the same in every epoch.
+        """Return the windows at the given indices: inputs and targets (B, context), the same in every epoch.
 
         Raises:
-            InputError: for a token that the model does not know.
+            InputError: if a token is outside the model's vocabulary.
         """
         windows = torch.empty(len(index), self.context + 1, dtype=torch.int64)
-        for place, number in enumerate(index.tolist()):
+        for position, number in enumerate(index.tolist()):
             start = number * self.context
-            windows.numpy()[place] = self.tokens[start : start + self.context + 1]
+            windows.numpy()[position] = self.tokens[start : start + self.context + 1]
         if int(windows.max()) >= self.vocabulary:
-            self._refuse(windows, index)
+            self._reject(windows, index)
         return Samples(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
 
-    def _refuse(self, windows: Tensor, index: Tensor) -> None:
-        place, within = torch.nonzero(windows >= self.vocabulary)[0].tolist()
-        position = int(index[place]) * self.context + within
+    def _reject(self, windows: Tensor, index: Tensor) -> None:
+        row, column = torch.nonzero(windows >= self.vocabulary)[0].tolist()
+        position = int(index[row]) * self.context + column
         raise InputError(
-            f"{self.name}: token {int(windows[place, within])} at byte {position * self.tokens.itemsize} is not "
+            f"{self.name}: token {int(windows[row, column])} at byte {position * self.tokens.itemsize} is not "
             f"allowed: must be below {self.vocabulary}, the model's vocabulary"
         )
 
 
 def load_tokens(spec: GptSpec, folder: Path) -> tuple[TokenWindows, TokenWindows]:
-    """The tokens of a folder: training and held-out.
+    """Return the tokens of a folder: training and held-out samples.
 
     Args:
         spec: the model.
-        folder: laid out as `token_files` describes.
+        folder: a token folder, laid out as described in `token_files`.
 
     Raises:
-        InputError: if a file is absent, damaged or too short, or the model's vocabulary too small.
-        MissingPackageError: without numpy.
+        InputError: if a file is missing, damaged or too short, or the model's vocabulary is too small.
+        MissingPackageError: if numpy is not installed.
     """
     meta = read_meta(folder)
     if meta.vocabulary is not None and meta.vocabulary > spec.vocabulary:
         raise InputError(
-            f"vocabulary: {spec.vocabulary} is not allowed: must be at least {meta.vocabulary}, as {folder / META} says"
+            f"vocabulary: {spec.vocabulary} is not allowed: "
+            f"must be at least {meta.vocabulary}, as {folder / META_FILE} says"
         )
 
     def part(name: str, expected: int | None) -> TokenWindows:
         tokens = open_tokens(folder / name, meta.dtype, expected)
         return TokenWindows(tokens, spec.context, spec.vocabulary, str(folder / name))
 
-    return part(TRAINING, meta.training_tokens), part(HELD_OUT, meta.held_out_tokens)
+    return part(TRAINING_FILE, meta.training_tokens), part(HELD_OUT_FILE, meta.held_out_tokens)
 
 
 def stdlib_files(root: Path) -> Iterator[Path]:
-    """Python sources under a folder, in an order that depends on their names alone."""
+    """Yield the Python sources under a folder, ordered by name."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(set(folders) - _OTHERS)
         yield from (Path(folder) / name for name in sorted(names) if name.endswith(".py"))
 
 
 def load_stdlib(spec: GptSpec, root: Path | None = None) -> tuple[TokenWindows, TokenWindows]:
-    """The source of Python's standard library as bytes: training, and every tenth file held out.
+    """Return the source of Python's standard library as bytes: training and held-out samples.
 
-    It differs between versions of Python, which is why it is said on stderr which one is read.
+    Every tenth file is held out. The source differs between Python versions, so the version is printed on stderr.
 
     Args:
         spec: the model.
-        root: the library's folder; None takes that of this Python.
+        root: folder of the standard library; None uses the running Python's.
 
     Raises:
-        InputError: if there is no source, or too little for the context.
+        InputError: if there is no source, or too little for one context.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     parts: tuple[bytearray, bytearray] = bytearray(), bytearray()

@@ -20,8 +20,8 @@ from translution.models import build
 from translution.models.ops import batched
 from translution.models.ops.grouped_mm import GroupedProducts
 from translution.planner.common.errors import RunFailedError
+from translution.planner.common.phases import Phase
 from translution.planner.plans.plan import Plan, load_plan
-from translution.planner.simulator.lifecycle import FIRST_STEP, STEP
 
 from ..data.base import Samples
 from ..data.batching import micro_batches
@@ -95,9 +95,9 @@ class RehearsalRank(Rank):
 
     def timed(self, phase: RunPhase, name: str, work: Callable[[], None]) -> None:
         """Say that a phase begins, do its work, and note the seconds."""
-        if name == STEP and self.step == 0 and self.recorder:
+        if name == Phase.STEP and self.step == 0 and self.recorder:
             # The first one makes the optimizer's moments.
-            name, phase = FIRST_STEP, self.recorder.record
+            name, phase = Phase.FIRST_STEP, self.recorder.record
         self.say("training")
         text = f"init: {name}" if self.engine is None else f"step {self.step + 1} of {STEPS}: {name}"
         self.log(event="phase", text=text)
@@ -124,14 +124,14 @@ class RehearsalRank(Rank):
         """
         training = self.plan.training
         began = time.perf_counter()
-        samples, rest = make_synthetic(self.plan.model, training.seed, step=training.global_batch(1))
+        samples, rest = make_synthetic(self.plan.model, training.seed, global_batch=training.global_batch(1))
         self.samples = [*samples.resident, *rest.resident]
         batches = micro_batches(
             samples,
             micro_batch=training.micro_batch,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
             rank=0,
-            ranks=1,
+            world_size=1,
             seed=training.seed,
         )
         with self.as_planned():

@@ -71,7 +71,7 @@ def test_one_tile_is_whole_at_a_time_and_gradients_are_those_of_one_process(
     torch.manual_seed(0)
     network = build(spec, tile_relations=13)
     samples, _ = load_digits(spec)
-    (batch,) = next(micro_batches(samples, micro_batch=16, gradient_accumulation_steps=1, rank=0, ranks=1, seed=0))
+    (batch,) = next(micro_batches(samples, micro_batch=16, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0))
     torch.nn.functional.cross_entropy(network(batch.inputs), batch.targets).backward()
     for name, grad in torch.load(out.with_suffix(".pt")).items():
         expected = network.get_parameter(name).grad

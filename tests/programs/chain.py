@@ -140,7 +140,7 @@ class Engines:
         training = rank.plan.training
         if not self.batches:
             samples, _ = load_samples(rank.plan.model, training)
-            stream = micro_batches(samples, micro_batch=8, gradient_accumulation_steps=1, rank=0, ranks=1, seed=0)
+            stream = micro_batches(samples, micro_batch=8, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
             self.batches = [next(stream) for _ in range(20)]
         return rank
 

@@ -29,7 +29,7 @@ def main(plan_folder: Path, run: Path, out: Path) -> None:
         micro_batch=training.micro_batch,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         rank=rank.rank,
-        ranks=rank.ranks,
+        world_size=rank.ranks,
         seed=training.seed,
     )
     rank.checked_step(next(stream), None)

@@ -57,7 +57,7 @@ def main(plan_folder: Path, run: Path, out: Path) -> None:
         micro_batch=training.micro_batch,
         gradient_accumulation_steps=1,
         rank=rank.rank,
-        ranks=rank.ranks,
+        world_size=rank.ranks,
         seed=training.seed,
     )
     (batch,) = next(stream)

@@ -143,7 +143,9 @@ def test_images_of_an_epoch_are_shared_without_overlap(folder: Path) -> None:
     training, _ = load(folder)
     every = training.select(torch.arange(9)).inputs.flatten(1).sum(1)
     streams = [
-        micro_batches(training, micro_batch=1, gradient_accumulation_steps=1, rank=rank, ranks=3, seed=0, first_step=3)
+        micro_batches(
+            training, micro_batch=1, gradient_accumulation_steps=1, rank=rank, world_size=3, seed=0, first_step=3
+        )
         for rank in range(3)
     ]
     epoch = torch.cat([next(stream)[0].inputs for _ in range(3) for stream in streams]).flatten(1).sum(1)

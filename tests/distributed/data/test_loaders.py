@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from translution.cli.main import run
 from translution.distributed.checkpoint.resume import check_same
-from translution.distributed.data.base import Samples, DataSource
+from translution.distributed.data.base import DataSource, Samples
 from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.digits import load_digits
 from translution.distributed.data.loaders import load_samples
@@ -42,7 +42,7 @@ def steps(ranks: int, micro_batch: int, gradient_accumulation_steps: int, count:
             micro_batch=micro_batch,
             gradient_accumulation_steps=gradient_accumulation_steps,
             rank=rank,
-            ranks=ranks,
+            world_size=ranks,
             seed=3,
         )
         for rank in range(ranks)
@@ -67,7 +67,7 @@ def test_an_epoch_gives_every_sample_once_and_the_next_another_order() -> None:
 
 def test_too_large_a_step_is_named() -> None:
     with pytest.raises(InputError, match="global batch: 64 is not allowed: must be at most 50"):
-        next(micro_batches(numbered(50), micro_batch=32, gradient_accumulation_steps=1, rank=0, ranks=2, seed=0))
+        next(micro_batches(numbered(50), micro_batch=32, gradient_accumulation_steps=1, rank=0, world_size=2, seed=0))
 
 
 def test_digits_are_split_evenly_and_without_overlap() -> None:
@@ -86,7 +86,7 @@ def test_the_planner_knows_how_many_digits_there_are() -> None:
 
 @pytest.mark.parametrize("spec", [parse_model_spec(DIGITS), preset("gpt-tiny/160")], ids=["vit", "gpt"])
 def test_synthetic_data_suffices_for_any_step_and_takes_little_memory(spec: ModelSpec) -> None:
-    training, held_out = make_synthetic(spec, seed=0, step=1_000_000)
+    training, held_out = make_synthetic(spec, seed=0, global_batch=1_000_000)
     assert len(training) >= 1_000_000
     assert len(held_out) > 0
     assert sum(tensor.untyped_storage().nbytes() for tensor in training.resident) < 40e6
@@ -179,7 +179,7 @@ def test_ranks_share_one_global_batch_also_after_an_interruption(kind: str) -> N
                 micro_batch=96 // ranks,
                 gradient_accumulation_steps=1,
                 rank=rank,
-                ranks=ranks,
+                world_size=ranks,
                 seed=5,
                 first_step=first,
             )

@@ -59,7 +59,7 @@ def test_ranks_share_an_epoch_of_windows_and_go_on_in_its_middle(tmp_path: Path)
                 micro_batch=6 // ranks,
                 gradient_accumulation_steps=1,
                 rank=rank,
-                ranks=ranks,
+                world_size=ranks,
                 seed=1,
                 first_step=first,
             )
