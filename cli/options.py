@@ -1,8 +1,9 @@
-"""Arguments and options that several commands share, and what they make."""
+"""Arguments and options that several commands share, and how their values are read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,37 +13,60 @@ from translution.planner.common.files import read_yaml
 from translution.planner.config.loading import load_model_spec
 from translution.planner.config.model import ModelSpec, override
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Preset (vit-base/16, gpt-base/1024) or YAML/JSON file.")]
-Operator = Annotated[str | None, typer.Option(help="translution, alpha, attention, bias, shaw or absolute.")]
-Roles = Annotated[str | None, typer.Option(help="Relative roles, a subset of qkv.")]
-C1 = Annotated[int | None, typer.Option(help="First low width per head of alpha.")]
-C2 = Annotated[int | None, typer.Option(help="Second low width per head of alpha.")]
-Layers = Annotated[str | None, typer.Option(help="Relative layers: all, first:K or every:K; others are attention.")]
-Settings = Annotated[
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Preset (vit-base/16, gpt-base/1024) or YAML/JSON file.")
+]
+OperatorOption = Annotated[str | None, typer.Option(help="translution, alpha, attention, bias, shaw or absolute.")]
+RolesOption = Annotated[str | None, typer.Option(help="Relative roles, a subset of qkv.")]
+C1Option = Annotated[int | None, typer.Option(help="First low rank per head of alpha.")]
+C2Option = Annotated[int | None, typer.Option(help="Second low rank per head of alpha.")]
+RelativeLayersOption = Annotated[
+    str | None, typer.Option(help="Relative layers: all, first:K or every:K; the others use attention.")
+]
+SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of the model; repeatable.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-PrecisionName = Annotated[str, typer.Option("--precision", help="fp32, or bf16 with an fp32 master copy.")]
-Stage = Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.")]
-Tile = Annotated[int | None, typer.Option(help="Relations per tile of a table; chosen unless given.")]
-Offload = Annotated[str, typer.Option(help="What leaves the device: none, cpu-optimizer, cpu, nvme-optimizer or nvme.")]
-NvmePath = Annotated[str | None, typer.Option(help="Folder on every node's NVMe drive, for nvme.")]
-OffloadRatio = Annotated[float, typer.Option(help="Share of the optimizer that leaves, for cpu-optimizer.")]
-TrainingSettings = Annotated[
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="fp32, or bf16 with an fp32 master copy.")]
+StageOption = Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.")]
+TileOption = Annotated[int | None, typer.Option(help="Relations per tile of a table; chosen by default.")]
+OffloadOption = Annotated[
+    str, typer.Option(help="What is offloaded: none, cpu-optimizer, cpu, nvme-optimizer or nvme.")
+]
+NvmePathOption = Annotated[str | None, typer.Option(help="Folder on every node's NVMe drive, for nvme.")]
+OffloadRatioOption = Annotated[
+    float, typer.Option(help="Fraction of the optimizer state to offload, for cpu-optimizer.")
+]
+TrainOption = Annotated[
     list[str] | None, typer.Option("--train", metavar="FIELD=VALUE", help="Any other field of training; repeatable.")
 ]
-Knobs = Annotated[
+ZeroOption = Annotated[
     list[str] | None,
-    typer.Option("--zero", metavar="FIELD=VALUE", help="A knob of ZeRO, set otherwise than chosen; repeatable."),
+    typer.Option("--zero", metavar="FIELD=VALUE", help="A ZeRO setting to use instead of the chosen one; repeatable."),
 ]
-MicroBatch = Annotated[int, typer.Option(help="Samples per rank and forward pass.")]
+MicroBatchOption = Annotated[int, typer.Option(help="Samples per rank and forward pass.")]
+
+PlanFolderArgument = Annotated[Path, typer.Argument(help="Folder that `translution plan` wrote.")]
+RunFolderOption = Annotated[
+    Path | None, typer.Option(help="Run folder to create; the plan's next runs/NNN by default.")
+]
+HostfileOption = Annotated[
+    Path | None, typer.Option(help="Start on these hosts through ssh and pdsh; one line HOST slots=RANKS per host.")
+]
+SshPortOption = Annotated[int | None, typer.Option(help="ssh port of the hosts; by default ssh's own.")]
+MasterAddressOption = Annotated[
+    str | None, typer.Option(help="Address of the first host; by default its name in the hostfile.")
+]
+MasterPortOption = Annotated[
+    int | None, typer.Option(help="Port where the ranks meet; by default a free one, or 29500 with --no-ssh.")
+]
 
 
 def parse_settings(settings: Sequence[str] | None, flag: str = "--set") -> dict[str, object]:
-    """``FIELD=VALUE`` texts as a mapping; values are read as YAML.
+    """Return ``FIELD=VALUE`` texts as a mapping; values are read as YAML.
 
     Raises:
-        InputError: for a text without a field or value, or a value that is not YAML.
+        InputError: if a text has no field or no value, or a value is not YAML.
     """
     values: dict[str, object] = {}
     for text in settings or ():
@@ -64,10 +88,10 @@ def resolve_model(
     relative_layers: str | None,
     settings: Sequence[str] | None,
 ) -> ModelSpec:
-    """The spec of MODEL with the flags' fields replaced.
+    """Return the model named by the argument, with the fields of the flags replaced.
 
     Raises:
-        InputError: for an unknown model or a bad field.
+        InputError: if the model is unknown or a field is invalid.
     """
     flags = {"operator": operator, "roles": roles, "c1": c1, "c2": c2, "relative_layers": relative_layers}
     return override(load_model_spec(model), **(flags | parse_settings(settings)))

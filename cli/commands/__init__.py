@@ -1,1 +1,15 @@
-"""One module per command: its signature and what it prints."""
+"""The commands, one module each: the signature with its help and examples, and a thin body that prints the result."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(
+    name="translution",
+    help="Plan and train full Translution models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+"""Every command module adds its command here when it is imported; `main` imports the modules."""

@@ -6,7 +6,9 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from translution.distributed.calibration.run import PARTS, calibrate, machine_file
@@ -15,7 +17,9 @@ from translution.planner.common.files import SPEC_SUFFIXES, write_text
 from translution.planner.hardware.calibrated_rates import MeasuredRates, Transfer
 from translution.planner.hardware.cluster import load_cluster
 
+from ..options import JsonOption
 from ..output import console, print_json, table
+from . import app
 
 
 def _rows(rates: MeasuredRates) -> list[tuple[str, str]]:
@@ -41,15 +45,20 @@ def _rows(rates: MeasuredRates) -> list[tuple[str, str]]:
     return rows
 
 
-def run_calibrate(cluster_name: str, out: Path, nvme_path: str | None, *, as_json: bool) -> None:
-    """Measure this machine, write its cluster file and print what was found.
-
-    Args:
-        cluster_name: as the user wrote it; the file's base.
-        out: file to write.
-        nvme_path: folder on the drive to measure, or None.
-        as_json: print JSON instead of a table.
-    """
+@app.command(
+    "calibrate",
+    epilog="Examples: **translution calibrate --cluster cpu:2 --out laptop.yaml** · **translution plan my.yaml "
+    "--cluster laptop.yaml --out plans/small**",
+)
+def calibrate_cli(
+    cluster_name: Annotated[str, typer.Option("--cluster", help="cpu:RANKS, or GPUSxNAME of this machine.")],
+    out: Annotated[Path, typer.Option(help="Cluster file to write (YAML); plans take it as --cluster.")],
+    nvme_path: Annotated[
+        str | None, typer.Option(help="Folder on the NVMe drive to measure; without it no drive is measured.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the compute and transfer rates of this machine, for predictions of time."""
     if out.suffix not in SPEC_SUFFIXES[:2]:
         raise InputError(f"out: {str(out)!r} is not allowed: must end in .yaml")
     if Path(cluster_name).suffix in SPEC_SUFFIXES:

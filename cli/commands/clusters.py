@@ -9,7 +9,9 @@ from translution.planner.hardware.catalog import Catalog, Figure, GpuSpec, NodeS
 from translution.planner.hardware.device_overhead import DeviceOverhead, device_overhead
 from translution.planner.hardware.intervals import Level
 
+from ..options import JsonOption
 from ..output import console, print_json, table
+from . import app
 
 _LEVELS: tuple[Level, ...] = ("low", "likely", "high")
 
@@ -86,12 +88,9 @@ def _print_tables(known: Catalog, overhead: dict[str, DeviceOverhead]) -> None:
         out.print(f"{number:>2} {source.title}" + (f": {source.url}" if source.url else ""), soft_wrap=True)
 
 
-def run_clusters(*, as_json: bool) -> None:
-    """Print the GPUs and nodes that plans know, and where each figure comes from.
-
-    Args:
-        as_json: print JSON instead of tables.
-    """
+@app.command("clusters", epilog="Examples: **translution clusters** · **translution clusters --json**")
+def clusters_cli(as_json: JsonOption = False) -> None:
+    """List the GPUs and nodes that `--cluster` accepts; each figure has its source."""
     known = catalog()
     overhead = {
         name: device_overhead(name, int(known.nodes[gpu.node].gpus.value), 1) for name, gpu in known.gpus.items()

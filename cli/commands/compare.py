@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from pydantic import TypeAdapter
 
-from translution.planner.analysis.compare import ComparisonRow, ScalePoint, Threshold, compare, scale, thresholds
+from translution.planner.analysis.compare import (
+    ALPHA_RANKS,
+    ComparisonRow,
+    ScalePoint,
+    Threshold,
+    compare,
+    scale,
+    thresholds,
+)
 from translution.planner.common.errors import InputError, MissingPackageError
 from translution.planner.common.files import write_bytes, write_text
 from translution.planner.common.schema import validate
 from translution.planner.common.units import format_bytes, format_count, format_flops
-from translution.planner.config.model import ModelSpec
+from translution.planner.config.loading import load_model_spec
 from translution.planner.config.training import TrainingSpec
 
+from ..options import JsonOption
 from ..output import console, print_json, table
+from . import app
 
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
 FORMATS = (".md", ".csv", ".json", ".png", ".svg")
@@ -43,35 +55,36 @@ def _write(
         write_bytes(out, png(spec)) if out.suffix == ".png" else write_text(out, svg(spec))
 
 
-def run_compare(
-    specs: Sequence[ModelSpec],
-    gpu: str,
-    precision: str,
-    alpha_ranks: Sequence[int],
-    outs: Sequence[Path],
-    *,
-    as_json: bool,
+@app.command(
+    "compare",
+    epilog="Examples: **translution compare vit-base/16** · **translution compare vit-base/16 gpt-base/1024 --gpu H200 "
+    "--out table.md** · **translution compare vit-base/16 --out scaling.png**",
+)
+def compare_cli(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Presets, or YAML/JSON files.")],
+    gpu: Annotated[str, typer.Option(help="GPU of the clusters; `translution clusters` lists them.")] = "H100",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    alpha_rank: Annotated[
+        list[int] | None, typer.Option(help="c1 = c2 of an α-Translution; repeatable; 4 to 64 by default.")
+    ] = None,
+    out: Annotated[
+        list[Path] | None, typer.Option(help="File to write: .md, .csv, .json, .png or .svg; repeatable.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Print and write what full Translution, its low-rank form and attention cost.
-
-    Args:
-        specs: the models.
-        gpu: of which the clusters are.
-        precision: of training.
-        alpha_ranks: c1 = c2 of the low-rank rows.
-        outs: files to write, by suffix.
-        as_json: print JSON instead of tables.
-    """
-    for out in outs:
-        if out.suffix not in FORMATS:
-            raise InputError(f"out: {str(out)!r} is not allowed: must end in {', '.join(FORMATS)}")
+    """Compare full Translution with α-Translution and attention: cost, memory, smallest cluster, time."""
+    specs = [load_model_spec(model) for model in models]
+    alpha_ranks, outs = alpha_rank or ALPHA_RANKS, out or ()
+    for path in outs:
+        if path.suffix not in FORMATS:
+            raise InputError(f"out: {str(path)!r} is not allowed: must end in {', '.join(FORMATS)}")
     training = validate(_TRAINING, {"precision": precision, "data": "synthetic"}, "compare", ())
     rows = [row for spec in specs for row in compare(spec, gpu, training, alpha_ranks)]
     limits = [limit for spec in specs[:1] for limit in thresholds(spec, gpu, training)]
-    pictures = any(out.suffix in (".png", ".svg") for out in outs)
+    pictures = any(path.suffix in (".png", ".svg") for path in outs)
     points = [list(scale(spec, training)) for spec in specs] if pictures else []
-    for out in outs:
-        _write(out, rows, limits, points)
+    for path in outs:
+        _write(path, rows, limits, points)
     if as_json:
         print_json({"rows": [row.model_dump() for row in rows], "thresholds": [limit.model_dump() for limit in limits]})
         return

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from pydantic import TypeAdapter
 
 from translution.planner.analysis.operator_costs import LABELS, compare_operators
+from translution.planner.common.phases import Phase
 from translution.planner.common.schema import validate
 from translution.planner.common.units import format_bytes, format_count, format_flops
 from translution.planner.config.model import ModelSpec
 from translution.planner.config.training import TrainingSpec
 from translution.planner.costs.parameters import TABLES
 from translution.planner.hardware.cluster import ClusterSpec
-from translution.planner.memory.estimate import BACKWARD, FORWARD, STEP, MemoryEstimate, estimate_memory
+from translution.planner.memory.estimate import MemoryEstimate, estimate_memory
 from translution.planner.plans.defaults import choose_tile, choose_zero
 from translution.planner.simulator.network.ops import DtypeSizes
 
+from ..options import (
+    C1Option,
+    C2Option,
+    JsonOption,
+    MicroBatchOption,
+    ModelArgument,
+    OperatorOption,
+    PrecisionOption,
+    RelativeLayersOption,
+    RolesOption,
+    SetOption,
+    resolve_model,
+)
 from ..output import console, note, print_json, table
+from . import app
 
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
 
@@ -35,21 +51,30 @@ def per_rank(spec: ModelSpec, training: TrainingSpec, ranks: int) -> dict[int, M
     return estimates
 
 
-def run_estimate(asked: str, spec: ModelSpec, *, ranks: int, micro_batch: int, precision: str, as_json: bool) -> None:
-    """Print what a model costs, beside the same model with the other operators.
-
-    Args:
-        asked: the name as the user wrote it.
-        spec: the model.
-        ranks: ranks that share the training state.
-        micro_batch: samples per rank and forward pass.
-        precision: fp32 or bf16.
-        as_json: print JSON instead of tables.
-    """
+@app.command(
+    "estimate",
+    epilog="Examples: **translution estimate vit-base/16** · **translution estimate gpt-large/1024 --operator alpha "
+    "--c1 8 --c2 8** · **translution estimate my.yaml --ranks 64 --precision bf16 --json**",
+)
+def estimate_cli(
+    model: ModelArgument,
+    operator: OperatorOption = None,
+    roles: RolesOption = None,
+    c1: C1Option = None,
+    c2: C2Option = None,
+    relative_layers: RelativeLayersOption = None,
+    settings: SetOption = None,
+    ranks: Annotated[int, typer.Option(min=1, max=2**20, help="Ranks that share the training state.")] = 8,
+    micro_batch: MicroBatchOption = 1,
+    precision: PrecisionOption = "fp32",
+    as_json: JsonOption = False,
+) -> None:
+    """Print what a model costs: parameters, activations, operations, and memory per rank."""
+    spec = resolve_model(model, operator, roles, c1, c2, relative_layers, settings)
     values = {"micro_batch": micro_batch, "precision": precision, "data": "synthetic"}
     training = validate(_TRAINING, values, "estimate", tuple(TrainingSpec.model_fields))
-    if re.match(r"vit-b/", asked.lower()):
-        note(f"{asked} is the paper's name for {spec.name}; for ViT-Base write vit-base/{asked.split('/')[-1]}")
+    if re.match(r"vit-b/", model.lower()):
+        note(f"{model} is the paper's name for {spec.name}; for ViT-Base write vit-base/{model.split('/')[-1]}")
     widths = DtypeSizes.of(training.dtype_bytes, "cuda")
     described = compare_operators(spec, micro_batch, widths)
     estimates = per_rank(spec, training, ranks)
@@ -99,8 +124,8 @@ def _print_tables(
     out.print(table(f"Parameters of {LABELS[spec.operator]}, exact", ("component", "parameters"), rows))
     rows = []
     for stage, estimate in estimates.items():
-        step = max(estimate.bytes_of(phase) for phase in (FORWARD, BACKWARD))
-        cells = (estimate.resident_bytes, step, estimate.bytes_of(STEP), estimate.peak_bytes, estimate.host_bytes)
+        step = max(estimate.bytes_of(phase) for phase in (Phase.FORWARD, Phase.BACKWARD))
+        cells = (estimate.resident_bytes, step, estimate.bytes_of(Phase.STEP), estimate.peak_bytes, estimate.host_bytes)
         rows.append((f"ZeRO-{stage}", *(format_bytes(size) for size in cells)))
     columns = ("plan", "between steps", "forward, backward", "optimizer step", "peak of device", "peak of host")
     out.print()

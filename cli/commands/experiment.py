@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from translution.distributed.experiments.definitions import find_experiment
 from translution.distributed.experiments.runner import ExperimentResult, Trial, run_experiment
 from translution.planner.common.errors import MissingPackageError
 from translution.planner.common.files import check_new_folder, new_folder
 
+from ..options import JsonOption
 from ..output import console, note, print_json, table
+from . import app
 
 RESULT, TABLE, PICTURE = "result.json", "README.md", "figure"
 
@@ -42,20 +47,23 @@ def check_out(out: Path, *, force: bool) -> None:
     check_new_folder(out, marker=RESULT, force=force)
 
 
-def run_and_show(
-    name: str, out: Path | None, *, quick: bool, seeds: int | None, steps: int | None, force: bool, as_json: bool
+@app.command(
+    "experiment",
+    epilog="Examples: **translution experiment shift** · **translution experiment language --quick --out quick**",
+)
+def experiment_cli(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="shift, ablation, rank, roles or language.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write: raw figures, a table and a picture; experiments/NAME by default."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Run a few steps of one seed, as a quick check.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds; 3 by default.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each model; the experiment's by default.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in that folder.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Run an experiment and show what it found.
-
-    Args:
-        name: of the experiment.
-        out: the folder to write, if not ``experiments/NAME``.
-        quick: few steps and one seed.
-        seeds: how many, if not the experiment's.
-        steps: how many, if not the experiment's.
-        force: replace an earlier result.
-        as_json: print JSON instead of a table.
-    """
+    """Train small models of every operator to answer one of the paper's questions at desk size."""
     experiment = find_experiment(name)
     out = Path("experiments", name) if out is None else out
     check_out(out, force=force)

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from translution.planner.common.errors import MissingPackageError
 from translution.planner.common.units import format_bytes
 
+from ..options import JsonOption
 from ..output import console, print_json
+from . import app
 
 
-def run_export(run: Path, out: Path, dtype: str, *, force: bool, as_json: bool) -> None:
-    """Write a run's network as one file and say what it holds.
-
-    Args:
-        run: the run folder.
-        out: the file to make.
-        dtype: "fp32" or "bf16".
-        force: replace a file that exists.
-        as_json: print JSON instead of a sentence.
-    """
+@app.command(
+    "export",
+    epilog="Examples: **translution export plans/small/runs/001 --out small.safetensors** · "
+    "**translution export plans/small/runs/001 --out small.safetensors --dtype bf16**",
+)
+def export_cli(
+    run_folder: Annotated[Path, typer.Argument(help="Run folder whose newest checkpoint is exported.")],
+    out: Annotated[Path, typer.Option(help="File to write (safetensors).")],
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the network of a run as one file with full tables, for inference in one process."""
     try:
         from translution.distributed.checkpoint.export import export
     except ImportError as error:
         raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[train]'") from None
-    made = export(run, out, dtype=dtype, force=force)  # type: ignore[arg-type]  # export checks it
+    made = export(run_folder, out, dtype=dtype, force=force)  # type: ignore[arg-type]  # export checks it
     if as_json:
         print_json(json.loads(made.model_dump_json()))
         return

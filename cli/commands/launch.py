@@ -8,21 +8,31 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from translution.distributed.checkpoint.resume import find_resumable
 from translution.distributed.launcher.launch import Where, launch, launch_command, next_run_folder
-from translution.distributed.remote.rank_command import rank_command
+from translution.distributed.remote.rank_command import make_rank_command
 from translution.distributed.runs.mode import RunMode
 from translution.distributed.system.environment import launch_environment, version_warnings
 from translution.planner.common.units import format_bytes
 from translution.planner.plans.launch_scripts import PORT
 from translution.planner.plans.plan import Plan, load_plan
 
+from ..options import (
+    HostfileOption,
+    MasterAddressOption,
+    MasterPortOption,
+    PlanFolderArgument,
+    RunFolderOption,
+    SshPortOption,
+)
 from ..output import note
+from . import app
 
 _LINE_EVERY = 20
 _RECENT = 20
@@ -97,7 +107,7 @@ def _print_command(plan: Plan, plan_folder: Path, run: Path | None, where: Where
     run = run or next_run_folder(plan_folder)
     command = shlex.join(launch_command(plan, plan_folder, run, where, where.master_port or PORT, mode))
     if hosts and not where.no_ssh:
-        told = rank_command(plan_folder, run, plan.cluster, mode, follows=True)
+        told = make_rank_command(plan_folder, run, plan.cluster, mode, follows=True)
         note("the last word tells every rank: " + told.model_dump_json())
         print(f"cd / && {command}")
         return
@@ -106,17 +116,30 @@ def _print_command(plan: Plan, plan_folder: Path, run: Path | None, where: Where
     print(" ".join([*changed, command]))
 
 
-def run_launch(plan_folder: Path, run: Path | None, where: Where, *, resume: bool, force: bool, dry_run: bool) -> None:
-    """Run a plan and show how it goes.
-
-    Args:
-        plan_folder: as `translution plan` writes it.
-        run: run folder to make, or None.
-        where: on which machines.
-        resume: go on with that run, or the newest that has a checkpoint.
-        force: start although preflight finds something amiss.
-        dry_run: print the command instead.
-    """
+@app.command(
+    "launch",
+    epilog="Examples: **translution launch plans/small** · **translution launch plans/small --resume** · "
+    "**translution launch plans/large --hostfile hosts**",
+)
+def launch_cli(
+    plan_folder: PlanFolderArgument,
+    run: RunFolderOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume --run, or the newest run that has a checkpoint.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start even if preflight finds a problem.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
+    hostfile: HostfileOption = None,
+    no_ssh: Annotated[
+        bool, typer.Option("--no-ssh", help="Start only this host's ranks; run the same command on every other host.")
+    ] = False,
+    node_rank: Annotated[int, typer.Option(help="With --no-ssh: this host's line in the hostfile, from 0.")] = 0,
+    master_addr: MasterAddressOption = None,
+    master_port: MasterPortOption = None,
+    ssh_port: SshPortOption = None,
+) -> None:
+    """Run a plan through DeepSpeed's launcher, on this machine or on the hosts of a hostfile."""
+    where = Where(hostfile, no_ssh, node_rank, master_addr, master_port, ssh_port)
     plan = load_plan(plan_folder)
     if dry_run:
         _print_command(plan, plan_folder, run, where, resume=resume)

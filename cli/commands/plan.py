@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import typer
 from pydantic import TypeAdapter
 
 from translution.planner.common.errors import InputError
@@ -28,8 +29,26 @@ from translution.planner.search.explain import SearchResult, StrategyVerdict
 from translution.planner.search.plan_search import NoPlanFits, RunCost, run_cost, search_plan, steps_for_epochs
 from translution.planner.timing.step_time import StepTime
 
+from ..options import (
+    C1Option,
+    C2Option,
+    JsonOption,
+    ModelArgument,
+    NvmePathOption,
+    OperatorOption,
+    PrecisionOption,
+    RelativeLayersOption,
+    RolesOption,
+    SetOption,
+    TileOption,
+    TrainOption,
+    ZeroOption,
+    parse_settings,
+    resolve_model,
+)
 from ..output import console, print_json, table
 from ..tables.memory import phase_table, worst_moments
+from . import app
 
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
 _WISHES: TypeAdapter[SearchConstraints] = TypeAdapter(SearchConstraints)
@@ -161,15 +180,103 @@ def _cost_text(cost: RunCost, time: StepTime) -> str:
     )
 
 
-def run_plan(request: PlanRequest, out: Path, *, force: bool, as_json: bool) -> None:
-    """Search a plan, write its folder and print why it was chosen and what it predicts.
-
-    Args:
-        request: what the user wrote.
-        out: folder to write.
-        force: replace an existing plan folder.
-        as_json: print the plan as JSON instead of tables.
-    """
+@app.command(
+    "plan",
+    epilog="Examples: **translution plan my.yaml --cluster cpu:2 --out plans/small** · **translution plan vit-base/16 "
+    "--cluster 2x8xH100 --precision bf16 --data synthetic --global-batch 1024 --out plans/large**",
+)
+def plan_cli(
+    model: ModelArgument,
+    cluster: Annotated[
+        str,
+        typer.Option(help="cpu:RANKS (this machine), [NODESx]GPUSxNAME, [NODESx]NODE, or a YAML/JSON file."),
+    ],
+    out: Annotated[Path, typer.Option(help="Plan folder to write.")],
+    operator: OperatorOption = None,
+    roles: RolesOption = None,
+    c1: C1Option = None,
+    c2: C2Option = None,
+    relative_layers: RelativeLayersOption = None,
+    settings: SetOption = None,
+    global_batch: Annotated[
+        int | None, typer.Option(help="Samples per optimizer step over all ranks; 8 per rank by default.")
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Samples per rank and forward pass; chosen by default.")
+    ] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--accumulation",
+            "--gradient-accumulation-steps",
+            help="Micro-batches per optimizer step; chosen by default.",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
+    samples: Annotated[int | None, typer.Option(help="Samples of an epoch; with --epochs sets the steps.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over --samples.")] = 1.0,
+    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up before the cosine decay.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.05,
+    gradient_clipping: Annotated[float, typer.Option(help="Maximum gradient norm; 0 disables clipping.")] = 1.0,
+    precision: PrecisionOption = "fp32",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits, digits-static, digits-shifted, digits-patches, images, tokens, stdlib or synthetic."
+        ),
+    ] = "digits",
+    seed: Annotated[int, typer.Option(help="Seed of the weights and the sample order.")] = 0,
+    stage: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage; chosen by default.")] = None,
+    tile_relations: TileOption = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(help="What is offloaded: none, cpu-optimizer, cpu, nvme-optimizer or nvme; chosen by default."),
+    ] = None,
+    nvme_path: NvmePathOption = None,
+    offload_ratio: Annotated[
+        float | None,
+        typer.Option(help="Fraction of the optimizer state to offload, for cpu-optimizer; chosen by default."),
+    ] = None,
+    checkpointing: Annotated[
+        str | None, typer.Option(help="none, block or offload; the model's by default, chosen if that is none.")
+    ] = None,
+    minimize: Annotated[str, typer.Option(help="time, nodes, cost or memory.")] = "time",
+    headroom: Annotated[float, typer.Option(help="Fraction of every memory that must stay free.")] = 0.08,
+    all_nodes: Annotated[bool, typer.Option("--all-nodes", help="Use every node of the cluster.")] = False,
+    training_settings: TrainOption = None,
+    zero_settings: ZeroOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing plan folder; its runs stay.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Search for the best plan for a cluster, explain the choice and write the plan folder."""
+    spec = resolve_model(model, operator, roles, c1, c2, relative_layers, settings)
+    training = {
+        "steps": steps,
+        "warmup_steps": warmup_steps,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "gradient_clipping": gradient_clipping,
+        "precision": precision,
+        "data": data,
+        "seed": seed,
+    } | parse_settings(training_settings, "--train")
+    constraints = {
+        "global_batch": global_batch,
+        "micro_batch": training.pop("micro_batch", micro_batch),
+        "accumulation": training.pop("accumulation", gradient_accumulation_steps),
+        "stage": stage,
+        "offload": offload,
+        "offload_ratio": offload_ratio,
+        "nvme_path": nvme_path,
+        "checkpointing": _checkpointing(checkpointing, spec),
+        "tile_relations": tile_relations,
+        "all_nodes": all_nodes,
+        "headroom": headroom,
+        "minimize": minimize,
+        "zero_overrides": parse_settings(zero_settings, "--zero"),
+    }
+    request = PlanRequest(spec, cluster, training, constraints, samples, epochs)
     check_new_folder(out.absolute(), marker=PLAN_FILE, force=force)
     try:
         result = request.search_plan()
@@ -184,6 +291,13 @@ def run_plan(request: PlanRequest, out: Path, *, force: bool, as_json: bool) -> 
         print_json(document | {"run": None if cost is None else cost.model_dump()})
         return
     _print(result, cost, out)
+
+
+def _checkpointing(requested: str | None, spec: ModelSpec) -> str | None:
+    """Return the requested mode or the model's own; None, which lets the search choose, if that is "none"."""
+    if requested is not None:
+        return requested
+    return None if spec.checkpointing == "none" else spec.checkpointing
 
 
 def _print(result: SearchResult, cost: RunCost | None, out: Path) -> None:

@@ -3,42 +3,58 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from translution.distributed.launcher.launch import Where
 from translution.distributed.preflight.checks import preflight
-from translution.distributed.preflight.hosts import look_at_hosts, prepare_hosts
-from translution.distributed.preflight.node_report import compile_on_node, judge_reports
+from translution.distributed.preflight.hosts import check_hosts, compile_on_hosts
+from translution.distributed.preflight.node_report import compare_reports, compile_on_node
 from translution.distributed.remote.ssh import Ssh
 from translution.distributed.system.environment import check_machine, version_warnings
 from translution.planner.plans.plan import load_plan
 
+from ..options import (
+    HostfileOption,
+    JsonOption,
+    MasterAddressOption,
+    MasterPortOption,
+    PlanFolderArgument,
+    SshPortOption,
+)
 from ..output import note, print_json
+from . import app
 
 
-def run_preflight(
-    plan_folder: Path, where: Where, reports: Path | None, *, compile_ops: bool, force: bool, as_json: bool
+@app.command(
+    "preflight",
+    epilog="Examples: **translution preflight plans/small** · **translution preflight plans/large --hostfile hosts**",
+)
+def preflight_cli(
+    plan_folder: PlanFolderArgument,
+    hostfile: HostfileOption = None,
+    master_addr: MasterAddressOption = None,
+    master_port: MasterPortOption = None,
+    ssh_port: SshPortOption = None,
+    compile_ops: Annotated[
+        bool, typer.Option("--compile", help="Also compile the DeepSpeed ops that the ranks need.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Exit with 0 even if a check fails.")] = False,
+    reports: Annotated[
+        Path | None, typer.Option(help="Folder of reports that every node wrote with preflight-node --out.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Print what was looked at, and end with 1 if anything would keep the plan from running.
-
-    Without a hostfile this machine is looked at, as one node of the plan's.
-
-    Args:
-        plan_folder: as `translution plan` writes it.
-        where: the hosts to look at.
-        reports: a folder of what nodes have said of themselves, to judge instead.
-        compile_ops: compile DeepSpeed's ops on each, too.
-        force: end with 0 all the same.
-        as_json: print JSON instead of lines.
-    """
+    """Check whether a plan can run on this machine or on the hosts of a hostfile; exit with 1 if a check fails."""
+    where = Where(hostfile, master_addr=master_addr, master_port=master_port, ssh_port=ssh_port)
     plan = load_plan(plan_folder)
     hosts = where.check(plan, None) if where.hostfile else []
     if reports is not None:
-        checks = judge_reports(reports, plan.cluster.nodes)
+        checks = compare_reports(reports, plan.cluster.nodes)
     elif hosts:
         ssh = Ssh(where.ssh_port)
-        checks, _ = look_at_hosts(plan, plan_folder, hosts, ssh, where.master_addr, where.master_port)
+        checks, _ = check_hosts(plan, plan_folder, hosts, ssh, where.master_addr, where.master_port)
     else:
         check_machine(plan)
         checks = preflight(plan, plan_folder)
@@ -54,6 +70,6 @@ def run_preflight(
     if compile_ops:
         note("compiling what the ranks need of DeepSpeed, a minute or more for each op unless it is there already")
         if hosts:
-            prepare_hosts(plan, plan_folder, hosts, ssh)
+            compile_on_hosts(plan, plan_folder, hosts, ssh)
         else:
             compile_on_node(plan_folder)

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from translution.distributed.data.tokenize import prepare
+import typer
 
+from translution.distributed.data.tokenize import prepare_tokens
+
+from ..options import JsonOption
 from ..output import console, print_json
+from . import app
 
 
-def run_prepare(
-    texts: Sequence[Path], out: Path, tokenizer: Path | None, held_out: float, *, force: bool, as_json: bool
+@app.command(
+    "prepare",
+    epilog="Examples: **translution prepare book.txt --out data/book** · **translution prepare a.txt b.txt --tokenizer "
+    "tokenizer.json --held-out 0.05 --out data/both**",
+)
+def prepare_cli(
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="Text files.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; plans take it as --train data_path=FOLDER.")],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="A tokenizer.json of Hugging Face's tokenizers; by default every byte is a token."),
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Fraction of each text, at its end, for evaluation.")] = 0.1,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder of tokens.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Make token files and say what they hold.
-
-    Args:
-        texts: text files.
-        out: folder to write.
-        tokenizer: a tokenizer.json, or None for bytes.
-        held_out: share of each text that is held out.
-        force: replace an existing folder of tokens.
-        as_json: print JSON instead of a line.
-    """
-    meta = prepare(texts, out, tokenizer=tokenizer, held_out=held_out, force=force)
+    """Tokenize text files for training a gpt model."""
+    meta = prepare_tokens(texts, out, tokenizer=tokenizer, held_out=held_out, force=force)
     if as_json:
         print_json({"folder": str(out), **meta.model_dump()})
         return

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -14,7 +15,9 @@ from translution.distributed.verification.rehearsal import Rehearsal, format_lay
 from translution.planner.common.errors import MissingPackageError
 from translution.planner.common.units import format_bytes
 
+from ..options import JsonOption, PlanFolderArgument, RunFolderOption
 from ..output import console, print_json, table
+from . import app
 
 MEANINGLESS = "REHEARSAL: every value was meaningless; only memory was real."
 
@@ -55,24 +58,28 @@ class _Display:
             self.say(f"  {line['text']}")
 
 
-def run_rehearse(
-    plan_folder: Path,
-    rank: int,
-    *,
-    layers: int | None,
-    run: Path | None,
-    nvme_path: str | None,
-    compute: bool,
-    as_json: bool,
+@app.command(
+    "rehearse",
+    epilog="Examples: **translution rehearse plans/large** · "
+    "**translution rehearse plans/large --rank 511 --layers 3**",
+)
+def rehearse_cli(
+    plan_folder: PlanFolderArgument,
+    rank: Annotated[int, typer.Option(help="Rank of the planned run to rehearse.")] = 0,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Run models of this many layers and one less, and extrapolate; by default all layers run."),
+    ] = None,
+    run: RunFolderOption = None,
+    nvme_path: Annotated[
+        str | None, typer.Option(help="Folder of this machine to use instead of the plan's NVMe path.")
+    ] = None,
+    compute: Annotated[
+        bool, typer.Option("--compute", help="Compute the matrix products too: much slower, the same memory.")
+    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Rehearse one rank and print predicted beside measured memory.
-
-    Args:
-        plan_folder: as `translution plan` writes it.
-        rank: of the planned world.
-        layers, run, nvme_path, compute: as in `rehearse`.
-        as_json: print JSON instead of tables.
-    """
+    """Run one rank of a plan alone on this machine to measure its memory; its values are meaningless."""
     with _Display() as display:
         rehearsal, made = rehearse(
             plan_folder,

@@ -6,7 +6,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from translution.planner.common.errors import InputError, MissingPackageError
 from translution.planner.common.files import write_bytes
@@ -15,7 +17,9 @@ from translution.planner.common.units import format_bytes
 from translution.planner.config.loading import load_model_spec
 from translution.planner.hardware.cluster import load_cluster
 
+from ..options import JsonOption
 from ..output import print_json
+from . import app
 
 if TYPE_CHECKING:
     from translution.reports.builder import ReportRequest
@@ -136,7 +140,57 @@ def _contents(document: Document, plans: Sequence[PlanReport], outputs: ReportOu
     return written
 
 
-def run_report(inputs: ReportInputs, outputs: ReportOutputs, *, as_json: bool) -> None:
+@app.command(
+    "report",
+    epilog="Examples: **translution report plans/small --out small.html** · **translution report plans/small/runs/001 "
+    "--out run.html --png timeline.png** · **translution report --model vit-base/16 --scaling vit-small/16 --cluster "
+    "8xH100 --out costs.html --markdown costs.md**",
+)
+def report_cli(
+    out: Annotated[Path, typer.Option(help="HTML page to write; it needs no network.")],
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="[PLAN_OR_RUN]...", help="Plan folders or run folders.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Preset or file whose costs and best plans are shown; repeatable.")
+    ] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Preset or file whose operators are compared on GPUs; repeatable.")
+    ] = None,
+    scaling: Annotated[
+        str | None, typer.Option(help="Preset or file from which model sizes and node counts are scaled up.")
+    ] = None,
+    cluster: Annotated[
+        str, typer.Option(help="Cluster for the three options above, as `translution plan` takes it.")
+    ] = "8xH100",
+    experiments: Annotated[Path | None, typer.Option(help="Folder that `translution experiment` wrote.")] = None,
+    accuracy: Annotated[Path | None, typer.Option(help="accuracy.json of benchmarks/accuracy.py.")] = None,
+    step_time: Annotated[Path | None, typer.Option(help="step_time.json of benchmarks/step_time.py.")] = None,
+    benchmarks: Annotated[Path | None, typer.Option(help="Folder with operator.json and planner.json.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also write a plan's memory timeline as PNG.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Also write a plan's memory timeline as SVG.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write Markdown, with its pictures as SVG files next to it.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Also write all content of the report as JSON.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a page about plans, runs, models, experiments and benchmarks."""
+    inputs = ReportInputs(
+        folders=folders or (),
+        models=model or (),
+        compared=compare or (),
+        scaling=scaling,
+        cluster=cluster,
+        experiments=experiments,
+        accuracy=accuracy,
+        step_time=step_time,
+        benchmarks=benchmarks,
+    )
+    _report(inputs, ReportOutputs(out, png, svg, markdown, data), as_json=as_json)
+
+
+def _report(inputs: ReportInputs, outputs: ReportOutputs, *, as_json: bool) -> None:
     """Write a report, as a page and as whatever else is wanted.
 
     Args:

@@ -7,11 +7,15 @@ import signal
 import socket
 import webbrowser
 from types import FrameType
+from typing import Annotated
+
+import typer
 
 from translution.planner.common.errors import InputError, MissingPackageError
 from translution.planner.common.machine import usable_cores
 
 from ..output import note
+from . import app
 
 MOST_WORKERS = 64
 CONNECTIONS = 512
@@ -56,16 +60,21 @@ def _end(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def run_serve(host: str, port: int, workers: int | None, *, warm: bool, open_page: bool) -> None:
-    """Serve the calculator until Ctrl-C or SIGTERM.
-
-    Args:
-        host: interface to listen on.
-        port: to listen on.
-        workers: processes that search; None is one for each core.
-        warm: search what may be asked for while nobody asks.
-        open_page: show the page in a browser.
-    """
+@app.command(
+    "serve",
+    epilog="Examples: **translution serve** · **translution serve --port 8080 --open** · "
+    "**translution serve --host 0.0.0.0 --workers 4**",
+)
+def serve_cli(
+    host: Annotated[str, typer.Option(help="Interface to listen on; only this machine by default.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Search processes; one per core by default.")
+    ] = None,
+    warm: Annotated[bool, typer.Option(help="While idle, search in advance for likely next choices.")] = True,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Serve a page where you choose a model, operator, cluster and batch, and see costs and the best plan."""
     try:
         import uvicorn
 

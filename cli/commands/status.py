@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -10,16 +11,17 @@ from translution.distributed.runs.folder import require_run
 from translution.distributed.runs.status import read_statuses
 from translution.planner.plans.plan import load_plan
 
+from ..options import JsonOption
 from ..output import print_json
+from . import app
 
 
-def run_status(run: Path, *, as_json: bool) -> None:
-    """Print what every rank last said, and end with 1 unless all have finished.
-
-    Args:
-        run: the run folder.
-        as_json: print JSON instead of lines.
-    """
+@app.command("status", epilog="Example: **translution status plans/small/runs/001**")
+def status_cli(
+    run: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Print the last status that every rank reported; exit with 0 if all have finished, otherwise with 1."""
     ranks = load_plan(require_run(run)).cluster.world_size
     said = {status.rank: status for status in read_statuses(run)}
     finished = all(rank in said and said[rank].state == "finished" for rank in range(ranks))

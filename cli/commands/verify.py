@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from translution.distributed.verification.rehearsal import read_rehearsal
 from translution.planner.common.errors import MissingPackageError
 from translution.planner.common.units import format_bytes
 
+from ..options import JsonOption
 from ..output import console, print_json, table
+from . import app
 from .rehearse import show_rehearsal
 
 
-def run_verify(folder: Path, *, as_json: bool) -> None:
+@app.command(
+    "verify", epilog="Examples: **translution verify plans/small** · **translution verify plans/small/runs/001 --json**"
+)
+def verify_cli(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder, or a plan folder: its newest run.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare predicted memory with what a run measured."""
+    print_verification(folder, as_json=as_json)
+
+
+def print_verification(folder: Path, *, as_json: bool) -> None:
     """Print predicted beside measured memory, of a run or of a rehearsal.
 
     Args:

@@ -23,7 +23,7 @@ from helpers.doc_pages import (
     source_with_helpers,
 )
 
-from translution.cli.main import app
+from translution.cli.main import full_app
 
 PAGES = [*reader_pages(), ROOT / "CONTRIBUTING.md"]
 TO_COME = ("calculator.md", "reports.md")
@@ -123,7 +123,7 @@ def test_the_index_names_every_page() -> None:
 
 
 def test_every_command_of_the_pages_is_one_that_the_program_takes() -> None:
-    program = typer.main.get_command(app)
+    program = typer.main.get_command(full_app())
     taken = set()
     for shown in (shown for page in reader_pages() for shown in commands(page)):
         if shown.words[0] != "translution":
@@ -138,7 +138,7 @@ def test_every_command_of_the_pages_is_one_that_the_program_takes() -> None:
 
 
 def test_every_command_has_a_section_of_the_page_on_commands() -> None:
-    program = typer.main.get_command(app)
+    program = typer.main.get_command(full_app())
     text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
     visible = {name for name, command in program.commands.items() if not command.hidden}

@@ -14,7 +14,7 @@ import pytest
 import typer
 from helpers.gallery_tables import cells, table
 
-from translution.cli.main import app, run
+from translution.cli.main import full_app, run
 from translution.planner.analysis.compare import compare
 from translution.planner.analysis.operator_costs import LABELS, describe, with_operator
 from translution.planner.analysis.scaling import PlanPoint, best_points
@@ -117,7 +117,7 @@ def check_point(row: dict[str, CellValue], point: PlanPoint) -> None:
 
 
 def test_every_command_of_the_gallery_is_one_that_a_reader_can_type(root: Path, committed: Document) -> None:
-    program = typer.main.get_command(app)
+    program = typer.main.get_command(full_app())
     parts = [part for section in committed.sections for part in section.parts]
     commands = {part.made.command for part in parts if part.made is not None} | {committed.made.command}
     commands |= {str(row["how much"]) for row in table(committed, "summary") if row["what"] == "Command"}
