@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from translution.planner.common.phases import Phase, Tier
 from translution.planner.common.units import format_bytes
-from translution.planner.memory.estimate import PHASES, MemoryEstimate
-from translution.planner.simulator.core.tiers import Tier
+from translution.planner.memory.estimate import MemoryEstimate
 
 from ..output import table
 
@@ -21,7 +21,7 @@ def phase_table(title: str, prediction: MemoryEstimate) -> Table:
             phase,
             *(format_bytes(prediction.bytes_of(phase, tier)) if prediction.peak(phase, tier) else "" for tier in tiers),
         )
-        for phase in PHASES
+        for phase in Phase
     ]
     return table(title, ("phase", *tiers), rows)
 

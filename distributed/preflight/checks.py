@@ -12,6 +12,7 @@ from pathlib import Path
 
 from translution.planner.common.errors import InputError, TranslutionError
 from translution.planner.common.machine import available_memory_bytes
+from translution.planner.common.phases import Tier
 from translution.planner.common.schema import Schema
 from translution.planner.common.units import format_bytes
 from translution.planner.costs.parameters import count_parameters
@@ -60,7 +61,7 @@ def _memory(plan: Plan) -> Iterator[Check]:
 
 def _locked(plan: Plan) -> Iterator[Check]:
     """DeepSpeed locks its buffers for NVMe, and aborts without a word where it may not."""
-    needed, (limit, _) = plan.prediction.highest("pinned"), resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    needed, (limit, _) = plan.prediction.highest(Tier.PINNED), resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if os.geteuid() != 0 and limit != resource.RLIM_INFINITY:
         yield _room("locked memory", needed, limit, "raise it: ulimit -l unlimited")
 
@@ -80,7 +81,7 @@ def _nvme(plan: Plan, path: Path) -> Iterator[Check]:
     if kind in _MEMORY_SYSTEMS:
         yield Check(name=name, passed=False, text=f"lies in memory ({kind}): plan with a folder on a drive")
         return
-    needed = plan.prediction.highest("nvme") * plan.cluster.ranks_per_node
+    needed = plan.prediction.highest(Tier.NVME) * plan.cluster.ranks_per_node
     room = _room(name, needed, shutil.disk_usage(path).free, "free some, or plan with another drive")
     yield room
     if room.passed:

@@ -7,8 +7,8 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from translution.planner.common.phases import TRAINING_PHASES, Phase
 from translution.planner.plans.plan import Plan
-from translution.planner.simulator.lifecycle import BACKWARD, FORWARD, STEP
 
 from ..data.base import Samples
 from ..profiling import allocation_tracer as measure
@@ -81,7 +81,7 @@ class Recorder:
 
     def counted(self, name: str, work: Callable[[], None]) -> None:
         """Do a phase's work; the first forward pass is counted for what it keeps."""
-        if name != FORWARD or self._network is None:
+        if name != Phase.FORWARD or self._network is None:
             work()
             return
         # A later micro-batch would be given the addresses of the first one's tensors again.
@@ -140,7 +140,7 @@ class Recorder:
             entries_bytes=entries,
             resident_bytes=resident,
             phase_peak_bytes=peaks,
-            peak_bytes=max(peaks[name] for name in (FORWARD, BACKWARD, STEP)),
+            peak_bytes=max(peaks[name] for name in TRAINING_PHASES),
             process_peak_bytes=between.process["peak"],
             host_entries_bytes=between.on_host,
             swap_buffers_bytes={name: size for name, size in between.buffers.items() if size},

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from translution.models import build
+from translution.planner.common.phases import Phase
 from translution.planner.config.model import ModelSpec, VitSpec
-from translution.planner.simulator.lifecycle import BACKWARD, FORWARD
 
 from .allocation_tracer import trace_allocations
 
@@ -59,4 +59,4 @@ def measure_passes(
     losses.clear()
     network.zero_grad(set_to_none=True)
     begin, highest = trace_allocations(forward)
-    return {FORWARD: highest - begin, BACKWARD: trace_allocations(backward)[1] - begin}
+    return {Phase.FORWARD: highest - begin, Phase.BACKWARD: trace_allocations(backward)[1] - begin}

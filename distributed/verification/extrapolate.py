@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from translution.planner.common.phases import TRAINING_PHASES, Phase
 from translution.planner.plans.plan import Plan
 from translution.planner.simulator.engine.base import OPTIMIZER_BUFFERS, SUB_GROUP_BUFFER
 from translution.planner.simulator.engine.partition import make_shards, make_sub_groups
-from translution.planner.simulator.lifecycle import BACKWARD, FIRST_STEP, FORWARD, INIT, STEP
 from translution.planner.simulator.network.model import SimulatedNetwork
 from translution.planner.simulator.network.ops import DtypeSizes
 
@@ -24,7 +24,7 @@ def join_init(measured: MemoryMeasurement) -> MemoryMeasurement:
     parts = {CONSTRUCTION, ENGINE} & set(measured.phase_peak_bytes)
     peaks = {name: size for name, size in measured.phase_peak_bytes.items() if name not in parts}
     if parts:
-        peaks = {INIT: max(measured.phase_peak_bytes[name] for name in parts)} | peaks
+        peaks = {Phase.INIT: max(measured.phase_peak_bytes[name] for name in parts)} | peaks
     return measured.model_copy(update={"phase_peak_bytes": peaks})
 
 
@@ -76,7 +76,7 @@ def extrapolate(measured: Mapping[int, MemoryMeasurement], groups: Mapping[int, 
     # The higher of two straight lines is none: init is joined when each of its parts is known.
     resident = along(low.resident_bytes, high.resident_bytes)
     peaks = each(low.phase_peak_bytes, high.phase_peak_bytes)
-    for name in {FIRST_STEP, STEP} & set(peaks):
+    for name in {Phase.FIRST_STEP, Phase.STEP} & set(peaks):
         beside = (part.phase_peak_bytes.get(name, 0) - part.resident_bytes for part in (low, high))
         peaks[name] = resident + by_group(*beside)
     buffers = each(low.swap_buffers_bytes, high.swap_buffers_bytes)
@@ -86,7 +86,7 @@ def extrapolate(measured: Mapping[int, MemoryMeasurement], groups: Mapping[int, 
             "entries_bytes": each(low.entries_bytes, high.entries_bytes),
             "resident_bytes": resident,
             "phase_peak_bytes": peaks,
-            "peak_bytes": max(peaks[name] for name in (FORWARD, BACKWARD, STEP)),
+            "peak_bytes": max(peaks[name] for name in TRAINING_PHASES),
             "swap_buffers_bytes": buffers,
             "locked_bytes": high.locked_bytes + grown if high.locked_bytes else 0,
             "disk_bytes": each(low.disk_bytes, high.disk_bytes),

@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 from translution.planner.common.errors import InputError, RunFailedError
 from translution.planner.common.files import write_text
 from translution.planner.common.machine import available_memory_bytes
+from translution.planner.common.phases import Tier
 from translution.planner.common.provenance import Provenance, provenance
 from translution.planner.common.schema import Schema, parse_json
 from translution.planner.common.units import GIB, format_bytes
@@ -156,7 +157,7 @@ def check(plan: Plan, rank: int) -> None:
         raise InputError(f"rank: {rank} is not allowed: must be from 0 to {ranks - 1}")
     check_training_state(plan.training, plan.zero, "cpu")
     prediction = predict(plan)
-    needed = prediction.highest("host") + prediction.highest("pinned") + PROCESS_BYTES
+    needed = prediction.highest(Tier.HOST) + prediction.highest(Tier.PINNED) + PROCESS_BYTES
     available = available_memory_bytes()
     if needed > available:
         raise InputError(
@@ -164,7 +165,7 @@ def check(plan: Plan, rank: int) -> None:
             f"has {format_bytes(available)} left: rehearse fewer layers with --layers"
         )
     for path in _nvme_paths(plan.zero):
-        wanted, free = prediction.highest("nvme"), shutil.disk_usage(path).free
+        wanted, free = prediction.highest(Tier.NVME), shutil.disk_usage(path).free
         if wanted > free:
             raise InputError(f"rehearse: one rank writes {format_bytes(wanted)}, {path} has {format_bytes(free)} left")
     check_packages(ops_of(plan))

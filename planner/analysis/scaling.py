@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
+from ..common.phases import Tier
 from ..common.schema import Schema
 from ..config.model import ModelSpec, VitSpec
 from ..config.training import TrainingSpec
@@ -112,7 +113,7 @@ def best_point(spec: ModelSpec, operator: str, cluster: ClusterSpec, training: T
             "device_low_bytes": low,
             "device_high_bytes": high,
             "host_bytes": memory.highest("host"),
-            "pinned_bytes": memory.highest("pinned"),
+            "pinned_bytes": memory.highest(Tier.PINNED),
             "likely_s": time.likely_s,
             "low_s": time.low_s,
             "high_s": time.high_s,

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from .errors import InputError, nearest
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class Schema(BaseModel):
@@ -55,7 +55,7 @@ def _describe(error: ErrorDetails, known_fields: tuple[str, ...]) -> str:
     return f"{field or 'value'}: {value} is not allowed: {message}"
 
 
-def validate(adapter: TypeAdapter[T], data: object, what: str, known_fields: tuple[str, ...]) -> T:
+def validate(adapter: TypeAdapter[_T], data: object, what: str, known_fields: tuple[str, ...]) -> _T:
     """Validate ``data``, turning pydantic's report into one line.
 
     Args:
@@ -78,7 +78,7 @@ def validate(adapter: TypeAdapter[T], data: object, what: str, known_fields: tup
         raise InputError(" ".join(text.split())) from None
 
 
-def parse_json(adapter: TypeAdapter[T], text: str | bytes, what: str) -> T:
+def parse_json(adapter: TypeAdapter[_T], text: str | bytes, what: str) -> _T:
     """Validate a JSON document that the toolkit itself wrote.
 
     Raises:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
+FP32_BYTES = 4
+"""Bytes of an fp32 element."""
 
 
 def format_bytes(count: int) -> str:

@@ -13,10 +13,10 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 from ..common.errors import InputError
 from ..common.schema import Schema, validate
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 Generation: TypeAlias = Literal["ampere", "ada", "hopper", "blackwell", "cdna3"]
 DATA = Path(__file__).with_name("data")
-CLUSTERS = "clusters.yaml"
+_CLUSTERS_FILE = "clusters.yaml"
 
 
 class Entry(Schema):
@@ -25,7 +25,7 @@ class Entry(Schema):
     model_config = ConfigDict(defer_build=True)
 
 
-class Source(Entry):
+class FigureSource(Entry):
     """Where a figure was read."""
 
     title: str
@@ -94,7 +94,7 @@ class NodeSpec(Entry):
 class Catalog(Entry):
     """All that the data file holds."""
 
-    sources: dict[str, Source]
+    sources: dict[str, FigureSource]
     gpus: dict[str, GpuSpec]
     nodes: dict[str, NodeSpec]
 
@@ -108,7 +108,7 @@ def _parsed(name: str) -> Any:
     return yaml.load((DATA / name).read_text(encoding="utf-8"), Loader=loader)
 
 
-def read_data(name: str, adapter: TypeAdapter[T]) -> T:
+def read_data(name: str, adapter: TypeAdapter[_T]) -> _T:
     """A YAML file of the package's data folder, checked."""
     return validate(adapter, _parsed(name), name, ())
 
@@ -116,18 +116,18 @@ def read_data(name: str, adapter: TypeAdapter[T]) -> T:
 @functools.cache
 def catalog() -> Catalog:
     """The catalog, read once when first asked for."""
-    return read_data(CLUSTERS, TypeAdapter(Catalog))
+    return read_data(_CLUSTERS_FILE, TypeAdapter(Catalog))
 
 
 @functools.cache
 def _gpu(name: str) -> GpuSpec:
     # To check one entry takes a tenth of the time of checking all.
-    return validate(TypeAdapter(GpuSpec), _parsed(CLUSTERS)["gpus"][name], f"{CLUSTERS}: {name}", ())
+    return validate(TypeAdapter(GpuSpec), _parsed(_CLUSTERS_FILE)["gpus"][name], f"{_CLUSTERS_FILE}: {name}", ())
 
 
 @functools.cache
 def _node(name: str) -> NodeSpec:
-    return validate(TypeAdapter(NodeSpec), _parsed(CLUSTERS)["nodes"][name], f"{CLUSTERS}: {name}", ())
+    return validate(TypeAdapter(NodeSpec), _parsed(_CLUSTERS_FILE)["nodes"][name], f"{_CLUSTERS_FILE}: {name}", ())
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:
@@ -152,7 +152,7 @@ def find_gpu(name: str, what: str = "gpu", others: Iterable[str] = ()) -> tuple[
     Raises:
         InputError: for an unknown name.
     """
-    known = _parsed(CLUSTERS)["gpus"]
+    known = _parsed(_CLUSTERS_FILE)["gpus"]
     key = {key.lower(): key for key in known}.get(name.lower())
     if key is None:
         hint = nearest_names(name, (*known, *others))
@@ -170,7 +170,7 @@ def find_node(name: str, what: str = "node") -> tuple[str, NodeSpec]:
     Raises:
         InputError: for an unknown name.
     """
-    known = _parsed(CLUSTERS)["nodes"]
+    known = _parsed(_CLUSTERS_FILE)["nodes"]
     key = {key.lower(): key for key in known}.get(name.lower())
     if key is None:
         hint = nearest_names(name, known)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import TypeAdapter
 
 from ..common.errors import InputError
 from ..common.files import SPEC_SUFFIXES, read_mapping
@@ -20,14 +20,12 @@ from ..common.machine import total_memory_bytes, usable_cores
 from ..common.schema import Schema, validate
 from ..common.units import GIB
 from ..config.model import Positive
-from .calibrated_rates import MeasuredRates
+from .calibrated_rates import MeasuredRates, Rate
 from .catalog import GpuSpec, NodeSpec, catalog, find_gpu, find_node, nearest_names
 from .device_overhead import DeviceOverhead, device_overhead
 from .intervals import OverheadOverrides, read_overrides
 
 _DEFAULT_HOST_BYTES = 1024 * GIB
-
-Rate: TypeAlias = Annotated[float, Field(gt=0)]
 
 
 class ClusterSpec(Schema):

@@ -18,11 +18,12 @@ from collections.abc import Mapping, Sequence
 from pydantic import TypeAdapter
 
 from ..common.errors import InputError
+from ..common.phases import Tier
 from ..common.schema import Schema, stored_as
 from ..common.units import KIB, MIB
 from .caching_allocator import block_bytes
 from .catalog import Entry, Generation, catalog, find_gpu, read_data
-from .intervals import ESTIMATE, Bytes, FractionInterval, Level, OverheadItem, OverheadOverrides, Tier, read_overrides
+from .intervals import ESTIMATE, Bytes, FractionInterval, Level, OverheadItem, OverheadOverrides, read_overrides
 from .nccl import Channels, alone, by_host_memory, by_nvlink, rccl
 
 __all__ = ["DeviceOverhead", "OverheadItem", "OverheadOverrides", "device_overhead", "read_overrides"]
@@ -55,7 +56,7 @@ class DeviceOverhead(Schema):
         """
         return {item.name: item for item in self.breakdown}[name]
 
-    def total(self, level: Level = "likely", tier: Tier = "device", *, in_torch: bool | None = None) -> int:
+    def total(self, level: Level = "likely", tier: Tier = Tier.DEVICE, *, in_torch: bool | None = None) -> int:
         """Bytes of a tier's entries together.
 
         Args:

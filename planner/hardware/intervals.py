@@ -7,11 +7,11 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
+from ..common.phases import Tier
 from ..common.schema import Schema, validate
 
 Level: TypeAlias = Literal["low", "likely", "high"]
 """An end of an interval, or what is thought the most likely."""
-Tier: TypeAlias = Literal["device", "host"]
 Bytes: TypeAlias = Annotated[int, Field(ge=0)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 ESTIMATE = "estimate, not measured"
@@ -39,7 +39,7 @@ class OverheadItem(ByteInterval):
     """One thing that takes memory of a rank's device, or of its host."""
 
     name: str
-    tier: Tier = "device"
+    tier: Tier = Tier.DEVICE
     in_torch: bool = False
     """Whether torch counts it as allocated."""
     formula: str

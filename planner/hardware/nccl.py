@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..common.phases import Tier
 from ..common.units import MIB
 from .catalog import Generation
 from .intervals import ESTIMATE, OverheadItem
@@ -66,7 +67,7 @@ def _pair(
         ),
         OverheadItem(
             name="nccl_host",
-            tier="host",
+            tier=Tier.HOST,
             low_bytes=hosts[0],
             likely_bytes=hosts[1],
             high_bytes=hosts[2],

@@ -6,15 +6,15 @@ from ..costs.optimizer_state import state_name
 from ..simulator.engine import base as names
 from ..simulator.engine.base import EngineConfig
 from ..simulator.network.model import MICRO_BATCHES, OFFLOADED
-from ..simulator.network.ops import ACTIVATIONS, CASTS, GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS
-from ..simulator.network.relation_ops import ATTENTION, WORKSPACE
+from ..simulator.network.ops import ACTIVATIONS, ATTENTION_WEIGHTS, CASTS, GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS
+from ..simulator.network.relation_ops import WORKSPACE
 
 _ZERO3, _ZERO12 = "runtime/zero/stage3.py", "runtime/zero/stage_1_and_2.py"
 _PARTITION, _SWAP = "runtime/zero/partition_parameters.py", "runtime/swap_tensor"
 _FIXED: dict[str, tuple[str, str]] = {
     ACTIVATIONS: ("outputs that are in use or kept for backward, layer by layer", "planner/block_twin.py"),
     GRADIENTS: ("gradients of activations on their way back", "planner/tape.py"),
-    ATTENTION: ("weights of every pair of tokens, B·h·N² a layer, and their logits", "models/grouped.py"),
+    ATTENTION_WEIGHTS: ("weights of every pair of tokens, B·h·N² a layer, and their logits", "models/grouped.py"),
     WORKSPACE: ("rows of one relation's pairs and their products, bounded by workspace_bytes", "models/context.py"),
     TEMPORARY: ("what one operation makes and drops", "planner/twins.py"),
     CASTS: ("parameters as products take them, held by autocast or kept for backward", "torch.autocast"),
@@ -30,11 +30,11 @@ _FIXED: dict[str, tuple[str, str]] = {
     ),
     names.NORM: ("a share of a gradient in fp64, to be squared", f"{_ZERO3}:1960"),
     names.STAGING: ("copies on the way between host and device", "runtime/zero/utils.py:205"),
-    names.OPTIMIZER_BUFFERS: (
+    names.OPTIMIZER_SWAP_BUFFERS: (
         "buffer_count · the largest sub-group in fp32, aligned",
         f"{_SWAP}/optimizer_utils.py:185",
     ),
-    names.PARAM_BUFFERS: ("buffer_count · buffer_size, aligned", f"{_SWAP}/partitioned_param_swapper.py:104"),
+    names.PARAM_SWAP_BUFFERS: ("buffer_count · buffer_size, aligned", f"{_SWAP}/partitioned_param_swapper.py:104"),
     names.SUB_GROUP_BUFFER: ("the largest sub-group's whole tensors, for all ranks' shares", f"{_ZERO3}:1009"),
     names.STREAMS: ("two gathers and two reductions that wait for another stream; an upper bound", f"{_ZERO3}:462"),
     names.FIRST_COPIES: ("pinned shares that the flat buffer replaced, kept by the allocator", f"{_ZERO3}:906"),
@@ -60,8 +60,8 @@ def describe_item(name: str, config: EngineConfig) -> tuple[str, str]:
     texts = {
         names.PARAMETERS: (f"{training.precision}, {shared(3)}", f"{_ZERO3}:906"),
         names.PERSISTENT: ("tensors up to the persistence threshold stay whole", _PARTITION),
-        names.MASTER: (f"{training.master_dtype} copy, {shared(1)}", f"{optimizer}:1162"),
-        names.STATES: (
+        names.MASTER_PARAMETERS: (f"{training.master_dtype} copy, {shared(1)}", f"{optimizer}:1162"),
+        names.OPTIMIZER_STATES: (
             f"{training.states_dtype} {state_name(training)} of {training.optimizer}, {shared(1)}",
             "torch/optim, ops/adam",
         ),
@@ -74,7 +74,7 @@ def describe_item(name: str, config: EngineConfig) -> tuple[str, str]:
             "runtime/comm/coalesced_collectives.py:102",
         ),
         names.OPTIMIZER_TEMPORARIES: (f"tensors that {training.optimizer} makes to update a sub-group", "torch/optim"),
-        names.CONSTRUCTION: ("tensors in fp32 as they are made, and copies that become states", f"{_PARTITION}:266"),
+        names.CONSTRUCTION_TENSORS: ("tensors in fp32 as they are made, and copies that become states", f"{_PARTITION}:266"),
         names.OFFLOAD_COPIES: ("the share of parameters, and the largest gradient twice", f"{_ZERO12}:700"),
     }
     return texts.get(name, (name, "planner"))

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TypeAlias
 
 from pydantic import model_validator
 
 from ..common.schema import Schema, stored_as
-
-Event: TypeAlias = tuple[str, str, str, int]
-"""Phase, moment of the schedule, what is allocated or freed, and how many bytes (negative: freed)."""
+from ..simulator.core.storage import Event
 
 POINTS = 1000
 """As many as a picture has pixels, about."""

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 from ..common.files import new_folder
+from ..common.phases import Phase
 from ..common.units import format_bytes, format_count, format_flops
 from ..costs.flops import count_flops
 from ..costs.parameters import count_parameters
-from ..memory.estimate import PHASES
 from .launch_scripts import launch_files
 from .plan import PLAN_FILE, Plan
 
@@ -28,7 +28,7 @@ def memory_table(plan: Plan) -> str:
     prediction = plan.prediction
     tiers = prediction.tiers
     lines = [f"| phase | {' | '.join(tiers)} |", f"|---|{'--:|' * len(tiers)}"]
-    for phase in PHASES:
+    for phase in Phase:
         lines.append(f"| {phase} | {' | '.join(format_bytes(prediction.bytes_of(phase, tier)) for tier in tiers)} |")
     for tier in tiers:
         worst = max((peak for peak in prediction.peaks if peak.tier == tier), key=lambda peak: peak.bytes)

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..common.phases import Phase, Tier
 from ..run_config import RunConfig
 from .core.autograd import ModuleParams, ParameterHooks
 from .core.storage import MemoryTracker, Peak, Storage
-from .core.tiers import RankMemory, Tier
+from .core.tiers import RankMemory
 from .engine.base import SIMULATED_MICRO_BATCHES, EngineConfig, SimulatedEngine
 from .engine.stage0 import Stage0Engine
 from .engine.stage1_2 import Stage12Engine
 from .engine.stage3 import Stage3Engine
 from .network.model import MICRO_BATCHES, SimulatedNetwork, run_micro_batch, sample_bytes
 from .network.ops import DtypeSizes
-
-INIT, FORWARD, BACKWARD, STEP = "init", "forward", "backward", "optimizer step"
-FIRST_STEP, SAVE, RESUME, BETWEEN = "first optimizer step", "checkpoint save", "resume", "between steps"
-PHASES = (INIT, FIRST_STEP, BETWEEN, FORWARD, BACKWARD, STEP, SAVE, RESUME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +27,7 @@ class Simulation:
 
     memory: RankMemory
     """With the events of a training step where they were recorded."""
-    peaks: dict[tuple[str, Tier], Peak]
+    peaks: dict[tuple[Phase, Tier], Peak]
     """By phase and tier."""
     saved_bytes: int
     """Kept for backward by one micro-batch, on the device itself."""
@@ -96,27 +93,27 @@ def simulate(
     memory = RankMemory("cpu" if rehearsed else cluster.device, record=record, alone=rehearsed)
     network.host = memory.host
     engine = _engine(memory, config, network)
-    with memory.phase(INIT):
+    with memory.phase(Phase.INIT):
         engine.build()
     # A resumed run has built the engine too, and has the moments that a first step makes.
-    with memory.phase(RESUME):
+    with memory.phase(Phase.RESUME):
         engine.load()
-    with memory.phase(FIRST_STEP):
+    with memory.phase(Phase.FIRST_STEP):
         engine.step(first=True)
     samples = training.micro_batch * training.gradient_accumulation_steps * sample_bytes(run.model)
     batches = Storage(memory.host, MICRO_BATCHES, samples)
-    with memory.phase(BETWEEN):
+    with memory.phase(Phase.BETWEEN):
         pass
     kept = 0
     for _ in range(min(training.gradient_accumulation_steps, SIMULATED_MICRO_BATCHES)):
         kept = run_micro_batch(network, memory.device, engine, memory.phase)
-    with memory.phase(STEP):
+    with memory.phase(Phase.STEP):
         engine.step()
     del batches
-    with memory.phase(SAVE):
+    with memory.phase(Phase.SAVE):
         engine.save()
-    peaks = {(phase, tier): peak for tier, m in memory.tiers.items() for phase, peak in m.peaks.items() if phase}
+    peaks = {(Phase(phase), tier): peak for tier, m in memory.tiers.items() for phase, peak in m.peaks.items() if phase}
     for tier in memory.tiers:
-        built, resumed = peaks[INIT, tier], peaks[RESUME, tier]
-        peaks[RESUME, tier] = max(built, resumed, key=lambda peak: peak.total_bytes)
+        built, resumed = peaks[Phase.INIT, tier], peaks[Phase.RESUME, tier]
+        peaks[Phase.RESUME, tier] = max(built, resumed, key=lambda peak: peak.total_bytes)
     return Simulation(memory, peaks, kept)

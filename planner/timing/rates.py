@@ -14,9 +14,9 @@ from ..config.training import DTYPE_BYTES, Precision
 from ..hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer, interpolate
 from ..hardware.cluster import ClusterSpec
 
-Level: TypeAlias = Literal["slow", "likely", "fast"]
-LEVELS: tuple[Level, ...] = ("slow", "likely", "fast")
-SHARES: dict[str, tuple[float, float, float]] = {
+RateLevel: TypeAlias = Literal["slow", "likely", "fast"]
+RATE_LEVELS: tuple[RateLevel, ...] = ("slow", "likely", "fast")
+EFFICIENCIES: dict[str, tuple[float, float, float]] = {
     "matmul": (0.45, 0.65, 0.80),
     "grouped": (0.30, 0.50, 0.70),
     "memory": (0.60, 0.75, 0.90),
@@ -55,10 +55,10 @@ class Rates:
         level: which end of the intervals.
     """
 
-    def __init__(self, cluster: ClusterSpec, precision: Precision, level: Level = "likely") -> None:
+    def __init__(self, cluster: ClusterSpec, precision: Precision, level: RateLevel = "likely") -> None:
         self.cluster, self.precision, self.level = cluster, precision, level
         self._measured = cluster.measured or MeasuredRates()
-        self._index = LEVELS.index(level)
+        self._index = RATE_LEVELS.index(level)
         self._transfers: dict[str, Transfer] = {}
 
     def check(self) -> None:
@@ -79,9 +79,9 @@ class Rates:
         """Whether ranks compute on the host."""
         return self.cluster.device == "cpu"
 
-    def share(self, what: str) -> float:
+    def efficiency(self, what: str) -> float:
         """What is reached of a peak."""
-        return SHARES[what][self._index]
+        return EFFICIENCIES[what][self._index]
 
     @property
     def cores(self) -> float:
@@ -119,7 +119,7 @@ class Rates:
         if self.on_cpu:
             return flops / (CPU_RATES["matmul"][self._index] * self.cores)
         moved = (rows * (inner + cols) + inner * cols) * DTYPE_BYTES[self.precision]
-        flops_per_s = self.peak_flops_per_s * self.share("grouped" if grouped else "matmul")
+        flops_per_s = self.peak_flops_per_s * self.efficiency("grouped" if grouped else "matmul")
         return max(flops / flops_per_s, moved / self.memory_bytes_per_s)
 
     @cached_property
@@ -130,7 +130,7 @@ class Rates:
             return measured / self.spread
         if self.on_cpu:
             return CPU_RATES["memory"][self._index] * self.cores
-        return self._field("memory_bytes_per_s") * self.share("memory")
+        return self._field("memory_bytes_per_s") * self.efficiency("memory")
 
     def _field(self, name: str) -> float:
         value = getattr(self.cluster, name)
@@ -180,9 +180,9 @@ class Rates:
         seconds = 0.0
         if cluster.ranks_per_node > 1:
             received = (cluster.world_size - 1) / cluster.world_size
-            seconds = received / (self._field("intra_node_bytes_per_s") * self.share("link"))
+            seconds = received / (self._field("intra_node_bytes_per_s") * self.efficiency("link"))
         if cluster.nodes > 1:
-            adapters = self._field("nic_bytes_per_s") * (cluster.nics or 1) * self.share("network")
+            adapters = self._field("nic_bytes_per_s") * (cluster.nics or 1) * self.efficiency("network")
             seconds = max(seconds, (cluster.nodes - 1) / cluster.nodes / adapters)
             latency *= 1 + math.log2(cluster.nodes)
         return Transfer(latency_s=latency, bytes_per_s=1 / (seconds * passes))
@@ -200,12 +200,12 @@ class Rates:
         if self.on_cpu:
             # The device is the host: a copy within it, once read and once written.
             return Transfer(latency_s=self.operation_s, bytes_per_s=self.memory_bytes_per_s / 2)
-        rate = self._field("pcie_bytes_per_s") * self.share("pcie")
+        rate = self._field("pcie_bytes_per_s") * self.efficiency("pcie")
         shared = self._host_bytes_per_s() / self.cluster.ranks_per_node
         return Transfer(latency_s=10e-6, bytes_per_s=min(rate, shared))
 
     def _host_bytes_per_s(self) -> float:
-        return self._field("host_memory_bytes_per_s") * self.share("host")
+        return self._field("host_memory_bytes_per_s") * self.efficiency("host")
 
     @cached_property
     def host_adam_elements_per_s(self) -> float:
@@ -237,5 +237,5 @@ class Rates:
         if measured:
             return float(measured / self.spread / self.cluster.ranks_per_node)
         if self.on_cpu and getattr(self.cluster, name) is None:
-            return 0.5e9 * self.share("nvme") / self.cluster.ranks_per_node
-        return self._field(name) * self.share("nvme") / self.cluster.ranks_per_node
+            return 0.5e9 * self.efficiency("nvme") / self.cluster.ranks_per_node
+        return self._field(name) * self.efficiency("nvme") / self.cluster.ranks_per_node

@@ -19,15 +19,15 @@ from ..costs.flops import count_flops
 from ..costs.optimizer_state import moments, widths
 from ..costs.workload import count_work
 from ..run_config import RunConfig
-from .rates import LEVELS, Level, Rates
+from .rates import RATE_LEVELS, RateLevel, Rates
 
 Bound: TypeAlias = Literal["compute", "network", "host link", "host", "NVMe", "engine"]
-FORWARD, BACKWARD, RECOMPUTE = "forward", "backward", "recomputation"
-GATHER, REDUCE = "parameter gathers", "gradient reduction"
-FROM_HOST, TO_HOST = "parameters from the host", "gradients to the host"
-FROM_NVME, UPDATE = "parameters from NVMe", "optimizer update"
-STATES_IN, STATES_OUT = "optimizer states from NVMe", "optimizer states to NVMe"
-BACK, ENGINE = "parameters to the ranks", "engine"
+_FORWARD, _BACKWARD, _RECOMPUTE = "forward", "backward", "recomputation"
+_GATHER, _REDUCE = "parameter gathers", "gradient reduction"
+_FROM_HOST, _TO_HOST = "parameters from the host", "gradients to the host"
+_FROM_NVME, _UPDATE = "parameters from NVMe", "optimizer update"
+_STATES_IN, _STATES_OUT = "optimizer states from NVMe", "optimizer states to NVMe"
+_BACK, _ENGINE = "parameters to the ranks", "engine"
 VISIT_OPERATIONS = 18
 """Small operations for one relation and role in forward, views among them; backward makes three times as many.
 Chosen to agree with runs of a layer on a CPU."""
@@ -35,7 +35,7 @@ TILE_OPERATIONS = 40
 """For one tile on a GPU, where its relations are taken together."""
 
 
-class Part(NamedTuple):
+class PartTime(NamedTuple):
     """One part of a step."""
 
     seconds: float
@@ -103,7 +103,7 @@ def compute_seconds(spec: ModelSpec, batch: int, tiles: int, rates: Rates) -> tu
     return max(forward, overhead), max(backward, 3 * overhead)
 
 
-def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates: Rates) -> dict[str, Part]:
+def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates: Rates) -> dict[str, PartTime]:
     """Collectives and copies of the micro-batches, and of the parameters after the update."""
     width, count, parts = training.dtype_bytes, training.gradient_accumulation_steps, {}
     optimizer, param = zero.offload_optimizer.device, zero.offload_param.device
@@ -113,10 +113,10 @@ def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates
         reductions = max(1, -(-v.elements // zero.reduce_bucket_elements))
         seconds = uses * (v.gathers * gather.latency_s + v.gathered * width / gather.bytes_per_s)
         early = overlaps and zero.prefetch_bucket_elements > 0
-        parts[GATHER] = Part(count * seconds, "network", early)
+        parts[_GATHER] = PartTime(count * seconds, "network", early)
         seconds = reductions * reduce.latency_s + v.elements * width / reduce.bytes_per_s
-        parts[REDUCE] = Part(count * seconds, "network", overlaps)
-        parts[BACK] = Part(gather.seconds(v.persistent * width), "network")
+        parts[_REDUCE] = PartTime(count * seconds, "network", overlaps)
+        parts[_BACK] = PartTime(gather.seconds(v.persistent * width), "network")
         local = v.gathered // rates.cluster.world_size * width
         if param == "cpu":
             copy = rates.host_copy("host_to_device")
@@ -124,27 +124,27 @@ def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates
             if on_cpu:
                 # Shares are copied before they are gathered, and no faster.
                 seconds = count * uses * local / gather.bytes_per_s
-            parts[FROM_HOST] = Part(seconds, "host link", early)
+            parts[_FROM_HOST] = PartTime(seconds, "host link", early)
         elif param == "nvme":
-            parts[FROM_NVME] = Part(count * uses * local / rates.nvme_bytes_per_s("read"), "NVMe")
+            parts[_FROM_NVME] = PartTime(count * uses * local / rates.nvme_bytes_per_s("read"), "NVMe")
     else:
         times = count if zero.stage == 2 else 1
         reduce = rates.collective("all_reduce") if zero.stage == 0 else reduce
         reductions = 1 if zero.stage == 0 else max(1, -(-v.elements // zero.reduce_bucket_elements))
         seconds = reductions * reduce.latency_s + v.elements * width / reduce.bytes_per_s
-        parts[REDUCE] = Part(times * seconds, "network", overlaps and zero.stage > 0)
+        parts[_REDUCE] = PartTime(times * seconds, "network", overlaps and zero.stage > 0)
         if zero.stage and rates.cluster.world_size > 1:
-            parts[BACK] = Part(gather.seconds(v.elements * width), "network")
+            parts[_BACK] = PartTime(gather.seconds(v.elements * width), "network")
     if optimizer != "none":
         copy = rates.host_copy("device_to_host")
         seconds = v.tensors * copy.latency_s + v.share * width / copy.bytes_per_s
         # Each gradient's norm is taken on its way.
         seconds = count * (seconds + rates.norm_seconds(v.share))
-        parts[TO_HOST] = Part(seconds, "host link", overlaps)
+        parts[_TO_HOST] = PartTime(seconds, "host link", overlaps)
     return parts
 
 
-def _updating(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rates) -> dict[str, Part]:
+def _updating(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rates) -> dict[str, PartTime]:
     """The optimizer's update of a rank's share, and what it swaps."""
     optimizer, parts = zero.offload_optimizer, {}
     own = v.elements if zero.stage == 0 else v.share
@@ -152,11 +152,11 @@ def _updating(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rates) 
     seconds = on_host / rates.host_adam_elements_per_s + (own - on_host) / rates.device_adam_elements_per_s
     if not on_host:
         seconds += rates.norm_seconds(own)
-    parts[UPDATE] = Part(seconds, "host" if on_host else "compute")
+    parts[_UPDATE] = PartTime(seconds, "host" if on_host else "compute")
     if on_host and not rates.on_cpu:
         copy = rates.host_copy("host_to_device")
         back = copy.seconds(on_host * training.dtype_bytes)
-        parts[FROM_HOST + " after the update"] = Part(back, "host link")
+        parts[_FROM_HOST + " after the update"] = PartTime(back, "host link")
     if optimizer.device == "nvme":
         master, state = widths(training)
         held = master + state * moments(training)
@@ -171,11 +171,11 @@ def _updating(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rates) 
             read = max(0.0, shared - seconds) if read >= write else read * 0.1
         if optimizer.pipeline_write:
             write = max(0.0, shared - seconds) if write > read else write * 0.1
-        parts[STATES_IN], parts[STATES_OUT] = Part(read, "NVMe"), Part(write, "NVMe")
+        parts[_STATES_IN], parts[_STATES_OUT] = PartTime(read, "NVMe"), PartTime(write, "NVMe")
     return parts
 
 
-def _engine(zero: ZeroSpec, training: TrainingSpec, v: Volumes, uses: int, rates: Rates) -> Part:
+def _engine(zero: ZeroSpec, training: TrainingSpec, v: Volumes, uses: int, rates: Rates) -> PartTime:
     """What the engine itself does in Python."""
     seconds = training.gradient_accumulation_steps * v.tensors * rates.overhead("gradient_s")
     if zero.stage == 3:
@@ -184,10 +184,10 @@ def _engine(zero: ZeroSpec, training: TrainingSpec, v: Volumes, uses: int, rates
         seconds += hooks + groups * rates.overhead("sub_group_s")
     else:
         seconds += rates.overhead("sub_group_s")
-    return Part(seconds, "engine", not rates.on_cpu)
+    return PartTime(seconds, "engine", not rates.on_cpu)
 
 
-def step_parts(run: RunConfig, rates: Rates) -> dict[str, Part]:
+def step_parts(run: RunConfig, rates: Rates) -> dict[str, PartTime]:
     """Every part of a step at one level of the rates.
 
     Args:
@@ -198,23 +198,23 @@ def step_parts(run: RunConfig, rates: Rates) -> dict[str, Part]:
     v = volumes(model, run.tile_relations, rates.cluster.world_size, zero.persistence_threshold_elements)
     forward, backward = compute_seconds(model, training.micro_batch, v.tiles, rates)
     count, again = training.gradient_accumulation_steps, model.checkpointing != "none"
-    parts = {FORWARD: Part(count * forward, "compute"), BACKWARD: Part(count * backward, "compute")}
+    parts = {_FORWARD: PartTime(count * forward, "compute"), _BACKWARD: PartTime(count * backward, "compute")}
     uses = 2
     if again:
         uses = 3
-        parts[RECOMPUTE] = Part(count * forward * count_work(model).recompute, "compute")
+        parts[_RECOMPUTE] = PartTime(count * forward * count_work(model).recompute, "compute")
         if model.checkpointing == "offload" and not rates.on_cpu:
             size = model.depth * training.micro_batch * model.tokens * model.dim * training.dtype_bytes
             out, back = rates.host_copy("device_to_host"), rates.host_copy("host_to_device")
             seconds = model.depth * (out.latency_s + back.latency_s) + size / out.bytes_per_s + size / back.bytes_per_s
-            parts["activations to the host and back"] = Part(count * seconds, "host link")
+            parts["activations to the host and back"] = PartTime(count * seconds, "host link")
     parts |= _moving(training, zero, v, uses, rates)
     parts |= _updating(training, zero, v, rates)
-    parts[ENGINE] = _engine(zero, training, v, uses, rates)
+    parts[_ENGINE] = _engine(zero, training, v, uses, rates)
     return parts
 
 
-def total_seconds(parts: Iterable[Part]) -> float:
+def total_seconds(parts: Iterable[PartTime]) -> float:
     """What overlaps costs only what it takes longer than what it runs beside."""
     alone = beside = compute = 0.0
     for part in parts:
@@ -236,8 +236,8 @@ def estimate_step_time(run: RunConfig) -> StepTime:
         InputError: if the cluster lacks a rate that the prediction needs.
     """
     model, cluster, training = run.model, run.cluster, run.training
-    by_level: dict[Level, dict[str, Part]] = {
-        level: step_parts(run, Rates(cluster, training.precision, level)) for level in LEVELS
+    by_level: dict[RateLevel, dict[str, PartTime]] = {
+        level: step_parts(run, Rates(cluster, training.precision, level)) for level in RATE_LEVELS
     }
     likely = by_level["likely"]
     breakdown = tuple(

@@ -31,12 +31,12 @@ from translution.models import build
 from translution.models.ops import batched
 from translution.models.ops.grouped_mm import GroupedProducts
 from translution.planner.common.machine import usable_cores
+from translution.planner.common.phases import TRAINING_PHASES, Phase
 from translution.planner.common.units import GIB
 from translution.planner.config.model import parse_model_spec
 from translution.planner.config.presets import preset
 from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster, local_cpu_cluster
-from translution.planner.memory.estimate import BACKWARD, BETWEEN, FIRST_STEP, FORWARD, INIT, STEP
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.folder import write_plan_folder
 from translution.planner.plans.plan import Plan
@@ -80,7 +80,7 @@ def test_a_rank_of_a_larger_world_holds_what_is_predicted(tmp_path: Path, capsys
         padding = {"persistent parameters": 2048, "optimizer states": 2048}.get(name, 0)
         assert 0 <= measured - predicted <= padding, name
         assert predicted == plan.prediction.of(name), name
-    for phase in (INIT, FIRST_STEP, FORWARD, BACKWARD, STEP):
+    for phase in (Phase.INIT, Phase.FIRST_STEP, Phase.FORWARD, Phase.BACKWARD, Phase.STEP):
         predicted, measured = rows[f"peak of {phase}"]
         assert 0.99 * measured <= predicted <= 1.15 * measured, phase
     assert document["planned_bytes"]["device"] == plan.prediction.peak_bytes
@@ -108,25 +108,33 @@ def test_a_rehearsed_rank_holds_what_a_real_one_holds(tmp_path: Path) -> None:
     assert alone.saved_bytes == real.saved_bytes
     # The order of the samples, 8 bytes each, of which synthetic ones are more.
     assert abs(alone.resident_bytes - real.resident_bytes) <= 8 * 4096
-    for phase in (FORWARD, BACKWARD, STEP):
+    for phase in TRAINING_PHASES:
         beside, real_beside = (part.phase_peak_bytes[phase] - part.resident_bytes for part in (alone, real))
         # gloo gathers and reduces in tensors of its own, and its thread lets go of them a moment later.
         assert 0.6 * real_beside <= beside <= real_beside + 64, phase
     assert read_rehearsal(run) == found
-    assert set(found.seconds[2]) == {CONSTRUCTION, ENGINE, FORWARD, BACKWARD, FIRST_STEP, STEP, "all"}
+    assert set(found.seconds[2]) == {
+        CONSTRUCTION,
+        ENGINE,
+        Phase.FORWARD,
+        Phase.BACKWARD,
+        Phase.FIRST_STEP,
+        Phase.STEP,
+        "all",
+    }
 
 
 def measurement_of(plan: Plan) -> MemoryMeasurement:
     """A measurement that agrees with the ledger."""
     ledger = predict(plan)
-    peaks = {phase: ledger.bytes_of(phase) for phase in (FORWARD, BACKWARD, FIRST_STEP, STEP)}
+    peaks = {phase: ledger.bytes_of(phase) for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.FIRST_STEP, Phase.STEP)}
     return MemoryMeasurement(
         rank=0,
         device="cpu",
         step=1,
         entries_bytes={name: ledger.of(name) for name in STATES},
-        resident_bytes=ledger.bytes_of(BETWEEN),
-        phase_peak_bytes=peaks | {CONSTRUCTION: ledger.bytes_of(INIT) // 2, ENGINE: ledger.bytes_of(INIT)},
+        resident_bytes=ledger.bytes_of(Phase.BETWEEN),
+        phase_peak_bytes=peaks | {CONSTRUCTION: ledger.bytes_of(Phase.INIT) // 2, ENGINE: ledger.bytes_of(Phase.INIT)},
         peak_bytes=max(peaks.values()),
         process_peak_bytes=0,
         saved_bytes=ledger.saved_bytes,
@@ -149,17 +157,17 @@ def test_layers_and_sub_groups_are_extrapolated() -> None:
     assert found.entries_bytes == expected.entries_bytes
     assert found.saved_bytes == expected.saved_bytes
     assert found.resident_bytes == expected.resident_bytes
-    for phase in (FORWARD, BACKWARD, FIRST_STEP, STEP):
+    for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.FIRST_STEP, Phase.STEP):
         # The upper bounds of bookkeeping in the ledger do not grow.
         assert found.phase_peak_bytes[phase] == pytest.approx(expected.phase_peak_bytes[phase], rel=2e-3), phase
-    assert found.peak_bytes == max(found.phase_peak_bytes[phase] for phase in (FORWARD, BACKWARD, STEP))
+    assert found.peak_bytes == max(found.phase_peak_bytes[phase] for phase in TRAINING_PHASES)
 
 
 def test_init_is_the_higher_of_its_parts() -> None:
     measured = measurement_of(large_plan())
     joined = join_init(measured).phase_peak_bytes
-    assert joined[INIT] == measured.phase_peak_bytes[ENGINE]
-    assert set(joined) == {INIT, FORWARD, BACKWARD, FIRST_STEP, STEP}
+    assert joined[Phase.INIT] == measured.phase_peak_bytes[ENGINE]
+    assert set(joined) == {Phase.INIT, Phase.FORWARD, Phase.BACKWARD, Phase.FIRST_STEP, Phase.STEP}
 
 
 @pytest.fixture

@@ -105,11 +105,6 @@ class Tape:
         """A storage of so many bytes."""
         return Storage(self.memory, what, 0 if self.stopped else size)
 
-    @property
-    def records(self) -> bool:
-        """Whether operations are remembered for backward."""
-        return self._nodes is not None
-
     @contextmanager
     def no_grad(self) -> Iterator[None]:
         """Run operations without remembering them, as under ``torch.no_grad``."""

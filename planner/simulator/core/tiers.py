@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Literal, TypeAlias
 
+from ...common.phases import Tier
 from .storage import MemoryTracker, Storage
-
-Tier: TypeAlias = Literal["device", "host", "pinned", "nvme"]
-TIERS: tuple[Tier, ...] = ("device", "host", "pinned", "nvme")
 
 
 def next_power_of_two(size: int) -> int:
@@ -41,8 +38,8 @@ class RankMemory:
     @property
     def tiers(self) -> dict[Tier, MemoryTracker]:
         """The tiers that this rank has."""
-        shared: dict[Tier, MemoryTracker] = {"host": self.host, "pinned": self.pinned, "nvme": self.nvme}
-        return shared if self.on_cpu else {"device": self.device, **shared}
+        shared = {Tier.HOST: self.host, Tier.PINNED: self.pinned, Tier.NVME: self.nvme}
+        return shared if self.on_cpu else {Tier.DEVICE: self.device, **shared}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

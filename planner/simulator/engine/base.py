@@ -20,14 +20,14 @@ from ..core.tiers import RankMemory
 from ..network.model import SimulatedNetwork
 
 PARAMETERS, PERSISTENT, BUFFERS = "parameters", "persistent parameters", "buffers"
-MASTER, STATES = "master parameters", "optimizer states"
+MASTER_PARAMETERS, OPTIMIZER_STATES = "master parameters", "optimizer states"
 SHARED_GRADIENTS, STEP_GRADIENTS = "gradients", "fp32 gradients"
 BUCKET = "reduce bucket"
 GATHERED, GATHER_COPIES = "gathered parameters", "copies of the gather"
 REDUCE_COPIES, BACKEND_COPIES = "copies of the reduction", "copies of the CPU backend"
 OPTIMIZER_TEMPORARIES, NORM = "optimizer temporaries", "gradient norm"
-CONSTRUCTION, STAGING, LOADED = "construction", "host staging", "loaded checkpoint"
-OPTIMIZER_BUFFERS, PARAM_BUFFERS = "optimizer swap buffers", "parameter swap buffers"
+CONSTRUCTION_TENSORS, STAGING, LOADED = "construction", "host staging", "loaded checkpoint"
+OPTIMIZER_SWAP_BUFFERS, PARAM_SWAP_BUFFERS = "optimizer swap buffers", "parameter swap buffers"
 SUB_GROUP_BUFFER = "sub-group swap buffer"
 STREAMS = "other streams"
 OFFLOAD_COPIES, FIRST_COPIES = "offload copies", "first pinned copies"

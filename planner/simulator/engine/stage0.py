@@ -12,11 +12,11 @@ from ..core.tiers import RankMemory
 from ..network.model import SimulatedNetwork
 from .base import (
     LOADED,
-    MASTER,
+    MASTER_PARAMETERS,
+    OPTIMIZER_STATES,
     PARAMETERS,
     REDUCE_COPIES,
     STAGING,
-    STATES,
     STEP_GRADIENTS,
     EngineConfig,
     SimulatedEngine,
@@ -44,7 +44,7 @@ class Stage0Engine(SimulatedEngine):
         self.keep(self.memory.device, PARAMETERS, self.elements * self.config.width)
         if self.half:
             self.memory.at("master parameters")
-            self.keep(self.memory.device, MASTER, self.elements * self.config.master_width)
+            self.keep(self.memory.device, MASTER_PARAMETERS, self.elements * self.config.master_width)
             self.memory.at("optimizer states")
             # A step with gradients of nought makes the moments (unfused_optimizer.py).
             self._make_states()
@@ -103,4 +103,4 @@ class Stage0Engine(SimulatedEngine):
 
     def _make_states(self) -> None:
         self.has_states = True
-        self.keep(self.memory.device, STATES, self.elements * self.config.state_width)
+        self.keep(self.memory.device, OPTIMIZER_STATES, self.elements * self.config.state_width)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 
+from ...common.units import FP32_BYTES
 from ..core.autograd import ModuleParams
 from ..core.storage import Storage
 from ..core.tiers import RankMemory
@@ -16,23 +17,22 @@ from .base import (
     BACKEND_COPIES,
     BUCKET,
     BUFFERS,
-    CONSTRUCTION,
+    CONSTRUCTION_TENSORS,
     LOADED,
-    MASTER,
+    MASTER_PARAMETERS,
     NORM,
     NORM_BYTES,
     OFFLOAD_COPIES,
+    OPTIMIZER_STATES,
     PARAMETERS,
     SHARED_GRADIENTS,
     STAGING,
-    STATES,
     STEP_GRADIENTS,
     EngineConfig,
     SimulatedEngine,
 )
 from .partition import ceil_div
 
-FP32 = 4
 START_ALIGNMENT = 2
 """Flat buffers hold a multiple of twice the ranks (stage_1_and_2.py, ``nccl_start_alignment_factor``)."""
 
@@ -42,10 +42,10 @@ def make_whole_model(twin: SimulatedEngine, elements: int) -> None:
     memory, width = twin.memory, twin.config.width
     memory.at("construction")
     twin.keep(memory.device, BUFFERS, twin.network.buffer_bytes)
-    made = Storage(memory.host, CONSTRUCTION, elements * FP32)
-    cast = made if width == FP32 else Storage(memory.host, CONSTRUCTION, elements * width)
+    made = Storage(memory.host, CONSTRUCTION_TENSORS, elements * FP32_BYTES)
+    cast = made if width == FP32_BYTES else Storage(memory.host, CONSTRUCTION_TENSORS, elements * width)
     del made
-    moved = None if memory.on_cpu else Storage(memory.device, CONSTRUCTION, elements * width)
+    moved = None if memory.on_cpu else Storage(memory.device, CONSTRUCTION_TENSORS, elements * width)
     del cast, moved
 
 
@@ -86,13 +86,13 @@ class Stage12Engine(SimulatedEngine):
         make_whole_model(self, self.elements)
         memory.at("flat parameters")
         # The parameters wait on the host while the flat buffer is made there.
-        parts = Storage(memory.host, CONSTRUCTION, self.elements * config.width)
+        parts = Storage(memory.host, CONSTRUCTION_TENSORS, self.elements * config.width)
         flat = Storage(memory.host, PARAMETERS if memory.on_cpu else STAGING, self.flat * config.width)
         self.kept.append(flat if memory.on_cpu else Storage(memory.device, PARAMETERS, self.flat * config.width))
         del parts, flat
         memory.at("master parameters")
-        clone = Storage(memory.device, CONSTRUCTION, self.share * config.width)
-        self._keep_pinned(MASTER, self.share * config.master_width)
+        clone = Storage(memory.device, CONSTRUCTION_TENSORS, self.share * config.width)
+        self._keep_pinned(MASTER_PARAMETERS, self.share * config.master_width)
         del clone
         memory.at("optimizer states")
         if self.offloaded:
@@ -227,7 +227,7 @@ class Stage12Engine(SimulatedEngine):
         """Tensors on a device are copied to the host storage by storage."""
         self.memory.at("checkpoint save")
         if not self.memory.on_cpu and not self.offloaded:
-            self.memory.add_transient((self.memory.host, STAGING, self.share * FP32))
+            self.memory.add_transient((self.memory.host, STAGING, self.share * FP32_BYTES))
 
     def load(self) -> None:
         """A rank reads its own file whole, and copies it into what the engine has made."""
@@ -236,7 +236,7 @@ class Stage12Engine(SimulatedEngine):
         # Moments that stay on the host are those that were read.
         width = config.master_width + (0 if self.home is self.memory.host else config.state_width)
         loaded = Storage(self.memory.host, LOADED, self.share * width)
-        self.keep(self.home, STATES, self.share * config.state_width)
+        self.keep(self.home, OPTIMIZER_STATES, self.share * config.state_width)
         if config.rank in (None, config.world_size - 1) and self.flat > self.elements:
             # The last rank's share was saved without its padding, and is copied to be padded.
             self.memory.add_transient((self.memory.host, LOADED, self.share * config.master_width))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...common.units import FP32_BYTES
 from ...deepspeed.config import NVME_BLOCK_BYTES
 from ..core.autograd import ModuleParams
 from ..core.storage import MemoryTracker, Storage
@@ -17,19 +18,19 @@ from .base import (
     BACKEND_COPIES,
     BUCKET,
     BUFFERS,
-    CONSTRUCTION,
+    CONSTRUCTION_TENSORS,
     FIRST_COPIES,
     LOADED,
-    MASTER,
+    MASTER_PARAMETERS,
     NORM,
     NORM_BYTES,
-    OPTIMIZER_BUFFERS,
-    PARAM_BUFFERS,
+    OPTIMIZER_STATES,
+    OPTIMIZER_SWAP_BUFFERS,
+    PARAM_SWAP_BUFFERS,
     PARAMETERS,
     REDUCE_COPIES,
     SHARED_GRADIENTS,
     STAGING,
-    STATES,
     STEP_GRADIENTS,
     STREAMS,
     SUB_GROUP_BUFFER,
@@ -41,7 +42,6 @@ from .partition import ALIGNMENT_BYTES, Shard, SubGroup, align, make_shards, mak
 
 NORM_ELEMENTS = 250_000_000
 """Gradients are squared so many elements at a time (stage3.py:1960)."""
-FP32 = 4
 
 
 class Stage3Engine(SimulatedEngine):
@@ -97,7 +97,7 @@ class Stage3Engine(SimulatedEngine):
     def _lock_param_buffers(self) -> None:
         param = self.zero.offload_param
         size = param.buffer_count * align(param.buffer_elements, self.width) * self.width
-        storage = self.memory.lock(PARAM_BUFFERS, size)
+        storage = self.memory.lock(PARAM_SWAP_BUFFERS, size)
         self.kept.append(storage)
 
     def _construct(self) -> None:
@@ -118,7 +118,9 @@ class Stage3Engine(SimulatedEngine):
                 size = sum(size for own in part for where, size in own if where is home)
                 (self.kept if home is self.memory.nvme else self.parts).append(Storage(home, PARAMETERS, size))
             if index == 0:
-                self.memory.add_transient((device, CONSTRUCTION, self._making(self.network.construction[number])))
+                self.memory.add_transient(
+                    (device, CONSTRUCTION_TENSORS, self._making(self.network.construction[number]))
+                )
 
     def _shares(self, weights: ModuleParams) -> list[tuple[MemoryTracker, int]]:
         """Where a rank's shares of a module's parameters lie, and their bytes."""
@@ -136,7 +138,7 @@ class Stage3Engine(SimulatedEngine):
         made = most = 0
         for numel in weights.numels:
             made += numel * self.width
-            most = max(most, made + (numel * FP32 if self.width != FP32 else 0))
+            most = max(most, made + (numel * FP32_BYTES if self.width != FP32_BYTES else 0))
         return most
 
     def _flatten(self) -> None:
@@ -167,17 +169,19 @@ class Stage3Engine(SimulatedEngine):
         width = self.config.master_width
         if any(group.swapped for group in self.groups):
             count = self.zero.offload_optimizer.buffer_count
-            self.kept.append(self.memory.lock(OPTIMIZER_BUFFERS, count * align(self.largest_group, FP32) * FP32))
+            self.kept.append(
+                self.memory.lock(OPTIMIZER_SWAP_BUFFERS, count * align(self.largest_group, FP32_BYTES) * FP32_BYTES)
+            )
         for group in self.groups:
             home = self._home(group)
             if group.swapped:
                 if any(shard.on_nvme for shard in group.shards):
                     self.memory.add_transient((self.state_home, STAGING, group.numel * width))
-                self.keep(self.memory.nvme, MASTER, align(group.numel, width) * width)
+                self.keep(self.memory.nvme, MASTER_PARAMETERS, align(group.numel, width) * width)
                 continue
             # The cast is cloned before it is dropped.
-            cast = Storage(home, CONSTRUCTION, group.numel * width) if width != self.width else None
-            self.keep(home, MASTER, group.numel * width)
+            cast = Storage(home, CONSTRUCTION_TENSORS, group.numel * width) if width != self.width else None
+            self.keep(home, MASTER_PARAMETERS, group.numel * width)
             del cast
 
     def _home(self, group: SubGroup) -> MemoryTracker:
@@ -288,7 +292,7 @@ class Stage3Engine(SimulatedEngine):
         size = shard.share * self.config.master_width
         if group.swapped:
             part = Storage(memory.device, STEP_GRADIENTS, size) if widened or not memory.on_cpu else None
-            if part is not None and shard.share * FP32 < NVME_BLOCK_BYTES:
+            if part is not None and shard.share * FP32_BYTES < NVME_BLOCK_BYTES:
                 self.unswapped.append(part)
             elif part is not None:
                 copies.append(part)
@@ -316,7 +320,7 @@ class Stage3Engine(SimulatedEngine):
             self._update_group(group)
             if first and group.swapped:
                 # Moments are made in ordinary memory by the first update, then written out.
-                self.memory.add_transient((self.memory.host, STATES, group.numel * self.config.state_width))
+                self.memory.add_transient((self.memory.host, OPTIMIZER_STATES, group.numel * self.config.state_width))
         self.unswapped.clear()
         self.begin_step()
 
@@ -325,17 +329,17 @@ class Stage3Engine(SimulatedEngine):
         width = self.config.state_width
         for group in self.groups:
             if group.swapped:
-                aligned = align(group.numel, FP32) * width
-                self.keep(self.memory.nvme, STATES, aligned)
-                self.keep(self.memory.nvme, SHARED_GRADIENTS, self._swapped_gradients(group) * FP32)
+                aligned = align(group.numel, FP32_BYTES) * width
+                self.keep(self.memory.nvme, OPTIMIZER_STATES, aligned)
+                self.keep(self.memory.nvme, SHARED_GRADIENTS, self._swapped_gradients(group) * FP32_BYTES)
             else:
-                self.keep(self._home(group), STATES, group.numel * width)
+                self.keep(self._home(group), OPTIMIZER_STATES, group.numel * width)
 
     def _swapped_gradients(self, group: SubGroup) -> int:
         """Elements of a sub-group's gradients that are large enough for files."""
-        elements = ALIGNMENT_BYTES // FP32
+        elements = ALIGNMENT_BYTES // FP32_BYTES
         return sum(
-            shard.share // elements * elements for shard in group.shards if shard.share * FP32 >= NVME_BLOCK_BYTES
+            shard.share // elements * elements for shard in group.shards if shard.share * FP32_BYTES >= NVME_BLOCK_BYTES
         )
 
     def _update_group(self, group: SubGroup) -> None:
@@ -367,7 +371,7 @@ class Stage3Engine(SimulatedEngine):
         """Tensors on a device are copied to the host storage by storage; on the host they are written as they are."""
         self.memory.at("checkpoint save")
         if not self.memory.on_cpu and not self.offloaded:
-            self.memory.add_transient((self.memory.host, STAGING, self.largest_group * FP32))
+            self.memory.add_transient((self.memory.host, STAGING, self.largest_group * FP32_BYTES))
 
     def load(self) -> None:
         """A rank reads its own file whole, and copies it into what the engine has made."""

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 from ..core.autograd import Gradients, ModuleParams, Tape, Tensor
 from ..core.storage import Storage
-from .ops import GRADIENTS, INDEX_BYTES, TEMPORARY, WEIGHT_GRADIENTS, cast, product_scratch_bytes
+from .ops import ATTENTION_WEIGHTS, GRADIENTS, INDEX_BYTES, TEMPORARY, WEIGHT_GRADIENTS, cast, product_scratch_bytes
 from .relation_shape import RelationShape, SimulatedTile
 
-ATTENTION, GATHERED, TABLE = "attention weights", "gathered matrices", "joined tables"
+GATHERED_MATRICES, JOINED_TABLES = "gathered matrices", "joined tables"
 
 
 class SimulatedGather:
@@ -59,7 +59,7 @@ class SimulatedGather:
         # Its operations refer to this object, which must not keep the inputs alive.
         self.sources = {}
         tables = {name: self._table(name) for name in self.relative}
-        noise = [tape.new(self.weight_bytes, ATTENTION) for _ in range(2 if self.shape.dropout else 0)]
+        noise = [tape.new(self.weight_bytes, ATTENTION_WEIGHTS) for _ in range(2 if self.shape.dropout else 0)]
         found = tape.new(self.square * INDEX_BYTES, TEMPORARY)
         exists, index = tape.new(self.square), tape.new(self.square * INDEX_BYTES)
         del found
@@ -92,10 +92,10 @@ class SimulatedGather:
                     tape.hooks.gradients(tile.weights, self.given.pop(tile.weights))
             return ()
 
-        joined = tape.result(tape.new(size, TABLE), (), give)
+        joined = tape.result(tape.new(size, JOINED_TABLES), (), give)
         order = tape.new(self.shape.geometry.relations * INDEX_BYTES)
         ordered = tape.result(
-            tape.new(size, TABLE), (joined,), lambda grad: (tape.new(size, WEIGHT_GRADIENTS),), (order,)
+            tape.new(size, JOINED_TABLES), (joined,), lambda grad: (tape.new(size, WEIGHT_GRADIENTS),), (order,)
         )
         del joined
         return cast(tape, ordered, numel, sizes.wide, sizes)
@@ -111,14 +111,14 @@ class SimulatedGather:
             held = [self._rows(name, sources[name], tables, index) for name in ("query", "key")]
             query, key = (self._reshaped(rows) for rows in held)
             product = self._product(query, key, self.rows_out, (self.rows_out, self.rows_out))
-            terms.append(tape.result(tape.new(size, ATTENTION), (product,), lambda grad: (grad,)))
+            terms.append(tape.result(tape.new(size, ATTENTION_WEIGHTS), (product,), lambda grad: (grad,)))
             del product
         if "plain_query" in sources:
             held = []
             query, key = (self._by_heads(sources[name]) for name in ("plain_query", "plain_key"))
             terms.append(self._product(query, key, size, (self.plain_bytes, self.plain_bytes)))
             count = len(terms)
-            terms = [tape.result(tape.new(size, ATTENTION), terms, lambda grad: [grad] * count)]
+            terms = [tape.result(tape.new(size, ATTENTION_WEIGHTS), terms, lambda grad: [grad] * count)]
         return terms[0], held
 
     def _rows(self, name: str, x: Tensor, tables: dict[str, Tensor], index: Storage) -> Tensor:
@@ -137,17 +137,20 @@ class SimulatedGather:
         """Rows times the matrix of each pair; keeps copies of both for every pair and sample."""
         tape, shape, whole = self.tape, self.shape, self.table_bytes
         gathered = tape.result(
-            tape.new(self.gathered_bytes, GATHERED), (table,), lambda grad: (tape.new(whole, GRADIENTS),), (index,)
+            tape.new(self.gathered_bytes, GATHERED_MATRICES),
+            (table,),
+            lambda grad: (tape.new(whole, GRADIENTS),),
+            (index,),
         )
         rows = self._copied(x, self.rows_in)
-        matrices = self._copied(gathered, self.copied_bytes, what=GATHERED)
+        matrices = self._copied(gathered, self.copied_bytes, what=GATHERED_MATRICES)
         scratch = product_scratch_bytes(1, shape.d_in, shape.d_out, shape.sizes)
         return self._product(rows, matrices, self.rows_out, (self.rows_in, self.copied_bytes), scratch)
 
     def _copied(self, x: Tensor, size: int, what: str = "activations") -> Tensor:
         """Broadcast to so many bytes, which a product wants side by side; backward sums."""
         tape, before = self.tape, x.size
-        sums = size > before or what == GATHERED
+        sums = size > before or what == GATHERED_MATRICES
         out = tape.new(size, what) if size > before else x.storage
         return tape.result(out, (x,), lambda grad: (tape.new(before, GRADIENTS) if sums else grad,))
 
@@ -177,7 +180,7 @@ class SimulatedGather:
     def _same_size(self, x: Tensor, *saved: Storage) -> Tensor:
         """An operation on each attention weight, with what it keeps; its gradient is a new tensor."""
         tape, size = self.tape, self.weight_bytes
-        return tape.result(tape.new(size, ATTENTION), (x,), lambda grad: (tape.new(size, GRADIENTS),), saved)
+        return tape.result(tape.new(size, ATTENTION_WEIGHTS), (x,), lambda grad: (tape.new(size, GRADIENTS),), saved)
 
     def _weights(self, logits: Tensor, noise: Storage | None) -> Tensor:
         """Scaled, masked, softmax, nought where a query sees no key, dropped out."""
@@ -185,7 +188,7 @@ class SimulatedGather:
         scaled = self._same_size(logits)
         masked = self._same_size(scaled, tape.new(self.square))
         del scaled
-        softmax = tape.new(self.weight_bytes, ATTENTION)
+        softmax = tape.new(self.weight_bytes, ATTENTION_WEIGHTS)
         size = softmax.size
         attention = tape.result(softmax, (masked,), lambda grad: (tape.new(size, GRADIENTS),), (softmax,))
         unseen = tape.new(shape.pairs, TEMPORARY)

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from ...common.errors import InputError
+from ...common.phases import Phase
 from ...config.model import GptSpec, ModelSpec, VitSpec
 from ..core.autograd import ModuleParams, ParameterHooks, Tape, Tensor
 from ..core.storage import MemoryTracker, Storage
@@ -225,12 +226,12 @@ class Replay:
     """Kept for backward when forward ends, on the device itself."""
 
 
-Phase = Callable[[str], AbstractContextManager[None]]
+OpenPhase = Callable[[str], AbstractContextManager[None]]
 """Opens a phase of the step by its name."""
 
 
 def run_micro_batch(
-    network: SimulatedNetwork, memory: MemoryTracker, hooks: ParameterHooks | None, phase: Phase
+    network: SimulatedNetwork, memory: MemoryTracker, hooks: ParameterHooks | None, phase: OpenPhase
 ) -> int:
     """Forward and backward of one micro-batch, as phases of those names.
 
@@ -247,10 +248,10 @@ def run_micro_batch(
     inputs = tape.new(network.input_bytes, MICRO_BATCHES)
     outputs = network.batch * (spec.tokens if isinstance(spec, GptSpec) else 1)
     targets = tape.new(outputs * INDEX_BYTES, MICRO_BATCHES)
-    with phase("forward"):
+    with phase(Phase.FORWARD):
         loss = network.loss(tape, inputs, targets)
     kept = tape.saved_bytes()
-    with phase("backward"):
+    with phase(Phase.BACKWARD):
         tape.backward(loss.node, tape.new(4, GRADIENTS))
         tape.hooks.finish()
     network.states.clear()

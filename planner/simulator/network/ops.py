@@ -13,6 +13,7 @@ from ..core.storage import Storage
 
 ACTIVATIONS, GRADIENTS, WEIGHT_GRADIENTS = "activations", "activation gradients", "whole gradients"
 TEMPORARY, CASTS = "temporaries of one operation", "cast parameters"
+ATTENTION_WEIGHTS = "attention weights"
 INDEX_BYTES = 8
 """Class and token numbers are int64."""
 

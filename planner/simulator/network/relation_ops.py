@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 
 from ..core.autograd import Gradients, Tape, Tensor
 from ..core.storage import Storage
-from .ops import GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS, product_scratch_bytes
+from .ops import ATTENTION_WEIGHTS, GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS, product_scratch_bytes
 from .relation_shape import RelationShape, SimulatedTerm, SimulatedTile
 
-WORKSPACE, ATTENTION = "workspace", "attention weights"
+WORKSPACE = "workspace"
 INDEXING = 34
 """Bytes per pair of tokens while the number of its relation is worked out."""
 
@@ -111,14 +111,14 @@ class SimulatedRelations:
         shape, sizes = self.shape, self.sizes
         if "plain_query" in self.sources:
             copies = self._by_heads(2)
-            self._open("logits", shape.pairs * sizes.value, ATTENTION)
+            self._open("logits", shape.pairs * sizes.value, ATTENTION_WEIGHTS)
             self._moment(self._heads_scratch())
             del copies
             if self.half:
-                wide = self.tape.new(shape.pairs * sizes.accumulator, ATTENTION)
+                wide = self.tape.new(shape.pairs * sizes.accumulator, ATTENTION_WEIGHTS)
                 self.buffers["logits"] = wide
         else:
-            self._open("logits", shape.pairs * sizes.accumulator, ATTENTION)
+            self._open("logits", shape.pairs * sizes.accumulator, ATTENTION_WEIGHTS)
 
     def _class_rows(self, tile: SimulatedTile) -> tuple[int, int]:
         """Pairs of a piece of a class relation, and how many of the two such relations the tile has."""
@@ -159,7 +159,7 @@ class SimulatedRelations:
             self._moment(25 * shape.geometry.tokens**2)
         self._moment(shape.rows * shape.heads * sizes.accumulator)
         logits = self.buffers.pop("logits")
-        self.buffers["attention"] = self.tape.new(shape.pairs * sizes.value, ATTENTION) if self.half else logits
+        self.buffers["attention"] = self.tape.new(shape.pairs * sizes.value, ATTENTION_WEIGHTS) if self.half else logits
         self._drop()
         del logits
 
@@ -167,7 +167,7 @@ class SimulatedRelations:
         """The weights that values are multiplied by: others than the attention's only under dropout."""
         if self.shape.dropout:
             noise = self.tape.new(self.shape.pairs * self.sizes.value, TEMPORARY)
-            self._open("weights", self.shape.pairs * self.sizes.value, ATTENTION)
+            self._open("weights", self.shape.pairs * self.sizes.value, ATTENTION_WEIGHTS)
             del noise
 
     def _value_tile(self, tile: SimulatedTile) -> None:

@@ -14,8 +14,7 @@ from pydantic import TypeAdapter
 
 from translution.planner.common.errors import InputError
 from translution.planner.common.units import MIB
-from translution.planner.hardware import caching_allocator as allocator
-from translution.planner.hardware.caching_allocator import block_bytes, segment_bytes
+from translution.planner.hardware.caching_allocator import MIN_BLOCK_BYTES, block_bytes
 from translution.planner.hardware.catalog import catalog, read_data
 from translution.planner.hardware.cluster import load_cluster
 from translution.planner.hardware.device_overhead import DeviceOverhead, device_overhead
@@ -27,48 +26,17 @@ GPUS = tuple(catalog().gpus)
 SHAPES = [(1, 1), (2, 1), (8, 1), (16, 2), (2, 2), (512, 64)]
 
 
-def test_the_allocators_sizes_are_those_of_torchs_header() -> None:
+def test_the_block_size_is_that_of_torchs_header() -> None:
     header = (Path(torch.__file__).parent / "include" / "c10" / "core" / "AllocatorConfig.h").read_text()
-    sizes = dict(re.findall(r"constexpr size_t (k\w+) = (\d+);", header))
-    large = re.search(r"large_segment_size_\{(\d+)\}", header)
-    assert large
-    assert {name: int(value) for name, value in sizes.items()} == {
-        "kMinBlockSize": allocator.MIN_BLOCK_BYTES,
-        "kSmallSize": allocator.SMALL_BYTES,
-        "kSmallBuffer": allocator.SMALL_SEGMENT_BYTES,
-        "kMinLargeAlloc": allocator.MIN_LARGE_BYTES,
-        "kRoundLarge": allocator.ROUND_LARGE_BYTES,
-    }
-    assert int(large[1]) == allocator.LARGE_SEGMENT_BYTES
-
-
-@pytest.mark.parametrize(
-    ("size", "block", "segment", "expandable"),
-    [
-        (0, 0, 0, 0),
-        (1, 512, 2 * MIB, 2 * MIB),
-        (513, 1024, 2 * MIB, 2 * MIB),
-        (MIB, MIB, 2 * MIB, 2 * MIB),
-        (MIB + 1, MIB + 512, 20 * MIB, 20 * MIB),
-        (10 * MIB - 1, 10 * MIB, 10 * MIB, 20 * MIB),
-        (10 * MIB - 512, 10 * MIB - 512, 20 * MIB, 20 * MIB),
-        (21 * MIB, 21 * MIB, 22 * MIB, 40 * MIB),
-        (128 * MIB + 1, 128 * MIB + 512, 130 * MIB, 140 * MIB),
-    ],
-)
-def test_a_storage_is_rounded_to_a_block_and_a_segment(size: int, block: int, segment: int, expandable: int) -> None:
-    assert (block_bytes(size), segment_bytes(size), segment_bytes(size, expandable=True)) == (
-        block,
-        segment,
-        expandable,
-    )
+    match = re.search(r"constexpr size_t kMinBlockSize = (\d+);", header)
+    assert match
+    assert int(match[1]) == MIN_BLOCK_BYTES
 
 
 @given(st.integers(0, 2**40))
-def test_rounding_never_loses_a_byte(size: int) -> None:
-    assert size <= block_bytes(size) < size + 512
-    assert block_bytes(size) <= segment_bytes(size) < size + 20 * MIB
-    assert block_bytes(size) <= segment_bytes(size, expandable=True) < size + 20 * MIB
+def test_a_block_holds_its_storage_and_less_than_one_unit_more(size: int) -> None:
+    assert size <= block_bytes(size) < size + MIN_BLOCK_BYTES
+    assert block_bytes(size) % MIN_BLOCK_BYTES == 0
 
 
 def test_workspaces_are_those_of_torch() -> None:
@@ -117,7 +85,7 @@ def test_communicators_need_no_more_beyond_two_nodes() -> None:
 def test_a_card_without_peer_access_keeps_buffers_on_the_host() -> None:
     card, linked = device_overhead("RTX4090", 4, 1), device_overhead("H100", 4, 1)
     assert card.total("likely", "host") == 3 * 2 * CONNECTION_BYTES
-    assert card.item("nccl").likely_bytes < linked.entry("nccl").likely_bytes / 4
+    assert card.item("nccl").likely_bytes < linked.item("nccl").likely_bytes / 4
 
 
 @pytest.mark.parametrize(("ranks", "nodes"), SHAPES)

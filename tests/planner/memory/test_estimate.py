@@ -9,12 +9,13 @@ import torch
 
 from translution.models import build
 from translution.planner.common.errors import DoesNotFitError
+from translution.planner.common.phases import Phase, Tier
 from translution.planner.config.model import ModelSpec, parse_model_spec
 from translution.planner.config.presets import preset
 from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 from translution.planner.memory.activations import saved_bytes
-from translution.planner.memory.estimate import BETWEEN, PHASES, MemoryEstimate, estimate_memory, gathered_floor_bytes
+from translution.planner.memory.estimate import MemoryEstimate, estimate_memory, gathered_floor_bytes
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.defaults import choose_tile, choose_zero, override_zero
 from translution.planner.simulator.lifecycle import simulate
@@ -58,7 +59,7 @@ def test_modules_have_torchs_parameters_in_torchs_order(base: dict[str, Any], op
 @pytest.mark.parametrize("offload", ["none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme"])
 def test_entries_add_up_and_every_one_has_words_and_a_source(offload: str) -> None:
     estimate = ledger(preset("vit-tiny/32"), offload=offload)
-    assert {peak.phase for peak in estimate.peaks} == set(PHASES)
+    assert {peak.phase for peak in estimate.peaks} == set(Phase)
     for peak in estimate.peaks:
         assert peak.bytes == sum(entry.bytes for entry in peak.breakdown)
         assert all(entry.bytes > 0 and entry.source and entry.formula != entry.name for entry in peak.breakdown)
@@ -74,24 +75,24 @@ def test_each_tier_holds_what_deepspeed_puts_there() -> None:
     states = ("parameters", "gradients", "fp32 gradients", "master parameters", "optimizer states")
 
     def per_parameter(estimate: MemoryEstimate, *tiers: Any) -> float:
-        return sum(estimate.of(name, BETWEEN, tier) for name in states for tier in tiers) / share
+        return sum(estimate.of(name, Phase.BETWEEN, tier) for name in states for tier in tiers) / share
 
-    assert per_parameter(ledger(spec), "device") == pytest.approx(16)
+    assert per_parameter(ledger(spec), Tier.DEVICE) == pytest.approx(16)
     host = ledger(spec, offload="cpu-optimizer", zero_overrides={"offload_optimizer.pin_memory": False})
-    assert (per_parameter(host, "device"), per_parameter(host, "host")) == (pytest.approx(2), pytest.approx(18))
+    assert (per_parameter(host, Tier.DEVICE), per_parameter(host, Tier.HOST)) == (pytest.approx(2), pytest.approx(18))
     both = ledger(spec, offload="cpu", zero_overrides={"offload_optimizer.pin_memory": False})
-    assert per_parameter(both, "host", "pinned") == pytest.approx(20, rel=0.1)  # One flat buffer, rounded up.
+    assert per_parameter(both, Tier.HOST, Tier.PINNED) == pytest.approx(20, rel=0.1)  # One flat buffer, rounded up.
     nvme = ledger(spec, offload="nvme")
-    assert per_parameter(nvme, "nvme") == pytest.approx(18, rel=0.01)
-    assert per_parameter(nvme, "host") == pytest.approx(2, rel=0.01)
-    assert per_parameter(nvme, "device") < 0.05
+    assert per_parameter(nvme, Tier.NVME) == pytest.approx(18, rel=0.01)
+    assert per_parameter(nvme, Tier.HOST) == pytest.approx(2, rel=0.01)
+    assert per_parameter(nvme, Tier.DEVICE) < 0.05
 
 
 def test_pinned_tensors_are_as_large_as_torchs_allocator_makes_them() -> None:
     estimate = ledger(preset("vit-tiny/32"), offload="cpu-optimizer")
-    sizes = [entry.bytes for entry in estimate.peak(BETWEEN, "pinned").breakdown]  # type: ignore[union-attr]  # it has
+    sizes = [entry.bytes for entry in estimate.peak(Phase.BETWEEN, Tier.PINNED).breakdown]  # type: ignore[union-attr]  # it has
     assert len(sizes) == 2
-    assert estimate.of("gradients", BETWEEN, "pinned").bit_count() == 1
+    assert estimate.of("gradients", Phase.BETWEEN, "pinned").bit_count() == 1
 
 
 def test_reuse_keeps_every_tile_and_prefetch_stays_within_the_live_limit() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from translution.cli.main import run
 from translution.planner.common.errors import InputError
+from translution.planner.common.phases import Tier
 from translution.planner.common.units import GIB
 from translution.planner.config.loading import load_model_spec
 from translution.planner.config.model import override
@@ -42,7 +43,7 @@ def fits(result: SearchResult, headroom: float = 0.08) -> None:
     assert memory.peak_bytes <= cluster.device_memory_bytes * (1 - headroom)
     assert memory.host_bytes * cluster.ranks_per_node <= cluster.host_memory_bytes * (1 - headroom)
     if cluster.nvme_bytes:
-        assert memory.highest("nvme") * cluster.ranks_per_node <= cluster.nvme_bytes * (1 - headroom)
+        assert memory.highest(Tier.NVME) * cluster.ranks_per_node <= cluster.nvme_bytes * (1 - headroom)
 
 
 def test_vit_base_16_on_eight_a100_needs_no_offload() -> None:
@@ -114,7 +115,7 @@ def test_vit_base_16_on_four_rtx_4090_swaps_to_nvme() -> None:
     result = found("vit-base/16", "4xRTX4090", global_batch=64, nvme_path="/nvme")
     plan = result.plan
     assert "nvme" in (plan.zero.offload_optimizer.device, plan.zero.offload_param.device)
-    assert plan.prediction.highest("nvme") > 12 * 15.6e9 / 4
+    assert plan.prediction.highest(Tier.NVME) > 12 * 15.6e9 / 4
     assert plan.time is not None
     assert plan.time.bound == "NVMe"
     fits(result)
