@@ -8,9 +8,9 @@ missing=""
 if ! command -v "$python" >/dev/null 2>&1; then
     missing="$missing python3 python3-venv python3-dev"
 else
-    "$python" - <<'PY' || { echo "error: $python is too old: Python 3.10 or newer is needed (make PYTHON=...)" >&2; exit 1; }
+    "$python" - <<'PY' || { echo "error: $python is too old: Python 3.11 or newer is needed (make PYTHON=...)" >&2; exit 1; }
 import sys
-sys.exit(sys.version_info < (3, 10))
+sys.exit(sys.version_info < (3, 11))
 PY
     "$python" -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
     "$python" - <<'PY' || missing="$missing python3-dev"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 from translution.planner.common.errors import InputError
 
 
-class RunMode(str, Enum):
+class RunMode(StrEnum):
     """What every rank of a run does; the values are the words of ``train --mode``."""
 
     TRAIN = "train"
@@ -20,8 +20,6 @@ class RunMode(str, Enum):
     """Only read the newest checkpoint and trace allocations."""
     MEASURE_PROCESS = "process"
     """Read the newest checkpoint, train from the first step and record the process's resident memory."""
-
-    __str__ = str.__str__
 
     @classmethod
     def _missing_(cls, value: object) -> RunMode:

@@ -32,7 +32,7 @@ _STATUS: TypeAdapter[RankStatus] = TypeAdapter(RankStatus)
 
 def write_status(run: Path, status: RankStatus) -> None:
     """Replace a rank's status."""
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_text(status_path(run, status.rank), status.model_copy(update={"time_utc": now}).model_dump_json() + "\n")
 
 

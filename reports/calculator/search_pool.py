@@ -197,7 +197,7 @@ class SearchPool:
         entry.waiting += 1
         try:
             await asyncio.wait_for(entry.done.wait(), seconds)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             pass
         finally:
             entry.waiting -= 1
