@@ -1,1 +1,1 @@
-"""Errors, units, schemas, files and machine probes. Every other package of the planner builds on it."""
+"""What every package of the planner uses: errors, units, schemas, phases and tiers, files, machine probes."""

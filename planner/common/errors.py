@@ -1,11 +1,11 @@
-"""The exceptions of the toolkit, each with the exit code that the command line gives it.
+"""The exceptions of the toolkit, each with the exit code of the command line.
 
-TranslutionError            anything a user can put right; exit code 2
-├── InputError              a bad name, value, file or flag; exit code 2
-├── DoesNotFitError         no room on the cluster for the plan that was asked for; exit code 3
-├── MissingPackageError     an optional dependency or a system package is absent; exit code 2
+TranslutionError            any error that the user can fix; exit code 2
+├── InputError              an invalid name, value, file or flag; exit code 2
+├── DoesNotFitError         the requested plan does not fit on the cluster; exit code 3
+├── MissingPackageError     an optional dependency or a system package is missing; exit code 2
 └── RunFailedError          a rank failed, was killed or never reported; exit code 1
-    └── InterruptedRunError Ctrl-C ended it; exit code 130
+    └── InterruptedRunError Ctrl-C ended the run; exit code 130
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Iterable
 
 
 class TranslutionError(Exception):
-    """Base of every error that the toolkit raises on purpose; its text is one line."""
+    """Base of all errors that the toolkit raises on purpose; the text is one line."""
 
     exit_code = 2
 
 
 class InputError(TranslutionError):
-    """A bad input; the text names the field, the value and what is allowed."""
+    """An invalid input; the text names the field, the value and the allowed values."""
 
 
 class DoesNotFitError(TranslutionError):
@@ -31,11 +31,11 @@ class DoesNotFitError(TranslutionError):
 
 
 class MissingPackageError(TranslutionError):
-    """A package that this command needs is absent; the text says how to install it."""
+    """A package that the command needs is missing; the text explains how to install it."""
 
 
 class RunFailedError(TranslutionError):
-    """A launched run did not end well on every rank."""
+    """A launched run did not succeed on every rank."""
 
     exit_code = 1
 
@@ -47,6 +47,6 @@ class InterruptedRunError(RunFailedError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name closest to a mistyped one, as a hint: `` (did you mean 'x'?)`` or nothing."""
+    """Return a hint with the known name closest to a mistyped one, `` (did you mean 'x'?)``, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]!r}?)" if matches else ""

@@ -1,4 +1,4 @@
-"""Reading specs from YAML and JSON, and writing files that are whole or absent."""
+"""Read specs from YAML and JSON, and write files and folders atomically: readers see all of a file or none of it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SPEC_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def read_mapping(path: Path) -> Any:
-    """The content of a YAML or JSON file.
+    """Return the content of a YAML or JSON file.
 
     Raises:
-        InputError: if it is absent, unreadable or not YAML or JSON.
+        InputError: if the file is missing, unreadable, or not valid YAML or JSON.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -37,10 +37,14 @@ def read_mapping(path: Path) -> Any:
 
 
 def read_yaml(text: str, what: str) -> Any:
-    """The value of a YAML text.
+    """Return the value of a YAML text.
+
+    Args:
+        text: the YAML text.
+        what: name of the text, which begins the error line.
 
     Raises:
-        InputError: if it is not YAML, or holds a date that does not exist or endless nesting.
+        InputError: if the text is not valid YAML, contains an impossible date or is nested too deeply.
     """
     import yaml
 
@@ -51,7 +55,7 @@ def read_yaml(text: str, what: str) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole, as `write_bytes` does.
+    """Write a text file atomically, as `write_bytes` does.
 
     Raises:
         InputError: if the folder is absent or cannot be written.
@@ -60,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole: under a temporary name beside it, then renamed.
+    """Write a file atomically: under a temporary name in the same folder, then renamed.
 
     Raises:
         InputError: if the folder is absent or cannot be written.
@@ -75,13 +79,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def check_new_folder(target: Path, *, marker: str, force: bool = False) -> bool:
-    """Whether a folder that may be made or replaced exists.
+    """Check that `new_folder` may create or replace a folder; return True if the folder exists.
 
     Args:
         target, marker, force: as in `new_folder`.
 
     Raises:
-        InputError: if it exists and force is false, is of another kind, or cannot be looked at.
+        InputError: if the folder exists and force is false, does not hold the marker, or cannot be accessed.
     """
     try:
         exists = target.exists()
@@ -97,18 +101,18 @@ def check_new_folder(target: Path, *, marker: str, force: bool = False) -> bool:
 
 @contextlib.contextmanager
 def new_folder(target: Path, *, marker: str, force: bool = False) -> Iterator[Path]:
-    """A temporary folder that takes the name ``target`` when the block ends well.
+    """Yield a temporary folder, and rename it to ``target`` when the block ends without an error.
 
-    With ``force``, an existing folder keeps its name and whatever else it holds; the new files
-    replace their namesakes one by one, the marker last.
+    With ``force``, an existing folder stays and keeps its other files; the new files replace the files of
+    the same names one by one, the marker last.
 
     Args:
-        target: the folder to make; its parents are made too.
-        marker: a file of the new folder that tells its kind.
-        force: allow an existing folder, if it holds the marker.
+        target: the folder to create; missing parents are created too.
+        marker: name of a file in the new folder that identifies its kind, such as ``plan.json``.
+        force: accept an existing folder if it holds the marker.
 
     Raises:
-        InputError: if it exists and force is false, is of another kind, or cannot be written.
+        InputError: if the folder exists and force is false, does not hold the marker, or cannot be written.
     """
     target = target.absolute()
     exists = check_new_folder(target, marker=marker, force=force)

@@ -1,4 +1,4 @@
-"""Cores and memory of this machine, from the operating system."""
+"""Number of cores and memory size of this machine, as the operating system reports them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores on which this process may run."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def total_memory_bytes() -> int:
-    """Physical memory of this machine."""
+    """Return the bytes of physical memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def available_memory_bytes() -> int:
-    """Memory of this machine that a new process may take; all of it where the system does not say."""
+    """Return the bytes that a new process may allocate; all physical memory if the system does not report them."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:

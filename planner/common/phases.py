@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """A phase of a rank's lifecycle, in the order of the lifecycle; a resumed run has RESUME after INIT."""
+    """A phase of a rank's lifecycle; tables list the phases in this order. A resumed run loads after INIT."""
 
     INIT = "init"
     FIRST_STEP = "first optimizer step"

@@ -1,4 +1,4 @@
-"""Where a figure comes from: the command, the date, the machine and the versions that gave it."""
+"""Provenance of a measured figure: the command, the date, the machine and the package versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DISTRIBUTION = "translution-scale"
 
 
 class Provenance(Schema):
-    """What a reader needs to get a figure again."""
+    """What a reader needs to reproduce a figure."""
 
     command: str
     time_utc: str
@@ -25,7 +25,7 @@ class Provenance(Schema):
 
 
 def processor() -> str:
-    """The name of this machine's processor."""
+    """Return the name of this machine's processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8").splitlines():
@@ -35,11 +35,11 @@ def processor() -> str:
 
 
 def provenance(command: str, packages: Iterable[str] = ()) -> Provenance:
-    """The provenance of a figure made here and now.
+    """Return the provenance of a figure that this process produces now.
 
     Args:
-        command: as a user would type it.
-        packages: distributions whose versions matter beside the toolkit's own; absent ones are left out.
+        command: the command as a user would type it.
+        packages: distributions whose versions matter in addition to the toolkit's own; missing ones are skipped.
     """
     versions = {"Python": platform.python_version()}
     for name in (DISTRIBUTION, *packages):
@@ -47,5 +47,5 @@ def provenance(command: str, packages: Iterable[str] = ()) -> Provenance:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return Provenance(command=command, time_utc=now, machine=processor(), cores=usable_cores(), versions=versions)

@@ -1,4 +1,4 @@
-"""The base of every input and artefact, and how a validation error becomes one line."""
+"""The base class of all inputs and artifacts, and the conversion of a validation error to one line."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Schema(BaseModel):
 
 
 def stored_as(key: str, default: Any = PydanticUndefined) -> Any:
-    """A field that JSON and YAML store under another key than its name; both are read.
+    """Declare a field that JSON and YAML store under a key other than the field's name; both are read.
 
     Args:
-        key: the stored key, kept so that older plans and scripts still read it.
-        default: the value of an absent field; without one the field is required.
+        key: the stored key, which older plans and scripts use.
+        default: the value of a missing field; without a default the field is required.
     """
     return Field(default, validation_alias=key, serialization_alias=key)
 
@@ -56,16 +56,16 @@ def _describe(error: ErrorDetails, known_fields: tuple[str, ...]) -> str:
 
 
 def validate(adapter: TypeAdapter[_T], data: object, what: str, known_fields: tuple[str, ...]) -> _T:
-    """Validate ``data``, turning pydantic's report into one line.
+    """Validate ``data`` and convert pydantic's report to one line.
 
     Args:
-        adapter: what the data must be.
+        adapter: the type that the data must have.
         data: parsed JSON or YAML, or keyword values.
-        what: the thing's name, which opens the error line.
+        what: name of the data, which begins the error line.
         known_fields: the allowed keys, listed when a key is unknown.
 
     Raises:
-        InputError: naming the first bad field, its value and what is allowed.
+        InputError: with the first invalid field, its value and the allowed values.
     """
     if not isinstance(data, Mapping):
         raise InputError(f"{what}: expected a mapping of keys to values, got {type(data).__name__}")
@@ -79,10 +79,14 @@ def validate(adapter: TypeAdapter[_T], data: object, what: str, known_fields: tu
 
 
 def parse_json(adapter: TypeAdapter[_T], text: str | bytes, what: str) -> _T:
-    """Validate a JSON document that the toolkit itself wrote.
+    """Validate a JSON document that the toolkit wrote.
+
+    Args:
+        adapter, what: as in `validate`.
+        text: the JSON document.
 
     Raises:
-        InputError: as `validate` does, and for text that is not JSON.
+        InputError: as in `validate`, and if the text is not valid JSON.
     """
     import json
 

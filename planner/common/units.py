@@ -1,4 +1,4 @@
-"""How bytes, counts and seconds are printed; inside they are plain integers and floats."""
+"""Formatting of bytes, counts and operations for people; the code itself holds plain integers and floats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ FP32_BYTES = 4
 
 
 def format_bytes(count: int) -> str:
-    """Bytes with a binary unit, such as ``1.5 GiB``."""
+    """Return bytes with a binary unit, such as ``1.50 GiB``."""
     for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(count) >= unit:
             return f"{count / unit:,.2f} {name}" if count < 100 * unit else f"{count / unit:,.0f} {name}"
@@ -24,11 +24,11 @@ def _powers_of_1000(value: float, suffixes: tuple[str, ...]) -> str:
 
 
 def format_count(count: int) -> str:
-    """A parameter count in powers of 1000, such as ``15.61 G``."""
+    """Return a count in powers of 1000, such as ``15.61 G``."""
     return _powers_of_1000(count, ("k", "M", "G", "T"))
 
 
 def format_flops(flops: int) -> str:
-    """Floating-point operations in powers of 1000, such as ``1.40 TFLOP``."""
+    """Return floating-point operations in powers of 1000, such as ``1.40 TFLOP``."""
     text = _powers_of_1000(flops, ("k", "M", "G", "T", "P", "E"))
     return f"{text}FLOP" if text[-1].isalpha() else f"{text} FLOP"
