@@ -1,1 +1,5 @@
-"""A rank's life replayed without values: every allocation and release, from init to resume."""
+"""Simulation of a rank's memory: every allocation and release of its lifecycle, from init to resume, without values.
+
+`lifecycle.simulate` runs it. `network` allocates what the model's operations allocate, `engine` what DeepSpeed
+allocates (`engine/coordinator.py` predicts the size of a gathered tile), and `core` counts bytes by phase and tier.
+"""

@@ -1,7 +1,7 @@
-"""A rank's life replayed: the model and engine are made, train a step, save and resume.
+"""Simulation of a rank's lifecycle: build the model and the engine, train a step, save a checkpoint, resume.
 
-The engine's twin is the policy of the replayed network (schedule.py), so that what DeepSpeed holds and
-what the network allocates meet at the moments when they do.
+The simulated engine is the `ParameterHooks` of the simulated network: the network calls it before and after every
+module, so DeepSpeed's allocations and the network's interleave as in a real run.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from .network.ops import DtypeSizes
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """What a rank's life left."""
+    """Result of a simulated lifecycle."""
 
     memory: RankMemory
-    """With the events of a training step where they were recorded."""
+    """The rank's tiers; with the events of a training step if they were recorded."""
     peaks: dict[tuple[Phase, Tier], Peak]
-    """By phase and tier."""
+    """The peak of each phase on each tier."""
     saved_bytes: int
-    """Kept for backward by one micro-batch, on the device itself."""
+    """Bytes on the device that one micro-batch saves for backward."""
 
 
 class _Order(ParameterHooks):
-    """Notes which parameters each module call of a step needs."""
+    """Record which parameters each module call of a training step needs."""
 
     def __init__(self, network: SimulatedNetwork) -> None:
         self.calls: list[tuple[int, ...]] = []
@@ -73,19 +73,19 @@ def simulate(
     rank: int | None = None,
     rehearsed: bool = False,
 ) -> Simulation:
-    """Replay a rank's life.
+    """Simulate the lifecycle of a rank.
 
     Args:
         run: what is trained, where and how.
-        record: keep every event of the training step.
+        record: store every event of the training step.
         threads: CPU threads of a rank.
-        rank: which rank; None is the one that holds the most.
-        rehearsed: the rank runs alone, and a CPU stands in for its device.
+        rank: number of the rank; None is the rank that holds the most.
+        rehearsed: the rank runs alone on a CPU instead of its own device, as in `translution rehearse`.
     """
     training, cluster = run.training, run.cluster
     sizes = DtypeSizes.of(training.dtype_bytes, cluster.device, threads)
     if rehearsed:
-        # Products need no scratch where they are not computed; the operator takes its device's way.
+        # Products that are not computed need no scratch; the operator runs as on the device that it stands for.
         own = DtypeSizes.of(training.dtype_bytes, "cpu", threads, packs=False)
         sizes = replace(own, batched=sizes.batched, copies_products=sizes.copies_products)
     network = SimulatedNetwork(run.model, training.micro_batch, sizes, run.tile_relations)
@@ -95,7 +95,7 @@ def simulate(
     engine = _engine(memory, config, network)
     with memory.phase(Phase.INIT):
         engine.build()
-    # A resumed run has built the engine too, and has the moments that a first step makes.
+    # Loading allocates the optimizer states, so the first step finds them, as every later step does.
     with memory.phase(Phase.RESUME):
         engine.load()
     with memory.phase(Phase.FIRST_STEP):
@@ -104,16 +104,17 @@ def simulate(
     batches = Storage(memory.host, MICRO_BATCHES, samples)
     with memory.phase(Phase.BETWEEN):
         pass
-    kept = 0
+    saved_bytes = 0
     for _ in range(min(training.gradient_accumulation_steps, SIMULATED_MICRO_BATCHES)):
-        kept = run_micro_batch(network, memory.device, engine, memory.phase)
+        saved_bytes = run_micro_batch(network, memory.device, engine, memory.phase)
     with memory.phase(Phase.STEP):
         engine.step()
     del batches
     with memory.phase(Phase.SAVE):
         engine.save()
     peaks = {(Phase(phase), tier): peak for tier, m in memory.tiers.items() for phase, peak in m.peaks.items() if phase}
+    # A resumed run builds its engine too: its peak is the higher of the two.
     for tier in memory.tiers:
         built, resumed = peaks[Phase.INIT, tier], peaks[Phase.RESUME, tier]
         peaks[Phase.RESUME, tier] = max(built, resumed, key=lambda peak: peak.total_bytes)
-    return Simulation(memory, peaks, kept)
+    return Simulation(memory, peaks, saved_bytes)

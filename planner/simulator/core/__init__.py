@@ -1,1 +1,1 @@
-"""Storages with reference counts, an autograd tape, and memory tiers."""
+"""Building blocks of the simulator: reference-counted storages, an autograd tape, memory tiers."""

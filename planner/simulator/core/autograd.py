@@ -1,8 +1,8 @@
-"""Tensors with a size and a life but no values: torch's allocator and autograd, replayed in plain Python.
+"""Simulation of torch's allocator and autograd in plain Python: tensors have a size and a lifetime but no values.
 
-A module of the real network has a twin here that allocates what it allocates, in the same order, and
-holds on to it for as long. Lives are Python's own: a `Storage` gives its bytes back when the last
-reference to it goes, as a tensor does, so a twin written like its original has its original's peaks.
+A simulated module allocates what the real module allocates, in the same order, and holds it equally long. Lifetimes
+are Python's reference counts: a `Storage` frees its bytes when the last reference to it is deleted, as a tensor does.
+A simulated module written like the real one, each ``del`` included, therefore has the real one's peaks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _spent(grad: Storage) -> Gradients:
 
 
 class Node:
-    """An operation that autograd remembers: its inputs, what its backward does and what it needs."""
+    """A node of the autograd graph: its inputs, its backward function and the storages saved for backward."""
 
     __slots__ = ("backward", "grad", "inputs", "saved", "site")
 
@@ -36,7 +36,7 @@ class Node:
 
 
 class Tensor:
-    """A storage, and the operation that gave it if a gradient flows through it."""
+    """A storage, and the node that produced it if a gradient flows through it."""
 
     __slots__ = ("node", "storage")
 
@@ -51,63 +51,65 @@ class Tensor:
 
 @dataclass(slots=True, eq=False)
 class ModuleParams:
-    """The parameters of one module: elements of each tensor, in the order of its gradients."""
+    """The parameters of one module: the number of elements of each tensor, and the gradients in the same order."""
 
     numels: tuple[int, ...]
     grads: list[Storage | None] = field(default_factory=list)
 
 
 class ParameterHooks:
-    """How parameters lie in memory and where their gradients go; this one is training without ZeRO.
+    """Calls from the network to the engine about parameters; this base class is training without ZeRO.
 
-    Parameters are whole and live throughout, so modules need not fetch them, and gradients stay
-    beside them until the optimizer step.
+    Without ZeRO every parameter is always in memory in full, so `fetch` and `release` do nothing, and gradients stay
+    with the parameters until the optimizer step.
     """
 
     def fetch(self, weights: ModuleParams, *, backward: bool) -> None:
-        """A module is about to run."""
+        """Called before a module runs."""
 
     def release(self, weights: ModuleParams, *, backward: bool) -> None:
-        """A module has run."""
+        """Called after a module has run."""
 
     def gradients(self, weights: ModuleParams, grads: list[Storage]) -> None:
-        """The gradients of a module's parameters are ready; added to those of earlier micro-batches.
+        """Called when a module's gradients are ready; they are added to those of earlier micro-batches.
 
-        Whoever takes one out of the list is its only holder.
+        The list holds the only reference to each gradient: an implementation that pops a gradient decides when it is
+        freed.
         """
         if not weights.grads:
             weights.grads = list(grads)
 
     def finish(self) -> None:
-        """The backward pass is over."""
+        """Called when the backward pass has ended."""
 
 
 class Tape:
-    """Runs twins forward, remembers them, and runs them backward.
+    """Record simulated operations in forward and run their backward functions in reverse order.
 
     Args:
-        memory: where they allocate.
-        policy: how parameters are held.
+        memory: the memory in which operations allocate.
+        hooks: the engine; None is training without ZeRO.
     """
 
     def __init__(self, memory: MemoryTracker, hooks: ParameterHooks | None = None) -> None:
         self.memory = memory
         self.hooks = hooks or ParameterHooks()
         self.outer: Storage | None = None
-        """A gradient that somebody outside holds too, so that nothing is added to it in place."""
+        """A gradient that is referenced outside of the tape as well, so torch does not accumulate into it in place."""
         self.casts: list[Storage] = []
-        """Copies of parameters that autocast holds until its context ends."""
+        """Casts of parameters that autocast caches until its context ends."""
         self.stopped = False
-        """Whether operations only leave their nodes: a checkpoint computes nothing again that nobody keeps."""
+        """True once a recomputed block has everything that backward needs: later operations record a node but compute
+        nothing, as torch's checkpoint stops early."""
         self._nodes: list[Node] | None = []
 
     def new(self, size: int, what: str = "activations") -> Storage:
-        """A storage of so many bytes."""
+        """Allocate a storage of ``size`` bytes."""
         return Storage(self.memory, what, 0 if self.stopped else size)
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:
-        """Run operations without remembering them, as under ``torch.no_grad``."""
+        """Run operations without recording them, as under ``torch.no_grad``."""
         before, self._nodes = self._nodes, None
         try:
             yield
@@ -117,7 +119,7 @@ class Tape:
     def result(
         self, storage: Storage, inputs: Sequence[Tensor], backward: Backward, saved: Sequence[Storage] = ()
     ) -> Tensor:
-        """The output of an operation, remembered with its backward and what that keeps."""
+        """Return the output tensor of an operation, and record its backward function and the storages it saves."""
         if self._nodes is None:
             return Tensor(storage)
         node = Node(inputs, backward, saved, self.memory.site)
@@ -125,16 +127,16 @@ class Tape:
         return Tensor(storage, node)
 
     def saved_bytes(self) -> int:
-        """Bytes that the remembered operations keep for backward here, each storage counted once."""
+        """Return the bytes in this memory that recorded operations save for backward; each storage counts once."""
         saved = [storage for node in self._nodes or [] for storage in node.saved if storage.is_in(self.memory)]
         return sum({id(storage): storage.size for storage in saved}.values())
 
     def leaf(self, storage: Storage) -> Tensor:
-        """A tensor that wants a gradient, which the end of `backward` drops."""
+        """Return a tensor that requires a gradient; `backward` returns the gradient of the first leaf."""
         return self.result(storage, (), lambda grad: ())
 
     def backward(self, output: Node | None, grad: Storage) -> Storage | None:
-        """Run the remembered operations in reverse; the gradient of the first leaf, if there is one."""
+        """Run the recorded operations in reverse; return the gradient of the first leaf, None without a leaf."""
         assert output is not None and self._nodes is not None
         output.grad = grad
         del grad
@@ -144,7 +146,7 @@ class Tape:
         return last
 
     def _step(self, node: Node) -> Storage | None:
-        """One operation's backward; what it kept and received is dropped when this returns."""
+        """Run the backward of one operation; its saved storages and its gradient are freed when this returns."""
         saved, node.saved = node.saved, ()
         backward, node.backward = node.backward, _spent
         grad, node.grad = node.grad, None

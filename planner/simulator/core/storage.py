@@ -1,4 +1,4 @@
-"""Storages and the memory that holds them: live bytes, peaks, events."""
+"""Simulated storages and the memory that holds them: live bytes, peaks of phases, events."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 Event: TypeAlias = tuple[str, str, str, int]
-"""The phase, where in the schedule, what is allocated or freed there, and how many bytes (negative: freed)."""
+"""Phase, site in the schedule, category of the storage, and bytes: positive if allocated, negative if freed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The most that was live within a phase."""
+    """The highest number of live bytes within a phase."""
 
     total_bytes: int
     live_bytes: dict[str, int]
-    """What it was made of."""
+    """Live bytes at the peak by category."""
     site: str
-    """Where in the schedule it was."""
+    """Where in the schedule the peak occurred."""
 
 
 class MemoryTracker:
-    """The live bytes of one device, by what they are, and the peak of every phase.
+    """The live bytes of one memory by category, and the peak of every phase.
 
     Args:
-        record: keep every event, for a timeline.
-        ignored: what is not to be counted.
+        record: store every event, for a timeline.
+        ignored: categories that are not counted.
     """
 
     def __init__(self, *, record: bool = False, ignored: frozenset[str] = frozenset()) -> None:
@@ -42,7 +42,7 @@ class MemoryTracker:
         self._peak_site = ""
 
     def allocate(self, what: str, size: int) -> None:
-        """Add bytes to what is live."""
+        """Add live bytes of a category."""
         if what in self._ignored:
             return
         live = self.live
@@ -54,7 +54,7 @@ class MemoryTracker:
             self._peak, self._peak_site = self.total, self.site
 
     def free(self, what: str, size: int) -> None:
-        """Take bytes from what is live."""
+        """Subtract live bytes of a category."""
         if what in self._ignored:
             return
         if self.total == self._peak:
@@ -65,14 +65,14 @@ class MemoryTracker:
             self.events.append((self._phase, self.site, what, -size))
 
     def _note(self) -> None:
-        """Keep what the phase's peak is made of; a peak lasts until something is freed."""
+        """Store the composition of the phase's peak; called when bytes are about to be freed after a new peak."""
         noted = self.peaks.get(self._phase)
         if noted is None or noted.total_bytes < self._peak:
             self.peaks[self._phase] = Peak(self._peak, dict(self.live), self._peak_site)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Let the events of the block count for a phase; a phase met again keeps its higher peak."""
+        """Attribute the events of the block to a phase; a phase that occurs again keeps its higher peak."""
         if self.total == self._peak:
             self._note()
         before = self._phase, self._peak, self._peak_site
@@ -90,7 +90,7 @@ class MemoryTracker:
 
 
 class Storage:
-    """Bytes that live as long as somebody refers to them."""
+    """Bytes that are allocated until the last reference to this object is deleted."""
 
     __slots__ = ("_memory", "size", "what")
 
@@ -99,7 +99,7 @@ class Storage:
         memory.allocate(what, size)
 
     def is_in(self, memory: MemoryTracker) -> bool:
-        """Whether it is there that the bytes are."""
+        """Return True if this storage is allocated in ``memory``."""
         return self._memory is memory
 
     def __del__(self) -> None:
