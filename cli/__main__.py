@@ -1,5 +1,5 @@
 """``python -m translution.cli``, which DeepSpeed's launcher starts on every rank."""
 
-from ..cli import main
+from . import main
 
 main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,18 @@ from typing import Any
 from translution.planner.analysis.compare import compare, scale, thresholds
 from translution.planner.analysis.scaling import growth
 from translution.planner.common.errors import InputError
-from translution.planner.common.provenance import Provenance
+from translution.planner.common.files import write_bytes
+from translution.planner.common.provenance import Provenance, provenance
+from translution.planner.config.loading import load_model
 from translution.planner.config.model import ModelSpec
 from translution.planner.config.training import Precision, TrainingSpec
-from translution.planner.hardware.cluster import ClusterSpec
+from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 
 from .inputs.benchmark_records import Accuracy, StepTimes, load_record
 from .render.document import Document, Section
+from .render.html import render_html
+from .render.markdown import picture_files, render_markdown
+from .render.vega import png, svg
 from .sections.accuracy import accuracy_section, step_time_section
 from .sections.benchmarks import benchmark_sections
 from .sections.comparison import comparison_section
@@ -53,6 +59,96 @@ class ReportRequest:
         """The cluster that models are planned for."""
         assert self.cluster is not None
         return self.cluster
+
+    @classmethod
+    def load(
+        cls,
+        *,
+        plans: Sequence[Path],
+        models: Sequence[str],
+        compared: Sequence[str],
+        scaled: str | None,
+        cluster: str,
+        experiments: Path | None,
+        accuracy: Path | None,
+        step_time: Path | None,
+        benchmarks: Path | None,
+    ) -> ReportRequest:
+        """Return the request with its models and cluster read.
+
+        Args:
+            plans: plan folders or run folders.
+            models: presets or files whose costs and best plans are shown.
+            compared: presets or files whose operators are compared.
+            scaled: preset or file from which sizes and nodes are scaled up.
+            cluster: name or file; read only if there is a model.
+            experiments: folder of experiment results.
+            accuracy: file with measured accuracy of the predictions.
+            step_time: file with measured step times.
+            benchmarks: folder of benchmark results.
+
+        Raises:
+            InputError: if a name is unknown, or a file is damaged.
+        """
+        has_models = bool(models or compared or scaled is not None)
+        return cls(
+            plans=tuple(plans),
+            models={name: load_model(name) for name in models},
+            compared={name: load_model(name) for name in compared},
+            scaled=None if scaled is None else (scaled, load_model(scaled)),
+            cluster=(cluster, load_cluster(cluster)) if has_models else None,
+            experiments=experiments,
+            accuracy=accuracy,
+            step_time=step_time,
+            benchmarks=benchmarks,
+        )
+
+    def arguments(self) -> Iterator[str]:
+        """Yield the arguments of `translution report` that make this request."""
+        yield from map(str, self.plans)
+        for option, names in (("--model", self.models), ("--compare", self.compared)):
+            for name in names:
+                yield from (option, name)
+        if self.scaled is not None:
+            yield from ("--scaling", self.scaled[0])
+        if self.cluster is not None:
+            yield from ("--cluster", self.cluster[0])
+        files = {
+            "--accuracy": self.accuracy,
+            "--step-time": self.step_time,
+            "--experiments": self.experiments,
+            "--benchmarks": self.benchmarks,
+        }
+        for option, path in files.items():
+            if path is not None:
+                yield from (option, str(path))
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFiles:
+    """Files to write. All but the page are optional."""
+
+    page: Path
+    """HTML page."""
+    png: Path | None = None
+    """Memory timeline of the single plan."""
+    svg: Path | None = None
+    """Memory timeline of the single plan."""
+    markdown: Path | None = None
+    """Markdown; its pictures are SVG files next to it."""
+    data: Path | None = None
+    """JSON with all content of the report."""
+
+    def by_option(self) -> dict[str, tuple[Path, str]]:
+        """Return path and required suffix of each requested file, by its option of `translution report`."""
+        every = {
+            "--out": (self.page, ".html"),
+            "--png": (self.png, ".png"),
+            "--svg": (self.svg, ".svg"),
+            "--markdown": (self.markdown, ".md"),
+            "--data": (self.data, ".json"),
+        }
+        return {option: (path, suffix) for option, (path, suffix) in every.items() if path is not None}
 
 
 class ReportBuilder:
@@ -165,3 +261,56 @@ class ReportBuilder:
             sections=tuple(sections),
             made=self._made,
         )
+
+
+def write_report(request: ReportRequest, files: ReportFiles) -> dict[Path, int]:
+    """Write a report in all requested formats; write nothing if any part fails.
+
+    Args:
+        request: contents of the report.
+        files: files to write.
+
+    Returns:
+        The size in bytes of every file written, pictures of the Markdown included.
+
+    Raises:
+        InputError: if nothing is requested, a path is not allowed, or an input is absent or damaged.
+    """
+    _check_request(request, files)
+    options = [word for option, (path, _) in files.by_option().items() for word in (option, str(path))]
+    made = provenance(shlex.join(["translution", "report", *request.arguments(), *options]), PACKAGES)
+    builder = ReportBuilder(request, made, str(files.page))
+    plans = builder.plans()
+    contents = _contents(builder.document(plans), plans, files)
+    for path, content in contents.items():
+        write_bytes(path, content)
+    return {path: len(content) for path, content in contents.items()}
+
+
+def _check_request(request: ReportRequest, files: ReportFiles) -> None:
+    for option, (path, suffix) in files.by_option().items():
+        if path.suffix.lower() != suffix:
+            raise InputError(f"{option}: {str(path)!r} is not allowed: must end in {suffix}")
+        if not path.parent.is_dir():
+            raise InputError(f"{option}: {str(path)!r} is not allowed: {path.parent} must be a folder")
+    if request == ReportRequest():
+        raise InputError("nothing to report: give a plan or run folder, --model, or another of the options")
+    for option in ("--png", "--svg"):
+        if option in files.by_option() and len(request.plans) != 1:
+            raise InputError(f"{option}: is not allowed with {len(request.plans)} plans: must be exactly one")
+
+
+def _contents(document: Document, plans: Sequence[PlanReport], files: ReportFiles) -> dict[Path, bytes]:
+    """Return the content of every file to write."""
+    contents = {files.page: render_html(document).encode()}
+    if files.png is not None:
+        contents[files.png] = png(plans[0].picture)
+    if files.svg is not None:
+        contents[files.svg] = svg(plans[0].picture).encode()
+    if files.markdown is not None:
+        for name, text in picture_files(document).items():
+            contents[files.markdown.with_name(name)] = text.encode()
+        contents[files.markdown] = render_markdown(document).encode()
+    if files.data is not None:
+        contents[files.data] = (document.model_dump_json(indent=1) + "\n").encode()
+    return contents

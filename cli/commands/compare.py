@@ -18,13 +18,14 @@ from translution.planner.analysis.compare import (
     scale,
     thresholds,
 )
-from translution.planner.common.errors import InputError, MissingPackageError
+from translution.planner.common.errors import InputError
 from translution.planner.common.files import write_bytes, write_text
 from translution.planner.common.schema import validate
 from translution.planner.common.units import format_bytes, format_count, format_flops
-from translution.planner.config.loading import load_model_spec
+from translution.planner.config.loading import load_model
 from translution.planner.config.training import TrainingSpec
 
+from ..extras import requires_extra
 from ..options import JsonOption
 from ..output import console, print_json, table
 from . import app
@@ -37,11 +38,9 @@ def _write(
     out: Path, rows: Sequence[ComparisonRow], limits: Sequence[Threshold], points: Sequence[Sequence[ScalePoint]]
 ) -> None:
     """Write what the suffix says: tables as Markdown, CSV or JSON, pictures as PNG or SVG."""
-    try:
+    with requires_extra("report"):
         from translution.reports.render.vega import png, svg
         from translution.reports.sections.comparison import comparison_frame, comparison_markdown, comparison_picture
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[report]'") from None
     if out.suffix == ".md":
         write_text(out, comparison_markdown(rows, limits))
     elif out.suffix == ".csv":
@@ -73,7 +72,7 @@ def compare_cli(
     as_json: JsonOption = False,
 ) -> None:
     """Compare full Translution with α-Translution and attention: cost, memory, smallest cluster, time."""
-    specs = [load_model_spec(model) for model in models]
+    specs = [load_model(model) for model in models]
     alpha_ranks, outs = alpha_rank or ALPHA_RANKS, out or ()
     for path in outs:
         if path.suffix not in FORMATS:

@@ -9,9 +9,9 @@ import typer
 
 from translution.distributed.experiments.definitions import find_experiment
 from translution.distributed.experiments.runner import ExperimentResult, Trial, run_experiment
-from translution.planner.common.errors import MissingPackageError
 from translution.planner.common.files import check_new_folder, new_folder
 
+from ..extras import requires_extra
 from ..options import JsonOption
 from ..output import console, note, print_json, table
 from . import app
@@ -38,12 +38,10 @@ def check_out(out: Path, *, force: bool) -> None:
 
     Raises:
         InputError: if it will not.
-        MissingPackageError: without what draws the picture.
+        MissingPackageError: if a package that draws the picture is missing.
     """
-    try:
+    with requires_extra("report"):
         import translution.reports.sections.experiment  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[report]'") from None
     check_new_folder(out, marker=RESULT, force=force)
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from translution.planner.common.errors import MissingPackageError
 from translution.planner.common.units import format_bytes
 
+from ..extras import requires_extra
 from ..options import JsonOption
 from ..output import console, print_json
 from . import app
@@ -29,10 +29,8 @@ def export_cli(
     as_json: JsonOption = False,
 ) -> None:
     """Write the network of a run as one file with full tables, for inference in one process."""
-    try:
+    with requires_extra("train"):
         from translution.distributed.checkpoint.export import export
-    except ImportError as error:
-        raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[train]'") from None
     made = export(run_folder, out, dtype=dtype, force=force)  # type: ignore[arg-type]  # export checks it
     if as_json:
         print_json(json.loads(made.model_dump_json()))

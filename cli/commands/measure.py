@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from translution.planner.common.errors import InputError, MissingPackageError
+from translution.planner.common.errors import InputError
 from translution.planner.plans.plan import PLAN_FILE, Plan, load_plan
 
+from ..extras import requires_extra
 from ..options import (
     JsonOption,
     MicroBatchOption,
@@ -88,10 +89,8 @@ def _measure(plan: Plan, out: Path | None, *, resume: bool, as_json: bool) -> No
         resume: also measure resuming.
         as_json: print JSON instead of a table.
     """
-    try:
+    with requires_extra("train"):
         from translution.distributed.verification.measured_run import few_steps, measure_plan
-    except ImportError as error:
-        raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[train]'") from None
     console = Console(stderr=True, highlight=False, markup=False)
     kept = Path(tempfile.mkdtemp(prefix="translution-measure-")) if out is None else None
     try:

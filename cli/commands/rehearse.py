@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from translution.distributed.verification.rehearsal import Rehearsal, format_layers, rehearse
-from translution.planner.common.errors import MissingPackageError
 from translution.planner.common.units import format_bytes
 
+from ..extras import requires_extra
 from ..options import JsonOption, PlanFolderArgument, RunFolderOption
 from ..output import console, print_json, table
 from . import app
@@ -89,17 +89,15 @@ def rehearse_cli(
             nvme_path=nvme_path,
             compute=compute,
             on_metrics=display.show,
-            on_stage=display.say,
+            on_message=display.say,
         )
     show_rehearsal(rehearsal, made, as_json=as_json)
 
 
 def show_rehearsal(rehearsal: Rehearsal, run: Path, *, as_json: bool) -> None:
     """Print what a rehearsal found."""
-    try:
+    with requires_extra("train"):
         from translution.reports.inputs.run_accuracy import predicted_and_measured
-    except ImportError as error:
-        raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[train]'") from None
     rows = [row for row in predicted_and_measured(rehearsal.prediction, rehearsal.measurement) if row[2] or row[3]]
     if as_json:
         names = ("tier", "what", "predicted_bytes", "measured_bytes")

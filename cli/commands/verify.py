@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from translution.distributed.verification.rehearsal import read_rehearsal
-from translution.planner.common.errors import MissingPackageError
 from translution.planner.common.units import format_bytes
 
+from ..extras import requires_extra
 from ..options import JsonOption
 from ..output import console, print_json, table
 from . import app
@@ -38,10 +38,8 @@ def print_verification(folder: Path, *, as_json: bool) -> None:
         folder: a run folder, or a plan folder, of which the newest run is taken.
         as_json: print JSON instead of a table.
     """
-    try:
+    with requires_extra("train"):
         from translution.reports.inputs.run_accuracy import compare_run, find_run, read_metrics, run_files
-    except ImportError as error:
-        raise MissingPackageError(f"{error.name} is missing: pip install 'translution-scale[train]'") from None
     run = find_run(folder)
     rehearsal = read_rehearsal(run)
     if rehearsal is not None:

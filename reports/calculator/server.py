@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from types import FrameType
 from urllib.parse import urlsplit
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
@@ -17,6 +21,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from translution.planner.common.errors import InputError
+from translution.planner.common.machine import usable_cores
 
 from .choice import Choice, ChoiceError, parse_choice
 from .pages import asset, render_answer, render_page, render_plan
@@ -28,6 +35,12 @@ POLL_S = 8.0
 """How long a request for a plan is held at most."""
 HEARTBEAT_S = 0.5
 """Between two looks at whether the reader is still there."""
+MAX_WORKERS = 64
+MAX_CONNECTIONS = 512
+KEEP_ALIVE_S = 30
+"""Idle time after which a connection is closed; long enough for a reader who studies a plan."""
+SHUTDOWN_S = 3
+"""Time for responses in progress when the server shuts down."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _HEADERS = {
     "Content-Security-Policy": (
@@ -260,3 +273,90 @@ def make_app(searches: SearchPool, hosts: Iterable[str] = (), *, any_address: bo
         },
         lifespan=lifespan,
     )
+
+
+def is_loopback(host: str) -> bool:
+    """Return True if only this machine can reach the host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Return a listening socket.
+
+    Args:
+        host: name or address of an interface of this machine.
+        port: port; 0 takes a free one.
+
+    Raises:
+        InputError: if the port is taken, or the host is not this machine.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError):
+        raise InputError(f"--host: {host[:80]!r} is not allowed: must be a name or address of this machine") from None
+    try:
+        return socket.create_server((str(address[0]), int(address[1])), family=family, backlog=MAX_CONNECTIONS)
+    except OSError as error:
+        allowed = "must be a free port of this machine" if port else "must be a name or address of this machine"
+        raise InputError(f"--host {host} --port {port}: is not allowed: {allowed}: {error.strerror}") from None
+
+
+class _Server(uvicorn.Server):
+    """A server that releases the requests which wait for a plan when it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, searches: SearchPool) -> None:
+        super().__init__(config)
+        self._searches = searches
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._searches.ending = True
+        super().handle_exit(sig, frame)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def serve(host: str, port: int, *, workers: int | None, warm: bool, on_start: Callable[[str], None]) -> None:
+    """Serve the calculator until Ctrl-C or SIGTERM.
+
+    Args:
+        host: interface to listen on.
+        port: port to listen on; 0 takes a free one.
+        workers: search processes; None starts one per core.
+        warm: search in advance while idle.
+        on_start: called once with the page's URL when the socket listens.
+
+    Raises:
+        InputError: if the port is taken, or the host is not this machine.
+    """
+    listener = open_socket(host, port)
+    searches = SearchPool(workers or min(MAX_WORKERS, usable_cores()), warm=warm)
+    config = uvicorn.Config(
+        make_app(searches, (host, socket.gethostname()), any_address=not is_loopback(host)),
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, _interrupt) for number in signals]
+    try:
+        address = f"[{host}]" if ":" in host else host
+        on_start(f"http://{address}:{listener.getsockname()[1]}/")
+        _Server(config, searches).run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass  # uvicorn shuts down and then raises the signal again that stopped it.
+    finally:
+        listener.close()
+        for number, handler in zip(signals, previous, strict=True):
+            signal.signal(number, handler)

@@ -208,7 +208,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("--benchmarks: 'FOLDER/empty' is not allowed", ["--benchmarks", "FOLDER/empty"]),
     ("--experiments: 'FOLDER/empty' is not allowed", ["--experiments", "FOLDER/empty"]),
     ("trials: must be of every variant, task and test", ["--experiments", "FOLDER/experiments"]),
-    ("--png: is not allowed: is of one plan's memory, not of 0", ["--model", "vit-tiny/56", "--png", "FOLDER/x.png"]),
+    ("--png: is not allowed with 0 plans: must be exactly one", ["--model", "vit-tiny/56", "--png", "FOLDER/x.png"]),
     ("--markdown: 'FOLDER/x.txt' is not allowed: must end in .md", ["FOLDER/plan", "--markdown", "FOLDER/x.txt"]),
     ("--data: 'FOLDER/no/x.json' is not allowed", ["FOLDER/plan", "--data", "FOLDER/no/x.json"]),
 ]

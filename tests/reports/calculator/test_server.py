@@ -307,7 +307,7 @@ def test_a_server_that_others_reach_warns_and_its_workers_end_with_it() -> None:
         time.sleep(0.05)
     server.process.kill()
     _, errors = server.process.communicate()
-    assert errors.splitlines()[0].startswith("note: --host 0.0.0.0: anyone who reaches this machine")
+    assert errors.splitlines()[0].startswith("note: --host 0.0.0.0: anyone who can reach this machine")
     while alive := [pid for pid in family if Path(f"/proc/{pid}/cmdline").exists()]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.05)
