@@ -23,7 +23,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/.dev
-	$(BIN)/python scripts/api_reference.py
+	$(BIN)/python scripts/import_graph.py
+	$(BIN)/mkdocs build --quiet
+	@echo wrote build/site/index.html
 
 # The committed gallery. Commands stand on its pages as they are here.
 PLANS := build/plans

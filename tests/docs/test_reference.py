@@ -1,4 +1,4 @@
-"""What the pages name exists, what they show parses, and the reference is what the docstrings give."""
+"""What the pages name exists, what they show parses, and every public name has a docstring."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-import griffe
 import pytest
 import typer
 from helpers.doc_pages import (
@@ -26,8 +25,6 @@ from helpers.doc_pages import (
 from translution.cli.main import full_app
 
 PAGES = [*reader_pages(), ROOT / "CONTRIBUTING.md"]
-TO_COME = ("calculator.md", "reports.md")
-"""Pages that others write."""
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -36,57 +33,38 @@ def names(paths: list[Path]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("api_reference", ROOT / "scripts" / "api_reference.py")
+    spec = importlib.util.spec_from_file_location("api_pages", ROOT / "scripts" / "api_pages.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_reference_is_the_one_that_the_docstrings_give(reference: ModuleType) -> None:
-    made = reference.pages()
-    stored = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md")}
-    assert made.keys() == stored.keys()
-    for name, text in made.items():
-        assert text == stored[name], f"docs/api/{name} is old: make docs"
+def test_every_public_name_has_a_docstring(reference: ModuleType) -> None:
+    assert reference.undocumented() == []
 
 
-def test_a_public_name_without_a_docstring_is_an_error(tmp_path: Path, reference: ModuleType) -> None:
-    package = tmp_path / "models"
-    package.mkdir()
-    (package / "__init__.py").write_text('"""Models."""\n')
+def test_a_public_name_without_a_docstring_is_found(tmp_path: Path, reference: ModuleType) -> None:
+    package = tmp_path / "models" / "layers"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text('"""Models."""\n')
+    (package / "__init__.py").write_text("")
     (package / "layer.py").write_text(
         '"""A layer."""\n'
         "class Layer:\n"
-        '    """It."""\n'
+        '    """A layer."""\n'
         "    def forward(self): ...\n"
         "    @property\n"
         "    def width(self): ...\n"
         "    def _own(self): ...\n"
         "def build(): ...\n"
     )
-    with pytest.raises(reference.MissingDocstringError) as error:
-        reference.pages(tmp_path)
-    named = re.findall(r"models\.layer\.[\w.]+", str(error.value))
-    assert sorted(named) == ["models.layer.Layer.forward", "models.layer.Layer.width", "models.layer.build"]
-
-
-def test_a_signature_stands_as_it_is_called(tmp_path: Path, reference: ModuleType) -> None:
-    (tmp_path / "m.py").write_text(
-        '"""M."""\n'
-        "def f(a: int, /, b=2, *rest: str, c: float, d: bool = True, **more: int) -> None:\n"
-        '    """Do it."""\n'
-        "class Spec(Base):\n"
-        '    """A spec."""\n'
-        "    size: int = 3\n"
-        '    """Of it."""\n'
-    )
-    module = griffe.load("m", search_paths=[str(tmp_path)], allow_inspection=False)
-    assert isinstance(module, griffe.Module)
-    text = "\n".join(line for name in ("f", "Spec") for line in reference._entry(module[name], 3))
-    assert "f(a: int, /, b=2, *rest: str, c: float, d: bool = True, **more: int) -> None" in text
-    assert "class Spec(Base)" in text
-    assert "- `size: int = 3`: Of it." in text
+    assert sorted(reference.undocumented(tmp_path)) == [
+        "models.layers",
+        "models.layers.layer.Layer.forward",
+        "models.layers.layer.Layer.width",
+        "models.layers.layer.build",
+    ]
 
 
 @pytest.mark.parametrize("page", names(PAGES))
@@ -96,7 +74,7 @@ def test_what_a_page_names_exists(page: str) -> None:
     for target in links(path):
         file, _, anchor = target.partition("#")
         found = (path.parent / file).resolve() if file else path
-        if file in TO_COME and not found.exists():
+        if file.startswith("api/"):  # built with the site, and looked for in it (test_site.py)
             continue
         assert found.exists(), f"{page}: {target}"
         if anchor:
@@ -174,7 +152,7 @@ def section_of(heading: str) -> str:
 
 
 def test_no_page_names_a_folder_of_the_machine_that_made_it() -> None:
-    for path in [*PAGES, *(ROOT / "docs" / "api").glob("*.md")]:
+    for path in PAGES:
         text = re.sub(r"(?:/tmp/torch_extensions|/tmp/translution-measure-\S*)", "", path.read_text(encoding="utf-8"))
         assert not re.search(r"/(?:tmp|work|root|home)/\w", text), path
 
