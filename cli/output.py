@@ -1,4 +1,4 @@
-"""Printing: tables for people, one JSON document for programs."""
+"""Printing: tables for people, one JSON document for programs, notes on stderr."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rich.table import Table
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Where tables go; 100 columns when nothing says how wide the reader is."""
+    """Return the console for tables; it is 100 columns wide unless the output is a terminal."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(width=None if stream.isatty() else 100, highlight=False, markup=False, stderr=stderr)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> Table:
-    """A table whose first columns are text and whose others are figures.
+def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> Table:
+    """Return a table whose first columns are text and whose other columns are figures.
 
     Args:
-        title: printed above.
+        title: printed above the table.
         columns: headings.
         rows: cells.
-        text_columns: how many leading columns are set flush left.
+        text_columns: number of leading columns that are aligned left; the others are aligned right.
     """
     result = Table(title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
@@ -41,5 +41,5 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 
 def note(text: str) -> None:
-    """Say something on stderr that is no result."""
+    """Print a note on stderr, so that stdout holds results only."""
     print(f"note: {text}", file=sys.stderr)

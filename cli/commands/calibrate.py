@@ -18,7 +18,7 @@ from translution.planner.hardware.calibrated_rates import MeasuredRates, Transfe
 from translution.planner.hardware.cluster import load_cluster
 
 from ..options import JsonOption
-from ..output import console, print_json, table
+from ..output import console, make_table, print_json
 from . import app
 
 
@@ -81,6 +81,6 @@ def calibrate_cli(
         print_json({"file": str(out), "measured": rates.model_dump(mode="json")})
         return
     seconds = time.monotonic() - began
-    title = f"{rates.machine}: {rates.ranks} rank(s) at once, {seconds:.0f} s"
-    console().print(table(title, ("what", "rate"), _rows(rates), text_columns=2))
+    title = f"{rates.machine}: {rates.ranks} rank(s) in parallel, {seconds:.0f} s"
+    console().print(make_table(title, ("operation", "rate"), _rows(rates), text_columns=2))
     console().print(f"wrote {out}; plan with it: translution plan MODEL --cluster {out} --out FOLDER")

@@ -10,7 +10,7 @@ from translution.planner.hardware.device_overhead import DeviceOverhead, device_
 from translution.planner.hardware.intervals import Level
 
 from ..options import JsonOption
-from ..output import console, print_json, table
+from ..output import console, make_table, print_json
 from . import app
 
 _LEVELS: tuple[Level, ...] = ("low", "likely", "high")
@@ -26,7 +26,7 @@ def _giga(figure: Figure) -> str:
 
 
 def _numbers(spec: BaseModel, known: Catalog) -> str:
-    """Numbers of the sources of a GPU's or node's figures, as the list of sources counts them."""
+    """Return the numbers of the sources of a GPU's or node's figures, as in the printed list of sources."""
     numbers = {key: number for number, key in enumerate(known.sources, start=1)}
     used = {numbers[value.source] for _, value in spec if isinstance(value, Figure)}
     return " ".join(str(number) for number in sorted(used))
@@ -72,17 +72,17 @@ def _overhead_row(name: str, overhead: DeviceOverhead) -> tuple[str, ...]:
 
 _GPU_COLUMNS = ("GPU", "bf16, fp16", "tf32", "fp32", "memory", "GB/s", "link", "PCIe", "node", "sources")
 _NODE_COLUMNS = ("node", "GPUs", "RAM", "GB/s", "cores", "link", "network", "NVMe", "GB/s", "sources")
-_CONSTANTS_COLUMNS = ("GPU", "driver", "context", "BLAS", "NCCL", "together", "from, to")
+_OVERHEAD_COLUMNS = ("GPU", "driver", "context", "BLAS", "NCCL", "total", "interval")
 
 
 def _print_tables(known: Catalog, overhead: dict[str, DeviceOverhead]) -> None:
     out = console()
     rows = [_gpu_row(name, gpu, known) for name, gpu in known.gpus.items()]
-    out.print(table("GPUs: dense TFLOP/s; GB/s of memory, and of the link each way", _GPU_COLUMNS, rows))
+    out.print(make_table("GPUs: dense TFLOP/s; GB/s of memory; GB/s of the link, per direction", _GPU_COLUMNS, rows))
     rows = [_node_row(name, node, known) for name, node in known.nodes.items()]
-    out.print(table("Nodes: GB/s each way, link of one GPU; NVMe in TB, read and written", _NODE_COLUMNS, rows))
+    out.print(make_table("Nodes: GB/s per direction, link per GPU; NVMe in TB, read / write GB/s", _NODE_COLUMNS, rows))
     rows = [_overhead_row(name, entry) for name, entry in overhead.items()]
-    out.print(table("What a GPU holds beside torch's tensors, on one such node", _CONSTANTS_COLUMNS, rows))
+    out.print(make_table("Device memory outside torch's tensors, on one such node", _OVERHEAD_COLUMNS, rows))
     out.print("Sources", style="bold")
     for number, source in enumerate(known.sources.values(), start=1):
         out.print(f"{number:>2} {source.title}" + (f": {source.url}" if source.url else ""), soft_wrap=True)
@@ -96,7 +96,7 @@ def clusters_cli(as_json: JsonOption = False) -> None:
         name: device_overhead(name, int(known.nodes[gpu.node].gpus.value), 1) for name, gpu in known.gpus.items()
     }
     if as_json:
-        beside = {name: entry.model_dump(mode="json") for name, entry in overhead.items()}
-        print_json(known.model_dump(mode="json") | {"gpu_constants": beside})
+        overhead_json = {name: entry.model_dump(mode="json") for name, entry in overhead.items()}
+        print_json(known.model_dump(mode="json") | {"gpu_constants": overhead_json})
         return
     _print_tables(known, overhead)

@@ -27,7 +27,7 @@ from translution.planner.config.training import TrainingSpec
 
 from ..extras import requires_extra
 from ..options import JsonOption
-from ..output import console, print_json, table
+from ..output import console, make_table, print_json
 from . import app
 
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
@@ -110,13 +110,13 @@ def _print(rows: Sequence[ComparisonRow], limits: Sequence[Threshold], gpu: str,
     for model in dict.fromkeys(row.model for row in rows):
         cells = [_cells(row) for row in rows if row.model == model]
         title = f"{model}: cost of a sample, and the smallest cluster (nodes x GPUs of {gpu}) that trains it"
-        out_console.print(table(title, columns, cells))
+        out_console.print(make_table(title, columns, cells))
     nodes = list(dict.fromkeys(limit.nodes for limit in limits))
     lines = [
         (axis, *(str(limit.largest or "none") for limit in limits if limit.axis == axis))
         for axis in dict.fromkeys(limit.axis for limit in limits)
     ]
     title = f"{rows[0].model}: full Translution goes up to, without offload"
-    out_console.print(table(title, ("axis", *(f"{count} node(s)" for count in nodes)), lines))
+    out_console.print(make_table(title, ("axis", *(f"{count} node(s)" for count in nodes)), lines))
     for out in outs:
         out_console.print(f"wrote {out}")

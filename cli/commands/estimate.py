@@ -33,7 +33,7 @@ from ..options import (
     SetOption,
     resolve_model,
 )
-from ..output import console, note, print_json, table
+from ..output import console, make_table, note, print_json
 from . import app
 
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
@@ -115,13 +115,13 @@ def _print_tables(
     columns: tuple[str, ...] = (
         "operator", "parameters", "in tables", "state (AdamW)", "kept, published", "kept, ours", "train / sample",
     )  # fmt: skip
-    out.print(table(f"{spec.name}: {samples}, {precision}", columns, rows))
+    out.print(make_table(f"{spec.name}: {samples}, {precision}", columns, rows))
     out.print("kept: activations that one forward pass keeps for backward; state: 16 bytes per parameter")
     components = described[0]["parameters"]["components"]
     rows = [(name, f"{count:,}") for name, count in components.items()]
     rows.append(("total", f"{described[0]['parameters']['total']:,}"))
     out.print()
-    out.print(table(f"Parameters of {LABELS[spec.operator]}, exact", ("component", "parameters"), rows))
+    out.print(make_table(f"Parameters of {LABELS[spec.operator]}, exact", ("component", "parameters"), rows))
     rows = []
     for stage, estimate in estimates.items():
         step = max(estimate.bytes_of(phase) for phase in (Phase.FORWARD, Phase.BACKWARD))
@@ -129,4 +129,6 @@ def _print_tables(
         rows.append((f"ZeRO-{stage}", *(format_bytes(size) for size in cells)))
     columns = ("plan", "between steps", "forward, backward", "optimizer step", "peak of device", "peak of host")
     out.print()
-    out.print(table(f"Memory of each of {ranks} ranks on H100s, no offload, micro-batch {micro_batch}", columns, rows))
+    out.print(
+        make_table(f"Memory of each of {ranks} ranks on H100s, no offload, micro-batch {micro_batch}", columns, rows)
+    )

@@ -13,7 +13,7 @@ from translution.planner.common.files import check_new_folder, new_folder
 
 from ..extras import requires_extra
 from ..options import JsonOption
-from ..output import console, note, print_json, table
+from ..output import console, make_table, note, print_json
 from . import app
 
 RESULT, TABLE, PICTURE = "result.json", "README.md", "figure"
@@ -79,5 +79,5 @@ def experiment_cli(
     from translution.reports.sections.experiment import experiment_cells
 
     headings, cells = experiment_cells(result)
-    console().print(table(experiment.question, headings, cells))
+    console().print(make_table(experiment.question, headings, cells))
     console().print(f"wrote {out}: {RESULT}, {TABLE}, {PICTURE}.svg and .png")

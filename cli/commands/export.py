@@ -37,6 +37,6 @@ def export_cli(
         return
     console().print(
         f"{made.out}: {made.tensors} tensors, {made.parameters:,} parameters in {made.dtype}, "
-        f"{format_bytes(made.file_bytes)}, of step {made.step} of {made.run}",
+        f"{format_bytes(made.file_bytes)}, from step {made.step} of {made.run}",
         soft_wrap=True,
     )

@@ -14,7 +14,7 @@ from translution.planner.common.errors import InputError
 from translution.planner.common.files import check_new_folder
 from translution.planner.common.schema import validate
 from translution.planner.common.units import format_bytes, format_count
-from translution.planner.config.loading import save_model_spec
+from translution.planner.config.loading import save_model
 from translution.planner.config.model import ModelSpec, override
 from translution.planner.config.training import TrainingSpec
 from translution.planner.costs.parameters import count_parameters
@@ -46,8 +46,8 @@ from ..options import (
     parse_settings,
     resolve_model,
 )
-from ..output import console, print_json, table
-from ..tables.memory import phase_table, worst_moments
+from ..output import console, make_table, print_json
+from ..tables.memory import phase_table, peak_tables
 from . import app
 
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
@@ -131,7 +131,7 @@ def _no_plan(error: NoPlanFits, spec: ModelSpec, out: Path, *, as_json: bool) ->
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise InputError(f"{folder}: cannot be written: {problem.strerror}") from None
-        save_model_spec(override(spec, name=f"{spec.name} {name}", **row.changes), path)
+        save_model(override(spec, name=f"{spec.name} {name}", **row.changes), path)
         files[str(path)] = row
     if as_json:
         document: dict[str, Any] = {
@@ -147,12 +147,12 @@ def _no_plan(error: NoPlanFits, spec: ModelSpec, out: Path, *, as_json: bool) ->
     rows = [(advice.kind, advice.text) for advice in error.advice]
     rows += [("hybrid", f"{describe_hybrid(row)} ({path})") for path, row in files.items()]
     if rows:
-        out_console.print(table("What would do, one of these", ("change", "to"), rows, text_columns=2))
+        out_console.print(make_table("What would do, one of these", ("change", "to"), rows, text_columns=2))
 
 
 def _strategies_table(strategies: tuple[StrategyVerdict, ...]) -> Any:
     rows = [(f"{'* ' if verdict.chosen else ''}{verdict.strategy}", verdict.reason) for verdict in strategies]
-    return table("What was tried", ("family", "reason"), rows, text_columns=2)
+    return make_table("What was tried", ("family", "reason"), rows, text_columns=2)
 
 
 def _time_table(time: StepTime, plan: Plan) -> Any:
@@ -168,7 +168,7 @@ def _time_table(time: StepTime, plan: Plan) -> Any:
     rows.append(("step", time.bound, f"{time.likely_s:.3g}", f"{time.low_s:.3g} to {time.high_s:.3g}"))
     measured = "measured rates" if plan.cluster.measured else "shares of the peaks, estimated"
     title = f"Predicted seconds of a step, by {measured}"
-    return table(title, ("part", "waits for", "seconds", "from, to"), rows, text_columns=2)
+    return make_table(title, ("part", "waits for", "seconds", "from, to"), rows, text_columns=2)
 
 
 def _cost_text(cost: RunCost, time: StepTime) -> str:
@@ -312,7 +312,7 @@ def _print(result: SearchResult, cost: RunCost | None, out: Path) -> None:
     out_console.print(_strategies_table(result.strategies))
     knobs = [(knob.knob, knob.value, knob.reason) for knob in result.knobs]
     title = f"Chosen of {result.considered:,} candidates"
-    out_console.print(table(title, ("knob", "value", "reason"), knobs, text_columns=3))
+    out_console.print(make_table(title, ("knob", "value", "reason"), knobs, text_columns=3))
     points = [
         (
             f"{point.step_s:.3g}",
@@ -325,12 +325,12 @@ def _print(result: SearchResult, cost: RunCost | None, out: Path) -> None:
         for point in result.pareto
     ]
     columns = ("seconds", "device, at most", "nodes", "family", "micro-batch", "checkpointing")
-    out_console.print(table("Pareto: no plan is faster with less", columns, points))
+    out_console.print(make_table("Pareto: no plan is faster with less", columns, points))
     if plan.time is not None and cost is not None:
         out_console.print(_time_table(plan.time, plan))
         out_console.print(_cost_text(cost, plan.time))
     out_console.print(phase_table("Predicted memory of each rank, at the worst moment of each phase", plan.prediction))
-    for worst in worst_moments(plan.prediction):
+    for worst in peak_tables(plan.prediction):
         out_console.print(worst)
     for remark in remarks(plan.training, plan.zero):
         out_console.print(f"note: {remark}")

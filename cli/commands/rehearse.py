@@ -16,14 +16,14 @@ from translution.planner.common.units import format_bytes
 
 from ..extras import requires_extra
 from ..options import JsonOption, PlanFolderArgument, RunFolderOption
-from ..output import console, print_json, table
+from ..output import console, make_table, print_json
 from . import app
 
 MEANINGLESS = "REHEARSAL: every value was meaningless; only memory was real."
 
 
 class _Display:
-    """Says on stderr which phase runs: a live line on a terminal, a line per phase elsewhere."""
+    """Prints the running phase on stderr: a live line on a terminal, otherwise one line per phase."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stderr, highlight=False, markup=False)
@@ -44,18 +44,18 @@ class _Display:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def say(self, text: str) -> None:
-        """Print a line that stays."""
+    def print_line(self, text: str) -> None:
+        """Print a permanent line."""
         self._console.print(text, soft_wrap=True)
         self._console.file.flush()
 
     def show(self, line: Mapping[str, Any]) -> None:
-        """Take one line of the metrics file."""
+        """Show one line of the metrics file."""
         if line["event"] != "phase":
             return
         self._progress.reset(self._task, description=line["text"])
         if not self._console.is_terminal:
-            self.say(f"  {line['text']}")
+            self.print_line(f"  {line['text']}")
 
 
 @app.command(
@@ -91,11 +91,11 @@ def rehearse_cli(
             on_metrics=display.show,
             on_message=display.say,
         )
-    show_rehearsal(rehearsal, made, as_json=as_json)
+    print_rehearsal(rehearsal, made, as_json=as_json)
 
 
-def show_rehearsal(rehearsal: Rehearsal, run: Path, *, as_json: bool) -> None:
-    """Print what a rehearsal found."""
+def print_rehearsal(rehearsal: Rehearsal, run: Path, *, as_json: bool) -> None:
+    """Print predicted and measured memory of a rehearsal."""
     with requires_extra("train"):
         from translution.reports.inputs.run_accuracy import predicted_and_measured
     rows = [row for row in predicted_and_measured(rehearsal.prediction, rehearsal.measurement) if row[2] or row[3]]
@@ -110,12 +110,12 @@ def show_rehearsal(rehearsal: Rehearsal, run: Path, *, as_json: bool) -> None:
         for _, what, predicted, measured in rows
     ]
     out = console()
-    fewer = f"extrapolated from {rehearsal.layers} layers and {rehearsal.layers - 1}"
-    way, figure = (fewer, "extrapolated") if rehearsal.extrapolated else ("all run", "measured")
-    title = f"Rank {rehearsal.rank} of {rehearsal.ranks}, {rehearsal.plan}: {rehearsal.depth} layers, {way}"
-    out.print(table(title, ("what", "predicted", figure, f"predicted / {figure}"), cells))
+    extrapolation = f"extrapolated from {rehearsal.layers} layers and {rehearsal.layers - 1}"
+    method, figure = (extrapolation, "extrapolated") if rehearsal.extrapolated else ("all run", "measured")
+    title = f"Rank {rehearsal.rank} of {rehearsal.ranks}, {rehearsal.plan}: {rehearsal.depth} layers, {method}"
+    out.print(make_table(title, ("item", "predicted", figure, f"predicted / {figure}"), cells))
     planned = ", ".join(f"{format_bytes(size)} of {tier}" for tier, size in rehearsal.planned_bytes.items())
-    out.print(f"the plan predicts for the rank's whole life: {planned}; here all tiers are host memory")
+    out.print(f"the plan predicts for the full lifecycle of the rank: {planned}; here all tiers are host memory")
     for count, seconds in rehearsal.seconds.items():
         phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "all")
         out.print(f"{format_layers(count)} took {seconds['all']:.0f} s ({phases})")

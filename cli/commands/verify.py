@@ -13,9 +13,9 @@ from translution.planner.common.units import format_bytes
 
 from ..extras import requires_extra
 from ..options import JsonOption
-from ..output import console, print_json, table
+from ..output import console, make_table, print_json
 from . import app
-from .rehearse import show_rehearsal
+from .rehearse import print_rehearsal
 
 
 @app.command(
@@ -32,10 +32,10 @@ def verify_cli(
 
 
 def print_verification(folder: Path, *, as_json: bool) -> None:
-    """Print predicted beside measured memory, of a run or of a rehearsal.
+    """Print predicted and measured memory of a run or a rehearsal.
 
     Args:
-        folder: a run folder, or a plan folder, of which the newest run is taken.
+        folder: a run folder, or a plan folder whose newest run is used.
         as_json: print JSON instead of a table.
     """
     with requires_extra("train"):
@@ -43,7 +43,7 @@ def print_verification(folder: Path, *, as_json: bool) -> None:
     run = find_run(folder)
     rehearsal = read_rehearsal(run)
     if rehearsal is not None:
-        show_rehearsal(rehearsal, run, as_json=as_json)
+        print_rehearsal(rehearsal, run, as_json=as_json)
         return
     rows = compare_run(run)
     metrics = read_metrics(run)
@@ -65,9 +65,9 @@ def print_verification(folder: Path, *, as_json: bool) -> None:
         )
         for row in rows.to_dict("records")
     ]
-    columns = ("rank", "tier", "what", "predicted", "measured", "predicted / measured")
+    columns = ("rank", "tier", "item", "predicted", "measured", "predicted / measured")
     out = console()
-    out.print(table(f"Memory per rank of {run}", columns, cells, text_columns=3))
+    out.print(make_table(f"Memory per rank of {run}", columns, cells, text_columns=3))
     if accuracy is not None:
         out.print(f"accuracy on held-out samples: {accuracy:.2%}")
     for name, path in files.items():

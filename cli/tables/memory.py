@@ -1,4 +1,4 @@
-"""The memory ledger as tables: phases by tiers, and the worst moment of each tier entry by entry."""
+"""The memory breakdown as tables: the peak of every phase and tier, and the items of each tier's peak."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from translution.planner.common.phases import Phase, Tier
 from translution.planner.common.units import format_bytes
 from translution.planner.memory.estimate import MemoryEstimate
 
-from ..output import table
+from ..output import make_table
 
 
 def phase_table(title: str, prediction: MemoryEstimate) -> Table:
-    """The most that each tier holds in each phase."""
+    """Return the peak of each tier in each phase."""
     tiers = prediction.tiers
     rows = [
         (
@@ -23,16 +23,16 @@ def phase_table(title: str, prediction: MemoryEstimate) -> Table:
         )
         for phase in Phase
     ]
-    return table(title, ("phase", *tiers), rows)
+    return make_table(title, ("phase", *tiers), rows)
 
 
-def worst_moments(prediction: MemoryEstimate, tiers: tuple[Tier, ...] = ()) -> Iterator[Table]:
-    """A table for each tier, of what it holds at its worst moment."""
+def peak_tables(prediction: MemoryEstimate, tiers: tuple[Tier, ...] = ()) -> Iterator[Table]:
+    """Yield one table per tier with the items of its highest peak."""
     for tier in tiers or prediction.tiers:
         worst = max((peak for peak in prediction.peaks if peak.tier == tier), key=lambda peak: peak.bytes)
         rows = [(entry.name, entry.formula, entry.source, format_bytes(entry.bytes)) for entry in worst.breakdown]
         where = f"{tier}: {format_bytes(worst.bytes)} in {worst.phase}, at {worst.site}"
         if tier == "device" and prediction.device_interval_bytes:
             low, high = map(format_bytes, prediction.device_interval_bytes)
-            where += f"; {low} to {high} as the GPU's constants may be"
-        yield table(where, ("what", "how it is counted", "source", "size"), rows, text_columns=3)
+            where += f"; {low} to {high} depending on the device overhead"
+        yield make_table(where, ("item", "formula", "source", "size"), rows, text_columns=3)
