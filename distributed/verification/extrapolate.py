@@ -35,7 +35,7 @@ def largest_sub_group(plan: Plan) -> int:
     by_module = make_shards(network.modules, plan.zero, ranks, plan.training.dtype_bytes)
     shards = [shard for weights in network.modules for shard in by_module[id(weights)]]
     if plan.zero.stage < 3:
-        return sum(shard.share for shard in shards)
+        return sum(shard.partition_numel for shard in shards)
     return max(group.numel for group in make_sub_groups(shards, plan.zero, 4))
 
 

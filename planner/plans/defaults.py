@@ -11,7 +11,7 @@ from ..common.schema import validate
 from ..config.model import ModelSpec
 from ..config.zero import OffloadDevice, ZeroSpec
 from ..costs.parameters import TABLES, parameter_groups, table_entries
-from ..simulator.engine.partition import partitioned
+from ..simulator.engine.partition import partitioned_numel
 
 TILE_ELEMENTS = 2**26
 """Largest tile that is chosen unasked: 128 MiB in bf16."""
@@ -86,7 +86,7 @@ def choose_zero(
     largest = max(group.numel for group in groups)
     tiles = [group.numel for group in groups if group.component == TABLES]
     threshold = min(100_000, min(tiles) - 1) if tiles else 100_000
-    share = partitioned(groups, world_size)
+    share = partitioned_numel(groups, world_size)
     largest_share = -(-largest // world_size)
     # An eighth of a rank's share bounds the optimizer step's copies; above 16 Mi elements a
     # sub-group gains nothing, and below the largest tensor's share it cannot shrink.

@@ -1,1 +1,1 @@
-"""What DeepSpeed's engine allocates, stage by stage."""
+"""Simulation of DeepSpeed's engine: what it allocates at each ZeRO stage."""

@@ -1,8 +1,8 @@
-"""What every twin of a DeepSpeed engine shares: the setting, the names of what it holds, and its life.
+"""Base of the simulated DeepSpeed engines: configuration, category names and the phases of the lifecycle.
 
-A twin of an engine is the `ParameterHooks` of a replayed step, and has the phases around it: building,
-the first step, which makes the optimizer's moments, later steps, saving and resuming. It says which tier
-holds what and when; stage 3 is in zero3_twin.py, the others in zero_twin.py.
+A simulated engine is the `ParameterHooks` of the training step, and simulates the phases around it: build, first step
+(which allocates the optimizer states), later steps, checkpoint save and resume. It decides which tier holds what and
+when. The ZeRO stages are in stage0.py, stage1_2.py and stage3.py.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ STREAMS = "other streams"
 OFFLOAD_COPIES, FIRST_COPIES = "offload copies", "first pinned copies"
 
 NORM_BYTES = 8
-"""Gradients are squared in fp64."""
+"""Bytes of a gradient element while the norm is computed: gradients are squared in fp64."""
 SIMULATED_MICRO_BATCHES = 2
-"""Of those that are accumulated: later ones do what the second does."""
+"""Maximum number of accumulated micro-batches that are simulated: later ones allocate what the second does."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What an engine runs under."""
+    """Configuration of an engine."""
 
     run: RunConfig
     rank: int | None = None
@@ -63,43 +63,43 @@ class EngineConfig:
 
     @property
     def width(self) -> int:
-        """Bytes of a parameter."""
+        """Bytes of a parameter element."""
         return self.training.dtype_bytes
 
     @property
     def accumulation_width(self) -> int:
-        """Bytes of an accumulated gradient."""
+        """Bytes of an accumulated gradient element."""
         return DTYPE_BYTES[self.training.accumulation_dtype]
 
     @property
     def master_width(self) -> int:
-        """Bytes of an element of the master copy."""
+        """Bytes of a master parameter element."""
         return widths(self.training)[0]
 
     @property
     def state_width(self) -> int:
-        """Bytes of all moments of an element."""
+        """Bytes of all optimizer states of one element."""
         return widths(self.training)[1] * moments(self.training)
 
 
 class SimulatedEngine(ParameterHooks):
-    """The part that all stages have in common.
+    """What the engines of all ZeRO stages share.
 
     Args:
-        memory: the rank's.
-        setting: what it runs under.
-        network: the parameters, module by module.
+        memory: the rank's memory.
+        config: the engine's configuration.
+        network: gives the parameters, module by module.
     """
 
     def __init__(self, memory: RankMemory, config: EngineConfig, network: SimulatedNetwork) -> None:
         self.memory, self.config, self.network = memory, config, network
         self.kept: list[Storage] = []
-        """What lives as long as the engine."""
+        """Storages that live as long as the engine."""
         self.passes = 0
         """Backward passes since the last optimizer step."""
 
     def keep(self, memory: MemoryTracker, what: str, size: int) -> Storage | None:
-        """Allocate for the engine's life; nothing for no bytes."""
+        """Allocate a storage that lives as long as the engine; None if ``size`` is 0."""
         if not size:
             return None
         storage = Storage(memory, what, size)
@@ -108,36 +108,42 @@ class SimulatedEngine(ParameterHooks):
 
     @property
     def offloaded(self) -> bool:
-        """Whether the host's own optimizer updates."""
+        """Whether the optimizer is offloaded: it updates on the host."""
         return self.config.zero.offload_optimizer.device != "none"
 
     def update(self, numel: int, *, offloaded: bool, one_by_one: bool = False) -> None:
-        """The optimizer's update of so many elements, or of parameters with at most so many."""
+        """Allocate and free the temporaries of one optimizer update of ``numel`` elements.
+
+        Args:
+            numel: elements of the update; of the largest parameter if parameters are updated one by one.
+            offloaded: whether the host updates.
+            one_by_one: whether parameters are updated in a loop.
+        """
         count = temporary_tensors(self.config.training, offloaded=offloaded, one_by_one=one_by_one)
         piece = (self.memory.device, OPTIMIZER_TEMPORARIES, numel * self.config.master_width)
         self.memory.add_transient(*[piece] * count)
 
     @abstractmethod
     def build(self) -> None:
-        """The model and the engine are made."""
+        """Build the model and the engine."""
 
     @abstractmethod
     def step(self, *, first: bool = False) -> None:
-        """The optimizer step, when the moments exist; the first one also passes through where it makes them."""
+        """Run the optimizer step, whose states exist; the first step also makes the allocations that create them."""
 
     @abstractmethod
     def save(self) -> None:
-        """The checkpoint is written."""
+        """Save a checkpoint."""
 
     @abstractmethod
     def load(self) -> None:
-        """A checkpoint is read into the engine that has just been built: it has moments then."""
+        """Load a checkpoint into the engine that was just built; this allocates the optimizer states."""
 
     def finish(self) -> None:
-        """A backward pass is over."""
+        """Count a finished backward pass."""
         self.passes += 1
 
     @property
     def accumulates(self) -> bool:
-        """Whether another micro-batch follows the one that runs before the optimizer step."""
+        """Whether another micro-batch follows the current one before the optimizer step."""
         return self.passes + 1 < min(self.config.training.gradient_accumulation_steps, SIMULATED_MICRO_BATCHES)

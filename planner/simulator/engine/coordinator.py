@@ -1,4 +1,7 @@
-"""Twin of ZeRO-3's coordinator: which parameters are whole at each moment, and the copies a gather makes.
+"""Simulation of ZeRO-3's parameter coordinator: which parameters are gathered when, and the size of every gather.
+
+`ParameterCoordinator.gather` predicts the size of a gathered tile: its padded numel times bytes per element, plus the
+copies that the gather makes.
 
 Source: DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py (`_fetch_sub_module_impl`,
 `__params_to_release`) and partition_parameters.py (`all_gather_coalesced`, `AllGatherCoalescedHandle.wait`).
@@ -21,15 +24,15 @@ def _name(shard: Shard) -> str:
 
 
 class ParameterCoordinator:
-    """Fetches, prefetches and releases parameters as modules run.
+    """Fetch, prefetch and release parameters as modules run.
 
     Args:
-        memory: the rank's.
-        zero: its knobs.
-        ranks: shares of a parameter.
+        memory: the rank's memory.
+        zero: prefetch, reuse and live-element limits.
+        world_size: number of partitions of a parameter.
         width: bytes of an element.
-        order: the parameters of every module call of a step, forward and backward; needed for
-            prefetch and reuse, which DeepSpeed begins when it has seen one step.
+        order: the parameters of every module call of a step, forward and backward. Prefetch and reuse need it;
+            DeepSpeed records it in the first step.
     """
 
     def __init__(
@@ -39,19 +42,19 @@ class ParameterCoordinator:
         self.order = order
         self.live_elements = 0
         self._late: Storage | None = None
-        """The last gather's buffer on a CPU, which gloo's thread lets go of while the module runs; measured."""
+        """Buffer of the last gather on a CPU: gloo's thread frees it only while the module runs (measured)."""
         self._held: dict[int, Storage] = {}
-        """Common buffers of gathers that have not been waited for."""
+        """Common buffers of the gathers that are in flight."""
         self.begin()
 
     def begin(self) -> None:
-        """A step begins: nothing has been fetched yet."""
+        """Begin a training step: no module has been called yet."""
         self.call = 0
         self.queue = deque((shard, number) for number, shards in enumerate(self.order) for shard in shards)
         self.fetched_for: dict[int, int] = {}
 
     def fetch(self, shards: Sequence[Shard]) -> None:
-        """Make a module's parameters whole, and prefetch what follows."""
+        """Gather a module's parameters, wait for them, and prefetch the next ones."""
         self.gather([shard for shard in shards if shard.full is None and shard.in_flight is None])
         for shard in shards:
             self.wait(shard)
@@ -61,44 +64,45 @@ class ParameterCoordinator:
         self.call += 1
 
     def settle(self) -> None:
-        """Nothing is being gathered, and gloo has let go of what it gathered last."""
+        """Free the buffer that gloo holds of the last gather."""
         self._late = None
 
     def gather(self, shards: list[Shard]) -> None:
-        """Start the gather of parameters that lie in shares, together."""
+        """Start one gather of partitioned parameters; several share a buffer until `wait`."""
         if not shards:
             return
         self.settle()
         self.live_elements += sum(shard.numel for shard in shards)
-        whole = [shard.share * self.world_size * self.width for shard in shards]
-        together = Storage(self.memory.device, _name(shards[0]) if len(shards) == 1 else GATHERED, sum(whole))
+        partition_bytes = sum(shard.partition_numel for shard in shards) * self.width
+        full_bytes = partition_bytes * self.world_size
+        buffer = Storage(self.memory.device, _name(shards[0]) if len(shards) == 1 else GATHERED, full_bytes)
         pieces = []
         if not self.memory.on_cpu and self.zero.offload_param.device != "none":
-            pieces.append((self.memory.device, GATHER_COPIES, sum(shard.share for shard in shards) * self.width))
+            pieces.append((self.memory.device, GATHER_COPIES, partition_bytes))
         if self.memory.uses_gloo:
-            # gloo gathers into a tensor of its own.
-            pieces.append((self.memory.device, BACKEND_COPIES, sum(whole)))
+            # gloo gathers into its own tensor.
+            pieces.append((self.memory.device, BACKEND_COPIES, full_bytes))
         self.memory.add_transient(*pieces)
-        self._late = together if self.memory.uses_gloo else None
+        self._late = buffer if self.memory.uses_gloo else None
         if len(shards) == 1:
-            shards[0].full = together
+            shards[0].full = buffer
             return
         for shard in shards:
             shard.in_flight = shards
-        self._held[id(shards)] = together
+        self._held[id(shards)] = buffer
 
     def wait(self, shard: Shard) -> None:
-        """What was gathered with a parameter is copied out of the common buffer, which is dropped then."""
+        """Wait for a parameter's gather: copy all its parameters out of the common buffer and free the buffer."""
         if shard.in_flight is None:
             return
-        together = shard.in_flight
-        for each in together:
+        gathered = shard.in_flight
+        for each in gathered:
             each.full = Storage(self.memory.device, _name(each), each.numel * self.width)
             each.in_flight = None
-        del self._held[id(together)]
+        del self._held[id(gathered)]
 
     def _forget(self, shards: Sequence[Shard]) -> None:
-        """Take a module's own parameters from the head of the queue."""
+        """Remove a module's own parameters from the head of the prefetch queue."""
         wanted = {id(shard) for shard in shards if self.fetched_for.get(id(shard), -1) < self.call}
         while self.queue and wanted:
             shard, used_at = self.queue.popleft()
@@ -121,7 +125,7 @@ class ParameterCoordinator:
         self.gather(chosen)
 
     def release(self, shards: Sequence[Shard]) -> None:
-        """Drop a module's parameters, but those that stay, are soon used again or were prefetched for later."""
+        """Free a module's parameters, except persistent ones and those that are reused soon or were prefetched."""
         leaving = [shard for shard in shards if not shard.persistent]
         if self.order:
             leaving = [shard for shard in leaving if self.fetched_for.get(id(shard), -1) <= self.call]
@@ -136,7 +140,7 @@ class ParameterCoordinator:
             self.drop(shard)
 
     def drop(self, shard: Shard) -> None:
-        """Keep a rank's share of a parameter only."""
+        """Free a gathered parameter; the rank's partition remains."""
         self.wait(shard)
         if shard.full is not None:
             shard.full = None

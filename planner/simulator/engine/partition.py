@@ -1,4 +1,4 @@
-"""A model's parameters as ZeRO-3 sees them: each cut into a rank's share, and gathered into sub-groups.
+"""A model's parameters under ZeRO-3: each one partitioned over the ranks, and joined into sub-groups.
 
 Source: DeepSpeed 0.19.8, runtime/zero/partition_parameters.py and stage3.py (`_create_fp16_sub_groups`).
 """
@@ -15,21 +15,23 @@ from ..core.autograd import ModuleParams
 from ..core.storage import Storage
 
 ALIGNMENT_BYTES = 1024
-"""What the I/O library aligns lengths to, with one thread per request (swap_tensor/utils.py)."""
+"""Alignment of lengths in DeepSpeed's I/O library with one thread per request (swap_tensor/utils.py)."""
 
 
 @dataclass(slots=True, eq=False)
 class Shard:
-    """One parameter: its size, a rank's share of it, and the whole of it while it is gathered."""
+    """One parameter: its size, a rank's partition of it, and its full storage while it is gathered."""
 
     numel: int
-    share: int
+    partition_numel: int
+    """Elements of a rank's partition, padding included."""
     persistent: bool
-    """Stays whole once it has been gathered, but for the optimizer step."""
+    """Whether it stays gathered between modules: at most the persistence threshold; the optimizer step frees it."""
     on_nvme: bool
     full: Storage | None = None
+    """The gathered parameter; None if only the partition is in memory."""
     in_flight: list[Shard] | None = None
-    """What was gathered with it and has not been waited for."""
+    """The parameters of the gather that is in flight for it; None if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,40 +40,40 @@ class SubGroup:
 
     shards: tuple[Shard, ...]
     numel: int
-    """Elements of a rank's share."""
+    """Elements of the rank's partitions."""
     swapped: bool
-    """Whether master copy and moments lie on NVMe."""
+    """Whether master parameters and optimizer states are on NVMe."""
     on_host: bool
-    """Whether they lie on the host between steps."""
+    """Whether they are on the host between steps."""
 
 
 def ceil_div(count: int, parts: int) -> int:
-    """Size of each of so many equal parts, the last one padded."""
+    """Return ``count / parts`` rounded up: the size of each of ``parts`` equal parts, the last one padded."""
     return -(-count // parts)
 
 
-def partitioned(groups: Sequence[ParameterGroup], world_size: int) -> int:
-    """Elements per rank when every tensor is padded to a multiple of the ranks and cut."""
+def partitioned_numel(groups: Sequence[ParameterGroup], world_size: int) -> int:
+    """Return the elements per rank if every tensor is padded to a multiple of ``world_size`` and partitioned."""
     return sum(ceil_div(group.numel, world_size) * group.copies for group in groups)
 
 
 def align(numel: int, width: int) -> int:
-    """Elements of a buffer or file for so many, as the I/O library aligns them."""
+    """Return the aligned elements of the I/O library's buffer or file for ``numel`` elements of ``width`` bytes."""
     elements = ALIGNMENT_BYTES // width
     return ceil_div(numel, elements) * elements
 
 
 def make_shards(modules: Sequence[ModuleParams], zero: ZeroSpec, world_size: int, width: int) -> dict[int, list[Shard]]:
-    """The shards of each module's parameters, by the identity of the module."""
+    """Return the shards of each module's parameters, by the ``id`` of the module."""
     on_nvme = zero.offload_param.device == "nvme"
     result: dict[int, list[Shard]] = {}
     for weights in modules:
         result[id(weights)] = [
             Shard(
                 numel,
-                share := ceil_div(numel, world_size),
+                partition_numel := ceil_div(numel, world_size),
                 persistent=numel <= zero.persistence_threshold_elements,
-                on_nvme=on_nvme and share * width >= NVME_BLOCK_BYTES,
+                on_nvme=on_nvme and partition_numel * width >= NVME_BLOCK_BYTES,
             )
             for numel in weights.numels
         ]
@@ -79,7 +81,7 @@ def make_shards(modules: Sequence[ModuleParams], zero: ZeroSpec, world_size: int
 
 
 def make_sub_groups(shards: Sequence[Shard], zero: ZeroSpec, master_width: int) -> list[SubGroup]:
-    """Shards in order, a new group when one has reached the sub-group size."""
+    """Join shards in order into sub-groups; a new one begins when a group has reached the sub-group size."""
     groups: list[list[Shard]] = [[]]
     size = 0
     for shard in shards:
@@ -87,13 +89,13 @@ def make_sub_groups(shards: Sequence[Shard], zero: ZeroSpec, master_width: int) 
             groups.append([])
             size = 0
         groups[-1].append(shard)
-        size += shard.share
+        size += shard.partition_numel
     offload = zero.offload_optimizer
-    staying = int((1 - offload.ratio) * len(groups)) if offload.device == "cpu" else 0
+    on_device = int((1 - offload.ratio) * len(groups)) if offload.device == "cpu" else 0
     result = []
     for number, group in enumerate(groups):
-        numel = sum(shard.share for shard in group)
+        numel = sum(shard.partition_numel for shard in group)
         swapped = offload.device == "nvme" and numel * master_width >= NVME_BLOCK_BYTES
-        on_host = offload.device != "none" and not swapped and number >= staying
+        on_host = offload.device != "none" and not swapped and number >= on_device
         result.append(SubGroup(tuple(group), numel, swapped, on_host))
     return result

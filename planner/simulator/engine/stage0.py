@@ -1,4 +1,4 @@
-"""Twin of DeepSpeed's engine at ZeRO stage 0: every rank holds everything.
+"""Simulation of DeepSpeed's engine at ZeRO stage 0: every rank holds all parameters, gradients and states.
 
 Source: DeepSpeed 0.19.8, runtime/engine.py (`buffered_allreduce_fallback`) and
 runtime/fp16/unfused_optimizer.py, and traces of torch's allocator on CPU ranks.
@@ -21,14 +21,14 @@ from .base import (
     EngineConfig,
     SimulatedEngine,
 )
-from .stage1_2 import make_whole_model
+from .stage1_2 import make_full_model
 
 
 class Stage0Engine(SimulatedEngine):
-    """Stage 0: parameters, states and gradients whole; half precision keeps an fp32 master copy.
+    """Stage 0: parameters, gradients and optimizer states in full; half precision adds an fp32 master copy.
 
     Args:
-        memory, setting, network: as in `SimulatedEngine`.
+        memory, config, network: as in `SimulatedEngine`.
     """
 
     def __init__(self, memory: RankMemory, config: EngineConfig, network: SimulatedNetwork) -> None:
@@ -39,14 +39,14 @@ class Stage0Engine(SimulatedEngine):
         self.has_states = False
 
     def build(self) -> None:
-        """The model alone in fp32; beside a master copy in half precision."""
-        make_whole_model(self, self.elements)
+        """Build the model; in half precision also the master copy and the optimizer states."""
+        make_full_model(self, self.elements)
         self.keep(self.memory.device, PARAMETERS, self.elements * self.config.width)
         if self.half:
             self.memory.at("master parameters")
             self.keep(self.memory.device, MASTER_PARAMETERS, self.elements * self.config.master_width)
             self.memory.at("optimizer states")
-            # A step with gradients of nought makes the moments (unfused_optimizer.py).
+            # A step with gradients of zero creates the optimizer states (unfused_optimizer.py).
             self._make_states()
             both = self.config.master_width + self.config.width
             zeros = Storage(self.memory.device, STEP_GRADIENTS, self.elements * both)
@@ -57,13 +57,13 @@ class Stage0Engine(SimulatedEngine):
         self.update(max(self.numels), offloaded=False, one_by_one=True)
 
     def gradients(self, weights: ModuleParams, grads: list[Storage]) -> None:
-        """They stay whole until the step; those of later micro-batches are added."""
+        """Keep the full gradients until the step; those of later micro-batches are added to them."""
         if not weights.grads:
             weights.grads = list(grads)
         grads.clear()
 
     def finish(self) -> None:
-        """All are reduced in one flat copy, when the last micro-batch has added to them."""
+        """Reduce all gradients in one flat copy after the last micro-batch."""
         if not self.accumulates:
             self.memory.at("reduction")
             flat = Storage(self.memory.device, REDUCE_COPIES, self.elements * self.config.width)
@@ -71,7 +71,7 @@ class Stage0Engine(SimulatedEngine):
         super().finish()
 
     def step(self, *, first: bool = False) -> None:
-        """In half precision flat fp32 gradients are made; otherwise parameters are updated one by one."""
+        """Update the parameters one by one; in half precision from flat fp32 gradients."""
         self.memory.at("optimizer step")
         self.passes = 0
         config = self.config
@@ -84,16 +84,16 @@ class Stage0Engine(SimulatedEngine):
             weights.grads = []
 
     def save(self) -> None:
-        """Tensors on a device are copied to the host storage by storage."""
+        """Copy tensors on a device to the host, one storage after the other."""
         self.memory.at("checkpoint save")
         if not self.memory.on_cpu:
             self.memory.add_transient((self.memory.host, STAGING, max(self.numels) * self.config.master_width))
 
     def load(self) -> None:
-        """A rank reads the file whole, and copies it into what the engine has made."""
+        """Read the full file and copy it into the engine's tensors."""
         config = self.config
-        # Moments that stay on the host are those that were read. In half precision there are moments already, and
-        # the file has the parameters in both widths.
+        # States on the host are the storages that were read, so they count once. In half precision the engine has
+        # states already, and the file has the parameters in both dtypes.
         width = config.master_width + (0 if self.memory.on_cpu and not self.half else config.state_width)
         width += config.width if self.half else 0
         loaded = Storage(self.memory.host, LOADED, self.elements * width)

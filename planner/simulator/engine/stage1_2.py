@@ -1,4 +1,4 @@
-"""Twin of DeepSpeed's engine at ZeRO stages 1 and 2, with or without the optimizer on the host.
+"""Simulation of DeepSpeed's engine at ZeRO stages 1 and 2, with or without optimizer offload.
 
 Source: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py, function by function, and traces of torch's
 allocator on CPU ranks.
@@ -34,14 +34,19 @@ from .base import (
 from .partition import ceil_div
 
 START_ALIGNMENT = 2
-"""Flat buffers hold a multiple of twice the ranks (stage_1_and_2.py, ``nccl_start_alignment_factor``)."""
+"""The numel of flat buffers is a multiple of this times the world size (``nccl_start_alignment_factor``)."""
 
 
-def make_whole_model(twin: SimulatedEngine, elements: int) -> None:
-    """Build the model whole in fp32 on the host, cast it there, and move it to the device."""
-    memory, width = twin.memory, twin.config.width
+def make_full_model(engine: SimulatedEngine, elements: int) -> None:
+    """Build the full model in fp32 on the host, cast it there, and move it to the device.
+
+    Args:
+        engine: the engine whose model is built.
+        elements: elements of all parameters.
+    """
+    memory, width = engine.memory, engine.config.width
     memory.at("construction")
-    twin.keep(memory.device, BUFFERS, twin.network.buffer_bytes)
+    engine.keep(memory.device, BUFFERS, engine.network.buffer_bytes)
     made = Storage(memory.host, CONSTRUCTION_TENSORS, elements * FP32_BYTES)
     cast = made if width == FP32_BYTES else Storage(memory.host, CONSTRUCTION_TENSORS, elements * width)
     del made
@@ -50,55 +55,56 @@ def make_whole_model(twin: SimulatedEngine, elements: int) -> None:
 
 
 class Stage12Engine(SimulatedEngine):
-    """Stages 1 and 2: states are cut into shares of one flat buffer, at stage 2 gradients too.
+    """Stages 1 and 2: optimizer states are partitioned as one flat buffer; at stage 2 gradients too.
 
     Args:
-        memory, setting, network: as in `SimulatedEngine`.
+        memory, config, network: as in `SimulatedEngine`.
     """
 
     def __init__(self, memory: RankMemory, config: EngineConfig, network: SimulatedNetwork) -> None:
         super().__init__(memory, config, network)
         self.numels: list[int] = []
         self.first: dict[int, int] = {}
-        """Number of the first parameter of each module."""
+        """Index of the first parameter of each module, by the ``id`` of the module."""
         for weights in network.modules:
             self.first[id(weights)] = len(self.numels)
             self.numels += weights.numels
         unit = START_ALIGNMENT * config.world_size
         self.elements = sum(self.numels)
         self.flat = ceil_div(self.elements, unit) * unit
-        self.share = self.flat // config.world_size
-        self.cuts = config.zero.stage == 2
+        self.partition_numel = self.flat // config.world_size
+        self.partitions_gradients = config.zero.stage == 2
         self.home = memory.host if self.offloaded else memory.device
         self.bucket: Storage | None = None
         self.ends = list(accumulate(self.numels))
         self.in_bucket: list[int] = []
-        """Numbers of the parameters whose gradients wait to be reduced."""
+        """Indices of the parameters whose gradients are in the bucket."""
         self.part: Storage | None = None
-        """What a rank has of the gradients of the micro-batch that runs."""
-        self.averaged: Storage | None = None
+        """The rank's part of the current micro-batch's gradients."""
+        self.accumulated: Storage | None = None
+        """The rank's part of the gradients, accumulated over micro-batches."""
         self.waiting: dict[int, list[Storage]] = {}
-        """Whole gradients by module, at stage 1."""
+        """Full gradients by the ``id`` of their module, at stage 1."""
 
     def build(self) -> None:
-        """The flat copy is made beside the model; then the optimizer's share of it is widened."""
+        """Copy the model into a flat buffer; then copy the rank's partition of it to the master dtype."""
         memory, config = self.memory, self.config
-        make_whole_model(self, self.elements)
+        make_full_model(self, self.elements)
         memory.at("flat parameters")
-        # The parameters wait on the host while the flat buffer is made there.
+        # The parameters stay on the host while the flat buffer is created there.
         parts = Storage(memory.host, CONSTRUCTION_TENSORS, self.elements * config.width)
         flat = Storage(memory.host, PARAMETERS if memory.on_cpu else STAGING, self.flat * config.width)
         self.kept.append(flat if memory.on_cpu else Storage(memory.device, PARAMETERS, self.flat * config.width))
         del parts, flat
         memory.at("master parameters")
-        clone = Storage(memory.device, CONSTRUCTION_TENSORS, self.share * config.width)
-        self._keep_pinned(MASTER_PARAMETERS, self.share * config.master_width)
+        clone = Storage(memory.device, CONSTRUCTION_TENSORS, self.partition_numel * config.width)
+        self._keep_pinned(MASTER_PARAMETERS, self.partition_numel * config.master_width)
         del clone
         memory.at("optimizer states")
         if self.offloaded:
-            self._keep_pinned(STEP_GRADIENTS, self.share * config.master_width)
+            self._keep_pinned(STEP_GRADIENTS, self.partition_numel * config.master_width)
         else:
-            memory.add_transient((memory.device, STEP_GRADIENTS, self.share * config.master_width))
+            memory.add_transient((memory.device, STEP_GRADIENTS, self.partition_numel * config.master_width))
         if self.offloaded:
             self._make_offload_copies()
 
@@ -112,31 +118,31 @@ class Stage12Engine(SimulatedEngine):
             self.keep(self.home, what, size)
 
     def _make_offload_copies(self) -> None:
-        """Buffers through which gradients of the largest parameter and the share of parameters pass."""
+        """Allocate the transfer buffers: for the rank's partition, and for the gradient of the largest parameter."""
         memory, config = self.memory, self.config
         largest = max(self.numels)
-        self.kept.append(memory.pin(OFFLOAD_COPIES, self.share * config.width))
+        self.kept.append(memory.pin(OFFLOAD_COPIES, self.partition_numel * config.width))
         self.kept.append(memory.pin(OFFLOAD_COPIES, largest * config.width))
         self.keep(memory.device, OFFLOAD_COPIES, largest * config.width)
 
     # One training step.
 
     def gradients(self, weights: ModuleParams, grads: list[Storage]) -> None:
-        """Stage 2 reduces them bucket by bucket, stage 1 when backward is over."""
+        """Reduce gradients bucket by bucket at stage 2; at stage 1 keep them until backward has ended."""
         if self.bucket is None:
             size = self.config.zero.reduce_bucket_elements * self.config.width
-            # A second one is filled while the first is reduced on another stream.
+            # With overlap_comm one bucket is filled while another stream reduces the other one.
             double = self.config.zero.overlap_comm and not self.memory.on_cpu
             self.bucket = Storage(self.memory.device, BUCKET, size * (1 + double))
-        if not self.cuts:
-            # Those of a later micro-batch are added to the first ones.
+        if not self.partitions_gradients:
+            # Gradients of later micro-batches are added to the first ones.
             self.waiting.setdefault(id(weights), list(grads))
             grads.clear()
             return
         self._fill(weights, grads)
 
     def _fill(self, weights: ModuleParams, grads: list[Storage]) -> None:
-        """Copy gradients into the bucket, one by one, and reduce it when the next does not fit."""
+        """Copy gradients into the bucket one by one; reduce the bucket when the next gradient does not fit."""
         for offset, numel in enumerate(weights.numels):
             waiting = sum(self.numels[number] for number in self.in_bucket)
             if waiting + numel > self.config.zero.reduce_bucket_elements:
@@ -145,7 +151,7 @@ class Stage12Engine(SimulatedEngine):
             grads.pop(0)
 
     def _reduce(self) -> None:
-        """The bucket's sum over ranks; a rank's own part is copied from it."""
+        """Reduce the bucket over ranks and copy the rank's own part out of it."""
         memory, config = self.memory, self.config
         if self.offloaded:
             # Each gradient is squared in fp64 on its way to the host.
@@ -157,13 +163,13 @@ class Stage12Engine(SimulatedEngine):
             self.part = Storage(memory.device, SHARED_GRADIENTS, self.overlapping * config.width)
 
     def owners(self, number: int) -> range:
-        """The ranks that a parameter's elements belong to."""
+        """Return the ranks whose partitions contain elements of a parameter."""
         end = self.ends[number]
-        return range((end - self.numels[number]) // self.share, (end - 1) // self.share + 1)
+        return range((end - self.numels[number]) // self.partition_numel, (end - 1) // self.partition_numel + 1)
 
     @property
     def overlapping(self) -> int:
-        """Elements of all parameters of which a part belongs to the rank, or to the rank with the most."""
+        """Elements of all parameters that overlap the rank's partition; the maximum over ranks if the rank is None."""
         held = [0] * self.config.world_size
         for number, numel in enumerate(self.numels):
             for rank in self.owners(number):
@@ -171,11 +177,14 @@ class Stage12Engine(SimulatedEngine):
         return max(held) if self.config.rank is None else held[self.config.rank]
 
     def finish(self) -> None:
-        """Stage 2 adds its part to that of earlier micro-batches; stage 1 reduces when all are there."""
-        if self.cuts or not self.accumulates:
+        """Reduce what is left, and add the rank's part to that of earlier micro-batches.
+
+        Stage 1 does so only after the last micro-batch.
+        """
+        if self.partitions_gradients or not self.accumulates:
             self.memory.at("reduction")
             if self.waiting and self.config.rank is None and self.part is None:
-                # The first rank's part is made when all gradients are whole.
+                # The first rank's part is allocated while all gradients are still held in full.
                 self.in_bucket.append(0)
                 self._reduce()
             for weights in self.network.modules:
@@ -187,57 +196,57 @@ class Stage12Engine(SimulatedEngine):
         super().finish()
 
     def _add_part(self) -> None:
-        if self.averaged is None and self.config.accumulation_width == self.config.width:
-            self.averaged = self.part
-        elif self.averaged is None and self.part is not None:
+        if self.accumulated is None and self.config.accumulation_width == self.config.width:
+            self.accumulated = self.part
+        elif self.accumulated is None and self.part is not None:
             size = self.part.size // self.config.width * self.config.accumulation_width
-            self.averaged = Storage(self.memory.device, SHARED_GRADIENTS, size)
+            self.accumulated = Storage(self.memory.device, SHARED_GRADIENTS, size)
         self.part = None
 
     # The optimizer step, and checkpoints.
 
     def step(self, *, first: bool = False) -> None:
-        """The share of the flat buffer is updated at once."""
+        """Update the rank's partition of the flat buffer at once."""
         self.memory.at("optimizer step")
         self.passes = 0
         config = self.config
         if self.offloaded:
             if first and config.training.gradient_accumulation_steps > 1:
-                # Made by the first backward pass: where the host adds micro-batches up.
+                # The first backward pass creates the host buffer that accumulates micro-batches.
                 self._keep_pinned(SHARED_GRADIENTS, self.overlapping * config.width)
-            self.update(self.share, offloaded=True)
+            self.update(self.partition_numel, offloaded=True)
             self._gather_parameters()
             return
-        joined = Storage(self.memory.device, STEP_GRADIENTS, self.share * config.accumulation_width)
+        joined = Storage(self.memory.device, STEP_GRADIENTS, self.partition_numel * config.accumulation_width)
         grads = joined
         if config.accumulation_width != config.master_width:
-            grads = Storage(self.memory.device, STEP_GRADIENTS, self.share * config.master_width)
+            grads = Storage(self.memory.device, STEP_GRADIENTS, self.partition_numel * config.master_width)
         del joined
-        self.averaged = None
-        self.update(self.share, offloaded=False)
+        self.accumulated = None
+        self.update(self.partition_numel, offloaded=False)
         del grads
         self._gather_parameters()
 
     def _gather_parameters(self) -> None:
-        """Ranks exchange what each has updated, in place; gloo in a tensor of its own."""
+        """All-gather the updated partitions in place; gloo gathers into its own tensor."""
         if self.memory.uses_gloo:
             self.memory.add_transient((self.memory.device, BACKEND_COPIES, self.flat * self.config.width))
 
     def save(self) -> None:
-        """Tensors on a device are copied to the host storage by storage."""
+        """Copy tensors on a device to the host, one storage after the other."""
         self.memory.at("checkpoint save")
         if not self.memory.on_cpu and not self.offloaded:
-            self.memory.add_transient((self.memory.host, STAGING, self.share * FP32_BYTES))
+            self.memory.add_transient((self.memory.host, STAGING, self.partition_numel * FP32_BYTES))
 
     def load(self) -> None:
-        """A rank reads its own file whole, and copies it into what the engine has made."""
+        """Read the rank's full file and copy it into the engine's tensors."""
         self.memory.at("resume")
         config = self.config
-        # Moments that stay on the host are those that were read.
+        # States on the host are the storages that were read, so they count once.
         width = config.master_width + (0 if self.home is self.memory.host else config.state_width)
-        loaded = Storage(self.memory.host, LOADED, self.share * width)
-        self.keep(self.home, OPTIMIZER_STATES, self.share * config.state_width)
+        loaded = Storage(self.memory.host, LOADED, self.partition_numel * width)
+        self.keep(self.home, OPTIMIZER_STATES, self.partition_numel * config.state_width)
         if config.rank in (None, config.world_size - 1) and self.flat > self.elements:
-            # The last rank's share was saved without its padding, and is copied to be padded.
-            self.memory.add_transient((self.memory.host, LOADED, self.share * config.master_width))
+            # The last rank's partition was saved without padding and is copied to add it.
+            self.memory.add_transient((self.memory.host, LOADED, self.partition_numel * config.master_width))
         del loaded

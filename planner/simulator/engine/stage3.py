@@ -1,7 +1,7 @@
-"""Twin of DeepSpeed's engine at ZeRO stage 3: what it holds on which tier, and the copies it makes.
+"""Simulation of DeepSpeed's engine at ZeRO stage 3: what it holds on which tier, and the copies it makes.
 
-Source: DeepSpeed 0.19.8, runtime/zero/stage3.py, function by function; swapping to NVMe in
-runtime/swap_tensor/. Seen in traces of torch's allocator on CPU ranks; what only a GPU does is read.
+Source: DeepSpeed 0.19.8, runtime/zero/stage3.py, function by function; swapping to NVMe in runtime/swap_tensor/.
+Checked against traces of torch's allocator on CPU ranks; what only a GPU rank does comes from reading the code.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from .coordinator import ParameterCoordinator
 from .partition import ALIGNMENT_BYTES, Shard, SubGroup, align, make_shards, make_sub_groups
 
 NORM_ELEMENTS = 250_000_000
-"""Gradients are squared so many elements at a time (stage3.py:1960)."""
+"""Maximum number of gradient elements that are squared at a time (stage3.py:1960)."""
 
 
 class Stage3Engine(SimulatedEngine):
     """Stage 3, with or without offload.
 
     Args:
-        memory, setting, network: as in `SimulatedEngine`.
-        order: as in `ParameterCoordinator`, by number of the parameter.
+        memory, config, network: as in `SimulatedEngine`.
+        order: as in `ParameterCoordinator`, with the index of each parameter.
     """
 
     def __init__(
@@ -65,20 +65,22 @@ class Stage3Engine(SimulatedEngine):
         calls = [[self.shards[number] for number in call] for call in order]
         self.coordinator = ParameterCoordinator(memory, zero, world_size, self.width, calls)
         self.largest_group = max(group.numel for group in self.groups)
-        self.elements = sum(shard.share for shard in self.shards)
+        self.elements = sum(shard.partition_numel for shard in self.shards)
         self.param_home = memory.host if zero.offload_param.device != "none" else memory.device
         self.state_home = memory.host if self.offloaded else memory.device
         self.group_of = {id(shard): group for group in self.groups for shard in group.shards}
         self.in_bucket: list[tuple[Shard, Storage | None]] = []
         self.bucket_elements = 0
         self.unswapped: list[Storage] = []
+        """Gradients of swapped sub-groups that are too small for files on NVMe."""
         self.parts: list[Storage] = []
+        """Partitions that `zero.Init` made, until they move into the flat buffer."""
         self.has_states = False
 
     # Building.
 
     def build(self) -> None:
-        """`zero.Init` makes and cuts one module after the other; then the engine takes the shares over."""
+        """Build and partition one module after the other, as `zero.Init` does; then build the engine."""
         self.keep(self.memory.device, BUFFERS, self.network.buffer_bytes)
         if self.zero.offload_param.device == "nvme":
             self._lock_param_buffers()
@@ -101,51 +103,51 @@ class Stage3Engine(SimulatedEngine):
         self.kept.append(storage)
 
     def _construct(self) -> None:
-        """Tensors are made in fp32 and cast; a module's are cut when it is complete.
+        """Create tensors in fp32 and cast them; partition a module's tensors when the module is complete.
 
-        Of the modules only the one at whose making the device holds the most is replayed.
+        Only the module whose construction has the highest device memory is simulated.
         """
         self.memory.at("construction")
-        shares = [self._shares(weights) for weights in self.network.construction]
+        partitions = [self._partitions(weights) for weights in self.network.construction]
         device = self.memory.device
         held, worst, number = 0, -1, 0
-        for index, (weights, own) in enumerate(zip(self.network.construction, shares, strict=True)):
-            if held + self._making(weights) > worst:
-                worst, number = held + self._making(weights), index
+        for index, (weights, own) in enumerate(zip(self.network.construction, partitions, strict=True)):
+            if held + self._construction_bytes(weights) > worst:
+                worst, number = held + self._construction_bytes(weights), index
             held += sum(size for home, size in own if home is device)
-        for index, part in enumerate((shares[:number], shares[number:])):
+        for index, part in enumerate((partitions[:number], partitions[number:])):
             for home in {id(home): home for own in part for home, _ in own}.values():
                 size = sum(size for own in part for where, size in own if where is home)
                 (self.kept if home is self.memory.nvme else self.parts).append(Storage(home, PARAMETERS, size))
             if index == 0:
                 self.memory.add_transient(
-                    (device, CONSTRUCTION_TENSORS, self._making(self.network.construction[number]))
+                    (device, CONSTRUCTION_TENSORS, self._construction_bytes(self.network.construction[number]))
                 )
 
-    def _shares(self, weights: ModuleParams) -> list[tuple[MemoryTracker, int]]:
-        """Where a rank's shares of a module's parameters lie, and their bytes."""
+    def _partitions(self, weights: ModuleParams) -> list[tuple[MemoryTracker, int]]:
+        """Return the memory and the bytes of the rank's partition of each parameter of a module."""
         result = []
         for shard in self.by_module[id(weights)]:
             if shard.on_nvme:
-                result.append((self.memory.nvme, align(shard.share, self.width) * self.width))
+                result.append((self.memory.nvme, align(shard.partition_numel, self.width) * self.width))
             else:
                 home = self.memory.device if shard.persistent else self.param_home
-                result.append((home, shard.share * self.width))
+                result.append((home, shard.partition_numel * self.width))
         return result
 
-    def _making(self, weights: ModuleParams) -> int:
-        """The most bytes of a module's tensors while it is made: the last one in fp32 beside all of its dtype."""
-        made = most = 0
+    def _construction_bytes(self, weights: ModuleParams) -> int:
+        """Return a module's peak bytes during construction: its tensors in the model's dtype, one also in fp32."""
+        made = peak = 0
         for numel in weights.numels:
             made += numel * self.width
-            most = max(most, made + (numel * FP32_BYTES if self.width != FP32_BYTES else 0))
-        return most
+            peak = max(peak, made + (numel * FP32_BYTES if self.width != FP32_BYTES else 0))
+        return peak
 
     def _flatten(self) -> None:
-        """Shares move into one buffer: through the host, or on it to stay."""
+        """Move the partitions into one flat buffer, through the host or on the host."""
         self.memory.at("flat parameters")
         memory, zero = self.memory, self.zero
-        inside = sum(shard.share for shard in self.shards if not shard.on_nvme) * self.width
+        inside = sum(shard.partition_numel for shard in self.shards if not shard.on_nvme) * self.width
         if zero.offload_param.device == "none":
             staged = Storage(memory.host, PARAMETERS if memory.on_cpu else STAGING, inside)
             self.parts.clear()
@@ -154,12 +156,12 @@ class Stage3Engine(SimulatedEngine):
             pinned = zero.offload_param.pin_memory and not memory.on_cpu
             self.kept.append(memory.pin(PARAMETERS, inside))
             if pinned:
-                # torch's pinned allocator keeps the blocks of the first copies.
-                sizes = [next_power_of_two(shard.share * self.width) for shard in self.shards]
+                # torch's pinned allocator caches the blocks of the first copies.
+                sizes = [next_power_of_two(shard.partition_numel * self.width) for shard in self.shards]
                 self.kept.append(Storage(memory.pinned, FIRST_COPIES, sum(sizes)))
             self.parts.clear()
         elif any(shard.on_nvme for shard in self.shards):
-            # The largest sub-group's whole tensors, not a rank's shares of them (stage3.py:1009).
+            # The full tensors of the largest sub-group, not only the rank's partitions of them (stage3.py:1009).
             largest = max(self.groups, key=lambda group: group.numel)
             aligned = sum(align(shard.numel, self.width) for shard in largest.shards)
             self.kept.append(memory.lock(SUB_GROUP_BUFFER, aligned * self.width))
@@ -179,7 +181,7 @@ class Stage3Engine(SimulatedEngine):
                     self.memory.add_transient((self.state_home, STAGING, group.numel * width))
                 self.keep(self.memory.nvme, MASTER_PARAMETERS, align(group.numel, width) * width)
                 continue
-            # The cast is cloned before it is dropped.
+            # The cast is cloned before it is freed.
             cast = Storage(home, CONSTRUCTION_TENSORS, group.numel * width) if width != self.width else None
             self.keep(home, MASTER_PARAMETERS, group.numel * width)
             del cast
@@ -188,7 +190,7 @@ class Stage3Engine(SimulatedEngine):
         return self.memory.host if group.on_host or group.swapped else self.memory.device
 
     def _make_step_gradients(self) -> None:
-        """Offloaded sub-groups keep a gradient of the master's width; others pass through one buffer."""
+        """Allocate the gradients of offloaded sub-groups in the master dtype; the others share one transient buffer."""
         self.memory.at("optimizer states")
         width = self.config.master_width
         shared = Storage(self.state_home, STEP_GRADIENTS, self.largest_group * width)
@@ -203,7 +205,7 @@ class Stage3Engine(SimulatedEngine):
         del shared
 
     def _keep_on_host_pinned(self, what: str, size: int) -> None:
-        """For the engine's life: on the device, or on the host, where pinning is a copy."""
+        """Allocate for the engine's lifetime: on the device or, with offload, on the host, where pinning copies."""
         if not self.offloaded:
             self.keep(self.memory.device, what, size)
         elif self.zero.offload_optimizer.pin_memory and not self.memory.on_cpu:
@@ -214,9 +216,9 @@ class Stage3Engine(SimulatedEngine):
             self.keep(self.memory.host, what, size)
 
     def _gather_each(self) -> None:
-        """Hooks for gradients are set while each parameter is whole, one after the other (stage3.py:1501).
+        """Gather one parameter after the other to set its gradient hook (stage3.py:1501).
 
-        What gloo still holds of the last one then is left out: init has never a rank's highest peak.
+        The buffer that gloo still holds of the last one is left out, because init is never a rank's highest peak.
         """
         self.memory.at("gradient hooks")
         largest = max(self.shards, key=lambda shard: shard.numel)
@@ -227,7 +229,7 @@ class Stage3Engine(SimulatedEngine):
     # One training step.
 
     def begin_step(self) -> None:
-        """Persistent parameters are whole; nothing else is."""
+        """Gather the persistent parameters for the next training step."""
         self.coordinator.begin()
         self.coordinator.gather([shard for shard in self.persistent if shard.full is None])
         for shard in self.persistent:
@@ -238,11 +240,11 @@ class Stage3Engine(SimulatedEngine):
         self.coordinator.fetch(self.by_module[id(weights)])
 
     def release(self, weights: ModuleParams, *, backward: bool) -> None:
-        """Drop them again."""
+        """Free a module's gathered parameters."""
         self.coordinator.release(self.by_module[id(weights)])
 
     def gradients(self, weights: ModuleParams, grads: list[Storage]) -> None:
-        """Each whole gradient waits in the bucket, which is reduced when the next one does not fit."""
+        """Put each full gradient into the bucket; reduce the bucket when the next gradient does not fit."""
         self.coordinator.settle()
         for shard in self.by_module[id(weights)]:
             if self.bucket_elements + shard.numel > self.zero.reduce_bucket_elements and self.in_bucket:
@@ -255,7 +257,7 @@ class Stage3Engine(SimulatedEngine):
             del grad
 
     def finish(self) -> None:
-        """What is left in the bucket is reduced."""
+        """Reduce what is left in the bucket."""
         if self.in_bucket:
             self._reduce()
         self.coordinator.settle()
@@ -264,10 +266,10 @@ class Stage3Engine(SimulatedEngine):
     def _reduce(self) -> None:
         memory, width = self.memory, self.width
         shards = [shard for shard, _ in self.in_bucket]
-        padded = sum(shard.share for shard in shards) * self.world_size
+        padded = sum(shard.partition_numel for shard in shards) * self.world_size
         single = len(shards) == 1 and shards[0].numel % self.world_size == 0
         flat = None if single else Storage(memory.device, REDUCE_COPIES, padded * width)
-        # gloo reduces a copy, and lets go of it some time before the shares have been taken over.
+        # gloo reduces a copy and frees it at some time before the partitions have been copied.
         copy = Storage(memory.device, BACKEND_COPIES, padded * width) if memory.uses_gloo else None
         accumulated = self.config.accumulation_width
         cast = None
@@ -275,24 +277,24 @@ class Stage3Engine(SimulatedEngine):
             cast = Storage(memory.device, REDUCE_COPIES, padded // self.world_size * accumulated)
         copies: list[Storage] = []
         for shard in shards:
-            self._take_over(shard, copies)
+            self._copy_out(shard, copies)
         self.in_bucket.clear()
         self.bucket_elements = 0
         del flat, cast, copies, copy
 
-    def _take_over(self, shard: Shard, copies: list[Storage]) -> None:
-        """A rank's share of a reduced gradient goes to where gradients are accumulated, and to the optimizer."""
+    def _copy_out(self, shard: Shard, copies: list[Storage]) -> None:
+        """Copy the rank's partition of a reduced gradient to the accumulated gradients and to the optimizer."""
         if not self.offloaded:
             return
         memory, group = self.memory, self.group_of[id(shard)]
-        size = shard.share * self.config.accumulation_width
+        size = shard.partition_numel * self.config.accumulation_width
         on_device = None if memory.on_cpu else Storage(memory.device, REDUCE_COPIES, size)
-        memory.add_transient((memory.device, NORM, min(shard.share, NORM_ELEMENTS) * NORM_BYTES))
+        memory.add_transient((memory.device, NORM, min(shard.partition_numel, NORM_ELEMENTS) * NORM_BYTES))
         widened = self.config.master_width != self.config.accumulation_width
-        size = shard.share * self.config.master_width
+        size = shard.partition_numel * self.config.master_width
         if group.swapped:
             part = Storage(memory.device, STEP_GRADIENTS, size) if widened or not memory.on_cpu else None
-            if part is not None and shard.share * FP32_BYTES < NVME_BLOCK_BYTES:
+            if part is not None and shard.partition_numel * FP32_BYTES < NVME_BLOCK_BYTES:
                 self.unswapped.append(part)
             elif part is not None:
                 copies.append(part)
@@ -303,7 +305,7 @@ class Stage3Engine(SimulatedEngine):
     # The optimizer step, and checkpoints.
 
     def step(self, *, first: bool = False) -> None:
-        """Sub-groups are updated one after the other; persistent parameters are cut and gathered anew."""
+        """Update one sub-group after the other; partition persistent parameters and gather them again."""
         self.memory.at("optimizer step")
         self.passes = 0
         for shard in self.shards:
@@ -311,15 +313,15 @@ class Stage3Engine(SimulatedEngine):
                 self.coordinator.drop(shard)
         self.coordinator.settle()
         if not self.offloaded:
-            largest = max(shard.share for shard in self.shards)
+            largest = max(shard.partition_numel for shard in self.shards)
             self.memory.add_transient((self.memory.device, NORM, largest * NORM_BYTES))
         if self.config.training.precision == "fp16":
-            # Each is asked whether it is finite (stage3.py:3012).
+            # Each gradient is checked for overflow (stage3.py:3012).
             self.memory.add_transient((self.state_home, NORM, self.elements))
         for group in self.groups:
             self._update_group(group)
             if first and group.swapped:
-                # Moments are made in ordinary memory by the first update, then written out.
+                # The first update creates the states in pageable memory, then writes them to NVMe.
                 self.memory.add_transient((self.memory.host, OPTIMIZER_STATES, group.numel * self.config.state_width))
         self.unswapped.clear()
         self.begin_step()
@@ -336,10 +338,12 @@ class Stage3Engine(SimulatedEngine):
                 self.keep(self._home(group), OPTIMIZER_STATES, group.numel * width)
 
     def _swapped_gradients(self, group: SubGroup) -> int:
-        """Elements of a sub-group's gradients that are large enough for files."""
+        """Return the elements of a sub-group's gradients that are large enough for files on NVMe."""
         elements = ALIGNMENT_BYTES // FP32_BYTES
         return sum(
-            shard.share // elements * elements for shard in group.shards if shard.share * FP32_BYTES >= NVME_BLOCK_BYTES
+            shard.partition_numel // elements * elements
+            for shard in group.shards
+            if shard.partition_numel * FP32_BYTES >= NVME_BLOCK_BYTES
         )
 
     def _update_group(self, group: SubGroup) -> None:
@@ -349,14 +353,14 @@ class Stage3Engine(SimulatedEngine):
             self.update(group.numel, offloaded=False)
             del grads
         elif not group.swapped:
-            # On CPU ranks the part that would stay on the device is the host's optimizer's too.
+            # On CPU ranks the CPU optimizer also updates the sub-groups that stay on the device.
             self.update(group.numel, offloaded=group.on_host or memory.on_cpu)
         if self.offloaded and not memory.on_cpu and self.zero.offload_param.device == "none":
-            # A copy in the parameters' dtype is made on the host before it goes to the device.
+            # The host casts the result to the parameters' dtype before it is copied to the device.
             memory.add_transient((memory.host, STAGING, group.numel * training.width))
 
     def _flat_gradients(self, group: SubGroup) -> Storage | None:
-        """A sub-group's gradients joined, and widened to the master's dtype."""
+        """Return a sub-group's gradients joined and cast to the master dtype."""
         width, wide = self.config.accumulation_width, self.config.master_width
         joined = None
         if len(group.shards) > 1:
@@ -368,21 +372,21 @@ class Stage3Engine(SimulatedEngine):
         return widened
 
     def save(self) -> None:
-        """Tensors on a device are copied to the host storage by storage; on the host they are written as they are."""
+        """Copy device tensors to the host, one storage after the other; host tensors are written without a copy."""
         self.memory.at("checkpoint save")
         if not self.memory.on_cpu and not self.offloaded:
             self.memory.add_transient((self.memory.host, STAGING, self.largest_group * FP32_BYTES))
 
     def load(self) -> None:
-        """A rank reads its own file whole, and copies it into what the engine has made."""
+        """Read the rank's full file and copy it into the engine's tensors."""
         self.memory.at("resume")
         loaded: list[Storage] = []
         config = self.config
         for group in self.groups:
             if not group.swapped:
-                # Moments that stay on the host are those that were read.
-                stay = self._home(group) is self.memory.host
-                width = config.master_width + (0 if stay else config.state_width)
+                # States on the host are the storages that were read, so they count once.
+                reused = self._home(group) is self.memory.host
+                width = config.master_width + (0 if reused else config.state_width)
                 loaded.append(Storage(self.memory.host, LOADED, group.numel * width))
         if not self.has_states:
             self._make_states()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from translution.planner.common.errors import DoesNotFitError, InputError
 from translution.planner.common.machine import usable_cores
 from translution.planner.common.units import format_bytes, format_count, format_flops
-from translution.planner.config.loading import load_model_spec
+from translution.planner.config.loading import load_model
 from translution.planner.config.model import override
 from translution.planner.config.presets import preset
 from translution.planner.config.training import TrainingSpec
@@ -27,12 +27,12 @@ from translution.planner.plans.build import make_plan
 from translution.planner.plans.defaults import choose_tile, choose_zero
 from translution.planner.plans.folder import write_plan_folder
 from translution.planner.plans.plan import Plan, load_plan
-from translution.planner.simulator.engine.partition import partitioned
+from translution.planner.simulator.engine.partition import partitioned_numel
 
 
 @pytest.fixture
 def plan(root: Path) -> Plan:
-    spec = load_model_spec(str(root / "examples" / "digits.yaml"))
+    spec = load_model(str(root / "examples" / "digits.yaml"))
     return make_plan(spec, load_cluster("cpu:1"), TrainingSpec())
 
 
@@ -41,7 +41,7 @@ def gpus(ranks: int, gibibytes: int = 80) -> ClusterSpec:
 
 
 def test_a_tensor_is_padded_to_a_multiple_of_the_ranks() -> None:
-    assert partitioned([ParameterGroup("norms", (5,), 3), ParameterGroup("head", (4, 2))], 4) == 3 * 2 + 2
+    assert partitioned_numel([ParameterGroup("norms", (5,), 3), ParameterGroup("head", (4, 2))], 4) == 3 * 2 + 2
 
 
 def test_model_states_of_vit_base_by_hand() -> None:
@@ -51,7 +51,7 @@ def test_model_states_of_vit_base_by_hand() -> None:
     tile = choose_tile(spec, 8)
     zero = choose_zero(spec, tile, 3, 8)
     estimate = estimate_memory(spec, gpus(8), training, zero, tile)
-    share = partitioned(parameter_groups(spec, tile), 8)
+    share = partitioned_numel(parameter_groups(spec, tile), 8)
     assert share == pytest.approx(15_608_200_168 / 8, rel=1e-5)
     assert [estimate.of(name) for name in ("parameters", "gradients", "master parameters", "optimizer states")] == [
         2 * share,
@@ -246,7 +246,7 @@ def test_data_must_suit_the_model() -> None:
 
 
 def test_a_step_larger_than_the_data_is_named(root: Path) -> None:
-    spec = load_model_spec(str(root / "examples" / "digits.yaml"))
+    spec = load_model(str(root / "examples" / "digits.yaml"))
     with pytest.raises(InputError, match=r"global batch: 2000 .* must be at most 1433"):
         make_plan(spec, load_cluster("cpu:1"), TrainingSpec(micro_batch=2000))
 
