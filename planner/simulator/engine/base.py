@@ -93,7 +93,7 @@ class SimulatedEngine(ParameterHooks):
 
     def __init__(self, memory: RankMemory, config: EngineConfig, network: SimulatedNetwork) -> None:
         self.memory, self.config, self.network = memory, config, network
-        self.kept: list[Storage] = []
+        self.resident: list[Storage] = []
         """Storages that live as long as the engine."""
         self.passes = 0
         """Backward passes since the last optimizer step."""
@@ -103,7 +103,7 @@ class SimulatedEngine(ParameterHooks):
         if not size:
             return None
         storage = Storage(memory, what, size)
-        self.kept.append(storage)
+        self.resident.append(storage)
         return storage
 
     @property

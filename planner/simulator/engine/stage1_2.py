@@ -94,7 +94,7 @@ class Stage12Engine(SimulatedEngine):
         # The parameters stay on the host while the flat buffer is created there.
         parts = Storage(memory.host, CONSTRUCTION_TENSORS, self.elements * config.width)
         flat = Storage(memory.host, PARAMETERS if memory.on_cpu else STAGING, self.flat * config.width)
-        self.kept.append(flat if memory.on_cpu else Storage(memory.device, PARAMETERS, self.flat * config.width))
+        self.resident.append(flat if memory.on_cpu else Storage(memory.device, PARAMETERS, self.flat * config.width))
         del parts, flat
         memory.at("master parameters")
         clone = Storage(memory.device, CONSTRUCTION_TENSORS, self.partition_numel * config.width)
@@ -112,7 +112,7 @@ class Stage12Engine(SimulatedEngine):
         pinned = self.offloaded and self.config.zero.offload_optimizer.pin_memory and not self.memory.on_cpu
         if pinned:
             plain = Storage(self.memory.host, STAGING, size)
-            self.kept.append(self.memory.pin(what, size))
+            self.resident.append(self.memory.pin(what, size))
             del plain
         else:
             self.keep(self.home, what, size)
@@ -121,8 +121,8 @@ class Stage12Engine(SimulatedEngine):
         """Allocate the transfer buffers: for the rank's partition, and for the gradient of the largest parameter."""
         memory, config = self.memory, self.config
         largest = max(self.numels)
-        self.kept.append(memory.pin(OFFLOAD_COPIES, self.partition_numel * config.width))
-        self.kept.append(memory.pin(OFFLOAD_COPIES, largest * config.width))
+        self.resident.append(memory.pin(OFFLOAD_COPIES, self.partition_numel * config.width))
+        self.resident.append(memory.pin(OFFLOAD_COPIES, largest * config.width))
         self.keep(memory.device, OFFLOAD_COPIES, largest * config.width)
 
     # One training step.

@@ -100,7 +100,7 @@ class Stage3Engine(SimulatedEngine):
         param = self.zero.offload_param
         size = param.buffer_count * align(param.buffer_elements, self.width) * self.width
         storage = self.memory.lock(PARAM_SWAP_BUFFERS, size)
-        self.kept.append(storage)
+        self.resident.append(storage)
 
     def _construct(self) -> None:
         """Create tensors in fp32 and cast them; partition a module's tensors when the module is complete.
@@ -118,7 +118,7 @@ class Stage3Engine(SimulatedEngine):
         for index, part in enumerate((partitions[:number], partitions[number:])):
             for home in {id(home): home for own in part for home, _ in own}.values():
                 size = sum(size for own in part for where, size in own if where is home)
-                (self.kept if home is self.memory.nvme else self.parts).append(Storage(home, PARAMETERS, size))
+                (self.resident if home is self.memory.nvme else self.parts).append(Storage(home, PARAMETERS, size))
             if index == 0:
                 self.memory.add_transient(
                     (device, CONSTRUCTION_TENSORS, self._construction_bytes(self.network.construction[number]))
@@ -151,27 +151,27 @@ class Stage3Engine(SimulatedEngine):
         if zero.offload_param.device == "none":
             staged = Storage(memory.host, PARAMETERS if memory.on_cpu else STAGING, inside)
             self.parts.clear()
-            self.kept.append(staged if memory.on_cpu else Storage(memory.device, PARAMETERS, inside))
+            self.resident.append(staged if memory.on_cpu else Storage(memory.device, PARAMETERS, inside))
         elif zero.offload_param.device == "cpu":
             pinned = zero.offload_param.pin_memory and not memory.on_cpu
-            self.kept.append(memory.pin(PARAMETERS, inside))
+            self.resident.append(memory.pin(PARAMETERS, inside))
             if pinned:
                 # torch's pinned allocator caches the blocks of the first copies.
                 sizes = [next_power_of_two(shard.partition_numel * self.width) for shard in self.shards]
-                self.kept.append(Storage(memory.pinned, FIRST_COPIES, sum(sizes)))
+                self.resident.append(Storage(memory.pinned, FIRST_COPIES, sum(sizes)))
             self.parts.clear()
         elif any(shard.on_nvme for shard in self.shards):
             # The full tensors of the largest sub-group, not only the rank's partitions of them (stage3.py:1009).
             largest = max(self.groups, key=lambda group: group.numel)
             aligned = sum(align(shard.numel, self.width) for shard in largest.shards)
-            self.kept.append(memory.lock(SUB_GROUP_BUFFER, aligned * self.width))
+            self.resident.append(memory.lock(SUB_GROUP_BUFFER, aligned * self.width))
 
     def _make_master(self) -> None:
         self.memory.at("master parameters")
         width = self.config.master_width
         if any(group.swapped for group in self.groups):
             count = self.zero.offload_optimizer.buffer_count
-            self.kept.append(
+            self.resident.append(
                 self.memory.lock(OPTIMIZER_SWAP_BUFFERS, count * align(self.largest_group, FP32_BYTES) * FP32_BYTES)
             )
         for group in self.groups:
@@ -210,7 +210,7 @@ class Stage3Engine(SimulatedEngine):
             self.keep(self.memory.device, what, size)
         elif self.zero.offload_optimizer.pin_memory and not self.memory.on_cpu:
             plain = Storage(self.memory.host, STAGING, size)
-            self.kept.append(self.memory.pin(what, size))
+            self.resident.append(self.memory.pin(what, size))
             del plain
         else:
             self.keep(self.memory.host, what, size)

@@ -1,1 +1,1 @@
-"""What the networks allocate in forward and backward, module by module."""
+"""Simulation of the networks: what each module allocates in forward and backward."""

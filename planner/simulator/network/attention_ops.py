@@ -1,6 +1,6 @@
-"""Twins of attention's own operations: the fused kernel, rotary embedding, a matrix per position.
+"""Simulation of attention's operations: the fused kernel, rotary embedding, a matrix per position.
 
-Source: torch 2.13, its allocator's events; models/attention.py, models/rotary.py.
+Source: events of torch 2.13's allocator; models/layers/attention.py, models/ops/rotary.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from .ops import GRADIENTS, TEMPORARY, DtypeSizes, cast, cast_parameters, weight
 
 
 def flash_block_bytes(tokens: int, head_dim: int, sizes: DtypeSizes) -> int:
-    """Scratch of fused attention on a CPU: per thread a block of scores, two rows and an output block.
+    """Return the scratch bytes of fused attention on a CPU: per thread a block of scores, two rows, an output block.
 
     Source: torch 2.13, aten/src/ATen/native/cpu/FlashAttentionKernel.cpp.
     """
@@ -24,7 +24,7 @@ def flash_block_bytes(tokens: int, head_dim: int, sizes: DtypeSizes) -> int:
 
 
 def rotate(tape: Tape, x: Tensor, numel: int, sizes: DtypeSizes) -> Tensor:
-    """Queries or keys turned by rotary embedding, whose angles are as wide as parameters; nothing is kept."""
+    """Rotate queries or keys by rotary embedding, in the parameter dtype; nothing is saved for backward."""
     size, wide = numel * sizes.value, numel * sizes.parameter
     halves, joined = tape.new(wide, TEMPORARY), tape.new(wide)
     out = tape.new(size) if sizes.casts else joined
@@ -47,13 +47,13 @@ def positions(
     sizes: DtypeSizes,
     given: DtypeSizes,
 ) -> Tensor:
-    """Every token times its position's matrix, tile by tile, joined into one tensor; keeps its input.
+    """Multiply every token by the matrix of its position, tile by tile, and join the results; saves its input.
 
     Args:
-        tape, x, d_in, d_out, w: as in `linear`.
-        batch: samples.
-        tiles: positions and parameters of each tile.
-        given: widths of x.
+        tape, x, d_in, d_out, sizes: as in `linear`.
+        batch: samples of the micro-batch.
+        tiles: number of positions and parameters of each tile.
+        given: sizes of x.
     """
     total = batch * sum(count for count, _ in tiles)
     parts = []
@@ -65,7 +65,7 @@ def positions(
 
 
 def _slice(tape: Tape, x: Tensor, size: int) -> Tensor:
-    """A view of some rows, whose gradient is as large as the whole input, nought elsewhere."""
+    """Return a view of some rows; its gradient has the size of the full input and is zero elsewhere."""
     return tape.result(x.storage, (x,), lambda grad: (tape.new(size, GRADIENTS),))
 
 
@@ -95,12 +95,12 @@ def _position_tile(
 def fused_attention(
     tape: Tape, rows: list[Tensor], batch: int, tokens: int, heads: int, head_dim: int, sizes: DtypeSizes
 ) -> Tensor:
-    """Queries, keys and values through one fused kernel; keeps them, the output and a sum per row.
+    """Run queries, keys and values through one fused kernel; saves them, the output and a logsumexp per row.
 
     Args:
-        tape, w: as in `linear`.
-        rows: queries, keys and values, each of its own or as parts of one storage.
-        batch, tokens, heads, head_dim: sizes.
+        tape, sizes: as in `linear`.
+        rows: queries, keys and values, each with its own storage or as parts of one storage.
+        batch, tokens, heads, head_dim: shape of each of them.
     """
     one = batch * tokens * heads * head_dim * sizes.value
     out = tape.new(one)

@@ -1,6 +1,6 @@
-"""Twin of a block of the networks: its operator, whichever it is, and its feed-forward network.
+"""Simulation of one block of the networks: its operator and its feed-forward network.
 
-Source: models/networks.py, models/layers.py and models/attention.py, module by module.
+Source: models/networks/blocks.py and models/layers/, module by module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PLAIN = ("plain_query", "plain_key", "plain_value")
 
 
 def linear_weights(d_in: int, d_out: int, *, bias: bool = True) -> ModuleParams:
-    """The parameters of a linear layer."""
+    """Return the parameters of a linear layer."""
     return ModuleParams((d_out * d_in, d_out) if bias else (d_out * d_in,))
 
 
@@ -28,13 +28,13 @@ class SimulatedBlock:
     """A pre-norm block with its operator and feed-forward network.
 
     Args:
-        spec: sizes.
-        operator: of this layer.
-        tile_relations: relations per tile; None keeps tables whole.
-        batch: samples of a micro-batch.
-        w: widths of values.
+        spec: the model.
+        operator: the operator of this layer.
+        tile_relations: relations per tile; None for one tile per table.
+        batch: samples of the micro-batch.
+        sizes: bytes per value.
         implementation: of relation tables.
-        stream: widths of the values between blocks, where autocast makes them others.
+        stream: sizes of the values between blocks, if autocast makes them differ.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class SimulatedBlock:
 
     @property
     def modules(self) -> list[ModuleParams]:
-        """The parameters of each module, in the order in which torch walks the block's modules."""
+        """The parameters of each module, in the order of ``Module.modules()``."""
         return [self.norms[0], *self.operator_modules, self.norms[1], self.up, self.down]
 
     @property
     def operator_modules(self) -> list[ModuleParams]:
-        """Those of the operator alone."""
+        """The parameters of each module of the operator."""
         spec = self.spec
         output = [self.output] if self.output is not None else []
         if self.operator in ("attention", "bias", "shaw"):
@@ -101,7 +101,7 @@ class SimulatedBlock:
 
     @property
     def construction(self) -> list[ModuleParams]:
-        """The operator's in the order in which they are made: a block of relations after the other."""
+        """The parameters of the operator's modules in the order of construction: tiles by their first relation."""
         tiles = sorted((*self.logit_tiles, *self.value_tiles), key=lambda tile: tile.first)
         own, made = {id(tile.weights) for tile in tiles}, iter(tiles)
         return [next(made).weights if id(weights) in own else weights for weights in self.operator_modules]
@@ -136,14 +136,14 @@ class SimulatedBlock:
         self.low_output = linear_weights(low2, spec.inner_dim, bias=False)
 
     def forward(self, tape: Tape, x: Tensor, *, again: bool = False) -> Tensor:
-        """(rows, C) → (rows, C).
+        """Run the block, (rows, C) → (rows, C).
 
         Args:
-            tape: where it runs.
+            tape: records the operations.
             x: the input.
-            again: compute what backward needs and no more, as torch's checkpoint does.
+            again: recompute only what backward needs, as torch's checkpoint does.
         """
-        # Nested as the layers call each other: a name would keep what is dropped out alive.
+        # Calls are nested as in the layers: a local name would keep an intermediate tensor alive.
         sizes = (self.stream, self.sizes)
         x = add_narrow(tape, x, self._drop(tape, self._operator(tape, self._norm(tape, x, 0))), *sizes)
         return add_narrow(
@@ -154,7 +154,7 @@ class SimulatedBlock:
         return layer_norm(tape, x, self.rows, self.spec.dim, self.norms[number], self.stream)
 
     def _linear(self, tape: Tape, x: Tensor, d_out: int, weights: ModuleParams) -> Tensor:
-        """A product of the normed input, which autocast casts for each one."""
+        """Multiply the normed input by a weight; autocast casts the input for each product."""
         return linear(tape, x, self.rows, self.spec.dim, d_out, weights, self.sizes, given=self.stream)
 
     def _drop(self, tape: Tape, x: Tensor, *, last: bool = False) -> Tensor:
@@ -169,7 +169,7 @@ class SimulatedBlock:
 
     def _operator(self, tape: Tape, x: Tensor) -> Tensor:
         tape.memory.site = self.operator
-        twins = {
+        operators = {
             "attention": self._attention,
             "translution": self._translution,
             "alpha": self._alpha,
@@ -177,7 +177,7 @@ class SimulatedBlock:
             "shaw": self._with_terms,
             "absolute": self._absolute,
         }
-        return twins[self.operator](tape, x)
+        return operators[self.operator](tape, x)
 
     def _project(self, tape: Tape, x: Tensor) -> Tensor:
         if self.output is None:
@@ -194,7 +194,7 @@ class SimulatedBlock:
         for n in (0, 1) if spec.rotary_attention else ():
             rows[n] = rotate(tape, rows[n], one // sizes.value, sizes)
         if spec.dropout:
-            # With one head turned rows lie token by token already.
+            # With one head the rotated rows are contiguous by token already.
             numbers = [one if n == 2 or spec.heads > 1 else 0 for n in range(3)]
             copies = [
                 tape.result(tape.new(size) if size else row.storage, (row,), lambda grad: (grad,))
@@ -205,15 +205,15 @@ class SimulatedBlock:
             return out
         out = joined = fused_attention(tape, rows, self.batch, spec.tokens, spec.heads, spec.head_dim, sizes)
         if spec.rotary_attention and spec.heads > 1 and spec.tokens > 1:
-            # The kernel gives turned queries' output by heads; joined again it is a copy.
+            # The kernel's output for rotated queries is ordered by heads; joining the heads copies it.
             joined = tape.result(tape.new(one), (out,), lambda grad: (grad,))
         result = self._project(tape, joined)
-        # The layer's own names hold them until it returns.
+        # The layer's local names hold these until it returns.
         del rows, projected, out
         return result
 
     def _attend(self, tape: Tape, sources: dict[str, Tensor]) -> Tensor:
-        """Projected rows through the operator's chain, and the output projection."""
+        """Run projected rows through the operator and the output projection."""
         relative, plain = SimulatedRelations(tape, self.shape, dict(sources), [], [], self.terms).forward()
         assert plain is not None
         out = plain if relative is None else add(tape, plain, relative)
@@ -241,16 +241,16 @@ class SimulatedBlock:
         return self._project(tape, out)
 
     def _relate(self, tape: Tape, sources: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """The operator with its tables."""
+        """Run the operator with its relation tables."""
         sources, relative = dict(sources), [_ROLES[role] for role in self.spec.roles]
         if self.operator == "translution":
-            # Under autocast each of them is cast, though it is the same tensor.
+            # Autocast casts each source, even if several are the same tensor.
             for name in relative:
                 sources[name] = cast(tape, sources[name], self.rows * self.spec.dim, self.stream, self.sizes)
         if self.implementation == "grouped":
-            twin = SimulatedRelations(tape, self.shape, sources, self.logit_tiles, self.value_tiles)
+            grouped = SimulatedRelations(tape, self.shape, sources, self.logit_tiles, self.value_tiles)
             del sources
-            return twin.forward()
+            return grouped.forward()
         gathered = SimulatedGather(tape, self.shape, sources, relative, self.logit_tiles, self.value_tiles)
         del sources
         return gathered.forward()
@@ -271,7 +271,7 @@ class SimulatedBlock:
         return self._project(tape, out)
 
     def _plain_parts(self, tape: Tape, joint: Tensor) -> list[Tensor]:
-        """Plain queries, keys and values; the grouped operator copies those that are views."""
+        """Return plain queries, keys and values; the grouped operator copies views."""
         size = self.rows * self.spec.inner_dim * self.sizes.value
         copies = self.implementation == "grouped"
         if not self.spec.rotary:
@@ -280,10 +280,10 @@ class SimulatedBlock:
         for n in (0, 1):
             parts[n] = rotate(tape, parts[n], size // self.sizes.value, self.sizes)
             if self.spec.heads > 1:
-                # Token by token again.
-                turned = parts.pop(n)
-                parts.insert(n, tape.result(tape.new(size), (turned,), lambda grad: (tape.new(size, GRADIENTS),)))
-                del turned
+                # A copy that is contiguous by token again.
+                rotated = parts.pop(n)
+                parts.insert(n, tape.result(tape.new(size), (rotated,), lambda grad: (tape.new(size, GRADIENTS),)))
+                del rotated
         if copies:
             parts[2] = tape.result(tape.new(size), (parts[2],), lambda grad: (grad,))
         return parts
@@ -293,8 +293,8 @@ class SimulatedBlock:
         joint = self._linear(tape, x, 3 * spec.inner_dim, self.joint)
         lows = {role: self._linear(tape, x, width, weights) for role, (width, weights) in self.low.items()}
         parts = self._plain_parts(tape, joint)
-        # Turned queries and keys are the layer's own, and its names hold them until it returns.
-        turned = parts[:2] if spec.rotary else []
+        # The layer's local names hold rotated queries and keys until it returns.
+        rotated = parts[:2] if spec.rotary else []
         sources = dict(zip(_PLAIN, parts, strict=True)) | {_ROLES[role]: low for role, low in lows.items()}
         del parts
         relative, plain = self._relate(tape, sources)
@@ -306,25 +306,26 @@ class SimulatedBlock:
             plain = tape.result(tape.new(total.size), (total,), lambda grad: (tape.new(grad.size, GRADIENTS),))
             del total, up
         out = self._project(tape, plain)
-        del turned
+        del rotated
         return out
 
 
 def _split(tape: Tape, joint: Tensor, one: int, *, copies: bool = True, by_heads: bool = False) -> list[Tensor]:
-    """A tensor's three parts, as contiguous copies or as views; backward joins their gradients.
+    """Split a tensor into three parts, as contiguous copies or as views; backward joins their gradients.
 
     Args:
-        tape, joint: the tensor, and where it lies.
+        tape: records the operation.
+        joint: the tensor.
         one: bytes of a part.
         copies: whether the parts are copied.
-        by_heads: whether they are seen head by head: their gradients are then put in order once more.
+        by_heads: whether the parts are views by heads; backward then reorders the joined gradient in a copy.
     """
     received: list[Storage] = []
 
     def join(grad: Storage) -> tuple[Storage]:
-        whole = tape.new(3 * one, GRADIENTS)
+        joined = tape.new(3 * one, GRADIENTS)
         received.clear()
-        return (tape.new(3 * one, GRADIENTS) if by_heads else whole,)
+        return (tape.new(3 * one, GRADIENTS) if by_heads else joined,)
 
     parts = tape.result(joint.storage, (joint,), join)
 

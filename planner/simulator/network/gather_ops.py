@@ -1,9 +1,9 @@
-"""Twin of the gathered relation operator: a matrix for every pair and sample, as published.
+"""Simulation of the published relation operator, which gathers a matrix for every pair and sample.
 
-Torch's operations one by one, in the order in which `gather_attention` calls them: what a product
-broadcasts is copied, and kept for backward with what it is multiplied by.
+The methods follow torch's operations in the order in which `gather_attention` calls them. An operand that a product
+broadcasts is copied, and the copy is saved for backward with the other operand.
 
-Source: models/reference.py, models/tiles.py; the allocator's events, torch 2.13.
+Source: models/ops/naive.py, models/layers/tables.py; events of torch 2.13's allocator.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ class SimulatedGather:
     """One call of the operator.
 
     Args:
-        tape: where it runs.
-        shape: its sizes.
-        sources: the inputs by name, as `gather_attention` takes them. Those named "plain_…" may
-            share a storage.
-        relative: names of the sources that meet a table.
+        tape: records the operations.
+        shape: sizes of the call.
+        sources: the inputs by name, as `gather_attention` takes them. Those named "plain_…" may share a storage.
+        relative: names of the sources that are multiplied by a table.
         logit_tiles, value_tiles: the tiles of the tables.
     """
 
@@ -54,16 +53,16 @@ class SimulatedGather:
         self.given: dict[ModuleParams, list[Storage]] = {}
 
     def forward(self) -> tuple[Tensor | None, Tensor | None]:
-        """Outputs of the relative and of the plain values, as the operator gives them."""
+        """Run the operator; return the output of the relative and of the plain values, None for a missing one."""
         tape, sources = self.tape, self.sources
-        # Its operations refer to this object, which must not keep the inputs alive.
+        # The recorded operations refer to this object, so it must not keep the inputs alive.
         self.sources = {}
         tables = {name: self._table(name) for name in self.relative}
         noise = [tape.new(self.weight_bytes, ATTENTION_WEIGHTS) for _ in range(2 if self.shape.dropout else 0)]
         found = tape.new(self.square * INDEX_BYTES, TEMPORARY)
         exists, index = tape.new(self.square), tape.new(self.square * INDEX_BYTES)
         del found
-        # What the reference's own names hold lives until it returns.
+        # The reference's local names hold these until it returns.
         logits, held = self._logits(sources, tables, index)
         attention = self._weights(logits, noise[1] if noise else None)
         relative = plain = None
@@ -77,14 +76,14 @@ class SimulatedGather:
         return relative, plain
 
     def _table(self, name: str) -> Tensor:
-        """A role's tiles joined, in the paper's order, and in the rows' dtype; keeps the order."""
+        """Join a role's tiles, reorder them as in the paper and cast them to the rows' dtype; saves the order."""
         tape, sizes = self.tape, self.shape.sizes
         tiles = self.value_tiles if name == "value" else self.logit_tiles
         numel = self.table_bytes // sizes.value
         size = numel * sizes.parameter
 
         def give(grad: Storage) -> Gradients:
-            # A tile's gradient is its part of the table's, and stays in that storage.
+            # A tile's gradient is a view of the table's gradient and stays in that storage.
             for tile in tiles:
                 found = self.given.setdefault(tile.weights, [])
                 found.append(grad)
@@ -103,7 +102,7 @@ class SimulatedGather:
     def _logits(
         self, sources: dict[str, Tensor], tables: dict[str, Tensor], index: Storage
     ) -> tuple[Tensor, list[Tensor]]:
-        """The sum of both terms' logits; and the rows that live on."""
+        """Return the sum of both terms' logits, and the rows that local names hold."""
         tape, size = self.tape, self.weight_bytes
         held: list[Tensor] = []
         terms: list[Tensor] = []
@@ -122,7 +121,7 @@ class SimulatedGather:
         return terms[0], held
 
     def _rows(self, name: str, x: Tensor, tables: dict[str, Tensor], index: Storage) -> Tensor:
-        """A row for every pair: a product, or a plain role's row seen again and again."""
+        """Return a row for every pair: a product, or an expanded view of a plain role's rows."""
         tape = self.tape
         if name not in tables:
             size = x.size
@@ -134,12 +133,12 @@ class SimulatedGather:
         return self._per_pair(x, tables[name], index)
 
     def _per_pair(self, x: Tensor, table: Tensor, index: Storage) -> Tensor:
-        """Rows times the matrix of each pair; keeps copies of both for every pair and sample."""
-        tape, shape, whole = self.tape, self.shape, self.table_bytes
+        """Multiply rows by the matrix of each pair; saves copies of both for every pair and sample."""
+        tape, shape, table_bytes = self.tape, self.shape, self.table_bytes
         gathered = tape.result(
             tape.new(self.gathered_bytes, GATHERED_MATRICES),
             (table,),
-            lambda grad: (tape.new(whole, GRADIENTS),),
+            lambda grad: (tape.new(table_bytes, GRADIENTS),),
             (index,),
         )
         rows = self._copied(x, self.rows_in)
@@ -148,14 +147,14 @@ class SimulatedGather:
         return self._product(rows, matrices, self.rows_out, (self.rows_in, self.copied_bytes), scratch)
 
     def _copied(self, x: Tensor, size: int, what: str = "activations") -> Tensor:
-        """Broadcast to so many bytes, which a product wants side by side; backward sums."""
+        """Broadcast a tensor to ``size`` bytes in a contiguous copy, as a product needs it; backward sums."""
         tape, before = self.tape, x.size
         sums = size > before or what == GATHERED_MATRICES
         out = tape.new(size, what) if size > before else x.storage
         return tape.result(out, (x,), lambda grad: (tape.new(before, GRADIENTS) if sums else grad,))
 
     def _product(self, x: Tensor, y: Tensor, size: int, grads: tuple[int, int], scratch: int = 0) -> Tensor:
-        """A product of so many bytes that keeps both factors; backward makes the gradients of both."""
+        """Multiply two tensors to ``size`` bytes; saves both factors; backward allocates ``grads`` bytes for them."""
         tape = self.tape
         out = tape.new(size)
         tape.new(scratch, TEMPORARY)
@@ -168,22 +167,22 @@ class SimulatedGather:
         return tape.result(out, (x, y), backward, (x.storage, y.storage))
 
     def _reshaped(self, x: Tensor) -> Tensor:
-        """Every pair's row by heads, a view; the gradient lies otherwise and is copied."""
+        """View every pair's row by heads; the gradient has another memory layout and is copied."""
         tape, size = self.tape, self.rows_out
         return tape.result(x.storage, (x,), lambda grad: (tape.new(size, GRADIENTS),))
 
     def _by_heads(self, x: Tensor) -> Tensor:
-        """Plain rows head by head: a copy unless they lie so already."""
+        """Return plain rows by heads: a copy unless they are contiguous that way already."""
         copies = self.shape.heads > 1 and self.shape.batch > 1
         return self.tape.result(self.tape.new(self.plain_bytes) if copies else x.storage, (x,), lambda grad: (grad,))
 
     def _same_size(self, x: Tensor, *saved: Storage) -> Tensor:
-        """An operation on each attention weight, with what it keeps; its gradient is a new tensor."""
+        """Apply an operation to each attention weight; saves ``saved``; the gradient is a new tensor."""
         tape, size = self.tape, self.weight_bytes
         return tape.result(tape.new(size, ATTENTION_WEIGHTS), (x,), lambda grad: (tape.new(size, GRADIENTS),), saved)
 
     def _weights(self, logits: Tensor, noise: Storage | None) -> Tensor:
-        """Scaled, masked, softmax, nought where a query sees no key, dropped out."""
+        """Scale, mask and softmax the logits, set rows of queries without keys to zero, and apply dropout."""
         tape, shape = self.tape, self.shape
         scaled = self._same_size(logits)
         masked = self._same_size(scaled, tape.new(self.square))
@@ -198,13 +197,13 @@ class SimulatedGather:
         return attention if noise is None else self._same_size(attention, noise)
 
     def _weighted(self, attention: Tensor, value: Tensor) -> Tensor:
-        """The sum of every pair's value times its weight; keeps both."""
+        """Sum every pair's value times its weight; saves both."""
         tape, shape = self.tape, self.shape
 
         def backward(grad: Storage) -> Gradients:
-            whole, of_value = tape.new(self.rows_out, GRADIENTS), tape.new(self.rows_out, GRADIENTS)
+            expanded, of_value = tape.new(self.rows_out, GRADIENTS), tape.new(self.rows_out, GRADIENTS)
             of_attention = tape.new(self.weight_bytes, GRADIENTS)
-            del whole
+            del expanded
             return of_attention, of_value
 
         product = tape.result(tape.new(self.rows_out), (attention, value), backward, (attention.storage, value.storage))
@@ -212,7 +211,7 @@ class SimulatedGather:
         return tape.result(tape.new(size), (product,), lambda grad: (grad,))
 
     def _plain_output(self, attention: Tensor, value: Tensor) -> Tensor:
-        """Weights times plain values, then token by token again."""
+        """Multiply weights by plain values and join the heads."""
         tape, size = self.tape, self.plain_bytes
         value = self._by_heads(value)
         product = self._product(attention, value, size, (self.weight_bytes, size))

@@ -1,7 +1,7 @@
-"""One training step replayed: the networks of models/ as twins that allocate what those allocate.
+"""Simulation of a full network in one training step: embedding, blocks, head and loss, forward and backward.
 
-Source: models/networks.py; a block is in block_twin.py, what torch's own operations allocate in
-twins.py, the relation operator in relation_twin.py.
+Source: models/networks/. A block is in block.py, torch's operations are in ops.py, the relation operator is in
+relation_ops.py.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from .ops import (
 from .relation_shape import Implementation
 
 RANDOM_STATE_BYTES = 5056
-"""The state of torch's random numbers on a CPU, which a checkpoint restores."""
+"""Bytes of the state of torch's CPU random number generator, which activation checkpointing restores."""
 OFFLOADED = "offloaded activations"
 MICRO_BATCHES = "micro-batches"
 
 
 class SimulatedNetwork:
-    """A whole network and its loss.
+    """A full network and its loss.
 
     Args:
         spec: the model.
-        batch: samples of a micro-batch.
-        w: widths of values.
-        tile_relations: relations per tile; None keeps tables whole.
+        batch: samples of the micro-batch.
+        sizes: bytes per value.
+        tile_relations: relations per tile; None for one tile per table.
         implementation: of relation tables.
     """
 
@@ -62,9 +62,9 @@ class SimulatedNetwork:
         self.host = MemoryTracker()
         self.states: list[Storage] = []
         if sizes.casts and spec.checkpointing == "offload":
-            # fairscale computes again outside autocast on a CPU, and in fp16 on a GPU.
+            # fairscale recomputes outside of autocast on a CPU, and in fp16 on a GPU.
             raise InputError("checkpointing: offload is not allowed: must be none or block under autocast")
-        # What stands between blocks: autocast widens what is joined or added to a parameter.
+        # Values between blocks: autocast widens what is joined with or added to a parameter.
         self.embedded = sizes if isinstance(spec, VitSpec) and sizes.device == "cpu" else sizes.wide
         widened = spec.learned_positions or (isinstance(spec, VitSpec) and spec.class_token)
         self.stream = sizes.wide if widened else self.embedded
@@ -90,7 +90,7 @@ class SimulatedNetwork:
 
     @property
     def modules(self) -> list[ModuleParams]:
-        """The parameters of each module, in the order in which torch walks the modules."""
+        """The parameters of each module, in the order of ``Module.modules()``."""
         learned = [self.class_token] if isinstance(self.spec, VitSpec) and self.spec.class_token else []
         learned += [self.positions] if self.positions is not None else []
         ends = [self.norm] if isinstance(self.spec, VitSpec) else [self.norm, self.head_norm]
@@ -99,28 +99,28 @@ class SimulatedNetwork:
 
     @property
     def construction(self) -> list[ModuleParams]:
-        """The same in the order in which they are made: all operators first."""
+        """The parameters of each module in the order of construction: all operators first."""
         operators = [weights for block in self.blocks for weights in block.construction]
         made = set(map(id, operators))
         return operators + [weights for weights in self.modules if id(weights) not in made]
 
     @property
     def buffer_bytes(self) -> int:
-        """Cosines and sines of the layers that turn by rotary embedding, and a GPU's index lists of pairs.
+        """Bytes of the cosines and sines of layers with rotary embedding, and of a GPU's index lists of pairs.
 
-        The lists are kept once for all layers: queries, keys and places of pairs, and slots of both sides.
+        All layers share the lists: query, key and position of each pair, and its slot on either side.
         """
         spec = self.spec
-        turning = sum(
+        rotary_layers = sum(
             spec.rotary_attention if operator == "attention" else spec.rotary for operator in spec.layer_operators
         )
         grouped = {"translution", "alpha"} & set(spec.layer_operators) and self.sizes.batched
         lists = spec.geometry.total_pairs * 7 * INDEX_BYTES if grouped else 0
-        return turning * spec.tokens * spec.head_dim * self.sizes.parameter + lists
+        return rotary_layers * spec.tokens * spec.head_dim * self.sizes.parameter + lists
 
     @property
     def input_bytes(self) -> int:
-        """An image batch in the parameters' dtype, or token numbers."""
+        """Bytes of the input: images in the parameters' dtype, or token ids."""
         if isinstance(self.spec, VitSpec):
             return self.batch * self.spec.channels * self.spec.image[0] * self.spec.image[1] * self.sizes.parameter
         return self.batch * self.spec.tokens * INDEX_BYTES
@@ -134,13 +134,13 @@ class SimulatedNetwork:
         x = Tensor(tape.new(patches * spec.patch_dim * sizes.parameter))
         x = layer_norm(tape, x, patches, spec.patch_dim, self.embedding[0], sizes.wide)
         x = linear(tape, x, patches, spec.patch_dim, spec.dim, self.embedding[1], sizes, given=sizes.wide)
-        # On a GPU autocast norms in fp32.
+        # On a GPU autocast runs layer norms in fp32.
         x = cast(tape, x, patches * spec.dim, sizes, self.embedded)
         copies = patches * spec.dim * sizes.value if spec.class_token and not sizes.casts else 0
         return layer_norm(tape, x, patches, spec.dim, self.embedding[2], self.embedded, copies=copies)
 
     def forward(self, tape: Tape, inputs: Storage) -> Tensor:
-        """The logits of a micro-batch."""
+        """Run the network on a micro-batch; return the logits."""
         logits = self._forward(tape, inputs)
         # Autocast's context ends with the network's forward.
         tape.casts.clear()
@@ -170,7 +170,7 @@ class SimulatedNetwork:
         return linear(tape, x, rows, spec.dim, spec.vocabulary, self.head, sizes, given=stream)
 
     def _checkpointed(self, tape: Tape, block: SimulatedBlock, x: Tensor) -> Tensor:
-        """A block that keeps its input alone, and runs again in backward to be remembered."""
+        """Run a block under activation checkpointing: it saves only its input and is recomputed in backward."""
         spec = self.spec
         offload = spec.checkpointing == "offload"
         offloaded = offload and self.sizes.device != "cpu"
@@ -178,19 +178,19 @@ class SimulatedNetwork:
         state_bytes = RANDOM_STATE_BYTES if self.sizes.device == "cpu" else 0
         state = tape.new(state_bytes, "random states")
         if offload:
-            # fairscale's function holds it as an attribute, for as long as the graph lives.
+            # fairscale's function holds the state as an attribute for the lifetime of the graph.
             self.states.append(state)
         with tape.no_grad():
             out = block.forward(tape, Tensor(x.storage)).storage
-        kept = Storage(self.host, OFFLOADED, x.size) if offloaded else x.storage
+        saved = Storage(self.host, OFFLOADED, x.size) if offloaded else x.storage
 
         def backward(grad: Storage) -> tuple[Storage | None]:
             inner = Tape(tape.memory, tape.hooks)
             held = [state, tape.new(state_bytes, "random states")]
-            # The last sum's backward, which needs nothing that was kept, has run before.
-            cast_grad = tape.new(kept.size // self.stream.value * self.sizes.value if narrows else 0, GRADIENTS)
-            again = inner.leaf(tape.new(kept.size) if offloaded else kept)
-            # torch's own checkpoint stops where nothing more is needed; fairscale's holds the output.
+            # The backward of the block's last sum, which needs no saved tensor, has run before.
+            cast_grad = tape.new(saved.size // self.stream.value * self.sizes.value if narrows else 0, GRADIENTS)
+            again = inner.leaf(tape.new(saved.size) if offloaded else saved)
+            # torch's checkpoint stops once backward has what it needs; fairscale's holds the output.
             result = block.forward(inner, again, again=not offload)
             inner.stopped = False
             inner.casts.clear()
@@ -206,10 +206,10 @@ class SimulatedNetwork:
             del held
             return (given,)
 
-        return tape.result(out, (x,), backward, (kept,))
+        return tape.result(out, (x,), backward, (saved,))
 
     def loss(self, tape: Tape, inputs: Storage, targets: Storage) -> Tensor:
-        """The mean cross-entropy of a micro-batch, in fp32."""
+        """Return the mean cross-entropy of a micro-batch in fp32."""
         logits = self.forward(tape, inputs)
         tape.memory.site = "loss"
         logits = cast(tape, logits, logits.size // self.sizes.value, self.sizes, replace(self.sizes, value=4))
@@ -218,31 +218,31 @@ class SimulatedNetwork:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What a replayed step left."""
+    """Result of a simulated forward and backward pass."""
 
     memory: MemoryTracker
-    """Its peaks, and its events where they were recorded."""
+    """The device's memory with the peaks, and with the events if they were recorded."""
     saved_bytes: int
-    """Kept for backward when forward ends, on the device itself."""
+    """Bytes on the device that are saved for backward when forward ends."""
 
 
 OpenPhase = Callable[[str], AbstractContextManager[None]]
-"""Opens a phase of the step by its name."""
+"""Returns a context manager that attributes its block to the phase of that name."""
 
 
 def run_micro_batch(
     network: SimulatedNetwork, memory: MemoryTracker, hooks: ParameterHooks | None, phase: OpenPhase
 ) -> int:
-    """Forward and backward of one micro-batch, as phases of those names.
+    """Simulate forward and backward of one micro-batch, each as a phase.
 
     Args:
         network: the model.
-        memory: of the device; what it holds already counts.
-        policy: how parameters lie.
+        memory: the device's memory; what it holds already counts.
+        hooks: the engine; None is training without ZeRO.
         phase: opens each phase.
 
     Returns:
-        Bytes kept for backward when forward ends, on the device itself.
+        Bytes on the device that are saved for backward when forward ends.
     """
     tape, spec = Tape(memory, hooks), network.spec
     inputs = tape.new(network.input_bytes, MICRO_BATCHES)
@@ -250,12 +250,12 @@ def run_micro_batch(
     targets = tape.new(outputs * INDEX_BYTES, MICRO_BATCHES)
     with phase(Phase.FORWARD):
         loss = network.loss(tape, inputs, targets)
-    kept = tape.saved_bytes()
+    saved_bytes = tape.saved_bytes()
     with phase(Phase.BACKWARD):
         tape.backward(loss.node, tape.new(4, GRADIENTS))
         tape.hooks.finish()
     network.states.clear()
-    return kept
+    return saved_bytes
 
 
 def replay(
@@ -268,25 +268,25 @@ def replay(
     hooks: ParameterHooks | None = None,
     implementation: Implementation = "grouped",
 ) -> Replay:
-    """Forward and backward of one micro-batch on one process, without ZeRO unless the policy is another.
+    """Simulate forward and backward of one micro-batch in one process.
 
     Args:
         spec: the model.
-        batch: samples.
-        w: widths of values.
-        tile_relations: relations per tile; None keeps tables whole.
-        memory: where to allocate; what it holds already counts.
-        policy: how parameters lie.
-        implementation: "grouped", or "gather" for the published way.
+        batch: samples of the micro-batch.
+        sizes: bytes per value.
+        tile_relations: relations per tile; None for one tile per table.
+        memory: the device's memory; what it holds already counts. None is an empty one.
+        hooks: the engine; None is training without ZeRO.
+        implementation: "grouped", or "gather" for the published operator.
     """
     memory = MemoryTracker() if memory is None else memory
     network = SimulatedNetwork(spec, batch, sizes, tile_relations, implementation)
-    kept = run_micro_batch(network, memory, hooks, memory.phase)
-    return Replay(memory, kept)
+    saved_bytes = run_micro_batch(network, memory, hooks, memory.phase)
+    return Replay(memory, saved_bytes)
 
 
 def sample_bytes(spec: ModelSpec) -> int:
-    """Bytes of one sample's input and target: an fp32 image and its class, or token numbers."""
+    """Return the bytes of one sample's input and target: an fp32 image and its class, or token ids."""
     if isinstance(spec, VitSpec):
         return spec.channels * spec.image[0] * spec.image[1] * 4 + INDEX_BYTES
     return 2 * spec.tokens * INDEX_BYTES

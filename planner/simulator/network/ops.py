@@ -1,7 +1,7 @@
-"""Twins of torch's own operations: what each allocates, keeps and frees, forward and backward.
+"""Simulation of torch's operations: what each one allocates, saves and frees in forward and backward.
 
-Rows are tokens of the whole micro-batch. Source: torch 2.13, its allocator's events operation by
-operation; `tests/test_schedule.py` compares whole training steps with them.
+Rows are the tokens of the micro-batch. Source: events of torch 2.13's allocator, operation by operation;
+`tests/planner/simulator/test_lifecycle.py` compares full training steps with them.
 """
 
 from __future__ import annotations
@@ -15,61 +15,62 @@ ACTIVATIONS, GRADIENTS, WEIGHT_GRADIENTS = "activations", "activation gradients"
 TEMPORARY, CASTS = "temporaries of one operation", "cast parameters"
 ATTENTION_WEIGHTS = "attention weights"
 INDEX_BYTES = 8
-"""Class and token numbers are int64."""
+"""Bytes of a class or token id: int64."""
 
 
 @dataclass(frozen=True, slots=True)
 class DtypeSizes:
-    """Bytes per value of the tensors of a run, and what they depend on."""
+    """Bytes per value of a run's tensors, and the properties of the device on which allocations depend."""
 
     value: int
-    """An activation and its gradient; under autocast, those of products."""
+    """Bytes of an activation or its gradient; under autocast, of the operands of products."""
     parameter: int
-    """A parameter and its gradient: as a value, but for autocast."""
+    """Bytes of a parameter or its gradient: as `value`, except under autocast."""
     statistic: int
-    """LayerNorm's mean and deviation: the model's dtype on a CPU, at least fp32 on a GPU."""
+    """Bytes of LayerNorm's mean or deviation: the model's dtype on a CPU, at least fp32 on a GPU."""
     accumulator: int = 4
-    """Sums over relations and softmax: at least fp32."""
+    """Bytes of a sum over relations or a softmax value: at least fp32."""
     device: str = "cpu"
+    """"cpu" or "cuda"."""
     threads: int = 1
-    """CPU threads, each with blocks of its own."""
+    """CPU threads; each one has its own scratch blocks."""
     packs: bool = True
-    """Whether the CPU packs the matrices of half-width products: with AVX-512; other CPUs need no scratch."""
+    """Whether the CPU packs the matrices of half-precision products: with AVX-512; other CPUs need no scratch."""
     batched: bool = False
-    """Whether many relations are multiplied at a time, as on a GPU."""
+    """Whether the operator multiplies many relations at a time, as on a GPU."""
     copies_products: bool = False
-    """Whether gradients of a tile's matrices are made in another tensor first, as a GPU's grouped product does."""
+    """Whether gradients of a tile's matrices are first made in another tensor, as by a GPU's grouped product."""
 
     @classmethod
     def of(cls, dtype_bytes: int, device: str, threads: int = 1, *, packs: bool = True) -> DtypeSizes:
-        """The widths for a model dtype of so many bytes on "cpu" or "cuda"."""
+        """Return the sizes for a model dtype of ``dtype_bytes`` bytes on "cpu" or "cuda"."""
         wide = max(4, dtype_bytes)
         statistic, gpu = dtype_bytes if device == "cpu" else wide, device == "cuda"
         return cls(dtype_bytes, dtype_bytes, statistic, wide, device, threads, packs, gpu, gpu)
 
     @classmethod
     def autocast(cls, device: str, threads: int = 1, *, packs: bool = True) -> DtypeSizes:
-        """The widths for fp32 parameters under `torch.autocast` to bf16 or fp16 on "cpu" or "cuda"."""
+        """Return the sizes for fp32 parameters under `torch.autocast` to bf16 or fp16 on "cpu" or "cuda"."""
         gpu = device == "cuda"
         return cls(2, 4, 4, 4, device, threads, packs, gpu, gpu)
 
     @property
     def casts(self) -> bool:
-        """Whether products cast their operands, as autocast lets them."""
+        """Whether products cast their operands: True under autocast."""
         return self.value != self.parameter
 
     @property
     def wide(self) -> DtypeSizes:
-        """Those of what autocast leaves in the parameters' dtype."""
+        """Sizes for operations that autocast runs in the parameter dtype."""
         return replace(self, value=self.parameter)
 
 
 def product_scratch_bytes(rows: int, inner: int, cols: int, sizes: DtypeSizes, *, transposed: bool = False) -> int:
-    """At most so much scratch for a product of half-width matrices on a CPU; nothing elsewhere.
+    """Return an upper bound of the scratch bytes of a half-precision product on a CPU; 0 elsewhere.
 
-    oneDNN packs blocks of both matrices and sums in fp32, per thread, and a transposed left matrix is
-    copied. Its block sizes depend on the processor: this errs high. Source: measured, torch 2.13,
-    oneDNN's kernels for AVX-512 bf16.
+    oneDNN packs blocks of both matrices and sums in fp32, per thread; a transposed left matrix is copied. The block
+    sizes depend on the processor, so the bound errs high. Source: measured with torch 2.13, oneDNN's kernels for
+    AVX-512 bf16.
     """
     if sizes.device != "cpu" or sizes.value >= sizes.accumulator or not sizes.packs:
         return 0
@@ -79,14 +80,14 @@ def product_scratch_bytes(rows: int, inner: int, cols: int, sizes: DtypeSizes, *
 
 
 def weight_gradients(tape: Tape, weights: ModuleParams, width: int) -> None:
-    """Allocate the gradients of a module's parameters and hand them on."""
+    """Allocate the gradients of a module's parameters and pass them to the engine."""
     tape.hooks.gradients(weights, [tape.new(numel * width, WEIGHT_GRADIENTS) for numel in weights.numels])
 
 
 def cast_parameters(tape: Tape, weights: ModuleParams, sizes: DtypeSizes) -> list[Tensor]:
-    """Copies of a module's parameters for its products, which autocast holds until its context ends.
+    """Return casts of a module's parameters for its products; an empty list without autocast.
 
-    They are made last to first, as a call's arguments are; nothing where products take them as they are.
+    Autocast caches the casts until its context ends, and makes them from the last argument of a call to the first.
     """
     if not sizes.casts:
         return []
@@ -121,16 +122,16 @@ def linear(
     given: DtypeSizes | None = None,
     last: bool = False,
 ) -> Tensor:
-    """(rows, d_in) → (rows, d_out); keeps its input, and under autocast its weight's copy.
+    """Apply a linear layer, (rows, d_in) → (rows, d_out); saves its input, and under autocast the cast weight.
 
     Args:
-        tape: where it runs.
+        tape: records the operation.
         x: the input.
-        rows, d_in, d_out: sizes.
-        weights: the module's.
-        w: widths of values.
-        given: widths of the input, which autocast casts, where they are others.
-        last: whether the input is the last thing that is kept, so that a checkpoint stops here.
+        rows, d_in, d_out: shape of the product.
+        weights: parameters of the module.
+        sizes: bytes per value.
+        given: sizes of the input if they differ; autocast casts it.
+        last: whether the input is the last tensor that a recomputed block saves, so that recomputation stops here.
     """
     tape.hooks.fetch(weights, backward=False)
     casts = cast_parameters(tape, weights, sizes)
@@ -156,19 +157,19 @@ def linear(
         return (given,)
 
     casts_back = len(casts)
-    kept = (x.storage, *(copy.storage for copy in casts[:1]))
-    return tape.result(out, (x, *casts), backward, kept)
+    saved = (x.storage, *(copy.storage for copy in casts[:1]))
+    return tape.result(out, (x, *casts), backward, saved)
 
 
 def layer_norm(
     tape: Tape, x: Tensor, rows: int, width: int, weights: ModuleParams, sizes: DtypeSizes, *, copies: int = 0
 ) -> Tensor:
-    """(rows, width) → the same; keeps its input and two numbers a row.
+    """Apply a layer norm to (rows, width); saves its input, and mean and deviation of each row.
 
     Args:
-        tape, x, weights, w: as in `linear`.
-        rows, width: of the input.
-        copies: bytes of a contiguous copy of the gradient, where it comes as a part of a larger tensor.
+        tape, x, weights, sizes: as in `linear`.
+        rows, width: shape of the input.
+        copies: bytes of a contiguous copy of the gradient; 0 unless the gradient is a view of a larger tensor.
     """
     tape.hooks.fetch(weights, backward=False)
     out = tape.new(rows * width * sizes.value)
@@ -190,23 +191,24 @@ def layer_norm(
 
 
 def gelu(tape: Tape, x: Tensor) -> Tensor:
-    """Elementwise; keeps its input."""
+    """Apply GELU elementwise; saves its input."""
     size = x.size
     return tape.result(tape.new(size), (x,), lambda grad: (tape.new(size, GRADIENTS),), (x.storage,))
 
 
 def add(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
-    """Sum of two of equal shape; both get the same gradient."""
+    """Add two tensors of equal shape; both get the same gradient storage."""
     return tape.result(tape.new(max(x.size, y.size)), (x, y), lambda grad: (grad, grad))
 
 
 def add_narrow(tape: Tape, x: Tensor, y: Tensor, given: DtypeSizes, sizes: DtypeSizes) -> Tensor:
-    """Sum of x and a y that may be narrower, which a CPU widens first; y's gradient is cast back.
+    """Add x and y, where y may have a narrower dtype: a CPU widens y first, and y's gradient is cast back.
 
     Args:
-        tape, x, y: the terms, and where they lie.
-        given: widths of x.
-        w: widths of y.
+        tape: records the operation.
+        x, y: the terms.
+        given: sizes of x.
+        sizes: sizes of y.
     """
     if given.value == sizes.value:
         return add(tape, x, y)
@@ -218,11 +220,11 @@ def add_narrow(tape: Tape, x: Tensor, y: Tensor, given: DtypeSizes, sizes: Dtype
 
 
 def add_positions(tape: Tape, x: Tensor, weights: ModuleParams, sizes: DtypeSizes) -> Tensor:
-    """Adds a learned (1, N, C) tensor; its gradient is the sum over the batch.
+    """Add a learned (1, N, C) tensor, whose gradient is the sum over the batch.
 
     Args:
         tape, x, weights: as in `linear`.
-        w: widths of x; the sum is as wide as the parameters.
+        sizes: sizes of x; the sum has the parameter dtype.
     """
     tape.hooks.fetch(weights, backward=False)
     narrow, size = x.size, x.size // sizes.value * sizes.parameter
@@ -241,7 +243,7 @@ def add_positions(tape: Tape, x: Tensor, weights: ModuleParams, sizes: DtypeSize
 
 
 def prepend(tape: Tape, x: Tensor, numel: int, weights: ModuleParams, sizes: DtypeSizes) -> Tensor:
-    """Joins a learned token before the others into so many values; x's gradient is a view."""
+    """Prepend a learned token, to ``numel`` values in all; x's gradient is a view."""
     tape.hooks.fetch(weights, backward=False)
     out = tape.new(numel * sizes.value)
     tape.hooks.release(weights, backward=False)
@@ -256,7 +258,7 @@ def prepend(tape: Tape, x: Tensor, numel: int, weights: ModuleParams, sizes: Dty
 
 
 def embed(tape: Tape, rows: int, width: int, weights: ModuleParams, indices: Storage, sizes: DtypeSizes) -> Tensor:
-    """Looks up (rows,) numbers in a table; keeps the numbers, and its gradient is dense."""
+    """Look up (rows,) ids in a table; saves the ids; the table's gradient is dense."""
     tape.hooks.fetch(weights, backward=False)
     out = tape.new(rows * width * sizes.value)
     tape.hooks.release(weights, backward=False)
@@ -271,23 +273,23 @@ def embed(tape: Tape, rows: int, width: int, weights: ModuleParams, indices: Sto
 
 
 def pool_first(tape: Tape, x: Tensor) -> Tensor:
-    """The class token of every sample, a view; backward fills a gradient for all tokens."""
+    """Return the class token of every sample, a view; backward allocates a gradient for all tokens."""
     size = x.size
     return tape.result(x.storage, (x,), lambda grad: (tape.new(size, GRADIENTS),))
 
 
 def pool_mean(tape: Tape, x: Tensor, size: int, sizes: DtypeSizes) -> Tensor:
-    """The mean over tokens, of so many bytes; backward divides an expanded gradient."""
-    whole = x.size
+    """Average over tokens to ``size`` bytes; backward divides an expanded gradient."""
+    full_size = x.size
     out = tape.new(size)
     if sizes.device == "cpu" and sizes.value < sizes.accumulator:
-        # A CPU widens the whole input to sum it.
+        # A CPU widens the full input to sum it.
         tape.new(x.size // sizes.value * sizes.accumulator + size // sizes.value * sizes.accumulator, TEMPORARY)
-    return tape.result(out, (x,), lambda grad: (tape.new(whole, GRADIENTS),))
+    return tape.result(out, (x,), lambda grad: (tape.new(full_size, GRADIENTS),))
 
 
 def cast(tape: Tape, x: Tensor, numel: int, before: DtypeSizes, after: DtypeSizes) -> Tensor:
-    """So many values in another width; the tensor itself where it has that width already."""
+    """Cast ``numel`` values from the size ``before`` to ``after``; return the tensor itself if both are equal."""
     if before.value == after.value:
         return x
     size = numel * before.value
@@ -295,7 +297,7 @@ def cast(tape: Tape, x: Tensor, numel: int, before: DtypeSizes, after: DtypeSize
 
 
 def cross_entropy(tape: Tape, logits: Tensor, targets: Storage) -> Tensor:
-    """Mean loss of fp32 logits: log-probabilities are kept; backward makes two more of their size."""
+    """Return the mean loss of fp32 logits; saves the log-probabilities; backward makes two tensors of their size."""
     size = logits.size
     probabilities = tape.new(size)
     loss, weight = tape.new(4), tape.new(4)
@@ -310,13 +312,13 @@ def cross_entropy(tape: Tape, logits: Tensor, targets: Storage) -> Tensor:
 
 
 def dropout(tape: Tape, x: Tensor, sizes: DtypeSizes, *, last: bool = False) -> Tensor:
-    """Elementwise; keeps its noise, on a CPU as wide as the values, on a GPU one byte each.
+    """Apply dropout elementwise; saves its mask: as wide as the values on a CPU, one byte per value on a GPU.
 
     Args:
-        tape, x, w: as in `linear`.
-        last: whether the noise is the last thing that is kept, so that a checkpoint stops here.
+        tape, x, sizes: as in `linear`.
+        last: whether the mask is the last tensor that a recomputed block saves, so that recomputation stops here.
     """
     size = x.size
-    noise = tape.new(size if sizes.device == "cpu" else size // sizes.value)
+    mask = tape.new(size if sizes.device == "cpu" else size // sizes.value)
     tape.stopped |= last
-    return tape.result(tape.new(size), (x,), lambda grad: (tape.new(size, GRADIENTS),), (noise,))
+    return tape.result(tape.new(size), (x,), lambda grad: (tape.new(size, GRADIENTS),), (mask,))

@@ -1,7 +1,7 @@
-"""Twin of the grouped relation operator (models/grouped.py, models/context.py): what it allocates, and when.
+"""Simulation of the grouped relation operator (models/ops/grouped.py, models/ops/context.py): allocations in order.
 
-Open → logit tiles → Softmax → value tiles → Close, and back. Sums over relations are kept in the
-accumulator's width; everything else in the values'. Source: the code itself, function by function.
+Forward runs Open, the logit tiles, Softmax, the value tiles and Close; backward runs them in reverse. Sums over
+relations have the accumulator's dtype, everything else the values'. Source: the operator's code, function by function.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from .relation_shape import RelationShape, SimulatedTerm, SimulatedTile
 
 WORKSPACE = "workspace"
 INDEXING = 34
-"""Bytes per pair of tokens while the number of its relation is worked out."""
+"""Bytes per pair of tokens while the index of its relation is computed."""
 
 
 class SimulatedRelations:
     """One call of the operator.
 
     Args:
-        tape: where it runs.
-        shape: its sizes.
+        tape: records the operation.
+        shape: sizes of the call.
         sources: the inputs by name, as `RelationTables.forward` takes them.
-        logit_tiles, value_tiles: in order; empty where no role of theirs is relative.
-        terms: cheaper ones than tiles.
+        logit_tiles, value_tiles: the tiles in order; empty if none of their roles is relative.
+        terms: relative scalars and vectors.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class SimulatedRelations:
         self.source_widths = {name: x.size // (shape.rows * self.sizes.value) for name, x in sources.items()}
 
     def forward(self) -> tuple[Tensor | None, Tensor | None]:
-        """Outputs of the relative and of the plain values, as the operator gives them."""
+        """Run the operator; return the output of the relative and of the plain values, None for a missing one."""
         if self.logit_tiles or self.value_tiles:
             self._open(WORKSPACE, self.shape.workspace_bytes, WORKSPACE)
         self._logits()
@@ -70,24 +70,24 @@ class SimulatedRelations:
         if name not in self.buffers:
             self.buffers[name] = self.tape.new(size, what)
 
-    def _moment(self, *sizes: int) -> None:
-        """Allocate for a moment, one beside the other."""
+    def _transient(self, *sizes: int) -> None:
+        """Allocate storages together and free them at once."""
         held = [self.tape.new(size, TEMPORARY) for size in sizes if size]
         del held
 
-    def _moment_of(self, what: str, size: int) -> None:
+    def _transient_of(self, what: str, size: int) -> None:
         if size:
             self.tape.new(size, what)
 
     def _product_scratch(self, rows: int, *, backward: bool = False) -> None:
-        """Scratch of a product of so many rows with a relation's matrix, and of that matrix' gradient."""
+        """Simulate the scratch of a product of ``rows`` rows with a relation's matrix, in backward also its gradient's."""
         shape = self.shape
-        self._moment(product_scratch_bytes(rows, shape.d_in, shape.d_out, self.sizes))
+        self._transient(product_scratch_bytes(rows, shape.d_in, shape.d_out, self.sizes))
         if backward:
-            self._moment(product_scratch_bytes(shape.d_in, rows, shape.d_out, self.sizes, transposed=True))
+            self._transient(product_scratch_bytes(shape.d_in, rows, shape.d_out, self.sizes, transposed=True))
 
     def _heads_scratch(self) -> int:
-        """Scratch of a product of queries and keys, or of weights and values, by heads."""
+        """Return the scratch bytes of a product of queries and keys, or of weights and values, by heads."""
         tokens, head_dim = self.shape.geometry.tokens, self.shape.inner // self.shape.heads
         return product_scratch_bytes(tokens, max(tokens, head_dim), tokens, self.sizes)
 
@@ -95,15 +95,15 @@ class SimulatedRelations:
         return self.shape.rows * self.shape.inner * self.sizes.value
 
     def _by_heads(self, count: int = 1) -> Storage:
-        """Copies of plain rows head by head, as products want them unless they lie so already."""
+        """Copy plain rows by heads, as products need them, unless they are contiguous that way already."""
         copied = self.shape.heads > 1 and self.shape.batch > 1
         return self.tape.new(count * self._plain_bytes() if copied else 0, TEMPORARY)
 
     def _plain_product(self, what: str = GRADIENTS) -> Storage:
-        """A product of attention weights and plain rows by heads, then token by token."""
+        """Multiply attention weights by plain rows by heads, and join the heads."""
         copy = self._by_heads()
         product = self.tape.new(self._plain_bytes(), what)
-        self._moment(self._heads_scratch())
+        self._transient(self._heads_scratch())
         del copy
         return self.tape.new(self._plain_bytes(), what) if self.shape.heads > 1 else product
 
@@ -112,7 +112,7 @@ class SimulatedRelations:
         if "plain_query" in self.sources:
             copies = self._by_heads(2)
             self._open("logits", shape.pairs * sizes.value, ATTENTION_WEIGHTS)
-            self._moment(self._heads_scratch())
+            self._transient(self._heads_scratch())
             del copies
             if self.half:
                 wide = self.tape.new(shape.pairs * sizes.accumulator, ATTENTION_WEIGHTS)
@@ -121,7 +121,7 @@ class SimulatedRelations:
             self._open("logits", shape.pairs * sizes.accumulator, ATTENTION_WEIGHTS)
 
     def _class_rows(self, tile: SimulatedTile) -> tuple[int, int]:
-        """Pairs of a piece of a class relation, and how many of the two such relations the tile has."""
+        """Return the pairs of one piece of a class relation, and the number of class relations in the tile (0 to 2)."""
         geometry = self.shape.geometry
         if not geometry.class_token:
             return 0, 0
@@ -133,7 +133,7 @@ class SimulatedRelations:
         return self.shape.piece(*tile.rectangle)
 
     def _matrix_bytes(self, tile: SimulatedTile) -> int:
-        """What autocast casts at a time: a relation's matrix, on a GPU at most a tile's."""
+        """Return the bytes that autocast casts at a time: one relation's matrix; on a GPU at most a tile's."""
         shape, sizes = self.shape, self.sizes
         count = tile.count if sizes.batched else 1
         return count * shape.d_in * shape.d_out * sizes.value if sizes.casts else 0
@@ -144,27 +144,27 @@ class SimulatedRelations:
         value = heads * sizes.value
         cast = heads * sizes.accumulator if self.half and "plain_query" in self.sources else 0
         rows = self._patch_rows(tile)
-        self._moment(self._matrix_bytes(tile))
-        self._moment(2 * rows * value, rows * cast)
+        self._transient(self._matrix_bytes(tile))
+        self._transient(2 * rows * value, rows * cast)
         self._product_scratch(rows)
-        self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=False, backward=False))
+        self._transient_of(WORKSPACE, shape.batched_bytes(tile, values=False, backward=False))
         rows, found = self._class_rows(tile)
-        # One side is the class token, broadcast: the products of both relations are new tensors.
-        self._moment(found * rows * self.shape.d_out * sizes.value, 2 * rows * value, rows * cast)
+        # One side is the class token, which is broadcast: the products of both relations are new tensors.
+        self._transient(found * rows * self.shape.d_out * sizes.value, 2 * rows * value, rows * cast)
         self.tape.hooks.release(tile.weights, backward=False)
 
     def _softmax(self) -> None:
         shape, sizes = self.shape, self.sizes
         if "plain_query" in self.sources and not shape.geometry.complete and self.logit_tiles + self.value_tiles:
-            self._moment(25 * shape.geometry.tokens**2)
-        self._moment(shape.rows * shape.heads * sizes.accumulator)
+            self._transient(25 * shape.geometry.tokens**2)
+        self._transient(shape.rows * shape.heads * sizes.accumulator)
         logits = self.buffers.pop("logits")
         self.buffers["attention"] = self.tape.new(shape.pairs * sizes.value, ATTENTION_WEIGHTS) if self.half else logits
         self._drop()
         del logits
 
     def _drop(self) -> None:
-        """The weights that values are multiplied by: others than the attention's only under dropout."""
+        """Simulate dropout of the attention weights; without dropout values are multiplied by the attention itself."""
         if self.shape.dropout:
             noise = self.tape.new(self.shape.pairs * self.sizes.value, TEMPORARY)
             self._open("weights", self.shape.pairs * self.sizes.value, ATTENTION_WEIGHTS)
@@ -175,14 +175,14 @@ class SimulatedRelations:
         self.tape.hooks.fetch(tile.weights, backward=False)
         self._open("out", shape.rows * shape.d_out * sizes.accumulator)
         rows = self._patch_rows(tile)
-        self._moment(self._matrix_bytes(tile))
-        self._moment(rows * shape.d_out * sizes.accumulator if self.half else 0)
+        self._transient(self._matrix_bytes(tile))
+        self._transient(rows * shape.d_out * sizes.accumulator if self.half else 0)
         self._product_scratch(rows)
-        self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=False))
+        self._transient_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=False))
         rows, found = self._class_rows(tile)
         if found == 2 or tile.first + tile.count == shape.geometry.relations:
             # The class token's value, weighted for every query, and its copy with contiguous heads.
-            self._moment(
+            self._transient(
                 2 * rows * shape.d_out * sizes.value, rows * shape.d_out * sizes.accumulator if self.half else 0
             )
         self.tape.hooks.release(tile.weights, backward=False)
@@ -191,9 +191,9 @@ class SimulatedRelations:
         shape, sizes, tape = self.shape, self.sizes, self.tape
         tape.hooks.fetch(term.weights, backward=False)
         square = shape.geometry.tokens**2
-        self._moment(INDEXING * square)
+        self._transient(INDEXING * square)
         if term.kind == "bias":
-            self._moment(
+            self._transient(
                 8 * square,
                 square * shape.heads * sizes.value,
                 square * shape.heads * sizes.accumulator if self.half else 0,
@@ -203,7 +203,7 @@ class SimulatedRelations:
         tape.hooks.release(term.weights, backward=False)
 
     def _chunks(self, kind: str, *, backward: bool = False) -> None:
-        """What vectors take for a chunk of query positions, moment by moment."""
+        """Simulate the temporaries of relative vectors for a chunk of query positions, one step after the other."""
         shape, sizes = self.shape, self.sizes
         tokens, head_dim = shape.geometry.tokens, shape.inner // shape.heads
         chunk = min(tokens, max(1, shape.workspace_limit // (2 * tokens * head_dim * sizes.parameter)))
@@ -211,18 +211,18 @@ class SimulatedRelations:
         pairs, rows = chunk * shape.batch * shape.heads * tokens, chunk * shape.batch * shape.inner
         copied = rows if shape.heads > 1 and shape.batch > 1 else 0
         wide = sizes.accumulator if self.half else 0
-        # Operands and a product beside the vectors, and what of them is widened to be added.
+        # Per step: values of operands and product, in addition to the vectors, and values that are widened to be added.
         grads = pairs if self.half else 0
-        moments = [(copied + pairs, pairs) if kind == "key" else (rows, rows)]
+        steps = [(copied + pairs, pairs) if kind == "key" else (rows, rows)]
         if backward and kind == "key":
-            moments = [(grads + rows, rows), (grads + copied + vectors, 0), (grads + vectors, vectors)]
+            steps = [(grads + rows, rows), (grads + copied + vectors, 0), (grads + vectors, vectors)]
         elif backward:
-            moments = [(copied + pairs, pairs), (copied + pairs + vectors, vectors)]
+            steps = [(copied + pairs, pairs), (copied + pairs + vectors, vectors)]
         index = 8 * tokens**2 * (2 if backward else 1)
-        for narrow, widened in moments:
-            # Vectors that autocast casts are dropped before anything is widened.
+        for narrow, widened in steps:
+            # Vectors that autocast casts are freed before anything is widened.
             other = max(widened * wide, vectors * sizes.value if sizes.casts else 0)
-            self._moment(index, vectors * sizes.parameter + narrow * sizes.value + other)
+            self._transient(index, vectors * sizes.parameter + narrow * sizes.value + other)
 
     def _term_backward(self, term: SimulatedTerm) -> None:
         shape, sizes, tape = self.shape, self.sizes, self.tape
@@ -231,7 +231,7 @@ class SimulatedRelations:
         numel = term.weights.numels[0]
         sums = tape.new(numel * sizes.accumulator, TEMPORARY)
         if term.kind == "bias":
-            self._moment(2 * square * shape.heads * sizes.accumulator, INDEXING * square)
+            self._transient(2 * square * shape.heads * sizes.accumulator, INDEXING * square)
         else:
             if term.kind == "key":
                 self._open("plain_query", shape.rows * shape.inner * sizes.accumulator, GRADIENTS)
@@ -253,7 +253,7 @@ class SimulatedRelations:
         self.buffers.clear()
         saved = (attention, *(source.storage for source in self.sources.values()))
         close = tape.result(attention, list(self.sources.values()), self._backward, saved)
-        # Nothing of the inputs may stay here: what backward needs is kept by its node.
+        # This object must not hold inputs: the node saves what backward needs.
         self.names, self.wanted = tuple(self.sources), {n for n, x in self.sources.items() if x.node is not None}
         self.sources = {}
         self.has_relative = "relative" in outputs
@@ -284,10 +284,10 @@ class SimulatedRelations:
         for tile in reversed(self.value_tiles):
             self._value_tile_backward(tile)
         if shape.dropout:
-            self._moment(shape.pairs * sizes.value, shape.pairs * sizes.accumulator if self.half else 0)
+            self._transient(shape.pairs * sizes.value, shape.pairs * sizes.accumulator if self.half else 0)
         self.buffers.pop("weights", None)
-        # Half weights are widened to be multiplied by the row sums, in a third tensor.
-        self._moment(
+        # Half-precision weights are widened and multiplied by the row sums in a third tensor.
+        self._transient(
             2 * shape.pairs * sizes.accumulator if self.half else 0, shape.rows * shape.heads * sizes.accumulator
         )
         for tile in reversed(self.logit_tiles):
@@ -298,14 +298,14 @@ class SimulatedRelations:
         return self._finish()
 
     def _start(self, plain_grad: Storage | None) -> None:
-        """Gradients of the attention weights, and of the plain values."""
+        """Allocate the gradients of the attention weights and of the plain values."""
         shape, sizes = self.shape, self.sizes
         if plain_grad is None:
             self._open("logits", shape.pairs * sizes.accumulator, GRADIENTS)
             return
         copies = self._by_heads(2)
         self._open("logits", shape.pairs * sizes.value, GRADIENTS)
-        self._moment(self._heads_scratch())
+        self._transient(self._heads_scratch())
         del copies
         if self.half:
             self.buffers["logits"] = self.tape.new(shape.pairs * sizes.accumulator, GRADIENTS)
@@ -313,7 +313,7 @@ class SimulatedRelations:
             self.buffers["plain_value"] = self._plain_product()
 
     def _input_gradient(self, name: str, width: int) -> None:
-        """The sum of a source's gradient over relations begins with the first tile that adds to it."""
+        """Allocate the gradient of a source, summed over relations, when the first tile adds to it."""
         if name in self.wanted:
             self._open(name, self.shape.rows * width * self.sizes.accumulator, GRADIENTS)
 
@@ -322,15 +322,15 @@ class SimulatedRelations:
         tape.hooks.fetch(tile.weights, backward=True)
         grads = [tape.new(numel * sizes.parameter, WEIGHT_GRADIENTS) for numel in tile.weights.numels]
         cast = sizes.accumulator if self.half else 0
-        self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=True))
+        self._transient_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=True))
         rows, found = self._class_rows(tile)
         last = tile.first + tile.count == shape.geometry.relations
         self._input_gradient("value", shape.d_in)
         row = shape.heads * sizes.value + max(shape.heads, shape.d_in) * cast
-        self._moment(self._patch_rows(tile) * row, 2 * self._matrix_bytes(tile))
+        self._transient(self._patch_rows(tile) * row, 2 * self._matrix_bytes(tile))
         self._product_scratch(self._patch_rows(tile), backward=True)
         if found and last:
-            self._moment(2 * rows * shape.d_out * sizes.value, rows * row, 2 * self._matrix_bytes(tile))
+            self._transient(2 * rows * shape.d_out * sizes.value, rows * row, 2 * self._matrix_bytes(tile))
         tape.hooks.gradients(tile.weights, grads)
         tape.hooks.release(tile.weights, backward=True)
 
@@ -343,13 +343,13 @@ class SimulatedRelations:
         row_widths = {name: self.source_widths.get(name, shape.d_in) for name in ("query", "key")}
         for name, width in row_widths.items():
             self._input_gradient(name, width)
-        self._moment_of(WORKSPACE, shape.batched_bytes(tile, values=False, backward=True))
-        # Rows are widened to be added; a plain role's are as wide as its source.
+        self._transient_of(WORKSPACE, shape.batched_bytes(tile, values=False, backward=True))
+        # Rows are widened to be added; the rows of a plain role have the width of its source.
         row = (shape.heads * sizes.value if self.half else 0) + max(row_widths.values()) * cast
-        self._moment(self._patch_rows(tile) * row, 2 * self._matrix_bytes(tile))
+        self._transient(self._patch_rows(tile) * row, 2 * self._matrix_bytes(tile))
         self._product_scratch(self._patch_rows(tile), backward=True)
         if found:
-            self._moment(3 * rows * shape.d_out * sizes.value, rows * row, 2 * self._matrix_bytes(tile))
+            self._transient(3 * rows * shape.d_out * sizes.value, rows * row, 2 * self._matrix_bytes(tile))
         tape.hooks.gradients(tile.weights, grads)
         tape.hooks.release(tile.weights, backward=True)
 
@@ -364,7 +364,7 @@ class SimulatedRelations:
                     continue
                 product = self._plain_product()
                 if name in self.buffers:
-                    # A relative vector's term has begun the sum; a name holds the product until the next.
+                    # A relative vector has begun the sum; the local name holds the product until the next iteration.
                     widened = tape.new(self.buffers[name].size if self.half else 0, TEMPORARY)
                     self.buffers[name] = tape.new(self.buffers[name].size, GRADIENTS)
                     del widened

@@ -1,6 +1,6 @@
 """Sizes of one call of the relation operator: its tiles, its terms, its scratch matrices.
 
-Source: models/context.py, models/tiles.py, models/batched.py.
+Source: models/ops/context.py, models/layers/tables.py, models/ops/batched.py.
 """
 
 from __future__ import annotations
@@ -10,31 +10,32 @@ from functools import lru_cache
 from typing import Literal, TypeAlias
 
 from ...config.geometry import RelationGeometry
+from ...config.model import DEFAULT_WORKSPACE_BYTES
 from ..core.autograd import ModuleParams
 from .ops import DtypeSizes
 
-DEFAULT_WORKSPACE_BYTES = 256 * 2**20
-
 Implementation: TypeAlias = Literal["grouped", "gather"]
-"""How tables meet rows: pairs of one relation together, or as published, a matrix for every pair."""
+"""How rows are multiplied by tables: the pairs of a relation together, or, as published, a matrix per pair."""
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedTile:
-    """One tile: its relations and the parameters of its module."""
+    """One tile of a table: its relations and the parameters of its module."""
 
     first: int
+    """Index of its first relation."""
     count: int
+    """Number of its relations."""
     weights: ModuleParams
     rectangle: tuple[int, int] = (0, 0)
-    """Rows and columns of its relation between patches with the most pairs."""
+    """Rows and columns of pairs of its largest relation between patches."""
     pairs: int = 0
-    """Pairs of all its relations between patches."""
+    """Number of pairs of all its relations between patches."""
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedTerm:
-    """A scalar or a vector per relation (models/relative_terms.py)."""
+    """A scalar or a vector per relation (models/ops/relative_terms.py)."""
 
     kind: Literal["bias", "key", "value"]
     weights: ModuleParams
@@ -42,53 +43,53 @@ class SimulatedTerm:
 
 @dataclass(frozen=True, slots=True)
 class RelationShape:
-    """Sizes of one operator and one micro-batch."""
+    """Sizes of one operator call on one micro-batch."""
 
     geometry: RelationGeometry
     batch: int
     heads: int
     d_in: int
     d_out: int
-    """DtypeSizes of a matrix."""
+    """Columns of a relation's (d_in, d_out) matrix."""
     inner: int
-    """Width of the plain queries, keys and values beside the relative ones."""
+    """Width of the plain queries, keys and values."""
     sizes: DtypeSizes
     dropout: float = 0.0
     workspace_limit: int = DEFAULT_WORKSPACE_BYTES
 
     @property
     def rows(self) -> int:
-        """Tokens of the micro-batch."""
+        """Number of tokens of the micro-batch."""
         return self.batch * self.geometry.tokens
 
     @property
     def pairs(self) -> int:
-        """Attention weights of the micro-batch."""
+        """Number of attention weights of the micro-batch."""
         return self.batch * self.heads * self.geometry.tokens**2
 
     @property
     def workspace_rows(self) -> int:
-        """Rows of the scratch matrices."""
+        """Number of rows of the scratch matrices."""
         row = 2 * (self.d_in + self.d_out) * self.sizes.value
         limit = self.workspace_limit // (4 if self.sizes.batched else 1)
         return max(self.geometry.width, min(self.batch * self.geometry.patches, limit // row))
 
     @property
-    def most_pairs(self) -> int:
-        """Pairs that are taken at a time on a GPU (models/batched.py)."""
+    def max_pairs(self) -> int:
+        """Maximum number of pairs that a GPU multiplies at a time (models/ops/batched.py)."""
         row = 3 * self.d_in + 2 * self.d_out + 2 * max(self.d_in, self.d_out)
         return self.workspace_limit * 3 // 4 // (row * self.batch * self.sizes.value)
 
     @property
     def _too_large(self) -> bool:
-        return self.geometry.patches > self.most_pairs
+        return self.geometry.patches > self.max_pairs
 
     def batched_bytes(self, tile: SimulatedTile, *, values: bool, backward: bool) -> int:
-        """The most scratch of a chunk of a tile's pairs on a GPU: rows, products, sums by token; an upper bound.
+        """Return an upper bound of the scratch of a chunk of a tile's pairs on a GPU: rows, products, sums by token.
 
-        Tokens have up to twice as many slots as a chunk has pairs (models/pair_chunks.py).
+        Tokens have at most twice as many slots as a chunk has pairs (models/ops/pair_index.py).
         """
-        pairs = min(tile.pairs, self.most_pairs)
+        pairs = min(tile.pairs, self.max_pairs)
         if not pairs or not self.sizes.batched:
             return 0
         value, wide = self.sizes.value, self.sizes.accumulator
@@ -101,22 +102,22 @@ class RelationShape:
             )
         rows = (pairs + 1) * self.batch
         by_heads = 3 * rows * self.heads * wide
-        # torch's grouped product gives a tile's gradients in a tensor of its own.
+        # torch's grouped product returns a tile's gradients in its own tensor.
         product = tile.count * self.d_in * self.d_out * value if backward and self.sizes.copies_products else 0
         return rows * row * value + self.rows * summed * wide + by_heads + product
 
     @property
     def workspace_bytes(self) -> int:
-        """The scratch matrices: gathered rows and their products, twice.
+        """Bytes of the scratch matrices: gathered rows and their products, twice.
 
-        On a GPU they serve the relations that are not taken many at a time, and have a quarter of the limit.
+        On a GPU they serve the relations that are multiplied one at a time, and have a quarter of the limit.
         """
         if self.sizes.batched and not (self.geometry.class_token or self._too_large):
             return 0
         return self.workspace_rows * 2 * (self.d_in + self.d_out) * self.sizes.value
 
     def piece(self, rows: int, cols: int) -> int:
-        """Pairs of the largest piece into which a relation of a rectangle of pairs is split."""
+        """Return the pairs of the largest piece into which a relation with ``rows`` × ``cols`` pairs is split."""
         if not rows:
             return 0
         samples = self.workspace_rows // (rows * cols)
@@ -127,7 +128,7 @@ class RelationShape:
 
 @lru_cache(maxsize=64)
 def _rectangles(geometry: RelationGeometry) -> tuple[tuple[int, int], ...]:
-    """Rows and columns of pairs of each relation between patches, as `RelationGeometry.pairs` has them."""
+    """Return the rows and columns of pairs of each relation between patches, in the order of `RelationGeometry`."""
     reach_rows, reach_cols = geometry.reach
     if geometry.causal:
         return tuple((geometry.height - offset, 1) for offset in range(reach_rows + 1))
@@ -143,13 +144,13 @@ def _counts(geometry: RelationGeometry) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def pairs_of(geometry: RelationGeometry, first: int, count: int) -> int:
-    """Pairs of a tile's relations between patches."""
+    """Return the number of pairs of a tile's relations between patches."""
     return sum(_counts(geometry)[first : first + count])
 
 
 @lru_cache(maxsize=4096)
 def largest_rectangle(geometry: RelationGeometry, first: int, count: int) -> tuple[int, int]:
-    """Rows and columns of the relation between patches with the most pairs among a tile's relations."""
+    """Return the rows and columns of pairs of a tile's largest relation between patches."""
     counts = _counts(geometry)
     own = counts[first : first + count]
     return _rectangles(geometry)[counts.index(max(own), first)] if own else (0, 0)
