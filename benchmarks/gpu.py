@@ -19,7 +19,7 @@ import torch
 from common import Case, check_parity, count_operations, describe_run, make, seconds, step, write_report
 
 from translution.distributed.profiling.allocation_tracer import count_every_allocation, trace_allocations
-from translution.models.ops.grouped_mm import choose_products
+from translution.models.ops import choose_products
 
 CASES = {
     "ViT-B/16": Case({"grid": (14, 14), "class_token": True}, 768, 12, 32, False),

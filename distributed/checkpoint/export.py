@@ -20,7 +20,7 @@ from typing import BinaryIO, Literal
 import torch
 from torch import Tensor
 
-from translution.models.networks.load import SPEC, empty_network
+from translution.models.networks import SPEC_KEY, empty_network
 from translution.planner.common.errors import InputError
 from translution.planner.common.schema import Schema
 from translution.planner.plans.plan import version
@@ -116,7 +116,7 @@ def export(
         if asked != held:
             raise InputError(f"{name}: {held} elements are not allowed: the model has {asked} ({stored.folder})")
     metadata = {
-        "format": "pt", SPEC: spec.model_dump_json(), "step": str(saved.manifest.step),
+        "format": "pt", SPEC_KEY: spec.model_dump_json(), "step": str(saved.manifest.step),
         "made_by": f"translution-scale {version()}",
     }  # fmt: skip
     begin = header(shapes, dtype, metadata)

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from translution.models import build
-from translution.models.ops import batched
-from translution.models.ops.grouped_mm import GroupedProducts
+from translution.models.ops import GroupedProducts, batched
 from translution.planner.common.errors import RunFailedError
 from translution.planner.common.phases import Phase
 from translution.planner.plans.plan import Plan, load_plan

@@ -1,4 +1,4 @@
-"""Putting the layers into other people's networks, and other people's tables into the layers."""
+"""Replace the attention of a timm-style vision transformer by Translution."""
 
 from __future__ import annotations
 
@@ -10,59 +10,12 @@ from torch import Tensor, nn
 
 from translution.planner.common.errors import InputError
 
-from ..layers.translution import AlphaTranslution, Translution
-
-_ROLES = {"q": "query", "k": "key", "v": "value"}
-
-
-@torch.no_grad()
-def load_tables(
-    layer: Translution | AlphaTranslution, tables: Mapping[str, Tensor], *, published_names: bool = False
-) -> None:
-    """Load whole tables into a layer, whatever its tiling.
-
-    Args:
-        layer: receives them; other weights stay as they are.
-        tables: role ("q", "k", "v") → (R, C, C'), for exactly the relative roles; relations numbered as
-            in `RelationGeometry`.
-        published_names: the tables come from the published code, which calls query what the paper's
-            equations call key and the other way round.
-
-    Raises:
-        InputError: naming the role that is missing, superfluous or of the wrong shape.
-    """
-    wanted = set(layer.roles)
-    if published_names:
-        names = {"q": "k", "k": "q", "v": "v"}
-        tables = {names.get(role, role): table for role, table in tables.items()}
-    if set(tables) != wanted:
-        raise InputError(f"tables: roles {sorted(tables)} are not allowed: must be {sorted(wanted)}")
-    shape = (layer.geometry.relations, *layer.tables.widths)
-    for role, table in tables.items():
-        if tuple(table.shape) != shape:
-            raise InputError(f"tables: {role} of shape {tuple(table.shape)} is not allowed: must be {shape}")
-    for role, table in tables.items():
-        layer.tables.load_table(_ROLES[role], table)
-
-
-def tables_from_state_dict(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Pick one layer's tables out of a state dict that holds one (R, C, C') tensor per role.
-
-    Args:
-        state: the state dict.
-        names: role → key of its table, such as ``{"q": "layers.0.to_q.unique_params"}``.
-
-    Raises:
-        InputError: naming a key that is absent.
-    """
-    for key in names.values():
-        if key not in state:
-            raise InputError(f"state dict: has no {key!r}")
-    return {role: state[key] for role, key in names.items()}
+from ..layers.tables import ROLE_NAMES
+from ..layers.translution import Translution
 
 
 class _Attention(nn.Module):
-    """A layer under the call signature of the attention that it replaces: further arguments are refused."""
+    """A layer with the call signature of timm's attention."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -72,7 +25,7 @@ class _Attention(nn.Module):
         """(B, N, C) → (B, N, C).
 
         Raises:
-            InputError: for an attention mask, which a relative operator has no use for.
+            InputError: if there is an attention mask, which the layer does not support.
         """
         if attn_mask is not None:
             raise InputError("attn_mask: a tensor is not allowed: must be None")
@@ -91,23 +44,24 @@ def replace_attention(
 ) -> nn.Module:
     """Replace the attention of some blocks of a timm-style vision transformer by full Translution.
 
-    A block is expected in ``model.blocks`` with ``attn.qkv`` (one Linear to queries, keys and values),
-    ``attn.num_heads`` and ``attn.proj``; the projection's weights are taken over.
+    Each block in ``model.blocks`` must have ``attn.qkv`` (one Linear for queries, keys and values),
+    ``attn.num_heads`` and ``attn.proj``, whose weights are copied. A new layer maps (B, N, C) to
+    (B, N, C) as the attention did; N is height · width, plus 1 with a class token.
 
     Args:
-        model: changed in place.
+        model: network to change in place.
         layers: numbers of the blocks.
-        grid: (height, width) of the patches.
-        class_token: whether one class token stands before the patches.
-        start_from_attention: start with every matrix of a table equal to the attention's, so that the
-            model computes what it did before; the attention's qkv must then have no bias.
+        grid: (height, width) of the grid of patches.
+        class_token: True if one class token precedes the patches.
+        start_from_attention: True to start with every matrix of a table equal to the attention's, so
+            that the model's outputs do not change; the attention's qkv must then have no bias.
         options: further arguments of `Translution`, such as roles or tile_relations.
 
     Returns:
         The model.
 
     Raises:
-        InputError: naming a block that is absent or not of this style, and nothing is replaced.
+        InputError: naming a block that does not exist or lacks these attributes; the model is then unchanged.
     """
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList | nn.Sequential):
@@ -143,7 +97,7 @@ def _translution_for(
     if start:
         for role, weight in zip("qkv", qkv.weight.view(3, inner, dim), strict=True):
             if role in layer.roles:
-                layer.tables.load_table(_ROLES[role], weight.t().expand(layer.geometry.relations, dim, inner))
+                layer.tables.load_table(ROLE_NAMES[role], weight.t().expand(layer.geometry.relations, dim, inner))
             else:
                 plain = layer.plain[role]
                 assert isinstance(plain, nn.Linear)

@@ -1,9 +1,9 @@
-"""The baselines as layers: self-attention with each kind of position, and absolute matrices.
+"""The baselines as layers: self-attention with each kind of position encoding, and absolute matrices.
 
-SelfAttention         plain, or turned by rotary embedding
-BiasAttention         a scalar per relation and head added to the logits (Swin Transformer)
-ShawAttention         a vector per relation added to keys and values (Shaw et al.)
-AbsoluteTranslution   a matrix per position: as many parameters as relations would have, but no offsets
+SelfAttention         no position encoding, or rotary embedding
+BiasAttention         a scalar per relation and head, added to the logits (Swin Transformer)
+ShawAttention         a vector per relation, added to keys and values (Shaw et al.)
+AbsoluteTranslution   a matrix per position instead of one per relation
 """
 
 from __future__ import annotations
@@ -17,17 +17,26 @@ from torch import Tensor, nn
 
 from translution.planner.common.errors import InputError
 from translution.planner.config.geometry import RelationGeometry
+from translution.planner.config.model import DEFAULT_WORKSPACE_BYTES
 from translution.planner.costs.parameters import table_tiles
 
-from ..ops.context import DEFAULT_WORKSPACE_BYTES, missing_pairs
+from ..ops.context import missing_pairs
 from ..ops.relative_terms import RelationBias, RelationVectors
-from ..ops.rotary import rotary_angles, rotate
-from .base import OperatorLayer, check_roles, check_table_options
+from ..ops.rotary import apply_rotary, rotary_angles
+from .base import OperatorLayer, check_operator_options, check_roles
 from .tables import OperatorChain
 
 
-class RotaryTurn(nn.Module):
-    """Turns queries or keys (B, h, N, D) by the rotary angles of their tokens."""
+class RotaryEmbedding(nn.Module):
+    """Rotates queries or keys by the rotary angles of their tokens.
+
+    Args:
+        geometry: arrangement of the tokens.
+        head_dim: width per head, D.
+
+    Raises:
+        InputError: if head_dim is not a multiple of 2, or of 4 for a grid.
+    """
 
     cosine: Tensor
     sine: Tensor
@@ -41,7 +50,7 @@ class RotaryTurn(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Compute the angles; a network that was built on the meta device has none."""
+        """Compute the angles, also for a network that was built on the meta device, without values."""
         angles = rotary_angles(self.geometry, self.head_dim)
         dtype = torch.get_default_dtype()
         self.register_buffer("cosine", angles.cos().to(dtype), persistent=False)
@@ -49,11 +58,11 @@ class RotaryTurn(nn.Module):
 
     def forward(self, x_bhnd: Tensor) -> Tensor:
         """(B, h, N, D) → (B, h, N, D)."""
-        return rotate(x_bhnd, self.cosine, self.sine)
+        return apply_rotary(x_bhnd, self.cosine, self.sine)
 
 
 class DenseAttention(OperatorLayer):
-    """Attention of queries, keys and values that are projected already; the other baselines' base.
+    """Base class of the baselines: attention of projected queries, keys and values.
 
     Args:
         dim, heads, options: as in `OperatorLayer`.
@@ -62,7 +71,7 @@ class DenseAttention(OperatorLayer):
 
     def __init__(self, dim: int, heads: int, *, workspace_bytes: int = DEFAULT_WORKSPACE_BYTES, **options: Any) -> None:
         super().__init__(dim, heads, **options)
-        check_table_options(None, workspace_bytes, "grouped")
+        check_operator_options(workspace_bytes, "grouped")
         self.chain = OperatorChain(
             self.geometry,
             self.heads,
@@ -74,14 +83,30 @@ class DenseAttention(OperatorLayer):
         self.output = self._make_output()
 
     def attend(self, rows_bne: Sequence[Tensor], key_padding: Tensor | None) -> Tensor:
-        """Queries, keys and values (B, N, h·D) each → (B, N, C), with the chain's terms; keeps no dropout mask."""
+        """Attend with the chain's terms, without saving a dropout mask for backward.
+
+        Args:
+            rows_bne: queries, keys and values, (B, N, h·D) each.
+            key_padding: (B, N), true where a token is padding.
+
+        Returns:
+            (B, N, C).
+        """
         sources = dict(zip(("plain_query", "plain_key", "plain_value"), rows_bne, strict=True))
         relative, plain = self.chain(sources, key_padding)
         result: Tensor = self.output(plain if relative is None else plain + relative)
         return result
 
     def attend_fused(self, rows_bhnd: Sequence[Tensor], key_padding: Tensor | None) -> Tensor:
-        """Queries, keys and values (B, h, N, D) → (B, N, C) by torch's fused attention, without the chain."""
+        """Attend with torch's fused attention, without the chain.
+
+        Args:
+            rows_bhnd: queries, keys and values, (B, h, N, D) each.
+            key_padding: (B, N), true where a token is padding.
+
+        Returns:
+            (B, N, C).
+        """
         query, key, value = rows_bhnd
         seen = None if key_padding is None else ~key_padding[:, None, None, :]
         causal = self.geometry.causal
@@ -92,8 +117,8 @@ class DenseAttention(OperatorLayer):
         return result
 
     @property
-    def drops(self) -> bool:
-        """Whether attention weights are dropped now."""
+    def dropout_active(self) -> bool:
+        """True if attention weights are dropped, which they are only in training."""
         return self.training and self.dropout > 0
 
 
@@ -102,7 +127,8 @@ class SelfAttention(DenseAttention):
 
     Args:
         dim, heads, head_dim, grid, class_token, length, causal, dropout: as in `OperatorLayer`.
-        rotary: turn queries and keys by rotary embedding, 1-D for a sequence, 2-D for a grid.
+        rotary: apply rotary embedding to queries and keys, 1-D for a sequence, 2-D for a grid.
+        workspace_bytes: limit of the scratch memory.
     """
 
     def __init__(self, dim: int, heads: int, *, rotary: bool = False, **options: Any) -> None:
@@ -110,15 +136,15 @@ class SelfAttention(DenseAttention):
             raise InputError(f"window: {options['window']!r} is not allowed: must be None for self-attention")
         super().__init__(dim, heads, **options)
         self.projections = nn.Linear(dim, 3 * self.inner_dim, bias=False)
-        self.turn = RotaryTurn(self.geometry, self.head_dim) if rotary else None
+        self.rotary = RotaryEmbedding(self.geometry, self.head_dim) if rotary else None
 
     def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
+        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding and must not be attended to."""
         self._check(x_bnc, key_padding_mask)
         query, key, value = self.projections(x_bnc).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.turn is not None:
-            query, key = self.turn(query), self.turn(key)
-        if not self.drops:
+        if self.rotary is not None:
+            query, key = self.rotary(query), self.rotary(key)
+        if not self.dropout_active:
             return self.attend_fused([query, key, value], key_padding_mask)
         rows = [x_bhnd.transpose(1, 2).flatten(2) for x_bhnd in (query, key, value)]
         return self.attend(rows, key_padding_mask)
@@ -138,15 +164,15 @@ class BiasAttention(DenseAttention):
         self.chain.logit_tiles.append(RelationBias(self.geometry.relations, heads))
 
     def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
+        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding and must not be attended to."""
         self._check(x_bnc, key_padding_mask)
         return self.attend(self.projections(x_bnc).chunk(3, dim=-1), key_padding_mask)
 
 
 class ShawAttention(DenseAttention):
-    """Self-attention with a learned vector for each relation added to keys, and another to values.
+    """Self-attention with a learned vector per relation added to the keys and another added to the values.
 
-    The vectors, (R, D) each, are shared by the heads: logits q·(k + a[r]) / √D, output Σ w (v + b[r]).
+    The vectors, (R, D) each, are shared by all heads: logits q·(k + a[r]) / √D, output Σ w (v + b[r]).
 
     Args:
         dim, heads, head_dim, grid, class_token, length, causal, window, dropout: as in `OperatorLayer`.
@@ -161,7 +187,7 @@ class ShawAttention(DenseAttention):
         self.chain.value_tiles.append(RelationVectors(relations, self.head_dim, "value"))
 
     def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
+        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding and must not be attended to."""
         self._check(x_bnc, key_padding_mask)
         return self.attend(self.projections(x_bnc).chunk(3, dim=-1), key_padding_mask)
 
@@ -171,8 +197,9 @@ class PositionTile(nn.Module):
 
     Args:
         first: first position of the tile.
-        count: positions in it.
-        d_in, d_out: widths of a matrix.
+        count: number of positions in the tile.
+        d_in: input width of a matrix.
+        d_out: output width of a matrix.
     """
 
     def __init__(self, first: int, count: int, d_in: int, d_out: int) -> None:
@@ -182,20 +209,19 @@ class PositionTile(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, x_bnc: Tensor) -> Tensor:
-        """The tile's tokens of (B, N, C), each times its own matrix, as a (B, count, C') view."""
+        """Multiply the tile's tokens of (B, N, C) by their own matrices; returns a (B, count, C') view."""
         return torch.bmm(x_bnc[:, self.positions].transpose(0, 1), self.weight).transpose(0, 1)
 
 
 class AbsoluteTranslution(DenseAttention):
-    """The absolute-matrix ablation: every position has matrices of its own, whatever the offsets.
+    """The absolute-matrix ablation: every position has its own matrices, independent of relative offsets.
 
-    q_i = x_i·Wq[i], k_j = x_j·Wk[j], v_j = x_j·Wv[j], then self-attention. It has as many matrices as
-    Translution has relations or more per token, and nothing relative (arXiv 2510.10060, ablations).
+    q_i = x_i·Wq[i], k_j = x_j·Wk[j], v_j = x_j·Wv[j], then self-attention (arXiv 2510.10060, ablations).
 
     Args:
         dim, heads, head_dim, grid, class_token, length, causal, dropout: as in `OperatorLayer`.
         roles: roles with a matrix per position, a subset of "qkv"; the others are plain projections.
-        tile_relations: positions per tile of a table; None keeps each table one Parameter.
+        tile_relations: number of positions per tile of a table; None stores each table as one Parameter.
         workspace_bytes: limit of the scratch memory.
     """
 
@@ -219,6 +245,7 @@ class AbsoluteTranslution(DenseAttention):
             )
 
     def _project(self, role: str, x_bnc: Tensor) -> Tensor:
+        """Project (B, N, C) to the rows of a role, (B, N, h·D)."""
         if role not in self.roles:
             plain: Tensor = self.plain[role](x_bnc)
             return plain
@@ -227,10 +254,10 @@ class AbsoluteTranslution(DenseAttention):
         return torch.cat([tile(x_bnc) for tile in tiles], dim=1).contiguous()
 
     def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
+        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding and must not be attended to."""
         self._check(x_bnc, key_padding_mask)
         rows = [self._project(role, x_bnc) for role in "qkv"]
-        if self.drops:
+        if self.dropout_active:
             return self.attend(rows, key_padding_mask)
         heads = [x_bne.unflatten(2, (self.heads, -1)).transpose(1, 2) for x_bne in rows]
         return self.attend_fused(heads, key_padding_mask)

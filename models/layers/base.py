@@ -1,4 +1,4 @@
-"""What every operator layer shares: arguments and their checks, the geometry, the output projection."""
+"""Base class of all layers: common arguments and their checks, the geometry, the output projection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ IMPLEMENTATIONS = ("grouped", "batched", "gather")
 def make_geometry(
     grid: tuple[int, int] | None, class_token: bool, length: int | None, causal: bool, window: int | None
 ) -> RelationGeometry:
-    """The geometry that a layer's arguments name; an `InputError` names the one that is wrong."""
+    """Return the geometry given by a layer's arguments.
+
+    Raises:
+        InputError: naming the argument that is not allowed.
+    """
     if (grid is None) == (length is None):
         raise InputError(f"grid: {grid!r} with length {length!r} is not allowed: give exactly one of grid and length")
     if grid is not None:
@@ -29,7 +33,11 @@ def make_geometry(
 
 
 def check_roles(roles: str) -> str:
-    """The roles in the order "qkv", or an `InputError`."""
+    """Return the roles in the order "qkv".
+
+    Raises:
+        InputError: if they are not a non-empty subset of "qkv".
+    """
     try:
         return canonical_roles(roles)
     except ValueError as error:
@@ -37,22 +45,22 @@ def check_roles(roles: str) -> str:
 
 
 class OperatorLayer(nn.Module):
-    """What all layers share: the geometry, the heads and the output projection.
+    """Base class of all layers: geometry, heads and output projection.
 
     Args:
         dim: model width, C.
-        heads: attention heads, h.
-        head_dim: width per head, D; dim / heads unless given.
-        grid: (height, width) of the patches, for images.
-        class_token: whether a class token stands before the patches.
-        length: number of tokens, for sequences; give either grid or length.
-        causal: whether a token sees only itself and earlier ones.
-        window: pairs of tokens farther apart than this, in rows or columns, do not exist; tables
-            then hold the nearer relations only. None: all pairs exist.
-        dropout: probability with which an attention weight is dropped in training.
+        heads: number of attention heads, h.
+        head_dim: width per head, D; dim / heads by default.
+        grid: (height, width) of the grid of patches, for images; give either grid or length.
+        class_token: True if a class token precedes the patches.
+        length: number of tokens, for sequences.
+        causal: True if a token attends only to itself and to earlier tokens.
+        window: maximum distance of a pair of tokens in rows and in columns. Pairs farther apart do not
+            exist, and tables hold only the remaining relations. None: all pairs exist.
+        dropout: probability of dropping an attention weight in training.
 
     Raises:
-        InputError: naming the argument and what is allowed.
+        InputError: naming the argument and the allowed values.
     """
 
     def __init__(
@@ -83,11 +91,13 @@ class OperatorLayer(nn.Module):
         self.inner_dim = heads * self.head_dim
 
     def _make_output(self) -> nn.Module:
+        """Return the output projection; the identity for one head of full width."""
         if self.heads == 1 and self.head_dim == self.dim:
             return nn.Identity()
         return nn.Linear(self.inner_dim, self.dim)
 
     def _check(self, x_bnc: Tensor, key_padding: Tensor | None) -> None:
+        """Check the shapes of a call's arguments."""
         tokens = self.geometry.tokens
         if x_bnc.ndim != 3 or x_bnc.shape[1:] != (tokens, self.dim):
             raise InputError(f"x: shape {tuple(x_bnc.shape)} is not allowed: must be (batch, {tokens}, {self.dim})")
@@ -96,8 +106,12 @@ class OperatorLayer(nn.Module):
             raise InputError(f"key_padding_mask: {found} is not allowed: must be bool {tuple(x_bnc.shape[:2])}")
 
 
-def check_table_options(tile_relations: int | None, workspace_bytes: int, implementation: str) -> None:
-    """Refuse what no table can be built with by an `InputError`."""
+def check_operator_options(workspace_bytes: int, implementation: str) -> None:
+    """Check the options that a layer passes to its operator.
+
+    Raises:
+        InputError: naming the option that is not allowed.
+    """
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
             f"implementation: {implementation!r} is not allowed: must be one of {', '.join(IMPLEMENTATIONS)}"

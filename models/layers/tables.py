@@ -1,8 +1,8 @@
-"""Tables of relation matrices, stored as tiles, and the operator that runs over them.
+"""Tables of relation matrices, stored as tiles, and the chain of modules that runs over them.
 
-A *table* holds one matrix per relation for one role. ZeRO-3 gathers a whole Parameter at a time,
-so a table is cut into *tiles*, blocks of consecutive relations, each a Parameter of a submodule
-that is called: only one tile (and one being prefetched) is then whole at any moment.
+A *table* holds one matrix per relation for one role. ZeRO-3 gathers one full Parameter at a time, when
+the module that owns it is called. So a table is cut into *tiles*, blocks of consecutive relations, each
+a Parameter of its own submodule: only one tile, and one being prefetched, is then gathered at a time.
 """
 
 from __future__ import annotations
@@ -13,25 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from translution.planner.config.geometry import RelationGeometry
+from translution.planner.config.model import DEFAULT_WORKSPACE_BYTES
 from translution.planner.costs.parameters import table_tiles
 
 from ..ops import grouped
-from ..ops.context import DEFAULT_WORKSPACE_BYTES, RelationContext, dropout_noise
+from ..ops.context import RelationContext, dropout_noise
 from ..ops.naive import gather_attention
+
+ROLE_NAMES = {"q": "query", "k": "key", "v": "value"}
+"""Name of a role's tables and inputs by its letter in ``roles``."""
 
 
 class Tile(nn.Module):
-    """Matrices of consecutive relations for the roles that its call uses together.
+    """Matrices of consecutive relations for the roles that are used together.
+
+    Row ``n`` of each Parameter, (count, d_in, d_out), belongs to the pairs of relation ``first + n``. The
+    paper numbers the query table by the reversed relation instead; see `RelationTables.table`.
 
     Args:
         first: first relation of the tile.
-        count: relations in it.
+        count: number of relations in the tile.
         d_in: input width of a matrix.
         d_out: output width of a matrix.
-        roles: names of its tables: "query" and "key", one of them, or "value".
-
-    Row ``n`` of every tile serves the pairs of relation ``first + n``. For the query table that is
-    the matrix which the paper numbers by the reversed relation.
+        roles: names of the tile's tables: "query" and "key", one of the two, or "value".
     """
 
     def __init__(self, first: int, count: int, d_in: int, d_out: int, roles: tuple[str, ...]) -> None:
@@ -39,47 +43,49 @@ class Tile(nn.Module):
         self.first = first
         for role in roles:
             weight = nn.Parameter(torch.empty(count, d_in, d_out))
-            # As the published layer initialises its (R, C, C') table: the bound does not depend on
-            # the number of relations, so a tile's is the same as the whole table's.
+            # The published layer's initialization of its (R, C, C') table. The bound does not depend on the
+            # number of relations, so it is the same for a tile as for the full table.
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
             self.register_parameter(role, weight)
 
     def tile(self, role: str) -> Tensor | None:
-        """The Parameter of a role, or None if it has no table."""
+        """Return the Parameter of a role, (count, d_in, d_out), or None if the role has no table."""
         return self._parameters.get(role)
 
 
 class LogitTile(Tile):
-    """Query and key matrices of a block of relations."""
+    """Query and key matrices of consecutive relations."""
 
-    def forward(self, token: Tensor, context: RelationContext) -> Tensor:
-        """Adds the logits of its relations to the context; token (1,) → token (1,)."""
-        result: Tensor = grouped.LogitTile.apply(token, context, self.first, self.tile("query"), self.tile("key"))
+    def forward(self, link: Tensor, context: RelationContext) -> Tensor:
+        """Add the logits of the tile's relations to the context; link (1,) → link (1,)."""
+        result: Tensor = grouped.LogitTileFunction.apply(
+            link, context, self.first, self.tile("query"), self.tile("key")
+        )
         return result
 
 
 class ValueTile(Tile):
-    """Value matrices of a block of relations."""
+    """Value matrices of consecutive relations."""
 
-    def forward(self, token: Tensor, context: RelationContext) -> Tensor:
-        """Adds its relations' share of the output to the context; token (1,) → token (1,)."""
-        result: Tensor = grouped.ValueTile.apply(token, context, self.first, self.tile("value"))
+    def forward(self, link: Tensor, context: RelationContext) -> Tensor:
+        """Add the output of the tile's relations to the context; link (1,) → link (1,)."""
+        result: Tensor = grouped.ValueTileFunction.apply(link, context, self.first, self.tile("value"))
         return result
 
 
 class OperatorChain(nn.Module):
-    """Attention as a chain of tiles: each adds its part to the logits, or to the output.
+    """Attention as a chain of tiles, each of which adds to the logits or to the output.
 
-    What a call keeps for backward are its sources and the attention weights, whatever the tiles.
+    A call saves its inputs and the attention weights for backward, regardless of the tiling.
 
     Args:
-        geometry: how the tokens lie.
-        heads: attention heads.
-        widths: input and output width of the matrices or vectors of the tiles.
-        scale: factor of the summed logits.
-        dropout: probability with which an attention weight is dropped in training.
+        geometry: arrangement of the tokens.
+        heads: number of attention heads.
+        widths: input and output width of the tiles' matrices or vectors.
+        scale: factor applied to the summed logits.
+        dropout: probability of dropping an attention weight in training.
         workspace_bytes: limit of the scratch memory.
-        relative: sources that meet a matrix per relation.
+        relative: names of the inputs that are multiplied by a matrix per relation.
     """
 
     def __init__(
@@ -107,13 +113,13 @@ class OperatorChain(nn.Module):
         """Attention over all pairs.
 
         Args:
-            sources: (b, n, width) each. "query", "key", "value": what the role's table multiplies,
-                or the projected rows where only the other of query and key has a table.
-                "plain_query", "plain_key", "plain_value": a term without tables.
-            key_padding: (b, n), true where a token is padding that no query may see.
+            sources: (b, n, width) each. "query", "key", "value": inputs of the role's table, or
+                projected rows for a query or key without a table where the other one has a table.
+                "plain_query", "plain_key", "plain_value": inputs of a term without tables.
+            key_padding: (b, n), true where a token is padding and must not be attended to.
 
         Returns:
-            Outputs of the relative and of the plain values, (b, n, width) each, or None.
+            Outputs of the relative values and of the plain values, (b, n, width) each, or None.
         """
         device = next(iter(sources.values())).device.type
         if not torch.amp.is_autocast_available(device):
@@ -125,7 +131,7 @@ class OperatorChain(nn.Module):
             return self._run(sources, key_padding)
 
     def draw_seed(self) -> int:
-        """The seed of this call's dropout: from torch's default generator, whatever the device."""
+        """Draw the seed of this call's dropout from torch's default generator; zero without dropout."""
         return int(torch.randint(2**63 - 1, (), dtype=torch.int64)) if self.dropout and self.training else 0
 
     def _run(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -141,30 +147,30 @@ class OperatorChain(nn.Module):
         trained = any(x is not None and x.requires_grad for x in ordered) or any(
             weight.requires_grad for weight in self.parameters()
         )
-        # ZeRO-3 releases a gathered tile after its backward only if an input of it requires grad.
+        # ZeRO-3 releases a gathered tile after its backward only if one of the tile's inputs requires grad.
         anchor = first.new_zeros(1, requires_grad=trained and torch.is_grad_enabled())
-        token = grouped.Open.apply(context, anchor, *ordered)
+        link = grouped.OpenFunction.apply(context, anchor, *ordered)
         for tile in self.logit_tiles:
-            token = tile(token, context)
-        token = grouped.Softmax.apply(token, context, first.dtype)
+            link = tile(link, context)
+        link = grouped.SoftmaxFunction.apply(link, context, first.dtype)
         for tile in self.value_tiles:
-            token = tile(token, context)
-        relative, plain = grouped.Close.apply(token, context, first.dtype)
+            link = tile(link, context)
+        relative, plain = grouped.CloseFunction.apply(link, context, first.dtype)
         return relative, plain
 
 
 class RelationTables(OperatorChain):
-    """The tables of one layer, and attention with them.
+    """The relation tables of one layer, and attention with them.
 
     Args:
         geometry, heads, scale, dropout, workspace_bytes: as in `OperatorChain`.
         d_in: input width of the matrices.
         d_out: output width of the matrices, all heads together.
         roles: roles with a table, a subset of "qkv".
-        tile_relations: relations per tile; None keeps each table whole.
-        implementation: "grouped": relation by relation on a CPU and many at a time on a GPU;
-            "batched": many at a time anywhere; "gather": the published way, which copies a matrix
-            for every pair and sample and exists to be compared with.
+        tile_relations: number of relations per tile; None stores each table as one tile.
+        implementation: "grouped" multiplies one relation at a time on a CPU and many at a time on a
+            GPU; "batched" multiplies many at a time on every device; "gather" is the published
+            algorithm, a reference that copies a matrix for every pair and sample.
     """
 
     def __init__(
@@ -181,8 +187,7 @@ class RelationTables(OperatorChain):
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
         implementation: str = "grouped",
     ) -> None:
-        names = {"q": "query", "k": "key", "v": "value"}
-        relative = frozenset(names[role] for role in roles)
+        relative = frozenset(ROLE_NAMES[role] for role in roles)
         super().__init__(
             geometry,
             heads,
@@ -193,7 +198,7 @@ class RelationTables(OperatorChain):
             relative=relative,
         )
         self.implementation, self.batched = implementation, implementation == "batched"
-        logit_roles = tuple(names[role] for role in "qk" if role in roles)
+        logit_roles = tuple(ROLE_NAMES[role] for role in "qk" if role in roles)
         first = 0
         sizes = [size for size, copies in table_tiles(geometry.relations, tile_relations) for _ in range(copies)]
         for count in sizes:
@@ -207,7 +212,7 @@ class RelationTables(OperatorChain):
         if self.implementation != "gather":
             return super()._run(sources, key_padding)
         first = next(iter(sources.values()))
-        # Under autocast the rows are narrower than the tables.
+        # Under autocast the rows have a narrower dtype than the tables.
         tables = {name: self.table(name).to(first.dtype) for name in self.relative}
         noise = None
         if self.dropout and self.training:
@@ -217,20 +222,25 @@ class RelationTables(OperatorChain):
         return gather_attention(self.geometry, self.heads, self.scale, sources, tables, key_padding, noise)
 
     def table(self, role: str) -> Tensor:
-        """A role's table (R, d_in, d_out), numbered as in the paper; gradients flow to the tiles.
+        """Return a role's table (R, d_in, d_out), numbered as in the paper; gradients flow to the tiles.
 
         Args:
             role: "query", "key" or "value".
         """
         tiles = self.value_tiles if role == "value" else self.logit_tiles
-        whole = torch.cat(
+        table = torch.cat(
             [weight for tile in tiles if isinstance(tile, Tile) and (weight := tile.tile(role)) is not None]
         )
-        return whole[self._order(role)]
+        return table[self._order(role)]
 
     @torch.no_grad()
     def load_table(self, role: str, table: Tensor) -> None:
-        """Copy a table (R, d_in, d_out), numbered as in the paper, into the tiles."""
+        """Copy a table (R, d_in, d_out), numbered as in the paper, into the tiles.
+
+        Args:
+            role: "query", "key" or "value".
+            table: the matrices of all relations.
+        """
         table = table[self._order(role)]
         for tile in self.value_tiles if role == "value" else self.logit_tiles:
             assert isinstance(tile, Tile)
@@ -239,6 +249,7 @@ class RelationTables(OperatorChain):
             weight.copy_(table[tile.first : tile.first + len(weight)])
 
     def _order(self, role: str) -> list[int]:
+        """Return the paper's number of each relation in a role's table."""
         relations = range(self.geometry.relations)
         # Reversal is its own inverse, so the same order serves both directions.
         return [self.geometry.reverse(r) for r in relations] if role == "query" else list(relations)

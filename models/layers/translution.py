@@ -1,4 +1,4 @@
-"""Translution as layers: (B, N, C) in, (B, N, C) out.
+"""Translution and α-Translution as layers, (B, N, C) → (B, N, C).
 
 Translution         a matrix per relation for each relative role (arXiv 2510.10060, section 3)
 AlphaTranslution    plain attention plus a low-rank relative term (section 4)
@@ -9,23 +9,24 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from translution.planner.common.errors import InputError
+from translution.planner.config.model import DEFAULT_WORKSPACE_BYTES
 
-from ..ops.context import DEFAULT_WORKSPACE_BYTES
-from .attention import RotaryTurn
-from .base import OperatorLayer, check_roles, check_table_options
-from .tables import RelationTables
+from .attention import RotaryEmbedding
+from .base import OperatorLayer, check_operator_options, check_roles
+from .tables import ROLE_NAMES, RelationTables
 
 
 class Translution(OperatorLayer):
-    """Full Translution: every relation between two tokens has its own matrix for each relative role.
+    """Full Translution: every relation between two tokens has its own matrix in each relative role.
 
     Args:
         dim, heads, head_dim, grid, class_token, length, causal, window, dropout: as in `OperatorLayer`.
         roles: the relative roles, a subset of "qkv"; the others are plain projections.
-        tile_relations: relations per tile of a table; None keeps each table one Parameter.
-        workspace_bytes: limit of the scratch memory, whatever the batch.
-        implementation: "grouped", relation by relation on a CPU and many at a time on a GPU; "batched",
-            many at a time anywhere; "gather", the published way (slow and enormous).
+        tile_relations: number of relations per tile of a table; None stores each table as one Parameter.
+        workspace_bytes: limit of the scratch memory of one call, independent of the batch size.
+        implementation: "grouped" multiplies one relation at a time on a CPU and many at a time on a GPU;
+            "batched" multiplies many at a time on every device; "gather" is the published algorithm, a
+            slow reference that needs memory for a matrix per pair and sample.
 
     Example:
         >>> layer = Translution(192, 3, grid=(14, 14), class_token=True)
@@ -61,7 +62,7 @@ class Translution(OperatorLayer):
             window=window,
             dropout=dropout,
         )
-        check_table_options(tile_relations, workspace_bytes, implementation)
+        check_operator_options(workspace_bytes, implementation)
         self.roles = check_roles(roles)
         self.plain = nn.ModuleDict(
             {role: nn.Linear(dim, self.inner_dim, bias=False) for role in "qkv" if role not in self.roles}
@@ -81,7 +82,7 @@ class Translution(OperatorLayer):
         self.output = self._make_output()
 
     def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
+        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding and must not be attended to."""
         self._check(x_bnc, key_padding_mask)
         rows = {role: x_bnc if role in self.roles else self.plain[role](x_bnc) for role in "qkv"}
         if "q" in self.roles or "k" in self.roles:
@@ -95,14 +96,14 @@ class Translution(OperatorLayer):
 
 
 class AlphaTranslution(OperatorLayer):
-    """α-Translution: plain attention plus a relative term of low rank, averaged.
+    """α-Translution: the average of plain attention and a relative term of low rank.
 
     Args:
         dim, heads, head_dim, grid, class_token, length, causal, window, dropout: as in `OperatorLayer`.
-        c1: first low width per head.
-        c2: second low width per head.
+        c1: input width of the relation matrices per head.
+        c2: output width of the relation matrices per head.
         roles: the relative roles, a subset of "qkv".
-        rotary: turn the plain queries and keys by rotary embedding.
+        rotary: apply rotary embedding to the plain queries and keys.
         tile_relations, workspace_bytes, implementation: as in `Translution`.
     """
 
@@ -137,7 +138,7 @@ class AlphaTranslution(OperatorLayer):
             window=window,
             dropout=dropout,
         )
-        check_table_options(tile_relations, workspace_bytes, implementation)
+        check_operator_options(workspace_bytes, implementation)
         for name, value in (("c1", c1), ("c2", c2)):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name}: {value!r} is not allowed: must be an integer of at least 1")
@@ -145,7 +146,7 @@ class AlphaTranslution(OperatorLayer):
         low1, low2 = heads * c1, heads * c2
         coupled = bool({"q", "k"} & set(self.roles))
         self.plain = nn.Linear(dim, 3 * self.inner_dim, bias=False)
-        # A logit role without a table meets the other's low rows directly, so it needs their width.
+        # A logit role without a table is multiplied by the other role's projected rows, so it needs their width.
         widths = {role: low1 if role in self.roles else low2 for role in "qk" if coupled}
         if "v" in self.roles:
             widths["v"] = low1
@@ -163,21 +164,20 @@ class AlphaTranslution(OperatorLayer):
             implementation=implementation,
         )
         self.low_output = nn.Linear(low2, self.inner_dim, bias=False) if "v" in self.roles else None
-        self.turn = RotaryTurn(self.geometry, self.head_dim) if rotary else None
+        self.rotary = RotaryEmbedding(self.geometry, self.head_dim) if rotary else None
         self.output = self._make_output()
 
     def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding that none may see."""
+        """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding and must not be attended to."""
         self._check(x_bnc, key_padding_mask)
         query, key, value = self.plain(x_bnc).chunk(3, dim=-1)
-        if self.turn is not None:
+        if self.rotary is not None:
             query, key = (
-                self.turn(rows.unflatten(2, (self.heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+                self.rotary(rows.unflatten(2, (self.heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
                 for rows in (query, key)
             )
         sources = {"plain_query": query, "plain_key": key, "plain_value": value}
-        names = {"q": "query", "k": "key", "v": "value"}
-        sources |= {names[role]: low(x_bnc) for role, low in self.low.items()}
+        sources |= {ROLE_NAMES[role]: low(x_bnc) for role, low in self.low.items()}
         relative, plain = self.tables(sources, key_padding_mask)
         if self.low_output is not None:
             plain = (plain + self.low_output(relative)) / 2

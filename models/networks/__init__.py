@@ -1,1 +1,23 @@
-"""Vision transformer and language model, built from a spec or loaded from a file."""
+"""Vision transformer and language model, built from a spec or loaded from a file.
+
+build     a network from a spec (`build`), and the operator of each block (`make_operator`)
+load      a network from an exported safetensors file (`load_network`)
+vit       the vision transformer
+gpt       the causal language model
+blocks    transformer block, feed-forward network, activation checkpointing
+"""
+
+from .build import build, make_operator
+from .gpt import LanguageModel
+from .load import SPEC_KEY, empty_network, load_network
+from .vit import VisionTransformer
+
+__all__ = [
+    "SPEC_KEY",
+    "LanguageModel",
+    "VisionTransformer",
+    "build",
+    "empty_network",
+    "load_network",
+    "make_operator",
+]

@@ -1,4 +1,4 @@
-"""Parts that both networks share: class token, feed-forward, transformer block, checkpointing."""
+"""Modules that both networks share: learned tokens, feed-forward network, block, activation checkpointing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from translution.planner.common.errors import MissingPackageError
 
 
 class LearnedTokens(nn.Module):
-    """A learned (1, N, C) tensor: the class token, or the position embedding."""
+    """A learned (1, N, C) tensor: the class token or the position embedding.
+
+    Args:
+        tokens: number of tokens, N.
+        dim: model width, C.
+    """
 
     def __init__(self, tokens: int, dim: int) -> None:
         super().__init__()
@@ -18,12 +23,18 @@ class LearnedTokens(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, batch: int) -> Tensor:
-        """The tokens for every sample of a batch, (B, N, C), without copies."""
+        """Return the tokens for every sample of a batch as a view, (B, N, C)."""
         return self.weight.expand(batch, -1, -1)
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU, dropout, Linear on each token."""
+    """Linear, GELU, dropout and Linear, applied to each token.
+
+    Args:
+        dim: model width, C.
+        hidden: width between the two Linear layers.
+        dropout: probability of dropping a hidden value in training.
+    """
 
     def __init__(self, dim: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -39,7 +50,14 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: the operator and the feed-forward network, each dropped out and added to its input."""
+    """Pre-norm transformer block: operator and feed-forward network, each with dropout and a residual connection.
+
+    Args:
+        dim: model width, C.
+        operator: layer (B, N, C) → (B, N, C).
+        hidden: hidden width of the feed-forward network.
+        dropout: probability of dropping a value of either output, or a hidden value, in training.
+    """
 
     def __init__(self, dim: int, operator: nn.Module, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -56,8 +74,16 @@ class Block(nn.Module):
         return result
 
 
-def _checkpointed(block: Block, checkpointing: str) -> nn.Module:
-    """A block that keeps only its input for backward, on the device or on the host."""
+def apply_checkpointing(block: Block, checkpointing: str) -> nn.Module:
+    """Wrap a block so that it saves only its input for backward.
+
+    Args:
+        block: the block.
+        checkpointing: "none", "block" (save the input on the device) or "offload" (on the host).
+
+    Raises:
+        MissingPackageError: for "offload" without fairscale.
+    """
     if checkpointing == "none":
         return block
     if checkpointing == "block":
@@ -71,7 +97,11 @@ def _checkpointed(block: Block, checkpointing: str) -> nn.Module:
 
 
 class CheckpointedBlock(Block):
-    """The block, computed again in backward; its parameters have the same names."""
+    """A block whose forward is recomputed in backward; its parameters keep their names.
+
+    Args:
+        block: block whose modules are taken over.
+    """
 
     def __init__(self, block: Block) -> None:
         nn.Module.__init__(self)

@@ -1,7 +1,7 @@
-"""The two networks of the paper, ViT and GPT, made from a spec.
+"""The paper's two networks, ViT and GPT, built from a spec.
 
-Source: arXiv 2510.10060, section 5; pre-norm blocks, no positions beside the operators' own for
-relative layers.
+Source: arXiv 2510.10060, section 5. Blocks are pre-norm; relative layers have no position encoding
+besides their relations.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from translution.planner.config.model import ModelSpec, Operator, VitSpec
+from translution.planner.config.model import DEFAULT_WORKSPACE_BYTES, ModelSpec, Operator, VitSpec
 
 from ..layers.attention import AbsoluteTranslution, BiasAttention, SelfAttention, ShawAttention
 from ..layers.translution import AlphaTranslution, Translution
-from ..ops.context import DEFAULT_WORKSPACE_BYTES
 from .gpt import LanguageModel
 from .vit import VisionTransformer
 
@@ -27,19 +26,19 @@ def make_operator(
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     implementation: str = "grouped",
 ) -> nn.Module:
-    """One layer's operator.
+    """Return the operator of one block, a layer (B, N, C) → (B, N, C).
 
     Args:
-        spec: sizes, roles and geometry.
-        operator: one of `OPERATORS`.
+        spec: model with the sizes, roles and geometry of the layer.
+        operator: name of the operator, one of `OPERATORS`.
         tile_relations, workspace_bytes, implementation: as in `Translution`.
     """
-    place: dict[str, Any]
+    layout: dict[str, Any]
     if isinstance(spec, VitSpec):
-        place = {"grid": spec.grid, "class_token": spec.class_token}
+        layout = {"grid": spec.grid, "class_token": spec.class_token}
     else:
-        place = {"length": spec.context, "causal": True}
-    sizes: dict[str, Any] = {"head_dim": spec.head_dim, "dropout": spec.dropout, **place}
+        layout = {"length": spec.context, "causal": True}
+    sizes: dict[str, Any] = {"head_dim": spec.head_dim, "dropout": spec.dropout, **layout}
     if operator == "attention":
         return SelfAttention(spec.dim, spec.heads, rotary=spec.rotary_attention, **sizes)
     sizes |= {"window": spec.window, "workspace_bytes": workspace_bytes}
@@ -61,16 +60,21 @@ def build(
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     implementation: str = "grouped",
 ) -> VisionTransformer | LanguageModel:
-    """The network of a spec, initialised from torch's random state.
+    """Build the network of a spec, initialized from torch's random state.
 
     Args:
-        spec: the model.
-        tile_relations: relations per tile of a table; None keeps tables whole.
-        workspace_bytes: limit of each operator's scratch memory.
-        implementation: "grouped" or "gather".
+        spec: the model; `planner.config.presets.preset` and `parse_model_spec` return one.
+        tile_relations: number of relations per tile of a table; None stores each table as one Parameter.
+        workspace_bytes: limit of the scratch memory of one operator call.
+        implementation: "grouped", "batched" or "gather", as in `Translution`.
+
+    Returns:
+        A vision transformer, images (B, channels, H, W) → logits (B, classes), or a language model,
+        token ids (B, context) → logits (B, context, vocabulary).
 
     Raises:
-        InputError: for a bad argument.
+        InputError: naming the argument that is not allowed.
+        MissingPackageError: for a spec with ``checkpointing="offload"``, without fairscale.
     """
     operators = [
         make_operator(

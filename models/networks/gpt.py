@@ -7,11 +7,16 @@ from torch import Tensor, nn
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import GptSpec
 
-from .blocks import Block, LearnedTokens, _checkpointed
+from .blocks import Block, LearnedTokens, apply_checkpointing
 
 
 class LanguageModel(nn.Module):
-    """Token numbers (B, context) to logits over the vocabulary (B, context, vocabulary)."""
+    """Causal language model: token ids (B, context) → logits (B, context, vocabulary).
+
+    Args:
+        spec: the model.
+        operators: one layer (B, N, C) → (B, N, C) for each block.
+    """
 
     def __init__(self, spec: GptSpec, operators: list[nn.Module]) -> None:
         super().__init__()
@@ -20,7 +25,7 @@ class LanguageModel(nn.Module):
         self.positions = LearnedTokens(spec.context, spec.dim) if spec.learned_positions else None
         self.dropout = nn.Dropout(spec.dropout)
         self.blocks = nn.ModuleList(
-            _checkpointed(Block(spec.dim, operator, spec.ffn_dim, spec.dropout), spec.checkpointing)
+            apply_checkpointing(Block(spec.dim, operator, spec.ffn_dim, spec.dropout), spec.checkpointing)
             for operator in operators
         )
         self.norm = nn.LayerNorm(spec.dim)

@@ -1,10 +1,10 @@
-"""A network from the one file that ``translution export`` writes."""
+"""Load a network from the file that ``translution export`` writes."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,28 +12,29 @@ from torch import nn
 from translution.planner.common.errors import InputError, MissingPackageError
 from translution.planner.config.model import ModelSpec, parse_model_spec
 
-from ..layers.attention import RotaryTurn
+from ..layers.attention import RotaryEmbedding
 from .build import build
+from .gpt import LanguageModel
+from .vit import VisionTransformer
 
-if TYPE_CHECKING:
-    from .gpt import LanguageModel
-    from .vit import VisionTransformer
-
-SPEC = "model_spec"
-"""The entry of the file's metadata that holds the model's spec, as JSON."""
+SPEC_KEY = "model_spec"
+"""Metadata key of the model's spec, stored as JSON."""
 
 
 def load_network(path: Path | str) -> VisionTransformer | LanguageModel:
-    """The network of an exported file, for one process, in evaluation mode.
+    """Load an exported network into one process, in evaluation mode.
 
-    It is built without values and takes one tensor after another from the file, which is mapped into memory.
+    The network is built without values, then takes one tensor after the other from the memory-mapped file.
 
     Args:
-        path: a safetensors file with the model's spec in its metadata.
+        path: safetensors file with the model's spec in its metadata.
+
+    Returns:
+        A vision transformer or a language model, with the shapes of `build`.
 
     Raises:
-        InputError: if the file is absent, cut short or of another kind, or a tensor is missing, unknown or has another
-            shape.
+        InputError: if the file is missing, truncated or in another format, or if a tensor is missing, unexpected or of
+            the wrong shape.
         MissingPackageError: without safetensors.
     """
     try:
@@ -45,45 +46,47 @@ def load_network(path: Path | str) -> VisionTransformer | LanguageModel:
         raise InputError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            network = empty_network(_spec(file.metadata() or {}, path))
-            _take(network, file, path)
+            network = empty_network(_read_spec(file.metadata() or {}, path))
+            _load_tensors(network, file, path)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: is not a whole safetensors file: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{path}: not a complete safetensors file: {' '.join(str(error).split())[:200]}") from None
     return network.eval()
 
 
-def _spec(metadata: dict[str, str], path: Path) -> ModelSpec:
-    if SPEC not in metadata:
-        raise InputError(f"{path}: holds no {SPEC!r} in its metadata: must be written by translution export")
+def _read_spec(metadata: dict[str, str], path: Path) -> ModelSpec:
+    if SPEC_KEY not in metadata:
+        raise InputError(f"{path}: has no {SPEC_KEY!r} in its metadata: must be written by translution export")
     try:
-        values = json.loads(metadata[SPEC])
+        values = json.loads(metadata[SPEC_KEY])
     except ValueError as error:
-        raise InputError(f"{path}: {SPEC} is not valid JSON: {error}") from None
-    return parse_model_spec(values, what=f"{path}: {SPEC}")
+        raise InputError(f"{path}: {SPEC_KEY} is not valid JSON: {error}") from None
+    return parse_model_spec(values, what=f"{path}: {SPEC_KEY}")
 
 
 def empty_network(spec: ModelSpec) -> VisionTransformer | LanguageModel:
-    """The network of a spec with whole tables, whose parameters have shapes and no values.
+    """Build the network of a spec on the meta device: its parameters have shapes but no values.
+
+    Tables are untiled, and activation checkpointing is off, since it only matters for backward.
 
     Args:
-        spec: the model; activations are not recomputed, which changes nothing without backward.
+        spec: the model.
     """
     with torch.device("meta"):
         network = build(spec.model_copy(update={"checkpointing": "none"}))
     for module in network.modules():
-        if isinstance(module, RotaryTurn):
+        if isinstance(module, RotaryEmbedding):
             module.reset()
     return network
 
 
-def _take(network: nn.Module, file: Any, path: Path) -> None:
-    """Put every tensor of a file where it belongs."""
-    wanted, held = dict(network.named_parameters()), set(file.keys())
-    for name in sorted({*wanted, *held}):
-        if name not in held:
-            raise InputError(f"{path}: holds no tensor {name}, which the model has")
+def _load_tensors(network: nn.Module, file: Any, path: Path) -> None:
+    """Replace the network's parameters by the tensors of a file, in the file's dtype."""
+    wanted, stored = dict(network.named_parameters()), set(file.keys())
+    for name in sorted({*wanted, *stored}):
+        if name not in stored:
+            raise InputError(f"{path}: tensor {name} of the model is missing")
         if name not in wanted:
-            raise InputError(f"{path}: holds a tensor {name}, which the model has not")
+            raise InputError(f"{path}: tensor {name} is not in the model")
         shape = tuple(file.get_slice(name).get_shape())
         if shape != tuple(wanted[name].shape):
             raise InputError(f"{name}: shape {shape} is not allowed: must be {tuple(wanted[name].shape)} ({path})")
@@ -94,5 +97,5 @@ def _take(network: nn.Module, file: Any, path: Path) -> None:
         network.get_submodule(owner).register_parameter(leaf, nn.Parameter(values))
         dtype = values.dtype
     for module in network.modules():
-        if isinstance(module, RotaryTurn):
+        if isinstance(module, RotaryEmbedding):
             module.to(dtype)

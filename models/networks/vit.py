@@ -8,11 +8,15 @@ from torch import Tensor, nn
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import VitSpec
 
-from .blocks import Block, LearnedTokens, _checkpointed
+from .blocks import Block, LearnedTokens, apply_checkpointing
 
 
 class PatchEmbedding(nn.Module):
-    """Image (B, channels, H, W) to patch tokens (B, patches, C)."""
+    """Images (B, channels, H, W) → patch tokens (B, patches, C).
+
+    Args:
+        spec: the model.
+    """
 
     def __init__(self, spec: VitSpec) -> None:
         super().__init__()
@@ -23,7 +27,10 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(spec.dim)
 
     def forward(self, image_bchw: Tensor) -> Tensor:
-        """Patches in row-major order; values of a patch by row, column, channel."""
+        """(B, channels, H, W) → (B, patches, C).
+
+        Patches are in row-major order; the values of a patch are ordered by row, column and channel.
+        """
         expected = (self.channels, *self.image)
         if image_bchw.ndim != 4 or image_bchw.shape[1:] != expected:
             raise InputError(f"image: shape {tuple(image_bchw.shape)} is not allowed: must be (batch, *{expected})")
@@ -34,7 +41,12 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images (B, channels, H, W) to class logits (B, classes)."""
+    """Vision transformer: images (B, channels, H, W) → class logits (B, classes).
+
+    Args:
+        spec: the model.
+        operators: one layer (B, N, C) → (B, N, C) for each block.
+    """
 
     def __init__(self, spec: VitSpec, operators: list[nn.Module]) -> None:
         super().__init__()
@@ -44,7 +56,7 @@ class VisionTransformer(nn.Module):
         self.positions = LearnedTokens(spec.tokens, spec.dim) if spec.learned_positions else None
         self.dropout = nn.Dropout(spec.dropout)
         self.blocks = nn.ModuleList(
-            _checkpointed(Block(spec.dim, operator, spec.ffn_dim, spec.dropout), spec.checkpointing)
+            apply_checkpointing(Block(spec.dim, operator, spec.ffn_dim, spec.dropout), spec.checkpointing)
             for operator in operators
         )
         self.norm = nn.LayerNorm(spec.dim)

@@ -1,6 +1,6 @@
-"""Buffers of one call of a grouped operator, and the strided views of one relation in them.
+"""State and buffers of one call of the relation operator, and strided views of one relation in them.
 
-Legend of shape suffixes: b batch, n tokens, c input width, e inner width (heads·width per head),
+Legend of shape suffixes: b batch, n tokens, c input width, e inner width (heads · width per head),
 h heads, d width per head, r and s the rows and columns of a relation's rectangle of pairs.
 """
 
@@ -13,16 +13,14 @@ from torch import Tensor
 
 from translution.planner.config.geometry import RelationGeometry, RelationPairs, TokenBlock
 
-DEFAULT_WORKSPACE_BYTES = 256 * 2**20
-
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over relations are kept: fp32 for the half-width types."""
+    """Return the dtype of sums over relations: fp32 for bf16 and fp16, otherwise the dtype itself."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def token_rows(x_bnc: Tensor, block: TokenBlock, samples: slice, rows: slice) -> Tensor:
-    """The tokens of a block as a view of shape (samples, rows, cols, width); nothing is copied."""
+    """Return the tokens of a block in (b, n, c) as a view (samples, rows, cols, c); nothing is copied."""
     stride_b, stride_n, stride_c = x_bnc.stride()
     if block.size == 1:
         rows = slice(0, 1)
@@ -36,7 +34,7 @@ def token_rows(x_bnc: Tensor, block: TokenBlock, samples: slice, rows: slice) ->
 
 
 def pair_values(a_bhnn: Tensor, pairs: RelationPairs, samples: slice, rows: slice) -> Tensor:
-    """What an (b, h, n, n) tensor holds for the pairs, as a view of shape (samples, rows, cols, heads)."""
+    """Return the values of a relation's pairs in (b, h, n, n) as a view (samples, rows, cols, h)."""
     stride_b, stride_h, stride_i, stride_j = a_bhnn.stride()
     query, key = pairs.query, pairs.key
     row = query.row_stride * stride_i + key.row_stride * stride_j
@@ -51,7 +49,7 @@ def pair_values(a_bhnn: Tensor, pairs: RelationPairs, samples: slice, rows: slic
 
 
 def relation_index(geometry: RelationGeometry, device: torch.device) -> Tensor:
-    """The relation of every pair (query, key) as an (n, n) tensor of int64; −1 where there is none."""
+    """Relation of every pair (query, key), (n, n) int64; −1 where the pair does not exist."""
     tokens = torch.arange(geometry.patches, device=device)
     row, col = tokens // geometry.width, tokens % geometry.width
     rows, cols = geometry.reach
@@ -66,7 +64,7 @@ def relation_index(geometry: RelationGeometry, device: torch.device) -> Tensor:
 
 
 def missing_pairs(geometry: RelationGeometry, device: torch.device) -> Tensor:
-    """Which pairs do not exist, as an (n, n) mask."""
+    """Return the mask of the pairs that do not exist, (n, n) bool."""
     tokens = torch.arange(geometry.patches, device=device)
     row, col = tokens // geometry.width, tokens % geometry.width
     down = row[:, None] - row[None, :]
@@ -78,9 +76,14 @@ def missing_pairs(geometry: RelationGeometry, device: torch.device) -> Tensor:
 
 
 def dropout_noise(like: Tensor, dropout: float, seed: int) -> Tensor:
-    """Nought with the probability of dropout, else 1 / (1 − dropout): the same for the same seed.
+    """Return dropout factors: zero with probability ``dropout``, otherwise 1 / (1 − dropout).
 
-    Backward makes it again instead of keeping it.
+    The same seed gives the same factors, so backward draws them again instead of saving them.
+
+    Args:
+        like: tensor whose shape, dtype and device the factors have.
+        dropout: probability of zero.
+        seed: seed of the random generator.
     """
     generator = torch.Generator(like.device)
     generator.manual_seed(seed)
@@ -91,11 +94,11 @@ class Workspace:
     """Bounded scratch memory: four matrices of up to ``rows`` rows, reused by every relation.
 
     Args:
-        like: a tensor of the dtype and device to work in.
-        pairs_per_call: most pairs that one relation has in the whole batch.
-        cols: most columns of a rectangle of pairs, the smallest piece of work.
+        like: tensor whose dtype and device the matrices have.
+        pairs_per_call: maximum number of pairs of one relation in the full batch.
+        cols: maximum number of columns of a rectangle of pairs; one row is the smallest piece of work.
         widths: widths of the matrices.
-        limit_bytes: the workspace stays under it unless one row of pairs alone is larger.
+        limit_bytes: size limit, exceeded only if a single row of pairs is larger.
     """
 
     def __init__(self, like: Tensor, pairs_per_call: int, cols: int, widths: tuple[int, ...], limit_bytes: int) -> None:
@@ -109,11 +112,11 @@ class Workspace:
         )
 
     def matrix(self, index: int, rows: int) -> Tensor:
-        """The first rows of one of the matrices; whatever stood there is overwritten."""
+        """Return the first rows of a matrix, to be overwritten."""
         return self._matrices[index][:rows]
 
-    def gather(self, index: int, view: Tensor) -> Tensor:
-        """Token rows (b, r, s, c) as a matrix (b·r·s, c), copied only if they are not one already."""
+    def copy_rows(self, index: int, view: Tensor) -> Tensor:
+        """Return token rows (b, r, s, c) as a matrix (b·r·s, c), copied only if they are not contiguous."""
         rows = view.shape[0] * view.shape[1] * view.shape[2]
         if view.is_contiguous():
             return view.view(rows, view.shape[3])
@@ -121,20 +124,26 @@ class Workspace:
         matrix.view(view.shape).copy_(view)
         return matrix
 
-    def gathered(self, index: int, view: Tensor) -> Tensor:
-        """The matrix that the last `gather` of this view gave, while nothing has overwritten it."""
+    def copied_rows(self, index: int, view: Tensor) -> Tensor:
+        """Return the result of the last `copy_rows` of this view again, if nothing has overwritten it."""
         rows = view.shape[0] * view.shape[1] * view.shape[2]
         return view.view(rows, view.shape[3]) if view.is_contiguous() else self.matrix(index, rows)
 
 
 class RelationContext:
-    """Everything that the functions of one call share but autograd must not see.
+    """State that the autograd functions of one call share outside autograd.
 
-    Forward it holds the logits, then the attention weights (and the weights after dropout, which are
-    what values are multiplied by) and the output; backward their
-    gradients. The functions run in a chain that autograd orders, so that each finds here what the
-    one before it left. Between forward and backward it holds no buffers: what backward needs is
-    saved once, by the last function of the chain, where checkpointing and saved-tensor hooks see it.
+    In forward it holds the logits, then the attention weights before and after dropout, then the
+    output; in backward, their gradients. Autograd runs the functions in order, so each one finds
+    here the results of the one before it. Between forward and backward the context holds no
+    buffers: the last function of the chain saves the tensors of backward, once, where
+    checkpointing and saved-tensor hooks see them.
+
+    Args:
+        geometry: arrangement of the tokens.
+        heads: number of attention heads.
+        scale: factor applied to the summed logits.
+        workspace_bytes: limit of the scratch memory.
     """
 
     def __init__(self, geometry: RelationGeometry, heads: int, scale: float, workspace_bytes: int) -> None:
@@ -143,30 +152,45 @@ class RelationContext:
         self.scale = scale
         self.workspace_bytes = workspace_bytes
         self.widths = (0, 0)
+        """Input and output width of the relation matrices."""
         self.dropout = 0.0
         self.seed = 0
+        """Seed of this call's dropout."""
         self.adds_logits = False
+        """True if tiles add to the logits of plain queries and keys; false if they write them."""
         self.key_padding: Tensor | None = None
+        """(b, n), true where a token is padding."""
         self.source: dict[str, Tensor] = {}
+        """Inputs of the operator by name, (b, n, width) each, detached."""
         self.relative: frozenset[str] = frozenset()
+        """Names of the inputs that have a relation table."""
         self.wanted: frozenset[str] = frozenset()
+        """Names of the inputs that require a gradient."""
         self.logits: Tensor | None = None
+        """(b, h, n, n), from the first function to softmax."""
         self.attention: Tensor | None = None
+        """Attention weights before dropout, (b, h, n, n)."""
         self.weights: Tensor | None = None
+        """Attention weights after dropout, (b, h, n, n); `attention` itself without dropout."""
         self.out: Tensor | None = None
+        """Output of the relative values, (b, n, e)."""
         self.batched = False
+        """True if many relations are multiplied at a time."""
         self._workspace: Workspace | None = None
         self.grad_out: Tensor | None = None
+        """Gradient of `out`, (b, n, e)."""
         self.grad_attention: Tensor | None = None
+        """Gradient of the attention weights, in place turned into that of the logits, (b, h, n, n)."""
         self.grads: dict[str, Tensor] = {}
+        """Gradients of the inputs by name, (b, n, width) each."""
 
-    def open_workspace(self) -> None:
-        """Allocate the scratch memory of a forward or backward pass, where it is sure to be needed."""
+    def allocate_workspace(self) -> None:
+        """Allocate the scratch memory of a forward or backward pass if it is certain to be needed."""
         if self.relative and not self.batched:
-            self.scratch()
+            self.workspace()
 
-    def scratch(self) -> Workspace:
-        """The scratch memory, allocated when it is first asked for."""
+    def workspace(self) -> Workspace:
+        """Return the scratch memory, allocated at first use."""
         if self._workspace is None:
             self._workspace = self._make_workspace(next(iter(self.source.values())))
         return self._workspace
@@ -175,23 +199,23 @@ class RelationContext:
         d_in, d_out = self.widths
         largest = like.shape[0] * self.geometry.patches
         widths = (d_in, d_in, d_out, d_out)
-        # Beside chunks of many relations, which have the rest of the limit.
+        # The batched operator's chunks use the rest of the limit.
         limit = self.workspace_bytes // 4 if self.batched else self.workspace_bytes
         return Workspace(like, largest, self.geometry.width, widths, limit)
 
-    def drop(self, x_bhnn: Tensor) -> Tensor:
-        """The tensor with this call's dropout applied, always the same one; itself without dropout."""
+    def apply_dropout(self, x_bhnn: Tensor) -> Tensor:
+        """Apply this call's dropout, the same one every time; return the tensor itself without dropout."""
         return x_bhnn * dropout_noise(x_bhnn, self.dropout, self.seed) if self.dropout else x_bhnn
 
-    def close(self) -> None:
-        """Drop every buffer."""
+    def release(self) -> None:
+        """Release every buffer."""
         self.source, self.grads = {}, {}
         self.logits = self.attention = self.weights = self.out = self._workspace = None
         self.grad_out = self.grad_attention = None
 
     def pieces(self, pairs: RelationPairs, batch: int) -> Iterator[tuple[slice, slice]]:
-        """Split a relation's pairs into (samples, rows) that fit the workspace."""
-        limit = self.scratch().rows
+        """Split a relation's pairs into pieces (samples, rows) that fit the workspace."""
+        limit = self.workspace().rows
         samples = limit // pairs.count
         if samples:
             for start in range(0, batch, samples):

@@ -1,19 +1,20 @@
-"""The grouped operator: pairs of one relation share a matrix, so they are one matrix product.
+"""The grouped operator, forward and backward: the pairs of one relation form one matrix product.
 
-The published implementation copies a matrix for every pair and sample and keeps the copies for
-backward: B·N²·C·C' elements per role. Here no matrix is copied, queries, keys and values of a
-relation live only while its logits or its share of the output are computed, and backward computes
-them again. Kept for backward: the operator's inputs and the attention weights.
+The published implementation copies a matrix for every pair and sample and saves the copies for
+backward: b·n²·c·e elements per role. Here no matrix is copied. The projected queries, keys and
+values of a relation exist only while its logits or its part of the output are computed, and
+backward computes them again. Saved for backward: the operator's inputs and the attention weights.
 
-One call is a chain of autograd functions, ordered by a token of one element:
+One call is a chain of autograd functions; a tensor of one element, the *link*, orders them:
 
-    Open → logit tiles … → Softmax → value tiles … → Close
+    OpenFunction → LogitTileFunction … → SoftmaxFunction → ValueTileFunction … → CloseFunction
 
-Each tile's function keeps the tile's Parameter itself, never a view: under ZeRO-3 a saved view
-would keep the gathered storage alive after the release, and the Parameter is gathered again
+Each tile's function stores the tile's Parameter itself, never a view: under ZeRO-3 a saved view
+would keep the gathered storage alive after its release, and the Parameter is gathered again
 before the tile's backward.
 
-Source: arXiv 2510.10060, equations of Translution and α-Translution; shapes as in context.py.
+Source: arXiv 2510.10060, equations of Translution and α-Translution; shapes as in context.py, and
+k relations of a tile.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from torch.autograd.function import once_differentiable
 
 from translution.planner.config.geometry import RelationPairs, TokenBlock
 
-from .batched import Batch
+from .batched import BatchedTile
 from .context import RelationContext, accumulation_dtype, dropout_noise, missing_pairs, pair_values, token_rows
 
 SOURCES = ("query", "key", "value", "plain_query", "plain_key", "plain_value")
-"""Inputs of the operator: the three relative roles' (projected already where a role is not
-relative), and the three of a plain term beside the relative one."""
+"""Inputs of the operator: those of the three relative roles (already projected for a logit role
+without a table), and those of the three roles of a plain attention term."""
 
 
 def _split_heads(x_bne: Tensor, heads: int) -> Tensor:
-    """(b, n, h·d) as a (b, h, n, d) view."""
+    """Return (b, n, h·d) as a (b, h, n, d) view."""
     batch, tokens, width = x_bne.shape
     return x_bne.view(batch, tokens, heads, width // heads).transpose(1, 2)
 
@@ -52,25 +53,25 @@ def _grad_buffer(context: RelationContext, name: str) -> Tensor:
 def _scatter_add(
     context: RelationContext, name: str, block: TokenBlock, piece: tuple[slice, slice], grad: Tensor
 ) -> None:
-    """Add rows (b, r, s, width) to the gradient of a block's tokens, summed where one token is shared."""
+    """Add rows (b, r, s, width) to the gradient of a block's tokens; sum them first if they share one token."""
     target = token_rows(_grad_buffer(context, name), block, *piece)
     if block.size == 1 and grad.shape[1] * grad.shape[2] > 1:
         grad = grad.sum((1, 2), keepdim=True)
     target.add_(grad)
 
 
-class Open(Function):
-    """Takes the inputs, starts the logits; backward hands out the gradients of the inputs."""
+class OpenFunction(Function):
+    """Start of the chain: stores the inputs and starts the logits; backward returns the inputs' gradients."""
 
     @staticmethod
     def forward(ctx: Any, context: RelationContext, anchor: Tensor, *sources: Tensor | None) -> Tensor:
-        """Anchor (1,) → token (1,); sources in the order of SOURCES, (b, n, width) each."""
+        """Anchor (1,) → link (1,); sources in the order of SOURCES, (b, n, width) each."""
         given = {name: x for name, x in zip(SOURCES, sources, strict=True) if x is not None}
         context.wanted = frozenset(name for name, x in given.items() if x.requires_grad)
         context.source = {name: x.detach() for name, x in given.items()}
         first = next(iter(context.source.values()))
         shape = (first.shape[0], context.heads, context.geometry.tokens, context.geometry.tokens)
-        context.open_workspace()
+        context.allocate_workspace()
         if "plain_query" in context.source:
             query = _split_heads(context.source["plain_query"], context.heads)
             key = _split_heads(context.source["plain_key"], context.heads)
@@ -84,8 +85,8 @@ class Open(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
-        """Continue the chain; what it leaves is in the context."""
+    def backward(ctx: Any, grad_link: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of plain queries and keys; return those of all inputs."""
         context: RelationContext = ctx.context
         if "plain_query" in context.source:
             assert context.grad_attention is not None
@@ -97,24 +98,24 @@ class Open(Function):
                 if name in context.wanted:
                     product = torch.matmul(grad, _split_heads(context.source[other], context.heads))
                     product = product.transpose(1, 2).flatten(2)
-                    # A term beside the tables, such as a relative vector's, may have begun the sum.
+                    # Another term, such as relative vectors, may already have added to this gradient.
                     context.grads[name] = context.grads[name] + product if name in context.grads else product
         dtype = next(iter(context.source.values())).dtype
-        # An input has none where it wants none, or where only the other output has a gradient.
-        found = {name: grad.to(dtype) for name, grad in context.grads.items() if name in context.wanted}
-        grads = [found.get(name) for name in SOURCES]
-        context.close()
-        return (None, grad_token, *grads)
+        # An input has no gradient if it requires none, or if only the other output has a gradient.
+        wanted = {name: grad.to(dtype) for name, grad in context.grads.items() if name in context.wanted}
+        grads = [wanted.get(name) for name in SOURCES]
+        context.release()
+        return (None, grad_link, *grads)
 
 
-class LogitTile(Function):
-    """The logits of the relations of one tile, from its query and key matrices."""
+class LogitTileFunction(Function):
+    """Logits of the relations of one tile, from its query and key matrices."""
 
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, context: RelationContext, first: int, query_kce: Tensor | None, key_kce: Tensor | None
+        ctx: Any, link: Tensor, context: RelationContext, first: int, query_kce: Tensor | None, key_kce: Tensor | None
     ) -> Tensor:
-        """Tiles (k, c, e) of the relations ``first`` to ``first + k − 1``; None where a role is plain."""
+        """Link (1,) → link (1,); matrices of relations ``first`` to ``first + k − 1``, None for a plain role."""
         ctx.context, ctx.first = context, first
         ctx.query, ctx.key = query_kce, key_kce
         given = query_kce if query_kce is not None else key_kce
@@ -123,9 +124,9 @@ class LogitTile(Function):
         assert context.logits is not None
         rest: Iterable[int] = range(first, first + count)
         if context.batched:
-            batch = Batch(context, first, count)
-            batch.add_logits(query_kce, key_kce)
-            rest = batch.others
+            batched = BatchedTile(context, first, count)
+            batched.add_logits(query_kce, key_kce)
+            rest = batched.leftover
         for relation in rest:
             pairs, offset = context.geometry.pairs(relation), relation - first
             for piece in context.pieces(pairs, context.logits.shape[0]):
@@ -138,12 +139,12 @@ class LogitTile(Function):
                     target.add_(values)
                 else:
                     target.copy_(values)
-        return token.clone()
+        return link.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
-        """Continue the chain; what it leaves is in the context."""
+    def backward(ctx: Any, grad_link: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of the matrices; add to those of queries and keys in the context."""
         context: RelationContext = ctx.context
         weights: dict[str, Tensor | None] = {"query": ctx.query, "key": ctx.key}
         grads: dict[str, Tensor | None] = {"query": None, "key": None}
@@ -154,18 +155,18 @@ class LogitTile(Function):
         assert context.grad_attention is not None
         rest: Iterable[int] = range(ctx.first, ctx.first + ctx.count)
         if context.batched:
-            batch = Batch(context, ctx.first, ctx.count)
-            batch.logits_backward(weights, grads)
-            rest = batch.others
+            batched = BatchedTile(context, ctx.first, ctx.count)
+            batched.logits_backward(weights, grads)
+            rest = batched.leftover
         for relation in rest:
             pairs = context.geometry.pairs(relation)
             for piece in context.pieces(pairs, context.grad_attention.shape[0]):
                 _logit_piece_backward(context, pairs, piece, relation - ctx.first, weights, grads)
-        return grad_token, None, None, grads["query"], grads["key"]
+        return grad_link, None, None, grads["query"], grads["key"]
 
 
 def _matrix(tile_kce: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
-    """One relation's matrix (c, e), in the dtype of the rows: under autocast the tile's is another."""
+    """Return one relation's matrix (c, e) in the dtype of the rows, which autocast makes differ from the tile's."""
     return tile_kce[offset].to(dtype)
 
 
@@ -178,17 +179,17 @@ def _project(
     tile_kce: Tensor | None,
     offset: int,
 ) -> Tensor:
-    """A role's rows times the relation's matrix, (b, r, s, h, d); a plain role's rows are copied.
+    """Multiply a role's rows by the relation's matrix, (b, r, s, h, d); copy the rows of a plain role.
 
-    The result lies in matrix ``2 + slot`` of the workspace and the gathered rows in ``slot``.
+    The result is in matrix ``2 + slot`` of the workspace, the copied rows in matrix ``slot``.
     """
     view = token_rows(context.source[name], block, *piece)
     rows = view.shape[0] * view.shape[1] * view.shape[2]
-    result = context.scratch().matrix(2 + slot, rows)
+    result = context.workspace().matrix(2 + slot, rows)
     if tile_kce is None:
         result.view(view.shape).copy_(view)
     else:
-        torch.mm(context.scratch().gather(slot, view), _matrix(tile_kce, offset, result.dtype), out=result)
+        torch.mm(context.workspace().copy_rows(slot, view), _matrix(tile_kce, offset, result.dtype), out=result)
     return result.view(*view.shape[:3], context.heads, -1)
 
 
@@ -200,13 +201,13 @@ def _logit_piece_backward(
     weights: dict[str, Tensor | None],
     grads: dict[str, Tensor | None],
 ) -> None:
-    """Adds one piece's part of the gradients of the matrices and of the inputs."""
+    """Add one piece's part to the gradients of the matrices and of the inputs."""
     assert context.grad_attention is not None
     query = _project(context, "query", 0, pairs.query, piece, weights["query"], offset)
     key = _project(context, "key", 1, pairs.key, piece, weights["key"], offset)
     grad_logits = pair_values(context.grad_attention, pairs, *piece).to(query.dtype).unsqueeze(-1)
     if query.shape == key.shape:
-        # Each gradient is the other role's rows times the logits' gradient: done in their place.
+        # The gradient of each role is the other role's rows times the logits' gradient, in place.
         grad_query, grad_key = key.mul_(grad_logits), query.mul_(grad_logits)
     else:
         grad_query, grad_key = key * grad_logits, query * grad_logits
@@ -225,7 +226,7 @@ def _input_backward(
     grad_tile_kce: Tensor | None,
     offset: int,
 ) -> None:
-    """From the gradient of a role's rows to that of its matrix and of its input."""
+    """Add to the gradients of a role's matrix and input, given the gradient of its projected rows."""
     if block.size == 1 and grad_brshd.shape[1] * grad_brshd.shape[2] > 1:
         grad_brshd = grad_brshd.sum((1, 2), keepdim=True)
     if tile_kce is None:
@@ -235,7 +236,7 @@ def _input_backward(
     view = token_rows(context.source[name], block, *piece)
     grad_rows = grad_brshd.reshape(-1, tile_kce.shape[2])
     if grad_tile_kce is not None:
-        rows = context.scratch().gathered(slot, view)
+        rows = context.workspace().copied_rows(slot, view)
         first = piece[0].start == piece[1].start == 0
         if grad_tile_kce.dtype != rows.dtype:
             product = torch.mm(rows.t(), grad_rows)
@@ -247,16 +248,16 @@ def _input_backward(
     if name not in context.wanted:
         return
     matrix = _matrix(tile_kce, offset, grad_rows.dtype)
-    grad_input = torch.mm(grad_rows, matrix.t(), out=context.scratch().matrix(slot, len(grad_rows)))
+    grad_input = torch.mm(grad_rows, matrix.t(), out=context.workspace().matrix(slot, len(grad_rows)))
     _scatter_add(context, name, block, piece, grad_input.view(view.shape))
 
 
-class Softmax(Function):
-    """Logits to attention weights, in place; backward the gradient of the logits, in place."""
+class SoftmaxFunction(Function):
+    """Softmax of the logits, in place; backward turns the weights' gradient into the logits', in place."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, context: RelationContext, dtype: torch.dtype) -> Tensor:
-        """Token (1,) → token (1,); the weights (b, h, n, n) have the given dtype."""
+    def forward(ctx: Any, link: Tensor, context: RelationContext, dtype: torch.dtype) -> Tensor:
+        """Link (1,) → link (1,); the attention weights (b, h, n, n) have the given dtype."""
         logits = context.logits
         assert logits is not None
         ctx.context = context
@@ -265,19 +266,19 @@ class Softmax(Function):
         if context.key_padding is not None:
             logits.masked_fill_(context.key_padding[:, None, None, :], -torch.inf)
         logits.mul_(context.scale)
-        # A query whose keys are all padding weighs none of them, rather than giving NaN.
+        # A query whose keys are all padding gets zero weights rather than NaN.
         limits = torch.finfo(logits.dtype)
         logits.sub_(logits.amax(-1, keepdim=True).clamp_(min=limits.min)).exp_()
         logits.div_(logits.sum(-1, keepdim=True).clamp_(min=limits.tiny))
         context.attention = logits.to(dtype)
-        context.weights = context.drop(context.attention)
+        context.weights = context.apply_dropout(context.attention)
         context.logits = None
-        return token.clone()
+        return link.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
-        """Continue the chain; what it leaves is in the context."""
+    def backward(ctx: Any, grad_link: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradient of the logits, a·(g − Σ a·g)·scale with weights a and their gradient g."""
         context: RelationContext = ctx.context
         grad, attention = context.grad_attention, context.attention
         assert grad is not None and attention is not None
@@ -288,15 +289,15 @@ class Softmax(Function):
         total = grad.sum(-1, keepdim=True)
         grad.sub_(attention * total) if attention.dtype != grad.dtype else grad.addcmul_(attention, total, value=-1)
         grad.mul_(context.scale)
-        return grad_token, None, None
+        return grad_link, None, None
 
 
-class ValueTile(Function):
-    """The share of the output that the relations of one value tile give."""
+class ValueTileFunction(Function):
+    """Output of the relations of one tile, from its value matrices."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, context: RelationContext, first: int, value_kce: Tensor) -> Tensor:
-        """Tile (k, c, e) of the relations ``first`` to ``first + k − 1``."""
+    def forward(ctx: Any, link: Tensor, context: RelationContext, first: int, value_kce: Tensor) -> Tensor:
+        """Link (1,) → link (1,); matrices (k, c, e) of relations ``first`` to ``first + k − 1``."""
         ctx.context, ctx.first, ctx.value = context, first, value_kce
         source, weights = context.source["value"], context.weights
         assert weights is not None
@@ -305,34 +306,34 @@ class ValueTile(Function):
             context.out = source.new_zeros(shape, dtype=accumulation_dtype(source.dtype))
         rest: Iterable[int] = range(first, first + len(value_kce))
         if context.batched:
-            batch = Batch(context, first, len(value_kce))
-            batch.add_values(value_kce)
-            rest = batch.others
+            batched = BatchedTile(context, first, len(value_kce))
+            batched.add_values(value_kce)
+            rest = batched.leftover
         for relation in rest:
             pairs, offset = context.geometry.pairs(relation), relation - first
             for piece in context.pieces(pairs, source.shape[0]):
                 value = _project(context, "value", 0, pairs.key, piece, value_kce, offset)
                 weight = pair_values(weights, pairs, *piece).unsqueeze(-1)
                 value = value.mul_(weight) if pairs.key.size == pairs.count else value * weight
-                share = value.flatten(3)
+                rows = value.flatten(3)
                 if pairs.query.size == 1:
-                    share = share.sum((1, 2), keepdim=True)
-                token_rows(context.out, pairs.query, *piece).add_(share)
-        return token.clone()
+                    rows = rows.sum((1, 2), keepdim=True)
+                token_rows(context.out, pairs.query, *piece).add_(rows)
+        return link.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
-        """Continue the chain; what it leaves is in the context."""
+    def backward(ctx: Any, grad_link: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradient of the matrices; add to those of weights and values in the context."""
         context: RelationContext = ctx.context
         tile: Tensor = ctx.value
         grad_tile = torch.empty_like(tile, memory_format=torch.contiguous_format) if ctx.needs_input_grad[3] else None
         assert context.grad_out is not None and context.weights is not None and context.grad_attention is not None
         rest: Iterable[int] = range(ctx.first, ctx.first + len(tile))
         if context.batched:
-            batch = Batch(context, ctx.first, len(tile))
-            batch.values_backward(tile, grad_tile)
-            rest = batch.others
+            batched = BatchedTile(context, ctx.first, len(tile))
+            batched.values_backward(tile, grad_tile)
+            rest = batched.leftover
         for relation in rest:
             pairs, offset = context.geometry.pairs(relation), relation - ctx.first
             for piece in context.pieces(pairs, len(context.grad_out)):
@@ -345,17 +346,17 @@ class ValueTile(Function):
                 weight = pair_values(context.weights, pairs, *piece).unsqueeze(-1)
                 grad_value = torch.mul(grad_out, weight, out=value) if in_place else grad_out * weight
                 _input_backward(context, "value", 0, pairs.key, piece, grad_value, tile, grad_tile, offset)
-        return grad_token, None, None, grad_tile
+        return grad_link, None, None, grad_tile
 
 
-class Close(Function):
-    """Ends the chain with the outputs, and saves all that backward needs, once."""
+class CloseFunction(Function):
+    """End of the chain: returns the outputs and saves the tensors of backward, once."""
 
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, context: RelationContext, dtype: torch.dtype
+        ctx: Any, link: Tensor, context: RelationContext, dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Token → outputs of the relative values (b, n, e) and of the plain values (b, n, e'), or None."""
+        """Link (1,) → outputs of the relative values and of the plain values, (b, n, width) each, or None."""
         attention, weights = context.attention, context.weights
         assert attention is not None and weights is not None
         relative = None if context.out is None else context.out.to(dtype)
@@ -366,19 +367,19 @@ class Close(Function):
         ctx.context, ctx.names, ctx.has_relative = context, tuple(context.source), relative is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(attention, *context.source.values())
-        context.close()
+        context.release()
         return relative, plain
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_relative: Tensor | None, grad_plain: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Unpack what was saved and start the gradient of the attention weights."""
+        """Unpack the saved tensors and start the gradient of the attention weights."""
         context: RelationContext = ctx.context
         attention, *sources = ctx.saved_tensors
         context.attention = attention
-        context.weights = context.drop(attention)
+        context.weights = context.apply_dropout(attention)
         context.source = dict(zip(ctx.names, sources, strict=True))
-        context.open_workspace()
+        context.allocate_workspace()
         dtype = accumulation_dtype(attention.dtype)
         if grad_plain is not None:
             values = _split_heads(context.source["plain_value"], context.heads)

@@ -1,7 +1,8 @@
-"""Products of groups of rows, each group with a matrix of its own: in one kernel where torch has one.
+"""Grouped matrix products: each group of rows is multiplied by its own matrix.
 
-`torch.nn.functional.grouped_mm` does all groups at once on a GPU; elsewhere, and for what it does not
-take, groups are multiplied one after the other, neighbours of equal size together.
+`torch.nn.functional.grouped_mm` multiplies all groups in one kernel on a GPU. On other devices, and for
+operands that it does not support, groups are multiplied one after the other; consecutive groups of
+equal size are multiplied together.
 
 Legend of shape suffixes: m rows of all groups, one group after the other, g groups, c input width,
 e output width.
@@ -19,20 +20,32 @@ from torch import Tensor
 
 
 class Products(Protocol):
-    """Rows beyond the last group are zero in results and play no part otherwise."""
+    """An implementation of grouped products. Rows after the last group give zeros and are otherwise ignored."""
 
-    def rows(self, rows_mc: Tensor, matrices_gce: Tensor, counts: Sequence[int], ends_g: Tensor) -> Tensor:
-        """Each row times its group's matrix, (m, e)."""
+    def multiply(self, rows_mc: Tensor, matrices_gce: Tensor, counts: Sequence[int], ends_g: Tensor) -> Tensor:
+        """Multiply each row by its group's matrix.
 
-    def matrices(self, rows_mc: Tensor, grads_me: Tensor, counts: Sequence[int], ends_g: Tensor, out: Tensor) -> None:
-        """Each group's rowsᵀ · gradients into ``out`` (g, c, e), of whatever dtype."""
+        Args:
+            rows_mc: rows, (m, c).
+            matrices_gce: one matrix per group, (g, c, e).
+            counts: number of rows of each group.
+            ends_g: index after the last row of each group, (g,) int32.
+
+        Returns:
+            (m, e).
+        """
+
+    def matrix_gradients(
+        self, rows_mc: Tensor, grads_me: Tensor, counts: Sequence[int], ends_g: Tensor, out: Tensor
+    ) -> None:
+        """Write rowsᵀ · gradients of each group into ``out``, (g, c, e), which may have another dtype."""
 
 
 class SeparateProducts:
-    """A product for each group, or for each run of groups of equal size."""
+    """One product for each group, or for each run of groups of equal size."""
 
-    def rows(self, rows_mc: Tensor, matrices_gce: Tensor, counts: Sequence[int], ends_g: Tensor) -> Tensor:
-        """As `Products.rows`."""
+    def multiply(self, rows_mc: Tensor, matrices_gce: Tensor, counts: Sequence[int], ends_g: Tensor) -> Tensor:
+        """Implement `Products.multiply`."""
         result = rows_mc.new_empty(len(rows_mc), matrices_gce.shape[2])
         done = 0
         for group, size, start in _runs(counts):
@@ -45,8 +58,10 @@ class SeparateProducts:
         result[done:] = 0
         return result
 
-    def matrices(self, rows_mc: Tensor, grads_me: Tensor, counts: Sequence[int], ends_g: Tensor, out: Tensor) -> None:
-        """As `Products.matrices`."""
+    def matrix_gradients(
+        self, rows_mc: Tensor, grads_me: Tensor, counts: Sequence[int], ends_g: Tensor, out: Tensor
+    ) -> None:
+        """Implement `Products.matrix_gradients`."""
         same = out.dtype == rows_mc.dtype
         for group, size, start in _runs(counts):
             rows, grads = (x[start].unflatten(0, (-1, size)) for x in (rows_mc, grads_me))
@@ -57,50 +72,60 @@ class SeparateProducts:
 
 
 def _runs(counts: Sequence[int]) -> Iterator[tuple[slice, int, slice]]:
-    """Runs of groups of equal size: the groups, the size of one, their rows."""
+    """Yield each run of groups of equal size: its groups, the size of one group, its rows."""
     group = row = 0
     for size, equal in groupby(counts):
-        many = len(list(equal))
-        yield slice(group, group + many), size, slice(row, row + many * size)
-        group, row = group + many, row + many * size
+        length = len(list(equal))
+        yield slice(group, group + length), size, slice(row, row + length * size)
+        group, row = group + length, row + length * size
 
 
 class GroupedProducts:
-    """All groups at once, by torch's grouped product."""
+    """All groups in one kernel, with torch's grouped product."""
 
-    def rows(self, rows_mc: Tensor, matrices_gce: Tensor, counts: Sequence[int], ends_g: Tensor) -> Tensor:
-        """As `Products.rows`."""
+    def multiply(self, rows_mc: Tensor, matrices_gce: Tensor, counts: Sequence[int], ends_g: Tensor) -> Tensor:
+        """Implement `Products.multiply`."""
         result = torch.nn.functional.grouped_mm(rows_mc, matrices_gce, offs=ends_g)
         result[sum(counts) :] = 0
         return result
 
-    def matrices(self, rows_mc: Tensor, grads_me: Tensor, counts: Sequence[int], ends_g: Tensor, out: Tensor) -> None:
-        """As `Products.matrices`."""
+    def matrix_gradients(
+        self, rows_mc: Tensor, grads_me: Tensor, counts: Sequence[int], ends_g: Tensor, out: Tensor
+    ) -> None:
+        """Implement `Products.matrix_gradients`."""
         out.copy_(torch.nn.functional.grouped_mm(rows_mc.t(), grads_me, offs=ends_g))
 
 
 @lru_cache(maxsize=64)
 def choose_products(device: torch.device, dtype: torch.dtype, d_in: int, d_out: int) -> Products:
-    """The way that this device takes such products: the grouped one on a GPU where it proves right.
+    """Return torch's grouped product on a GPU where it proves correct, else separate products.
 
     Args:
-        device: where the rows lie.
-        dtype: of rows and matrices.
-        d_in, d_out: widths of the matrices.
+        device: device of the rows.
+        dtype: dtype of rows and matrices.
+        d_in: input width of the matrices.
+        d_out: output width of the matrices.
     """
     if (
         device.type == "cuda"
         and hasattr(torch.nn.functional, "grouped_mm")
-        and grouped_is_right(device, dtype, d_in, d_out)
+        and grouped_mm_is_correct(device, dtype, d_in, d_out)
     ):
         return GroupedProducts()
     return SeparateProducts()
 
 
-def grouped_is_right(device: torch.device, dtype: torch.dtype, d_in: int, d_out: int) -> bool:
-    """Whether torch's grouped product takes such operands and agrees with separate ones.
+def grouped_mm_is_correct(device: torch.device, dtype: torch.dtype, d_in: int, d_out: int) -> bool:
+    """True if torch's grouped product supports these operands and agrees with separate products.
 
-    Which dtypes, widths and cards it serves differs from version to version, and is not to be asked.
+    The supported dtypes, widths and GPUs differ between versions of torch, which offers no query for
+    them; so a small product is tried.
+
+    Args:
+        device: device of the operands.
+        dtype: dtype of the operands.
+        d_in: input width of the matrices.
+        d_out: output width of the matrices.
     """
     counts = (3, 8, 1, 20)
     generator = torch.Generator(device).manual_seed(0)
@@ -110,17 +135,17 @@ def grouped_is_right(device: torch.device, dtype: torch.dtype, d_in: int, d_out:
     matrices = torch.randn(len(counts), d_in, d_out, generator=generator, device=device).to(dtype)
     ends = torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
     found = []
-    for way in (GroupedProducts(), SeparateProducts()):
+    for products in (GroupedProducts(), SeparateProducts()):
         out = torch.empty_like(matrices)
         try:
-            forward = way.rows(rows, matrices, counts, ends)
-            back = way.rows(grads, matrices.transpose(1, 2), counts, ends)
-            way.matrices(rows, grads, counts, ends, out)
+            forward = products.multiply(rows, matrices, counts, ends)
+            back = products.multiply(grads, matrices.transpose(1, 2), counts, ends)
+            products.matrix_gradients(rows, grads, counts, ends, out)
         except (RuntimeError, ValueError):
             return False
         found.append((forward, back, out))
     limit = 8 * torch.finfo(dtype).eps * (d_in + d_out) ** 0.5
-    # Sums of products of standard normal values: their deviation is the root of their number.
+    # The standard deviation of a sum of products of standard normal values is the root of their number.
     return all(
         float((ours - theirs).abs().max()) <= limit * max(d_in, d_out, 20) ** 0.5
         for ours, theirs in zip(*found, strict=True)

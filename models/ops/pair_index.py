@@ -1,8 +1,9 @@
-"""Relations a few at a time, as index lists: what the batched operator works on.
+"""Index lists of the pairs of several relations at a time, for the batched operator.
 
-The lists depend on the geometry alone and are kept, so no call waits for them.
+The lists depend only on the geometry and are cached, so only the first call builds them.
 
-Legend of shape suffixes: p pairs of a chunk, t tokens that have a pair in it, l most pairs of a token.
+Legend of shapes: p pairs of a chunk, t tokens that have a pair in the chunk, l maximum number of pairs
+of one token, n tokens.
 """
 
 from __future__ import annotations
@@ -20,49 +21,51 @@ from .context import relation_index
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """Which pairs of a chunk a token has, so that sums over them need no atomics.
+    """The pairs of each token in a chunk, padded to equal length, so that sums over them need no atomics.
 
-    Atomic additions come in another order every time, and so do their rounding errors.
+    Atomic additions run in a different order every time, which makes rounding errors irreproducible.
     """
 
     tokens: Tensor
-    """(t,), each once."""
+    """(t,): tokens that have a pair in the chunk, each once."""
     pairs: Tensor
-    """(t·l,): numbers of the pairs of each token, filled up with p, the number of a row of zeros."""
+    """(t·l,): pair numbers of each token, padded with p, the index of a row of zeros."""
 
 
 @dataclass(frozen=True, eq=False)
 class PairChunk:
-    """The pairs of consecutive relations between patches, relation by relation."""
+    """The pairs of consecutive relations between patches, sorted by relation."""
 
     first: int
-    """First of its relations."""
+    """First relation of the chunk."""
     counts: tuple[int, ...]
-    """Pairs of each relation."""
+    """Number of pairs of each relation."""
     ends: Tensor
-    """(relations,), int32: where each relation's pairs end."""
+    """(relations,), int32: index after the last pair of each relation."""
     query: Tensor
-    """(p + 1,): the query token of each pair; the last entry stands for the row of zeros."""
+    """(p + 1,): query token of each pair; the last entry belongs to the row of zeros."""
     key: Tensor
-    """(p + 1,): the key token."""
-    places: Tensor
-    """(p,): where each pair lies in a flattened (n, n) matrix."""
+    """(p + 1,): key token of each pair; the last entry belongs to the row of zeros."""
+    positions: Tensor
+    """(p,): position of each pair in a flattened (n, n) matrix."""
     query_slots: Slots
+    """Pairs of each query token."""
     key_slots: Slots
+    """Pairs of each key token."""
 
     @property
     def pairs(self) -> int:
-        """Number of pairs."""
-        return len(self.places)
+        """Number of pairs, p."""
+        return len(self.positions)
 
     def relations(self, first: int) -> slice:
-        """The chunk's relations within a tile that begins with relation ``first``."""
+        """Return the chunk's relations as a slice of a tile that begins with relation ``first``."""
         return slice(self.first - first, self.first - first + len(self.counts))
 
 
 @lru_cache(maxsize=16)
-def _sorted_places(geometry: RelationGeometry) -> tuple[Tensor, list[int]]:
-    """Places of all pairs that exist, by relation; and where each relation begins, with the end."""
+def _sorted_positions(geometry: RelationGeometry) -> tuple[Tensor, list[int]]:
+    """Return the positions of all existing pairs, sorted by relation, and the R + 1 bounds of the relations."""
     index = relation_index(geometry, torch.device("cpu")).flatten()
     order = index.argsort(stable=True)
     counts = torch.bincount(index[index >= 0], minlength=geometry.relations)
@@ -71,7 +74,8 @@ def _sorted_places(geometry: RelationGeometry) -> tuple[Tensor, list[int]]:
     return order[missing:], starts.tolist()
 
 
-def _slots(tokens: Tensor, device: torch.device) -> Slots:
+def _make_slots(tokens: Tensor, device: torch.device) -> Slots:
+    """Group the pairs by their token, (p,)."""
     order = tokens.argsort(stable=True)
     found, counts = torch.unique_consecutive(tokens[order], return_counts=True)
     begins = counts.cumsum(0) - counts
@@ -81,11 +85,11 @@ def _slots(tokens: Tensor, device: torch.device) -> Slots:
     return Slots(found.to(device), table.flatten().to(device))
 
 
-def _make(geometry: RelationGeometry, first: int, count: int, device: torch.device) -> PairChunk:
-    order, starts = _sorted_places(geometry)
+def _make_chunk(geometry: RelationGeometry, first: int, count: int, device: torch.device) -> PairChunk:
+    order, starts = _sorted_positions(geometry)
     begin, end = starts[first], starts[first + count]
-    places = order[begin:end]
-    query, key = places // geometry.tokens, places % geometry.tokens
+    positions = order[begin:end]
+    query, key = positions // geometry.tokens, positions % geometry.tokens
     ends = torch.tensor([starts[first + n + 1] - begin for n in range(count)], dtype=torch.int32)
     return PairChunk(
         first,
@@ -93,51 +97,52 @@ def _make(geometry: RelationGeometry, first: int, count: int, device: torch.devi
         ends.to(device),
         torch.nn.functional.pad(query, (0, 1)).to(device),
         torch.nn.functional.pad(key, (0, 1)).to(device),
-        places.to(device),
-        _slots(query, device),
-        _slots(key, device),
+        positions.to(device),
+        _make_slots(query, device),
+        _make_slots(key, device),
     )
 
 
-def _cut(geometry: RelationGeometry, first: int, count: int, device: torch.device) -> list[PairChunk]:
-    """A chunk, or its halves where tokens have so unequal numbers of pairs that half of the slots are idle."""
-    chunk = _make(geometry, first, count, device)
+def _balanced_chunks(geometry: RelationGeometry, first: int, count: int, device: torch.device) -> list[PairChunk]:
+    """Return one chunk, or split it in halves until at most half of its slots are padding."""
+    chunk = _make_chunk(geometry, first, count, device)
     slots = max(len(chunk.query_slots.pairs), len(chunk.key_slots.pairs))
     if count == 1 or slots <= 2 * chunk.pairs:
         return [chunk]
     half = count // 2
-    return _cut(geometry, first, half, device) + _cut(geometry, first + half, count - half, device)
+    left = _balanced_chunks(geometry, first, half, device)
+    return left + _balanced_chunks(geometry, first + half, count - half, device)
 
 
 @lru_cache(maxsize=4096)
 def cut_tile(
-    geometry: RelationGeometry, first: int, count: int, most_pairs: int, device: torch.device
+    geometry: RelationGeometry, first: int, count: int, max_pairs: int, device: torch.device
 ) -> tuple[tuple[PairChunk, ...], tuple[int, ...]]:
     """Cut a tile's relations into chunks.
 
     Args:
-        geometry: how the tokens lie.
+        geometry: arrangement of the tokens.
         first: first relation of the tile.
-        count: relations in it.
-        most_pairs: pairs that a chunk may have.
-        device: where the index lists are to lie.
+        count: number of relations in the tile.
+        max_pairs: maximum number of pairs in a chunk.
+        device: device of the index lists.
 
     Returns:
-        The chunks; and the relations that are in none: those with a class token, whose rows are
-        one token's, and those with too many pairs.
+        The chunks, and the relations outside every chunk: those with the class token, which multiply
+        the rows of a single token, and those with more than ``max_pairs`` pairs.
     """
-    _, starts = _sorted_places(geometry)
+    _, starts = _sorted_positions(geometry)
     chunks: list[PairChunk] = []
-    others: list[int] = []
+    leftover: list[int] = []
     begin = first
     for relation in range(first, first + count + 1):
         ends = relation == first + count
-        single = not ends and (relation >= geometry.offsets or starts[relation + 1] - starts[relation] > most_pairs)
-        if ends or single or starts[relation + 1] - starts[begin] > most_pairs:
+        single = not ends and (relation >= geometry.offsets or starts[relation + 1] - starts[relation] > max_pairs)
+        if ends or single or starts[relation + 1] - starts[begin] > max_pairs:
             if relation > begin:
-                chunks += _cut(geometry, begin, relation - begin, device)
+                chunks += _balanced_chunks(geometry, begin, relation - begin, device)
             begin = relation
         if single:
-            others.append(relation)
+            leftover.append(relation)
             begin = relation + 1
-    return tuple(chunks), tuple(others)
+    return tuple(chunks), tuple(leftover)

@@ -1,14 +1,15 @@
-"""Terms of a chain that are cheaper than a table: a scalar per relation, or a vector.
+"""Terms of an operator chain that are cheaper than a table: a scalar or a vector per relation.
 
-Nothing is gathered for the whole batch: a scalar's gradient is summed per relation at once, and a
-vector meets the queries of a bounded number of positions at a time. Both are looked up again in
-backward. Like a table's tile, each is a module that is called, and its function keeps the Parameter.
+Nothing is expanded for the full batch: scalars are summed per relation in one step, and vectors are
+expanded for a bounded number of query positions at a time. Both are looked up again in backward.
+Like the tile of a table, each term is a module that the chain calls, and its autograd function stores
+the Parameter itself.
 
 Sources: scalars, Swin Transformer (arXiv 2103.14030, section 3.2); vectors, "Self-Attention with
 Relative Position Representations" (arXiv 1803.02155), one set for all heads.
 
-Legend of shape suffixes: i query positions of a chunk, b batch, h heads, n keys, d width per head,
-R relations.
+Legend of shapes: i query positions of a chunk, b batch, h heads, n tokens, e = h·d, d width per head,
+R (suffix r) relations.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from .context import RelationContext, accumulation_dtype, relation_index
 
 
 def _index(context: RelationContext, device: torch.device) -> Tensor:
-    # Pairs that do not exist read some entry; the softmax masks them.
+    # Pairs that do not exist read an arbitrary entry; the softmax masks them.
     return relation_index(context.geometry, device).clamp_(min=0)
 
 
 def _sum_by(index: Tensor, rows: Tensor, target: Tensor) -> None:
-    """Add each row to the target's row of its index, in an order that does not change from run to run."""
+    """Add each row to the target row of its index, in an order that is the same in every run."""
     if target.device.type == "cpu":
         target.index_add_(0, index.flatten(), rows)
     else:
@@ -39,60 +40,65 @@ def _sum_by(index: Tensor, rows: Tensor, target: Tensor) -> None:
 
 class _AddBias(Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, context: RelationContext, table_rh: Tensor) -> Tensor:
+    def forward(ctx: Any, link: Tensor, context: RelationContext, table_rh: Tensor) -> Tensor:
         assert context.logits is not None
         ctx.context, ctx.table = context, table_rh
         bias_nnh = table_rh[_index(context, table_rh.device)].to(context.logits.dtype)
-        # The chain scales all logits at its end, and the scalars are not to be scaled.
+        # The softmax scales all logits, but these scalars must stay unscaled.
         context.logits.add_(bias_nnh.permute(2, 0, 1), alpha=1 / context.scale)
-        return token.clone()
+        return link.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_link: Tensor) -> tuple[Tensor | None, ...]:
         context: RelationContext = ctx.context
         table_rh: Tensor = ctx.table
         if not ctx.needs_input_grad[2]:
-            return grad_token, None, None
+            return grad_link, None, None
         assert context.grad_attention is not None
         grad_nnh = context.grad_attention.sum(0).permute(1, 2, 0) / context.scale
         grad = grad_nnh.new_zeros(table_rh.shape)
         _sum_by(_index(context, grad.device), grad_nnh.flatten(0, 1), grad)
-        return grad_token, None, grad.to(table_rh.dtype)
+        return grad_link, None, grad.to(table_rh.dtype)
 
 
 class RelationBias(nn.Module):
-    """A learned scalar for each relation and head, added to the logits."""
+    """A learned scalar for each relation and head, added to the logits.
+
+    Args:
+        relations: number of relations, R.
+        heads: number of attention heads, h.
+    """
 
     def __init__(self, relations: int, heads: int) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.empty(relations, heads))
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def forward(self, token: Tensor, context: RelationContext) -> Tensor:
-        """Adds them to the context's logits; token (1,) → token (1,)."""
-        result: Tensor = _AddBias.apply(token, context, self.table)
+    def forward(self, link: Tensor, context: RelationContext) -> Tensor:
+        """Add the scalars to the context's logits; link (1,) → link (1,)."""
+        result: Tensor = _AddBias.apply(link, context, self.table)
         return result
 
 
 def _chunks(context: RelationContext, vectors_rd: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Query positions a few at a time, with the vectors of their pairs (i, n, d), within the workspace."""
+    """Yield slices of query positions and the vectors of their pairs (i, n, d), within the workspace limit."""
     tokens = context.geometry.tokens
     index = _index(context, vectors_rd.device)
-    most = max(1, context.workspace_bytes // (2 * tokens * vectors_rd.shape[1] * vectors_rd.element_size()))
-    for start in range(0, tokens, most):
-        chunk = slice(start, min(start + most, tokens))
+    step = max(1, context.workspace_bytes // (2 * tokens * vectors_rd.shape[1] * vectors_rd.element_size()))
+    for start in range(0, tokens, step):
+        chunk = slice(start, min(start + step, tokens))
         yield chunk, vectors_rd[index[chunk]]
 
 
 def _rows(x_bne: Tensor, chunk: slice, heads: int) -> Tensor:
-    """The chunk's positions of (b, n, h·d) as (i, b·h, d)."""
+    """Return the chunk's positions of (b, n, h·d) as (i, b·h, d)."""
     rows: Tensor = x_bne[:, chunk].unflatten(2, (heads, -1))
     return rows.permute(1, 0, 2, 3).flatten(1, 2)
 
 
 def _pairs(x_bhnn: Tensor, chunk: slice) -> Tensor:
-    """The chunk's rows of (b, h, n, n) as (i, b·h, n)."""
+    """Return the chunk's query rows of (b, h, n, n) as (i, b·h, n)."""
     return x_bhnn[:, :, chunk].permute(2, 0, 1, 3).flatten(1, 2)
 
 
@@ -103,7 +109,7 @@ def _add_rows(target_bne: Tensor, chunk: slice, rows_ibhd: Tensor) -> None:
 
 class _AddKeyVectors(Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, context: RelationContext, vectors_rd: Tensor) -> Tensor:
+    def forward(ctx: Any, link: Tensor, context: RelationContext, vectors_rd: Tensor) -> Tensor:
         assert context.logits is not None
         ctx.context, ctx.vectors = context, vectors_rd
         query, (batch, heads) = context.source["plain_query"], context.logits.shape[:2]
@@ -111,11 +117,11 @@ class _AddKeyVectors(Function):
             rows = _rows(query, chunk, heads)
             logits = torch.bmm(rows, vectors_ind.to(rows.dtype).transpose(1, 2))
             context.logits[:, :, chunk].add_(logits.unflatten(1, (batch, heads)).permute(1, 2, 0, 3))
-        return token.clone()
+        return link.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_link: Tensor) -> tuple[Tensor | None, ...]:
         context: RelationContext = ctx.context
         vectors_rd: Tensor = ctx.vectors
         grad_logits = context.grad_attention
@@ -128,16 +134,16 @@ class _AddKeyVectors(Function):
         for chunk, vectors_ind in _chunks(context, vectors_rd):
             grad = _pairs(grad_logits, chunk).to(query.dtype)
             _add_rows(grad_query, chunk, torch.bmm(grad, vectors_ind.to(query.dtype)))
-            share = torch.bmm(grad.transpose(1, 2), _rows(query, chunk, heads)).to(dtype)
-            _sum_by(index[chunk], share.flatten(0, 1), grad_vectors)
+            products = torch.bmm(grad.transpose(1, 2), _rows(query, chunk, heads)).to(dtype)
+            _sum_by(index[chunk], products.flatten(0, 1), grad_vectors)
         if "plain_query" in context.wanted:
             context.grads["plain_query"] = grad_query
-        return grad_token, None, grad_vectors.to(vectors_rd.dtype) if ctx.needs_input_grad[2] else None
+        return grad_link, None, grad_vectors.to(vectors_rd.dtype) if ctx.needs_input_grad[2] else None
 
 
 class _AddValueVectors(Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, context: RelationContext, vectors_rd: Tensor) -> Tensor:
+    def forward(ctx: Any, link: Tensor, context: RelationContext, vectors_rd: Tensor) -> Tensor:
         assert context.weights is not None
         ctx.context, ctx.vectors = context, vectors_rd
         like = context.source["plain_value"]
@@ -145,11 +151,11 @@ class _AddValueVectors(Function):
         for chunk, vectors_ind in _chunks(context, vectors_rd):
             weights = _pairs(context.weights, chunk)
             _add_rows(context.out, chunk, torch.bmm(weights, vectors_ind.to(weights.dtype)))
-        return token.clone()
+        return link.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_link: Tensor) -> tuple[Tensor | None, ...]:
         context: RelationContext = ctx.context
         vectors_rd: Tensor = ctx.vectors
         assert context.grad_out is not None and context.weights is not None and context.grad_attention is not None
@@ -160,9 +166,9 @@ class _AddValueVectors(Function):
             grad = _rows(context.grad_out, chunk, heads)
             weights = torch.bmm(grad, vectors_ind.to(dtype).transpose(1, 2))
             context.grad_attention[:, :, chunk].add_(weights.unflatten(1, (batch, heads)).permute(1, 2, 0, 3))
-            share = torch.bmm(_pairs(context.weights, chunk).transpose(1, 2), grad).to(grad_vectors.dtype)
-            _sum_by(index[chunk], share.flatten(0, 1), grad_vectors)
-        return grad_token, None, grad_vectors.to(vectors_rd.dtype) if ctx.needs_input_grad[2] else None
+            products = torch.bmm(_pairs(context.weights, chunk).transpose(1, 2), grad).to(grad_vectors.dtype)
+            _sum_by(index[chunk], products.flatten(0, 1), grad_vectors)
+        return grad_link, None, grad_vectors.to(vectors_rd.dtype) if ctx.needs_input_grad[2] else None
 
 
 class RelationVectors(nn.Module):
@@ -180,8 +186,8 @@ class RelationVectors(nn.Module):
         self.vectors = nn.Parameter(torch.empty(relations, head_dim))
         nn.init.trunc_normal_(self.vectors, std=0.02)
 
-    def forward(self, token: Tensor, context: RelationContext) -> Tensor:
-        """Adds their part to the context's logits or output; token (1,) → token (1,)."""
+    def forward(self, link: Tensor, context: RelationContext) -> Tensor:
+        """Add the vectors' term to the context's logits or output; link (1,) → link (1,)."""
         function = _AddKeyVectors if self.role == "key" else _AddValueVectors
-        result: Tensor = function.apply(token, context, self.vectors)
+        result: Tensor = function.apply(link, context, self.vectors)
         return result

@@ -1,7 +1,7 @@
-"""Rotary position embedding for sequences and grids; a class token is not turned.
+"""Rotary position embedding for sequences and grids; a class token is not rotated.
 
-Source: RoFormer (arXiv 2104.09864); on a grid one half of a head turns with the row, the other
-with the column.
+Source: RoFormer (arXiv 2104.09864). On a grid, one half of each head rotates with the row and the
+other half with the column.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from translution.planner.config.geometry import RelationGeometry
 
 
 def _angles(positions: Tensor, width: int, base: float) -> Tensor:
-    # Integers first: inside deepspeed.zero.Init every new floating-point tensor is a bf16 one.
+    # Start from integers: inside deepspeed.zero.Init every new floating-point tensor is bf16.
     frequencies = base ** (-torch.arange(0, width, 2).double() / width)
     return positions.double()[:, None] * frequencies
 
 
 def rotary_angles(geometry: RelationGeometry, head_dim: int, base: float = 10000.0) -> Tensor:
-    """The angle of every token and pair of coordinates, (N, head_dim / 2), float64.
+    """Return the rotation angle of every token and pair of coordinates, (n, head_dim / 2), float64.
 
     Args:
-        geometry: a sequence turns with the position, a grid with row and column.
+        geometry: arrangement of the tokens; a sequence rotates with the position, a grid with row
+            and column.
         head_dim: width per head, a multiple of 2 for a sequence and of 4 for a grid.
-        base: longest wavelength over 2π.
+        base: longest wavelength divided by 2π.
     """
     patches = torch.arange(geometry.patches)
     if geometry.width == 1:
@@ -37,15 +38,18 @@ def rotary_angles(geometry: RelationGeometry, head_dim: int, base: float = 10000
     return angles
 
 
-def rotate(x_bhnd: Tensor, cosine_nd: Tensor, sine_nd: Tensor) -> Tensor:
-    """Turn neighbouring coordinates (2k, 2k + 1) of each token by its angles.
+def apply_rotary(x_bhnd: Tensor, cosine_nd: Tensor, sine_nd: Tensor) -> Tensor:
+    """Rotate neighbouring coordinates (2k, 2k + 1) of each token by its angles.
 
     Args:
         x_bhnd: queries or keys, (b, h, n, d).
-        cosine_nd: (n, d / 2).
-        sine_nd: (n, d / 2).
+        cosine_nd: cosines of the angles, (n, d / 2).
+        sine_nd: sines of the angles, (n, d / 2).
+
+    Returns:
+        (b, h, n, d), in the dtype of ``x_bhnd``.
     """
     even, odd = x_bhnd.unflatten(-1, (-1, 2)).unbind(-1)
-    # Angles in fp32 raise a bf16 product to fp32; it is rounded once, at the end.
-    turned = (even * cosine_nd - odd * sine_nd, even * sine_nd + odd * cosine_nd)
-    return torch.stack(turned, dim=-1).flatten(-2).to(x_bhnd.dtype)
+    # fp32 angles promote a bf16 product to fp32, so it is rounded only once, at the end.
+    rotated = (even * cosine_nd - odd * sine_nd, even * sine_nd + odd * cosine_nd)
+    return torch.stack(rotated, dim=-1).flatten(-2).to(x_bhnd.dtype)

@@ -20,6 +20,9 @@ OPERATORS: tuple[Operator, ...] = ("translution", "alpha", "attention", "bias", 
 """Full and low-rank Translution; self-attention plain, with a scalar (bias) or vectors (shaw) per
 relation; and a matrix per position (absolute)."""
 
+DEFAULT_WORKSPACE_BYTES = 256 * 2**20
+"""Default limit of the scratch memory of one operator call, in bytes."""
+
 Positive: TypeAlias = Annotated[int, Field(ge=1, le=2**60, strict=True)]
 Size: TypeAlias = Annotated[int, Field(ge=1, le=2**20, strict=True)]
 """A size of a model; the bound keeps a slip of the pen from counting for hours."""

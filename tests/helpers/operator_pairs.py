@@ -1,15 +1,18 @@
-"""Layers, places and roles that the operator tests share, and a layer with its reference."""
+"""Layers, token layouts and roles for the operator tests, and slow references to compare with."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from translution.models import AlphaTranslution, Translution
+from translution.models.ops.naive import masked_softmax, naive_relation_index
+from translution.planner.config.geometry import RelationGeometry
 
-PLACES: list[dict[str, Any]] = [
+LAYOUTS: list[dict[str, Any]] = [
     {"length": 1},
     {"length": 5},
     {"length": 7, "causal": True},
@@ -30,7 +33,7 @@ LAYERS: list[tuple[type[Any], dict[str, Any]]] = [
 
 
 def layer_pair(layer: type[Any], options: dict[str, Any], **grouped: Any) -> tuple[nn.Module, nn.Module]:
-    """A grouped layer and its gathered twin with the same weights, large enough to matter."""
+    """A grouped layer and its gathered reference with the same weights, large enough to affect the output."""
     torch.manual_seed(0)
     fast = layer(6, 2, head_dim=4, **options, **grouped)
     for parameter in fast.parameters():
@@ -42,6 +45,46 @@ def layer_pair(layer: type[Any], options: dict[str, Any], **grouped: Any) -> tup
 
 
 def outputs(layer: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
-    """The layer's output, and the gradients of its input and of every weight."""
+    """The layer's output and the gradients of its input and of every weight."""
     out = layer(x)
     return [out, *torch.autograd.grad(out, [x, *layer.parameters()], grad)]
+
+
+def naive_term_attention(
+    geometry: RelationGeometry,
+    heads: int,
+    rows: Sequence[Tensor],
+    *,
+    bias: Tensor | None = None,
+    key_vectors: Tensor | None = None,
+    value_vectors: Tensor | None = None,
+    key_padding: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Self-attention with a scalar or a vector per relation, copied for every pair.
+
+    Args:
+        geometry: arrangement of the tokens.
+        heads: number of attention heads.
+        rows: queries, keys and values, (b, n, h·d) each.
+        bias: (R, h), added to the scaled logits.
+        key_vectors: (R, d), added to the keys.
+        value_vectors: (R, d), added to the values.
+        key_padding, noise: as in `gather_attention`.
+
+    Returns:
+        (b, n, h·d).
+    """
+    index = naive_relation_index(geometry).to(rows[0].device)
+    exists, index = index >= 0, index.clamp(min=0)
+    query, key, value = (x.unflatten(2, (heads, -1)) for x in rows)
+    keys, values = (x[:, None].expand(-1, geometry.tokens, -1, -1, -1) for x in (key, value))
+    if key_vectors is not None:
+        keys = keys + key_vectors[index][:, :, None]
+    if value_vectors is not None:
+        values = values + value_vectors[index][:, :, None]
+    logits = torch.einsum("bihd,bijhd->bhij", query, keys) / query.shape[3] ** 0.5
+    if bias is not None:
+        logits = logits + bias[index].permute(2, 0, 1)
+    attention = masked_softmax(logits, exists, key_padding, noise)
+    return torch.einsum("bhij,bijhd->bihd", attention, values).flatten(2)

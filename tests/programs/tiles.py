@@ -47,9 +47,9 @@ def main(plan_folder: Path, run: Path, out: Path) -> None:
 
             setattr(function, direction, staticmethod(counted))
 
-    watch(grouped.LogitTile)
-    watch(grouped.ValueTile)
-    watch(grouped.Softmax)
+    watch(grouped.LogitTileFunction)
+    watch(grouped.ValueTileFunction)
+    watch(grouped.SoftmaxFunction)
     samples, _ = load_samples(plan.model, plan.training)
     training = plan.training
     stream = micro_batches(

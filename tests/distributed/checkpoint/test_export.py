@@ -136,10 +136,10 @@ def test_a_file_that_does_not_suit_is_refused_in_one_line(tmp_path: Path) -> Non
     out = tmp_path / "model.safetensors"
     whole = export(run, out).out.read_bytes()
     cases: dict[str, tuple[dict[str, Tensor | None], dict[str, str] | None]] = {
-        "holds no tensor head.bias, which the model has": ({"head.bias": None}, None),
-        "holds a tensor tail, which the model has not": ({"tail": torch.zeros(1)}, None),
+        "tensor head.bias of the model is missing": ({"head.bias": None}, None),
+        "tensor tail is not in the model": ({"tail": torch.zeros(1)}, None),
         r"head.bias: shape \(9,\) is not allowed: must be \(10,\)": ({"head.bias": torch.zeros(9)}, None),
-        "holds no 'model_spec' in its metadata": ({}, {"format": "pt"}),
+        "has no 'model_spec' in its metadata": ({}, {"format": "pt"}),
         "model_spec is not valid JSON": ({}, {"model_spec": "{"}),
         "model_spec: dim: ": ({}, {"model_spec": json.dumps(TINY | {"dim": 0})}),
     }
@@ -151,7 +151,7 @@ def test_a_file_that_does_not_suit_is_refused_in_one_line(tmp_path: Path) -> Non
         assert "\n" not in str(error.value)
     for content in (whole[:-1], whole[:100], b""):
         out.write_bytes(content)
-        with pytest.raises(InputError, match="is not a whole safetensors file: "):
+        with pytest.raises(InputError, match="not a complete safetensors file: "):
             load_network(out)
     out.unlink()
     with pytest.raises(InputError, match="no such file"):

@@ -1,4 +1,4 @@
-"""The baselines against slow references: scalars, relative vectors, absolute matrices, rotary."""
+"""The baselines against slow references: scalar bias, relative vectors, absolute matrices, rotary embedding."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
-from helpers.operator_pairs import PLACES
+from helpers.operator_pairs import LAYOUTS, naive_term_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from translution.models import AbsoluteTranslution, BiasAttention, SelfAttention, ShawAttention
-from translution.models.ops.naive import term_attention
 from translution.planner.common.errors import InputError
 
 Kind: TypeAlias = "type[SelfAttention | BiasAttention | ShawAttention | AbsoluteTranslution]"
@@ -31,7 +30,7 @@ WINDOWED = (BiasAttention, ShawAttention)
 
 
 def slow(layer: Any, x: Tensor, padding: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-    """What the layer should give, a pair or a position at a time, from the layer's own parameters."""
+    """Expected output of the layer, computed one pair or position at a time from its parameters."""
     terms: dict[str, Tensor] = {}
     if isinstance(layer, AbsoluteTranslution):
         rows = [absolute_rows(layer, role, x) for role in "qkv"]
@@ -42,9 +41,9 @@ def slow(layer: Any, x: Tensor, padding: Tensor | None = None, noise: Tensor | N
     if isinstance(layer, ShawAttention):
         terms["key_vectors"] = layer.chain.logit_tiles[0].vectors
         terms["value_vectors"] = layer.chain.value_tiles[0].vectors
-    if isinstance(layer, SelfAttention) and layer.turn is not None:
-        rows[:2] = [turned(layer, row) for row in rows[:2]]
-    out = term_attention(layer.geometry, layer.heads, rows, **terms, key_padding=padding, noise=noise)
+    if isinstance(layer, SelfAttention) and layer.rotary is not None:
+        rows[:2] = [rotated(layer, row) for row in rows[:2]]
+    out = naive_term_attention(layer.geometry, layer.heads, rows, **terms, key_padding=padding, noise=noise)
     result: Tensor = layer.output(out)
     return result
 
@@ -57,11 +56,11 @@ def absolute_rows(layer: AbsoluteTranslution, role: str, x: Tensor) -> Tensor:
     return torch.stack([x[:, n] @ matrices[n] for n in range(x.shape[1])], 1)
 
 
-def turned(layer: SelfAttention, rows: Tensor) -> Tensor:
-    """Each pair of values as a complex number times a rotation."""
-    assert layer.turn is not None
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32  # No complex numbers of half width.
-    angle = torch.complex(layer.turn.cosine.to(wide), layer.turn.sine.to(wide))
+def rotated(layer: SelfAttention, rows: Tensor) -> Tensor:
+    """Rotate each pair of values as a complex number."""
+    assert layer.rotary is not None
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32  # torch has no half-width complex dtype.
+    angle = torch.complex(layer.rotary.cosine.to(wide), layer.rotary.sine.to(wide))
     heads = rows.to(wide).unflatten(2, (layer.heads, -1)).movedim(1, 2)
     number = torch.view_as_complex(heads.unflatten(3, (-1, 2)).contiguous()) * angle
     return torch.view_as_real(number).flatten(3).movedim(2, 1).flatten(2).to(rows.dtype)
@@ -72,24 +71,24 @@ def results(call: Callable[..., Tensor], layer: nn.Module, x: Tensor, grad: Tens
     return [out, *torch.autograd.grad(out, [x, *layer.parameters()], grad)]
 
 
-def make(kind: Kind, options: dict[str, Any], place: dict[str, Any], **more: Any) -> nn.Module:
+def make(kind: Kind, options: dict[str, Any], layout: dict[str, Any], **more: Any) -> nn.Module:
     torch.manual_seed(0)
-    place = {key: value for key, value in place.items() if key != "window" or kind in WINDOWED}
-    layer = kind(6, 2, head_dim=4, **options, **place, **more)
+    layout = {key: value for key, value in layout.items() if key != "window" or kind in WINDOWED}
+    layer = kind(6, 2, head_dim=4, **options, **layout, **more)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
     return layer
 
 
 @pytest.mark.usefixtures("double", "poisoned")
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("workspace", [2**28, 1], ids=["roomy", "cramped"])
 @pytest.mark.parametrize(("kind", "options"), KINDS, ids=NAMES)
 def test_a_baseline_equals_its_reference(
-    kind: Kind, options: dict[str, Any], place: dict[str, Any], workspace: int, padded: bool
+    kind: Kind, options: dict[str, Any], layout: dict[str, Any], workspace: int, padded: bool
 ) -> None:
-    layer = make(kind, options, place, workspace_bytes=workspace)
+    layer = make(kind, options, layout, workspace_bytes=workspace)
     tokens: int = layer.geometry.tokens  # type: ignore[union-attr, assignment]
     x, grad = torch.randn(3, tokens, 6, requires_grad=True), torch.randn(3, tokens, 6)
     mask = None
@@ -97,7 +96,7 @@ def test_a_baseline_equals_its_reference(
         mask = torch.zeros(3, tokens, dtype=torch.bool)
         mask[0, -1] = True
         mask[1, tokens // 2 :] = True
-        mask[:, 0] = False  # The fused kernel leaves open what a query without any key gets.
+        mask[:, 0] = False  # The fused kernel does not define the output of a query without any key.
         if tokens > 1 and kind in WINDOWED:
             mask[2, 0] = True
     ours = results(layer, layer, x, grad, mask)
@@ -107,17 +106,17 @@ def test_a_baseline_equals_its_reference(
 
 
 @pytest.mark.usefixtures("double", "poisoned")
-@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["whole", "dropped"])
-@pytest.mark.parametrize("place", [{"length": 3, "causal": True}, {"grid": (2, 2), "class_token": True}], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("layout", [{"length": 3, "causal": True}, {"grid": (2, 2), "class_token": True}], ids=str)
 @pytest.mark.parametrize(("kind", "options"), KINDS, ids=NAMES)
-def test_gradcheck_of_a_baseline(kind: Kind, options: dict[str, Any], place: dict[str, Any], dropout: float) -> None:
+def test_gradcheck_of_a_baseline(kind: Kind, options: dict[str, Any], layout: dict[str, Any], dropout: float) -> None:
     torch.manual_seed(0)
-    layer = kind(2, 1, head_dim=4, dropout=dropout, **options, **place)
+    layer = kind(2, 1, head_dim=4, dropout=dropout, **options, **layout)
     names = [name for name, _ in layer.named_parameters()]
     weights = [torch.randn_like(parameter, requires_grad=True) for parameter in layer.parameters()]
 
     def call(x: Tensor, *values: Tensor) -> Tensor:
-        torch.manual_seed(7)  # The same weights are dropped in every call.
+        torch.manual_seed(7)  # Every call drops the same weights.
         result: Tensor = torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
         return result
 
@@ -131,8 +130,8 @@ def test_gradcheck_of_a_baseline(kind: Kind, options: dict[str, Any], place: dic
 def test_any_subset_of_a_baselines_gradients(kind: Kind, frozen: str) -> None:
     layer = make(kind, {}, {"grid": (2, 3), "class_token": True})
     for name, parameter in layer.named_parameters():
-        kept = {"all but x": False, "all but tiles": "tiles" in name}
-        parameter.requires_grad_(kept.get(frozen, frozen not in name))
+        trained = {"all but x": False, "all but tiles": "tiles" in name}
+        parameter.requires_grad_(trained.get(frozen, frozen not in name))
     x = torch.randn(2, 7, 6, requires_grad=frozen not in ("x", "all but tiles"))
     wanted = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
     found = [torch.autograd.grad(out, wanted, torch.ones_like(out)) for out in (layer(x), slow(layer, x))]
@@ -143,7 +142,7 @@ def test_any_subset_of_a_baselines_gradients(kind: Kind, frozen: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
-    place=st.sampled_from(PLACES),
+    layout=st.sampled_from(LAYOUTS),
     heads=st.integers(1, 3),
     head_dim=st.sampled_from([4, 8]),
     dim=st.integers(1, 7),
@@ -153,7 +152,7 @@ def test_any_subset_of_a_baselines_gradients(kind: Kind, frozen: str) -> None:
 )
 def test_any_baseline_is_as_exact_as_its_reference(
     kind: tuple[Kind, dict[str, Any]],
-    place: dict[str, Any],
+    layout: dict[str, Any],
     heads: int,
     head_dim: int,
     dim: int,
@@ -161,11 +160,11 @@ def test_any_baseline_is_as_exact_as_its_reference(
     workspace: int,
     dtype: torch.dtype,
 ) -> None:
-    """The error against float64 is at most twice the reference's own and a few roundings."""
+    """The error against float64 is at most twice the reference's error plus a few roundings."""
     torch.manual_seed(0)
     made, options = kind
-    place = {key: value for key, value in place.items() if key != "window" or made in WINDOWED}
-    arguments: dict[str, Any] = {"head_dim": head_dim, "workspace_bytes": workspace, **options, **place}
+    layout = {key: value for key, value in layout.items() if key != "window" or made in WINDOWED}
+    arguments: dict[str, Any] = {"head_dim": head_dim, "workspace_bytes": workspace, **options, **layout}
     layer, exact = made(dim, heads, **arguments).to(dtype), made(dim, heads, **arguments).double()
     exact.load_state_dict(layer.state_dict())
     x = torch.randn(batch, layer.geometry.tokens, dim).to(dtype)
@@ -180,9 +179,9 @@ def test_any_baseline_is_as_exact_as_its_reference(
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("kind", [BiasAttention, ShawAttention])
-@pytest.mark.parametrize("place", PLACES[:7], ids=str)
-def test_without_its_terms_a_baseline_is_self_attention(kind: Kind, place: dict[str, Any]) -> None:
-    layer, plain = make(kind, {}, place), make(SelfAttention, {}, place)
+@pytest.mark.parametrize("layout", LAYOUTS[:7], ids=str)
+def test_a_baseline_without_its_terms_is_self_attention(kind: Kind, layout: dict[str, Any]) -> None:
+    layer, plain = make(kind, {}, layout), make(SelfAttention, {}, layout)
     for name, parameter in layer.named_parameters():
         if "tiles" in name:
             nn.init.zeros_(parameter)
@@ -192,7 +191,7 @@ def test_without_its_terms_a_baseline_is_self_attention(kind: Kind, place: dict[
 
 
 @pytest.mark.usefixtures("double")
-def test_equal_matrices_at_every_position_are_self_attention() -> None:
+def test_absolute_matrices_that_are_equal_are_self_attention() -> None:
     absolute = make(AbsoluteTranslution, {"tile_relations": 2}, {"length": 5})
     plain = make(SelfAttention, {}, {"length": 5})
     state = plain.state_dict()
@@ -205,7 +204,9 @@ def test_equal_matrices_at_every_position_are_self_attention() -> None:
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS, ids=NAMES)
-def test_a_baselines_state_dict_travels_and_autocast_keeps_gradients_wide(kind: Kind, options: dict[str, Any]) -> None:
+def test_a_baselines_state_dict_loads_and_autocast_keeps_gradients_in_float32(
+    kind: Kind, options: dict[str, Any]
+) -> None:
     layer = make(kind, options, {"grid": (2, 3), "class_token": True})
     other = kind(6, 2, head_dim=4, **options, grid=(2, 3), class_token=True)
     other.load_state_dict(layer.state_dict())
@@ -233,6 +234,6 @@ def test_a_baselines_state_dict_travels_and_autocast_keeps_gradients_wide(kind: 
         (BiasAttention, {"workspace_bytes": 0}, "workspace_bytes: 0"),
     ],
 )
-def test_a_baselines_wrong_argument_names_itself(kind: Kind, options: dict[str, Any], message: str) -> None:
+def test_an_error_names_the_wrong_argument_of_a_baseline(kind: Kind, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         kind(6, 2, length=4, **options)

@@ -18,17 +18,17 @@ from translution.planner.config.geometry import RelationGeometry
 @pytest.mark.usefixtures("double", "poisoned")
 @pytest.mark.parametrize("roles", ["qkv", "kv", "v"])
 @pytest.mark.parametrize(
-    "place", [{"length": 5}, {"length": 6, "causal": True}, {"grid": (2, 3), "window": 1}], ids=str
+    "layout", [{"length": 5}, {"length": 6, "causal": True}, {"grid": (2, 3), "window": 1}], ids=str
 )
 @pytest.mark.parametrize(("layer", "options"), LAYERS[:2], ids=["full", "alpha"])
-def test_padding_is_seen_by_no_query(
-    layer: type[Any], options: dict[str, Any], place: dict[str, Any], roles: str
+def test_no_query_attends_to_padding(
+    layer: type[Any], options: dict[str, Any], layout: dict[str, Any], roles: str
 ) -> None:
-    fast, slow = layer_pair(layer, {**options, **place, "roles": roles}, tile_relations=3)
+    fast, slow = layer_pair(layer, {**options, **layout, "roles": roles}, tile_relations=3)
     tokens = fast.geometry.tokens
     mask = torch.zeros(3, tokens, dtype=torch.bool)
     mask[0, -2:] = True
-    mask[1, 0] = True  # The first token of a causal sequence then sees nothing.
+    mask[1, 0] = True  # The first token of a causal sequence then attends to nothing.
     x, grad = torch.randn(3, tokens, 6, requires_grad=True), torch.randn(3, tokens, 6)
     results = []
     for chosen in (fast, slow):
@@ -38,22 +38,22 @@ def test_padding_is_seen_by_no_query(
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-10)
     changed = x.detach().clone()
     changed[0, -2:] += 1
-    kept = fast(changed, key_padding_mask=mask)[0, :-2]
-    torch.testing.assert_close(kept, results[0][0][0, :-2].detach(), rtol=0, atol=1e-12)
+    unpadded = fast(changed, key_padding_mask=mask)[0, :-2]
+    torch.testing.assert_close(unpadded, results[0][0][0, :-2].detach(), rtol=0, atol=1e-12)
 
 
-def test_attention_takes_the_same_mask() -> None:
+def test_attention_supports_the_same_mask() -> None:
     torch.manual_seed(0)
     layer, x = SelfAttention(6, 2, length=5, causal=True), torch.randn(2, 5, 6)
     mask = torch.tensor([[False] * 5, [False, False, True, False, False]])
     other = x.clone()
     other[1, 2] += 1
-    kept = [0, 1, 3, 4]
-    torch.testing.assert_close(layer(x, mask)[1, kept], layer(other, mask)[1, kept])
+    unpadded = [0, 1, 3, 4]
+    torch.testing.assert_close(layer(x, mask)[1, unpadded], layer(other, mask)[1, unpadded])
     torch.testing.assert_close(layer(x, mask)[0], layer(x)[0])
 
 
-def test_a_wrong_mask_names_itself() -> None:
+def test_an_error_names_a_wrong_mask() -> None:
     with pytest.raises(InputError, match=r"key_padding_mask: torch.float32 \(2, 4\) is not allowed: must be bool"):
         Translution(6, 2, length=4)(torch.randn(2, 4, 6), torch.zeros(2, 4))
 
@@ -107,11 +107,11 @@ def test_autocast_computes_in_bfloat16_and_keeps_gradients_in_float32(
     found = [out, *torch.autograd.grad(out, [x, *ours.parameters()], torch.ones_like(out))]
     for near, true in zip(found[1:], exact[1:], strict=True):
         assert near.dtype == torch.float32
-        # bf16 keeps 8 bits: the error is a few hundredths of the largest value.
+        # bf16 has 8 significant bits: the error is a few hundredths of the largest value.
         assert (near - true).abs().max() <= 0.05 * true.abs().max() + 1e-3
 
 
-def test_rotary_angles_do_not_depend_on_zeros_patched_constructors() -> None:
+def test_rotary_angles_do_not_depend_on_deepspeeds_patched_constructors() -> None:
     """Inside deepspeed.zero.Init new floating-point tensors have the model's dtype."""
     true = torch.outer(torch.arange(1024).double(), 10000.0 ** (-torch.arange(0, 64, 2).double() / 64))
     patched = {name: getattr(torch, name) for name in ("arange", "zeros", "ones", "empty", "full", "tensor")}
@@ -134,7 +134,7 @@ def test_rotary_angles_do_not_depend_on_zeros_patched_constructors() -> None:
     assert not grid[0].any()
 
 
-def test_the_layer_runs_on_one_head_without_projection() -> None:
+def test_one_head_of_full_width_needs_no_output_projection() -> None:
     layer = Translution(6, 1, grid=(2, 2))
     assert isinstance(layer.output, nn.Identity)
     assert layer(torch.randn(2, 4, 6)).shape == (2, 4, 6)
@@ -155,12 +155,12 @@ def test_the_layer_runs_on_one_head_without_projection() -> None:
         ({"length": 4, "workspace_bytes": 0}, "workspace_bytes: 0"),
     ],
 )
-def test_a_wrong_argument_names_itself(arguments: dict[str, Any], message: str) -> None:
+def test_an_error_names_the_wrong_argument(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Translution(6, arguments.pop("heads", 2), **arguments)
 
 
-def test_a_wrong_shape_names_itself() -> None:
+def test_an_error_names_a_wrong_shape() -> None:
     with pytest.raises(InputError, match=r"x: shape \(1, 5, 6\) is not allowed: must be \(batch, 4, 6\)"):
         Translution(6, 2, length=4)(torch.randn(1, 5, 6))
 

@@ -1,4 +1,4 @@
-"""Self-attention and convolution as special cases, and what moving a pattern does."""
+"""Self-attention and convolution as special cases of Translution, and equivariance to moved patterns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.operator_pairs import LAYERS, PLACES
+from helpers.operator_pairs import LAYERS, LAYOUTS
 from torch import Tensor, nn
 
 from translution.models import AbsoluteTranslution, BiasAttention, SelfAttention, ShawAttention, Translution
@@ -15,10 +15,10 @@ from translution.planner.config.geometry import RelationGeometry
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("place", [place for place in PLACES if "window" not in place], ids=str)
-def test_equal_matrices_make_it_self_attention(place: dict[str, Any]) -> None:
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if "window" not in layout], ids=str)
+def test_translution_with_equal_matrices_is_self_attention(layout: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    ours, attention = Translution(6, 2, tile_relations=3, **place), SelfAttention(6, 2, **place)
+    ours, attention = Translution(6, 2, tile_relations=3, **layout), SelfAttention(6, 2, **layout)
     matrices = attention.projections.weight.detach().view(3, 6, 6)
     for role, matrix in zip(("query", "key", "value"), matrices, strict=True):
         ours.tables.load_table(role, matrix.t().expand(ours.geometry.relations, 6, 6))
@@ -29,7 +29,7 @@ def test_equal_matrices_make_it_self_attention(place: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("double")
 def test_a_window_with_uniform_weights_is_a_convolution() -> None:
-    """Relations within one step of a token are a 3×3 kernel; the weights' common factor is 1/9 inside."""
+    """The relations within one step of a token form a 3×3 kernel; inside the grid all weights are 1/9."""
     torch.manual_seed(0)
     geometry = RelationGeometry.grid(5, 6, window=1)
     tables = RelationTables(geometry, 2, 4, 6, roles="v", scale=1.0, tile_relations=4)
@@ -46,11 +46,11 @@ def test_a_window_with_uniform_weights_is_a_convolution() -> None:
 
 
 @pytest.mark.usefixtures("double")
-def test_uniform_weights_over_all_offsets_make_it_a_convolution() -> None:
-    """With constant queries and keys every token weighs all tokens alike; the value tables are the kernel.
+def test_uniform_weights_over_all_offsets_are_a_convolution() -> None:
+    """With constant queries and keys all attention weights are equal, and the value table is the kernel.
 
-    On an H×W grid the kernel spans (2H−1)×(2W−1) offsets, zero-padding stands for pairs that do not
-    exist, and the weights' common factor is 1/(H·W).
+    On an H×W grid the kernel spans (2H−1)×(2W−1) offsets, zero-padding corresponds to pairs that do not
+    exist, and all weights are 1/(H·W).
     """
     torch.manual_seed(0)
     height, width, kernel = 5, 6, 3
@@ -74,7 +74,7 @@ def test_uniform_weights_over_all_offsets_make_it_a_convolution() -> None:
 
 
 def placed(layer: nn.Module, pattern: Tensor, row: int, col: int, positions: Tensor | None = None) -> Tensor:
-    """The layer's output at a 2×3 pattern that lies so on a 4×5 grid of noise, which is masked."""
+    """The layer's output at a 2×3 pattern placed at (row, col) of a 4×5 grid; the rest is masked noise."""
     canvas, mask = torch.randn(4, 5, 8), torch.ones(4, 5, dtype=torch.bool)
     canvas[row : row + 2, col : col + 3], mask[row : row + 2, col : col + 3] = pattern, False
     x = canvas.flatten(0, 1) + (0 if positions is None else positions)
@@ -88,21 +88,21 @@ def placed(layer: nn.Module, pattern: Tensor, row: int, col: int, positions: Ten
     [*LAYERS, (SelfAttention, {"rotary": True}), (BiasAttention, {}), (ShawAttention, {})],
     ids=["full", "alpha", "alpha-rotary", "rotary", "bias", "shaw"],
 )
-def test_a_pattern_that_is_moved_moves_its_output_with_it(layer: type[Any], options: dict[str, Any]) -> None:
-    """Learned positions break what relations keep."""
+def test_moving_a_pattern_does_not_change_its_output(layer: type[Any], options: dict[str, Any]) -> None:
+    """Relative operators are equivariant; adding learned positions breaks that."""
     torch.manual_seed(0)
     ours = layer(8, 2, grid=(4, 5), **options)
     pattern, positions = torch.randn(2, 3, 8), torch.randn(20, 8)
-    at_home = placed(ours, pattern, 0, 0)
+    expected = placed(ours, pattern, 0, 0)
     for row, col in ((2, 0), (1, 2), (0, 1)):
-        torch.testing.assert_close(placed(ours, pattern, row, col), at_home, rtol=0, atol=1e-12)
-    absolute = [placed(ours, pattern, *place, positions) for place in ((1, 2), (0, 0))]
+        torch.testing.assert_close(placed(ours, pattern, row, col), expected, rtol=0, atol=1e-12)
+    absolute = [placed(ours, pattern, *layout, positions) for layout in ((1, 2), (0, 0))]
     assert (absolute[0] - absolute[1]).abs().max() > 1e-2
 
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("roles", ["qkv", "q", "v"])
-def test_a_pattern_that_is_moved_changes_under_absolute_matrices(roles: str) -> None:
+def test_moving_a_pattern_changes_its_output_under_absolute_matrices(roles: str) -> None:
     torch.manual_seed(0)
     ours, pattern = AbsoluteTranslution(8, 2, grid=(4, 5), roles=roles), torch.randn(2, 3, 8)
     assert (placed(ours, pattern, 1, 2) - placed(ours, pattern, 0, 0)).abs().max() > 1e-2

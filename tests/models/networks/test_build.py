@@ -1,4 +1,4 @@
-"""The networks: checkpointing changes memory alone, seeds decide the weights, state dicts travel."""
+"""The networks: activation checkpointing only changes memory, seeds determine the weights, state dicts load."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_checkpointing_changes_neither_output_nor_gradients(
     for kind in ("none", checkpointing):
         spec = parse_model_spec(family | SIZES | operator | {"checkpointing": kind})
         network, inputs = network_of(spec), samples(spec, 2)
-        torch.manual_seed(2)  # Dropout is the same too.
+        torch.manual_seed(2)  # Dropout is the same in both networks.
         out = network(inputs)
         out.square().sum().backward()
         results.append({"out": out, **{name: parameter.grad for name, parameter in network.named_parameters()}})
@@ -79,11 +79,11 @@ def test_the_peak_of_a_step_is_predicted_and_checkpointing_lowers_it(operator: s
     def step() -> None:
         nn.functional.cross_entropy(network(inputs), targets).backward()
 
-    step()  # Gradients exist from here on.
+    step()  # Allocates the gradients.
     begin, peak = trace_allocations(step)
     predicted = peak_bytes(spec, 16, DtypeSizes.of(4, "cpu"))
     largest_gradient = max(parameter.numel() for parameter in network.parameters()) * 4
-    # The gradient that is being made stands beside the one it is added to.
+    # A new gradient exists together with the one it is added to.
     assert peak - begin <= predicted + 2 * largest_gradient
     assert predicted <= 1.35 * (peak - begin)
     if checkpointing == "block":
@@ -91,7 +91,7 @@ def test_the_peak_of_a_step_is_predicted_and_checkpointing_lowers_it(operator: s
         assert predicted < peak_bytes(plain, 16, DtypeSizes.of(4, "cpu")) / 2
 
 
-def test_offload_keeps_blocks_off_the_device() -> None:
+def test_offloaded_checkpoints_are_not_on_the_device() -> None:
     spec = parse_model_spec(VIT | SIZES | {"checkpointing": "offload"})
     block = parse_model_spec(VIT | SIZES | {"checkpointing": "block"})
     stream = 2 * 7 * 24 * 4
@@ -101,7 +101,7 @@ def test_offload_keeps_blocks_off_the_device() -> None:
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
-def test_the_same_seed_gives_the_same_network_and_its_state_dict_travels(operator: dict[str, Any]) -> None:
+def test_the_same_seed_gives_the_same_network_and_its_state_dict_loads(operator: dict[str, Any]) -> None:
     spec = parse_model_spec(VIT | SIZES | operator)
     first, second = network_of(spec).eval(), network_of(spec).eval()
     inputs = samples(spec, 2)
@@ -113,7 +113,7 @@ def test_the_same_seed_gives_the_same_network_and_its_state_dict_travels(operato
     assert torch.equal(other(inputs), first(inputs))
 
 
-def test_a_wrong_input_names_itself() -> None:
+def test_an_error_names_a_wrong_input() -> None:
     vit, gpt = (network_of(parse_model_spec(family | SIZES)) for family in (VIT, GPT))
     with pytest.raises(InputError, match=r"image: shape \(1, 2, 8, 8\) is not allowed"):
         vit(torch.zeros(1, 2, 8, 8))

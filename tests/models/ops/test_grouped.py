@@ -1,4 +1,4 @@
-"""The grouped operators against the gathered reference, and that against the definition."""
+"""The grouped operator against the gathered reference, and the reference against the definition."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.operator_pairs import LAYERS, PLACES, ROLES, layer_pair, outputs
+from helpers.operator_pairs import LAYERS, LAYOUTS, ROLES, layer_pair, outputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,18 +18,18 @@ WINDOWS = st.one_of(st.none(), st.integers(0, 4))
 
 @pytest.mark.usefixtures("double", "poisoned")
 @pytest.mark.parametrize(
-    "way",
+    "setup",
     [("grouped", None, 2**28), ("grouped", 1, 1), ("grouped", 3, 700), ("batched", None, 2**28), ("batched", 5, 4000)],
-    ids=["whole", "single-rows", "pieces", "batched", "chunks"],
+    ids=["one piece", "single-rows", "pieces", "batched", "chunks"],
 )
 @pytest.mark.parametrize("roles", ROLES)
-@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(("layer", "options"), LAYERS, ids=["full", "alpha", "alpha-rotary"])
 def test_grouped_equals_gathered(
-    layer: type[Any], options: dict[str, Any], place: dict[str, Any], roles: str, way: tuple[str, int | None, int]
+    layer: type[Any], options: dict[str, Any], layout: dict[str, Any], roles: str, setup: tuple[str, int | None, int]
 ) -> None:
-    implementation, tile, workspace = way
-    options = {**options, **place, "roles": roles}
+    implementation, tile, workspace = setup
+    options = {**options, **layout, "roles": roles}
     ours: dict[str, Any] = {"tile_relations": tile, "workspace_bytes": workspace, "implementation": implementation}
     fast, slow = layer_pair(layer, options, **ours)
     tokens = fast.geometry.tokens
@@ -39,11 +39,11 @@ def test_grouped_equals_gathered(
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("place", PLACES, ids=str)
-def test_the_reference_is_the_definition_pair_by_pair(place: dict[str, Any]) -> None:
-    """The gathered operator itself, against loops that follow the paper's equations one by one."""
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_reference_matches_the_definition_pair_by_pair(layout: dict[str, Any]) -> None:
+    """Compare the gathered operator with loops that follow the paper's equations."""
     torch.manual_seed(0)
-    layer = Translution(4, 2, **place, implementation="gather")
+    layer = Translution(4, 2, **layout, implementation="gather")
     geometry, tables = layer.geometry, layer.tables
     wq, wk, wv = (torch.randn(geometry.relations, 4, 4) for _ in range(3))
     for role, table in (("query", wq), ("key", wk), ("value", wv)):
@@ -67,13 +67,13 @@ def test_the_reference_is_the_definition_pair_by_pair(place: dict[str, Any]) -> 
 
 
 @pytest.mark.usefixtures("double", "poisoned")
-@pytest.mark.parametrize("place", [{"length": 3, "causal": True}, {"grid": (2, 2), "class_token": True}], ids=str)
+@pytest.mark.parametrize("layout", [{"length": 3, "causal": True}, {"grid": (2, 2), "class_token": True}], ids=str)
 @pytest.mark.parametrize("roles", ["qkv", "k", "v"])
-@pytest.mark.parametrize("way", [("grouped", 1), ("batched", 600)], ids=["grouped", "batched"])
-def test_gradcheck(place: dict[str, Any], roles: str, way: tuple[str, int]) -> None:
+@pytest.mark.parametrize("setup", [("grouped", 1), ("batched", 600)], ids=["grouped", "batched"])
+def test_gradcheck(layout: dict[str, Any], roles: str, setup: tuple[str, int]) -> None:
     torch.manual_seed(0)
-    ours: dict[str, Any] = {"tile_relations": 2, "implementation": way[0], "workspace_bytes": way[1]}
-    layer = Translution(2, 1, head_dim=3, roles=roles, **ours, **place)
+    ours: dict[str, Any] = {"tile_relations": 2, "implementation": setup[0], "workspace_bytes": setup[1]}
+    layer = Translution(2, 1, head_dim=3, roles=roles, **ours, **layout)
     names = [name for name, _ in layer.named_parameters()]
     weights = [torch.randn_like(parameter, requires_grad=True) for parameter in layer.parameters()]
 
@@ -94,8 +94,8 @@ def test_any_subset_of_gradients(frozen: str, implementation: str) -> None:
     x = torch.randn(2, 7, 6, requires_grad=frozen != "x")
     for layer in (fast, slow):
         for name, parameter in layer.named_parameters():
-            kept = {"all but x": False, "all but value": name.endswith("value")}
-            parameter.requires_grad_(kept.get(frozen, not name.endswith(frozen)))
+            trained = {"all but x": False, "all but value": name.endswith("value")}
+            parameter.requires_grad_(trained.get(frozen, not name.endswith(frozen)))
     if frozen == "all but value":
         x.requires_grad_(False)
     results = []
@@ -116,7 +116,7 @@ def test_nothing_is_tracked_when_nothing_is_trained() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    place=st.one_of(
+    layout=st.one_of(
         st.builds(lambda n, c, w: {"length": n, "causal": c, "window": w}, st.integers(1, 7), st.booleans(), WINDOWS),
         st.builds(
             lambda h, w, c, r: {"grid": (h, w), "class_token": c, "window": r},
@@ -138,7 +138,7 @@ def test_nothing_is_tracked_when_nothing_is_trained() -> None:
     implementation=st.sampled_from(["grouped", "batched"]),
 )
 def test_any_layer_is_as_exact_as_its_reference(
-    place: dict[str, Any],
+    layout: dict[str, Any],
     roles: str,
     heads: int,
     head_dim: int,
@@ -150,9 +150,9 @@ def test_any_layer_is_as_exact_as_its_reference(
     low: tuple[int, int] | None,
     implementation: str,
 ) -> None:
-    """The error against float64 is at most the gathered reference's own and a floor of a few roundings."""
+    """The error against float64 is at most twice the gathered reference's plus a few roundings."""
     torch.manual_seed(0)
-    options: dict[str, Any] = {"head_dim": head_dim, "roles": roles, "tile_relations": tile, **place}
+    options: dict[str, Any] = {"head_dim": head_dim, "roles": roles, "tile_relations": tile, **layout}
     kind: type[Any] = Translution
     if low is not None:
         kind, options = AlphaTranslution, options | {"c1": low[0], "c2": low[1]}
@@ -161,7 +161,7 @@ def test_any_layer_is_as_exact_as_its_reference(
     slow = kind(dim, heads, implementation="gather", **options).to(dtype)
     for layer in (fast, slow):
         layer.load_state_dict(exact.state_dict())
-    exact.load_state_dict(fast.state_dict())  # The rounded weights, so that only the arithmetic differs.
+    exact.load_state_dict(fast.state_dict())  # Rounded weights, so that only the arithmetic differs.
     x = torch.randn(batch, exact.geometry.tokens, dim).to(dtype)
     results = []
     for layer in (fast, slow, exact):
@@ -174,13 +174,13 @@ def test_any_layer_is_as_exact_as_its_reference(
         assert error <= 2 * allowed + floor
 
 
-def test_tables_are_numbered_as_in_the_paper_and_survive_any_tiling() -> None:
+def test_tables_are_numbered_as_in_the_paper_with_any_tiling() -> None:
     torch.manual_seed(0)
-    whole, tiled = Translution(4, 1, grid=(2, 3)), Translution(4, 1, grid=(2, 3), tile_relations=4)
+    untiled, tiled = Translution(4, 1, grid=(2, 3)), Translution(4, 1, grid=(2, 3), tile_relations=4)
     for role in ("query", "key", "value"):
         table = torch.randn(15, 4, 4)
-        for layer in (whole, tiled):
+        for layer in (untiled, tiled):
             layer.tables.load_table(role, table)
             torch.testing.assert_close(layer.tables.table(role), table, rtol=0, atol=0)
     x = torch.randn(2, 6, 4)
-    torch.testing.assert_close(whole(x), tiled(x))
+    torch.testing.assert_close(untiled(x), tiled(x))
