@@ -50,7 +50,7 @@ def run(name: str, cluster: ClusterSpec, options: dict[str, Any], folder: Path) 
     plan = make_plan(parse_model_spec(MODEL), cluster, training, **options)
     assert plan.time is not None
     write_plan_folder(plan, folder)
-    made = launch(folder, None, lambda _: None, say)
+    made = launch(folder, on_message=say).run
     lines = [json.loads(line) for line in (made / METRICS).read_text(encoding="utf-8").splitlines()]
     seconds = [line["seconds"] for line in lines if line["event"] == "step"][FIRST - 1 :]
     return {

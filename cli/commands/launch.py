@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
@@ -14,13 +11,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from translution.distributed.checkpoint.resume import find_resumable
-from translution.distributed.launcher.launch import Where, launch, launch_command, next_run_folder
-from translution.distributed.remote.rank_command import make_rank_command
-from translution.distributed.runs.mode import RunMode
-from translution.distributed.system.environment import launch_environment, version_warnings
+from translution.distributed.launcher.launch import launch
+from translution.distributed.remote.target import LaunchTarget
 from translution.planner.common.units import format_bytes
-from translution.planner.plans.launch_scripts import PORT
 from translution.planner.plans.plan import Plan, load_plan
 
 from ..options import (
@@ -98,24 +91,6 @@ class _Display:
             self._console.print(f"step {step}/{self._steps}: {text}", soft_wrap=True)
 
 
-def _print_command(plan: Plan, plan_folder: Path, run: Path | None, where: Where, *, resume: bool) -> None:
-    """Print what would be started, as a line for a shell."""
-    hosts, mode = where.check(plan, run), RunMode.TRAIN
-    if resume:
-        run, _ = find_resumable(plan, plan_folder, run)
-        mode = RunMode.CONTINUE
-    run = run or next_run_folder(plan_folder)
-    command = shlex.join(launch_command(plan, plan_folder, run, where, where.master_port or PORT, mode))
-    if hosts and not where.no_ssh:
-        told = make_rank_command(plan_folder, run, plan.cluster, mode, follows=True)
-        note("the last word tells every rank: " + told.model_dump_json())
-        print(f"cd / && {command}")
-        return
-    variables = launch_environment(plan.cluster)
-    changed = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if os.environ.get(name) != value]
-    print(" ".join([*changed, command]))
-
-
 @app.command(
     "launch",
     epilog="Examples: **translution launch plans/small** · **translution launch plans/small --resume** · "
@@ -139,15 +114,24 @@ def launch_cli(
     ssh_port: SshPortOption = None,
 ) -> None:
     """Run a plan through DeepSpeed's launcher, on this machine or on the hosts of a hostfile."""
-    where = Where(hostfile, no_ssh, node_rank, master_addr, master_port, ssh_port)
-    plan = load_plan(plan_folder)
+    target = LaunchTarget(hostfile, no_ssh, node_rank, master_addr, master_port, ssh_port)
     if dry_run:
-        _print_command(plan, plan_folder, run, where, resume=resume)
+        planned = launch(plan_folder, run=run, target=target, resume=resume, dry_run=True)
+        if planned.rank_command is not None:
+            note("the last argument is the encoded command of every rank: " + planned.rank_command.model_dump_json())
+        print(planned.shell_line())
         return
-    for text in version_warnings(plan):
-        note(text)
     console = Console(highlight=False, markup=False)
-    with _Display(console, plan) as display:
-        made = launch(plan_folder, run, display.show, console.print, where=where, resume=resume, force=force)
-    console.print(f"finished: {made}")
-    console.print(f"predicted against measured memory: translution verify {made}")
+    with _Display(console, load_plan(plan_folder)) as display:
+        launched = launch(
+            plan_folder,
+            run=run,
+            target=target,
+            resume=resume,
+            force=force,
+            on_metrics=display.show,
+            on_message=console.print,
+            on_warning=note,
+        )
+    console.print(f"finished: {launched.run}")
+    console.print(f"predicted against measured memory: translution verify {launched.run}")

@@ -7,13 +7,8 @@ from typing import Annotated
 
 import typer
 
-from translution.distributed.launcher.launch import Where
-from translution.distributed.preflight.checks import preflight
-from translution.distributed.preflight.hosts import check_hosts, compile_on_hosts
-from translution.distributed.preflight.node_report import compare_reports, compile_on_node
-from translution.distributed.remote.ssh import Ssh
-from translution.distributed.system.environment import check_machine, version_warnings
-from translution.planner.plans.plan import load_plan
+from translution.distributed.preflight.preflight import compile_plan_ops, preflight
+from translution.distributed.remote.target import LaunchTarget
 
 from ..options import (
     HostfileOption,
@@ -47,29 +42,17 @@ def preflight_cli(
     as_json: JsonOption = False,
 ) -> None:
     """Check whether a plan can run on this machine or on the hosts of a hostfile; exit with 1 if a check fails."""
-    where = Where(hostfile, master_addr=master_addr, master_port=master_port, ssh_port=ssh_port)
-    plan = load_plan(plan_folder)
-    hosts = where.check(plan, None) if where.hostfile else []
-    if reports is not None:
-        checks = compare_reports(reports, plan.cluster.nodes)
-    elif hosts:
-        ssh = Ssh(where.ssh_port)
-        checks, _ = check_hosts(plan, plan_folder, hosts, ssh, where.master_addr, where.master_port)
-    else:
-        check_machine(plan)
-        checks = preflight(plan, plan_folder)
-    for text in version_warnings(plan):
+    target = LaunchTarget(hostfile, master_addr=master_addr, master_port=master_port, ssh_port=ssh_port)
+    report = preflight(plan_folder, target=target, reports=reports)
+    for text in report.warnings:
         note(text)
     if as_json:
-        print_json({"checks": [check.model_dump() for check in checks]})
+        print_json({"checks": [check.model_dump() for check in report.checks]})
     else:
-        for check in checks:  # Lines, because paths are too long for a table.
+        for check in report.checks:  # Lines, because paths are too long for a table.
             print(f"{'ok' if check.passed else 'FAILED':8}{check.name}: {check.text}")
-    if not force and not all(check.passed for check in checks):
+    if not force and not report.passed:
         raise typer.Exit(1)
     if compile_ops:
-        note("compiling what the ranks need of DeepSpeed, a minute or more for each op unless it is there already")
-        if hosts:
-            compile_on_hosts(plan, plan_folder, hosts, ssh)
-        else:
-            compile_on_node(plan_folder)
+        note("compiling the DeepSpeed ops that the ranks need, a minute or more for each unless it is compiled already")
+        compile_plan_ops(plan_folder, target=target)

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from translution.distributed.runs.folder import require_run
-from translution.distributed.runs.status import read_statuses
-from translution.planner.plans.plan import load_plan
+from translution.distributed.runs.status import read_run_status
 
 from ..options import JsonOption
 from ..output import print_json
@@ -22,18 +20,16 @@ def status_cli(
     as_json: JsonOption = False,
 ) -> None:
     """Print the last status that every rank reported; exit with 0 if all have finished, otherwise with 1."""
-    ranks = load_plan(require_run(run)).cluster.world_size
-    said = {status.rank: status for status in read_statuses(run)}
-    finished = all(rank in said and said[rank].state == "finished" for rank in range(ranks))
+    found = read_run_status(run)
     if as_json:
-        print_json({"finished": finished, "ranks": [said[rank].model_dump() for rank in sorted(said)]})
+        print_json({"finished": found.finished, "ranks": [status.model_dump() for status in found.ranks]})
     else:
-        for rank in range(ranks):
-            status = said.get(rank)
+        for rank in range(found.world_size):
+            status = found.of(rank)
             if status is None:
                 print(f"rank {rank}: never started")
             else:
-                words = f": {status.message}" if status.message else ""
-                print(f"rank {rank}: {status.state} at step {status.step}, {status.time_utc}{words}")
-    if not finished:
+                message = f": {status.message}" if status.message else ""
+                print(f"rank {rank}: {status.state} at step {status.step}, {status.time_utc}{message}")
+    if not found.finished:
         raise typer.Exit(1)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..remote.ssh import SSH_ARGUMENTS
 from ..runs.folder import LOG, METRICS
-from ..runs.heartbeat import beating, request_stop
+from ..runs.heartbeat import keep_heartbeat, request_stop
 from ..runs.status import read_statuses, resume_hint
 from ..system.signals import EndedError
 from ..system.signals import ending_signals_raise as ending_signals
@@ -38,7 +38,7 @@ def run_remote_ranks(command: Sequence[str], environment: Mapping[str, str], run
     reader = MetricsReader(run / METRICS, on_metrics)
     # A host that is gone must not be waited for as long as TCP would.
     alive = f"{environment.get(SSH_ARGUMENTS, '')} -o BatchMode=yes -o ServerAliveInterval=15".strip()
-    with (run / LOG).open("ab") as log, ending_signals(), beating(run):
+    with (run / LOG).open("ab") as log, ending_signals(), keep_heartbeat(run):
         offset = log.tell()
         process = subprocess.Popen(
             command,

@@ -1,4 +1,4 @@
-"""What would keep a plan from running on this machine, found before any rank starts."""
+"""Checks of one machine that find problems before any rank starts."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ from ..system.compiled_ops import remove_stale_locks
 from ..system.filesystem import file_system
 
 SHARED_BUFFER_BYTES = 69_206_024
-"""Of each CPU rank in /dev/shm. Source: DeepSpeed 0.19.8, csrc/cpu/comm/shm.cpp."""
+"""Bytes that each CPU rank needs in /dev/shm. Source: DeepSpeed 0.19.8, csrc/cpu/comm/shm.cpp."""
 _STATE_BYTES = 12
-"""Of a parameter in a checkpoint: its fp32 copy and two moments."""
+"""Bytes per parameter in a checkpoint: its fp32 master copy and two moments."""
 _SPEED_MIB = 64
-"""Written and read to see how fast a drive is: an impression, not `calibrate`'s measurement."""
+"""MiB written and read for a rough estimate of a drive's speed; `calibrate` measures it properly."""
 _MEMORY_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 
 
 class Check(Schema):
-    """One thing that was looked at."""
+    """Result of one check."""
 
     name: str
+    """What was checked."""
     passed: bool
+    """True if it does not keep the plan from running."""
     text: str
-    """What was found; where it did not pass, what is needed and what to do."""
+    """What was found; for a failed check also what is needed and how to fix it."""
 
 
 def _room(name: str, needed: int, free: int, advice: str) -> Check:
@@ -47,20 +49,20 @@ def _room(name: str, needed: int, free: int, advice: str) -> Check:
 def _memory(plan: Plan) -> Iterator[Check]:
     cluster, prediction = plan.cluster, plan.prediction
     needed = prediction.host_bytes * cluster.ranks_per_node
-    yield _room("host memory", needed, available_memory_bytes(), "end other programs, or plan with less on the host")
+    yield _room("host memory", needed, available_memory_bytes(), "end other programs, or plan with less host memory")
     if cluster.device == "cpu":
         needed = SHARED_BUFFER_BYTES * cluster.ranks_per_node
-        yield _room("/dev/shm", needed, shutil.disk_usage("/dev/shm").free, "enlarge it, or remove what lies there")
+        yield _room("/dev/shm", needed, shutil.disk_usage("/dev/shm").free, "enlarge it, or remove files from it")
         return
     import torch
 
     for number in range(min(cluster.ranks_per_node, torch.cuda.device_count())):
         free, _ = torch.cuda.mem_get_info(number)
-        yield _room(f"GPU {number}", prediction.peak_bytes, free, "end what else runs there, or plan with less")
+        yield _room(f"GPU {number}", prediction.peak_bytes, free, "end other programs on it, or plan with less memory")
 
 
 def _locked(plan: Plan) -> Iterator[Check]:
-    """DeepSpeed locks its buffers for NVMe, and aborts without a word where it may not."""
+    """Check the limit of locked memory: DeepSpeed locks its NVMe buffers, and aborts silently if it may not."""
     needed, (limit, _) = plan.prediction.highest(Tier.PINNED), resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if os.geteuid() != 0 and limit != resource.RLIM_INFINITY:
         yield _room("locked memory", needed, limit, "raise it: ulimit -l unlimited")
@@ -69,27 +71,27 @@ def _locked(plan: Plan) -> Iterator[Check]:
 def _nvme(plan: Plan, path: Path) -> Iterator[Check]:
     name = f"NVMe folder {path}"
     if not path.is_dir():
-        yield Check(name=name, passed=False, text=f"is no folder: make it (mkdir -p {path}) or plan with another")
+        yield Check(name=name, passed=False, text=f"is not a folder: create it (mkdir -p {path}) or plan with another")
         return
     try:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        yield Check(name=name, passed=False, text=f"cannot be written ({error.strerror}): give yourself the right to")
+        yield Check(name=name, passed=False, text=f"cannot be written ({error.strerror}): change its permissions")
         return
     kind = file_system(path)
     if kind in _MEMORY_SYSTEMS:
-        yield Check(name=name, passed=False, text=f"lies in memory ({kind}): plan with a folder on a drive")
+        yield Check(name=name, passed=False, text=f"is in memory ({kind}): plan with a folder on a drive")
         return
     needed = plan.prediction.highest(Tier.NVME) * plan.cluster.ranks_per_node
-    room = _room(name, needed, shutil.disk_usage(path).free, "free some, or plan with another drive")
+    room = _room(name, needed, shutil.disk_usage(path).free, "free space, or plan with another drive")
     yield room
     if room.passed:
         yield _speed(plan, path)
 
 
 def _speed(plan: Plan, path: Path) -> Check:
-    """How fast the drive is, beside what was planned with; it never keeps a run from starting."""
+    """Measure the drive's speed roughly and compare it with the plan's; this check always passes."""
     name = f"NVMe speed of {path}"
     block = memoryview(bytes(2**20))
     try:
@@ -112,13 +114,13 @@ def _speed(plan: Plan, path: Path) -> Check:
     texts = []
     for what, seconds in rates.items():
         rate = planned[what]
-        beside = f" (planned with {format_bytes(round(rate))})" if rate else ""
-        texts.append(f"{format_bytes(round(_SPEED_MIB * 2**20 / seconds))} {what} per second{beside}")
+        comparison = f" (planned with {format_bytes(round(rate))})" if rate else ""
+        texts.append(f"{format_bytes(round(_SPEED_MIB * 2**20 / seconds))} {what} per second{comparison}")
     return Check(name=name, passed=True, text=", ".join(texts))
 
 
 def _data(plan: Plan) -> Check:
-    """Each rank would find the same, after it has waited for the others."""
+    """Open the data here: every rank would find the same problem, but only after waiting for the others."""
     from ..data.loaders import load_samples
 
     try:
@@ -134,12 +136,14 @@ def _data(plan: Plan) -> Check:
     return Check(name="data", passed=True, text=f"{len(training)} samples to train on, {len(held_out)} held out")
 
 
-def preflight(plan: Plan, plan_folder: Path) -> list[Check]:
-    """Look at this machine's memory, drives and compiled ops for one node's ranks.
+def check_node(plan: Plan, plan_folder: Path) -> list[Check]:
+    """Check this machine's memory, drives, data and compiled ops for the ranks of one node.
+
+    Stale locks of compiled ops are removed.
 
     Args:
-        plan: what is to run.
-        plan_folder: where its runs, and so its checkpoints, will lie.
+        plan: the plan to run.
+        plan_folder: its folder, where its runs and their checkpoints will be written.
     """
     checks = list(_memory(plan))
     if plan.training.data_path is not None:
@@ -149,25 +153,32 @@ def preflight(plan: Plan, plan_folder: Path) -> list[Check]:
         checks += _locked(plan)
     for path in {zero.offload_optimizer.nvme_path, zero.offload_param.nvme_path} - {None}:
         checks += _nvme(plan, Path(str(path)))
-    # The newest is whole before the oldest goes.
-    kept = plan.training.keep_checkpoints + 1
-    needed = count_parameters(plan.model).total * _STATE_BYTES * kept
+    # The newest checkpoint is complete before the oldest is removed.
+    checkpoints = plan.training.keep_checkpoints + 1
+    needed = count_parameters(plan.model).total * _STATE_BYTES * checkpoints
     free = shutil.disk_usage(plan_folder).free
-    checks.append(_room(f"disk for {kept} checkpoints", needed, free, "free some, or keep fewer (keep_checkpoints)"))
+    checks.append(
+        _room(f"disk for {checkpoints} checkpoints", needed, free, "free space, or keep fewer (keep_checkpoints)")
+    )
     removed = remove_stale_locks()
     text = f"removed {len(removed)} that killed compilations left" if removed else "none is stale"
     checks.append(Check(name="locks of compiled ops", passed=True, text=text))
     return checks
 
 
-def refuse(checks: Sequence[Check], plan_folder: Path, *, force: bool) -> list[Check]:
-    """What did not pass, if the ranks are to start all the same.
+def require_passed(checks: Sequence[Check], plan_folder: Path, *, force: bool) -> list[Check]:
+    """Raise an error if a check failed, or return the failed checks if the ranks are to start anyway.
+
+    Args:
+        checks: the results.
+        plan_folder: the plan's folder, for the message.
+        force: start anyway.
 
     Raises:
-        InputError: naming the first, unless ``force``.
+        InputError: names the first failed check, unless `force` is set.
     """
     failed = [check for check in checks if not check.passed]
     if failed and not force:
         more = f" (and {len(failed) - 1} more: translution preflight {plan_folder})" if len(failed) > 1 else ""
-        raise InputError(f"{failed[0].name}: {failed[0].text}{more}; --force starts all the same")
+        raise InputError(f"{failed[0].name}: {failed[0].text}{more}; --force starts anyway")
     return failed

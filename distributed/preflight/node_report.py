@@ -1,4 +1,4 @@
-"""What every node of a run says of itself before ranks start, and whether all say the same."""
+"""Reports of the nodes of a run before ranks start, and their comparison."""
 
 from __future__ import annotations
 
@@ -22,44 +22,51 @@ from translution.planner.plans.plan import PLAN_FILE, Plan, load_plan
 
 from ..system.compiled_ops import needed_ops, prepare_ops
 from ..system.environment import check_machine, check_packages, launch_environment
-from .checks import Check, preflight
+from .checks import Check, check_node
 
 _PACKAGES = ("translution-scale", "torch", "deepspeed", "numpy")
 _CONNECT_SECONDS = 5.0
 
 
 class NodeReport(Schema):
-    """One node's."""
+    """Checks and versions of one node."""
 
     host: str
+    """Name of the node."""
     checks: tuple[Check, ...]
+    """Results of its checks."""
     versions: dict[str, str]
+    """Versions that must be equal on all nodes, by package."""
     plan_digest: str
-    """Of plan.json: all nodes must see the same."""
+    """SHA-256 of its plan.json, which must be equal on all nodes."""
     port: int | None = None
-    """That it listens on while the others try to reach it."""
+    """Port on which it listens while the other nodes try to reach it; None if it does not listen."""
 
 
 _REPORT: TypeAdapter[NodeReport] = TypeAdapter(NodeReport)
 
 
 def read_report(text: str, what: str) -> NodeReport:
-    """A report as a node printed it, the last line of its output.
+    """Parse the report in the last line of a node's output.
+
+    Args:
+        text: the output.
+        what: name of the output for messages.
 
     Raises:
-        InputError: if it is none.
+        InputError: if the line is not a report.
     """
     lines = text.strip().splitlines() or [""]
     return parse_json(_REPORT, lines[-1].encode(), what)
 
 
 def node_name() -> str:
-    """What this node is called: by Slurm, or by itself."""
+    """Return this node's name: Slurm's, or else the host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def versions(plan: Plan) -> dict[str, str]:
-    """Versions that must be equal on all nodes: Python's, the packages', CUDA's, NCCL's and the driver's ABI."""
+def node_versions(plan: Plan) -> dict[str, str]:
+    """Return what must be equal on all nodes: versions of Python, the packages, CUDA and NCCL, and the GPU's name."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -79,9 +86,9 @@ def _reach(address: str) -> Check:
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
-        text = f"cannot be reached ({error.strerror or error}): open it, or name another address (--master-addr)"
+        text = f"cannot be reached ({error.strerror or error}): open the port, or give another address (--master-addr)"
         return Check(name=name, passed=False, text=text)
-    return Check(name=name, passed=True, text="is reached")
+    return Check(name=name, passed=True, text="can be reached")
 
 
 def _listen(port: int) -> tuple[Check, socket.socket | None]:
@@ -96,13 +103,17 @@ def _listen(port: int) -> tuple[Check, socket.socket | None]:
 def report_node(
     plan_folder: Path, *, listen: int | None = None, reach: str | None = None, out: Path | None = None
 ) -> None:
-    """Look at this node and print its report as one line of JSON, or write it to a folder.
+    """Check this node, and print its report as one line of JSON or write it to a folder.
 
     Args:
-        plan_folder: holds plan.json.
-        listen: a port for the other nodes to reach, 0 for any, until standard input ends.
+        plan_folder: folder with plan.json.
+        listen: port to listen on until standard input ends, for the other nodes to reach; 0 is any free one.
         reach: HOST:PORT of the node that listens.
-        out: the folder, in which the file is named after the node.
+        out: folder to write the report to, in a file named after the node; None prints it.
+
+    Raises:
+        InputError: if there is no plan, or this machine has too few cores or GPUs.
+        MissingPackageError: if a package that the run needs is not installed.
     """
     plan = load_plan(plan_folder)
     check_machine(plan)
@@ -112,12 +123,12 @@ def report_node(
     if listen is not None:
         check, server = _listen(listen)
         checks.append(check)
-    checks += preflight(plan, plan_folder)
+    checks += check_node(plan, plan_folder)
     port = server.getsockname()[1] if server else None
     report = NodeReport(
         host=node_name(),
         checks=tuple(checks),
-        versions=versions(plan),
+        versions=node_versions(plan),
         plan_digest=hashlib.sha256((plan_folder / PLAN_FILE).read_bytes()).hexdigest(),
         port=port,
     )
@@ -131,12 +142,12 @@ def report_node(
             sys.stdin.read()
 
 
-def judge_nodes(hosts: Sequence[str], reports: Sequence[NodeReport]) -> list[Check]:
-    """Every node's checks, named by host, and whether versions are those of the first.
+def compare_nodes(hosts: Sequence[str], reports: Sequence[NodeReport]) -> list[Check]:
+    """Return the checks of all nodes, named by host, with checks that versions and plan match the first node's.
 
     Args:
-        hosts: names for people, in the order of the nodes.
-        reports: one for each.
+        hosts: names of the nodes for messages, in their order.
+        reports: the report of each node.
     """
     checks = []
     for host, report in zip(hosts, reports, strict=True):
@@ -147,7 +158,7 @@ def judge_nodes(hosts: Sequence[str], reports: Sequence[NodeReport]) -> list[Che
                 text = f"{found} is not allowed: must be {version}, as on {hosts[0]}: install the same there"
                 checks.append(Check(name=f"{host}: {package}", passed=False, text=text))
         if report.plan_digest != reports[0].plan_digest:
-            text = f"another plan than on {hosts[0]} lies there: plan into a folder that all nodes share"
+            text = f"differs from the plan on {hosts[0]}: plan into a folder that all nodes share"
             checks.append(Check(name=f"{host}: {PLAN_FILE}", passed=False, text=text))
     same = all(report.versions == reports[0].versions for report in reports)
     if same:
@@ -156,25 +167,29 @@ def judge_nodes(hosts: Sequence[str], reports: Sequence[NodeReport]) -> list[Che
     return checks
 
 
-def judge_reports(folder: Path, nodes: int) -> list[Check]:
-    """As `judge_nodes`, for what nodes have written to a folder.
+def compare_reports(folder: Path, nodes: int) -> list[Check]:
+    """Compare the reports that nodes have written to a folder, as `compare_nodes` does.
+
+    Args:
+        folder: folder with one file per node.
+        nodes: number of nodes in the plan.
 
     Raises:
-        InputError: if there are not as many as nodes.
+        InputError: if the number of reports differs from `nodes`, or a file is not a report.
     """
     paths = sorted(folder.glob("*.json"))
     if len(paths) != nodes:
         raise InputError(f"reports: {folder}: {len(paths)} are not allowed: must be {nodes}, one of each node")
     reports = [read_report(path.read_text(encoding="utf-8"), str(path)) for path in paths]
-    return judge_nodes([report.host for report in reports], reports)
+    return compare_nodes([report.host for report in reports], reports)
 
 
 def compile_on_node(plan_folder: Path) -> None:
-    """Compile the ops of a plan on this node.
+    """Compile the DeepSpeed ops of a plan on this node.
 
     Raises:
-        MissingPackageError: without DeepSpeed or a compiler.
-        RunFailedError: if they do not compile.
+        MissingPackageError: if DeepSpeed or a compiler is not installed.
+        RunFailedError: if an op does not compile.
     """
     plan = load_plan(plan_folder)
     ops = needed_ops(plan)

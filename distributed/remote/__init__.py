@@ -1,1 +1,1 @@
-"""Other hosts: hostfiles, ssh, and the command of a rank there."""
+"""Other hosts: the launch target, hostfiles, ssh, and the command that each remote rank runs."""

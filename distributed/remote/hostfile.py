@@ -1,4 +1,4 @@
-"""Hostfiles in DeepSpeed's format."""
+"""Read hostfiles in DeepSpeed's format."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ _LINE = re.compile(r"(\S+)\s+slots=(\d+)")
 
 
 def read_hostfile(path: Path, cluster: ClusterSpec) -> list[str]:
-    """The hosts of a hostfile as DeepSpeed reads it, ``HOST slots=RANKS`` a line; the first is node 0.
+    """Return the hosts of a hostfile with one line ``HOST slots=RANKS`` per node; the first host is node 0.
+
+    Args:
+        path: the hostfile.
+        cluster: the plan's cluster, which the hostfile must match.
 
     Raises:
-        InputError: if it cannot be read, has a bad line, or other nodes and ranks than the plan.
+        InputError: if the file cannot be read, has an invalid line, or does not match the plan's nodes and ranks.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -29,11 +33,11 @@ def read_hostfile(path: Path, cluster: ClusterSpec) -> list[str]:
         if not text:
             continue
         match = _LINE.fullmatch(text)
-        # A shell reads the names on their way to ssh.
+        # Host names pass through a shell on their way to ssh.
         if match is None or not _HOST.fullmatch(match[1]):
             raise InputError(f"hostfile: {path}:{number}: {text[:80]!r} is not allowed: must be HOST slots=RANKS")
         if match[1] in hosts:
-            raise InputError(f"hostfile: {path}:{number}: {match[1]} is not allowed: must stand there once")
+            raise InputError(f"hostfile: {path}:{number}: {match[1]} is not allowed: must be listed only once")
         if int(match[2]) != cluster.ranks_per_node:
             raise InputError(
                 f"hostfile: {path}:{number}: slots={match[2]} is not allowed: "

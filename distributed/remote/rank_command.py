@@ -1,7 +1,7 @@
-"""What a rank is told, as one word that every shell on its way leaves alone.
+"""The command of a remote rank, encoded as a payload that no shell changes.
 
-DeepSpeed's pdsh runner puts words with spaces between double quotes, in which a shell still evaluates ``$(…)``, and
-pdsh replaces ``%h`` and its like. Folders and variables therefore travel as URL-safe base64.
+DeepSpeed's pdsh runner puts arguments with spaces in double quotes, where a shell still evaluates ``$(…)``, and
+pdsh expands ``%h`` and similar sequences. Folders and variables are therefore sent as URL-safe base64.
 
 Source: DeepSpeed 0.19.8, launcher/multinode_runner.py.
 """
@@ -22,80 +22,91 @@ from translution.planner.common.schema import Schema, parse_json
 from translution.planner.hardware.cluster import ClusterSpec
 from translution.planner.plans.launch_scripts import environment_variables
 
-from ..runs.heartbeat import FOLLOWS
+from ..runs.heartbeat import FOLLOW_HEARTBEAT
 from ..runs.mode import RunMode
 
-FORWARDED = (
+FORWARDED_PREFIXES = (
     "NCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "MKL_", "DS_", "DEEPSPEED_", "TORCH_", "PYTORCH_", "CUDA_", "TRITON_",
     "HF_", "WANDB_", "XDG_CACHE_HOME", "TMPDIR", "MAX_JOBS", "CC", "CXX",
 )  # fmt: skip
-"""Variables of the launcher that ranks on other hosts get too, by their beginning."""
-_OWN = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
-"""Each node has its own."""
+"""Prefixes of the launcher's environment variables that are forwarded to ranks on other hosts."""
+_PER_NODE = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
+"""Variables that differ between nodes; they are not forwarded."""
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
-"""What DeepSpeed exports by itself, in double quotes."""
-SAFE = re.compile(r"[\w@+=:,./-]+")
+"""Prefixes of the variables that DeepSpeed exports by itself, in double quotes."""
+PDSH_SAFE = re.compile(r"[\w@+=:,./-]+")
+"""Text that pdsh and shells pass on unchanged."""
 
 
 class RankCommand(Schema):
-    """What one rank runs."""
+    """Everything that one rank needs to start."""
 
     plan_folder: Path
+    """Folder with the plan."""
     run: Path
+    """Run folder that the rank writes to."""
     mode: RunMode = RunMode.TRAIN
     environment: dict[str, str] = Field(default_factory=dict)
-    """Set before anything else is imported."""
+    """Environment variables, set before torch and DeepSpeed are imported."""
 
-    def encode(self) -> str:
-        """The word that `decode` reads."""
+    def to_payload(self) -> str:
+        """Encode the command as URL-safe base64 without padding."""
         return base64.urlsafe_b64encode(self.model_dump_json().encode()).decode().rstrip("=")
+
+    @classmethod
+    def from_payload(cls, payload: str) -> RankCommand:
+        """Decode what `to_payload` encoded.
+
+        Raises:
+            InputError: if the payload is not an encoded command.
+        """
+        try:
+            text = base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4))
+        except (binascii.Error, ValueError):
+            raise InputError(f"rank command: {payload[:40]!r} is not allowed: must be one that launch made") from None
+        return parse_json(_COMMAND, text, "rank command")
 
 
 _COMMAND: TypeAdapter[RankCommand] = TypeAdapter(RankCommand)
 
 
-def decode(word: str) -> RankCommand:
-    """The command that `RankCommand.encode` wrote.
-
-    Raises:
-        InputError: for any other word.
-    """
-    try:
-        text = base64.urlsafe_b64decode(word + "=" * (-len(word) % 4))
-    except (binascii.Error, ValueError):
-        raise InputError(f"rank command: {word[:40]!r} is not allowed: must be one that launch made") from None
-    return parse_json(_COMMAND, text, "rank command")
-
-
-def forwarded(cluster: ClusterSpec, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables that ranks on other hosts get: this process's own, and what the cluster needs beside them."""
-    own = {name: value for name, value in environment.items() if name.startswith(FORWARDED) and name not in _OWN}
+def forwarded_variables(cluster: ClusterSpec, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment variables for ranks on other hosts: the cluster's, and this process's forwarded ones."""
+    own = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(FORWARDED_PREFIXES) and name not in _PER_NODE
+    }
     return environment_variables(cluster) | own
 
 
-def rank_command(plan_folder: Path, run: Path, cluster: ClusterSpec, mode: RunMode, *, follows: bool) -> RankCommand:
-    """The command of every rank of a run.
+def make_rank_command(
+    plan_folder: Path, run: Path, cluster: ClusterSpec, mode: RunMode, *, follows: bool
+) -> RankCommand:
+    """Return the command that every rank of a run executes.
 
     Args:
-        plan_folder: what the ranks read.
-        run: what they write to.
-        cluster: where they run.
+        plan_folder: folder with the plan, visible on all hosts.
+        run: run folder, visible on all hosts.
+        cluster: the plan's cluster.
         mode: what the ranks do.
-        follows: whether they end with the launcher's beat.
+        follows: True if the ranks must end when the launcher's heartbeat stops.
     """
-    environment = forwarded(cluster) | ({FOLLOWS: "1"} if follows else {})
+    environment = forwarded_variables(cluster) | ({FOLLOW_HEARTBEAT: "1"} if follows else {})
     return RankCommand(plan_folder=plan_folder.resolve(), run=run.resolve(), mode=mode, environment=environment)
 
 
 def runner_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of DeepSpeed's runner: without what it would pass on in quotes that a shell reads.
+    """Return the environment of DeepSpeed's runner, without variables that it would export in double quotes.
+
+    Python's own variables stay: only the runner can pass them on.
 
     Raises:
-        InputError: if Python's own variables, which only it can pass on, hold characters for a shell.
+        InputError: if one of Python's variables holds characters that a shell interprets.
     """
     result = {}
     for name, value in environment.items():
-        if name.startswith("PYTHON") and value and not SAFE.fullmatch(value):
+        if name.startswith("PYTHON") and value and not PDSH_SAFE.fullmatch(value):
             raise InputError(f"{name}: {value[:80]!r} is not allowed: pdsh carries only letters, digits and @+=:,./-")
         if name.startswith("PYTHON") or not name.startswith(_EXPORTED):
             result[name] = value

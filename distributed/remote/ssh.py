@@ -1,4 +1,4 @@
-"""The hosts of a run: reading a hostfile, and running a command on every one of them through ssh."""
+"""Run commands on other hosts through ssh."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 SSH_ARGUMENTS = "PDSH_SSH_ARGS_APPEND"
-"""Further arguments for ssh, in the environment; pdsh reads them from there too."""
+"""Environment variable with additional ssh arguments; pdsh reads it too."""
 _OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 
 
 @dataclass(frozen=True)
 class Ssh:
-    """How hosts are reached."""
+    """Settings of the ssh connection to hosts."""
 
     port: int | None = None
-    """None is ssh's own."""
+    """Port of the ssh servers; None uses ssh's default."""
 
     def arguments(self) -> list[str]:
-        """What stands between ``ssh`` and the host."""
+        """Return the arguments between ``ssh`` and the host."""
         own = shlex.split(os.environ.get(SSH_ARGUMENTS, ""))
         return [*_OPTIONS, *own, *(() if self.port is None else ("-p", str(self.port)))]
 
     def start(self, host: str, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
-        """Start a command on a host, in its root folder; every word arrives as it is."""
+        """Start a command on a host, in its root folder; every argument is quoted for the remote shell."""
         words = ["cd", "/", "&&", "exec", "env", *(f"{name}={value}" for name, value in environment.items()), *command]
         text = " ".join(word if word == "&&" else shlex.quote(word) for word in words)
         return subprocess.Popen(
@@ -41,8 +41,8 @@ class Ssh:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a command on a host gave."""
+class RemoteResult:
+    """Exit code and output of a command on a host."""
 
     host: str
     exit_code: int
@@ -51,31 +51,39 @@ class Answer:
 
     @property
     def unreachable(self) -> bool:
-        """Whether ssh itself failed, and not the command."""
+        """True if ssh itself failed, rather than the command."""
         return self.exit_code == 255 and not self.output
 
     @property
-    def last_words(self) -> str:
-        """The last line on stderr, which names what went wrong."""
+    def last_error(self) -> str:
+        """The last line on stderr, which normally names the problem."""
         lines = [line.strip() for line in self.errors.splitlines() if line.strip()]
         return lines[-1][:300] if lines else f"exit code {self.exit_code}"
 
 
-def wait_for(host: str, process: subprocess.Popen[str], timeout_s: float) -> Answer:
-    """A started command's answer; a host that takes longer is ended and answers with exit code 255."""
+def wait_for_host(host: str, process: subprocess.Popen[str], timeout_s: float) -> RemoteResult:
+    """Return the result of a started command; after the timeout it is killed, with exit code 255."""
     try:
         output, errors = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return Answer(host, 255, "", f"no answer within {timeout_s:.0f} s")
-    return Answer(host, process.returncode, output, errors)
+        return RemoteResult(host, 255, "", f"no answer within {timeout_s:.0f} s")
+    return RemoteResult(host, process.returncode, output, errors)
 
 
-def run_on(
+def run_on_hosts(
     hosts: Sequence[str], commands: Sequence[Sequence[str]], ssh: Ssh, environment: Mapping[str, str], timeout_s: float
-) -> list[Answer]:
-    """Run a command on each host at the same time; their answers in the same order."""
+) -> list[RemoteResult]:
+    """Run one command per host in parallel and return the results in the same order.
+
+    Args:
+        hosts: host names.
+        commands: the command for each host.
+        ssh: connection settings.
+        environment: variables to set on every host.
+        timeout_s: seconds until a command is killed.
+    """
     started = [ssh.start(host, command, environment) for host, command in zip(hosts, commands, strict=True)]
     with ThreadPoolExecutor(max_workers=max(1, len(hosts))) as pool:
-        return list(pool.map(wait_for, hosts, started, [timeout_s] * len(hosts)))
+        return list(pool.map(wait_for_host, hosts, started, [timeout_s] * len(hosts)))

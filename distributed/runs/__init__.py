@@ -1,1 +1,1 @@
-"""The run folder: status, heartbeat and measurements of the ranks."""
+"""The run folder: its files, and the status, heartbeat and measurements of the ranks."""

@@ -1,16 +1,16 @@
-"""The files of a run folder, and the status that every rank writes.
+"""The run folder: its files, and how it is created.
 
-A launcher's exit code can be 0 although a rank was killed, so a run is judged by these files: it
-succeeded if, and only if, every rank has written ``finished``.
+A launcher's exit code can be 0 although a rank was killed, so these files decide whether a run succeeded: it did if,
+and only if, every rank has written the status ``finished``.
 
-    plan.json               the plan, copied when the run began
-    metrics.jsonl           one JSON object per step and evaluation, by rank 0
-    status/rank_N.json      what rank N last said of itself
-    memory/rank_N.json      what rank N measured
-    checkpoint/             the newest states (checkpoint.py)
-    logs/rank_N.log         what rank N printed
-    launcher.log            what the launcher printed, and ranks before they had their own log
-    control/                what joins ranks on other hosts to their launcher (control.py)
+    plan.json               the plan, copied when the run started
+    metrics.jsonl           one JSON object per step and evaluation, written by rank 0
+    status/rank_N.json      last status of rank N (status.py)
+    memory/rank_N.json      memory that rank N measured (measurement.py)
+    checkpoint/             the newest checkpoints (checkpoint/manifest.py)
+    logs/rank_N.log         output of rank N
+    launcher.log            output of the launcher, and of ranks before they open their own log
+    control/                heartbeat of a launcher with ranks on other hosts (heartbeat.py)
 """
 
 from __future__ import annotations
@@ -20,27 +20,29 @@ import shutil
 from pathlib import Path
 
 from translution.planner.common.errors import InputError
+from translution.planner.plans.folder import RUNS
+from translution.planner.plans.plan import PLAN_FILE
 
-METRICS, LOG, CHECKPOINT, PLAN, RUNS = "metrics.jsonl", "launcher.log", "checkpoint", "plan.json", "runs"
+METRICS, LOG, CHECKPOINT = "metrics.jsonl", "launcher.log", "checkpoint"
 
 
 def status_path(run: Path, rank: int) -> Path:
-    """Where a rank's status lies."""
+    """Path of a rank's status file."""
     return run / "status" / f"rank_{rank}.json"
 
 
 def memory_path(run: Path, rank: int) -> Path:
-    """Where a rank's measurement lies."""
+    """Path of a rank's memory measurement."""
     return run / "memory" / f"rank_{rank}.json"
 
 
 def log_path(run: Path, rank: int) -> Path:
-    """Where what a rank prints lies."""
+    """Path of a rank's log."""
     return run / "logs" / f"rank_{rank}.log"
 
 
 def log_to_own_file(run: Path, rank: int) -> None:
-    """Let this process print to its rank's log from here on, after what an earlier launch has printed there."""
+    """Redirect this process's stdout and stderr to its rank's log, appending to an existing one."""
     path = log_path(run, rank)
     print(f"rank {rank} prints to {path}", flush=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -50,17 +52,51 @@ def log_to_own_file(run: Path, rank: int) -> None:
 
 
 def make_run_folders(run: Path, plan_folder: Path) -> None:
-    """Make the folders that the ranks write to, and copy the plan; what is there already stays."""
+    """Create the folders that the ranks write to, and copy the plan; existing files stay."""
     for path in (status_path(run, 0), memory_path(run, 0), log_path(run, 0)):
         path.parent.mkdir(parents=True, exist_ok=True)
-    if not (run / PLAN).exists():
-        temporary = run / f".{PLAN}.{os.getpid()}.tmp"
-        shutil.copy(plan_folder / PLAN, temporary)
-        temporary.replace(run / PLAN)
+    if not (run / PLAN_FILE).exists():
+        temporary = run / f".{PLAN_FILE}.{os.getpid()}.tmp"
+        shutil.copy(plan_folder / PLAN_FILE, temporary)
+        temporary.replace(run / PLAN_FILE)
+
+
+def next_run_folder(plan_folder: Path) -> Path:
+    """Return the first ``runs/NNN`` of a plan folder that does not exist."""
+    number = 1
+    while (plan_folder / RUNS / f"{number:03d}").exists():
+        number += 1
+    return plan_folder / RUNS / f"{number:03d}"
+
+
+def new_run_folder(plan_folder: Path, run: Path | None, *, shared: bool = False) -> Path:
+    """Create a run folder.
+
+    Args:
+        plan_folder: folder whose plan is copied.
+        run: folder to create; None creates the plan folder's next ``runs/NNN``.
+        shared: accept an existing folder, because every node creates the same one.
+
+    Raises:
+        InputError: if `run` exists and is not shared, or the folder cannot be written.
+    """
+    try:
+        while True:
+            folder = run or next_run_folder(plan_folder)
+            try:
+                folder.mkdir(parents=True, exist_ok=shared)
+                break
+            except FileExistsError:
+                if run is not None:
+                    raise InputError(f"{run}: exists already: choose another run folder") from None
+        make_run_folders(folder, plan_folder)
+    except OSError as error:
+        raise InputError(f"{run or plan_folder}: cannot be written: {error.strerror}") from None
+    return folder
 
 
 def trim_metrics(run: Path) -> None:
-    """Cut off the line that a killed run has left torn."""
+    """Remove an incomplete last line, which a killed run may leave."""
     path = run / METRICS
     if not path.exists():
         return
@@ -70,11 +106,11 @@ def trim_metrics(run: Path) -> None:
 
 
 def require_run(run: Path) -> Path:
-    """The folder, if it is a run folder.
+    """Return the folder if it is a run folder.
 
     Raises:
-        InputError: if it has no plan.json and status folder.
+        InputError: if it does not hold plan.json and a status folder.
     """
-    if not (run / PLAN).is_file() or not status_path(run, 0).parent.is_dir():
+    if not (run / PLAN_FILE).is_file() or not status_path(run, 0).parent.is_dir():
         raise InputError(f"{run}: is not a run folder: must hold plan.json and status/")
     return run

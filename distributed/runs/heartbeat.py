@@ -1,9 +1,9 @@
-"""What joins ranks on other hosts to the process that launched them: two files that all nodes see.
+"""Heartbeat between a launcher and its ranks on other hosts: two files in the run folder, which all nodes see.
 
-    control/beat    changes every other second while the launcher lives, and goes when it ends
-    control/stop    asks all ranks to save and end
+    control/beat    rewritten every two seconds while the launcher runs, and removed when it ends
+    control/stop    asks all ranks to save a checkpoint and end
 
-A launcher's signals do not cross hosts, and pdsh leaves what it has started behind when it is killed.
+Signals do not cross hosts, and a killed pdsh leaves the commands that it started running.
 """
 
 from __future__ import annotations
@@ -21,39 +21,40 @@ from translution.planner.common.errors import InputError
 from ..system.filesystem import remove_shared_buffers
 from ..system.signals import StopRequest
 
-BEAT, STOP = "beat", "stop"
-FOLLOWS = "TRANSLUTION_FOLLOWS_BEAT"
-"""Set for ranks that must not outlive the beat of their run folder."""
+HEARTBEAT, STOP_REQUEST = "beat", "stop"
+"""Names of the control files."""
+FOLLOW_HEARTBEAT = "TRANSLUTION_FOLLOW_HEARTBEAT"
+"""Environment variable of ranks that must end when the heartbeat of their run folder stops."""
 SILENT_SECONDS = 60.0
-"""A beat that has not changed for so long is that of a launcher that is gone."""
-_BEAT_SECONDS = 2.0
+"""Seconds without a change of the heartbeat after which the launcher counts as dead."""
+_HEARTBEAT_SECONDS = 2.0
 _POLL_SECONDS = 1.0
 
 
 def control_path(run: Path, name: str) -> Path:
-    """Where a control file of a run lies."""
+    """Path of a control file."""
     return run / "control" / name
 
 
 @contextlib.contextmanager
-def beating(run: Path) -> Iterator[None]:
-    """Keep the beat of a run while the block runs; its ranks end soon after it."""
-    path, ended = control_path(run, BEAT), threading.Event()
+def keep_heartbeat(run: Path) -> Iterator[None]:
+    """Write the heartbeat of a run while the block runs; the ranks end soon after the block does."""
+    path, ended = control_path(run, HEARTBEAT), threading.Event()
     path.parent.mkdir(exist_ok=True)
-    control_path(run, STOP).unlink(missing_ok=True)
+    control_path(run, STOP_REQUEST).unlink(missing_ok=True)
 
-    def beat() -> None:
+    def write() -> None:
         number = 0
         while True:
-            with contextlib.suppress(OSError):  # A full disk must not end the ranks: they end when it lasts.
-                # In place: the name of a new file may reach other hosts late.
+            with contextlib.suppress(OSError):  # A full disk ends the ranks only if it lasts.
+                # Written in place: other hosts may see a renamed file late.
                 path.write_text(f"{number:012d}\n", encoding="ascii")
             number += 1
-            if ended.wait(_BEAT_SECONDS):
+            if ended.wait(_HEARTBEAT_SECONDS):
                 break
         path.unlink(missing_ok=True)
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=write, daemon=True)
     thread.start()
     try:
         yield
@@ -63,53 +64,55 @@ def beating(run: Path) -> Iterator[None]:
 
 
 def request_stop(run: Path) -> None:
-    """Ask every rank of a run to save after its step, and to end."""
-    control_path(run, STOP).touch()
+    """Ask every rank of a run to save a checkpoint after its current step, and to end."""
+    control_path(run, STOP_REQUEST).touch()
 
 
-def read_beat(run: Path) -> str | None:
-    """The beat as it stands, or None if the launcher has ended."""
+def read_heartbeat(run: Path) -> str | None:
+    """Return the current heartbeat, an empty string if it cannot be read now, or None if the launcher has ended."""
     try:
-        return control_path(run, BEAT).read_text(encoding="ascii")
+        return control_path(run, HEARTBEAT).read_text(encoding="ascii")
     except FileNotFoundError:
         return None
     except OSError:
-        return ""  # A file system that does not answer now is no launcher that ended.
+        return ""  # A file system error does not mean that the launcher has ended.
 
 
-def require_beat(run: Path) -> None:
-    """Whether this node sees the run folder in which its launcher's beat lies.
+def require_heartbeat(run: Path) -> None:
+    """Check that this node sees the launcher's heartbeat, if its ranks follow one.
 
     Raises:
-        InputError: if it should and does not.
+        InputError: if it does not.
     """
-    if FOLLOWS in os.environ and read_beat(run) is None:
-        raise InputError(f"{run}: the launcher's files are not seen from here: choose a folder that all nodes share")
+    if FOLLOW_HEARTBEAT in os.environ and read_heartbeat(run) is None:
+        raise InputError(
+            f"{run}: the launcher's files are not visible from this node: choose a folder that all nodes share"
+        )
 
 
-def follow_beat(run: Path, rank: int, stop: StopRequest) -> None:
-    """End this rank when the launcher's beat ends, and save first when it asks for that.
+def follow_heartbeat(run: Path, rank: int, stop: StopRequest) -> None:
+    """Kill this rank when the launcher's heartbeat stops, and pass on the launcher's stop request.
 
-    Only for ranks that were started so; nothing is done for others.
+    Does nothing for ranks that do not follow a heartbeat.
 
     Args:
         run: the run folder.
-        rank: this rank's number.
-        stop: told when the launcher asks.
+        rank: this rank.
+        stop: set when the launcher asks the ranks to stop.
     """
-    if FOLLOWS not in os.environ:
+    if FOLLOW_HEARTBEAT not in os.environ:
         return
 
     def watch() -> None:
         last, since = "", time.monotonic()
         while True:
-            beat = read_beat(run)
-            if beat is None or (beat == last and time.monotonic() - since > SILENT_SECONDS):
+            heartbeat = read_heartbeat(run)
+            if heartbeat is None or (heartbeat == last and time.monotonic() - since > SILENT_SECONDS):
                 remove_shared_buffers(os.environ.get("MASTER_PORT", ""), rank)
                 os.kill(os.getpid(), signal.SIGKILL)
-            if beat and beat != last:
-                last, since = beat, time.monotonic()
-            if stop.name is None and control_path(run, STOP).exists():
+            if heartbeat and heartbeat != last:
+                last, since = heartbeat, time.monotonic()
+            if stop.name is None and control_path(run, STOP_REQUEST).exists():
                 stop.name = "its launcher"
             time.sleep(_POLL_SECONDS)
 

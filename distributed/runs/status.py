@@ -1,4 +1,4 @@
-"""The status file of each rank in a run folder."""
+"""Status of each rank, and of the run, from the files in a run folder."""
 
 from __future__ import annotations
 
@@ -12,68 +12,105 @@ from pydantic import TypeAdapter
 from translution.planner.common.errors import RunFailedError
 from translution.planner.common.files import write_text
 from translution.planner.common.schema import Schema, parse_json
+from translution.planner.plans.plan import load_plan
 
-from .folder import LOG, log_path, status_path
+from .folder import LOG, log_path, require_run, status_path
 
 
 class RankStatus(Schema):
-    """What a rank last said of itself."""
+    """Last status that a rank reported."""
 
     rank: int
     state: Literal["started", "training", "failed", "stopped", "finished"]
     step: int = 0
+    """Steps done."""
     message: str = ""
+    """The error of a failed rank; the signal or the launcher that stopped a stopped one."""
     pid: int = 0
+    """Process id of the rank."""
     time_utc: str = ""
+    """Time of the report, in ISO format."""
+
+
+class RunStatus(Schema):
+    """Status of all ranks of a run."""
+
+    world_size: int
+    """Number of ranks in the run's plan."""
+    ranks: tuple[RankStatus, ...]
+    """The ranks that reported a status, in the order of their numbers."""
+
+    @property
+    def finished(self) -> bool:
+        """True if every rank of the plan has finished."""
+        return all((status := self.of(rank)) and status.state == "finished" for rank in range(self.world_size))
+
+    def of(self, rank: int) -> RankStatus | None:
+        """Return a rank's status, or None if it never reported one."""
+        return next((status for status in self.ranks if status.rank == rank), None)
 
 
 _STATUS: TypeAdapter[RankStatus] = TypeAdapter(RankStatus)
 
 
 def write_status(run: Path, status: RankStatus) -> None:
-    """Replace a rank's status."""
+    """Write a rank's status, with the current time, in place of its last one."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_text(status_path(run, status.rank), status.model_copy(update={"time_utc": now}).model_dump_json() + "\n")
 
 
 def read_status(run: Path, rank: int) -> RankStatus | None:
-    """A rank's last status, or None if it never wrote one."""
+    """Return a rank's last status, or None if it never reported one."""
     path = status_path(run, rank)
     return parse_json(_STATUS, path.read_bytes(), str(path)) if path.exists() else None
 
 
 def read_statuses(run: Path) -> list[RankStatus]:
-    """What every rank last said."""
+    """Return the last status of every rank that reported one."""
     paths = sorted(status_path(run, 0).parent.glob("rank_*.json"))
     return [parse_json(_STATUS, path.read_bytes(), str(path)) for path in paths]
 
 
 def resume_hint(run: Path) -> str:
-    """How to go on with a run that saved when it was asked to end; nothing for another run."""
+    """Return how to resume a run whose ranks all saved and stopped; an empty string for other runs."""
     statuses = read_statuses(run)
     if not statuses or any(status.state != "stopped" for status in statuses):
         return ""
-    return f"saved at step {statuses[0].step}: translution launch PLAN_FOLDER --resume --run {run} goes on"
+    return f"saved at step {statuses[0].step}: resume it with translution launch PLAN_FOLDER --resume --run {run}"
+
+
+def read_run_status(run: Path) -> RunStatus:
+    """Read the status of a run.
+
+    Args:
+        run: the run folder.
+
+    Raises:
+        InputError: if the folder is not a run folder, or one of its files is damaged.
+    """
+    world_size = load_plan(require_run(run)).cluster.world_size
+    return RunStatus(world_size=world_size, ranks=tuple(sorted(read_statuses(run), key=lambda status: status.rank)))
 
 
 def clear_statuses(run: Path, ranks: Iterable[int]) -> None:
-    """Forget what ranks last said, before they are started anew."""
+    """Remove the status files of ranks, before they are started again."""
     for rank in ranks:
         status_path(run, rank).unlink(missing_ok=True)
 
 
 def raise_unless_finished(run: Path, ranks: int | Iterable[int], exit_code: int) -> None:
-    """Decide whether a run ended well.
+    """Raise an error unless every rank of a run has finished.
 
     Args:
         run: the run folder.
-        ranks: how many ranks it had, or which.
-        exit_code: of the launcher.
+        ranks: number of ranks, or the ranks to check.
+        exit_code: exit code of the launcher, for the message.
 
     Raises:
-        RunFailedError: naming the first rank that did not finish and what it said, or the exit code.
+        RunFailedError: names the first rank that failed or was stopped, with its message; otherwise all ranks that
+            did not finish, with the launcher's exit code.
     """
-    silent: list[str] = []
+    unfinished: list[str] = []
     for rank in range(ranks) if isinstance(ranks, int) else ranks:
         status = read_status(run, rank)
         if status is not None and status.state == "failed":
@@ -84,8 +121,8 @@ def raise_unless_finished(run: Path, ranks: int | Iterable[int], exit_code: int)
             raise RunFailedError(f"stopped by {status.message}; {resume_hint(run)}")
         if status is None or status.state != "finished":
             last = "never started" if status is None else f"was last seen {status.state} at step {status.step}"
-            silent.append(f"rank {rank} {last}")
-    if silent:
+            unfinished.append(f"rank {rank} {last}")
+    if unfinished:
         raise RunFailedError(
-            f"{'; '.join(silent)}; launcher exit code {exit_code} (logs: {run / LOG} and {log_path(run, 0).parent})"
+            f"{'; '.join(unfinished)}; launcher exit code {exit_code} (logs: {run / LOG} and {log_path(run, 0).parent})"
         )

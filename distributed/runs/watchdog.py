@@ -1,4 +1,4 @@
-"""A rank watches its launcher and ends when the launcher dies."""
+"""A rank watches its launcher, and ends when the launcher dies."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from ..system.filesystem import remove_shared_buffers
 
 LAUNCHER_PID = "TRANSLUTION_LAUNCHER_PID"
-"""Names, to the ranks, the process without which they must not go on."""
+"""Environment variable with the process id of the ranks' launcher."""
 
 
 def process_is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    """Return True if a process is running; a zombie is not."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -24,7 +24,10 @@ def process_is_alive(pid: int) -> bool:
 
 
 def end_with_launcher() -> None:
-    """End this rank soon after the launching process is gone, however that ended."""
+    """Kill this rank soon after its launcher has ended, for whatever reason.
+
+    Does nothing for ranks without a launcher.
+    """
     launcher = os.environ.get(LAUNCHER_PID)
     if launcher is None:
         return

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from translution.planner.plans.folder import write_plan_folder
 from translution.planner.plans.plan import Plan
 
-from ..launcher.launch import launch, start_and_judge
+from ..launcher.launch import launch, start_ranks
 from ..runs.mode import RunMode
 
 STEPS = 4
 """In the third allocations are watched; the process is in all but the first."""
 
 
-def _quiet(_: Mapping[str, Any]) -> None:
-    """Metrics of a run that learns nothing are not shown."""
-
-
-def measure_plan(plan: Plan, folder: Path, on_stage: Callable[[str], None], *, resume: bool = True) -> Path:
+def measure_plan(plan: Plan, folder: Path, on_message: Callable[[str], None], *, resume: bool = True) -> Path:
     """Run a plan on this machine for a few steps, save, and resume.
 
     Args:
         plan: with as few steps as `few_steps` gives.
         folder: the plan folder to write.
-        on_stage: called with a line for people when something slow begins.
+        on_message: called with a line for people when something slow begins.
         resume: also start the ranks anew and read the checkpoint, once watching allocations and once
             the processes.
 
@@ -40,13 +35,13 @@ def measure_plan(plan: Plan, folder: Path, on_stage: Callable[[str], None], *, r
         RunFailedError: if a rank did not finish.
     """
     write_plan_folder(plan, folder)
-    run = launch(folder, None, _quiet, on_stage, mode=RunMode.MEASURE)
+    run = launch(folder, mode=RunMode.MEASURE, on_message=on_message).run
     if resume:
-        on_stage("starting the ranks anew, to resume from the checkpoint")
-        start_and_judge(plan, folder, run, _quiet, mode=RunMode.MEASURE_RESUME)
-        on_stage("once more, to watch the processes instead of torch's allocator")
+        on_message("starting the ranks anew, to resume from the checkpoint")
+        start_ranks(plan, folder, run, mode=RunMode.MEASURE_RESUME)
+        on_message("once more, to watch the processes instead of torch's allocator")
         with _freed_at_once():
-            start_and_judge(plan, folder, run, _quiet, mode=RunMode.MEASURE_PROCESS)
+            start_ranks(plan, folder, run, mode=RunMode.MEASURE_PROCESS)
     return run
 
 

@@ -17,12 +17,19 @@ from helpers.runs import write_plan
 
 from translution.distributed.checkpoint.manifest import newest
 from translution.distributed.preflight.checks import Check
-from translution.distributed.preflight.node_report import NodeReport, judge_nodes
+from translution.distributed.preflight.node_report import NodeReport, compare_nodes
 from translution.distributed.remote.hostfile import read_hostfile
-from translution.distributed.remote.rank_command import RankCommand, decode, forwarded, runner_environment
+from translution.distributed.remote.rank_command import RankCommand, forwarded_variables, runner_environment
 from translution.distributed.runs import heartbeat as control
 from translution.distributed.runs.folder import CHECKPOINT, METRICS
-from translution.distributed.runs.heartbeat import BEAT, FOLLOWS, beating, control_path, read_beat, require_beat
+from translution.distributed.runs.heartbeat import (
+    FOLLOW_HEARTBEAT,
+    HEARTBEAT,
+    control_path,
+    keep_heartbeat,
+    read_heartbeat,
+    require_heartbeat,
+)
 from translution.distributed.runs.status import read_statuses
 from translution.distributed.runs.watchdog import process_is_alive
 from translution.planner.common.errors import InputError
@@ -75,7 +82,7 @@ def test_a_launch_trains_on_two_hosts_is_stopped_and_goes_on(hosts: Hosts, tmp_p
     assert errors.count("\n") == 1
     saved = newest(run / CHECKPOINT)
     assert saved is not None
-    assert not control_path(run, BEAT).exists()
+    assert not control_path(run, HEARTBEAT).exists()
     deadline = time.monotonic() + 20
     while any(map(process_is_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -128,8 +135,8 @@ def test_what_keeps_hosts_from_starting_is_told_in_one_line(hosts: Hosts, tmp_pa
     empty.mkdir()
     (empty / "ssh").symlink_to("/usr/bin/ssh")
     for options, environment, expected in (
-        (["--hostfile", wrong, "--ssh-port", SSH_PORT], {}, "host 10.213.77.9: is not reached through ssh: ssh: "),
-        (["--ssh-port", 2223], {}, f"host {ADDRESSES[0]}: is not reached through ssh: ssh: connect to host"),
+        (["--hostfile", wrong, "--ssh-port", SSH_PORT], {}, "host 10.213.77.9: cannot be reached through ssh: ssh: "),
+        (["--ssh-port", 2223], {}, f"host {ADDRESSES[0]}: cannot be reached through ssh: ssh: connect to host"),
         (["--ssh-port", SSH_PORT], {"PATH": str(empty)}, "pdsh is missing: sudo apt-get install pdsh, or start"),
         (["--ssh-port", SSH_PORT, "--master-port", SSH_PORT], {}, f"{ADDRESSES[0]}: port {SSH_PORT}: cannot be opened"),
         (["--ssh-port", SSH_PORT, "--master-addr", "10.213.77.9"], {}, "of 10.213.77.9: cannot be reached"),
@@ -154,7 +161,7 @@ def test_what_keeps_hosts_from_starting_is_told_in_one_line(hosts: Hosts, tmp_pa
     [
         ("a slots=1\n", "1 hosts are not allowed: must be 2, the plan's nodes"),
         ("a slots=1\nb slots=2\n", ":2: slots=2 is not allowed: must be 1"),
-        ("a slots=1\na slots=1\n", ":2: a is not allowed: must stand there once"),
+        ("a slots=1\na slots=1\n", ":2: a is not allowed: must be listed only once"),
         ("a slots=1\n$(id) slots=1\n", "must be HOST slots=RANKS"),
         ("a slots=1\n-oProxyCommand=id slots=1\n", "must be HOST slots=RANKS"),
         ("a\nb\n", ":1: 'a' is not allowed: must be HOST slots=RANKS"),
@@ -175,14 +182,14 @@ def test_a_hostfile_that_does_not_suit_the_plan_is_told(tmp_path: Path, text: st
 
 def test_a_rank_is_told_by_one_word_that_no_shell_changes(tmp_path: Path) -> None:
     told = RankCommand(plan_folder=Path("/a b/$(id)"), run=Path("/'\"%h"), environment={"NCCL_DEBUG": "`id` ü"})
-    word = told.encode()
-    assert decode(word) == told
+    word = told.to_payload()
+    assert RankCommand.from_payload(word) == told
     assert word.replace("-", "").replace("_", "").isalnum()
     for bad in (word[:-3], "!", ""):
         with pytest.raises(InputError, match="rank command: "):
-            decode(bad)
+            RankCommand.from_payload(bad)
     environment = {"NCCL_SOCKET_IFNAME": "ib0", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "3"}
-    assert forwarded(local_cpu_cluster(1), environment) == {
+    assert forwarded_variables(local_cpu_cluster(1), environment) == {
         "DS_ACCELERATOR": "cpu", "NCCL_SOCKET_IFNAME": "ib0", "OMP_NUM_THREADS": "3",
     }  # fmt: skip
     # DeepSpeed would put these between double quotes.
@@ -196,11 +203,11 @@ def test_a_rank_is_told_by_one_word_that_no_shell_changes(tmp_path: Path) -> Non
 FOLLOWER = """
 import sys, time
 from pathlib import Path
-from translution.distributed import control
-from translution.distributed.stopping import StopRequest
+from translution.distributed.runs import heartbeat as control
+from translution.distributed.system.signals import StopRequest
 control.SILENT_SECONDS = float(sys.argv[2])
 stop = StopRequest()
-control.follow_beat(Path(sys.argv[1]), 0, stop)
+control.follow_heartbeat(Path(sys.argv[1]), 0, stop)
 while stop.name is None:
     time.sleep(0.05)
 print(stop.name, flush=True)
@@ -210,13 +217,13 @@ time.sleep(60)
 
 @pytest.mark.parametrize("end", ["ended", "silent"])
 def test_a_rank_ends_with_its_launchers_beat(tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert read_beat(tmp_path) is None
-    require_beat(tmp_path)  # Not a rank that follows one.
-    monkeypatch.setattr(control, "_BEAT_SECONDS", 0.2)
+    assert read_heartbeat(tmp_path) is None
+    require_heartbeat(tmp_path)  # Not a rank that follows one.
+    monkeypatch.setattr(control, "_HEARTBEAT_SECONDS", 0.2)
     command = [sys.executable, "-c", FOLLOWER, str(tmp_path), "1"]
-    with beating(tmp_path):
+    with keep_heartbeat(tmp_path):
         time.sleep(0.1)
-        process = subprocess.Popen(command, env=os.environ | {FOLLOWS: "1"}, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, env=os.environ | {FOLLOW_HEARTBEAT: "1"}, stdout=subprocess.PIPE, text=True)
         control_path(tmp_path, "stop").touch()
         assert process.stdout is not None
         assert process.stdout.readline() == "its launcher\n"
@@ -224,25 +231,25 @@ def test_a_rank_ends_with_its_launchers_beat(tmp_path: Path, end: str, monkeypat
         assert process.poll() is None
     if end == "silent":
         # As a launcher that was killed leaves it. A rank that is already gone is as good.
-        control_path(tmp_path, BEAT).write_text("7\n")
+        control_path(tmp_path, HEARTBEAT).write_text("7\n")
     assert process.wait(timeout=20) == -signal.SIGKILL
     process.stdout.close()
-    control_path(tmp_path, BEAT).unlink(missing_ok=True)
-    monkeypatch.setenv(FOLLOWS, "1")
-    with pytest.raises(InputError, match="the launcher's files are not seen from here"):
-        require_beat(tmp_path)
+    control_path(tmp_path, HEARTBEAT).unlink(missing_ok=True)
+    monkeypatch.setenv(FOLLOW_HEARTBEAT, "1")
+    with pytest.raises(InputError, match="the launcher's files are not visible from this node"):
+        require_heartbeat(tmp_path)
 
 
 def test_nodes_must_have_the_same_versions_and_plan() -> None:
     check = Check(name="host memory", passed=True, text="enough")
     one = NodeReport(host="a", checks=(check,), versions={"torch": "2.13", "nccl": "2.27"}, plan_digest="x")
-    same = judge_nodes(["a", "b"], [one, one])
+    same = compare_nodes(["a", "b"], [one, one])
     assert [entry.passed for entry in same] == [True, True, True]
     assert same[-1].text == "torch 2.13, nccl 2.27"
     other = one.model_copy(update={"versions": {"torch": "2.12"}, "plan_digest": "y"})
-    texts = [f"{entry.name}: {entry.text}" for entry in judge_nodes(["a", "b"], [one, other]) if not entry.passed]
+    texts = [f"{entry.name}: {entry.text}" for entry in compare_nodes(["a", "b"], [one, other]) if not entry.passed]
     assert texts == [
         "b: torch: 2.12 is not allowed: must be 2.13, as on a: install the same there",
         "b: nccl: nothing is not allowed: must be 2.27, as on a: install the same there",
-        "b: plan.json: another plan than on a lies there: plan into a folder that all nodes share",
+        "b: plan.json: differs from the plan on a: plan into a folder that all nodes share",
     ]

@@ -86,6 +86,6 @@ def test_a_node_that_lacks_something_keeps_the_job_from_starting(slurm: dict[str
     code, log = submit(folder, slurm, "job.sbatch")
     assert code == 1
     assert time.monotonic() - began < 60
-    assert f"FAILED  n1: NVMe folder {nvme}: is no folder: make it" in log
-    assert f"FAILED  n2: NVMe folder {nvme}: is no folder: make it" in log
+    assert f"FAILED  n1: NVMe folder {nvme}: is not a folder: create it" in log
+    assert f"FAILED  n2: NVMe folder {nvme}: is not a folder: create it" in log
     assert not (folder / "runs").exists()

@@ -17,7 +17,7 @@ from translution.distributed.data.base import DataSource
 from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.loaders import load_samples
 from translution.distributed.data.tokens import load_stdlib, stdlib_files
-from translution.distributed.preflight.checks import preflight
+from translution.distributed.preflight.checks import check_node
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import parse_model_spec
 from translution.planner.config.training import TrainingSpec
@@ -119,15 +119,15 @@ def test_damaged_token_files_are_named(tmp_path: Path) -> None:
 def test_preflight_looks_at_the_data(tmp_path: Path) -> None:
     data = write(tmp_path / "data", list(range(97)))
     folder = write_plan(tmp_path / "plan", 1, model=MODEL, data="tokens", data_path=str(data), micro_batch=8)
-    found = {check.name: check for check in preflight(load_plan(folder), folder)}["data"]
+    found = {check.name: check for check in check_node(load_plan(folder), folder)}["data"]
     assert found.passed
     assert found.text == "12 samples to train on, 1 held out"
     (data / "val.bin").unlink()
-    found = {check.name: check for check in preflight(load_plan(folder), folder)}["data"]
+    found = {check.name: check for check in check_node(load_plan(folder), folder)}["data"]
     assert not found.passed
     assert found.text.endswith("val.bin: cannot be read: No such file or directory")
     write(data, list(range(40)))
-    found = {check.name: check for check in preflight(load_plan(folder), folder)}["data"]
+    found = {check.name: check for check in check_node(load_plan(folder), folder)}["data"]
     assert not found.passed
     assert found.text.startswith("4 samples to train on: a step takes 8")
 

@@ -65,7 +65,7 @@ def test_an_unfit_nvme_folder_is_named(fault: str, tmp_path: Path, capsys: pytes
             path.touch()
         folder = write_plan(tmp_path / "plan", 2, model=SWAPPED, tile=16, offload="nvme-optimizer", nvme_path=path)
         error = refused(folder, capsys)
-    said = "lies in memory (tmpfs)" if fault == "in memory" else "is no folder: make it (mkdir -p"
+    said = "is in memory (tmpfs)" if fault == "in memory" else "is not a folder: create it (mkdir -p"
     assert f"NVMe folder {path}: {said}" in error
 
 

@@ -40,7 +40,7 @@ def test_all_finished_is_success_even_with_a_bad_exit_code(run: Path) -> None:
     raise_unless_finished(run, 2, exit_code=134)
 
 
-def test_a_silent_rank_is_failure_even_with_exit_code_nought(run: Path) -> None:
+def test_a_silent_rank_is_failure_even_with_exit_code_zero(run: Path) -> None:
     say(run, 0, "finished")
     say(run, 1, "training")
     with pytest.raises(RunFailedError, match="rank 1 was last seen training at step 7; launcher exit code 0"):

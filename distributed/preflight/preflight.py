@@ -1,0 +1,97 @@
+"""Preflight: check whether a plan can run on its machines, before any rank starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from translution.planner.plans.launch_scripts import PORT
+from translution.planner.plans.plan import Plan, load_plan
+
+from ..remote.target import THIS_MACHINE, LaunchTarget
+from ..system.environment import check_machine, free_port, version_warnings
+from .checks import Check, check_node
+from .hosts import check_hosts, compile_on_hosts
+from .node_report import compare_reports, compile_on_node
+
+
+@dataclass(frozen=True)
+class PreflightReport:
+    """Result of a preflight."""
+
+    checks: tuple[Check, ...]
+    """All checks, those of other hosts named ``HOST: NAME``."""
+    warnings: tuple[str, ...]
+    """A sentence for each package whose installed version differs from the plan's."""
+
+    @property
+    def passed(self) -> bool:
+        """True if every check passed."""
+        return all(check.passed for check in self.checks)
+
+
+def preflight(
+    plan_folder: Path, *, target: LaunchTarget = THIS_MACHINE, reports: Path | None = None
+) -> PreflightReport:
+    """Check the machines of a plan: memory, drives, ports, data, packages and versions.
+
+    Without a hostfile this machine is checked, as one node of the plan.
+
+    Args:
+        plan_folder: folder that `translution plan` wrote.
+        target: the hosts to check.
+        reports: folder of node reports written by ``preflight-node --out``, to compare instead of checking hosts.
+
+    Raises:
+        InputError: if there is no plan, the hostfile does not match it, a host is not reached or cannot run this
+            toolkit, a machine has too few cores or GPUs, or `reports` does not hold one report per node.
+        MissingPackageError: if a package or program that the run needs is not installed.
+    """
+    plan = load_plan(plan_folder)
+    if reports is not None:
+        checks = compare_reports(reports, plan.cluster.nodes)
+    else:
+        checks, _ = check_target(plan, plan_folder, target)
+    return PreflightReport(tuple(checks), tuple(version_warnings(plan)))
+
+
+def check_target(plan: Plan, plan_folder: Path, target: LaunchTarget) -> tuple[list[Check], int]:
+    """Check the hosts of a target, or this machine.
+
+    Args:
+        plan: the plan to run.
+        plan_folder: its folder.
+        target: the machines.
+
+    Returns:
+        The checks, and the port at which the ranks will meet.
+
+    Raises:
+        InputError: if a host is not reached, or a machine cannot run the plan's ranks.
+        MissingPackageError: if a package or program that the run needs is not installed.
+    """
+    if target.over_ssh:
+        return check_hosts(plan, plan_folder, target)
+    check_machine(plan)
+    port = target.master_port or (PORT if target.no_ssh else free_port())
+    return check_node(plan, plan_folder), port
+
+
+def compile_plan_ops(plan_folder: Path, *, target: LaunchTarget = THIS_MACHINE) -> None:
+    """Compile the DeepSpeed ops of a plan on every host of a target, or on this machine.
+
+    An op takes a minute or more, unless it is already compiled.
+
+    Args:
+        plan_folder: folder that `translution plan` wrote.
+        target: the hosts to compile on.
+
+    Raises:
+        InputError: if there is no plan, or the hostfile does not match it.
+        MissingPackageError: if DeepSpeed or a compiler is not installed.
+        RunFailedError: if an op does not compile.
+    """
+    if target.over_ssh:
+        compile_on_hosts(load_plan(plan_folder), plan_folder, target)
+    else:
+        compile_on_node(plan_folder)
