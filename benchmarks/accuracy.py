@@ -29,6 +29,7 @@ from translution.distributed.profiling.single_process import measure_passes
 from translution.distributed.verification.measured_run import few_steps, measure_plan
 from translution.distributed.verification.rehearsal import predict, read_rehearsal
 from translution.models import build
+from translution.planner.common.phases import Phase, Tier
 from translution.planner.common.units import format_bytes
 from translution.planner.config.model import ModelSpec, parse_model_spec
 from translution.planner.config.presets import preset
@@ -39,7 +40,7 @@ from translution.planner.memory.estimate import MemoryEstimate, estimate_memory
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.defaults import choose_tile, choose_zero
 from translution.planner.plans.plan import Plan, load_plan
-from translution.planner.simulator.lifecycle import INIT, RESUME
+from translution.planner.run_config import RunConfig
 from translution.planner.simulator.network.model import MICRO_BATCHES, replay
 from translution.planner.simulator.network.ops import DtypeSizes
 from translution.reports.inputs.run_accuracy import (
@@ -47,6 +48,7 @@ from translution.reports.inputs.run_accuracy import (
     RESIDENT,
     SAVED,
     compare_run,
+    current_label,
     predict_rank,
     predicted_and_measured,
 )
@@ -130,7 +132,7 @@ def time_rows() -> list[dict[str, Any]]:
         for micro_batch in range(1, 6):  # Another one each time: nothing may be remembered.
             training = TrainingSpec(precision="bf16", micro_batch=micro_batch, data="synthetic")
             begin = time.process_time()
-            estimate_memory(spec, cluster, training, zero, tile)
+            estimate_memory(RunConfig(spec, cluster, training, zero, tile))
             seconds.append(time.process_time() - begin)
         rows.append({"what": name, "seconds": min(seconds)})
     return rows
@@ -174,20 +176,28 @@ def predicted_anew(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         prediction = predict_rank(plan_of(row["run"], "/nvme"), row["rank"])
         size, predicted = row["measured_bytes"], row["predicted_bytes"]
         if kind:
-            init = known[row["run"], row["rank"], row["what"].replace(phase, INIT)]
+            init = known[row["run"], row["rank"], row["what"].replace(phase, Phase.INIT)]
             # A resumed run has built the engine too.
-            size = max(size, init["measured_bytes"]) if phase == RESUME else size
+            size = max(size, init["measured_bytes"]) if phase == Phase.RESUME else size
             if kind == PROCESS_PREFIX:
                 # What the process held before the model was made is in the row of init, which has not changed.
-                predicted = init["predicted_bytes"] + _held(prediction, phase) - _held(prediction, INIT)
+                predicted = init["predicted_bytes"] + _held(prediction, phase) - _held(prediction, Phase.INIT)
             else:
                 predicted = prediction.bytes_of(phase)
-        result.append(row | {"predicted_bytes": predicted, "measured_bytes": size, "ratio": predicted / (size or 1)})
+        result.append(
+            row
+            | {
+                "what": current_label(row["what"]),
+                "predicted_bytes": predicted,
+                "measured_bytes": size,
+                "ratio": predicted / (size or 1),
+            }
+        )
     return result
 
 
 def _held(prediction: MemoryEstimate, phase: str) -> int:
-    return prediction.bytes_of(phase, "host") + prediction.bytes_of(phase, "pinned")
+    return prediction.bytes_of(phase, Tier.HOST) + prediction.bytes_of(phase, Tier.PINNED)
 
 
 def rank_rows(names: list[str]) -> Iterator[dict[str, Any]]:
@@ -217,7 +227,7 @@ def _ranks_table(rows: list[dict[str, Any]]) -> list[str]:
     kinds = {
         "states between steps": table["what"] == RESIDENT,
         "peaks by phase": table["what"].str.startswith("peak of"),
-        "kept for backward": table["what"] == SAVED,
+        "saved for backward": table["what"].map(current_label) == SAVED,
         "pinned buffers": table["tier"] == "pinned",
         "files on NVMe": table["tier"] == "nvme",
         "resident set": table["what"].str.startswith(PROCESS_PREFIX),

@@ -1,4 +1,4 @@
-"""`RunConfig`: a model, a cluster, a training, ZeRO and a tile size, the one point that every prediction is made for."""
+"""`RunConfig`: a model, a cluster, a training, ZeRO and a tile size; every prediction is made for one of them."""
 
 from __future__ import annotations
 

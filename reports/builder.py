@@ -1,4 +1,4 @@
-"""What a reader asked for, put together as one document."""
+"""Builds a report from a request: plans, models, comparisons, measurements and experiments in one document."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from translution.planner.analysis.compare import compare, scale, thresholds
-from translution.planner.analysis.scaling import growth
+from translution.planner.analysis.compare import comparison_rows, scale_points, thresholds
+from translution.planner.analysis.scaling import growth_points
 from translution.planner.common.errors import InputError
 from translution.planner.common.files import write_bytes
 from translution.planner.common.provenance import Provenance, provenance
@@ -32,13 +31,14 @@ from .sections.plan import PlanReport, report_plan
 from .sections.scaling import scaling_section
 
 PRECISION: Precision = "bf16"
-"""Of everything that is planned for a report."""
+"""Precision of every plan that a report makes."""
 PACKAGES = ("pydantic", "altair", "vl-convert-python")
+"""Packages whose versions the provenance of a report names."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReportRequest:
-    """What a report is to hold; models and clusters with the names that the reader gave them."""
+    """The contents of a report; models and clusters by the names that the user gave."""
 
     plans: tuple[Path, ...] = ()
     models: dict[str, ModelSpec] = field(default_factory=dict)
@@ -52,11 +52,11 @@ class ReportRequest:
 
     @property
     def of_one_plan(self) -> bool:
-        """Whether nothing but one plan was asked for."""
+        """True if the request is for one plan and nothing else."""
         return self == ReportRequest(plans=self.plans, cluster=self.cluster) and len(self.plans) == 1
 
-    def where(self) -> tuple[str, ClusterSpec]:
-        """The cluster that models are planned for."""
+    def required_cluster(self) -> tuple[str, ClusterSpec]:
+        """Return the name of the cluster that models are planned for, and the cluster."""
         assert self.cluster is not None
         return self.cluster
 
@@ -88,7 +88,7 @@ class ReportRequest:
             benchmarks: folder of benchmark results.
 
         Raises:
-            InputError: if a name is unknown, or a file is damaged.
+            InputError: if a name is unknown, or a file is invalid.
         """
         has_models = bool(models or compared or scaled is not None)
         return cls(
@@ -152,61 +152,60 @@ class ReportFiles:
 
 
 class ReportBuilder:
-    """Makes the sections, each with the command that gives it alone.
+    """Makes the sections of a report, each with the command that reproduces it alone.
 
     Args:
-        request: what they are to hold.
-        made: of the whole report.
-        page: name of the page that a reader would write.
+        request: contents of the report.
+        made: provenance of the complete report.
+        page: name of the HTML page, for the commands.
     """
 
     def __init__(self, request: ReportRequest, made: Provenance, page: str) -> None:
         self._request, self._made, self._page = request, made, page
         self._training = TrainingSpec(precision=PRECISION, data="synthetic")
-        self._pictures: list[dict[str, Any]] = []
 
-    def _by(self, *words: str) -> Provenance:
+    def _made_by(self, *words: str) -> Provenance:
         return self._made.model_copy(update={"command": shlex.join(["translution", *words])})
 
-    def _report(self, *words: str) -> Provenance:
-        return self._by("report", *words, "--out", self._page)
+    def _made_by_report(self, *words: str) -> Provenance:
+        return self._made_by("report", *words, "--out", self._page)
 
     def _about_models(self) -> list[Section]:
         request = self._request
         if not request.models:
             return []
-        name, cluster = request.where()
+        name, cluster = request.required_cluster()
         words = [word for model in request.models for word in ("--model", model)]
-        made, specs = self._report(*words, "--cluster", name), tuple(request.models.values())
+        made, specs = self._made_by_report(*words, "--cluster", name), tuple(request.models.values())
         return [overview_section(specs, cluster, self._training, made), costs_section(specs, self._training, made)]
 
     def _comparison(self) -> list[Section]:
         request = self._request
         if not request.compared:
             return []
-        name, cluster = request.where()
+        name, cluster = request.required_cluster()
         if cluster.gpu is None:
             raise InputError(f"--cluster: {name!r} is not allowed with --compare: must be of a GPU of the catalog")
         specs = tuple(request.compared.values())
-        rows = [row for spec in specs for row in compare(spec, cluster.gpu, self._training)]
+        rows = [row for spec in specs for row in comparison_rows(spec, cluster.gpu, self._training)]
         limits = tuple(thresholds(specs[0], cluster.gpu, self._training))
-        points = tuple(scale(specs[0], self._training))
-        made = self._by("compare", *request.compared, "--gpu", cluster.gpu, "--precision", PRECISION)
+        points = tuple(scale_points(specs[0], self._training))
+        made = self._made_by("compare", *request.compared, "--gpu", cluster.gpu, "--precision", PRECISION)
         return [comparison_section(rows, limits, points, cluster.gpu, made)]
 
     def _scaling(self) -> list[Section]:
         if self._request.scaled is None:
             return []
-        (name, spec), (place, cluster) = self._request.scaled, self._request.where()
-        points = tuple(growth(spec, cluster, self._training))
-        made = self._report("--scaling", name, "--cluster", place)
+        (name, spec), (cluster_name, cluster) = self._request.scaled, self._request.required_cluster()
+        points = tuple(growth_points(spec, cluster, self._training))
+        made = self._made_by_report("--scaling", name, "--cluster", cluster_name)
         return [scaling_section(points, name, cluster, PRECISION, made)]
 
     def plans(self) -> list[PlanReport]:
-        """The plans alone; where there are several, their sections say which is which."""
+        """Return the sections of each plan; in a report with other contents, their titles name the plan."""
         reports = []
         for number, folder in enumerate(self._request.plans, start=1):
-            found = report_plan(folder, self._report(str(folder)), f"plan-{number}-" if number > 1 else "")
+            found = report_plan(folder, self._made_by_report(str(folder)), f"plan-{number}-" if number > 1 else "")
             if not self._request.of_one_plan:
                 sections = tuple(
                     section.model_copy(update={"title": f"{section.title}: {found.title}"})
@@ -229,35 +228,34 @@ class ReportBuilder:
         return sections
 
     def document(self, plans: list[PlanReport]) -> Document:
-        """The whole report.
+        """Return the complete report.
 
         Args:
-            plans: as `plans` gives them.
+            plans: result of `plans`.
 
         Raises:
-            InputError: if a file is absent or damaged, or the cluster does not suit.
+            InputError: if a file is missing or invalid, or the cluster does not suit.
         """
-        # What may be damaged is read before what takes minutes is counted.
+        # Read the files first: an invalid one is reported before minutes of planning.
         recorded = self._recorded()
         if self._request.of_one_plan:
             (plan,) = plans
-            beside = ", and what a run measured" if plan.measured else ""
-            text = f"Predicted memory of one rank in a training step{beside}."
+            measured = ", and the measurements of a run" if plan.measured else ""
+            text = f"Predicted memory of one rank in a training step{measured}."
             return Document(
                 title=plan.title, about="memory report", text=(text,), sections=plan.sections, made=self._made
             )
         sections = self._about_models() + self._comparison() + self._scaling()
         sections += [section for plan in plans for section in plan.sections] + recorded
         text = (
-            "Full Translution has weight matrices of its own for every relation between two tokens. This report says "
-            "what that costs, which plans train it with DeepSpeed ZeRO, and what was measured of it. Every table and "
-            "picture names the command that gives it again."
+            "Full Translution has separate weight matrices for every relation between two tokens. This report shows "
+            "what that costs, which plans train it with DeepSpeed ZeRO, and how predictions compare with measurements. "
+            "Every table and chart names the command that reproduces it."
         )
-        day = self._made.time_utc
         return Document(
             title="Full Translution: costs, plans and measurements",
             about="report",
-            text=(text, f"Made at {day}."),
+            text=(text, f"Made at {self._made.time_utc}."),
             sections=tuple(sections),
             made=self._made,
         )
@@ -274,7 +272,7 @@ def write_report(request: ReportRequest, files: ReportFiles) -> dict[Path, int]:
         The size in bytes of every file written, pictures of the Markdown included.
 
     Raises:
-        InputError: if nothing is requested, a path is not allowed, or an input is absent or damaged.
+        InputError: if nothing is requested, a path is not allowed, or an input is missing or invalid.
     """
     _check_request(request, files)
     options = [word for option, (path, _) in files.by_option().items() for word in (option, str(path))]

@@ -1,10 +1,10 @@
-"""Rehearsals: one rank of a planned world run alone on this machine, for the memory it takes.
+"""Rehearsals: run one rank of a planned world alone on this machine and measure its memory.
 
-The rank runs in a process of its own (rehearse.py), so that nothing before it counts. A rehearsal of
-some layers runs twice, the second time with one layer less, and goes on from there in a straight line.
+The rank runs in its own process (rehearsal_rank.py), which excludes the memory of this one. A rehearsal of some layers
+runs twice, the second time with one layer less, and extrapolates linearly to the complete model.
 
-    rehearsal.json          what was measured, beside what is predicted
-    layers_K/               the run folder of the rank with K layers, where the plan has more
+    rehearsal.json          the measurement and the prediction
+    layers_K/               the run folder of the rank with K layers, if the plan has more
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from translution.planner.config.model import override
 from translution.planner.config.zero import ZeroSpec
 from translution.planner.deepspeed.config import check_training_state
 from translution.planner.hardware.cluster import local_cpu_cluster
-from translution.planner.memory.estimate import MemoryEstimate, ledger
-from translution.planner.plans.plan import Plan, load_plan
+from translution.planner.memory.estimate import MemoryEstimate, summarize_simulation
+from translution.planner.plans.plan import PLAN_FILE, Plan, load_plan
 from translution.planner.simulator.engine.base import EngineConfig
 from translution.planner.simulator.lifecycle import simulate
 
-from ..launcher.launch import OnStage, new_run_folder
+from ..launcher.launch import OnMessage
 from ..launcher.local_processes import OnMetrics, run_ranks
-from ..runs.folder import LOG, PLAN, make_run_folders
+from ..runs.folder import LOG, make_run_folders, new_run_folder
 from ..runs.measurement import MemoryMeasurement, read_memory
 from ..runs.status import raise_unless_finished
 from ..system.compiled_ops import needed_ops, prepare_ops
@@ -46,37 +46,37 @@ from .extrapolate import extrapolate, join_init, largest_sub_group
 
 REHEARSAL = "rehearsal.json"
 PROCESS_BYTES = GIB
-"""Room for the process itself: libraries, and the events of a measured step."""
+"""Bytes reserved for the process itself: libraries and the trace of a measured step."""
 
 
 class Rehearsal(Schema):
-    """What a rehearsal found. Values were meaningless, allocations real."""
+    """The result of a rehearsal: the rank's values were meaningless, its allocations real."""
 
     plan: str
-    """Model and cluster."""
+    """Names of the model and the cluster."""
     rank: int
     ranks: int
     depth: int
-    """Layers of the plan's model."""
+    """Number of layers of the plan's model."""
     layers: int
-    """Layers that were run; where fewer than depth, the measurement is extrapolated from them."""
+    """Number of layers that were run; if below `depth`, the measurement is extrapolated from them."""
     computed: bool
-    """Whether matrix products were computed, rather than only allocated."""
+    """Whether matrix products were computed, not only allocated."""
     planned_bytes: dict[str, int]
-    """The plan's own prediction for each tier of the rank, at its worst moment."""
+    """Predicted peak in bytes of each memory tier of the planned rank."""
     prediction: MemoryEstimate
-    """The same rank's ledger here: all tiers are host memory, nothing is rounded or copied by a backend."""
+    """Predicted memory of the rehearsed rank: all tiers are host memory, without the overhead of a real backend."""
     measurement: MemoryMeasurement
-    """Of the whole model."""
+    """Measurement of the complete model, extrapolated if fewer layers were run."""
     measured_layers: dict[int, MemoryMeasurement]
-    """What was measured, by number of layers."""
+    """Measurements by number of layers."""
     seconds: dict[int, dict[str, float]]
-    """Of the phases of the last step and of all, by number of layers."""
+    """Seconds of each phase of the last step and of the rehearsal (`all`), by number of layers."""
     made: Provenance
 
     @property
     def extrapolated(self) -> bool:
-        """Whether the measurement follows from fewer layers."""
+        """True if the measurement is extrapolated from fewer layers."""
         return self.layers < self.depth
 
 
@@ -84,27 +84,27 @@ _REHEARSAL: TypeAdapter[Rehearsal] = TypeAdapter(Rehearsal)
 
 
 def format_layers(count: int) -> str:
-    """``1 layer``, ``2 layers``."""
+    """Format a number of layers: ``1 layer``, ``2 layers``."""
     return f"{count} layer{'s' * (count != 1)}"
 
 
 def read_rehearsal(run: Path) -> Rehearsal | None:
-    """The rehearsal of a run folder, or None if it holds none."""
+    """Read the rehearsal of a run folder; None if it has none."""
     path = run / REHEARSAL
     return parse_json(_REHEARSAL, path.read_bytes(), str(path)) if path.is_file() else None
 
 
 def predict(plan: Plan) -> MemoryEstimate:
-    """The ledger of a plan's rank as it is rehearsed: what a CPU stands in for lies on one tier."""
-    replayed = simulate(plan.model, plan.cluster, plan.training, plan.zero, plan.tile_relations, rehearsed=True)
-    return ledger(replayed, EngineConfig(plan.training, plan.zero, plan.cluster.world_size), None)
+    """Predict the memory of a plan's rank as it is rehearsed, on a CPU where all tiers are host memory."""
+    replayed = simulate(plan.run_config, rehearsed=True)
+    return summarize_simulation(replayed, EngineConfig(plan.run_config), None)
 
 
 def with_layers(plan: Plan, layers: int) -> Plan:
-    """The same plan for a model with another number of layers; its knobs stay.
+    """Return the plan for a model with another number of layers; its ZeRO settings stay the same.
 
     Raises:
-        InputError: if the number is out of range, or layers differ, so that none stands for the others.
+        InputError: if the number is out of range, or the layers differ, so that they cannot be extrapolated.
     """
     depth = plan.model.depth
     if not 2 <= layers <= depth:
@@ -122,7 +122,7 @@ def _cut(plan: Plan, layers: int) -> Plan:
 
 
 def _with_nvme_path(plan: Plan, path: str | None) -> Plan:
-    """The plan with another folder for what goes to NVMe, and that folder checked."""
+    """Return the plan with another NVMe folder; check the folder."""
     sections = {name: getattr(plan.zero, name) for name in ("offload_optimizer", "offload_param")}
     on_nvme = {name: section for name, section in sections.items() if section.device == "nvme"}
     if path is not None and not on_nvme:
@@ -145,12 +145,12 @@ def _nvme_paths(zero: ZeroSpec) -> set[str]:
 
 
 def check(plan: Plan, rank: int) -> None:
-    """Whether this machine can rehearse a rank.
+    """Check that this machine can rehearse a rank.
 
     Raises:
-        InputError: if the world has no such rank, DeepSpeed does not run the optimizer on a CPU, or
-            memory or NVMe have too little room.
-        MissingPackageError: if torch or DeepSpeed is absent.
+        InputError: if the rank does not exist, DeepSpeed does not run the optimizer on a CPU, or memory or NVMe are too
+            small.
+        MissingPackageError: if torch or DeepSpeed is not installed.
     """
     ranks = plan.cluster.world_size
     if not 0 <= rank < ranks:
@@ -172,10 +172,10 @@ def check(plan: Plan, rank: int) -> None:
 
 
 def environment(plan: Plan, rank: int, *, compute: bool) -> dict[str, str]:
-    """What the rank needs in its environment.
+    """Return the environment variables of the rank.
 
-    Without products to compute it has one thread: thousands of small copies would spend their time
-    in waiting for each other's halves.
+    Without products to compute it has one thread: it makes thousands of small copies, which several threads would slow
+    down.
     """
     return {
         **launch_environment(local_cpu_cluster(1)),
@@ -183,22 +183,22 @@ def environment(plan: Plan, rank: int, *, compute: bool) -> dict[str, str]:
         "RANK": str(rank),
         "LOCAL_RANK": "0",
         "WORLD_SIZE": str(plan.cluster.world_size),
-        # DeepSpeed asks for them; the fake process group does not.
+        # DeepSpeed requires them; the fake process group does not use them.
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500",
-        # Half of the time would go into first touching fresh memory, in pages of 4 KiB.
+        # Use huge pages: touching new memory in pages of 4 KiB would take half of the time.
         "THP_MEM_ALLOC_ENABLE": "1",
     }
 
 
 def ops_of(plan: Plan) -> tuple[str, ...]:
-    """Builders of the ops that DeepSpeed compiles for a rank alone: none for communication."""
+    """Builders of the ops that DeepSpeed compiles for the rank; none for communication."""
     cluster = plan.cluster.model_copy(update={"device": "cuda"})
     return needed_ops(plan.model_copy(update={"cluster": cluster}))
 
 
 def _run(plan: Plan, rank: int, run: Path, *, compute: bool, on_metrics: OnMetrics) -> dict[str, float]:
-    """Run the rank in a process of its own; the seconds of its phases."""
+    """Run the rank in its own process; return the seconds of its phases."""
     seconds: dict[str, float] = {}
 
     def take(line: Mapping[str, Any]) -> None:
@@ -227,48 +227,48 @@ def rehearse(
     nvme_path: str | None = None,
     compute: bool = False,
     on_metrics: OnMetrics = lambda _: None,
-    on_stage: OnStage = lambda _: None,
+    on_message: OnMessage = lambda _: None,
 ) -> tuple[Rehearsal, Path]:
     """Run one rank of a plan alone on this machine and measure its memory.
 
     Args:
         plan_folder: as `translution plan` writes it.
-        rank: of the planned world.
-        layers: run a model of so many layers, and one of a layer less, and extrapolate; None runs all.
-        run: the run folder to make; None takes the plan folder's next ``runs/NNN``.
-        nvme_path: a folder of this machine instead of the plan's.
-        compute: compute the matrix products too.
+        rank: number of the rank in the planned world.
+        layers: run a model with this number of layers and one with a layer less, and extrapolate; None runs all layers.
+        run: the run folder to make; None makes the plan folder's next ``runs/NNN``.
+        nvme_path: an NVMe folder of this machine, instead of the plan's.
+        compute: whether to compute matrix products instead of only allocating their results.
         on_metrics: called with a mapping when a phase begins.
-        on_stage: called with a line for people when something slow begins.
+        on_message: called with a line of text when something slow begins.
 
     Returns:
-        What was found, and the run folder that holds it.
+        The result, and the run folder that holds it.
 
     Raises:
-        InputError: for a bad argument, or a machine with too little room.
+        InputError: for an invalid argument, or if the machine's memory or drive is too small.
         RunFailedError: if the rank did not finish.
     """
     plan = _with_nvme_path(load_plan(plan_folder), nvme_path)
-    whole = layers is None or layers == plan.model.depth
+    all_layers = layers is None or layers == plan.model.depth
     shown = plan if layers is None else with_layers(plan, layers)
     check(shown, rank)
     run = new_run_folder(plan_folder, run)
     if ops_of(plan):
-        on_stage("preparing DeepSpeed's ops for offload, which the first run compiles in some minutes")
+        on_message("preparing DeepSpeed's ops for offload; the first run compiles them, which takes minutes")
         prepare_ops(ops_of(plan), environment(plan, rank, compute=compute), run / LOG)
     measured: dict[int, MemoryMeasurement] = {}
     seconds: dict[int, dict[str, float]] = {}
-    for part in [shown] if whole else [shown, _cut(plan, shown.model.depth - 1)]:
+    for part in [shown] if all_layers else [shown, _cut(plan, shown.model.depth - 1)]:
         count = part.model.depth
-        on_stage(f"rehearsing rank {rank} of {plan.cluster.world_size} with {format_layers(count)}")
-        folder = run if whole else run / f"layers_{count}"
+        on_message(f"rehearsing rank {rank} of {plan.cluster.world_size} with {format_layers(count)}")
+        folder = run if all_layers else run / f"layers_{count}"
         folder.mkdir(exist_ok=True)
-        write_text(folder / PLAN, part.model_dump_json(indent=2) + "\n")
+        write_text(folder / PLAN_FILE, part.model_dump_json(indent=2) + "\n")
         make_run_folders(folder, folder)
         seconds[count] = _run(part, rank, folder, compute=compute, on_metrics=on_metrics)
         measured[count] = _measured(folder, rank)
     groups = {count: largest_sub_group(_cut(plan, count)) for count in (*measured, plan.model.depth)}
-    found = measured[shown.model.depth] if whole else extrapolate(measured, groups, plan.model.depth)
+    found = measured[shown.model.depth] if all_layers else extrapolate(measured, groups, plan.model.depth)
     rehearsal = Rehearsal(
         plan=f"{plan.model.name} on {plan.cluster.name}",
         rank=rank,

@@ -1,11 +1,16 @@
-"""Full Translution against its low-rank form and attention: what each costs, and the least cluster that trains it."""
+"""`compare`: what full Translution, α-Translution and attention cost, and the smallest cluster that trains each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from ..common.schema import Schema, stored_as
+from pydantic import TypeAdapter
+
+from ..common.errors import MissingPackageError
+from ..common.schema import Schema, stored_as, validate
+from ..config.loading import load_model
 from ..config.model import ModelSpec, VitSpec, override
 from ..config.training import DTYPE_BYTES, TrainingSpec
 from ..costs.flops import count_flops
@@ -22,69 +27,97 @@ from ..search.searcher import Searcher
 from ..simulator.network.ops import DtypeSizes
 
 ALPHA_RANKS = (4, 8, 16, 32, 64)
-MOST_NODES = 512
-NODES = (1, 2, 8)
-"""Numbers of nodes of which it is said how large a model may be."""
+MAX_COMPARED_NODES = 512
+THRESHOLD_NODES = (1, 2, 8)
+"""Numbers of nodes for which `thresholds` finds the largest model."""
+if TYPE_CHECKING:
+    import pandas
+
 Axis: TypeAlias = Literal["width", "tokens", "depth"]
 AXES: tuple[Axis, ...] = ("width", "tokens", "depth")
+_TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
 NO_OFFLOAD = SearchConstraints(offload="none")
 
 
 class ComparisonRow(Schema):
-    """One operator in one model."""
+    """Costs of a model with one operator."""
 
     model: str
     operator: str
     alpha_rank: int | None
-    """c1 = c2; null for other operators."""
+    """Rank c1 = c2 of α-Translution; null for other operators."""
     parameters: int
     training_flops: int
-    """Per sample, forward and backward."""
+    """FLOPs per sample, forward and backward."""
     states_bytes: int
-    """Parameters, gradients, master copy and moments over all ranks."""
+    """Bytes of parameters, gradients, master copy and moments over all ranks."""
     saved_bytes: int = stored_as("kept_bytes")
-    """Kept for backward by one sample."""
+    """Bytes that the forward pass of one sample saves for backward."""
     floor_bytes: int
-    """The least that ZeRO-3 needs whole on every rank."""
+    """Bytes of full tensors that ZeRO-3 needs at least on every rank."""
     cluster: str | None
-    """The smallest that trains it without offload; null if none up to 512 nodes does."""
+    """Smallest cluster that trains it without offload; null if none up to 512 nodes does."""
     offload_cluster: str | None
-    """The smallest with states or parameters on the host."""
+    """Smallest cluster that trains it with states or parameters on the host."""
     ranks: int | None
-    """Of the former."""
+    """Ranks of ``cluster``."""
     sample_s: float | None
-    """Predicted there, by its best plan."""
-
-
-class ScalePoint(Schema):
-    """One operator at one size along an axis."""
-
-    axis: Axis
-    value: int
-    """Model width, tokens per sample, or layers."""
-    operator: str
-    states_bytes: int
-    saved_bytes: int = stored_as("kept_bytes")
+    """Predicted seconds per sample of the best plan on ``cluster``."""
 
 
 class Threshold(Schema):
-    """The largest size along an axis that so many nodes train without offload."""
+    """Largest size along an axis that a number of nodes trains without offload."""
 
     axis: Axis
     operator: str
     nodes: int
     largest: int | None
-    """Null if not even the smallest does."""
+    """Null if not even the smallest size fits."""
+
+
+class Comparison(Schema):
+    """Costs of models with every compared operator, on clusters of one GPU."""
+
+    gpu: str
+    precision: str
+    rows: tuple[ComparisonRow, ...]
+    thresholds: tuple[Threshold, ...]
+    """For the first model: the largest size along each axis that one, two and eight nodes train."""
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the rows as a table with one column per field.
+
+        Raises:
+            MissingPackageError: if pandas is not installed.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise MissingPackageError("pandas is missing: pip install 'translution-scale[report]'") from None
+        return pandas.DataFrame([row.model_dump() for row in self.rows])
+
+
+class ScalePoint(Schema):
+    """Memory of a model with one operator at one size along an axis."""
+
+    axis: Axis
+    value: int
+    """Model width, tokens per sample, or number of layers."""
+    operator: str
+    states_bytes: int
+    saved_bytes: int = stored_as("kept_bytes")
 
 
 def state_bytes_per_parameter(training: TrainingSpec) -> int:
-    """Parameter, accumulated gradient, master copy and moments."""
+    """Bytes per parameter of the parameter, accumulated gradient, master copy and moments."""
     wide, site = widths(training)
     return training.dtype_bytes + DTYPE_BYTES[training.accumulation_dtype] + wide + site * moments(training)
 
 
-def operators(spec: ModelSpec, alpha_ranks: Sequence[int] = ALPHA_RANKS) -> Iterator[tuple[str, int | None, ModelSpec]]:
-    """The compared models: name, rank and spec."""
+def compared_models(
+    spec: ModelSpec, alpha_ranks: Sequence[int] = ALPHA_RANKS
+) -> Iterator[tuple[str, int | None, ModelSpec]]:
+    """Yield the compared models: operator in words, rank, spec."""
     base = override(spec, operator="translution", relative_layers="all", rotary=False)
     yield "full Translution", None, base
     for rank in alpha_ranks:
@@ -92,8 +125,8 @@ def operators(spec: ModelSpec, alpha_ranks: Sequence[int] = ALPHA_RANKS) -> Iter
     yield "attention", None, override(base, operator="attention")
 
 
-def clusters(gpu: str) -> Iterator[ClusterSpec]:
-    """Ever larger clusters of a GPU: parts of a node, then twice as many nodes each time.
+def growing_clusters(gpu: str) -> Iterator[ClusterSpec]:
+    """Yield larger and larger clusters of a GPU: parts of a node, then powers of two of full nodes.
 
     Raises:
         InputError: for an unknown GPU.
@@ -105,7 +138,7 @@ def clusters(gpu: str) -> Iterator[ClusterSpec]:
         yield named_cluster(f"{count}x{name}")
         count *= 2
     nodes = 1
-    while nodes <= MOST_NODES:
+    while nodes <= MAX_COMPARED_NODES:
         yield named_cluster(f"{nodes}x{whole}x{name}")
         nodes *= 2
 
@@ -113,29 +146,29 @@ def clusters(gpu: str) -> Iterator[ClusterSpec]:
 def smallest_cluster(
     spec: ModelSpec, gpu: str, training: TrainingSpec, constraints: SearchConstraints
 ) -> ClusterSpec | None:
-    """The first of `clusters` that trains a model with one sample per rank; None if none does."""
-    for cluster in clusters(gpu):
+    """First of `growing_clusters` that trains a model with one sample per rank; None if none does."""
+    for cluster in growing_clusters(gpu):
         if min_utilization(spec, cluster, training, constraints) <= 1:
             return cluster
     return None
 
 
-def compare(
+def comparison_rows(
     spec: ModelSpec, gpu: str, training: TrainingSpec, alpha_ranks: Sequence[int] = ALPHA_RANKS
 ) -> Iterator[ComparisonRow]:
-    """Every operator in a model's place.
+    """Yield the costs of a model with every compared operator.
 
     Args:
         spec: the model; its operator is replaced.
-        gpu: of which the clusters are.
+        gpu: GPU of the clusters.
         training: precision and optimizer.
-        alpha_ranks: c1 = c2 of the low-rank rows.
+        alpha_ranks: ranks c1 = c2 of α-Translution.
 
     Raises:
         InputError: for an unknown GPU, or a rank that does not suit the model.
     """
     sizes = DtypeSizes.of(training.dtype_bytes, "cuda")
-    for name, rank, model in operators(spec, alpha_ranks):
+    for name, rank, model in compared_models(spec, alpha_ranks):
         cluster = smallest_cluster(model, gpu, training, NO_OFFLOAD)
         offload = smallest_cluster(model, gpu, training, SearchConstraints())
         best = None if cluster is None else Searcher(model, cluster, training, NO_OFFLOAD).best()
@@ -158,11 +191,44 @@ def compare(
         )
 
 
+def compare(
+    models: Iterable[ModelSpec | Mapping[str, object] | str | Path],
+    *,
+    gpu: str = "H100",
+    precision: str = "bf16",
+    alpha_ranks: Sequence[int] = ALPHA_RANKS,
+) -> Comparison:
+    """Compare full Translution with α-Translution and attention in the place of each model.
+
+    Args:
+        models: specs, preset names, files or mappings, as `load_model` takes them.
+        gpu: GPU of the clusters.
+        precision: dtype of training: fp32, bf16 or fp16.
+        alpha_ranks: ranks c1 = c2 of α-Translution.
+
+    Raises:
+        InputError: for an unknown name, a bad value, or a rank that does not suit a model.
+    """
+    specs = [load_model(model) for model in models]
+    training = validate(_TRAINING, {"precision": precision, "data": "synthetic"}, "compare", ())
+    return Comparison(
+        gpu=gpu,
+        precision=precision,
+        rows=tuple(row for spec in specs for row in comparison_rows(spec, gpu, training, alpha_ranks)),
+        thresholds=tuple(limit for spec in specs[:1] for limit in thresholds(spec, gpu, training)),
+    )
+
+
 def scaled(spec: ModelSpec, axis: Axis, step: int) -> tuple[int, ModelSpec]:
-    """A model at one size along an axis: heads, patches along a side (or 64 tokens), or layers.
+    """Resize a model along an axis.
+
+    Args:
+        spec: the model.
+        axis: what changes.
+        step: heads (width), patches along a side or multiples of 64 tokens (tokens), or layers (depth).
 
     Returns:
-        The value on the axis, and the model.
+        The value on the axis (model width, tokens or layers), and the resized model.
     """
     if axis == "width":
         model = override(spec, heads=step, dim=step * spec.head_dim)
@@ -177,7 +243,7 @@ def scaled(spec: ModelSpec, axis: Axis, step: int) -> tuple[int, ModelSpec]:
 
 
 def _steps(spec: ModelSpec, axis: Axis) -> list[int]:
-    """Sizes from an eighth to four times the model's."""
+    """Steps of `scaled` from an eighth to four times the model's own size."""
     own = {
         "width": spec.heads,
         "depth": spec.depth,
@@ -186,10 +252,10 @@ def _steps(spec: ModelSpec, axis: Axis) -> list[int]:
     return sorted({max(1, round(own * factor)) for factor in (0.125, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)})
 
 
-def scale(spec: ModelSpec, training: TrainingSpec, alpha_rank: int = 16) -> Iterator[ScalePoint]:
-    """Memory against width, tokens and depth, for full Translution, its low-rank form and attention."""
+def scale_points(spec: ModelSpec, training: TrainingSpec, alpha_rank: int = 16) -> Iterator[ScalePoint]:
+    """Yield the memory at every size along width, tokens and depth, for each of three operators."""
     sizes = DtypeSizes.of(training.dtype_bytes, "cuda")
-    for name, _, model in operators(spec, (alpha_rank,)):
+    for name, _, model in compared_models(spec, (alpha_rank,)):
         for axis in AXES:
             for step in _steps(spec, axis):
                 value, larger = scaled(model, axis, step)
@@ -199,21 +265,23 @@ def scale(spec: ModelSpec, training: TrainingSpec, alpha_rank: int = 16) -> Iter
 
 
 def thresholds(spec: ModelSpec, gpu: str, training: TrainingSpec, axes: Sequence[Axis] = AXES) -> Iterator[Threshold]:
-    """Where full Translution starts to need more than one node, two, eight.
+    """Yield the largest full Translution that one, two and eight nodes train without offload.
 
     Args:
         spec: the model.
-        gpu: of which the nodes are.
+        gpu: GPU of the nodes.
         training: precision and optimizer.
-        axes: along which it grows.
+        axes: axes along which the model grows.
 
     Raises:
         InputError: for an unknown GPU.
     """
-    whole = [cluster for cluster in clusters(gpu) if cluster.nodes in NODES and _is_whole(cluster)]
-    _, _, model = next(operators(spec))
+    full_nodes = [
+        cluster for cluster in growing_clusters(gpu) if cluster.nodes in THRESHOLD_NODES and _has_full_nodes(cluster)
+    ]
+    _, _, model = next(compared_models(spec))
     for axis in axes:
-        for cluster in whole:
+        for cluster in full_nodes:
 
             def fits(step: int, axis: Axis = axis, cluster: ClusterSpec = cluster) -> bool:
                 return min_utilization(scaled(model, axis, step)[1], cluster, training, NO_OFFLOAD) <= 1
@@ -223,6 +291,6 @@ def thresholds(spec: ModelSpec, gpu: str, training: TrainingSpec, axes: Sequence
             yield Threshold(axis=axis, operator="full Translution", nodes=cluster.nodes, largest=largest)
 
 
-def _is_whole(cluster: ClusterSpec) -> bool:
+def _has_full_nodes(cluster: ClusterSpec) -> bool:
     _, known = find_gpu(cluster.gpu or "")
     return cluster.ranks_per_node == int(catalog().nodes[known.node].gpus.value)

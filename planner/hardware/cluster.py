@@ -192,32 +192,50 @@ def named_cluster(name: str) -> ClusterSpec:
     return validate(_CLUSTER, data, f"cluster {name!r}", _FIELDS)
 
 
-def _described_cluster(path: Path) -> ClusterSpec:
-    """The cluster of a file: the base's fields, those of its GPU, and on top the file's own."""
-    data = read_mapping(path)
+def _described_cluster(data: object, what: str, name: str) -> ClusterSpec:
+    """Build a cluster from a mapping: the base's fields, then its GPU's, then the mapping's own.
+
+    Args:
+        data: the content of a cluster file.
+        what: opens an error line.
+        name: the cluster's name if the mapping gives a base but no name.
+    """
     if not isinstance(data, Mapping):
-        return validate(_CLUSTER, data, str(path), _FIELDS)
+        return validate(_CLUSTER, data, what, _FIELDS)
     own, start = dict(data), {}
     if "base" in own:
         base = own.pop("base")
         if not isinstance(base, str) or Path(base).suffix in SPEC_SUFFIXES:
-            raise InputError(f"{path}: base: {base!r} is not allowed: must be the name of a cluster, such as 2x8xH100")
-        start = named_cluster(base).model_dump() | {"name": path.stem}
+            raise InputError(f"{what}: base: {base!r} is not allowed: must be the name of a cluster, such as 2x8xH100")
+        start = named_cluster(base).model_dump() | {"name": name}
     if isinstance(own.get("gpu"), str):
-        own["gpu"], gpu = find_gpu(own["gpu"], str(path))
+        own["gpu"], gpu = find_gpu(own["gpu"], what)
         start |= _gpu_fields(own["gpu"], gpu)
     if isinstance(own.get("gpu_constants"), Mapping):
-        own["gpu_constants"] = read_overrides(own["gpu_constants"], f"{path}: gpu_constants")
-    return validate(_CLUSTER, start | own, str(path), ("base", *_FIELDS))
+        own["gpu_constants"] = read_overrides(own["gpu_constants"], f"{what}: gpu_constants")
+    return validate(_CLUSTER, start | own, what, ("base", *_FIELDS))
 
 
-def load_cluster(name_or_path: str) -> ClusterSpec:
-    """The cluster that a name or a YAML or JSON file describes.
+def load_cluster(source: ClusterSpec | Mapping[str, object] | str | Path) -> ClusterSpec:
+    """Return a cluster spec.
+
+    Args:
+        source: a name (``"8xH100"``, ``"2xdgx-h100"``, ``"cpu:2"``), a YAML or JSON file, a mapping with the file's
+            content, or a spec.
 
     Raises:
         InputError: for an unknown name, GPU or node, more CPU ranks than cores, or a bad file.
     """
-    path = Path(name_or_path)
+    if isinstance(source, ClusterSpec):
+        return source
+    if isinstance(source, Mapping):
+        return _described_cluster(source, "cluster", "custom")
+    path = Path(source)
     if path.suffix in SPEC_SUFFIXES:
-        return _described_cluster(path)
-    return named_cluster(name_or_path)
+        return _described_cluster(read_mapping(path), str(path), path.stem)
+    return named_cluster(str(source))
+
+
+def unbounded_cluster(ranks: int, gpu: str = "H100") -> ClusterSpec:
+    """One node of ``ranks`` GPUs with unlimited memory, to estimate memory before a cluster is chosen."""
+    return ClusterSpec(name="any", gpu=gpu, ranks_per_node=ranks, device_memory_bytes=2**60)

@@ -74,7 +74,10 @@ def describe_item(name: str, config: EngineConfig) -> tuple[str, str]:
             "runtime/comm/coalesced_collectives.py:102",
         ),
         names.OPTIMIZER_TEMPORARIES: (f"tensors that {training.optimizer} makes to update a sub-group", "torch/optim"),
-        names.CONSTRUCTION_TENSORS: ("tensors in fp32 as they are made, and copies that become states", f"{_PARTITION}:266"),
+        names.CONSTRUCTION_TENSORS: (
+            "tensors in fp32 as they are made, and copies that become states",
+            f"{_PARTITION}:266",
+        ),
         names.OFFLOAD_COPIES: ("the share of parameters, and the largest gradient twice", f"{_ZERO12}:700"),
     }
     return texts.get(name, (name, "planner"))

@@ -1,4 +1,4 @@
-"""Build a plan without a search: choose the knobs, check it, predict its memory and time."""
+"""Build a plan without a search: choose default knobs, check the combination, predict memory and time."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal
 from ..common.errors import InputError, nearest
 from ..config.model import ModelSpec
 from ..config.training import TrainingSpec
-from ..config.zero import ZeroSpec
 from ..costs.parameters import table_entries
 from ..deepspeed.config import check_training_state
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import estimate_memory
+from ..run_config import RunConfig
 from ..timing.step_time import estimate_step_time
 from .defaults import OFFLOAD, choose_tile, choose_zero, override_zero
 from .plan import Plan, version
-from .validation import _check_room, check_data
+from .validation import check_capacity, check_data
 
 
 def make_plan(
@@ -31,24 +31,24 @@ def make_plan(
     offload_ratio: float = 1.0,
     zero_overrides: Mapping[str, object] | None = None,
 ) -> Plan:
-    """Choose the knobs and predict the memory of each rank.
+    """Build a plan with a given ZeRO stage and offload mode and default knobs.
 
     Args:
         spec: the model.
-        cluster: where it runs.
+        cluster: the cluster it runs on.
         training: how it trains.
         stage: the ZeRO stage.
-        tile_relations: relations per tile; None chooses.
-        offload: what leaves the device, and for where.
-        nvme_path: a folder on every node's NVMe drive.
-        offload_ratio: share of the optimizer's sub-groups that leave the device.
-        knobs: fields of `ZeroSpec` to set otherwise than chosen; those of its offloads as
+        tile_relations: relations per tile; None chooses a size.
+        offload: offload mode, one of `OFFLOAD`.
+        nvme_path: a folder on every node's NVMe drive, for the nvme modes.
+        offload_ratio: fraction of the optimizer's sub-groups that are offloaded.
+        zero_overrides: fields of `ZeroSpec` that replace the default knobs; a field of an offload section is written
             ``offload_optimizer.buffer_count``.
 
     Raises:
-        InputError: if the data does not suit the model, the tile is out of range, or DeepSpeed
-            does not run the combination of optimizer, dtypes and offload.
-        DoesNotFitError: if a rank's device or a node's host has less memory than predicted.
+        InputError: if the data does not suit the model, the tile size is out of range, or DeepSpeed does not support
+            the combination of optimizer, dtypes and offload.
+        DoesNotFitError: if the prediction exceeds the memory of a rank's device or of a node's host.
     """
     check_data(spec, training, training.global_batch(cluster.world_size))
     if offload not in OFFLOAD:
@@ -65,35 +65,27 @@ def make_plan(
     if zero_overrides:
         zero = override_zero(zero, zero_overrides)
     check_training_state(training, zero, cluster.device)
-    plan = complete_plan(spec, cluster, training, zero, tile_relations)
-    _check_room(plan)
+    plan = predict_plan(RunConfig(spec, cluster, training, zero, tile_relations))
+    check_capacity(plan)
     return plan
 
 
-def complete_plan(
-    spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, zero: ZeroSpec, tile_relations: int | None
-) -> Plan:
-    """A plan whose knobs are all chosen, with what it is predicted to need.
+def predict_plan(run: RunConfig) -> Plan:
+    """Return the plan of a complete run configuration, with its predicted memory and time.
 
-    Args:
-        spec: the model.
-        cluster: where it runs.
-        training: how it trains.
-        zero: the stage, its knobs and offload.
-        tile_relations: relations per tile; None keeps tables whole.
+    The time is None if the cluster lacks a rate.
     """
     try:
-        time = estimate_step_time(spec, cluster, training, zero, tile_relations)
+        time = estimate_step_time(run)
     except InputError:
-        # A cluster whose rates nobody gave.
         time = None
     return Plan(
         made_by=f"translution-scale {version()}",
-        model=spec,
-        cluster=cluster,
-        training=training,
-        zero=zero,
-        tile_relations=tile_relations,
-        prediction=estimate_memory(spec, cluster, training, zero, tile_relations),
+        model=run.model,
+        cluster=run.cluster,
+        training=run.training,
+        zero=run.zero,
+        tile_relations=run.tile_relations,
+        prediction=estimate_memory(run),
         time=time,
     )

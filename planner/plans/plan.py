@@ -1,4 +1,4 @@
-"""A plan: a model, a cluster, how to train it there, and what that is predicted to need."""
+"""`Plan`: a run configuration with its predicted memory and time, as ``plan.json`` stores it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from ..config.zero import ZeroSpec
 from ..deepspeed.config import deepspeed_config
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import MemoryEstimate
+from ..run_config import RunConfig
+from ..timing.run_cost import RunCost, run_cost
 from ..timing.step_time import StepTime
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -25,11 +27,11 @@ DEEPSPEED_VERSION, TORCH_VERSION = "0.19.8", "2.13"
 
 
 class Plan(Schema):
-    """Everything a run needs, and its prediction. ``schema_version`` rises when a field changes meaning."""
+    """Everything a run needs, and its prediction. ``schema_version`` increases when a field changes its meaning."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     made_by: str
-    """The distribution and version that made it."""
+    """Distribution and version that wrote the plan."""
     model: ModelSpec
     cluster: ClusterSpec
     training: TrainingSpec
@@ -38,31 +40,65 @@ class Plan(Schema):
     """Relations per tile of a table; null keeps tables whole."""
     prediction: MemoryEstimate
     time: StepTime | None = None
-    """Predicted, where the cluster's rates are known."""
+    """Predicted time of a step; null if the cluster lacks a rate."""
     deepspeed_version: str = DEEPSPEED_VERSION
     torch_version: str = TORCH_VERSION
-    """What the knobs and the predictions were made for."""
+    """Versions that the knobs and predictions were made for."""
+
+    @property
+    def run_config(self) -> RunConfig:
+        """Model, cluster, training, ZeRO and tile size."""
+        return RunConfig(self.model, self.cluster, self.training, self.zero, self.tile_relations)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.cluster.world_size
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one optimizer step over all ranks."""
+        return self.training.global_batch(self.world_size)
+
+    @property
+    def run_cost(self) -> RunCost | None:
+        """Time, GPU-hours and price of all steps; None if the time of a step is unknown."""
+        return None if self.time is None else run_cost(self.time, self.cluster, self.training)
 
     def deepspeed_config(self) -> dict[str, Any]:
-        """The content of ``ds_config.json``."""
-        return deepspeed_config(self.training, self.zero, self.cluster.world_size)
+        """Return the content of ``ds_config.json``."""
+        return deepspeed_config(self.training, self.zero, self.world_size)
+
+    def write(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write the plan folder: ``plan.json``, ``ds_config.json``, launch scripts and a README.
+
+        Args:
+            folder: the folder to create.
+            force: write into an existing plan folder; its runs stay as they are.
+
+        Raises:
+            InputError: if the folder exists and ``force`` is false, is no plan folder, or cannot be written.
+        """
+        from .folder import write_plan_folder
+
+        write_plan_folder(self, Path(folder), force=force)
 
 
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
 
 
 def version() -> str:
-    """The installed version of the distribution."""
+    """Return the installed version of the distribution."""
     return importlib.metadata.version("translution-scale")
 
 
-def load_plan(folder: Path) -> Plan:
-    """The plan of a plan folder or run folder.
+def load_plan(folder: str | Path) -> Plan:
+    """Read the plan of a plan folder or a run folder.
 
     Raises:
-        InputError: if there is none, it is damaged, or a newer version wrote it.
+        InputError: if the folder holds no plan, the plan is damaged, or a newer version wrote it.
     """
-    path = folder / PLAN_FILE
+    path = Path(folder) / PLAN_FILE
     try:
         text = path.read_bytes()
     except OSError:
@@ -79,7 +115,7 @@ def load_plan(folder: Path) -> Plan:
 
 
 def _newer_schema(text: bytes) -> int | None:
-    """The version of a plan that this toolkit does not know yet; None for any other."""
+    """Return the schema version if it is newer than this toolkit knows, else None."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Checks of a plan: data that suits the model, and room on the cluster."""
+"""Checks of a plan: the data suits the model, and the predicted memory fits the cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ def _check_augmentation(spec: ModelSpec, training: TrainingSpec) -> None:
 
 
 def check_data(spec: ModelSpec, training: TrainingSpec, global_batch: int) -> None:
-    """Refuse data or augmentation that does not suit the model, or more samples in a step than there are.
+    """Check that data and augmentation suit the model, and that the data set has enough samples for a step.
+
+    Args:
+        spec: the model.
+        training: names the data and the augmentation.
+        global_batch: samples of one optimizer step over all ranks.
 
     Raises:
         InputError: naming the field.
@@ -37,29 +42,32 @@ def check_data(spec: ModelSpec, training: TrainingSpec, global_batch: int) -> No
         check_kind(spec, training.evaluation_data, training.digit_pixels, "evaluation_data")
 
 
-def _check_room(plan: Plan) -> None:
-    """Refuse what a rank's device or a node's host memory has no room for."""
-    spec, cluster, training, zero, prediction = plan.model, plan.cluster, plan.training, plan.zero, plan.prediction
-    tile_relations = plan.tile_relations
-    subject = f"{spec.name} does not fit on {cluster.name} with ZeRO-{zero.stage}"
+def check_capacity(plan: Plan) -> None:
+    """Check that the predicted memory fits the cluster.
+
+    Raises:
+        DoesNotFitError: if it exceeds the memory of a rank's device or of a node's host.
+    """
+    cluster, zero, prediction, tile_relations = plan.cluster, plan.zero, plan.prediction, plan.tile_relations
+    subject = f"{plan.model.name} does not fit on {cluster.name} with ZeRO-{zero.stage}"
     if prediction.peak_bytes > cluster.device_memory_bytes:
-        floor = gathered_floor_bytes(spec, training, tile_relations)
+        floor = gathered_floor_bytes(plan.model, plan.training, tile_relations)
         if zero.stage == 3 and tile_relations and floor > cluster.device_memory_bytes:
             smaller = tile_relations * cluster.device_memory_bytes // (2 * floor)
             advice = f"tile_relations: {max(1, smaller)}" if smaller else "a narrower model"
             raise DoesNotFitError(
-                f"{subject}: a tile of {tile_relations} relations and its gradients take {format_bytes(floor)}, "
-                f"whole, on every rank; a rank has {format_bytes(cluster.device_memory_bytes)}: take {advice}"
+                f"{subject}: every rank gathers a full tile of {tile_relations} relations, with its gradients "
+                f"{format_bytes(floor)}; a rank has {format_bytes(cluster.device_memory_bytes)}: use {advice}"
             )
         raise DoesNotFitError(
             f"{subject}: needs {format_bytes(prediction.peak_bytes)} per rank, of which "
             f"{format_bytes(prediction.resident_bytes)} are states; a rank has "
-            f"{format_bytes(cluster.device_memory_bytes)}: take more ranks, offload, a higher stage or a smaller "
+            f"{format_bytes(cluster.device_memory_bytes)}: use more ranks, offload, a higher stage or a smaller "
             "micro-batch"
         )
     host = prediction.host_bytes * cluster.ranks_per_node
     if cluster.device == "cuda" and host > cluster.host_memory_bytes:
         raise DoesNotFitError(
             f"{subject}: needs {format_bytes(host)} of host memory per node; "
-            f"a node has {format_bytes(cluster.host_memory_bytes)}: take more nodes or other offload"
+            f"a node has {format_bytes(cluster.host_memory_bytes)}: use more nodes or another offload mode"
         )

@@ -1,4 +1,4 @@
-"""What would do where no plan fits, cheapest first: nodes, host memory or NVMe, a smaller input, a hybrid."""
+"""Advice where no plan fits, cheapest fix first: more nodes, host memory or NVMe, a smaller input, a hybrid model."""
 
 from __future__ import annotations
 
@@ -11,114 +11,108 @@ from ..common.schema import Schema
 from ..common.units import format_bytes, format_count
 from ..config.model import GptSpec, ModelSpec, VitSpec, override
 from ..config.training import TrainingSpec
-from ..config.zero import ZeroSpec
 from ..costs.parameters import TABLES, count_parameters, table_entries
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import estimate_memory
 from ..memory.upper_bound import bound_memory
 from ..plans.defaults import choose_zero
+from ..run_config import RunConfig
 from .candidate import Capacity, with_nodes, writes_to_nvme
 from .constraints import SearchConstraints
 from .searcher import REPLAY_TOLERANCE, REPLAYS, Searcher
-from .space import strategies, tiles
+from .space import list_strategies, tiles
 
-MOST_NODES = 4096
-ALPHA_RANKS = (64, 32, 16, 8, 4)
-SOMEWHERE = "/nvme"
-"""Stands for the path of a drive that is not there yet."""
+MAX_ADVISED_NODES = 4096
+HYBRID_RANKS = (64, 32, 16, 8, 4)
+"""Ranks c1 = c2 of the α-Translution layers of a hybrid."""
+HYPOTHETICAL_PATH = "/nvme"
+"""Placeholder for the path of a drive that the cluster does not have yet."""
 
 
 class Advice(Schema):
-    """One thing that would do."""
+    """One change that makes a plan fit."""
 
     kind: str
-    """nodes, host memory, NVMe, input, width, tile or hybrid."""
+    """What changes: nodes, host memory, NVMe, input, width, tile or hybrid."""
     text: str
+    """The change in words."""
     changes: dict[str, object] = Field(default_factory=dict)
-    """Fields of the model that it changes."""
+    """Fields of the model spec that change."""
 
 
 class HybridRow(Schema):
-    """A hybrid that fits: some layers full, the rest low-rank or attention."""
+    """A hybrid model that fits: some layers are full Translution, the others α-Translution or attention."""
 
     full_layers: int
+    """Number of full layers."""
     rest: str
+    """Operator of the other layers."""
     c1: int | None
-    """The rank of the rest, c1 = c2; null for attention."""
+    """Rank c1 = c2 of the other layers; null for attention."""
     parameters: int
+    """Parameters of the hybrid model."""
     full_parameters: int
-    """Of the full layers' tables."""
+    """Parameters of the full layers' tables."""
     changes: dict[str, object]
-    """Fields of the model that make it."""
+    """Fields of the model spec that make the hybrid."""
 
 
 def min_utilization(
-    spec: ModelSpec,
-    cluster: ClusterSpec,
-    training: TrainingSpec,
-    constraints: SearchConstraints,
-    *,
-    only: str | None = None,
+    spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, constraints: SearchConstraints
 ) -> float:
-    """How full the fullest memory is at least, with one sample per rank; once at most 1, it may be less still.
+    """Lowest utilization at micro-batch 1; stops at the first setup that fits, so a value ≤ 1 is an upper bound.
 
     Args:
         spec: the model.
-        cluster: the nodes there are.
+        cluster: all available nodes.
         training: precision and optimizer.
-        wishes: what is decided; the batch is left out of account.
-        only: a mode of offload to which the families are bound.
+        constraints: what the user fixes; the batch is ignored unless the micro-batch is fixed.
     """
     capacity = Capacity.of(cluster, constraints.headroom)
     one = training.model_copy(update={"micro_batch": constraints.micro_batch or 1, "gradient_accumulation_steps": 1})
-    usages = sorted(
+    setups = sorted(
         (
-            (capacity.peak_utilization(bound_memory(mode, cluster, one, zero, tile)), mode, zero, tile)
-            for mode, zero, tile in _minimal_setups(spec, cluster, one, constraints, only)
+            (capacity.peak_utilization(bound_memory(run)), run)
+            for run in _minimal_setups(spec, cluster, one, constraints)
         ),
         key=lambda entry: entry[0],
     )
-    if not usages:
+    if not setups:
         return float("inf")
-    # What the closed forms refuse by little may fit all the same: replays are exact.
-    nearly = [entry for entry in usages if entry[0] <= REPLAY_TOLERANCE][:REPLAYS]
-    if usages[0][0] <= 1 or not nearly:
-        return usages[0][0]
-    # What a rank holds does not depend on what a node could hold: under one name it is replayed once.
-    alike = cluster.model_copy(update={"host_memory_bytes": 1, "nvme_bytes": None})
-    least = float("inf")
-    for _, mode, zero, tile in nearly:
-        least = min(least, capacity.replayed_utilization(estimate_memory(mode, alike, one, zero, tile)))
-        if least <= 1:
+    # A setup that the upper bound rejects by a small margin may still fit when it is simulated.
+    close = [run for utilization, run in setups if utilization <= REPLAY_TOLERANCE][:REPLAYS]
+    if setups[0][0] <= 1 or not close:
+        return setups[0][0]
+    # A rank's memory does not depend on the node's capacity: without it, equal runs share one cached simulation.
+    same = cluster.model_copy(update={"host_memory_bytes": 1, "nvme_bytes": None})
+    lowest = float("inf")
+    for run in close:
+        lowest = min(lowest, capacity.simulated_utilization(estimate_memory(run.replace(cluster=same))))
+        if lowest <= 1:
             break
-    return least
+    return lowest
 
 
 def _minimal_setups(
-    spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, constraints: SearchConstraints, only: str | None
-) -> Iterator[tuple[ModelSpec, ZeroSpec, int | None]]:
-    """The leanest knobs of every family that is worth a look, whole and with checkpointing."""
+    spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, constraints: SearchConstraints
+) -> Iterator[RunConfig]:
+    """The minimal-memory configuration of every strategy and tile size, with and without checkpointing."""
     modes = ("none", "block") if constraints.checkpointing is None else (constraints.checkpointing,)
-    for strategy in strategies(constraints, cluster)[0]:
-        if strategy.ratio < 1 or only not in (None, strategy.offload):
+    world_size = cluster.world_size
+    for strategy in list_strategies(constraints, cluster)[0]:
+        if strategy.ratio < 1:
             continue
-        for tile in tiles(spec, cluster.world_size, strategy.stage, constraints):
-            if not writes_to_nvme(spec, tile, cluster.world_size, training.dtype_bytes, strategy):
+        for tile in tiles(spec, world_size, strategy.stage, constraints):
+            if not writes_to_nvme(spec, tile, world_size, training.dtype_bytes, strategy):
                 continue
-            zero = choose_zero(
-                spec,
-                tile,
-                strategy.stage,
-                cluster.world_size,
-                offload=strategy.offload,
-                nvme_path=constraints.nvme_path,
-            )
+            path = constraints.nvme_path
+            zero = choose_zero(spec, tile, strategy.stage, world_size, offload=strategy.offload, nvme_path=path)
             for mode in modes:
-                yield spec.model_copy(update={"checkpointing": mode}), zero, tile
+                yield RunConfig(spec.model_copy(update={"checkpointing": mode}), cluster, training, zero, tile)
 
 
 def largest_that_fits(fits: Callable[[int], bool], least: int, limit: int) -> int | None:
-    """The largest number from least to limit that fits, where smaller ones fit too; None if the least does not."""
+    """Largest number in [least, limit] that fits; None if ``least`` does not fit. Fitting must be monotonic."""
     if least > limit or not fits(least):
         return None
     low, high = least, least
@@ -133,10 +127,10 @@ def largest_that_fits(fits: Callable[[int], bool], least: int, limit: int) -> in
 
 
 class FixAdvisor:
-    """Looks for what would do.
+    """Finds changes that make a plan fit.
 
     Args:
-        searcher: a search that found nothing.
+        searcher: a finished search without a result.
     """
 
     def __init__(self, searcher: Searcher) -> None:
@@ -152,12 +146,12 @@ class FixAdvisor:
         return min_utilization(spec, cluster or self.cluster, self.training, constraints) <= 1
 
     def all(self) -> tuple[Advice, ...]:
-        """Everything that would do, the cheapest first."""
+        """All advice, cheapest change first."""
         found = [self.tile(), self.host_or_nvme(), self.nodes(), self.smaller_input(), self.narrower()]
         return tuple(advice for advice in found if advice is not None)
 
     def tile(self) -> Advice | None:
-        """A smaller tile, where the user fixed one that is too large."""
+        """A smaller tile, if the user fixed one that is too large."""
         if self.constraints.tile_relations is None:
             return None
         largest = largest_that_fits(
@@ -172,12 +166,12 @@ class FixAdvisor:
         return Advice(kind="tile", text=f"tile_relations {largest} rather than {self.constraints.tile_relations}")
 
     def host_or_nvme(self) -> Advice | None:
-        """Host memory, or a drive, with which this cluster would do."""
+        """The host memory per node, or the NVMe drive, that this cluster needs."""
         if self.constraints.offload is not None:
             return None
         texts = []
         if self.constraints.nvme_path is None:
-            with_drive = self.constraints.model_copy(update={"nvme_path": SOMEWHERE})
+            with_drive = self.constraints.model_copy(update={"nvme_path": HYPOTHETICAL_PATH})
             roomy = self.cluster.model_copy(update={"nvme_bytes": 2**60})
             for known, hint in ((self.cluster, "--nvme-path, a folder on the node's drives"), (roomy, "")):
                 if self._fits(self.spec, known, with_drive):
@@ -192,11 +186,11 @@ class FixAdvisor:
         def fits(gib: int) -> bool:
             return self._fits(self.spec, self.cluster.model_copy(update={"nvme_bytes": gib * 2**30}), constraints)
 
-        # The least that fits is one more than the most that does not.
+        # The smallest size that fits is one more than the largest that does not.
         return format_bytes(((largest_that_fits(lambda gib: not fits(gib), 1, 2**20) or 0) + 1) * 2**30)
 
     def _host(self) -> int | None:
-        """The least memory of a node, in GiB, with which it fits."""
+        """Smallest host memory of a node that fits, in bytes and whole GiB."""
 
         def fits(gib: int) -> bool:
             return self._fits(self.spec, self.cluster.model_copy(update={"host_memory_bytes": gib * 2**30}))
@@ -206,22 +200,23 @@ class FixAdvisor:
         return ((largest_that_fits(lambda gib: not fits(gib), 1, 2**16) or 0) + 1) * 2**30
 
     def nodes(self) -> Advice | None:
-        """The fewest nodes of this kind that do."""
+        """The smallest number of nodes of this kind that fits."""
         if self.cluster.device == "cpu":
             return None
 
         def fits(nodes: int) -> bool:
             return self._fits(self.spec, with_nodes(self.cluster, nodes))
 
-        if not fits(MOST_NODES):
+        if not fits(MAX_ADVISED_NODES):
             return None
         least = (
-            largest_that_fits(lambda nodes: not fits(nodes), self.cluster.nodes, MOST_NODES) or self.cluster.nodes
+            largest_that_fits(lambda nodes: not fits(nodes), self.cluster.nodes, MAX_ADVISED_NODES)
+            or self.cluster.nodes
         ) + 1
         return Advice(kind="nodes", text=f"{least} nodes of {self.cluster.ranks_per_node} ranks")
 
     def smaller_input(self) -> Advice | None:
-        """The longest context, or the largest image, that fits."""
+        """The longest context or the largest image that fits."""
         spec = self.spec
         if isinstance(spec, GptSpec):
             longest = largest_that_fits(lambda length: self._fits(override(spec, context=length)), 1, spec.context)
@@ -245,7 +240,7 @@ class FixAdvisor:
         )
 
     def narrower(self) -> Advice | None:
-        """The widest model of the same depth and width per head that fits."""
+        """The widest model of the same depth and head width that fits."""
         spec = self.spec
         if spec.heads * spec.head_dim != spec.dim:
             return None
@@ -260,15 +255,15 @@ class FixAdvisor:
         return Advice(kind="width", text=text, changes=changes(heads))
 
     def hybrids(self) -> tuple[HybridRow, ...]:
-        """For each form of the rest, the most layers that can stay full Translution; the best row first."""
+        """For each operator of the other layers, the hybrid with the most full layers; best hybrid first."""
         if self.spec.operator != "translution":
             return ()
-        rows = [self._hybrid("alpha", rank) for rank in ALPHA_RANKS] + [self._hybrid("attention", None)]
+        rows = [self._hybrid("alpha", rank) for rank in HYBRID_RANKS] + [self._hybrid("attention", None)]
         found = [row for row in rows if row is not None]
         return tuple(sorted(found, key=lambda row: (-row.full_layers, -row.parameters)))
 
     def _hybrid(self, rest: str, rank: int | None) -> HybridRow | None:
-        """The hybrid with the most full layers; None if not even one can be full."""
+        """The hybrid with the most full layers; None if not even one layer can be full."""
         spec = self.spec
 
         def changes(layers: int) -> dict[str, object]:
@@ -278,7 +273,7 @@ class FixAdvisor:
         try:
             layers = largest_that_fits(lambda count: self._fits(override(spec, **changes(count))), 1, spec.depth - 1)
         except TranslutionError:
-            return None  # Its width does not suit rotary attention.
+            return None  # The head width does not suit rotary attention.
         if layers is None:
             return None
         alone = count_parameters(override(spec, depth=1, relative_layers="all")).components[TABLES]
@@ -293,6 +288,6 @@ class FixAdvisor:
 
 
 def describe_hybrid(row: HybridRow) -> str:
-    """A row in words."""
+    """Describe a hybrid in words."""
     rest = f"α-Translution with c1 = c2 = {row.c1}" if row.c1 else "self-attention"
-    return f"{row.full_layers} full layers, the rest {rest}: {format_count(row.parameters)} parameters"
+    return f"{row.full_layers} full layers, the others {rest}: {format_count(row.parameters)} parameters"

@@ -1,48 +1,47 @@
-"""One candidate of the search, and the capacity that it must fit."""
+"""`Candidate`: one way to train that the search compares; `Capacity`: the memory that it must fit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..common.phases import Tier
 from ..config.model import ModelSpec
-from ..config.training import TrainingSpec
-from ..config.zero import ZeroSpec
 from ..costs.parameters import TABLES, parameter_groups
 from ..deepspeed.config import NVME_BLOCK_BYTES
 from ..hardware.cluster import ClusterSpec
-from ..memory.estimate import BOOKKEEPING_BYTES, MemoryEstimate, estimate_memory
+from ..memory.estimate import BOOKKEEPING_BYTES, MemoryEstimate
 from ..memory.upper_bound import MemoryUpperBound
-from ..plans.build import complete_plan
-from ..plans.plan import Plan
+from ..run_config import RunConfig
 from .constraints import Objective
 from .space import Strategy
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to train."""
+    """One run configuration with its predicted time and an upper bound of its memory."""
 
     strategy: Strategy
-    spec: ModelSpec
-    cluster: ClusterSpec
-    training: TrainingSpec
-    zero: ZeroSpec
-    tile_relations: int | None
+    run: RunConfig
     seconds: float
-    """Of an optimizer step, likely."""
+    """Likely seconds of an optimizer step."""
     bounds: MemoryUpperBound
     peak_utilization: float
-    """The most that any memory would be filled, of what may be."""
+    """Highest utilization over device, host and NVMe by the upper bound; above 1 it does not fit."""
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return self.run.cluster.nodes
 
     @property
     def sample_seconds(self) -> float:
-        """Of one sample."""
-        return self.seconds / self.training.global_batch(self.cluster.world_size)
+        """Likely seconds per sample."""
+        return self.seconds / self.run.global_batch
 
     def cost(self, objective: Objective) -> tuple[float, ...]:
-        """What the objective makes small, then what decides between equals."""
-        nodes, seconds, memory = float(self.cluster.nodes), self.sample_seconds, float(self.bounds.device)
+        """Sort key: what the objective minimizes, then what decides between equals."""
+        nodes, seconds, memory = float(self.nodes), self.sample_seconds, float(self.bounds.device)
         return {
             "time": (seconds, nodes, memory),
             "nodes": (nodes, seconds, memory),
@@ -52,28 +51,35 @@ class Candidate:
 
     @property
     def footprint_key(self) -> tuple[object, ...]:
-        """What candidates of all but the same memory share."""
-        return (self.strategy, self.cluster.nodes, self.training.micro_batch, self.spec.checkpointing, self.zero)
+        """Key shared by candidates with nearly the same footprint: one failed replay rules out the rest."""
+        run = self.run
+        return (self.strategy, self.nodes, run.training.micro_batch, run.model.checkpointing, run.zero)
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a rank may take of each memory of a cluster, and what of it tensors may."""
+    """Bytes that one rank may use of each memory of a cluster."""
 
     device: int
     host: int
-    """Pageable and pinned together."""
+    """Pageable and pinned host memory together."""
     nvme: int | None
     separate: bool
-    """Whether the device is not the host itself."""
+    """True if the device's memory is not host memory."""
     fixed_device: int
-    """What a GPU holds beside torch's tensors; likewise its host."""
+    """Device bytes that a GPU rank holds in addition to torch's tensors."""
     fixed_host: int
+    """Host bytes that a GPU rank holds in addition to torch's tensors."""
     fragmentation: float
 
     @classmethod
     def of(cls, cluster: ClusterSpec, headroom: float) -> Capacity:
-        """With a share of every memory kept free."""
+        """Capacity of a rank of a cluster.
+
+        Args:
+            cluster: the cluster.
+            headroom: fraction of every memory that stays free.
+        """
 
         def usable(size: int) -> int:
             return int(size * (1 - headroom))
@@ -83,43 +89,36 @@ class Capacity:
         device = usable(cluster.device_memory_bytes)
         if overhead is None:
             return cls(device, host, nvme, False, 0, 0, 0.0)
-        fixed = overhead.device_bytes(0), overhead.total(tier="host")
+        fixed = overhead.device_bytes(0), overhead.total(tier=Tier.HOST)
         return cls(device, host, nvme, True, *fixed, overhead.fragmentation.likely)
 
     def device_of(self, bounds: MemoryUpperBound) -> int:
-        """A closed form's device, with what a GPU holds beside torch's tensors."""
+        """Device bytes of an upper bound, with what a GPU holds in addition to torch's tensors."""
         return self.fixed_device + int((bounds.device + BOOKKEEPING_BYTES) / (1 - self.fragmentation))
 
     def host_of(self, bounds: MemoryUpperBound) -> int:
-        """Its host, pageable and pinned."""
+        """Pageable and pinned host bytes of an upper bound."""
         return self.fixed_host + bounds.host + bounds.pinned
 
     def peak_utilization(self, bounds: MemoryUpperBound) -> float:
-        """The fullest memory's share of what it may hold, by a closed form."""
-        return self._fullest(self.device_of(bounds), self.host_of(bounds), bounds.nvme)
+        """Highest utilization over device, host and NVMe of an upper bound; above 1 it does not fit."""
+        return self._highest(self.device_of(bounds), self.host_of(bounds), bounds.nvme)
 
-    def replayed_utilization(self, prediction: MemoryEstimate) -> float:
-        """The same of a ledger."""
+    def simulated_utilization(self, prediction: MemoryEstimate) -> float:
+        """Highest utilization over device, host and NVMe of a simulated estimate; above 1 it does not fit."""
         host = prediction.host_bytes if self.separate else 0
-        return self._fullest(prediction.peak_bytes, host, prediction.highest("nvme"))
+        return self._highest(prediction.peak_bytes, host, prediction.highest(Tier.NVME))
 
-    def _fullest(self, device: float, host: int, nvme: int) -> float:
+    def _highest(self, device: float, host: int, nvme: int) -> float:
         shares = [device / self.device, host / self.host]
         if self.nvme is not None:
             shares.append(nvme / self.nvme)
         return max(shares)
 
 
-def replay_memory(candidate: Candidate) -> MemoryEstimate:
-    """The ledger of a candidate."""
-    return estimate_memory(
-        candidate.spec, candidate.cluster, candidate.training, candidate.zero, candidate.tile_relations
-    )
-
-
 @lru_cache(maxsize=64)
 def with_nodes(cluster: ClusterSpec, nodes: int) -> ClusterSpec:
-    """The same with another number of nodes."""
+    """Return the cluster with another number of nodes, and a name that says so."""
     if nodes == cluster.nodes:
         return cluster
     name = cluster.name.split("x", 1)[1] if cluster.name.startswith(f"{cluster.nodes}x") else cluster.name
@@ -127,18 +126,14 @@ def with_nodes(cluster: ClusterSpec, nodes: int) -> ClusterSpec:
 
 
 @lru_cache(maxsize=1024)
-def writes_to_nvme(spec: ModelSpec, tile: int | None, world_size: int, width: int, strategy: Strategy) -> bool:
-    """Whether a rank's share of a tile is large enough for a file, if the family writes any."""
+def writes_to_nvme(spec: ModelSpec, tile: int | None, world_size: int, dtype_bytes: int, strategy: Strategy) -> bool:
+    """True unless the strategy uses NVMe and every rank's partition of a tile is too small for a file.
+
+    DeepSpeed writes no tensor below `NVME_BLOCK_BYTES` to NVMe.
+    """
     if "nvme" not in strategy.offload:
         return True
-    bytes_each = width if strategy.offload == "nvme" else 4
+    bytes_each = dtype_bytes if strategy.offload == "nvme" else 4
     sizes = [group.numel for group in parameter_groups(spec, tile) if group.component == TABLES]
     largest = max(sizes or [group.numel for group in parameter_groups(spec, tile)])
     return -(-largest // world_size) * bytes_each >= NVME_BLOCK_BYTES
-
-
-def to_plan(candidate: Candidate) -> Plan:
-    """The plan of a candidate."""
-    return complete_plan(
-        candidate.spec, candidate.cluster, candidate.training, candidate.zero, candidate.tile_relations
-    )

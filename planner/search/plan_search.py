@@ -1,30 +1,40 @@
-"""From a model, a cluster and wishes to a plan with its reasons, or to what would do where none fits."""
+"""`plan` finds the best plan of a model on a cluster, with its reasons; `search_plan` does so for validated specs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from ..common.errors import DoesNotFitError
-from ..common.schema import Schema
+from pydantic import TypeAdapter
+
+from ..common.errors import DoesNotFitError, InputError, nearest
+from ..common.schema import validate
+from ..config.loading import load_model
 from ..config.model import ModelSpec
 from ..config.training import TrainingSpec
-from ..hardware.cluster import ClusterSpec
-from ..plans.plan import Plan
-from ..timing.step_time import StepTime
+from ..hardware.cluster import ClusterSpec, load_cluster
 from .advice import Advice, FixAdvisor, HybridRow
-from .constraints import SearchConstraints
+from .constraints import SearchConstraints, resolve_global_batch
 from .explain import SearchResult, StrategyVerdict, explain, strategy_verdicts
-from .searcher import Searcher, resolve_global_batch
+from .searcher import Searcher
+
+_TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
+_CONSTRAINTS: TypeAdapter[SearchConstraints] = TypeAdapter(SearchConstraints)
+_TRAINING_FIELDS = tuple(TrainingSpec.model_fields)
+_CONSTRAINT_FIELDS = tuple(SearchConstraints.model_fields)
+_OTHER_NAMES = {"accumulation": "gradient_accumulation_steps"}
 
 
 class NoPlanFits(DoesNotFitError):  # noqa: N818  # the name that users catch
-    """No plan fits.
+    """No plan fits the cluster.
 
     Args:
-        text: one line.
-        families: what was tried, each with the reason against it.
-        advice: what would do, the cheapest first.
-        hybrids: models that would fit with some layers full.
+        text: the error message, one line.
+        strategies: every strategy that was tried, with the reason why it does not fit.
+        advice: changes that make a plan fit, cheapest first.
+        hybrids: hybrid models that fit.
     """
 
     def __init__(
@@ -38,98 +48,99 @@ class NoPlanFits(DoesNotFitError):  # noqa: N818  # the name that users catch
         self.strategies, self.advice, self.hybrids = strategies, advice, hybrids
 
 
-class RunCost(Schema):
-    """What a whole run takes."""
-
-    steps: int
-    samples: int
-    low_s: float
-    likely_s: float
-    high_s: float
-    gpu_hours: float
-    price: float | None
-    """At the cluster's price per GPU-hour; null where it has none."""
-
-
-def run_cost(time: StepTime, cluster: ClusterSpec, training: TrainingSpec) -> RunCost:
-    """What all steps of a plan take, at the likely time of one.
+def plan(
+    model: ModelSpec | Mapping[str, object] | str | Path,
+    cluster: ClusterSpec | Mapping[str, object] | str | Path,
+    *,
+    samples: int | None = None,
+    epochs: float = 1.0,
+    **settings: Any,
+) -> SearchResult:
+    """Find the best plan of a model on a cluster.
 
     Args:
-        time: of a step.
-        cluster: gives the ranks and the price.
-        training: gives the steps.
+        model: a spec, a preset name, a file or a mapping, as `load_model` takes it.
+        cluster: a spec, a name, a file or a mapping, as `load_cluster` takes it.
+        samples: samples of one epoch; with it the number of steps follows from ``epochs`` and the global batch.
+        epochs: passes over ``samples``.
+        settings: fields of `TrainingSpec` (``precision="bf16"``, ``steps=1000``, ``data="images"``; the data is
+            ``"synthetic"`` unless given) and of `SearchConstraints` (``global_batch=512``, ``stage=3``,
+            ``offload="cpu"``). ``micro_batch`` and ``gradient_accumulation_steps`` fix what the search would choose.
+
+    Returns:
+        The chosen plan (``.plan``), a verdict for every strategy (``.strategies``), a reason for every knob
+        (``.knobs``) and the Pareto front (``.pareto``).
+
+    Raises:
+        InputError: for an unknown name, a bad value, or constraints that contradict one another.
+        NoPlanFits: if no plan fits; its ``advice`` says what would.
     """
-    hours = time.likely_s * training.steps * cluster.world_size / 3600
-    price = cluster.price_per_gpu_hour
-    return RunCost(
-        steps=training.steps,
-        samples=training.steps * training.global_batch(cluster.world_size),
-        low_s=time.low_s * training.steps,
-        likely_s=time.likely_s * training.steps,
-        high_s=time.high_s * training.steps,
-        gpu_hours=hours,
-        price=None if price is None else price * hours,
-    )
+    spec, where = load_model(model), load_cluster(cluster)
+    named = {_OTHER_NAMES.get(name, name): value for name, value in settings.items()}
+    for name in named:
+        if name not in _TRAINING_FIELDS and name not in _CONSTRAINT_FIELDS:
+            known = dict.fromkeys((*_CONSTRAINT_FIELDS, *_TRAINING_FIELDS))
+            raise InputError(f"plan: unknown key {name!r}{nearest(name, known)}; allowed: {', '.join(known)}")
+    fixed = {name: value for name, value in named.items() if name in _CONSTRAINT_FIELDS}
+    fields = {name: value for name, value in named.items() if name not in _CONSTRAINT_FIELDS}
+    constraints = validate(_CONSTRAINTS, fixed, "plan", _CONSTRAINT_FIELDS)
+    training = validate(_TRAINING, {"data": "synthetic"} | fields, "plan", _TRAINING_FIELDS)
+    if samples is not None:
+        steps = steps_for_epochs(samples, epochs, constraints, where)
+        training = validate(_TRAINING, training.model_dump() | {"steps": steps}, "plan", _TRAINING_FIELDS)
+    return search_plan(spec, where, training, constraints)
 
 
 def steps_for_epochs(samples: int, epochs: float, constraints: SearchConstraints, cluster: ClusterSpec) -> int:
-    """Optimizer steps of so many passes over so many samples, at the global batch of a search.
+    """Optimizer steps that a number of epochs takes at the global batch of a search.
 
     Args:
-        samples: of one epoch.
-        epochs: passes.
-        wishes: give the global batch.
-        cluster: gives the ranks.
+        samples: samples of one epoch.
+        epochs: passes over the samples.
+        constraints: give the global batch.
+        cluster: gives the number of ranks.
+
+    Raises:
+        InputError: if ``samples`` or ``epochs`` is not above 0.
     """
+    for name, value in (("samples", samples), ("epochs", epochs)):
+        if not value > 0:
+            raise InputError(f"{name}: {value} is not allowed: must be above 0")
     return max(1, math.ceil(samples * epochs / resolve_global_batch(constraints, cluster)))
 
 
 def search_plan(
     spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, constraints: SearchConstraints | None = None
 ) -> SearchResult:
-    """The best plan, why it and why no other.
+    """Find the best plan of a model on a cluster, from validated specs.
 
     Args:
         spec: the model.
-        cluster: the nodes there are.
-        training: precision, optimizer and steps; micro-batch and accumulation are chosen.
-        wishes: what is decided already; nothing by default.
+        cluster: all available nodes.
+        training: precision, optimizer, data and steps; the search chooses micro-batch and accumulation.
+        constraints: what the user fixes; by default nothing.
 
     Raises:
-        InputError: if wishes contradict one another, or the cluster lacks a rate.
+        InputError: if the constraints contradict one another, or the cluster lacks a rate.
         NoPlanFits: if no plan fits.
     """
     searcher = Searcher(spec, cluster, training, constraints or SearchConstraints())
     best = searcher.best()
     if best is not None:
         return explain(searcher, best)
-    strategies = strategy_verdicts(searcher, None)
+    verdicts = strategy_verdicts(searcher, None)
+    advisor = FixAdvisor(searcher)
+    text = f"{spec.name} does not fit on {cluster.name}{_closest_reason(searcher, verdicts)}"
+    raise NoPlanFits(text, verdicts, advisor.all(), advisor.hybrids())
+
+
+def _closest_reason(searcher: Searcher, verdicts: tuple[StrategyVerdict, ...]) -> str:
+    """Why the strategy that comes closest does not fit."""
     closest = min(searcher.closest.items(), key=lambda item: item[1].peak_utilization, default=None)
-    reason = ""
     if closest is not None:
         text = closest[0].text
-        reason = "; " + text + ": " + next(verdict.reason for verdict in strategies if verdict.strategy == text)
-    elif searcher.infeasible:
-        strategy, why = next(iter(searcher.infeasible.items()))
-        reason = f"; {strategy.text}: {why}"
-    elif strategies:
-        reason = f"; {strategies[0].strategy}: {strategies[0].reason}"
-    advisor = FixAdvisor(searcher)
-    raise NoPlanFits(
-        f"{spec.name} does not fit on {cluster.name}{reason}", strategies, advisor.all(), advisor.hybrids()
-    )
-
-
-def search(
-    spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, constraints: SearchConstraints | None = None
-) -> Plan:
-    """The best plan alone, for programs.
-
-    Args:
-        spec, cluster, training, wishes: as in `choose`.
-
-    Raises:
-        InputError: as `choose` does.
-        NoPlanFits: if no plan fits.
-    """
-    return search_plan(spec, cluster, training, constraints).plan
+        return f"; {text}: {next(verdict.reason for verdict in verdicts if verdict.strategy == text)}"
+    if searcher.infeasible:
+        strategy, reason = next(iter(searcher.infeasible.items()))
+        return f"; {strategy.text}: {reason}"
+    return f"; {verdicts[0].strategy}: {verdicts[0].reason}" if verdicts else ""

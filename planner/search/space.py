@@ -1,4 +1,4 @@
-"""What a search may choose: stages, offload, batches, tiles and knobs, as far as the user has left them open."""
+"""The search space: strategies, node counts, batch splits, tile sizes and knob sets that the constraints allow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from ..common.errors import InputError, nearest
 from ..config.model import ModelSpec
-from ..config.training import TrainingSpec
 from ..config.zero import ZeroSpec, min_buffers
 from ..costs.parameters import table_entries
 from ..hardware.cluster import ClusterSpec
@@ -16,10 +15,11 @@ from ..plans.defaults import OFFLOAD, choose_tile, choose_zero, override_zero
 from .constraints import SearchConstraints, Stage
 
 RATIOS = (0.25, 0.5, 0.75)
+"""Offload ratios to try."""
 
 
 class Strategy(NamedTuple):
-    """A stage and what leaves the device."""
+    """A ZeRO stage with an offload mode."""
 
     stage: Stage
     offload: str
@@ -27,7 +27,7 @@ class Strategy(NamedTuple):
 
     @property
     def text(self) -> str:
-        """For a reader."""
+        """The strategy in words."""
         part = f", {self.ratio:.0%} of it" if self.ratio < 1 else ""
         names = {
             "none": "no offload",
@@ -39,11 +39,11 @@ class Strategy(NamedTuple):
         return f"ZeRO-{self.stage}, {names[self.offload]}"
 
 
-def strategies(constraints: SearchConstraints, cluster: ClusterSpec) -> tuple[list[Strategy], dict[Strategy, str]]:
-    """The families to try, and why others are not.
+def list_strategies(constraints: SearchConstraints, cluster: ClusterSpec) -> tuple[list[Strategy], dict[Strategy, str]]:
+    """List the strategies to try, and the infeasible ones with the reason.
 
     Raises:
-        InputError: for an unknown mode of offload.
+        InputError: for an unknown offload mode.
     """
     if constraints.offload is not None and constraints.offload not in OFFLOAD:
         allowed, hint = ", ".join(OFFLOAD), nearest(constraints.offload, OFFLOAD)
@@ -64,16 +64,16 @@ def strategies(constraints: SearchConstraints, cluster: ClusterSpec) -> tuple[li
                 infeasible[strategy] = "no path on an NVMe drive was given (--nvme-path)"
                 continue
         elif strategy.ratio < 1 and cluster.device == "cpu" and constraints.offload_ratio is None:
-            # A CPU rank's device is its host: a part of the optimizer has nowhere else to be.
+            # The device of a CPU rank is its host, so that a partial offload changes nothing.
             continue
         chosen.append(strategy)
     return chosen, infeasible
 
 
 def node_counts(cluster: ClusterSpec, constraints: SearchConstraints) -> list[int]:
-    """Numbers of nodes to try, the most first: halves of the whole, down to one.
+    """Numbers of nodes to try, largest first: all nodes, then repeated halves down to one.
 
-    For time alone only the first half is worth a look: fewer nodes are faster at most where a network bounds.
+    To minimize time only the full number and its half are tried: fewer nodes are faster only if the network bounds.
     """
     counts = [cluster.nodes]
     fewest = 1 if constraints.minimize != "time" else (cluster.nodes + 1) // 2
@@ -82,16 +82,13 @@ def node_counts(cluster: ClusterSpec, constraints: SearchConstraints) -> list[in
     return counts
 
 
-def batches(
-    constraints: SearchConstraints, training: TrainingSpec, global_batch: int, world_size: int
-) -> list[tuple[int, int]]:
-    """Pairs of micro-batch and accumulation that make the global batch.
+def batches(constraints: SearchConstraints, global_batch: int, world_size: int) -> list[tuple[int, int]]:
+    """Pairs of micro-batch and gradient accumulation steps whose product is a rank's share of the global batch.
 
     Args:
-        wishes: may fix either.
-        training: unused fields stay.
-        global_batch: samples of a step.
-        ranks: that share them.
+        constraints: may fix either.
+        global_batch: samples of an optimizer step over all ranks.
+        world_size: number of ranks.
     """
     per_rank, rest = divmod(global_batch, world_size)
     if rest or not per_rank:
@@ -107,19 +104,19 @@ def _divisors(number: int) -> list[int]:
     return sorted({*low, *(number // n for n in low)})
 
 
-def _spread(pairs: list[tuple[int, int]], largest_that_fits: int) -> list[tuple[int, int]]:
-    """At most so many, evenly from first to last."""
-    if len(pairs) <= largest_that_fits:
+def _spread(pairs: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """At most ``count`` of the pairs, evenly spaced from first to last."""
+    if len(pairs) <= count:
         return pairs
-    step = (len(pairs) - 1) / (largest_that_fits - 1)
-    return [pairs[round(number * step)] for number in range(largest_that_fits)]
+    step = (len(pairs) - 1) / (count - 1)
+    return [pairs[round(number * step)] for number in range(count)]
 
 
 def tiles(spec: ModelSpec, world_size: int, stage: int, constraints: SearchConstraints) -> list[int | None]:
     """Relations per tile to try.
 
     Raises:
-        InputError: if the asked one is out of range.
+        InputError: if the constraints' tile size is out of range.
     """
     relations = table_entries(spec)
     chosen = choose_tile(spec, world_size)
@@ -130,7 +127,7 @@ def tiles(spec: ModelSpec, world_size: int, stage: int, constraints: SearchConst
             )
         return [constraints.tile_relations]
     if chosen is None or stage < 3:
-        # Below stage 3 nothing is gathered by tiles.
+        # Below stage 3 tiles are not gathered one by one.
         return [chosen]
     sizes = (chosen, chosen * 2, chosen * 4, chosen // 2, chosen // 4)
     return list(dict.fromkeys(min(relations, max(1, size)) for size in sizes))
@@ -138,11 +135,11 @@ def tiles(spec: ModelSpec, world_size: int, stage: int, constraints: SearchConst
 
 @dataclass(frozen=True, slots=True)
 class KnobSet:
-    """Knobs of a family, beside those that `choose_zero` gives."""
+    """One setting of a strategy's knobs."""
 
     zero: ZeroSpec
     minimal_memory: bool
-    """Whether no other variant of the family needs less of the device."""
+    """True for the knob set of the strategy that needs the least device memory."""
 
 
 def knob_sets(
@@ -152,10 +149,10 @@ def knob_sets(
     cluster: ClusterSpec,
     constraints: SearchConstraints,
 ) -> Iterator[KnobSet]:
-    """Knobs to try, the leanest first.
+    """Knob sets to try, the one with minimal memory first.
 
     Raises:
-        InputError: if the user's knobs do not go with the family.
+        InputError: if the user's overrides contradict the strategy.
     """
     base = choose_zero(
         spec,
@@ -178,7 +175,7 @@ def knob_sets(
         if on_gpu:
             streams.append({"overlap_comm": True})
             if strategy.offload != "nvme":
-                # DeepSpeed prefetches at least one whole module, and no parameters that lie on NVMe.
+                # DeepSpeed prefetches at least one full module, and no parameters that lie on NVMe.
                 streams += [
                     {"overlap_comm": True, "prefetch_bucket_elements": count * largest, "max_live_elements": live}
                     for count, live in ((1, 4 * largest), (2, 6 * largest))

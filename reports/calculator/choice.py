@@ -1,4 +1,4 @@
-"""What the calculator is asked: a choice of model, cluster and training, and what the planner makes of it."""
+"""The user's choice in the calculator: model, cluster and training, and its conversion to the planner's input."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from translution.planner.config.presets import preset, preset_name
 from translution.planner.config.training import Optimizer, Precision, TrainingSpec
 from translution.planner.hardware.catalog import find_gpu
 from translution.planner.hardware.cluster import ClusterSpec, named_cluster
-from translution.planner.search.constraints import HEADROOM, Checkpointing, Objective, SearchConstraints, Stage
-from translution.planner.search.searcher import resolve_global_batch
-from translution.planner.search.space import batches, node_counts, strategies, tiles
+from translution.planner.search.constraints import (
+    HEADROOM,
+    Checkpointing,
+    Objective,
+    SearchConstraints,
+    Stage,
+    resolve_global_batch,
+)
+from translution.planner.search.space import batches, list_strategies, node_counts, tiles
 
 MAX_TOKENS = 8192
 MAX_LAYERS, MAX_WIDTH, MAX_HEADS = 128, 16384, 128
 MAX_GPUS, MAX_NODES = 16, 512
-"""Bounds of what is searched: larger choices would keep a search busy for minutes."""
+"""Upper bounds of a choice: larger ones would take minutes to search."""
 
 OffloadChoice: TypeAlias = Literal["none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme"]
 
@@ -49,9 +55,9 @@ def _path(text: str) -> str:
 
 
 class Choice(Schema):
-    """What the form holds; None leaves a field to the preset, to its default, or to the search.
+    """The values of the form; None leaves a field to the preset, to its default, or to the search.
 
-    Text is read as numbers where a number belongs, as a query gives it.
+    Numbers may be given as text, as in a query.
     """
 
     model: Annotated[str, Field(max_length=60), AfterValidator(_plain_model)] = "vit-base/16"
@@ -60,7 +66,7 @@ class Choice(Schema):
     depth: int | None = _up_to(MAX_LAYERS)
     heads: int | None = _up_to(MAX_HEADS)
     image: int | None = _up_to(4096)
-    """Height and width, in pixels."""
+    """Height and width of the image in pixels."""
     patch: int | None = _up_to(4096)
     context: int | None = _up_to(MAX_TOKENS)
     roles: Annotated[str, Field(max_length=8)] | None = None
@@ -71,12 +77,12 @@ class Choice(Schema):
     other_layers: Literal["attention", "alpha"] | None = None
     gpu: Annotated[str, Field(max_length=40), AfterValidator(_plain_gpu)] = "H100"
     gpus: Annotated[int, Field(ge=1, le=MAX_GPUS)] = 8
-    """Of one node."""
+    """GPUs per node."""
     nodes: Annotated[int, Field(ge=1, le=MAX_NODES)] = 1
     host_memory: int | None = _up_to(2**16)
-    """Of one node, in GiB; else the catalog's."""
+    """Host memory per node in GiB; None uses the catalog's."""
     nvme_path: Annotated[str, Field(max_length=200), AfterValidator(_path)] | None = None
-    """On every node; it is never looked at, only written into the plan."""
+    """NVMe folder on every node; it is only written into the plan, never accessed."""
     all_nodes: bool = False
     headroom: Annotated[float, Field(ge=0, le=0.9)] = HEADROOM
     precision: Precision = "bf16"
@@ -93,11 +99,11 @@ class Choice(Schema):
 
     @property
     def changed(self) -> dict[str, Any]:
-        """The fields that are not the default, in the order of the form."""
+        """Fields that differ from their default, in the order of the form."""
         return {name: value for name, value in self.model_dump().items() if value != _DEFAULTS[name]}
 
     def but(self, **values: object) -> Choice:
-        """The same with some fields otherwise, unchecked: for values that come from a checked choice."""
+        """Return a copy with some fields replaced, without validation: the values must come from a valid choice."""
         return self.model_copy(update=values)
 
 
@@ -110,15 +116,15 @@ _OVERRIDES = ("operator", "roles", "c1", "c2", "relative_layers")
 _SETTINGS = ("dim", "depth", "heads", "image", "patch", "context", "window", "other_layers")
 _CONSTRAINT_FIELDS = ("stage", "offload", "nvme_path", "checkpointing", "tile_relations", "micro_batch", "accumulation")
 _ALIASES = {"head_dim": "heads", "ffn_dim": "dim", "cluster": "gpu", "global batch": "global_batch"}
-"""The form's fields for what the planner's lines name."""
+"""Form fields for names in the planner's error lines."""
 
 
 class ChoiceError(InputError):
-    """A choice that cannot be searched.
+    """Raised for a choice that cannot be searched.
 
     Args:
-        message: one line.
-        field: of the form, where the line names one.
+        message: error line.
+        field: form field that the line is about, if any.
     """
 
     def __init__(self, message: str, field: str | None) -> None:
@@ -127,11 +133,11 @@ class ChoiceError(InputError):
 
 
 def choice_error(error: InputError, choice: Choice | None = None) -> ChoiceError:
-    """The planner's line with the field that it is about.
+    """Return the planner's error with the form field that it is about.
 
     Args:
-        error: of the planner.
-        choice: what was asked, if it was read.
+        error: error of the planner.
+        choice: the choice, if it was parsed.
     """
     message = re.sub(r"^(choice|plan): ", "", str(error))
     named = re.findall(r"unknown key '([^']*)'|(\w+(?: batch)?): ", message)
@@ -146,10 +152,10 @@ def _form_field(name: str) -> str:
 
 
 def parse_choice(pairs: Iterable[tuple[str, str]]) -> Choice:
-    """The choice of a query; empty values count as absent, as forms send them.
+    """Return the choice of a query; empty values are ignored, because forms send them.
 
     Raises:
-        ChoiceError: naming the first bad field, its value and what is allowed.
+        ChoiceError: if a field is invalid; names the first one, its value and what is allowed.
     """
     values: dict[str, str] = {}
     for name, value in pairs:
@@ -159,7 +165,7 @@ def parse_choice(pairs: Iterable[tuple[str, str]]) -> Choice:
     try:
         data: Mapping[str, object] = {name[:60]: value for name, value in values.items() if value or name not in FIELDS}
         if "stage" in data and re.fullmatch(r"[0-3]", str(data["stage"])):
-            data = {**data, "stage": int(values["stage"])}  # A literal number is not read from text.
+            data = {**data, "stage": int(values["stage"])}  # Pydantic does not convert text to an integer literal.
         return validate(_CHOICE, data, "choice", FIELDS)
     except InputError as error:
         raise choice_error(error) from None
@@ -167,7 +173,7 @@ def parse_choice(pairs: Iterable[tuple[str, str]]) -> Choice:
 
 @dataclass(frozen=True, slots=True)
 class SearchInput:
-    """A choice as the planner takes it."""
+    """A choice as input of the planner."""
 
     spec: ModelSpec
     cluster: ClusterSpec
@@ -176,7 +182,7 @@ class SearchInput:
 
 
 def cluster_of(choice: Choice) -> ClusterSpec:
-    """The nodes of a choice."""
+    """Return the cluster of a choice."""
     cluster = named_cluster(f"{choice.nodes}x{choice.gpus}x{choice.gpu}")
     if choice.host_memory is None:
         return cluster
@@ -185,7 +191,7 @@ def cluster_of(choice: Choice) -> ClusterSpec:
 
 
 def cluster_file_name(choice: Choice) -> str:
-    """What the file with a cluster's own host memory is called, without its suffix."""
+    """Return the file name, without suffix, of a cluster with changed host memory."""
     return f"{choice.nodes}x{choice.gpus}x{choice.gpu}-{choice.host_memory}GiB"
 
 
@@ -199,20 +205,20 @@ def _spec_of(choice: Choice) -> ModelSpec:
 
 
 def search_input(choice: Choice) -> SearchInput:
-    """What the planner is to search, checked as far as that takes no time.
+    """Return the planner's input for a choice, after all checks that take no search.
 
     Raises:
-        ChoiceError: naming the field.
+        ChoiceError: if a field is invalid; names it.
     """
     try:
         spec, cluster = _spec_of(choice), cluster_of(choice)
         fields = {"precision": choice.precision, "optimizer": choice.optimizer, "steps": choice.steps}
         training = validate(_TRAINING, fields | {"data": "synthetic"}, "plan", tuple(TrainingSpec.model_fields))
-        wished = {
+        limits = {
             name: getattr(choice, name) for name in (*_CONSTRAINT_FIELDS, "global_batch", "all_nodes", "headroom")
         }
         constraints = validate(
-            _CONSTRAINTS, wished | {"minimize": choice.minimize}, "plan", tuple(SearchConstraints.model_fields)
+            _CONSTRAINTS, limits | {"minimize": choice.minimize}, "plan", tuple(SearchConstraints.model_fields)
         )
         _check(SearchInput(spec, cluster, training, constraints))
     except ChoiceError:
@@ -223,9 +229,9 @@ def search_input(choice: Choice) -> SearchInput:
 
 
 def _check(question: SearchInput) -> None:
-    """What a search would refuse before it begins."""
-    spec, cluster, training, constraints = question.spec, question.cluster, question.training, question.constraints
-    if not strategies(constraints, cluster)[0]:
+    """Raise InputError for input that a search would reject at once."""
+    spec, cluster, constraints = question.spec, question.cluster, question.constraints
+    if not list_strategies(constraints, cluster)[0]:
         needs = ": nvme_path must be given" if constraints.offload and "nvme" in constraints.offload else ""
         raise InputError(f"offload: {constraints.offload!r} is not allowed with stage {constraints.stage}{needs}")
     if constraints.offload and "nvme" in constraints.offload and constraints.nvme_path is None:
@@ -233,7 +239,7 @@ def _check(question: SearchInput) -> None:
     tiles(spec, cluster.world_size, 3, constraints)
     batch = resolve_global_batch(constraints, cluster)
     counts = [cluster.ranks_per_node * nodes for nodes in node_counts(cluster, constraints)]
-    if not any(batches(constraints, training, batch, ranks) for ranks in counts):
+    if not any(batches(constraints, batch, ranks) for ranks in counts):
         raise InputError(
             f"global_batch: {batch} is not allowed: must be a multiple of the {cluster.world_size} ranks, "
             "and of micro_batch and accumulation where they are given"
@@ -241,7 +247,7 @@ def _check(question: SearchInput) -> None:
 
 
 def choice_arguments(choice: Choice) -> list[str]:
-    """The command that makes the same plan."""
+    """Return the command that makes the same plan, as a list of words."""
     changed = choice.changed
     cluster = f"{choice.nodes}x{choice.gpus}x{choice.gpu}"
     name = f"{choice.model}-{cluster}".replace("/", "-")
@@ -263,7 +269,7 @@ def choice_arguments(choice: Choice) -> list[str]:
 
 
 def choice_command(choice: Choice) -> str:
-    """The same as a line for a shell, and before it what writes the cluster's file where one is needed."""
+    """Return the command as shell text, after the lines that write the cluster file if one is needed."""
     line = shlex.join(choice_arguments(choice))
     text = cluster_file(choice)
     if text is None:
@@ -272,7 +278,7 @@ def choice_command(choice: Choice) -> str:
 
 
 def cluster_file(choice: Choice) -> str | None:
-    """The content of the cluster's file, for a node with its own host memory; else None."""
+    """Return the content of the cluster file for changed host memory; None if the choice does not change it."""
     if choice.host_memory is None:
         return None
     base = f"{choice.nodes}x{choice.gpus}x{choice.gpu}"

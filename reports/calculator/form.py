@@ -1,11 +1,11 @@
-"""The calculator's form: every field of a choice with its label, what may be chosen, and a hint."""
+"""The calculator's form: every field of a choice with its label, its options and a hint."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from translution.planner.analysis.operator_costs import LABELS
+from translution.planner.analysis.estimate_model import OPERATOR_LABELS
 from translution.planner.config.presets import PRESET_NAMES
 from translution.planner.hardware.catalog import catalog
 
@@ -16,13 +16,13 @@ Options = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class FormField:
-    """One field of the form, of the same name as in `Choice`."""
+    """One field of the form, with the same name as in `Choice`."""
 
     name: str
     label: str
     kind: Literal["select", "number", "text", "checkbox"] = "number"
     options: Options = ()
-    """Values and texts of a select."""
+    """Values of a select and their labels."""
     hint: str = ""
     minimum: int | None = 1
     maximum: int | None = None
@@ -32,7 +32,7 @@ class FormField:
 
 @dataclass(frozen=True, slots=True)
 class FormSection:
-    """Fields that belong together; the more special ones are folded away."""
+    """A group of fields; `more` holds the advanced ones, which are collapsed."""
 
     title: str
     fields: tuple[FormField, ...]
@@ -40,7 +40,7 @@ class FormSection:
     more: tuple[FormField, ...]
 
     def opened(self, choice: Choice) -> bool:
-        """Whether a folded field is not at its default."""
+        """Return True if an advanced field differs from its default, so that the group is expanded."""
         return any(field.name in choice.changed for field in self.more)
 
 
@@ -62,8 +62,8 @@ _PRESET, _SEARCHED = "preset's", "chosen"
 
 def _model() -> FormSection:
     fields = (
-        _select("model", "Model", _same(*PRESET_NAMES), "family-size/patch of 224 pixels, or /context in tokens"),
-        _select("operator", "Operator", tuple(LABELS.items())),
+        _select("model", "Model", _same(*PRESET_NAMES), "vit-size/patch, for 224 pixels; gpt-size/context"),
+        _select("operator", "Operator", tuple(OPERATOR_LABELS.items())),
     )
     more = (
         _number("dim", "Width", MAX_WIDTH, _PRESET),
@@ -73,9 +73,9 @@ def _model() -> FormSection:
         _number("patch", "Patch side", 4096, _PRESET, "pixels; vit only"),
         _number("context", "Context", MAX_TOKENS, _PRESET, "tokens; gpt only"),
         FormField("roles", "Relative roles", "text", placeholder="qkv", hint="one or more of q, k and v"),
-        _number("c1", "c1", 1024, "16", "low width per head of α-Translution"),
-        _number("c2", "c2", 1024, "16", "low width per head of α-Translution"),
-        _number("window", "Window", MAX_TOKENS, "none", "pairs farther apart do not exist", 0),
+        _number("c1", "c1", 1024, "16", "first low rank per head of α-Translution"),
+        _number("c2", "c2", 1024, "16", "second low rank per head of α-Translution"),
+        _number("window", "Window", MAX_TOKENS, "none", "pairs farther apart are ignored", 0),
         FormField("relative_layers", "Relative layers", "text", placeholder="all", hint="all, first:K or every:K"),
         _select("other_layers", "Other layers", (("", "attention"), ("alpha", "α-Translution"))),
     )
@@ -87,12 +87,14 @@ def _cluster() -> FormSection:
     fields = (
         _select("gpu", "GPU", gpus),
         _number("gpus", "GPUs per node", MAX_GPUS, ""),
-        _number("nodes", "Nodes", MAX_NODES, "", "at most; fewer are taken where more are not better"),
+        _number("nodes", "Nodes", MAX_NODES, "", "at most; the plan uses fewer if more are not better"),
     )
     more = (
         _number("host_memory", "Host memory per node, GiB", 2**16, "catalog's"),
-        FormField("nvme_path", "NVMe path", "text", placeholder="none", hint="on every node; none keeps NVMe unused"),
-        FormField("headroom", "Headroom", hint="share of every memory that stays free", minimum=0, step="0.01"),
+        FormField(
+            "nvme_path", "NVMe path", "text", placeholder="none", hint="on every node; without it, no NVMe is used"
+        ),
+        FormField("headroom", "Headroom", hint="fraction of every memory that stays free", minimum=0, step="0.01"),
         FormField("all_nodes", "Use every node", "checkbox"),
     )
     return FormSection("Cluster", fields, "Memory and drives", more)
@@ -104,21 +106,21 @@ def _training() -> FormSection:
         _number("global_batch", "Global batch", 2**20, "8 per GPU", "samples per optimizer step"),
         _select(
             "minimize",
-            "Best is the minimum",
-            (("time", "time of a sample"), ("nodes", "nodes"), ("cost", "nodes × time"), ("memory", "device memory")),
+            "Minimize",
+            (("time", "time per sample"), ("nodes", "nodes"), ("cost", "nodes × time"), ("memory", "device memory")),
         ),
     )
     offloads = (
-        ("none", "nothing"),
-        ("cpu-optimizer", "optimizer, on the host"),
-        ("cpu", "all, on the host"),
-        ("nvme-optimizer", "optimizer, on NVMe"),
-        ("nvme", "all, on NVMe"),
+        ("none", "none"),
+        ("cpu-optimizer", "optimizer to host memory"),
+        ("cpu", "optimizer and parameters to host memory"),
+        ("nvme-optimizer", "optimizer to NVMe"),
+        ("nvme", "optimizer and parameters to NVMe"),
     )
-    modes = (("none", "none"), ("block", "per block"), ("offload", "per block, input on the host"))
+    modes = (("none", "none"), ("block", "per block"), ("offload", "per block, inputs in host memory"))
     more = (
         _select("optimizer", "Optimizer", _same("adamw", "lion", "adagrad", "sgd")),
-        _number("steps", "Steps", 10**9, "", "for the hours"),
+        _number("steps", "Steps", 10**9, "", "for the total time"),
         _select("stage", "ZeRO stage", _CHOSEN + _same("0", "1", "2", "3")),
         _select("offload", "Offload", _CHOSEN + offloads),
         _select("checkpointing", "Checkpointing", _CHOSEN + modes),
@@ -130,12 +132,12 @@ def _training() -> FormSection:
 
 
 def form_sections() -> tuple[FormSection, ...]:
-    """The sections in order."""
+    """Return the groups of fields in order."""
     return _model(), _cluster(), _training()
 
 
 def value_text(value: object) -> str:
-    """A value as a form and a query hold it; nothing for None."""
+    """Return a value as text for a form or a query; empty for None."""
     if isinstance(value, bool):
         return "true" if value else ""
     return "" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""The calculator's page, and the parts of it that change with the choice, as HTML."""
+"""The HTML of the calculator: the page, and the parts that change with the choice."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .result import Costs, Outcome
 
 @lru_cache
 def asset(name: str) -> str:
-    """A file of this package."""
+    """Return the text of a file of this package."""
     return (files(__package__) / name).read_text(encoding="utf-8")
 
 
 def query_of(choice: Choice) -> str:
-    """The shortest query that means a choice; empty for the default."""
+    """Return the shortest query of a choice; empty for the default."""
     return urlencode({name: value_text(value) for name, value in choice.changed.items()})
 
 
 def _with(choice: Choice, changes: dict[str, object]) -> str | None:
-    """The query of a choice with what an advice changes; None if the form has no such field."""
+    """Return the query of a choice after the changes of an advice; None if the form lacks a changed field."""
     fields = {name: value[0] if isinstance(value, list) else value for name, value in changes.items()}
     if not fields or not set(fields) <= set(Choice.model_fields):
         return None
@@ -60,11 +60,11 @@ def _environment() -> Environment:
 
 
 def render_plan(choice: Choice, outcome: Outcome) -> str:
-    """What the search found, or how far it is.
+    """Return the HTML of the plan, or of the state of the search.
 
     Args:
-        choice: what was asked.
-        outcome: of its search.
+        choice: the choice.
+        outcome: outcome of its search.
     """
     return _environment().get_template("calculator_plan.html.j2").render(
         choice=choice, outcome=outcome, query=query_of(choice)
@@ -72,12 +72,12 @@ def render_plan(choice: Choice, outcome: Outcome) -> str:
 
 
 def render_answer(choice: Choice, costs: Costs, outcome: Outcome) -> str:
-    """Exact costs and what the search found.
+    """Return the HTML of the exact costs and the plan.
 
     Args:
-        choice: what was asked.
-        costs: of it.
-        outcome: of its search.
+        choice: the choice.
+        costs: its costs.
+        outcome: outcome of its search.
     """
     return _environment().get_template("calculator_answer.html.j2").render(
         choice=choice, costs=costs, outcome=outcome, query=query_of(choice)
@@ -85,13 +85,13 @@ def render_answer(choice: Choice, costs: Costs, outcome: Outcome) -> str:
 
 
 def render_page(choice: Choice, costs: Costs | None, outcome: Outcome | None, error: ChoiceError | None) -> str:
-    """The whole page.
+    """Return the complete page.
 
     Args:
-        choice: what the form shows.
-        costs: of the choice; None where it is refused.
-        outcome: of its search; likewise.
-        error: why it is refused.
+        choice: choice that the form shows.
+        costs: costs of the choice; None if it is rejected.
+        outcome: outcome of its search; None if it is rejected.
+        error: error of a rejected choice.
     """
     return _environment().get_template("calculator.html.j2").render(
         choice=choice,

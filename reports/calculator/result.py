@@ -1,4 +1,4 @@
-"""What a search found for a choice, as a page and a program show it; and the plan folder as a zip file."""
+"""Costs of a choice and the outcome of its search, as page and JSON show them, and the plan folder as a zip file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter
 
-from translution.planner.analysis.operator_costs import LABELS, compare_operators
+from translution.planner.analysis.estimate_model import OPERATOR_LABELS, compare_operators
 from translution.planner.common.errors import InputError
+from translution.planner.common.phases import Tier
 from translution.planner.common.schema import Schema, parse_json, stored_as
 from translution.planner.costs.parameters import TABLES
 from translution.planner.deepspeed.config import remarks
@@ -22,9 +23,9 @@ from translution.planner.plans.folder import write_plan_folder
 from translution.planner.plans.plan import PLAN_FILE, Plan
 from translution.planner.search.advice import Advice, describe_hybrid
 from translution.planner.search.explain import KnobReason, ParetoPoint, SearchResult, StrategyVerdict
-from translution.planner.search.plan_search import NoPlanFits, RunCost, run_cost, search_plan
-from translution.planner.simulator.core.tiers import Tier
+from translution.planner.search.plan_search import NoPlanFits, search_plan
 from translution.planner.simulator.network.ops import DtypeSizes
+from translution.planner.timing.run_cost import RunCost
 from translution.planner.timing.step_time import StepTime
 
 from ..inputs.prediction import tier_name
@@ -40,50 +41,50 @@ class OperatorCost(Schema):
     label: str
     parameters: int
     in_tables: int
-    """Of them in relation tables."""
+    """Parameters in relation tables."""
     state_bytes: int
-    """Of AdamW with an fp32 master copy, over all ranks."""
+    """Bytes of model states over all ranks, for AdamW with an fp32 master copy."""
     saved_bytes: int = stored_as("kept_bytes")
-    """What the forward pass of one sample keeps for backward."""
+    """Bytes that the forward pass of one sample saves for backward."""
     published_saved_bytes: int = stored_as("published_kept_bytes")
-    """The same by the published way, a matrix for every pair."""
+    """The same for the published code, which gathers a matrix for every pair of tokens."""
     training_flops: int
-    """Of one sample, forward and backward."""
+    """FLOPs of one sample, forward and backward."""
 
 
 class Costs(Schema):
-    """What needs no search."""
+    """Exact costs, which need no search."""
 
     model: str
     family: str
     tokens: int
     components: dict[str, int]
-    """Parameters by component, of the chosen operator."""
+    """Parameters of the chosen operator by component."""
     operators: tuple[OperatorCost, ...]
-    """The chosen one first."""
+    """Costs by operator; the chosen operator is first."""
     command: str
-    """Makes the same plan on the command line."""
+    """Command that makes the same plan."""
 
 
 class TierUse(Schema):
-    """One memory of one rank at its worst moment."""
+    """One memory tier of one rank at its peak."""
 
     tier: Tier
     name: str
-    """In words."""
+    """Display name of the tier."""
     peak_bytes: int
     capacity_bytes: int | None
-    """A rank's share of a node's; null where nobody said. Pageable and pinned host memory share one."""
+    """A rank's share of the node's capacity; null if unknown. Pageable and pinned host memory have one in common."""
     low_bytes: int | None
     high_bytes: int | None
-    """As the GPU's constants may be; of the device alone."""
+    """Interval of the peak from uncertain GPU constants; for the device only."""
     phase: str
     site: str = stored_as("moment")
     breakdown: tuple[BreakdownItem, ...] = stored_as("entries")
 
 
 class PlanView(Schema):
-    """The chosen plan and why it."""
+    """The chosen plan and the reasons for it."""
 
     cluster: str
     nodes: int
@@ -107,30 +108,31 @@ class PlanView(Schema):
 
 
 class NoPlan(Schema):
-    """Why nothing fits, and what would do."""
+    """Why nothing fits, and changes that would fit."""
 
     strategies: tuple[StrategyVerdict, ...] = stored_as("families")
     advice: tuple[Advice, ...]
-    """The cheapest first, hybrids last; `changes` are fields of the model."""
+    """Advice, cheapest first, hybrids last; `changes` of a hybrid are fields of the model."""
 
 
 class Outcome(Schema):
-    """How far the search for a choice is, and what it found."""
+    """State of the search for a choice, and what it found."""
 
     state: State
     message: str = ""
     field: str | None = None
-    """Of the form, that a refusal is about."""
+    """Form field that a rejection is about."""
     plan: PlanView | None = None
     no_plan: NoPlan | None = None
 
 
 class WorkerResult(NamedTuple):
-    """What a worker sends back, as JSON: pickles of schemas are several times as large."""
+    """Result that a worker process returns, as JSON: pickled schemas would be several times as large."""
 
     outcome: bytes
+    """The `Outcome`."""
     plan: bytes | None
-    """The whole plan."""
+    """The complete plan, if one was found."""
 
 
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
@@ -138,31 +140,31 @@ _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
 
 @lru_cache(maxsize=2048)
 def costs_of(choice: Choice) -> Costs:
-    """The exact costs of a choice.
+    """Return the exact costs of a choice.
 
     Raises:
-        ChoiceError: naming the field.
+        ChoiceError: if a field is invalid; names it.
     """
     question = search_input(choice)
     described = compare_operators(question.spec, 1, DtypeSizes.of(question.training.dtype_bytes, "cuda"))
     rows = tuple(
         OperatorCost(
-            operator=entry["operator"],
-            label=LABELS[entry["operator"]],
-            parameters=entry["parameters"]["total"],
-            in_tables=entry["parameters"]["components"].get(TABLES, 0),
-            state_bytes=entry["training_state_bytes"],
-            saved_bytes=entry["activations_bytes"]["ours"],
-            published_saved_bytes=entry["activations_bytes"]["published"],
-            training_flops=entry["flops_per_sample"]["training_step"],
+            operator=costs.operator,
+            label=OPERATOR_LABELS[costs.operator],
+            parameters=costs.parameters.total,
+            in_tables=costs.parameters.components.get(TABLES, 0),
+            state_bytes=costs.training_state_bytes,
+            saved_bytes=costs.activations.ours,
+            published_saved_bytes=costs.activations.published,
+            training_flops=costs.flops.training_step,
         )
-        for entry in described
+        for costs in described
     )
     return Costs(
         model=question.spec.name,
         family=question.spec.family,
         tokens=question.spec.tokens,
-        components=described[0]["parameters"]["components"],
+        components=described[0].parameters.components,
         operators=rows,
         command=choice_command(choice),
     )
@@ -197,7 +199,7 @@ def _tiers(prediction: MemoryEstimate, cluster: ClusterSpec) -> tuple[TierUse, .
 
 
 def plan_view(result: SearchResult) -> PlanView:
-    """What is shown of a search's result."""
+    """Return the parts of a search result that the page shows."""
     plan = result.plan
     cluster, training = plan.cluster, plan.training
     return PlanView(
@@ -212,7 +214,7 @@ def plan_view(result: SearchResult) -> PlanView:
         global_batch=training.global_batch(cluster.world_size),
         tile_relations=plan.tile_relations,
         time=plan.time,
-        run=None if plan.time is None else run_cost(plan.time, cluster, training),
+        run=plan.run_cost,
         tiers=_tiers(plan.prediction, cluster),
         considered=result.considered,
         strategies=result.strategies,
@@ -229,10 +231,10 @@ def _no_plan(error: NoPlanFits) -> NoPlan:
 
 
 def search_choice(choice: Choice) -> WorkerResult:
-    """SearchEntry as `translution plan` does, in a worker process.
+    """Search the best plan as ``translution plan`` does; runs in a worker process.
 
     Args:
-        choice: of which `search_input` has made a question before.
+        choice: a choice that `search_input` accepts.
     """
     try:
         question: SearchInput = search_input(choice)
@@ -249,10 +251,10 @@ def search_choice(choice: Choice) -> WorkerResult:
 
 
 def plan_zip(plan_json: bytes) -> bytes:
-    """The plan folder, as `translution plan` writes it, as a zip file of one folder named ``plan``.
+    """Return a zip file with one folder named ``plan``: the plan folder as ``translution plan`` writes it.
 
     Args:
-        plan_json: of `WorkerResult`.
+        plan_json: the plan of a `WorkerResult`.
     """
     plan = parse_json(_PLAN, plan_json, PLAN_FILE)
     buffer = io.BytesIO()
@@ -261,5 +263,5 @@ def plan_zip(plan_json: bytes) -> bytes:
         write_plan_folder(plan, target)
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             for path in sorted(target.iterdir()):
-                archive.write(path, f"plan/{path.name}")  # Keeps which files are programs.
+                archive.write(path, f"plan/{path.name}")  # Keeps the executable bits.
     return buffer.getvalue()

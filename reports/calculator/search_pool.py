@@ -1,6 +1,6 @@
-"""SearchPool for many readers at once: one for each choice, in worker processes, remembered, bounded.
+"""Searches for many concurrent users: one per choice, in worker processes, cached and bounded.
 
-All state belongs to the thread of the event loop; workers only get a choice and send JSON back.
+All state belongs to the thread of the event loop; workers receive a choice and return JSON.
 """
 
 from __future__ import annotations
@@ -28,61 +28,63 @@ from .choice import Choice
 from .result import Outcome, WorkerResult, search_choice
 
 LIMIT_S = 60.0
-"""Longest search; the largest clusters and models that are allowed take some seconds."""
+"""Time limit of a search in seconds; the largest allowed clusters and models take a few seconds."""
 IDLE_LIMIT_S = 5.0
-"""Longest search that nobody asked for."""
+"""Time limit of a search that no user requested."""
 MAX_QUEUED = 64
-MAX_REMEMBERED = 2048
+MAX_CACHED = 2048
 ABANDONED_S = 5.0
-"""A search that has not begun, and that nobody has waited for in so long, is dropped."""
+"""Seconds after which a queued search that no request waits for is dropped."""
 WORKER_NICENESS = 10
-"""How much workers step back for the process that answers."""
+"""Niceness of the workers, so that the server process takes precedence."""
 POPULAR_CLUSTERS: tuple[tuple[str, int, int], ...] = (("H100", 8, 1), ("A100-80", 8, 1), ("H100", 8, 2))
-"""GPU, how many in a node, and nodes, that are asked for most."""
+"""GPU, GPUs per node and nodes of the most requested clusters."""
 _OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Outcome)
 
 
 class QueueFullError(Exception):
-    """As many searches wait as may.
+    """Raised if the queue of searches is full.
 
     Args:
-        waiting: how many.
-        retry_s: after which another try is worth while.
+        waiting: number of searches in the queue.
+        retry_s: seconds after which to try again.
     """
 
     def __init__(self, waiting: int, retry_s: int) -> None:
-        super().__init__(f"{waiting} searches wait already: try again in {retry_s} s")
+        super().__init__(f"{waiting} searches are waiting: try again in {retry_s} s")
         self.retry_s = retry_s
 
 
 @dataclass(slots=True, eq=False)
 class SearchEntry:
-    """One choice's search."""
+    """The search of one choice."""
 
     choice: Choice
     state: Literal["queued", "running", "done"] = "queued"
     wanted: bool = True
-    """Whether a reader asked for it, rather than idle time."""
+    """True if a user requested the search; False if it was started in idle time."""
     waiting: int = 0
+    """Number of requests that wait for the search."""
     asked_at: float = field(default_factory=time.monotonic)
+    """Time of the last request."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
     packed_outcome: bytes = b""
     packed_plan: bytes | None = None
 
     @property
     def outcome(self) -> Outcome:
-        """How far it is."""
+        """Outcome of the search; its state is "searching" until the search is done."""
         if self.state != "done":
             return Outcome(state="searching")
         return parse_json(_OUTCOME, zlib.decompress(self.packed_outcome), "outcome")
 
     @property
     def plan(self) -> bytes | None:
-        """The plan as JSON, if one was found."""
+        """The plan as JSON; None if none was found."""
         return None if self.packed_plan is None else zlib.decompress(self.packed_plan)
 
     def finish(self, found: WorkerResult) -> None:
-        """Keep what was found and tell who waits."""
+        """Store the result and wake the waiting requests."""
         self.packed_outcome = zlib.compress(found.outcome)
         self.packed_plan = None if found.plan is None else zlib.compress(found.plan)
         self.state = "done"
@@ -90,7 +92,7 @@ class SearchEntry:
 
 
 def popular_choices() -> Iterator[Choice]:
-    """What is searched while nobody asks: every preset with every operator on the clusters asked for most."""
+    """Yield the choices to search in idle time: every preset with every operator on the most requested clusters."""
     start = Choice()
     for gpu, gpus, nodes in POPULAR_CLUSTERS:
         for operator in OPERATORS:
@@ -99,8 +101,8 @@ def popular_choices() -> Iterator[Choice]:
 
 
 def neighbour_choices(choice: Choice) -> Iterator[Choice]:
-    """What a reader may ask for next: the choice with one of its main fields otherwise."""
-    # Roles, ranks and windows of one operator may not suit another.
+    """Yield choices that a user may request next: the choice with one of its main fields changed."""
+    # A window or other layers may not be valid with another operator.
     if {"window", "other_layers"}.isdisjoint(choice.changed):
         yield from (choice.but(operator=operator) for operator in OPERATORS if operator != choice.operator)
     yield from (choice.but(nodes=nodes) for nodes in (2 * choice.nodes, choice.nodes // 2) if 1 <= nodes <= 512)
@@ -108,71 +110,66 @@ def neighbour_choices(choice: Choice) -> Iterator[Choice]:
         kind, _, cut = choice.model.partition("/")
         family = kind.partition("-")[0]
         for model in PRESET_NAMES:
-            if model != choice.model and (model.startswith(f"{kind}/") or _alike(model, family, cut)):
+            if model != choice.model and (model.startswith(f"{kind}/") or _same_cut(model, family, cut)):
                 yield choice.but(model=model)
     yield from (choice.but(minimize=what) for what in ("time", "nodes", "cost", "memory") if what != choice.minimize)
 
 
-def _alike(model: str, family: str, cut: str) -> bool:
+def _same_cut(model: str, family: str, cut: str) -> bool:
     return model.startswith(f"{family}-") and model.endswith(f"/{cut}")
 
 
-def _begin() -> None:
+def _lower_priority() -> None:
     os.nice(WORKER_NICENESS)
 
 
 class SearchPool:
-    """Starts searches, remembers what they found, and searches what may be asked for next.
+    """Runs searches, caches their results, and searches likely next choices in idle time.
 
     Args:
-        workers: processes that search.
-        warm: use idle time.
-        limit_s: longest search.
-        queue: searches that may wait.
+        workers: number of worker processes.
+        warm: search in idle time.
+        limit_s: time limit of a search in seconds.
+        queue: maximum number of queued searches.
     """
 
     def __init__(self, workers: int, *, warm: bool = True, limit_s: float = LIMIT_S, queue: int = MAX_QUEUED) -> None:
         self.workers, self._limit_s, self._queue_size = workers, limit_s, queue
-        self._known: LRUCache[Choice, SearchEntry] = LRUCache(MAX_REMEMBERED)
+        self._known: LRUCache[Choice, SearchEntry] = LRUCache(MAX_CACHED)
         self._queued: dict[Choice, SearchEntry] = {}
         self._running: dict[Choice, SearchEntry] = {}
         self._warm = warm
         self._popular: Iterator[Choice] = popular_choices() if warm else iter(())
         self._next: deque[Choice] = deque(maxlen=64)
         self._seconds = 1.0
-        """Of a search, lately."""
-        self._pool = ProcessPool(workers, initializer=_begin, context=multiprocessing.get_context("spawn"))
+        """Moving average of the time of a search."""
+        self._pool = ProcessPool(workers, initializer=_lower_priority, context=multiprocessing.get_context("spawn"))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self.ending = False
-        """Whether nobody should wait any longer."""
+        """True if the server is stopping and requests should no longer wait."""
 
     def open(self) -> None:
-        """Begin to use idle time; within the event loop."""
+        """Start the workers and the idle searches; must be called in the event loop."""
         self._loop = asyncio.get_running_loop()
         self._pool.schedule(os.getpid)  # Starts all workers.
         self._pump()
 
     def close(self) -> None:
-        """End all workers; who waits is told that the search is stopped."""
+        """Stop all workers and finish all searches as stopped."""
         self._closed = True
         for entry in (*self._queued.values(), *self._running.values()):
-            entry.finish(_stopped("the server is ending"))
+            entry.finish(_stopped("the server is stopping"))
         self._queued.clear()
         self._running.clear()
         self._pool.stop()  # type: ignore[no-untyped-call]  # pebble has no types there.
         self._pool.join()
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing runs or waits."""
-        return not self._queued and not self._running
-
     def ask(self, choice: Choice) -> SearchEntry:
-        """The search for a choice, begun or queued if nobody asked before.
+        """Return the search of a choice; start or queue it if it is new.
 
         Raises:
-            QueueFullError: if too many wait.
+            QueueFullError: if the queue is full.
         """
         found = self._known.get(choice) or self._running.get(choice)
         if found is None:
@@ -193,7 +190,7 @@ class SearchPool:
         return entry
 
     async def wait(self, entry: SearchEntry, seconds: float) -> bool:
-        """Whether a search is done, after so long at most; while somebody waits it is not dropped."""
+        """Wait up to `seconds` and return True if the search is done; waiting prevents that it is dropped."""
         entry.waiting += 1
         try:
             await asyncio.wait_for(entry.done.wait(), seconds)
@@ -209,10 +206,10 @@ class SearchPool:
         for entry in list(self._queued.values()):
             if not entry.waiting and now - entry.asked_at > ABANDONED_S:
                 del self._queued[entry.choice]
-                entry.finish(_stopped("nobody waited for it"))
+                entry.finish(_stopped("no request waited for it"))
 
     def _pump(self) -> None:
-        """Give idle workers what to do."""
+        """Start queued searches, and idle ones, on free workers."""
         if self._closed or self._loop is None:
             return
         self._drop_abandoned()
@@ -220,12 +217,12 @@ class SearchPool:
         for entry in waited[: self.workers - len(self._running)]:
             del self._queued[entry.choice]
             self._start(entry)
-        # One worker stays free for the next reader, where there is more than one.
+        # Idle searches leave one of several workers free for the next request.
         spare = max(1, self.workers - 1)
-        while not self._queued and len(self._running) < spare and (choice := self._unasked()) is not None:
+        while not self._queued and len(self._running) < spare and (choice := self._next_idle_choice()) is not None:
             self._start(SearchEntry(choice, wanted=False))
 
-    def _unasked(self) -> Choice | None:
+    def _next_idle_choice(self) -> Choice | None:
         candidates: Iterable[Choice] = (self._next.popleft() for _ in range(len(self._next)))
         for source in (candidates, self._popular):
             for choice in source:
@@ -240,11 +237,11 @@ class SearchPool:
         limit = self._limit_s if entry.wanted else min(self._limit_s, IDLE_LIMIT_S)
         future = self._pool.schedule(search_choice, args=(entry.choice,), timeout=limit)
 
-        def tell(done: Future[WorkerResult]) -> None:
+        def notify(done: Future[WorkerResult]) -> None:
             if not self._closed and self._loop is not None:
                 self._loop.call_soon_threadsafe(self._finish, entry, done, time.monotonic() - began, limit)
 
-        future.add_done_callback(tell)
+        future.add_done_callback(notify)
 
     def _finish(self, entry: SearchEntry, future: Future[WorkerResult], seconds: float, limit_s: float) -> None:
         if self._closed:
@@ -257,15 +254,15 @@ class SearchPool:
             if limit_s < self._limit_s:
                 self._give_up(entry)
                 return
-            found = _stopped(f"the search took longer than {limit_s:g} s and was ended: take a smaller choice")
-        except Exception as error:  # A worker that died, whatever of.
+            found = _stopped(f"the search was stopped after {limit_s:g} s: make a smaller choice")
+        except Exception as error:  # Any failure of a worker must reach the waiting requests.
             found = _stopped(f"the search failed: {type(error).__name__}")
         entry.finish(found)
         self._known[entry.choice] = entry
         self._pump()
 
     def _give_up(self, entry: SearchEntry) -> None:
-        """After an idle search that took too long: begin again if somebody has asked for it meanwhile."""
+        """Queue an idle search that reached its time limit again if a user has requested it in the meantime."""
         if entry.wanted:
             entry.state = "queued"
             self._queued[entry.choice] = entry

@@ -1,4 +1,4 @@
-"""The calculator over HTTP: pages, parts of pages, JSON and plan folders, for GET alone."""
+"""The calculator's HTTP server: pages, parts of pages, JSON and plan folders; it answers GET requests only."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from .search_pool import QueueFullError, SearchEntry, SearchPool
 
 MAX_QUERY_LENGTH = 2048
 POLL_S = 8.0
-"""How long a request for a plan is held at most."""
+"""Maximum time in seconds that a request waits for a plan."""
 HEARTBEAT_S = 0.5
-"""Between two looks at whether the reader is still there."""
+"""Seconds between two checks that a waiting client is still connected."""
 MAX_WORKERS = 64
 MAX_CONNECTIONS = 512
 KEEP_ALIVE_S = 30
@@ -56,7 +56,7 @@ _HEADERS = {
 
 
 def _host_of(header: str) -> str:
-    """The name or address in a Host header; empty if there is none."""
+    """Return the name or address in a Host header; empty if there is none."""
     try:
         return urlsplit(f"//{header}").hostname or ""
     except ValueError:
@@ -72,26 +72,26 @@ def _is_address(host: str) -> bool:
 
 
 class _RequestGuard:
-    """Adds the headers that every answer has; refuses long addresses, other names, and other sites' pages.
+    """Middleware that adds the common headers and rejects long URLs, other host names, and requests by other sites.
 
     Args:
-        app: what answers the rest.
-        names: by which this server may be called.
-        any_address: whether it may be called by any address too, which no foreign page can make its own.
+        app: application that answers accepted requests.
+        names: host names that requests may use for this server.
+        any_address: accept any IP address as host too; DNS rebinding needs a name, so addresses are safe.
     """
 
     def __init__(self, app: ASGIApp, names: frozenset[str], *, any_address: bool) -> None:
         self._app, self._names, self._any_address = app, names, any_address
 
-    def _refusal(self, scope: Scope) -> Response | None:
+    def _rejection(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
         if len(scope["query_string"]) > MAX_QUERY_LENGTH or len(scope["path"]) > MAX_QUERY_LENGTH:
             return _error(414, f"the address is too long: at most {MAX_QUERY_LENGTH} characters after the ?")
         host = _host_of(headers.get("host", ""))
         if host not in self._names and not (self._any_address and _is_address(host)):
-            return _error(400, f"Host: {host[:60]!r} is not allowed: must be what the server was started as")
+            return _error(400, f"Host: {host[:60]!r} is not allowed: must be a name or address of this server")
         if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
-            return _error(403, "a page of another site may only lead here, not ask")
+            return _error(403, "pages of other sites may link here, but not send requests")
         return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,7 +105,7 @@ class _RequestGuard:
                 message["headers"] = [*message.get("headers", ()), *more]
             await send(message)
 
-        await (self._refusal(scope) or self._app)(scope, receive, send_with_headers)
+        await (self._rejection(scope) or self._app)(scope, receive, send_with_headers)
 
 
 def _error(
@@ -131,38 +131,38 @@ async def _http_error(_: Request, error: Exception) -> Response:
 
 
 async def _internal_error(_: Request, error: Exception) -> Response:
-    return _error(500, f"the calculator failed ({type(error).__name__}); the server's log says where")
+    return _error(500, f"the calculator failed ({type(error).__name__}); see the server's log")
 
 
-def _raise_refusal(outcome: Outcome) -> None:
+def _raise_if_refused(outcome: Outcome) -> None:
     if outcome.state == "refused":
         raise ChoiceError(outcome.message, outcome.field)
 
 
 class _Routes:
-    """The routes.
+    """Handlers of the routes.
 
     Args:
-        searches: where plans come from.
+        searches: searches that find the plans.
     """
 
     def __init__(self, searches: SearchPool) -> None:
         self._searches = searches
 
     async def _answer(self, choice: Choice) -> tuple[Costs, Outcome]:
-        """What is known at once; the search is begun where it was not."""
+        """Return costs and outcome without waiting; start the search if it is new."""
         costs = await run_in_threadpool(costs_of, choice)
         try:
             outcome = self._searches.ask(choice).outcome
         except QueueFullError as error:
             outcome = Outcome(state="busy", message=str(error))
-        _raise_refusal(outcome)
+        _raise_if_refused(outcome)
         return costs, outcome
 
     async def _outcome(self, request: Request) -> tuple[Choice, SearchEntry]:
-        """The search of a request, after a bounded wait for its end."""
+        """Return the search of a request once it is done, or after `POLL_S`."""
         choice = parse_choice(request.query_params.multi_items())
-        await run_in_threadpool(costs_of, choice)  # Refuses what cannot be searched.
+        await run_in_threadpool(costs_of, choice)  # Raises ChoiceError for an invalid choice.
         search = self._searches.ask(choice)
         clock = asyncio.get_running_loop().time
         deadline = clock() + POLL_S
@@ -172,7 +172,7 @@ class _Routes:
         return choice, search
 
     async def home(self, request: Request) -> Response:
-        """The page; a refused choice is shown with what is wrong."""
+        """Return the page; a rejected choice is shown with its error."""
         choice, costs, outcome = Choice(), None, None
         try:
             choice = parse_choice(request.query_params.multi_items())
@@ -182,39 +182,39 @@ class _Routes:
         return HTMLResponse(await run_in_threadpool(render_page, choice, costs, outcome, None))
 
     async def answer(self, request: Request) -> Response:
-        """The part of the page that changes with the form."""
+        """Return the part of the page that changes with the form."""
         choice = parse_choice(request.query_params.multi_items())
         costs, outcome = await self._answer(choice)
         return HTMLResponse(await run_in_threadpool(render_answer, choice, costs, outcome))
 
     async def plan(self, request: Request) -> Response:
-        """The part of the page that shows the plan, as soon as it is there."""
+        """Return the part of the page that shows the plan, once it is found."""
         choice, search = await self._outcome(request)
         outcome = search.outcome
-        _raise_refusal(outcome)
+        _raise_if_refused(outcome)
         return HTMLResponse(await run_in_threadpool(render_plan, choice, outcome))
 
     async def api_answer(self, request: Request) -> Response:
-        """Costs and outcome as JSON."""
+        """Return costs and outcome as JSON."""
         choice = parse_choice(request.query_params.multi_items())
         costs, outcome = await self._answer(choice)
         document = {"choice": choice.model_dump(), "costs": costs.model_dump(), "plan": outcome.model_dump(mode="json")}
         return JSONResponse(document)
 
     async def api_plan(self, request: Request) -> Response:
-        """The outcome as JSON, 202 while it is not there yet."""
+        """Return the outcome as JSON; the status is 202 while the search runs."""
         _, search = await self._outcome(request)
         outcome = search.outcome
-        _raise_refusal(outcome)
+        _raise_if_refused(outcome)
         return JSONResponse(outcome.model_dump(mode="json"), 202 if outcome.state == "searching" else 200)
 
     async def folder(self, request: Request) -> Response:
-        """The plan folder as a zip file."""
+        """Return the plan folder as a zip file."""
         choice, search = await self._outcome(request)
         plan, outcome = search.plan, search.outcome
-        _raise_refusal(outcome)
+        _raise_if_refused(outcome)
         if outcome.state == "searching":
-            return _error(503, "the search is under way: try again in 2 s", headers={"Retry-After": "2"})
+            return _error(503, "the search is running: try again in 2 s", headers={"Retry-After": "2"})
         if plan is None:
             return _error(409, outcome.message)
         name = f"plan-{choice.model}-{choice.nodes}x{choice.gpus}x{choice.gpu}.zip".replace("/", "-")
@@ -230,16 +230,16 @@ def _asset(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
 
 
 def make_app(searches: SearchPool, hosts: Iterable[str] = (), *, any_address: bool = False) -> Starlette:
-    """The application.
+    """Return the application.
 
     Args:
-        searches: opened and closed with it.
-        hosts: names beside loopback's that a request may call this server by; others are refused, so that no
-            foreign page can reach it through a name of its own that leads here.
-        any_address: allow any address in place of a name.
+        searches: searches; opened and closed with the application.
+        hosts: host names that requests may use in addition to the loopback names. Others are rejected, so that no
+            foreign page can reach the server through DNS rebinding.
+        any_address: accept any IP address as host.
     """
-    pages = _Routes(searches)
-    # The first reader need not wait until the catalog is read and the templates are compiled.
+    handlers = _Routes(searches)
+    # Read the catalog and compile the templates now, not during the first request.
     render_page(Choice(), costs_of(Choice()), Outcome(state="searching"), None)
 
     @contextlib.asynccontextmanager
@@ -249,12 +249,12 @@ def make_app(searches: SearchPool, hosts: Iterable[str] = (), *, any_address: bo
         await run_in_threadpool(searches.close)
 
     routes = {
-        "/": pages.home,
-        "/answer": pages.answer,
-        "/plan": pages.plan,
-        "/plan.zip": pages.folder,
-        "/api/answer": pages.api_answer,
-        "/api/plan": pages.api_plan,
+        "/": handlers.home,
+        "/answer": handlers.answer,
+        "/plan": handlers.plan,
+        "/plan.zip": handlers.folder,
+        "/api/answer": handlers.api_answer,
+        "/api/plan": handlers.api_plan,
         "/calculator.css": _asset("calculator.css", "text/css"),
         "/calculator.js": _asset("calculator.js", "text/javascript"),
     }

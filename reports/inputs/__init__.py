@@ -1,1 +1,1 @@
-"""What reports read: plans, runs, benchmark records."""
+"""Readers of what reports show: predictions of plans, measurements of runs, and records of benchmarks."""

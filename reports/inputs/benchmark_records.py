@@ -1,31 +1,32 @@
-"""What ``benchmarks/*.py`` have recorded: the JSON files that stand in ``reports/`` and ``benchmarks/results/``."""
+"""Records of ``benchmarks/*.py``: the JSON files in ``reports/`` and ``benchmarks/results/``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import AfterValidator, TypeAdapter
 
 from translution.planner.common.provenance import DISTRIBUTION, Provenance
 from translution.planner.common.schema import Schema, parse_json
 
 from ..render.document import read_input
+from .run_accuracy import current_label
 
 _VERSIONS = {"python": "Python", "translution": DISTRIBUTION}
 
 
 class BenchmarkRecord(Schema):
-    """What all of them say of how they were made."""
+    """Fields of every record."""
 
     command: str
     date: str
     machine: dict[str, str | int]
-    """Processor, cores, and versions by package."""
+    """Processor, number of cores, and version of each package."""
 
     @property
     def made(self) -> Provenance:
-        """The same as reports show it."""
+        """Provenance of the record, as reports show it."""
         known = {"processor", "cores"}
         versions = {_VERSIONS.get(name, name): str(value) for name, value in self.machine.items() if name not in known}
         machine, cores = str(self.machine.get("processor", "unknown")), int(self.machine.get("cores", 0))
@@ -33,34 +34,34 @@ class BenchmarkRecord(Schema):
 
 
 class PairRow(Schema):
-    """One thing that was predicted and measured."""
+    """A quantity that was predicted and measured, in bytes or numbers."""
 
-    what: str
+    what: Annotated[str, AfterValidator(current_label)]
     predicted: int
     measured: int
 
 
 class RankRow(Schema):
-    """One entry or peak of a rank of a run."""
+    """An item or a peak of the memory of one rank of a run."""
 
     run: str
     rank: int
     tier: str
-    what: str
+    what: Annotated[str, AfterValidator(current_label)]
     predicted_bytes: int
     measured_bytes: int
     ratio: float | None
 
 
 class TimeRow(Schema):
-    """How long an estimate took."""
+    """Time of an estimate."""
 
     what: str
     seconds: float
 
 
 class AccuracySections(Schema):
-    """The parts of ``accuracy.json``; those that were not run are absent."""
+    """Sections of ``accuracy.json``; sections that were not run are empty."""
 
     counts: tuple[PairRow, ...] = ()
     passes: tuple[PairRow, ...] = ()
@@ -69,7 +70,7 @@ class AccuracySections(Schema):
 
 
 class RehearsalRecord(Schema):
-    """One rank of a large world."""
+    """Rehearsal of one rank of a large cluster."""
 
     what: str
     made: Provenance
@@ -82,12 +83,12 @@ class Accuracy(BenchmarkRecord):
 
     sections: AccuracySections
     predicted: str | None = None
-    """When and by which command the predictions were made anew, in words."""
+    """Command and date of newer predictions for the recorded measurements; None if there are none."""
     rehearsal: RehearsalRecord | None = None
 
 
 class StepRow(Schema):
-    """A run whose step was timed."""
+    """Predicted and measured step time of a run."""
 
     what: str
     predicted_s: float
@@ -107,7 +108,7 @@ class StepTimes(BenchmarkRecord):
 
 
 class OperatorRow(Schema):
-    """A layer that was timed."""
+    """Timings of one layer."""
 
     case: str
     batch: int
@@ -142,7 +143,7 @@ class OperatorBenchmark(BenchmarkRecord):
 
 
 class CommandRow(Schema):
-    """How long a command took."""
+    """Time of a command, and the time allowed."""
 
     what: str
     seconds: float
@@ -150,7 +151,7 @@ class CommandRow(Schema):
 
 
 class SearchRow(Schema):
-    """How long a search took."""
+    """Time of a search."""
 
     what: str
     candidates: int
@@ -168,13 +169,13 @@ _Record = TypeVar("_Record")
 
 
 def load_record(kind: type[_Record], path: Path) -> _Record:
-    """Read one of these files.
+    """Read a record.
 
     Args:
-        kind: which of the classes above.
-        path: of the file.
+        kind: class of the record.
+        path: JSON file.
 
     Raises:
-        InputError: if it is absent or damaged.
+        InputError: if the file is missing or invalid.
     """
     return parse_json(TypeAdapter(kind), read_input(path), str(path))

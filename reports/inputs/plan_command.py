@@ -1,4 +1,4 @@
-"""The command that plans again what a plan folder holds, as far as commands alone say it."""
+"""The ``translution plan`` command that reproduces a plan, if flags alone can express it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from translution.planner.plans.plan import Plan
 
 
 def _model_flags(model: ModelSpec) -> dict[str, object]:
-    """What makes the model from the preset of its name.
+    """Return the flags that make the model from the preset of its name.
 
     Raises:
-        InputError: if it is no preset's.
+        InputError: if no flags make it from a preset.
     """
     fields: dict[str, Any] = {"operator": model.operator, "roles": model.roles}
     if model.operator == "alpha":
@@ -30,9 +30,9 @@ def _model_flags(model: ModelSpec) -> dict[str, object]:
 
 
 def plan_command(plan: Plan) -> str | None:
-    """A command that plans the same again; None where files, settings or a drive would be needed too.
+    """Return the command that makes the plan again; None if it would also need files, other settings or an NVMe drive.
 
-    What was chosen is fixed in it. ZeRO's knobs are searched anew.
+    The command fixes what the search chose, except for the ZeRO settings, which are searched again.
     """
     training, zero, cluster = plan.training, plan.zero, plan.cluster
     chosen = {
@@ -43,8 +43,8 @@ def plan_command(plan: Plan) -> str | None:
         "steps": training.steps,
     }
 
-    place, optimizer = zero.offload_param.device, zero.offload_optimizer
-    if "nvme" in (place, optimizer.device) or TrainingSpec.model_validate(chosen) != training:
+    param_device, optimizer = zero.offload_param.device, zero.offload_optimizer
+    if "nvme" in (param_device, optimizer.device) or TrainingSpec.model_validate(chosen) != training:
         return None
     try:
         flags = _model_flags(plan.model)
@@ -52,7 +52,11 @@ def plan_command(plan: Plan) -> str | None:
             return None
     except InputError:
         return None
-    offload = place if place != "none" else {"none": "none"}.get(optimizer.device, f"{optimizer.device}-optimizer")
+    offload = (
+        param_device
+        if param_device != "none"
+        else {"none": "none"}.get(optimizer.device, f"{optimizer.device}-optimizer")
+    )
     flags |= {"cluster": cluster.name} | chosen | {"stage": zero.stage, "offload": offload}
     flags["checkpointing"] = plan.model.checkpointing
     if optimizer.ratio < 1:

@@ -1,59 +1,60 @@
-"""What the reports read of a plan's prediction: the ledger of entries and the timeline of every tier.
+"""The parts of a plan's prediction that reports show: the memory breakdown and the timeline of every tier.
 
-Nothing else in the reports knows what form a prediction has.
+No other module of the reports depends on the structure of a prediction.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from translution.planner.memory.estimate import BACKWARD, FORWARD, STEP, MemoryEstimate
-from translution.planner.memory.timeline import Event, Timeline, make_timeline
+from translution.planner.common.phases import TRAINING_PHASES, Tier
+from translution.planner.memory.estimate import MemoryEstimate
+from translution.planner.memory.timeline import Timeline, make_timeline
 from translution.planner.plans.plan import Plan
+from translution.planner.simulator.core.storage import Event
 from translution.planner.simulator.lifecycle import simulate
 
-DEVICE, HOST = "device", "host"
-TIER_NAMES = {"pinned": "pinned host", "nvme": "NVMe"}
-"""In words, where they differ from the tier's own name."""
-_STEP = (FORWARD, BACKWARD, STEP)
+_TIER_NAMES = {Tier.PINNED: "pinned host", Tier.NVME: "NVMe"}
+"""Display names of tiers that differ from the tier's own name."""
 
 
 def breakdown_rows(prediction: MemoryEstimate) -> list[dict[str, Any]]:
-    """Every entry at the peak of every phase and tier.
+    """Return every item of the memory breakdown at the peak of every phase and tier.
 
     Returns:
-        Mappings of ``tier``, ``phase``, ``peak_bytes`` and ``moment`` (of that phase on that tier), and
-        the entry's ``name``, ``bytes``, ``formula`` and ``source``.
+        Mappings of ``tier``, ``phase``, ``peak_bytes`` and ``site`` (of the phase's peak on that tier), and the item's
+        ``name``, ``bytes``, ``formula`` and ``source``.
     """
     return [
-        {"tier": peak.tier, "phase": peak.phase, "peak_bytes": peak.bytes, "moment": peak.site} | entry.model_dump()
+        {"tier": peak.tier, "phase": peak.phase, "peak_bytes": peak.bytes, "site": peak.site} | entry.model_dump()
         for peak in prediction.peaks
         for entry in peak.breakdown
     ]
 
 
 def tier_name(tier: str) -> str:
-    """A tier in words."""
-    return TIER_NAMES.get(tier, tier)
+    """Return the display name of a tier."""
+    return _TIER_NAMES.get(Tier(tier), tier)
 
 
 def timelines_of(plan: Plan) -> dict[str, Timeline]:
-    """What is live on each tier over one training step, whose peak is the prediction's.
+    """Return the timeline of each tier over one training step; its peak equals the prediction's.
 
-    What the ledger holds beside the replayed tensors, such as a GPU's context, is there throughout.
+    Items of the breakdown other than replayed tensors, such as the GPU's context, are live throughout.
     """
-    memory = simulate(plan.model, plan.cluster, plan.training, plan.zero, plan.tile_relations, record=True).memory
+    memory = simulate(plan.run_config, record=True).memory
     result: dict[str, Timeline] = {}
     for tier, recorded in memory.tiers.items():
         events: list[Event] = []
         initial: dict[str, int] = {}
         for event in recorded.events or []:
             phase, _, what, size = event
-            if phase in _STEP:
+            if phase in TRAINING_PHASES:
                 events.append(event)
             elif not events:
                 initial[what] = initial.get(what, 0) + size
-        worst = max((plan.prediction.peak(phase, tier) for phase in _STEP), key=lambda peak: peak.bytes if peak else 0)
+        peaks = (plan.prediction.peak(phase, tier) for phase in TRAINING_PHASES)
+        worst = max(peaks, key=lambda peak: peak.bytes if peak else 0)
         replayed = {what for _, _, what, _ in recorded.events or []}
         for entry in worst.breakdown if worst is not None else ():
             if entry.name not in replayed:

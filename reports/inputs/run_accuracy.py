@@ -1,4 +1,4 @@
-"""Predicted against measured: the memory of every rank of a run, in one table."""
+"""Predicted and measured memory of every rank of a run, and the metrics and files of the run."""
 
 from __future__ import annotations
 
@@ -9,25 +9,32 @@ from typing import Any
 
 import pandas as pd
 
-from translution.distributed.runs.folder import CHECKPOINT, METRICS, RUNS, require_run, status_path
+from translution.distributed.runs.folder import CHECKPOINT, METRICS, require_run, status_path
 from translution.distributed.runs.measurement import MemoryMeasurement, read_memory
 from translution.planner.common.errors import InputError
+from translution.planner.common.phases import Phase, Tier
 from translution.planner.memory.estimate import MemoryEstimate, estimate_memory
+from translution.planner.plans.folder import RUNS
 from translution.planner.plans.plan import Plan, load_plan
-from translution.planner.simulator.core.tiers import Tier
 from translution.planner.simulator.engine.base import STATES
-from translution.planner.simulator.lifecycle import INIT, RESUME
 
 _COLUMNS = ("rank", "tier", "what", "predicted_bytes", "measured_bytes", "ratio")
-RESIDENT, SAVED, PROCESS_PREFIX = "between steps", "kept for backward", "process"
+RESIDENT, SAVED, PROCESS_PREFIX = "between steps", "saved for backward", "process"
+"""Labels of rows: total live bytes between steps, bytes saved for backward, and the prefix for the process's memory."""
+_OLD_LABELS = {"kept for backward": SAVED}
 PROCESS_GROWTH_BYTES = 40 * 2**20
-"""What a process loads after it has begun to be watched: DeepSpeed's engine, gloo's threads, kernels. Measured."""
+"""Bytes that a process loads after its first measurement: DeepSpeed's engine, gloo's threads, kernels. Measured."""
 _SWAP_ITEMS = {"exp_avg": STATES, "exp_avg_sq": STATES}
-"""Entries of the ledger that files on NVMe belong to, where the file has another name."""
+"""Item of the memory breakdown that a file on NVMe belongs to, for files of another name."""
+
+
+def current_label(label: str) -> str:
+    """Return the present form of a row's label in a record of an earlier version."""
+    return _OLD_LABELS.get(label, label)
 
 
 def find_run(folder: Path) -> Path:
-    """A run folder itself, or the newest run of a plan folder.
+    """Return the folder itself if it is a run folder, or the newest run of a plan folder.
 
     Raises:
         InputError: if it is neither, or the plan has no run yet.
@@ -43,7 +50,7 @@ def find_run(folder: Path) -> Path:
 def predicted_and_measured(
     prediction: MemoryEstimate, measured: MemoryMeasurement
 ) -> Iterator[tuple[Tier, str, int, int]]:
-    """Tier, what, predicted and measured bytes: entries that can be told apart, then totals."""
+    """Yield tier, label, predicted bytes and measured bytes: items measured separately, then totals."""
     own: Tier = prediction.own_tier
     for name, size in measured.entries_bytes.items():
         yield own, name, prediction.of(name), size
@@ -51,47 +58,47 @@ def predicted_and_measured(
         kinds: tuple[Tier, ...] = ("host", "pinned")
         yield "host", name, sum(prediction.of(name, RESIDENT, tier) for tier in kinds), size
     for name, size in measured.swap_buffers_bytes.items():
-        yield "pinned", name, prediction.of(name, RESIDENT, "pinned"), size
+        yield "pinned", name, prediction.of(name, RESIDENT, Tier.PINNED), size
     files: dict[str, int] = {}
     for name, size in measured.disk_bytes.items():
         entry = _SWAP_ITEMS.get(name, name)
         files[entry] = files.get(entry, 0) + size
     for name, size in files.items():
-        yield "nvme", name, prediction.of(name, RESIDENT, "nvme"), size
+        yield "nvme", name, prediction.of(name, RESIDENT, Tier.NVME), size
     yield own, RESIDENT, prediction.resident_bytes, measured.resident_bytes
     if measured.saved_bytes is not None:
         yield own, SAVED, prediction.saved_bytes, measured.saved_bytes
     for phase, size in _with_building(measured.phase_peak_bytes).items():
         yield own, f"peak of {phase}", prediction.bytes_of(phase), size
     for phase, size in _with_building(measured.process_phase_peak_bytes).items():
-        held = prediction.bytes_of(phase, "host") + prediction.bytes_of(phase, "pinned")
+        held = prediction.bytes_of(phase, Tier.HOST) + prediction.bytes_of(phase, Tier.PINNED)
         yield "host", f"{PROCESS_PREFIX} in {phase}", measured.process_start_bytes + PROCESS_GROWTH_BYTES + held, size
 
 
 def _with_building(peaks: Mapping[str, int]) -> dict[str, int]:
-    """Peaks of the phases, where resuming has made the engine before it has read the checkpoint."""
-    if RESUME in peaks and INIT in peaks:
-        return {**peaks, RESUME: max(peaks[INIT], peaks[RESUME])}
+    """Return the peaks by phase; resuming includes building the engine, so its peak is at least that of init."""
+    if Phase.RESUME in peaks and Phase.INIT in peaks:
+        return {**peaks, Phase.RESUME: max(peaks[Phase.INIT], peaks[Phase.RESUME])}
     return dict(peaks)
 
 
 def predict_rank(plan: Plan, rank: int) -> MemoryEstimate:
-    """The plan's, which is of the rank with the most; at stages 1 and 2 that of the rank itself."""
+    """Return the prediction for a rank: its own at stages 1 and 2, else the plan's, which is for the largest rank."""
     if plan.zero.stage not in (1, 2):
         return plan.prediction
-    return estimate_memory(plan.model, plan.cluster, plan.training, plan.zero, plan.tile_relations, rank)
+    return estimate_memory(plan.run_config, rank)
 
 
 def compare_run(run: Path) -> pd.DataFrame:
-    """Predicted and measured bytes of every rank, with the columns of `_COLUMNS`.
+    """Return predicted and measured bytes of every rank: rank, tier, what, predicted_bytes, measured_bytes, ratio.
 
-    Entries that can be told apart come first, then what is live between steps, what is kept for
-    backward and the peak of each phase. The process's resident memory is predicted as what it was
-    before the model was made, `PROCESS_GROWTH_BYTES`, and what the ledger adds. ``ratio`` is predicted
-    over measured; what was measured as nought has none.
+    Items measured separately come first, then the bytes live between steps, the bytes saved for backward and the peak
+    of each phase. The predicted resident memory of the process is its size before the model was built, plus
+    `PROCESS_GROWTH_BYTES`, plus the predicted host memory. ``ratio`` is predicted over measured, NaN if the measured
+    value is zero.
 
     Raises:
-        InputError: if it is no run folder, or no rank has measured anything.
+        InputError: if this is not a run folder, or no rank has measured its memory.
     """
     plan = load_plan(require_run(run))
     rows: list[dict[str, Any]] = []
@@ -110,12 +117,12 @@ def compare_run(run: Path) -> pd.DataFrame:
 
 
 def read_metrics(run: Path) -> pd.DataFrame:
-    """The run's metrics, a row per line of its metrics file; a torn last line is left out.
+    """Return the run's metrics, one row per line of its metrics file; an incomplete last line is ignored.
 
-    Of steps that a resumed run did again, the last time counts.
+    For steps that a resumed run repeated, the last row is returned.
 
     Raises:
-        InputError: if another line is no JSON object.
+        InputError: if another line is not valid JSON.
     """
     path = run / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -128,12 +135,12 @@ def read_metrics(run: Path) -> pd.DataFrame:
                 raise InputError(f"{path}: line {number} is not valid JSON") from None
     metrics: pd.DataFrame = pd.DataFrame(rows, columns=None if rows else ["event"])
     if "step" in metrics:
-        again = (metrics["event"] == "step") & metrics.duplicated(["event", "step"], keep="last")
-        metrics = metrics[~again].reset_index(drop=True)
+        repeated = (metrics["event"] == "step") & metrics.duplicated(["event", "step"], keep="last")
+        metrics = metrics[~repeated].reset_index(drop=True)
     return metrics
 
 
 def run_files(run: Path) -> dict[str, Path]:
-    """Where the files of a run lie, by what they are; only those that exist."""
+    """Return the existing files and folders of a run by their description."""
     paths = {"metrics": run / METRICS, "measured memory": run / "memory", "checkpoint": run / CHECKPOINT}
     return {name: path for name, path in paths.items() if path.exists()}

@@ -1,4 +1,4 @@
-"""Sections on models alone and on their best plans: the overview, and what each operator costs."""
+"""Sections on models: the overview of their best plans, and the costs of each operator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from translution.planner.analysis.operator_costs import LABELS, describe, with_operator
+from translution.planner.analysis.estimate_model import OPERATOR_LABELS, operator_costs, with_operator
 from translution.planner.analysis.scaling import PlanPoint, best_points
 from translution.planner.common.provenance import Provenance
 from translution.planner.common.units import GIB, format_bytes, format_count
@@ -23,13 +23,13 @@ from .memory_timeline import CHART_WIDTH
 
 _FULL, _PLAIN = "full Translution", "attention"
 _STEP, _PLAN = Column(title="step (interval)", kind="seconds"), Column(title="best plan", kind="sentence")
-_DEVICE = Column(title="device of a rank", kind="bytes")
+_DEVICE = Column(title="device memory of a rank", kind="bytes")
 TIER_COLUMNS = (
     _DEVICE,
     Column(title="pageable host", kind="bytes"),
     Column(title="pinned host", kind="bytes"),
     _STEP,
-    Column(title="a sample", kind="seconds"),
+    Column(title="time / sample", kind="seconds"),
     _PLAN,
 )
 
@@ -41,7 +41,7 @@ def _time(point: PlanPoint) -> CellValue:
 
 
 def _plan(point: PlanPoint) -> str:
-    return point.plan if point.plan is not None else f"nothing fits; {point.reason}"
+    return point.plan if point.plan is not None else f"nothing fits: {point.reason}"
 
 
 def _host(point: PlanPoint) -> int | None:
@@ -49,32 +49,32 @@ def _host(point: PlanPoint) -> int | None:
 
 
 def tier_cells(point: PlanPoint) -> tuple[CellValue, ...]:
-    """Values in the order of `TIER_COLUMNS`."""
+    """Return the cells of a point in the order of `TIER_COLUMNS`."""
     sample = None if point.likely_s is None else point.likely_s / point.samples
     return (point.device_bytes, point.host_bytes, point.pinned_bytes, _time(point), sample, _plan(point))
 
 
 def _sentences(points: Sequence[PlanPoint], cluster: ClusterSpec) -> tuple[str, ...]:
-    """How large the first model is, what a rank holds of it, and how long it takes."""
+    """Return sentences on the first model: its size, the memory of a rank, and the time of a step."""
     model = points[0].model
     own = {point.operator: point for point in points if point.model == model}
     full, plain = own[_FULL], own[_PLAIN]
     times = full.parameters / plain.parameters
     texts = [
-        f"{model} with full Translution has {format_count(full.parameters)} parameters, {format_value(times, 'times')} as "
-        f"many as with attention ({format_count(plain.parameters)})."
+        f"{model} with full Translution has {format_count(full.parameters)} parameters, "
+        f"{format_value(times, 'times')} as many as with attention ({format_count(plain.parameters)})."
     ]
     host = _host(full)
     if full.device_bytes is None or host is None:
-        return (*texts, f"No plan of it fits on {cluster.name}: {full.reason}.")
+        return (*texts, f"No plan fits on {cluster.name}: {full.reason}.")
     texts.append(
-        f"On {cluster.name} its best plan ({full.plan}) holds at most {format_bytes(full.device_bytes)} of each "
-        f"rank's {format_bytes(cluster.device_memory_bytes)}, and {format_bytes(host)} of host memory for each "
+        f"On {cluster.name} its best plan ({full.plan}) uses at most {format_bytes(full.device_bytes)} of the "
+        f"{format_bytes(cluster.device_memory_bytes)} on each device, and {format_bytes(host)} of host memory per "
         "rank, from init to resume."
     )
-    beside = "" if plain.likely_s is None else f"; attention takes {format_value(plain.likely_s, 'seconds')}"
+    attention = "" if plain.likely_s is None else f"; attention takes {format_value(plain.likely_s, 'seconds')}"
     texts.append(
-        f"A step of {full.samples} samples is predicted to take {format_value(_time(full), 'seconds')}{beside}."
+        f"A step of {full.samples} samples is predicted to take {format_value(_time(full), 'seconds')}{attention}."
     )
     return tuple(texts)
 
@@ -82,13 +82,13 @@ def _sentences(points: Sequence[PlanPoint], cluster: ClusterSpec) -> tuple[str, 
 def overview_section(
     specs: Iterable[ModelSpec], cluster: ClusterSpec, training: TrainingSpec, made: Provenance
 ) -> Section:
-    """The best plan of every model and operator on one cluster, and three sentences on the first.
+    """Return the section with the best plan of every model and operator on a cluster.
 
     Args:
-        specs: the models; their operator is replaced.
-        cluster: whose nodes are all used.
+        specs: models; their operator is replaced.
+        cluster: cluster, all of whose nodes are used.
         training: precision and optimizer.
-        made: where the figures come from.
+        made: provenance of the values.
 
     Raises:
         InputError: if the cluster lacks a rate.
@@ -98,14 +98,14 @@ def overview_section(
     samples = points[0].samples
     table = Table(
         key="glance-table",
-        caption=f"The best plan on {cluster.name} in {training.precision}: the highest memory of a rank, and the time "
-        f"of a step of {samples} samples",
+        caption=f"Best plan on {cluster.name} in {training.precision}: peak memory of a rank, and time of a step of "
+        f"{samples} samples",
         columns=(
             Column(title="model"),
             Column(title="operator"),
             Column(title="parameters", kind="count"),
             _DEVICE,
-            Column(title="host of a rank", kind="bytes"),
+            Column(title="host memory of a rank", kind="bytes"),
             _STEP,
             _PLAN,
         ),
@@ -114,8 +114,9 @@ def overview_section(
         made=made,
     )
     note = (
-        "Memory is replayed allocation by allocation; 8% of each stays free, and α-Translution has c1 = c2 = 16. Times "
-        "on GPUs are unmeasured: shares of the vendors' peaks, with an interval."
+        "Memory is predicted by replaying every allocation. A plan leaves 8% of each memory free, and α-Translution "
+        "has c1 = c2 = 16. Times on GPUs are not measured: they are estimated as fractions of the vendors' peak rates, "
+        "with an interval."
     )
     return Section(key="glance", title="At a glance", text=(*_sentences(points, cluster), note), parts=(table,))
 
@@ -126,90 +127,95 @@ _COLUMNS = (
     Column(title="parameters", kind="count"),
     Column(title="in tables", kind="share"),
     Column(title="state (AdamW, fp32)", kind="bytes"),
-    Column(title="kept, published", kind="bytes"),
-    Column(title="kept, ours", kind="bytes"),
-    Column(title="published / ours", kind="times"),
+    Column(title="saved, published code", kind="bytes"),
+    Column(title="saved, this toolkit", kind="bytes"),
+    Column(title="saved, ratio", kind="times"),
     Column(title="forward", kind="flops"),
     Column(title="training", kind="flops"),
 )
 
 
 def _cost_row(spec: ModelSpec, training: TrainingSpec) -> tuple[CellValue, ...]:
-    entry = describe(spec, 1, DtypeSizes.of(training.dtype_bytes, "cuda"))
-    parameters, kept, flops = entry["parameters"], entry["activations_bytes"], entry["flops_per_sample"]
-    total = parameters["total"]
+    costs = operator_costs(spec, 1, DtypeSizes.of(training.dtype_bytes, "cuda"))
+    parameters, saved, flops = costs.parameters, costs.activations, costs.flops
+    total = parameters.total
     return (
         spec.name,
-        LABELS[spec.operator],
+        OPERATOR_LABELS[spec.operator],
         total,
-        parameters["components"].get(TABLES, 0) / total,
-        entry["training_state_bytes"],
-        kept["published"],
-        kept["ours"],
-        kept["published"] / kept["ours"],
-        flops["forward"],
-        flops["training_step"],
+        parameters.components.get(TABLES, 0) / total,
+        costs.training_state_bytes,
+        saved.published,
+        saved.ours,
+        saved.published / saved.ours,
+        flops.forward,
+        flops.training_step,
     )
 
 
-def _kept_picture(rows: Iterable[tuple[CellValue, ...]], made: Provenance) -> Picture:
-    """What full Translution keeps, the published way and ours."""
+def _saved_picture(rows: Iterable[tuple[CellValue, ...]], made: Provenance) -> Picture:
+    """Return the chart of activations that full Translution saves for backward, in the published code and here."""
     names = [column.title for column in _COLUMNS]
-    full: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in rows if row[1] == LABELS["translution"]]
-    ways = {"kept, published": "published way", "kept, ours": "ours"}
+    full: list[dict[str, Any]] = [
+        dict(zip(names, row, strict=True)) for row in rows if row[1] == OPERATOR_LABELS["translution"]
+    ]
+    labels = {"saved, published code": "published code", "saved, this toolkit": "this toolkit"}
     values = [
-        {"model": row["model"], "way": way, "GiB": row[name] / GIB, "text": format_bytes(row[name])}
+        {"model": row["model"], "code": label, "GiB": row[name] / GIB, "text": format_bytes(row[name])}
         for row in full
-        for name, way in ways.items()
+        for name, label in labels.items()
     ]
     base = alt.Chart(alt.InlineData(values=values)).encode(
         y=alt.Y("model:N", title=None, sort=None, axis=alt.Axis(labelLimit=0))
     )
     axis = alt.Axis(format="~g", tickCount=8)
-    x = alt.X("GiB:Q", title="kept for backward by one sample, GiB", scale=alt.Scale(type="log"), axis=axis)
-    colour = alt.Color("way:N", title=None, scale=alt.Scale(range=list(COLOURS[:2])), legend=alt.Legend(orient="top"))
-    tooltip = ["model:N", "way:N", alt.Tooltip("text:N", title="kept")]
+    x = alt.X("GiB:Q", title="saved for backward per sample, GiB", scale=alt.Scale(type="log"), axis=axis)
+    colour = alt.Color("code:N", title=None, scale=alt.Scale(range=list(COLOURS[:2])), legend=alt.Legend(orient="top"))
+    tooltip = ["model:N", "code:N", alt.Tooltip("text:N", title="saved")]
     line = base.mark_line(color="#8a8f98").encode(x=x, detail="model:N")
     dots = base.mark_point(filled=True, size=90, opacity=1).encode(x=x, color=colour, tooltip=tooltip)
     text = "; ".join(
-        f"{row['model']} {format_bytes(row['kept, published'])}, ours {format_bytes(row['kept, ours'])}" for row in full
+        f"{row['model']} {format_bytes(row['saved, published code'])} and {format_bytes(row['saved, this toolkit'])}"
+        for row in full
     )
     chart = alt.LayerChart(
         layer=[line, dots],
         width=CHART_WIDTH,
         height=26 * max(2, len(full)),
-        title="What a forward pass of full Translution keeps",
-        description=f"What full Translution keeps for backward of one sample, the published way: {text}.",
+        title="Activations that full Translution saves for backward",
+        description="Activations that full Translution saves for backward per sample, in the published code and in "
+        f"this toolkit: {text}.",
     )
     return Picture(
-        key="kept",
-        caption="Activations kept for backward by one sample of full Translution, the published way and ours.",
-        name="Kept activations",
+        key="saved",
+        caption="Activations saved for backward per sample of full Translution, in the published code and in this "
+        "toolkit.",
+        name="Saved activations",
         spec=dict(chart.to_dict()),
         made=made,
     )
 
 
 def costs_section(specs: Iterable[ModelSpec], training: TrainingSpec, made: Provenance) -> Section:
-    """What every model costs with every operator that suits it.
+    """Return the section with the costs of every model with every operator that suits it.
 
     Args:
-        specs: the models.
-        training: its precision decides the bytes kept.
-        made: where the figures come from.
+        specs: models.
+        training: training setup; its precision determines the saved bytes.
+        made: provenance of the values.
     """
     found = [other for spec in specs for name in OPERATORS if (other := with_operator(spec, name))]
     rows = tuple(_cost_row(spec, training) for spec in found)
     table = Table(
         key="costs-table",
-        caption=f"Costs of a model and of one sample, {training.precision}; kept: by a forward pass for backward",
+        caption=f"Costs of a model and of one sample in {training.precision}; saved: activations saved for backward",
         columns=_COLUMNS,
         rows=rows,
         chosen_by=0,
         made=made,
     )
     text = (
-        "Parameters and operations are exact. The published way gathers a matrix for every pair of tokens; ours "
-        "computes the rows of a relation again in backward."
+        "Parameters and operations are exact. The published code gathers a matrix for every pair of tokens; this "
+        "toolkit does not, and recomputes the rows of a relation in backward."
     )
-    return Section(key="costs", title="What the models cost", text=(text,), parts=(table, _kept_picture(rows, made)))
+    return Section(key="costs", title="Costs of the models", text=(text,), parts=(table, _saved_picture(rows, made)))

@@ -24,7 +24,7 @@ from translution.planner.plans.defaults import OFFLOAD, choose_tile, choose_zero
 from translution.planner.plans.folder import write_plan_folder
 from translution.planner.plans.launch_scripts import environment_variables, hostfile, launch_files
 from translution.planner.search.constraints import SearchConstraints
-from translution.planner.search.space import families, variants
+from translution.planner.search.space import knob_sets, list_strategies
 
 BF16 = TrainingSpec(precision="bf16", data="synthetic", micro_batch=1)
 CLUSTERS = ("1xH100", "8xH100", "2x8xH100")
@@ -43,20 +43,20 @@ def test_deepspeed_reads_every_variant_of_every_family(cluster: str) -> None:
     spec, where = preset("vit-base/16"), load_cluster(cluster)
     constraints = SearchConstraints(nvme_path="/nvme")
     seen = 0
-    for family in families(constraints, where)[0]:
-        for variant in variants(spec, choose_tile(spec, where.world_size), family, where, constraints):
-            plan_config = make_config(variant.zero, where.world_size)
+    for strategy in list_strategies(constraints, where)[0]:
+        for knob_set in knob_sets(spec, choose_tile(spec, where.world_size), strategy, where, constraints):
+            plan_config = make_config(knob_set.zero, where.world_size)
             read = DeepSpeedZeroConfig(**plan_config["zero_optimization"])
-            assert read.stage == family.stage
-            assert read.overlap_comm == variant.zero.overlap_comm
-            if family.stage == 3:
-                assert read.prefetch_bucket_size == variant.zero.prefetch_bucket_elements
-                assert read.sub_group_size == variant.zero.sub_group_elements
+            assert read.stage == strategy.stage
+            assert read.overlap_comm == knob_set.zero.overlap_comm
+            if strategy.stage == 3:
+                assert read.prefetch_bucket_size == knob_set.zero.prefetch_bucket_elements
+                assert read.sub_group_size == knob_set.zero.sub_group_elements
                 assert read.max_reuse_distance == 0
-            optimizer, param = OFFLOAD[family.offload]
+            optimizer, param = OFFLOAD[strategy.offload]
             assert (read.offload_optimizer is None) == (optimizer == "none")
             assert (read.offload_param is None) == (param == "none")
-            if optimizer == "cpu" and family.stage == 3:
+            if optimizer == "cpu" and strategy.stage == 3:
                 assert read.offload_optimizer.ratio == family.ratio
             seen += 1
     assert seen > 50

@@ -15,7 +15,7 @@ from helpers.html_page import Page
 from helpers.report_folders import MALICIOUS, experiment_folder, plan_folder
 
 from translution.cli.main import run
-from translution.planner.analysis.scaling import GrowthPoint, best_point, best_points, growth
+from translution.planner.analysis.scaling import GrowthPoint, best_point, best_points, growth_points
 from translution.planner.common.provenance import provenance
 from translution.planner.config.model import override
 from translution.planner.config.presets import preset
@@ -138,7 +138,7 @@ def test_what_fits_nowhere_is_said_and_drawn() -> None:
 
 def test_the_nodes_of_a_cluster_are_replaced_along_their_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("translution.planner.analysis.scaling.NODE_COUNTS", (2,))
-    points = list(growth(preset("vit-tiny/56"), load_cluster("4x1xH100"), BF16, axes=("nodes",)))
+    points = list(growth_points(preset("vit-tiny/56"), load_cluster("4x1xH100"), BF16, axes=("nodes",)))
     assert [point.best.cluster for point in points] == ["2x1xH100"] * 3
     assert [point.best.samples for point in points] == [16] * 3
 

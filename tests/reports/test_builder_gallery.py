@@ -15,8 +15,8 @@ import typer
 from helpers.gallery_tables import cells, table
 
 from translution.cli.main import full_app, run
-from translution.planner.analysis.compare import compare
-from translution.planner.analysis.operator_costs import LABELS, describe, with_operator
+from translution.planner.analysis.compare import comparison_rows
+from translution.planner.analysis.estimate_model import OPERATOR_LABELS, operator_costs, with_operator
 from translution.planner.analysis.scaling import PlanPoint, best_points
 from translution.planner.common.provenance import provenance
 from translution.planner.config.presets import preset
@@ -88,21 +88,21 @@ def test_the_committed_gallery_holds_the_committed_measurements(root: Path, comm
 def test_the_committed_figures_are_the_planners(committed: Document) -> None:
     spec, cluster = preset("vit-base/16"), load_cluster("8xH100")
     held = [row for row in table(committed, "costs-table") if row["model"] == "vit-base/16"]
-    assert [row["operator"] for row in held] == list(LABELS.values())
-    for operator, row in zip(LABELS, held, strict=True):
+    assert [row["operator"] for row in held] == list(OPERATOR_LABELS.values())
+    for operator, row in zip(OPERATOR_LABELS, held, strict=True):
         model = with_operator(spec, operator)  # type: ignore[arg-type]  # its own keys
         assert model is not None
-        entry = describe(model, 1, DtypeSizes.of(2, "cuda"))
-        assert row["parameters"] == entry["parameters"]["total"]
-        assert row["kept, published"] == entry["activations_bytes"]["published"]
-        assert row["kept, ours"] == entry["activations_bytes"]["ours"]
-        assert row["training"] == entry["flops_per_sample"]["training_step"]
+        costs = operator_costs(model, 1, DtypeSizes.of(2, "cuda"))
+        assert row["parameters"] == costs.parameters.total
+        assert row["saved, published code"] == costs.activations.published
+        assert row["saved, this toolkit"] == costs.activations.ours
+        assert row["training"] == costs.flops.training_step
     assert costs_section([spec], BF16, MADE).parts[0].model_dump()["rows"][0] == tuple(held[0].values())
     glance = [row for row in table(committed, "glance-table") if row["model"] == "vit-base/16"]
     for row, point in zip(glance, best_points(spec, cluster, BF16), strict=True):
         check_point(row, point)
     rows = [row for row in table(committed, "comparison-table") if row["model"] == "vit-base/16"]
-    for row, other in zip(rows, compare(spec, "H100", BF16), strict=True):
+    for row, other in zip(rows, comparison_rows(spec, "H100", BF16), strict=True):
         assert (row["states"], row["kept / sample"]) == (other.states_bytes, other.saved_bytes)
         assert (row["smallest cluster"], row["with offload"]) == (other.cluster, other.offload_cluster)
         assert row["time / sample"] == pytest.approx(other.sample_s)

@@ -9,7 +9,14 @@ import pandas as pd
 import pytest
 
 from translution.cli.main import run
-from translution.planner.analysis.compare import compare, operators, scale, scaled, smallest_cluster, thresholds
+from translution.planner.analysis.compare import (
+    comparison_rows,
+    operators,
+    scale_points,
+    scaled,
+    smallest_cluster,
+    thresholds,
+)
 from translution.planner.config.presets import preset
 from translution.planner.config.training import TrainingSpec
 from translution.planner.costs.flops import count_flops
@@ -20,7 +27,7 @@ BF16 = TrainingSpec(precision="bf16", data="synthetic")
 
 
 def test_every_operator_has_a_row() -> None:
-    rows = list(compare(preset("vit-base/16"), "H100", BF16, (16,)))
+    rows = list(comparison_rows(preset("vit-base/16"), "H100", BF16, (16,)))
     assert [(row.operator, row.alpha_rank) for row in rows] == [
         ("full Translution", None), ("α-Translution", 16), ("attention", None),
     ]  # fmt: skip
@@ -57,7 +64,7 @@ def test_more_nodes_hold_larger_models() -> None:
 
 def test_memory_grows_along_every_axis() -> None:
     spec = preset("gpt-mini/256")
-    points = list(scale(spec, BF16))
+    points = list(scale_points(spec, BF16))
     for axis in ("width", "tokens", "depth"):
         for operator in ("full Translution", "α-Translution", "attention"):
             sizes = [point.states_bytes + point.saved_bytes for point in points

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from translution.planner.common.errors import InputError
-from translution.planner.config.loading import load_model_spec, save_model_spec
+from translution.planner.config.loading import load_model, save_model
 from translution.planner.config.model import GptSpec, VitSpec, override, parse_model_spec
 from translution.planner.config.presets import PRESET_NAMES, preset
 
@@ -52,8 +52,8 @@ def test_sizes_follow_the_definition() -> None:
 def test_a_saved_spec_loads_as_it_was(tmp_path: Path, suffix: str, fields: dict[str, Any]) -> None:
     spec = parse_model_spec(VIT | fields)
     path = tmp_path / f"model{suffix}"
-    save_model_spec(spec, path)
-    assert load_model_spec(str(path)) == spec
+    save_model(spec, path)
+    assert load_model(str(path)) == spec
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
@@ -143,7 +143,7 @@ def test_a_bad_field_is_named_with_its_value(fields: dict[str, Any], message: st
 )
 def test_a_bad_name_is_one_line(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load_model_spec(name)
+        load_model(name)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_bad_file_is_one_line(tmp_path: Path, text: str, message: str) -> None
     path = tmp_path / "model.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=message) as caught:
-        load_model_spec(str(path))
+        load_model(str(path))
     assert "\n" not in str(caught.value)
 
 

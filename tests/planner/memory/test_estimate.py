@@ -18,6 +18,7 @@ from translution.planner.memory.activations import saved_bytes
 from translution.planner.memory.estimate import MemoryEstimate, estimate_memory, gathered_floor_bytes
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.defaults import choose_tile, choose_zero, override_zero
+from translution.planner.run_config import RunConfig
 from translution.planner.simulator.lifecycle import simulate
 from translution.planner.simulator.network.model import SimulatedNetwork, replay
 from translution.planner.simulator.network.ops import DtypeSizes
@@ -40,7 +41,9 @@ def ledger(
     tile = choose_tile(spec, 8)
     nvme = "/nvme" if "nvme" in offload else None
     zero = override_zero(choose_zero(spec, tile, 3, 8, offload=offload, nvme_path=nvme), zero_overrides or {})
-    return estimate_memory(spec, GPUS, TrainingSpec(precision="bf16", micro_batch=1, data="synthetic"), zero, tile)
+    return estimate_memory(
+        RunConfig(spec, GPUS, TrainingSpec(precision="bf16", micro_batch=1, data="synthetic"), zero, tile)
+    )
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
@@ -129,7 +132,7 @@ def test_the_largest_preset_is_replayed_in_few_events() -> None:
     tile = choose_tile(spec, cluster.world_size)
     training = TrainingSpec(precision="bf16", micro_batch=1, data="synthetic")
     zero = choose_zero(spec, tile, 3, cluster.world_size)
-    memory = simulate(spec, cluster, training, zero, tile, record=True).memory
+    memory = simulate(RunConfig(spec, cluster, training, zero, tile), record=True).memory
     assert 5_000 < sum(len(tier.events or []) for tier in memory.tiers.values()) < 20_000
 
 

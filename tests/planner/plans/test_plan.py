@@ -27,6 +27,7 @@ from translution.planner.plans.build import make_plan
 from translution.planner.plans.defaults import choose_tile, choose_zero
 from translution.planner.plans.folder import write_plan_folder
 from translution.planner.plans.plan import Plan, load_plan
+from translution.planner.run_config import RunConfig
 from translution.planner.simulator.engine.partition import partitioned_numel
 
 
@@ -50,7 +51,7 @@ def test_model_states_of_vit_base_by_hand() -> None:
     training = TrainingSpec(precision="bf16", data="synthetic", micro_batch=1)
     tile = choose_tile(spec, 8)
     zero = choose_zero(spec, tile, 3, 8)
-    estimate = estimate_memory(spec, gpus(8), training, zero, tile)
+    estimate = estimate_memory(RunConfig(spec, gpus(8), training, zero, tile))
     share = partitioned_numel(parameter_groups(spec, tile), 8)
     assert share == pytest.approx(15_608_200_168 / 8, rel=1e-5)
     assert [estimate.of(name) for name in ("parameters", "gradients", "master parameters", "optimizer states")] == [
@@ -78,14 +79,16 @@ def test_more_ranks_or_a_higher_stage_never_hold_more_and_a_larger_batch_never_l
     def resident(ranks: int, stage: Literal[0, 1, 2, 3]) -> int:
         zero = choose_zero(spec, 13, stage, ranks).model_copy(update={"persistence_threshold_elements": 0})
         training = TrainingSpec(precision=precision, micro_batch=micro_batch, data="synthetic")
-        estimate = estimate_memory(spec, gpus(ranks), training, zero, 13)
+        estimate = estimate_memory(RunConfig(spec, gpus(ranks), training, zero, 13))
         return sum(estimate.of(name) for name in ("parameters", "master parameters", "optimizer states"))
 
     assert resident(2 * ranks, stage) <= resident(ranks, stage)
     zero = choose_zero(spec, 13, stage, ranks)
     peaks = [
         estimate_memory(
-            spec, gpus(ranks), TrainingSpec(precision=precision, micro_batch=batch, data="synthetic"), zero, 13
+            RunConfig(
+                spec, gpus(ranks), TrainingSpec(precision=precision, micro_batch=batch, data="synthetic"), zero, 13
+            )
         ).peak_bytes
         for batch in (micro_batch, micro_batch + 1)
     ]

@@ -15,7 +15,7 @@ from translution.cli.main import run
 from translution.planner.common.errors import InputError
 from translution.planner.common.phases import Tier
 from translution.planner.common.units import GIB
-from translution.planner.config.loading import load_model_spec
+from translution.planner.config.loading import load_model
 from translution.planner.config.model import override
 from translution.planner.config.presets import preset
 from translution.planner.config.training import TrainingSpec
@@ -24,6 +24,7 @@ from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 from translution.planner.memory.estimate import estimate_memory
 from translution.planner.memory.upper_bound import bound_memory
 from translution.planner.plans.defaults import choose_tile, choose_zero
+from translution.planner.run_config import RunConfig
 from translution.planner.search.constraints import SearchConstraints
 from translution.planner.search.explain import SearchResult
 from translution.planner.search.plan_search import NoPlanFits, search, search_plan
@@ -253,8 +254,8 @@ def test_closed_forms_are_never_below_the_ledger(
     tile = choose_tile(spec, where.world_size)
     path = "/nvme" if "nvme" in offload else None
     zero = choose_zero(spec, tile, stage, where.world_size, offload=offload, nvme_path=path)
-    bounds = bound_memory(spec, where, training, zero, tile)
-    memory = estimate_memory(spec, where, training, zero, tile)
+    run = RunConfig(spec, where, training, zero, tile)
+    bounds, memory = bound_memory(run), estimate_memory(run)
     overhead = where.device_overhead()
     beside = {entry.name.replace("_", " ") for entry in overhead.breakdown} if overhead else set()
     sizes = {"device": bounds.device, "host": bounds.host, "pinned": bounds.pinned, "nvme": bounds.nvme}
@@ -284,7 +285,7 @@ def test_more_ranks_or_offload_never_need_more_of_a_device_nor_a_larger_batch_le
         # The same tiles throughout: what is cut otherwise is another model to ZeRO.
         tile = choose_tile(spec, 8)
         zero = choose_zero(spec, tile, 3, ranks, offload=offload)
-        memory = estimate_memory(spec, cluster, training, zero, tile)
+        memory = estimate_memory(RunConfig(spec, cluster, training, zero, tile))
         overhead = cluster.device_overhead()
         assert overhead is not None
         names = {entry.name.replace("_", " ") for entry in overhead.breakdown} | {"fragmentation"}
@@ -328,7 +329,7 @@ def test_the_command_line_says_what_would_do_and_writes_a_spec_for_each(
     specs = sorted((tmp_path / "plan-hybrids").glob("*.yaml"))
     assert specs
     for path in specs:
-        assert "translution" in load_model_spec(str(path)).layer_operators
+        assert "translution" in load_model(str(path)).layer_operators
         assert run([*["plan", str(path)], *arguments[2:], "--out", str(tmp_path / path.stem)]) == 0
 
 

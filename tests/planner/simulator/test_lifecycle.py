@@ -89,6 +89,10 @@ AUTOCAST: list[dict[str, Any]] = [
 ]
 
 
+STRAY_BYTES = 128
+"""Scalars and padding that the replay leaves out."""
+
+
 def check_peaks(
     spec: ModelSpec,
     batch: int,
@@ -96,15 +100,20 @@ def check_peaks(
     implementation: Implementation = "grouped",
     autocast: torch.dtype | None = None,
 ) -> None:
+    """Compare predicted with measured peaks, oneDNN switched off.
+
+    oneDNN's scratch for half-precision products depends on the processor: `test_product_scratch` bounds it.
+    """
     count_every_allocation()
-    packs = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    widths = DtypeSizes.of(dtype.itemsize, "cpu", packs=packs)
+    sizes = DtypeSizes.of(dtype.itemsize, "cpu", packs=False)
     if autocast is not None:
-        widths = DtypeSizes.autocast("cpu", packs=packs)
-    predicted = replay(spec, batch, widths, 9, implementation=implementation).memory.peaks
-    for phase, measured in measure_passes(spec, batch, dtype, 9, implementation, autocast).items():
+        sizes = DtypeSizes.autocast("cpu", packs=False)
+    predicted = replay(spec, batch, sizes, 9, implementation=implementation).memory.peaks
+    with torch.backends.mkldnn.flags(enabled=False):
+        measured = measure_passes(spec, batch, dtype, 9, implementation, autocast)
+    for phase, peak_bytes in measured.items():
         ours = predicted[phase].total_bytes - predicted[phase].live_bytes[MICRO_BATCHES]
-        assert 0.998 * measured <= ours <= 1.02 * measured, phase
+        assert abs(ours - peak_bytes) <= STRAY_BYTES, phase
 
 
 @pytest.mark.parametrize(

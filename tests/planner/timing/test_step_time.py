@@ -17,9 +17,11 @@ from translution.planner.costs.workload import count_work, pair_counts
 from translution.planner.hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer, interpolate
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 from translution.planner.plans.defaults import choose_tile, choose_zero, override_zero
+from translution.planner.run_config import RunConfig
 from translution.planner.search.constraints import SearchConstraints
-from translution.planner.search.plan_search import run_cost, steps_for_epochs
+from translution.planner.search.plan_search import steps_for_epochs
 from translution.planner.timing.rates import Rates
+from translution.planner.timing.run_cost import run_cost
 from translution.planner.timing.step_time import StepTime, estimate_step_time
 
 CHANGES: list[dict[str, Any]] = [
@@ -44,7 +46,8 @@ def time_of(
     path = "/nvme" if "nvme" in offload else None
     zero = choose_zero(spec, tile, stage, where.world_size, offload=offload, nvme_path=path)
     values = {"precision": "bf16", "micro_batch": 8, "data": "synthetic"} | training
-    return estimate_step_time(spec, where, TrainingSpec(**values), override_zero(zero, zero_overrides or {}), tile)
+    zero = override_zero(zero, zero_overrides or {})
+    return estimate_step_time(RunConfig(spec, where, TrainingSpec(**values), zero, tile))
 
 
 def seconds(time: StepTime, name: str) -> float:
