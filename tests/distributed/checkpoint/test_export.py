@@ -95,7 +95,7 @@ def test_the_header_says_where_every_tensor_lies() -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from translution.distributed.export import PIECE_ELEMENTS, export
+from translution.distributed.checkpoint.export import PIECE_ELEMENTS, export
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
