@@ -1,1 +1,1 @@
-"""Documents as HTML, Markdown and pictures."""
+"""The document model of a report, and its renderers: HTML, Markdown, PNG and SVG."""

@@ -1,7 +1,7 @@
-"""What a report holds, whatever it is written as: sections of tables and pictures, each with where it comes from.
+"""The content of a report, independent of its format: sections of tables and pictures, each with its provenance.
 
-Cells hold values; `format_value` makes a reader's text of them by the kind of their column. So one document gives the page,
-the Markdown and the JSON, and the three cannot disagree.
+Cells hold raw values, and `format_value` formats them by the kind of their column. The page, the Markdown and the JSON
+are all written from one document, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from translution.planner.common.units import format_bytes, format_count, format_
 ColumnKind: TypeAlias = Literal[
     "text", "sentence", "code", "integer", "count", "bytes", "flops", "seconds", "ratio", "times", "share", "number",
 ]  # fmt: skip
-"""How a column's values are written: "count" in powers of 1000, "ratio" as 1.000, "times" as 1×, "share" as 100.0%."""
+"""Format of a column's values: "count" in powers of 1000, "ratio" as 1.000, "times" as 1×, "share" as 100.0%."""
 CellValue: TypeAlias = int | float | str | tuple[float, ...] | None
-"""A pair is a mean and its deviation, or the two ends of a span of ratios; three are likely, low and high."""
+"""Value of a cell. A pair is a mean and its deviation, or a range of ratios; a triple is likely, low and high."""
 TEXT_KINDS: tuple[ColumnKind, ...] = ("text", "sentence", "code")
 MISSING = "–"
 
@@ -34,7 +34,7 @@ class Column(Schema):
 
 
 class Table(Schema):
-    """Values in rows; the first of each names it."""
+    """A table; the first cell of each row is its heading."""
 
     part: Literal["table"] = "table"
     key: str
@@ -44,32 +44,36 @@ class Table(Schema):
     columns: tuple[Column, ...]
     rows: tuple[tuple[CellValue, ...], ...]
     foot: tuple[tuple[CellValue, ...], ...] = ()
-    """Stay below when the rows are sorted."""
+    """Footer rows, which stay at the bottom when the rows are sorted."""
     sortable: bool = True
     chosen_by: int | None = None
-    """The column by whose values a reader may choose rows."""
+    """Index of the column by whose values the page can filter the rows; None for no filter."""
     how: str = "Counted by"
+    """Words that introduce the provenance."""
     made: Provenance | None
+    """Command, date, machine and versions that produced the values; None if they were not recorded."""
 
 
 class Picture(Schema):
-    """A chart as a Vega-Lite specification, whose description says what it shows."""
+    """A chart as a Vega-Lite specification with a description."""
 
     part: Literal["picture"] = "picture"
     key: str
     heading: str | None = None
     caption: str
     name: str
-    """Of what scrolls."""
+    """Accessible name of the scrollable area around the chart."""
     spec: dict[str, Any]
     half: bool = False
-    """Whether two stand beside each other where there is room."""
+    """Show the picture at half width, two in a row, if the page is wide enough."""
     how: str = "Counted by"
+    """Words that introduce the provenance."""
     made: Provenance | None
+    """Command, date, machine and versions that produced the values; None if they were not recorded."""
 
     @property
     def description(self) -> str:
-        """For those who do not see it."""
+        """Alternative text of the picture."""
         return str(self.spec.get("description", self.caption))
 
 
@@ -77,7 +81,7 @@ SectionPart: TypeAlias = Annotated[Table | Picture, Field(discriminator="part")]
 
 
 class Section(Schema):
-    """What stands below one heading."""
+    """A section of a report: heading, paragraphs, tables and pictures."""
 
     key: str
     title: str
@@ -86,24 +90,24 @@ class Section(Schema):
 
 
 class Document(Schema):
-    """A whole report."""
+    """A complete report."""
 
     schema_version: Literal[1] = 1
     title: str
     about: str
-    """What kind of report it is, for the window's title."""
+    """Kind of report, shown in the window title."""
     text: tuple[str, ...]
     sections: tuple[Section, ...]
     made: Provenance
 
     @property
     def pictures(self) -> list[Picture]:
-        """All of them, in order."""
+        """All pictures, in order."""
         return [part for section in self.sections for part in section.parts if isinstance(part, Picture)]
 
     @property
     def tables(self) -> list[Table]:
-        """Likewise."""
+        """All tables, in order."""
         return [part for section in self.sections for part in section.parts if isinstance(part, Table)]
 
 
@@ -111,19 +115,19 @@ _DOCUMENT: TypeAdapter[Document] = TypeAdapter(Document)
 
 
 def load_document(path: Path) -> Document:
-    """The document that ``translution report --data`` has written.
+    """Read a document that ``translution report --data`` wrote.
 
     Raises:
-        InputError: if the file is absent or damaged.
+        InputError: if the file is missing or invalid.
     """
     return parse_json(_DOCUMENT, read_input(path), str(path))
 
 
 def read_input(path: Path) -> bytes:
-    """The content of a file that was named.
+    """Return the content of an input file.
 
     Raises:
-        InputError: if it is absent or cannot be read.
+        InputError: if the file is missing or cannot be read.
     """
     try:
         return path.read_bytes()
@@ -155,11 +159,11 @@ def _single(value: float, kind: ColumnKind) -> str:
 
 
 def format_value(value: CellValue, kind: ColumnKind) -> str:
-    """A value as a reader sees it.
+    """Format a value for display.
 
     Args:
-        value: of a cell; a text stands for itself in any column.
-        kind: of its column.
+        value: value of a cell; a text is returned unchanged, whatever the column.
+        kind: kind of its column.
     """
     if value is None:
         return MISSING
@@ -179,7 +183,7 @@ def format_value(value: CellValue, kind: ColumnKind) -> str:
 
 
 def sort_value(value: CellValue) -> float | None:
-    """The number by which a cell is sorted; None for texts and what is missing."""
+    """Return the number by which a cell is sorted; None for texts and missing values."""
     if isinstance(value, tuple):
         return value[0]
     return None if value is None or isinstance(value, str) else float(value)

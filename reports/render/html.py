@@ -1,4 +1,4 @@
-"""A report as one HTML page that holds all it needs, and asks no network for anything."""
+"""A report as one self-contained HTML page that makes no network requests."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from ..render import vega
+from . import vega
 from .document import TEXT_KINDS, Document, format_value, sort_value
 
 _LIVE = vega.config("currentColor", "var(--line)", "var(--page)", legend_columns=4)
-"""The page's own colours, so that charts turn dark and light with it."""
+"""Chart colours taken from the page, so that charts follow its dark or light theme."""
 _SCALE = 1.5
-"""Dots of a still picture for each of the page's pixels."""
+"""Pixels of a static image per CSS pixel."""
 _CONTENTS = 5
-"""Sections from which on a page has a list of them."""
+"""Minimum number of sections for a table of contents."""
 
 
 def _read(name: str) -> str:
@@ -38,38 +38,34 @@ def _environment() -> Environment:
 
 
 def _source(script: str) -> str:
-    """What the page's policy calls a script that may run; nothing else in the page can."""
+    """Return the source expression that allows this script, and no other, in the content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _stills(document: Document) -> dict[str, tuple[str, int]]:
-    """The PNG of every picture by its key, with its width in the page's pixels."""
-    stills = {}
+def _static_images(document: Document) -> dict[str, tuple[str, int]]:
+    """Return the PNG (base64) of every picture and its width in CSS pixels, by the picture's key."""
+    images = {}
     for picture in document.pictures:
-        with Image.open(io.BytesIO(vega.png(picture.spec, scale=_SCALE))) as still:
-            stills[picture.key] = base64.b64encode(_smaller(still)).decode(), round(still.width / _SCALE)
-    return stills
+        with Image.open(io.BytesIO(vega.png(picture.spec, scale=_SCALE))) as image:
+            images[picture.key] = base64.b64encode(_reduce_colours(image)).decode(), round(image.width / _SCALE)
+    return images
 
 
-def _smaller(still: Image.Image) -> bytes:
-    """A PNG of at most 256 colours: a tenth of the size, and what is of one colour keeps it."""
+def _reduce_colours(image: Image.Image) -> bytes:
+    """Return the image as a PNG with at most 256 colours, which is about a tenth of the size."""
     out = io.BytesIO()
-    few = still.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    few.save(out, "PNG", optimize=True)
+    reduced = image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    reduced.save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
 def _live(spec: dict[str, Any]) -> bool:
-    """Whether a chart takes the width that it is given; several in one have their own."""
+    """True if the chart can be scaled to the page's width; composed charts have fixed widths."""
     return not {"hconcat", "vconcat", "concat", "facet"} & set(spec)
 
 
 def render_html(document: Document) -> str:
-    """The page.
-
-    Args:
-        document: its content.
-    """
+    """Return the page of a document."""
     scripts = [vega.javascript(), _read("report.js")]
     policy = (
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
@@ -79,7 +75,7 @@ def render_html(document: Document) -> str:
     return template.render(
         document=document,
         contents=len(document.sections) >= _CONTENTS,
-        stills=_stills(document),
+        images=_static_images(document),
         live=_live,
         config=_LIVE,
         style=Markup(_read("report.css")),

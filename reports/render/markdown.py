@@ -1,4 +1,4 @@
-"""A report as Markdown, with its pictures as SVG files beside it."""
+"""A report as Markdown, with its pictures as SVG files in the same folder."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from translution.planner.common.provenance import Provenance
 
-from ..render import vega
+from . import vega
 from .document import TEXT_KINDS, CellValue, Column, ColumnKind, Document, Picture, Table, format_value
 
 
 def _plain(text: str) -> str:
-    """A text that Markdown takes as it is."""
+    """Escape a text so that Markdown shows it literally."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     for mark in "\\`*_[]|":
         escaped = escaped.replace(mark, f"\\{mark}")
@@ -20,7 +20,7 @@ def _plain(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """A text in a fixed width; a bar would end a table's cell, even there."""
+    """Return a text as inline code; bars are escaped because they would end a table cell."""
     fence = "``" if "`" in text else "`"
     return f"{fence}{' '.join(text.split())}{fence}".replace("|", "\\|")
 
@@ -81,10 +81,10 @@ def _lines(document: Document) -> Iterator[str]:
 
 
 def render_markdown(document: Document) -> str:
-    """The text, which names the pictures as `picture_files` does."""
+    """Return the Markdown text of a document; it links to the files of `picture_files`."""
     return "\n".join(_lines(document))
 
 
 def picture_files(document: Document) -> dict[str, str]:
-    """The SVG of every picture, by the name of its file."""
+    """Return the SVG of every picture, by file name."""
     return {f"{picture.key}.svg": vega.svg(picture.spec) for picture in document.pictures}

@@ -1,5 +1,5 @@
-// Puts a live chart in the place of each still picture, and lets tables be sorted and filtered.
-// Without this script the pictures and the whole tables remain.
+// Replaces each static image with a live chart, and adds sorting and filtering to tables.
+// Without this script the page shows the static images and the complete tables.
 (() => {
   "use strict";
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
@@ -15,7 +15,7 @@
     const spec = figure.classList.contains("live") ? { ...own, ...width } : own;
     const options = {
       actions: false,
-      ast: true, // No code is made from text, so the page's policy need not allow it.
+      ast: true, // Interpret expressions: the page's policy forbids eval.
       config: { ...config, legend: { ...config.legend, columns } },
       defaultStyle: false,
       renderer: "svg",
@@ -32,7 +32,7 @@
 
   const collator = new Intl.Collator("en", { numeric: true });
   const sortValue = (cell) => (cell.dataset.sortValue === undefined ? null : Number(cell.dataset.sortValue));
-  // Numbers by size, then texts by the alphabet; what is missing stays last in both directions.
+  // Numbers by value, then texts alphabetically; missing values stay last in both directions.
   const compare = (one, other, sign) => {
     const [a, b] = [sortValue(one), sortValue(other)];
     if (a !== null && b !== null) return sign * (a - b);

@@ -1,6 +1,6 @@
-"""One chart for every medium: PNG and SVG files without a browser, and specs for an HTML page.
+"""Rendering of Vega-Lite charts: PNG and SVG without a browser, and the JavaScript that draws them in a page.
 
-Charts hold no colours of text, axes and background: each medium adds its own.
+Charts do not set the colours of text, axes and background: each output format adds its own.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ import altair as alt
 import vl_convert
 
 COLOURS = ("#3c54d8", "#f09c3c", "#84c090", "#d884fc", "#90003c", "#24d8e4", "#a88448", "#6c489c", "#6c4800")
-"""Told apart from each other, and from the grey, with any colour vision, on white and on near-black.
+"""Chart colours, distinguishable from each other and from the grey with any colour vision, on white and near-black.
 
-Source: a search of ours for the largest least difference; `tests/test_timeline_picture.py` has the figures.
+Source: our own search for the largest minimum difference; `tests/reports/sections/test_memory_timeline.py` checks it.
 """
 REST_COLOUR = "#8a8f98"
+"""Grey of the summed-up remainder."""
 FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
 
 
 def config(ink: str, faint: str, page: str, legend_columns: int) -> dict[str, Any]:
-    """Vega-Lite's configuration for a medium.
+    """Return the Vega-Lite configuration for an output format.
 
     Args:
         ink: colour of text and rules.
         faint: colour of grid lines.
-        page: colour of what is behind.
-        legend_columns: beside each other, in legends below a picture.
+        page: colour of the background.
+        legend_columns: columns of a legend below a picture.
     """
     text = {"labelColor": ink, "titleColor": ink, "labelFontSize": 12, "titleFontSize": 12}
     return {
@@ -53,19 +54,19 @@ def _version() -> str:
 
 
 def png(spec: dict[str, Any], scale: float = 2.0) -> bytes:
-    """The picture on white."""
+    """Return the picture on a white background as PNG."""
     picture: bytes = vl_convert.vegalite_to_png(json.dumps(spec), vl_version=_version(), config=_PAPER, scale=scale)
     return picture
 
 
 def svg(spec: dict[str, Any]) -> str:
-    """The picture on white, as text."""
+    """Return the picture on a white background as SVG."""
     picture: str = vl_convert.vegalite_to_svg(json.dumps(spec), vl_version=_version(), config=_PAPER)
     return picture
 
 
 @lru_cache(maxsize=1)
 def javascript() -> str:
-    """Vega, Vega-Lite and Vega-Embed for a page's script element; it sets ``window.vegaEmbed``."""
+    """Return Vega, Vega-Lite and Vega-Embed as a script for a page; it sets ``window.vegaEmbed``."""
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_version())
     return bundle.replace("</script", r"<\/script").replace("<!--", r"<\!--")

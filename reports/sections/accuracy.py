@@ -1,4 +1,4 @@
-"""Sections that set measured memory and times beside the predicted ones."""
+"""Sections that compare predicted with measured memory and step times."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .memory_timeline import CHART_WIDTH
 _KINDS: dict[str, Callable[[RankRow], bool]] = {
     "states between steps": lambda row: row.what == RESIDENT,
     "peaks by phase": lambda row: row.what.startswith("peak of"),
-    "kept for backward": lambda row: row.what == SAVED,
+    "saved for backward": lambda row: row.what == SAVED,
     "pinned buffers": lambda row: row.tier == "pinned",
     "files on NVMe": lambda row: row.tier == "nvme",
     "resident set": lambda row: row.what.startswith(PROCESS_PREFIX),
 }
 _PEAKS, _RESIDENT_SET = (1.0, 1.05), (0.9, 1.1)
-"""Within which predicted over measured is to be."""
+"""Target ranges of predicted over measured, for peaks and resident sets."""
 _STEP = 0.15
-"""How far a predicted time may be off."""
+"""Target relative error of a predicted step time."""
 
 
 def _span(ratios: Iterable[float | None]) -> CellValue:
@@ -37,7 +37,7 @@ def _ratio(row: PairRow) -> float | None:
 
 
 def _outside(row: RankRow) -> bool:
-    """Whether a peak or a resident set is off by more than is aimed at."""
+    """True if the row is a peak or a resident set outside its target range."""
     if row.ratio is None:
         return False
     if row.what.startswith(PROCESS_PREFIX):
@@ -46,27 +46,27 @@ def _outside(row: RankRow) -> bool:
 
 
 def _summary(accuracy: Accuracy) -> Iterator[tuple[CellValue, ...]]:
-    """What, how many, the span, and how many are as they should be."""
+    """Yield the quantity, the number of comparisons, the range of ratios, and how many are within tolerance."""
     counts, passes, ranks = accuracy.sections.counts, accuracy.sections.passes, accuracy.sections.ranks
     if counts:
         exact = sum(row.predicted == row.measured for row in counts)
-        yield "parameters of a preset with an operator", len(counts), _span(map(_ratio, counts)), f"{exact} exact"
+        yield "parameters of a preset and operator", len(counts), _span(map(_ratio, counts)), f"{exact} exact"
     if passes:
         ratios = [ratio for row in passes if (ratio := _ratio(row)) is not None]
         inside = sum(0.998 <= ratio <= 1.02 for ratio in ratios)
-        yield "peaks of one process", len(passes), _span(ratios), f"{inside} within 0.998 and 1.02"
+        yield "peaks of one process", len(passes), _span(ratios), f"{inside} within 0.998 to 1.02"
     for kind, belongs in _KINDS.items():
         own = [row for row in ranks if belongs(row)]
         if own:
             missed = sum(map(_outside, own))
             low, high = _RESIDENT_SET if kind == "resident set" else _PEAKS
             judged = kind in ("resident set", "peaks by phase")
-            verdict = f"{len(own) - missed} within {low:.2f} and {high:.2f}" if judged else ""
+            verdict = f"{len(own) - missed} within {low:.2f} to {high:.2f}" if judged else ""
             yield f"two ranks: {kind}", len(own), _span(row.ratio for row in own), verdict
 
 
 def _ranks_picture(rows: Sequence[RankRow], accuracy: Accuracy) -> Picture:
-    """Every ratio of the runs of two ranks as a dot."""
+    """Return the chart with every ratio of the two-rank runs as a dot."""
     values: list[dict[str, Any]] = [
         {"run": row.run, "kind": kind, "ratio": round(row.ratio, 5), "what": row.what, "rank": row.rank}
         for row in rows
@@ -86,7 +86,7 @@ def _ranks_picture(rows: Sequence[RankRow], accuracy: Accuracy) -> Picture:
             x=alt.X("ratio:Q", title="predicted / measured", scale=alt.Scale(zero=False)),
             y=alt.Y("run:N", title=None, sort=None, axis=alt.Axis(labelLimit=0, grid=True)),
             color=colour,
-            tooltip=["run:N", "rank:Q", "what:N", alt.Tooltip("ratio:Q", format=".4f")],
+            tooltip=["run:N", "rank:Q", alt.Tooltip("what:N", title="item"), alt.Tooltip("ratio:Q", format=".4f")],
         )
     )
     rule = alt.Chart(alt.InlineData(values=[{"ratio": 1.0}])).mark_rule(strokeDash=[4, 3]).encode(x="ratio:Q")
@@ -96,10 +96,10 @@ def _ranks_picture(rows: Sequence[RankRow], accuracy: Accuracy) -> Picture:
         width=CHART_WIDTH,
         height=24 * len({row.run for row in rows}),
         title="Predicted over measured memory of two ranks",
-        description=f"Predicted over measured memory of {len(values)} entries and peaks of two ranks: from "
+        description=f"Predicted over measured memory of {len(values)} items and peaks of two ranks: from "
         f"{min(ratios):.3f} to {max(ratios):.3f}.",
     ).to_dict()
-    caption = "Each dot is an entry, a peak of a phase or a resident set of one rank; 1 is exact."
+    caption = "Each dot is an item, the peak of a phase, or the resident set of one rank; 1 is exact."
     return Picture(
         key="accuracy", caption=caption, name="Predicted over measured memory", spec=dict(spec), how="Measured by",
         made=accuracy.made,
@@ -107,7 +107,7 @@ def _ranks_picture(rows: Sequence[RankRow], accuracy: Accuracy) -> Picture:
 
 
 def _ranks_table(rows: Sequence[RankRow], accuracy: Accuracy) -> Table:
-    """The spans of every run."""
+    """Return the table with the range of ratios of every run."""
     cells = []
     for run in dict.fromkeys(row.run for row in rows):
         own = [row for row in rows if row.run == run]
@@ -127,7 +127,7 @@ def _misses_table(rows: Sequence[RankRow], accuracy: Accuracy) -> Table | None:
     missed = [row for row in rows if _outside(row)]
     if not missed:
         return None
-    titles = {"rank": "integer", "what": "text", "predicted": "bytes", "measured": "bytes"}
+    titles = {"rank": "integer", "item": "text", "predicted": "bytes", "measured": "bytes"}
     columns = [Column.model_validate({"title": title, "kind": kind}) for title, kind in titles.items()]
     cells = tuple((r.run, r.rank, r.what, r.predicted_bytes, r.measured_bytes, r.ratio) for r in missed)
     return Table(
@@ -143,16 +143,16 @@ def _misses_table(rows: Sequence[RankRow], accuracy: Accuracy) -> Table | None:
 
 def _rehearsal_table(rehearsal: RehearsalRecord) -> Table:
     columns = (
-        Column(title="what"),
+        Column(title="item"),
         Column(title="predicted", kind="bytes"),
         Column(title="measured", kind="bytes"),
         Column(title="predicted / measured", kind="ratio"),
     )
     return Table(
         key="rehearsal",
-        heading="One rank of a large world",
+        heading="One rank of a large cluster",
         caption=rehearsal.what,
-        text="Every value was meaningless, matrix products were allocated and not computed; the memory was real.",
+        text="Computation was faked: matrix products were allocated but not computed. Memory use was real.",
         columns=columns,
         rows=tuple((row.what, row.predicted, row.measured, _ratio(row)) for row in rehearsal.rows),
         how="Measured by",
@@ -161,16 +161,16 @@ def _rehearsal_table(rehearsal: RehearsalRecord) -> Table:
 
 
 def accuracy_section(accuracy: Accuracy) -> Section:
-    """Predicted over measured memory: all kinds at once, by run, and a rehearsed rank.
+    """Return the section on predicted over measured memory: a summary, each run, and a rehearsed rank.
 
     Args:
-        accuracy: as ``benchmarks/accuracy.py`` has recorded it.
+        accuracy: record of ``benchmarks/accuracy.py``.
     """
     columns = (
-        Column(title="what"),
-        Column(title="compared", kind="integer"),
+        Column(title="quantity"),
+        Column(title="comparisons", kind="integer"),
         Column(title="predicted / measured", kind="ratio"),
-        Column(title="of them"),
+        Column(title="within tolerance"),
     )
     parts: list[SectionPart] = [
         Table(
@@ -189,15 +189,15 @@ def accuracy_section(accuracy: Accuracy) -> Section:
         parts += [missed] if missed else []
     if accuracy.rehearsal:
         parts.append(_rehearsal_table(accuracy.rehearsal))
-    text = ["Two CPU ranks under gloo, measured by torch's own allocator; no GPU was among them."]
+    text = ["Measured on two CPU ranks under gloo, with the counters of torch's allocator; no GPU was measured."]
     if accuracy.predicted:
-        again = accuracy.predicted.replace("`", "")
-        text.append(f"What they measured then stands beside what the planner predicts since: {again}.")
+        command = accuracy.predicted.replace("`", "")
+        text.append(f"The measurements of two ranks are compared with newer predictions: {command}.")
     return Section(key="accuracy-section", title="Predicted and measured memory", text=tuple(text), parts=tuple(parts))
 
 
 def _step_picture(rows: Sequence[StepRow], times: StepTimes) -> Picture:
-    """Predicted and measured time of each run, one above the other, each with its ends."""
+    """Return the chart of the predicted interval and the measured range of each run's step time."""
     values = []
     for row in rows:
         predicted = {"which": "predicted, interval", "y": row.predicted_s, "low": row.low_s, "high": row.high_s}
@@ -210,27 +210,27 @@ def _step_picture(rows: Sequence[StepRow], times: StepTimes) -> Picture:
         yOffset=alt.YOffset("which:N", sort=which),
         color=alt.Color("which:N", title=None, scale=colours, legend=alt.Legend(orient="bottom")),
     )
-    title, scale = "seconds of a step", alt.Scale(zero=True)
+    title, scale = "seconds per step", alt.Scale(zero=True)
     seconds = [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("low", "high")]
     tooltip = ["run:N", "which:N", alt.Tooltip("y:Q", title="seconds", format=".3f"), *seconds]
     line = base.mark_rule(strokeWidth=3, opacity=0.7).encode(x=alt.X("low:Q", title=title, scale=scale), x2="high:Q")
     dots = base.mark_point(filled=True, size=70, opacity=1).encode(
         x=alt.X("y:Q", title=title, scale=scale), tooltip=tooltip
     )
-    text = "; ".join(f"{row.what} {row.predicted_s:.2f} s for {row.measured_s:.2f} s" for row in rows)
-    title = "Predicted and measured time of a step"
+    text = "; ".join(f"{row.what} predicted {row.predicted_s:.2f} s, measured {row.measured_s:.2f} s" for row in rows)
+    title = "Predicted and measured step time"
     spec = alt.LayerChart(
         layer=[line, dots], width=CHART_WIDTH, height=44 * len(rows), title=title, description=f"{title}: {text}."
     ).to_dict()
-    caption = "Likely time in its interval; median of the measured steps between the fastest and the slowest."
+    caption = "Predicted time with its interval; median of the measured steps with the fastest and the slowest."
     return Picture(key="step-time", caption=caption, name=title, spec=dict(spec), how="Measured by", made=times.made)
 
 
 def step_time_section(times: StepTimes) -> Section:
-    """Predicted and measured time of a step.
+    """Return the section on predicted and measured step times.
 
     Args:
-        times: as ``benchmarks/step_time.py`` has recorded them.
+        times: record of ``benchmarks/step_time.py``.
     """
     columns = (
         Column(title="run"),
@@ -249,13 +249,13 @@ def step_time_section(times: StepTimes) -> Section:
     ]
     off = sum(abs(row.predicted_s / row.measured_s - 1) > _STEP for row in times.rows)
     text = (
-        "A vision transformer of 50 tokens, width 192 and 4 layers in fp32 on a CPU, 8 samples per rank, at the "
-        f"rates that translution calibrate found in the same run. {len(rows) - off} of {len(rows)} are within "
-        f"{_STEP:.0%}."
+        "A vision transformer of 50 tokens, width 192 and 4 layers in fp32 on a CPU, 8 samples per rank. Predictions "
+        "use the rates that translution calibrate measured in the same run. "
+        f"{len(rows) - off} of {len(rows)} are within {_STEP:.0%} of the measurement."
     )
     table = Table(
         key="step-time-table",
-        caption="Time of a step, predicted and measured",
+        caption="Predicted and measured step time",
         columns=columns,
         rows=tuple(rows),
         how="Measured by",

@@ -1,4 +1,4 @@
-"""Sections of what the benchmarks have recorded: speed of the operators, and of the planner."""
+"""Sections on benchmarks: the speed of the operators and of the planner."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ..render.document import CellValue, Column, Section, SectionPart, Table
 
 
 def operator_section(found: OperatorBenchmark) -> Section:
-    """A grouped layer against the gathered way, and α-Translution against attention.
+    """Compare the grouped with the gathering implementation, and α-Translution with attention.
 
     Args:
-        found: as ``benchmarks/operator.py`` has recorded it.
+        found: record of ``benchmarks/operator.py``.
     """
     columns = (
         Column(title="layer"),
         Column(title="batch", kind="integer"),
         Column(title="grouped", kind="seconds"),
-        Column(title="peak", kind="bytes"),
+        Column(title="peak, grouped", kind="bytes"),
         Column(title="gathered", kind="seconds"),
-        Column(title="its peak", kind="bytes"),
-        Column(title="faster", kind="times"),
-        Column(title="smaller", kind="times"),
-        Column(title="of plain products' rate", kind="share"),
+        Column(title="peak, gathered", kind="bytes"),
+        Column(title="time ratio", kind="times"),
+        Column(title="peak ratio", kind="times"),
+        Column(title="fraction of matrix product rate", kind="share"),
     )
     rows: list[tuple[CellValue, ...]] = [
         (
@@ -35,7 +35,7 @@ def operator_section(found: OperatorBenchmark) -> Section:
         )
         for row in found.results
     ]  # fmt: skip
-    text = f"Output and gradients differ from the gathered reference's by at most {found.parity:.1e} in float64."
+    text = f"Output and gradients of the two implementations differ by at most {found.parity:.1e} in float64."
     table = Table(
         key="operator-table",
         caption="One layer of full Translution, forward and backward, fp32, roles qkv",
@@ -48,14 +48,14 @@ def operator_section(found: OperatorBenchmark) -> Section:
     parts: list[SectionPart] = [table]
     if found.alpha:
         alpha = found.alpha
-        titles = (("batch", "integer"), ("α-Translution", "seconds"), ("attention", "seconds"), ("slower", "times"))
+        titles = (("batch", "integer"), ("α-Translution", "seconds"), ("attention", "seconds"), ("time ratio", "times"))
         own = [Column.model_validate({"title": title, "kind": kind}) for title, kind in titles]
         values = alpha.batch, alpha.alpha_seconds, alpha.plain_seconds, alpha.time_ratio, alpha.operations_ratio
         parts.append(
             Table(
                 key="operator-alpha",
                 caption="α-Translution against attention with the same projections, forward and backward",
-                columns=(Column(title="layer"), *own, Column(title="more operations", kind="times")),
+                columns=(Column(title="layer"), *own, Column(title="FLOP ratio", kind="times")),
                 rows=(("ViT-B/16, c1 = c2 = 16", *values),),
                 sortable=False,
                 how="Measured by",
@@ -66,17 +66,17 @@ def operator_section(found: OperatorBenchmark) -> Section:
 
 
 def planner_section(found: PlannerBenchmark) -> Section:
-    """How long commands and searches take.
+    """Return the section on the time of commands and searches.
 
     Args:
-        found: as ``benchmarks/planner.py`` has recorded it.
+        found: record of ``benchmarks/planner.py``.
     """
     commands = Table(
         key="planner-commands",
-        caption="Time of a command, whole process",
+        caption="Time of a command, from the start to the end of its process",
         columns=(
             Column(title="command", kind="code"),
-            Column(title="seconds", kind="seconds"),
+            Column(title="time", kind="seconds"),
             Column(title="allowed", kind="seconds"),
         ),
         rows=tuple((row.what, row.seconds, row.allowed) for row in found.commands),
@@ -85,12 +85,12 @@ def planner_section(found: PlannerBenchmark) -> Section:
     )
     searches = Table(
         key="planner-searches",
-        caption="Time of a search",
+        caption="Time of a search for the best plan",
         columns=(
             Column(title="search"),
             Column(title="candidates", kind="integer"),
-            Column(title="seconds", kind="seconds"),
-            Column(title="seconds for 5,000", kind="seconds"),
+            Column(title="time", kind="seconds"),
+            Column(title="time per 5,000 candidates", kind="seconds"),
         ),
         rows=tuple(
             (row.what, row.candidates, row.seconds, row.seconds / row.candidates * 5000) for row in found.searches
@@ -108,10 +108,10 @@ _READERS: dict[str, Callable[[Path], Section]] = {
 
 
 def benchmark_sections(folder: Path) -> tuple[Section, ...]:
-    """A section for each file of a folder that reports know; others are passed over.
+    """Return a section for each known record in a folder; other files are ignored.
 
     Raises:
-        InputError: if it is no folder, holds none of them, or one is damaged.
+        InputError: if the folder holds no known record, or a record is invalid.
     """
     sections = tuple(read(folder / name) for name, read in _READERS.items() if (folder / name).is_file())
     if not sections:

@@ -1,4 +1,4 @@
-"""Comparisons of operators as tables and as pictures."""
+"""Comparisons of operators as tables and charts."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from ..render.document import CellValue, Column, Picture, Section, SectionPart, 
 from ..render.vega import COLOURS
 
 _PICTURE_WIDTH, _PICTURE_HEIGHT = 260, 240
+_HEADINGS = (
+    "model", "operator", "parameters", "training / sample", "states", "saved / sample", "unsharded minimum",
+    "smallest cluster", "smallest with offload", "time / sample",
+)  # fmt: skip
 _AXIS_TITLES = {"width": "model width", "tokens": "tokens per sample", "depth": "layers"}
 
 
 def comparison_frame(rows: Iterable[ComparisonRow]) -> pd.DataFrame:
-    """One row per model and operator; sizes in bytes, times in seconds."""
+    """Return one row per model and operator; sizes in bytes, times in seconds."""
     result: pd.DataFrame = pd.DataFrame([row.model_dump() for row in rows])
     return result
 
 
-def _cell(row: ComparisonRow) -> tuple[str, ...]:
+def _cells(row: ComparisonRow) -> tuple[str, ...]:
+    """Return formatted cells in the order of `_HEADINGS`."""
     rank = "" if row.alpha_rank is None else f", c1 = c2 = {row.alpha_rank}"
     return (
         row.model,
@@ -41,28 +46,17 @@ def _cell(row: ComparisonRow) -> tuple[str, ...]:
     )
 
 
-_HEADINGS = (
-    "model", "operator", "parameters", "training / sample", "states", "kept / sample", "whole at once",
-    "smallest cluster", "with offload", "time / sample",
-)  # fmt: skip
-
-
-def _printed(rows: Iterable[ComparisonRow]) -> list[tuple[str, ...]]:
-    """Cells for a reader, in the order of `_HEADINGS`."""
-    return [_cell(row) for row in rows]
-
-
 def comparison_markdown(rows: Sequence[ComparisonRow], limits: Sequence[Threshold]) -> str:
-    """The tables as Markdown."""
+    """Return the comparison and the thresholds as Markdown tables."""
     lines = [f"| {' | '.join(_HEADINGS)} |", f"|---|---|{'--:|' * (len(_HEADINGS) - 2)}"]
-    lines += [f"| {' | '.join(cells)} |" for cells in _printed(rows)]
+    lines += [f"| {' | '.join(cells)} |" for cells in map(_cells, rows)]
     if limits:
         lines += ["", *_threshold_lines(limits)]
     return "\n".join(lines) + "\n"
 
 
 def _threshold_lines(limits: Sequence[Threshold]) -> list[str]:
-    """Up to which size so many nodes train full Translution, as a Markdown table."""
+    """Return the largest sizes at which full Translution fits on a number of nodes, as lines of a Markdown table."""
     nodes = list(dict.fromkeys(limit.nodes for limit in limits))
     lines = [f"| full Translution up to | {' | '.join(f'{count} node(s)' for count in nodes)} |"]
     lines.append(f"|---|{'--:|' * len(nodes)}")
@@ -74,17 +68,17 @@ def _threshold_lines(limits: Sequence[Threshold]) -> list[str]:
 
 
 def comparison_picture(points: Iterable[ScalePoint], limits: Sequence[Threshold], title: str) -> dict[str, Any]:
-    """Memory against width, tokens and depth; rules where full Translution needs more than 1, 2 and 8 nodes.
+    """Chart memory against width, tokens and depth, with rules at the largest full Translution on 1, 2 and 8 nodes.
 
     Args:
-        points: of one model.
-        limits: of the same.
-        title: above all three.
+        points: sizes of one model.
+        limits: thresholds of the same model.
+        title: title of the chart.
 
     Returns:
-        A Vega-Lite spec.
+        Vega-Lite specification.
     """
-    data = pd.DataFrame([point.model_dump() for point in points])
+    data = pd.DataFrame([point.model_dump(by_alias=False) for point in points])
     data["GiB"] = (data["states_bytes"] + data["saved_bytes"]) / GIB
     ends = pd.DataFrame([limit.model_dump() | {"label": f"{limit.nodes} node(s)"} for limit in limits if limit.largest])
     operators = list(dict.fromkeys(data["operator"]))
@@ -98,7 +92,7 @@ def comparison_picture(points: Iterable[ScalePoint], limits: Sequence[Threshold]
             .mark_line(point=True)
             .encode(
                 x=alt.X("value:Q", title=_AXIS_TITLES[axis], scale=scale),
-                y=alt.Y("GiB:Q", title="states and one sample, GiB", scale=scale),
+                y=alt.Y("GiB:Q", title="states and one sample's activations, GiB", scale=scale),
                 color=alt.Color("operator:N", title=None, scale=colours, legend=alt.Legend(orient="bottom")),
                 tooltip=[
                     "operator:N",
@@ -128,11 +122,11 @@ _COLUMNS = (
     Column(title="parameters", kind="count"),
     Column(title="training / sample", kind="flops"),
     Column(title="states", kind="bytes"),
-    Column(title="kept / sample", kind="bytes"),
-    Column(title="whole at once", kind="bytes"),
+    Column(title="saved / sample", kind="bytes"),
+    Column(title="unsharded minimum", kind="bytes"),
     Column(title="ranks", kind="integer"),
     Column(title="smallest cluster"),
-    Column(title="with offload"),
+    Column(title="smallest with offload"),
     Column(title="time / sample", kind="seconds"),
 )
 
@@ -152,7 +146,7 @@ def _limits(limits: Sequence[Threshold], model: str, made: Provenance) -> Table:
         found = {limit.nodes: limit.largest for limit in limits if limit.axis == axis}
         rows.append((_AXIS_TITLES[axis], *(found.get(count) or "none" for count in nodes)))
     columns = (Column(title="full Translution up to"), *(Column(title=f"{n} node(s)", kind="integer") for n in nodes))
-    caption = f"The largest {model} that so many nodes train without offload, one size at a time changed"
+    caption = f"Largest size of {model} that fits without offload on a number of nodes, varying one size at a time"
     return Table(key="limits-table", caption=caption, columns=columns, rows=tuple(rows), sortable=False, made=made)
 
 
@@ -163,19 +157,19 @@ def comparison_section(
     gpu: str,
     made: Provenance,
 ) -> Section:
-    """What every operator needs, the smallest cluster that trains it, and the time there.
+    """Return the section on the costs of every operator, the smallest cluster that trains it, and the time there.
 
     Args:
-        rows: of all models.
-        limits: of the first model; none where they were not asked for.
-        points: of the first model; likewise.
-        gpu: of which the clusters are.
-        made: where the figures come from.
+        rows: comparison of all models.
+        limits: thresholds of the first model; may be empty.
+        points: sizes of the first model for the chart; may be empty.
+        gpu: GPU of the clusters.
+        made: provenance of the values.
     """
     parts: list[SectionPart] = [
         Table(
             key="comparison-table",
-            caption=f"Costs, and the smallest cluster of {gpu} that trains each model",
+            caption=f"Costs of each model, and the smallest cluster of {gpu} that trains it",
             columns=_COLUMNS,
             rows=tuple(map(_row, rows)),
             chosen_by=0,
@@ -185,23 +179,23 @@ def comparison_section(
     first = rows[0].model
     if points:
         spec = comparison_picture(points, limits, f"{first}: memory over all ranks")
-        ends = [p for p in points if p.value == max(q.value for q in points if q.axis == p.axis)]
-        most = "; ".join(f"{p.operator} {p.states_bytes:,} bytes of states at {p.value} ({p.axis})" for p in ends)
+        largest = [p for p in points if p.value == max(q.value for q in points if q.axis == p.axis)]
+        summary = "; ".join(f"{p.operator} {p.states_bytes:,} bytes of states at {p.value} ({p.axis})" for p in largest)
         parts.append(
             Picture(
                 key="comparison",
-                caption=f"States and one sample's activations of {first} over all ranks, against width, tokens and "
-                "layers; rules where so many nodes no longer train full Translution.",
+                caption=f"Model states and the activations of one sample of {first} over all ranks, against width, "
+                "tokens and layers. A rule marks the largest full Translution that fits on that number of nodes.",
                 name="Memory over all ranks",
-                spec=spec | {"description": f"Memory over all ranks: {most}."},
+                spec=spec | {"description": f"Memory over all ranks: {summary}."},
                 made=made,
             )
         )
     if limits:
         parts.append(_limits(limits, first, made))
     text = (
-        "states: parameters, gradients, master copy and moments over all ranks; whole at once: the least that ZeRO-3 "
-        "needs unsharded on every rank. Time is that of the best plan without offload on the smallest cluster, "
-        "unmeasured."
+        "States are the parameters, gradients, master copy and optimizer moments over all ranks. The unsharded minimum "
+        "is the memory that ZeRO-3 needs on every rank, however many ranks there are. Time is predicted, not measured, "
+        "for the best plan without offload on the smallest cluster."
     )
     return Section(key="comparison-section", title=f"Operators on {gpu}", text=(text,), parts=tuple(parts))

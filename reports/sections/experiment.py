@@ -1,4 +1,4 @@
-"""An experiment as Markdown and as a picture."""
+"""The results of an experiment: a section of a report, Markdown, and a chart."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _KINDS = {
 
 
 def kind_name(kind: str) -> str:
-    """A kind of data in a reader's words."""
+    """Return the display name of a kind of data."""
     return _KINDS.get(kind, kind)
 
 
 def format_summary(result: ExperimentResult, row: Summary) -> str:
-    """Mean and, of several seeds, spread as a reader sees them."""
+    """Format the mean and, for several seeds, the standard deviation."""
     if result.experiment.metric == "accuracy":
         return f"{row.mean:.1%}" + (f" ± {row.deviation * 100:.1f}" if row.seeds > 1 else "")
     return f"{row.mean:.3f}" + (f" ± {row.deviation:.3f}" if row.seeds > 1 else "")
 
 
 def experiment_cells(result: ExperimentResult) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: a row for each variant, a column for each task and test."""
+    """Return headings and formatted cells: a row for each variant, a column for each training and test set."""
     summaries = result.summaries()
     columns = list(dict.fromkeys((row.train, row.test) for row in summaries))
     headings = ["model", "parameters"]
@@ -55,14 +55,14 @@ def experiment_cells(result: ExperimentResult) -> tuple[list[str], list[list[str
 
 
 def experiment_markdown(result: ExperimentResult) -> str:
-    """The whole experiment for a reader, with what it takes to run it again."""
+    """Return the results as Markdown, with the command, machine and versions that produced them."""
     experiment, made = result.experiment, result.made
     headings, cells = experiment_cells(result)
     seeds = len({trial.seed for trial in result.trials})
     spread = f"mean ± sample standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     lines = [f"# {experiment.name}: {experiment.question}", ""]
     if result.quick:
-        lines += ["**A quick run, of too few steps to mean anything.**", ""]
+        lines += ["**A quick run with too few steps for meaningful results.**", ""]
     lines += [f"| {' | '.join(headings)} |", f"|---|{'--:|' * (len(headings) - 1)}"]
     lines += [f"| {' | '.join(row)} |" for row in cells]
     versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
@@ -76,7 +76,7 @@ def experiment_markdown(result: ExperimentResult) -> str:
 
 
 def experiment_picture(result: ExperimentResult) -> dict[str, Any]:
-    """Every trial as a dot and each mean as a bar's end; a Vega-Lite spec."""
+    """Return a Vega-Lite specification that shows every trial as a dot and each mean as a bar."""
     names = [variant.name for variant in result.experiment.variants]
     parameters = {trial.variant: format_count(trial.parameters) for trial in result.trials}
     rows = [
@@ -114,10 +114,10 @@ _RESULT_FILE = "result.json"
 
 
 def load_results(folder: Path) -> tuple[ExperimentResult, ...]:
-    """Every experiment whose folder lies in this one, by name.
+    """Read the results of every experiment in a folder, sorted by the name of their folder.
 
     Raises:
-        InputError: if there is none, or one is damaged.
+        InputError: if there are none, or one is invalid or incomplete.
     """
     paths = sorted(folder.glob(f"*/{_RESULT_FILE}"))
     if not paths:
@@ -134,7 +134,7 @@ def load_results(folder: Path) -> tuple[ExperimentResult, ...]:
 
 
 def _table(result: ExperimentResult, summaries: list[Summary]) -> Table:
-    """A row for each variant, a column for each task and test."""
+    """Return the table with a row for each variant and a column for each training and test set."""
     asked, key = result.experiment, result.experiment.name
     tests = list(dict.fromkeys((row.train, row.test) for row in summaries))
     found = {(row.variant, (row.train, row.test)): row for row in summaries}
@@ -160,20 +160,16 @@ def _table(result: ExperimentResult, summaries: list[Summary]) -> Table:
 
 
 def experiment_section(result: ExperimentResult) -> Section:
-    """A table of means and spreads, and every trial as a picture.
-
-    Args:
-        result: of one experiment.
-    """
+    """Return the section of an experiment: a table of means and deviations, and a chart of all trials."""
     asked, summaries = result.experiment, result.summaries()
     text = [asked.question]
     if result.quick:
-        text.append("A quick run, of too few steps to mean anything.")
+        text.append("A quick run with too few steps for meaningful results.")
     text.append(f"{result.steps} steps of {result.batch} samples each; {result.seconds:.0f} s in all.")
     means = "; ".join(f"{row.variant}, {kind_name(row.test)}: {row.mean:.3f}" for row in summaries)
     chart = Picture(
         key=f"experiment-{asked.name}",
-        caption="Every trial as a dot, the mean as a bar.",
+        caption="Each dot is a trial; the bar is the mean.",
         name=f"Trials of {asked.name}",
         spec=experiment_picture(result) | {"description": f"{asked.question} Mean {asked.metric}: {means}."},
         how="Measured by",

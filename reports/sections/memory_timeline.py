@@ -1,7 +1,7 @@
-"""The picture of a timeline: live bytes by category, stacked, over the events of a step.
+"""The chart of a memory timeline: stacked live bytes by category over the events of a step.
 
-The axis counts allocations and releases, not seconds, as memory viewers do; phases of few events are
-widened, so that each can be seen.
+As in memory viewers, the axis counts allocations and releases, not seconds; phases with few events are widened to stay
+visible.
 """
 
 from __future__ import annotations
@@ -22,56 +22,57 @@ from ..render.vega import COLOURS, REST_COLOUR
 
 CHART_WIDTH, CHART_HEIGHT = 860, 340
 _UNITS = ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
-_LEAST_SHARE = 0.08
-"""Of the axis, for a phase."""
+_MIN_SHARE = 0.08
+"""Minimum fraction of the axis for a phase."""
 _LABEL_SHARE = 0.05
-"""A phase with less has no label; the tooltip names it."""
+"""Fraction of the axis below which a phase has no label; the tooltip names it."""
 _ONE_LINE_SHARE = 0.2
-"""A phase with less has each word of its name on a line of its own."""
+"""Fraction of the axis below which each word of a phase's name has its own line."""
 _LINE_HEIGHT = 14
-_SIGHT = 2.0
-"""A tier's capacity is drawn where it is at most so many times the peak."""
+_MAX_CAPACITY_RATIO = 2.0
+"""A tier's capacity is drawn if it is at most this multiple of the peak."""
 _SHADE = "#808080"
 
 
 @dataclass(frozen=True, slots=True)
 class _Series:
-    """What is drawn of a timeline: the largest categories, and the others summed up."""
+    """The areas of a chart: the largest categories, and the sum of the others."""
 
     names: tuple[str, ...]
     sizes: tuple[tuple[int, ...], ...]
-    """Of every point, in the order of the names."""
+    """Bytes at every point, in the order of the names."""
     colours: tuple[str, ...]
 
     @property
     def keys(self) -> list[str]:
-        """Names of the data's columns; categories may be called anything."""
+        """Column names of the data; category names may contain any character."""
         return [f"c{number}" for number in range(len(self.names))]
 
 
 def describe_point(point: TimelinePoint) -> str:
-    """Where in the step a point is, in words."""
+    """Return where in the step a point is, in words."""
     if not point.site or point.phase in point.site:
         return point.site or point.phase or "throughout"
     return f"{point.site}, {point.phase}"
 
 
 def describe_timeline(timeline: Timeline, title: str) -> str:
-    """What the picture shows, for those who do not see it."""
+    """Return the alternative text of the chart."""
     sizes = zip(timeline.categories, timeline.peak.live_bytes, strict=True)
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes if size)
     phases = ", ".join(f"{phase.name} {format_bytes(phase.peak_bytes)}" for phase in timeline.phases)
     return (
         f"{title}. Stacked areas: live bytes over {timeline.event_count:,} allocations and releases. Peak "
-        f"{format_bytes(timeline.peak_bytes)} at {describe_point(timeline.peak)}: {parts}. Peak of each phase: {phases}."
+        f"{format_bytes(timeline.peak_bytes)} at {describe_point(timeline.peak)}: {parts}. Peak of each phase: "
+        f"{phases}."
     )
 
 
 def assign_colours(charts: Iterable[Sequence[str]]) -> list[dict[str, str]]:
-    """A colour for each name of each chart: different within a chart, the same in all where that goes.
+    """Assign a colour to each name of each chart: unique within a chart and, if possible, the same in all charts.
 
     Args:
-        charts: the names in each, at most as many as there are colours.
+        charts: names in each chart, at most one per colour.
     """
     known: dict[str, str] = {}
     result = []
@@ -101,11 +102,11 @@ def _series(timeline: Timeline, colours: Mapping[str, str]) -> _Series:
 
 
 def _axis(timeline: Timeline) -> Callable[[int], float]:
-    """From events to positions between 0 and 1."""
+    """Return the function from event numbers to positions between 0 and 1."""
     if not timeline.phases:
         return float
-    least = min(_LEAST_SHARE, 0.5 / len(timeline.phases))
-    shares = [max(phase.event_count / timeline.event_count, least) for phase in timeline.phases]
+    minimum = min(_MIN_SHARE, 0.5 / len(timeline.phases))
+    shares = [max(phase.event_count / timeline.event_count, minimum) for phase in timeline.phases]
     ends = [end / sum(shares) for end in accumulate(shares)]
     starts = [phase.first_event for phase in timeline.phases]
 
@@ -119,29 +120,29 @@ def _axis(timeline: Timeline) -> Callable[[int], float]:
 
 
 def _axis_title(timeline: Timeline) -> str:
-    widened = any(phase.event_count < _LEAST_SHARE * timeline.event_count for phase in timeline.phases)
+    widened = any(phase.event_count < _MIN_SHARE * timeline.event_count for phase in timeline.phases)
     text = f"{timeline.event_count:,} allocations and releases, in order"
-    return f"{text}; phases of few are widened" if widened else text
+    return f"{text}; short phases are widened" if widened else text
 
 
 def _rows(timeline: Timeline, series: _Series, position: Callable[[int], float]) -> list[dict[str, Any]]:
     begins = [position(point.first_event) for point in timeline.points]
     rows: list[dict[str, Any]] = [
-        {"x": begin, "x2": end, "phase": point.phase, "moment": point.site, "all": point.total_bytes}
+        {"x": begin, "x2": end, "phase": point.phase, "where": point.site, "all": point.total_bytes}
         | dict(zip(series.keys, sizes, strict=True))
         for begin, end, point, sizes in zip(begins, [*begins[1:], 1.0], timeline.points, series.sizes, strict=True)
     ]
-    # Steps end where the last point is.
+    # The last step of the areas ends at the last point.
     return [*rows, rows[-1] | {"x": 1.0}]
 
 
 def _areas(data: alt.InlineData, series: _Series, at_peak: Sequence[int], unit: int) -> alt.Chart:
-    """The areas: in the legend by size, but what is always there lies at the bottom, so that it is level."""
+    """Return the areas: by size in the legend, but constant categories at the bottom, so that their edges are level."""
     keys = series.keys
     sized = zip(keys, series.names, at_peak, strict=True)
     labels = json.dumps({key: f"{name} {format_bytes(size)}" for key, name, size in sized})
-    least = [min(column) for column in zip(*series.sizes, strict=True)]
-    below = {key: sum(other > size for other in least) for key, size in zip(keys, least, strict=True)}
+    minima = [min(column) for column in zip(*series.sizes, strict=True)]
+    below = {key: sum(other > size for other in minima) for key, size in zip(keys, minima, strict=True)}
     if REST_COLOUR in series.colours:
         below[keys[-1]] = len(keys)
     legend = alt.Legend(title="At the peak", orient="bottom", symbolType="square", labelExpr=f"{labels}[datum.label]")
@@ -157,7 +158,7 @@ def _areas(data: alt.InlineData, series: _Series, at_peak: Sequence[int], unit: 
 
 
 def _bytes_text(field: str) -> str:
-    """A Vega expression: the bytes of a field as `format_bytes` writes them."""
+    """Return a Vega expression that formats the bytes of a field as `format_bytes` does."""
     value = f"datum.{field}"
     text = f"{value} + ' B'"
     for unit, name in reversed(_UNITS):
@@ -167,10 +168,10 @@ def _bytes_text(field: str) -> str:
 
 
 def _hover(data: alt.InlineData, series: _Series, name: str) -> alt.Chart:
-    """A bar over each point that says all about it."""
+    """Return a bar over each point whose tooltip shows all sizes at that point."""
     hovered = alt.selection_point(name=name, on="pointerover", clear="pointerout", empty=False)
     texts = {"all_text": _bytes_text("all")} | {f"{key}_text": _bytes_text(key) for key in series.keys}
-    tooltip = [alt.Tooltip("phase:N"), alt.Tooltip("moment:N"), alt.Tooltip("all_text:N", title="in all")]
+    tooltip = [alt.Tooltip("phase:N"), alt.Tooltip("where:N"), alt.Tooltip("all_text:N", title="total")]
     named = zip(series.keys, series.names, strict=True)
     tooltip += [alt.Tooltip(f"{key}_text:N", title=name) for key, name in named]
     chart: alt.Chart = (
@@ -184,7 +185,7 @@ def _hover(data: alt.InlineData, series: _Series, name: str) -> alt.Chart:
 
 
 def _bands(timeline: Timeline, position: Callable[[int], float]) -> alt.LayerChart:
-    """Every other phase shaded, and each named above the plot."""
+    """Return the phases: every other one shaded, each named above the plot."""
     begins = [position(phase.first_event) for phase in timeline.phases]
     shares = [end - begin for begin, end in zip(begins, [*begins[1:], 1.0], strict=True)]
     lines = [
@@ -201,13 +202,13 @@ def _bands(timeline: Timeline, position: Callable[[int], float]) -> alt.LayerCha
     shade = alt.Opacity("dark:Q", scale=alt.Scale(domain=[0, 1], range=[0.0, 0.14]), legend=None)
     bands = base.mark_rect(color=_SHADE).encode(x="x:Q", x2="x2:Q", opacity=shade)
     names = base.mark_text(baseline="bottom", lineBreak="\n", lineHeight=_LINE_HEIGHT)
-    # Vega lets further lines hang below the first one.
+    # Vega places further lines below the first one.
     above = alt.value(-6 - _LINE_HEIGHT * (most - 1))
     return alt.LayerChart(layer=[bands, names.encode(x="middle:Q", y=above, text="name:N")])
 
 
 def _peak(timeline: Timeline, row: Mapping[str, Any], unit: int) -> alt.LayerChart:
-    """The highest point with its size and moment."""
+    """Return the mark of the highest point, with its size and where it is."""
     x, size = (row["x"] + row["x2"]) / 2, timeline.peak_bytes
     label = {"x": x, "y": size / unit, "text": f"peak {format_bytes(size)}: {describe_point(timeline.peak)}"}
     base = alt.Chart(alt.InlineData(values=[label])).encode(x="x:Q", y="y:Q")
@@ -227,8 +228,8 @@ def _draw(
     timeline: Timeline, series: _Series, title: alt.TitleParams, capacity: int | None, hover: str
 ) -> alt.LayerChart:
     position = _axis(timeline)
-    seen = capacity if capacity is not None and capacity <= _SIGHT * timeline.peak_bytes else None
-    top = max(timeline.peak_bytes, seen or 0)
+    shown = capacity if capacity is not None and capacity <= _MAX_CAPACITY_RATIO * timeline.peak_bytes else None
+    top = max(timeline.peak_bytes, shown or 0)
     unit, unit_name = next((pair for pair in _UNITS if top >= pair[0]), (1, "B"))
     rows = _rows(timeline, series, position)
     data = alt.InlineData(values=rows)
@@ -240,7 +241,7 @@ def _draw(
         *([_bands(timeline, position)] if timeline.phases else []),
         _areas(data, series, series.sizes[timeline.peak_point], unit).encode(x=x, y=y),
         _peak(timeline, rows[timeline.peak_point], unit),
-        *([] if seen is None else [_capacity(seen, unit)]),
+        *([] if shown is None else [_capacity(shown, unit)]),
         _hover(data, series, hover),
     ]
     return alt.LayerChart(layer=layers, width=CHART_WIDTH, height=CHART_HEIGHT, title=title)
@@ -249,13 +250,16 @@ def _draw(
 def draw_timelines(
     timelines: Mapping[str, Timeline], title: str, subtitle: str, capacities: Mapping[str, int]
 ) -> dict[str, alt.LayerChart]:
-    """The picture of every tier on which anything lives.
+    """Draw the chart of every tier that holds anything.
 
     Args:
-        timelines: by tier.
-        title: of the pictures, such as the model and the cluster; the tier is added.
+        timelines: timelines by tier.
+        title: title of the charts, such as the model and the cluster; the tier is appended.
         subtitle: the plan in one line.
-        capacities: bytes of the tiers whose size is known, drawn where within sight of the peak.
+        capacities: bytes of the tiers whose size is known; drawn if close to the peak.
+
+    Returns:
+        Charts by tier.
     """
     used = {tier: timeline for tier, timeline in timelines.items() if timeline.peak_bytes}
     colours = assign_colours(timeline.categories[: len(COLOURS)] for timeline in used.values())
@@ -269,7 +273,7 @@ def draw_timelines(
 
 
 def combined_picture(charts: Mapping[str, alt.LayerChart]) -> dict[str, Any]:
-    """The specification of all tiers' pictures, one below the other."""
+    """Return one Vega-Lite specification with the charts of all tiers below each other."""
     if len(charts) == 1:
         return dict(next(iter(charts.values())).to_dict())
     return dict(alt.vconcat(*charts.values()).resolve_scale(color="independent").to_dict())

@@ -1,4 +1,4 @@
-"""What a report of a plan holds: its summary, the ledger, the timelines and its newest measured run."""
+"""The report of a plan: summary, memory timelines, memory breakdown, and the newest measured run."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from translution.distributed.runs.folder import RUNS, memory_path
+from translution.distributed.runs.folder import memory_path
+from translution.planner.common.phases import Tier
 from translution.planner.common.provenance import Provenance
 from translution.planner.common.units import format_bytes, format_count, format_flops
 from translution.planner.costs.flops import count_flops
 from translution.planner.costs.parameters import TABLES, count_parameters
+from translution.planner.plans.folder import RUNS
 from translution.planner.plans.plan import Plan, load_plan
 
 from ..inputs.plan_command import plan_command
-from ..inputs.prediction import DEVICE, HOST, breakdown_rows, tier_name, timelines_of
+from ..inputs.prediction import breakdown_rows, tier_name, timelines_of
 from ..inputs.run_accuracy import compare_run, read_metrics
 from ..render.document import CellValue, Column, Picture, Section, SectionPart, Table
 from .memory_timeline import combined_picture, draw_timelines
@@ -24,19 +26,19 @@ from .training_curve import draw_curve
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """What a page shows of a plan."""
+    """Sections and charts of one plan."""
 
     title: str
     plan: Plan
     sections: tuple[Section, ...]
     picture: dict[str, Any]
-    """The timelines of all tiers in one Vega-Lite specification."""
+    """Memory timelines of all tiers as one Vega-Lite specification."""
     measured: bool
-    """Whether a run is in it."""
+    """True if the sections include a measured run."""
 
 
 def summarize(plan: Plan) -> tuple[tuple[str, str], ...]:
-    """The plan as pairs of what and how much."""
+    """Return the plan as pairs of a label and a text."""
     model, training, cluster, zero = plan.model, plan.training, plan.cluster, plan.zero
     parameters = count_parameters(model)
     tables = parameters.components.get(TABLES, 0) / parameters.total
@@ -51,7 +53,7 @@ def summarize(plan: Plan) -> tuple[tuple[str, str], ...]:
         ("Parameters", f"{format_count(parameters.total)}, {tables:.1%} of them in relation tables"),
         ("Cluster", f"{cluster.name}: {cluster.nodes} × {cluster.ranks_per_node} ranks on {cluster.device}"),
         ("ZeRO", f"stage {zero.stage}, {f'offload of {offload}' if offload else 'no offload'}"),
-        ("Tiles", "whole tables" if plan.tile_relations is None else f"{plan.tile_relations} relations per tile"),
+        ("Tiles", "full tables" if plan.tile_relations is None else f"{plan.tile_relations} relations per tile"),
         ("Precision", f"{training.precision}, master copy {training.master_dtype}, {training.optimizer}"),
         (
             "Batch",
@@ -74,7 +76,7 @@ def _heading(tier: str) -> str:
 
 
 def _breakdown_table(tier: str, own: list[Mapping[str, Any]], key: str, made: Provenance) -> Table:
-    """The rows of `breakdown_rows` of one tier, a column per phase."""
+    """Return the table of one tier from its rows of `breakdown_rows`, with a column per phase."""
     phases = {row["phase"]: row for row in own}
     rows: list[tuple[CellValue, ...]] = []
     for name in dict.fromkeys(row["name"] for row in own):
@@ -83,15 +85,15 @@ def _breakdown_table(tier: str, own: list[Mapping[str, Any]], key: str, made: Pr
         cells = tuple(sum(found) if found else None for found in sizes)
         rows.append((name, *cells, _once(row["formula"] for row in named), _once(row["source"] for row in named)))
     foot: list[tuple[CellValue, ...]] = [("peak", *(row["peak_bytes"] for row in phases.values()), "", "")]
-    moments = tuple(row["moment"] for row in phases.values())
-    if any(moments):
-        foot.append(("when", *moments, "", ""))
+    sites = tuple(row["site"] for row in phases.values())
+    if any(sites):
+        foot.append(("where", *sites, "", ""))
     return Table(
         key=key,
         heading=_heading(tier),
         caption=f"Bytes of one rank, {tier} memory, by phase",
         columns=(
-            Column(title="entry"),
+            Column(title="item"),
             *(Column(title=phase, kind="bytes") for phase in phases),
             Column(title="how it is counted", kind="sentence"),
             Column(title="source", kind="code"),
@@ -103,23 +105,23 @@ def _breakdown_table(tier: str, own: list[Mapping[str, Any]], key: str, made: Pr
 
 
 def breakdown_tables(rows: Iterable[Mapping[str, Any]], prefix: str, made: Provenance) -> Iterator[Table]:
-    """The rows of `breakdown_rows` as one table per tier."""
+    """Yield one table per tier from the rows of `breakdown_rows`."""
     tiers: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         tiers.setdefault(tier_name(row["tier"]), []).append(row)
     for number, (tier, own) in enumerate(tiers.items()):
-        yield _breakdown_table(tier, own, f"{prefix}ledger-{number}", made)
+        yield _breakdown_table(tier, own, f"{prefix}breakdown-{number}", made)
 
 
 def _measured_run(folder: Path) -> Path | None:
-    """The run folder itself, or the newest run of a plan folder, if any rank has measured something."""
+    """Return the folder if it is a measured run, else the newest measured run of the plan folder, if any."""
     runs = sorted((folder / RUNS).glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
     measured = (run for run in [folder, *runs] if any(memory_path(run, 0).parent.glob("rank_*.json")))
     return next(measured, None)
 
 
 def _measured(run: Path, key: str) -> Section:
-    """What a run has measured, beside what was predicted for it."""
+    """Return the section with predicted and measured memory and the training curve of a run."""
     metrics = read_metrics(run)
     evaluations = metrics[metrics["event"] == "evaluation"]
     steps = metrics[metrics["event"] == "step"]
@@ -137,7 +139,7 @@ def _measured(run: Path, key: str) -> Section:
         Table(
             key=f"{key}-memory",
             caption=f"Memory per rank of {run}",
-            columns=(Column(title="what"), *columns),
+            columns=(Column(title="item"), *columns),
             rows=tuple(rows),
             how="Measured by",
             made=made,
@@ -160,19 +162,18 @@ def _measured(run: Path, key: str) -> Section:
 
 
 def _timelines(plan: Plan, title: str, prefix: str, made: Provenance) -> tuple[Section, dict[str, Any]]:
-    """The section, and the picture of all tiers in one."""
+    """Return the section of the timelines, and the specification of one chart with all tiers."""
     ranks = f"{plan.cluster.world_size} rank{'s' if plan.cluster.world_size > 1 else ''}"
     subtitle = f"ZeRO-{plan.zero.stage} on {ranks}, {plan.training.precision}, {plan.training.micro_batch} samples each"
     host_share = plan.cluster.host_memory_bytes // plan.cluster.ranks_per_node
-    capacities = {DEVICE: plan.cluster.device_memory_bytes, HOST: host_share}
+    capacities: dict[str, int] = {Tier.DEVICE: plan.cluster.device_memory_bytes, Tier.HOST: host_share}
     named = {tier_name(tier): timeline for tier, timeline in timelines_of(plan).items()}
     charts = draw_timelines(named, title, subtitle, capacities)
     pictures = [
         Picture(
             key=f"{prefix}timeline-{number}",
             heading=_heading(tier),
-            caption=f"Live bytes of one rank, {tier} memory; each point is the highest of the events that it stands "
-            "for.",
+            caption=f"Live bytes of one rank in {tier} memory. Each point is the maximum of the events that it covers.",
             name=f"Timeline of {tier} memory",
             spec=dict(chart.to_dict()),
             made=made,
@@ -180,36 +181,41 @@ def _timelines(plan: Plan, title: str, prefix: str, made: Provenance) -> tuple[S
         for number, (tier, chart) in enumerate(charts.items())
     ]
     text = (
-        "What is live at every allocation and release of the step, by category. Hover over the picture, or touch it, "
-        "for sizes and places."
+        "Live bytes after every allocation and release of the step, by category. Hover over the chart, or touch it, to "
+        "see the sizes and where in the step they occur."
     )
     section = Section(key=f"{prefix}timeline", title="Memory over a step", text=(text,), parts=tuple(pictures))
     return section, combined_picture(charts)
 
 
 def report_plan(folder: Path, made: Provenance, prefix: str = "") -> PlanReport:
-    """Read a plan folder or a run folder.
+    """Make the sections of a plan folder or a run folder.
 
     Args:
-        folder: which.
-        made: where what is counted here comes from.
-        prefix: of the keys, where a page has several plans.
+        folder: plan folder or run folder.
+        made: provenance of the predictions.
+        prefix: prefix of the keys, which keeps several plans on a page apart.
 
     Raises:
-        InputError: if it is neither, or damaged.
+        InputError: if the folder is neither, or a file in it is invalid.
     """
     plan = load_plan(folder)
     title = f"{plan.model.name} on {plan.cluster.name}"
     rows: list[tuple[CellValue, ...]] = list(summarize(plan))
-    columns = (Column(title="what"), Column(title="how much"))
+    columns = (Column(title="property"), Column(title="value"))
     summary = Table(
-        key=f"{prefix}summary", caption="What is planned", columns=columns, rows=tuple(rows), sortable=False, made=made
+        key=f"{prefix}summary",
+        caption="Summary of the plan",
+        columns=columns,
+        rows=tuple(rows),
+        sortable=False,
+        made=made,
     )
     timelines, picture = _timelines(plan, title, prefix, made)
     sections = [Section(key=f"{prefix}plan", title="Plan", parts=(summary,)), timelines]
-    text = "Every entry at the peak of every phase, how it is counted, and from which source."
-    ledgers = tuple(breakdown_tables(breakdown_rows(plan.prediction), prefix, made))
-    sections.append(Section(key=f"{prefix}ledger", title="Memory ledger", text=(text,), parts=ledgers))
+    text = "Every item that is live at the peak of each phase, how it is counted, and the source of the formula."
+    breakdowns = tuple(breakdown_tables(breakdown_rows(plan.prediction), prefix, made))
+    sections.append(Section(key=f"{prefix}breakdown", title="Memory breakdown", text=(text,), parts=breakdowns))
     run = _measured_run(folder)
     if run is not None:
         sections.append(_measured(run, f"{prefix}measured"))

@@ -1,4 +1,4 @@
-"""The section on scaling: memory of a rank and time of a step against width, tokens, layers and nodes."""
+"""The section on scaling: memory per rank and step time against width, tokens, layers and nodes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _missing(points: Iterable[GrowthPoint]) -> list[dict[str, Any]]:
 def _chart(
     rows: Sequence[dict[str, Any]], points: Sequence[GrowthPoint], axis: GrowthAxis, y: str, layers: list[alt.Chart]
 ) -> dict[str, Any]:
-    """What both charts of an axis share: its marks, crosses where nothing fits, and scales."""
+    """Return a chart against one axis: the given layers, and a cross where nothing fits."""
     operators = list(dict.fromkeys(point.best.operator for point in points))
     scale = alt.Scale(domain=operators, range=list(COLOURS[: len(operators)]))
     colour = alt.Color(
@@ -85,7 +85,7 @@ def _chart(
     drawn = [layer.encode(x=x, color=colour) for layer in layers]
     title = f"{y} against {_AXIS_TITLES[axis]}"
     ends = [f"{row['operator']} {row['size']} at {row['x']}" for row in rows if row["x"] in (values[0], values[-1])]
-    none = [f"{row['operator']} fits nowhere at {row['x']}" for row in absent]
+    none = [f"{row['operator']} does not fit at {row['x']}" for row in absent]
     return dict(
         alt.LayerChart(
             layer=[*drawn, *([crosses] if absent else [])],
@@ -108,7 +108,7 @@ def _tooltip(axis: GrowthAxis, title: str) -> list[alt.Tooltip]:
 
 def _memory(points: Sequence[GrowthPoint], axis: GrowthAxis) -> dict[str, Any]:
     rows = _memory_rows(points)
-    y = alt.Y("y:Q", title="highest of a rank, GiB", scale=alt.Scale(type="log"), axis=_AXIS)
+    y = alt.Y("y:Q", title="peak per rank, GiB", scale=alt.Scale(type="log"), axis=_AXIS)
     dash = alt.StrokeDash("tier:N", scale=alt.Scale(domain=[_DEVICE, _HOST], range=[[1, 0], [4, 3]]), legend=None)
     base = alt.Chart(alt.InlineData(values=rows)).encode(y=y)
     dots = base.mark_point(filled=True, size=45, opacity=1).encode(
@@ -119,24 +119,24 @@ def _memory(points: Sequence[GrowthPoint], axis: GrowthAxis) -> dict[str, Any]:
 
 def _time(points: Sequence[GrowthPoint], axis: GrowthAxis) -> dict[str, Any]:
     rows = _time_rows(points)
-    y = alt.Y("y:Q", title="a step, seconds", scale=alt.Scale(type="log"), axis=_AXIS)
+    y = alt.Y("y:Q", title="step time, seconds", scale=alt.Scale(type="log"), axis=_AXIS)
     base = alt.Chart(alt.InlineData(values=rows))
     band = base.mark_area(opacity=0.2, strokeWidth=0).encode(
-        y=alt.Y("low:Q", title="a step, seconds", scale=alt.Scale(type="log"), axis=_AXIS), y2="high:Q"
+        y=alt.Y("low:Q", title="step time, seconds", scale=alt.Scale(type="log"), axis=_AXIS), y2="high:Q"
     )
     dots = base.mark_point(filled=True, size=45, opacity=1).encode(y=y, tooltip=_tooltip(axis, "step"))
     return _chart(rows, points, axis, "Time", [band, base.mark_line().encode(y=y), dots])
 
 
 def _pictures(points: Sequence[GrowthPoint], axis: GrowthAxis, made: Provenance) -> list[SectionPart]:
-    cross = " A cross: nothing fits." if _missing(points) else ""
+    cross = " A cross marks a size at which nothing fits." if _missing(points) else ""
     title = _AXIS_TITLES[axis]
     return [
         Picture(
             key=f"scaling-{axis}-memory",
             heading=f"{title[0].upper()}{title[1:]}",
-            caption=f"The highest memory of a rank by its best plan, against {title}. Solid: the device; dashed: the "
-            f"host, pageable and pinned.{cross}",
+            caption=f"Peak memory per rank of the best plan against {title}. Solid lines: device memory; dashed lines: "
+            f"host memory, pageable and pinned.{cross}",
             name=f"Memory against {title}",
             spec=_memory(points, axis),
             half=True,
@@ -144,7 +144,7 @@ def _pictures(points: Sequence[GrowthPoint], axis: GrowthAxis, made: Provenance)
         ),
         Picture(
             key=f"scaling-{axis}-time",
-            caption=f"Predicted time of a step by that plan, with its interval, against {title}.{cross}",
+            caption=f"Predicted step time of the best plan, with its interval, against {title}.{cross}",
             name=f"Time against {title}",
             spec=_time(points, axis),
             half=True,
@@ -156,14 +156,14 @@ def _pictures(points: Sequence[GrowthPoint], axis: GrowthAxis, made: Provenance)
 def scaling_section(
     points: Sequence[GrowthPoint], name: str, cluster: ClusterSpec, precision: str, made: Provenance
 ) -> Section:
-    """The best plan at every size, as pictures and as a table.
+    """Return the section with the best plan at every size, as charts and as a table.
 
     Args:
-        points: as `planner.scaling.growth` gives them.
-        name: of the model at the middle.
-        cluster: where it runs.
-        precision: of training.
-        made: where the figures come from.
+        points: result of `translution.planner.analysis.scaling.growth`.
+        name: name of the base model.
+        cluster: cluster of the base model.
+        precision: training precision.
+        made: provenance of the values.
     """
     parts: list[SectionPart] = []
     for axis in GROWTH_AXES:
@@ -176,7 +176,7 @@ def scaling_section(
         Table(
             key="scaling-table",
             heading="All points",
-            caption=f"The best plan of {name} on {cluster.name}, one size at a time changed",
+            caption=f"Best plan of {name} on {cluster.name}, varying one size at a time",
             columns=columns,
             rows=rows,
             chosen_by=0,
@@ -184,9 +184,9 @@ def scaling_section(
         )
     )
     text = (
-        f"Around {name} on {cluster.name}, {precision}, 8 samples for each rank and step: at every size the plan that "
-        "translution plan would choose. It may change from one size to the next, from ZeRO-2 to 3, or with offload, so "
-        "memory does not always grow. A step never takes less than Python needs to start its operations, which keeps "
-        "small models' times level."
+        f"Variations of {name} on {cluster.name} in {precision}, with 8 samples per rank and step. Every point shows "
+        "the plan that translution plan would choose. The choice may change from one size to the next, for example "
+        "from ZeRO-2 to ZeRO-3, so memory does not always grow. A step takes at least the time that Python needs to "
+        "launch its operations, so the times of small models are nearly constant."
     )
     return Section(key="scaling", title="How memory and time grow", text=(text,), parts=tuple(parts))

@@ -1,4 +1,4 @@
-"""The training curve of a run."""
+"""The chart of a run's training loss."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import pandas as pd
 from ..render.vega import COLOURS
 from .memory_timeline import CHART_WIDTH
 
-_POINTS = 1000
+_MAX_POINTS = 1000
 
 
 def draw_curve(steps: pd.DataFrame, title: str) -> alt.LayerChart:
-    """The loss of every step, or of a thousand of them evenly apart, the last among them.
+    """Draw the loss of every step, or of at most 1000 evenly spaced steps that include the last.
 
     Args:
-        steps: the rows of event "step" of a run's metrics, at least one.
-        title: of the picture.
+        steps: rows of event "step" of a run's metrics; at least one.
+        title: title of the chart.
     """
-    apart = -(-len(steps) // _POINTS)
-    table = steps[["step", "loss", "learning_rate", "samples_per_s"]].iloc[::-1].iloc[::apart].iloc[::-1]
+    stride = -(-len(steps) // _MAX_POINTS)
+    table = steps[["step", "loss", "learning_rate", "samples_per_s"]].iloc[::-1].iloc[::stride].iloc[::-1]
     rows = table.astype({"step": int}).to_dict("records")
     loss = alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=True))
     base = alt.Chart(alt.InlineData(values=rows)).encode(

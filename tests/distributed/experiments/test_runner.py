@@ -159,7 +159,7 @@ def test_a_quick_experiment_writes_figures_table_and_picture(
     assert (result.quick, result.steps, len(result.trials)) == (True, short.quick_steps, 8)
     table = (out / "README.md").read_text()
     assert table.startswith(experiment_markdown(result))
-    assert "A quick run, of too few steps" in table
+    assert "A quick run with too few steps" in table
     assert result.made.command == "translution experiment shift --quick --seeds 2"
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (out / "figure.svg").read_text()
