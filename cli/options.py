@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-from translution.planner.common.errors import InputError
+from translution.planner import ModelSpec, TrainingSpec, load_model
+from translution.planner.common.errors import InputError, nearest
 from translution.planner.common.files import read_yaml
-from translution.planner.config.loading import load_model_spec
-from translution.planner.config.model import ModelSpec, override
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Preset (vit-base/16, gpt-base/1024) or YAML/JSON file.")
@@ -79,6 +78,19 @@ def parse_settings(settings: Sequence[str] | None, flag: str = "--set") -> dict[
     return values
 
 
+def parse_training_settings(settings: Sequence[str] | None) -> dict[str, object]:
+    """Return the texts of ``--train`` as fields of `TrainingSpec`.
+
+    Raises:
+        InputError: as `parse_settings` does, and if a field is unknown.
+    """
+    values, known = parse_settings(settings, "--train"), (*TrainingSpec.model_fields, "accumulation")
+    for name in values:
+        if name not in known:
+            raise InputError(f"--train: unknown key {name!r}{nearest(name, known)}; allowed: {', '.join(known)}")
+    return values
+
+
 def resolve_model(
     model: str,
     operator: str | None,
@@ -94,4 +106,4 @@ def resolve_model(
         InputError: if the model is unknown or a field is invalid.
     """
     flags = {"operator": operator, "roles": roles, "c1": c1, "c2": c2, "relative_layers": relative_layers}
-    return override(load_model_spec(model), **(flags | parse_settings(settings)))
+    return load_model(model, **(flags | parse_settings(settings)))

@@ -6,13 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from pydantic import TypeAdapter
-
 from ..common.errors import MissingPackageError
-from ..common.schema import Schema, stored_as, validate
+from ..common.schema import Schema, stored_as
 from ..config.loading import load_model
 from ..config.model import ModelSpec, VitSpec, override
-from ..config.training import DTYPE_BYTES, TrainingSpec
+from ..config.training import DTYPE_BYTES, TrainingSpec, parse_training
 from ..costs.flops import count_flops
 from ..costs.optimizer_state import moments, widths
 from ..costs.parameters import count_parameters
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 
 Axis: TypeAlias = Literal["width", "tokens", "depth"]
 AXES: tuple[Axis, ...] = ("width", "tokens", "depth")
-_TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
 NO_OFFLOAD = SearchConstraints(offload="none")
 
 
@@ -210,7 +207,7 @@ def compare(
         InputError: for an unknown name, a bad value, or a rank that does not suit a model.
     """
     specs = [load_model(model) for model in models]
-    training = validate(_TRAINING, {"precision": precision, "data": "synthetic"}, "compare", ())
+    training = parse_training({"precision": precision, "data": "synthetic"}, "compare")
     return Comparison(
         gpu=gpu,
         precision=precision,

@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from ..common.errors import InputError
-from ..common.schema import Schema, stored_as, validate
+from ..common.schema import Schema, stored_as
 from ..config.loading import load_model
 from ..config.model import OPERATORS, ModelSpec, Operator, parse_model_spec
-from ..config.training import TrainingSpec
+from ..config.training import TrainingSpec, parse_training
 from ..costs.flops import FlopCount, count_flops
 from ..costs.parameters import ParameterCount, count_parameters
 from ..hardware.cluster import ClusterSpec, load_cluster
@@ -37,7 +35,6 @@ OPERATOR_LABELS = {
     "absolute": "absolute matrices",
 }
 """Operators in words."""
-_TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
 
 
 class SavedActivations(Schema):
@@ -187,7 +184,7 @@ def estimate(
     spec = load_model(model)
     where = None if cluster is None else load_cluster(cluster)
     values = {"micro_batch": micro_batch, "precision": precision, "data": "synthetic"}
-    training = validate(_TRAINING, values, "estimate", tuple(TrainingSpec.model_fields))
+    training = parse_training(values, "estimate")
     sizes = DtypeSizes.of(training.dtype_bytes, "cuda" if where is None else where.device)
     return ModelCosts(
         model=spec,

@@ -12,7 +12,7 @@ from .model import GptSpec, ModelSpec, VitSpec, override, parse_model_spec
 from .presets import preset
 
 
-def load_model(source: ModelSpec | Mapping[str, object] | str | Path, **overrides: object) -> ModelSpec:
+def load_model(source: ModelSpec | Mapping[str, object] | str | Path, /, **overrides: object) -> ModelSpec:
     """Return a model spec, with some of its fields replaced.
 
     Args:

@@ -1,6 +1,6 @@
-"""What a model is: its family, geometry, sizes and the operator of every layer.
+"""Model specs: family, geometry, sizes, and the operator of every layer.
 
-Sources: arXiv 2510.10060, sections 3 to 5; the published ViT and GPT for what the text leaves open.
+Sources: arXiv 2510.10060, sections 3 to 5, and the published ViT and GPT code where the paper is silent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT_WORKSPACE_BYTES = 256 * 2**20
 
 Positive: TypeAlias = Annotated[int, Field(ge=1, le=2**60, strict=True)]
 Size: TypeAlias = Annotated[int, Field(ge=1, le=2**20, strict=True)]
-"""A size of a model; the bound keeps a slip of the pen from counting for hours."""
+"""A size of a model. The upper bound keeps a typing error from being counted for hours."""
 
 
 def _pair(value: object) -> object:
@@ -36,10 +36,10 @@ SizePair: TypeAlias = Annotated[tuple[Size, Size], BeforeValidator(_pair)]
 
 
 def canonical_roles(value: object) -> str:
-    """The roles in the order q, k, v.
+    """Return the roles in the order q, k, v.
 
     Raises:
-        ValueError: if it is not a non-empty subset of "qkv" without repeats.
+        ValueError: if the value is not a non-empty subset of "qkv" without repeats.
     """
     if not isinstance(value, str) or not value or set(value) - set("qkv") or len(set(value)) < len(value):
         raise ValueError(f"{value!r} is not allowed: must be one or more of q, k and v, each once")
@@ -47,11 +47,11 @@ def canonical_roles(value: object) -> str:
 
 
 def parse_layers(value: object, depth: int) -> tuple[int, ...]:
-    """The layers that use the relative operator.
+    """Return the numbers of the layers that use the relative operator.
 
     Args:
         value: "all", "first:K", "every:K" (layers 0, K, 2K, …) or a list of layer numbers.
-        depth: number of layers of the model.
+        depth: number of layers.
 
     Raises:
         ValueError: for anything else.
@@ -78,12 +78,11 @@ def parse_layers(value: object, depth: int) -> tuple[int, ...]:
 class ModelSpecBase(Schema):
     """Fields that both families share.
 
-    Frozen; unknown keys are rejected. ``head_dim`` defaults to ``dim / heads`` and ``ffn_dim`` to
-    ``4·dim`` when the spec is made.
+    Frozen; unknown keys are rejected. ``head_dim`` defaults to ``dim / heads`` and ``ffn_dim`` to ``4·dim``.
     """
 
     name: str = "custom"
-    """What reports call the model."""
+    """Name of the model in reports."""
     dim: Size
     """Model width, C."""
     depth: Size
@@ -97,23 +96,23 @@ class ModelSpecBase(Schema):
     operator: Operator = "translution"
     """The operator of the relative layers, or of all layers for attention."""
     roles: Annotated[str, BeforeValidator(canonical_roles)] = "qkv"
-    """Which of query, key and value have a matrix per relation."""
+    """Roles (query, key, value) that have a matrix per relation."""
     c1: Size = 16
     """First low width per head of α-Translution."""
     c2: Size = 16
     """Second low width per head of α-Translution."""
     relative_layers: str | tuple[int, ...] = "all"
-    """Which layers use the relative operator."""
+    """Layers that use the relative operator."""
     other_layers: Literal["attention", "alpha"] = "attention"
-    """What the others are: rotary self-attention, or beside full Translution its low-rank form."""
+    """Operator of the other layers: rotary self-attention or, with full Translution, α-Translution."""
     window: Annotated[int, Field(ge=0, le=2**20, strict=True)] | None = None
-    """Pairs of tokens farther apart than this do not exist in the relative layers; null: all exist."""
+    """Largest distance of a pair of tokens in the relative layers; null keeps all pairs."""
     checkpointing: Literal["none", "block", "offload"] = "none"
-    """Keep only each block's input and compute the rest again in backward; offload keeps it on the host."""
+    """Activation checkpointing: save only each block's input and recompute in backward; offload saves it on the host."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability with which attention weights, hidden values and each part's output are dropped in training."""
+    """Dropout probability of attention weights, hidden values and each sub-layer's output in training."""
     rotary: bool = False
-    """Turn the plain queries and keys of attention or α-Translution by rotary embedding.
+    """Apply rotary embedding to the plain queries and keys of attention or α-Translution.
 
     Attention then has no learned position embedding.
     """
@@ -154,12 +153,12 @@ class ModelSpecBase(Schema):
 
     @abstractmethod
     def _rotary_multiple(self) -> int:
-        """What head_dim must be a multiple of for rotary embedding."""
+        """Number that must divide head_dim for rotary embedding."""
 
     @property
     @abstractmethod
     def geometry(self) -> RelationGeometry:
-        """How the model's tokens lie."""
+        """Geometry of the model's tokens."""
 
     @property
     def tokens(self) -> int:
@@ -168,12 +167,12 @@ class ModelSpecBase(Schema):
 
     @property
     def inner_dim(self) -> int:
-        """Width of all heads together, C'."""
+        """Width over all heads, C'."""
         return self.heads * self.head_dim
 
     @property
     def low_dims(self) -> tuple[int, int]:
-        """The two low widths of α-Translution, all heads together."""
+        """The two low widths of α-Translution, over all heads."""
         return self.heads * self.c1, self.heads * self.c2
 
     @property
@@ -185,17 +184,17 @@ class ModelSpecBase(Schema):
 
     @property
     def learned_positions(self) -> bool:
-        """Whether a learned position embedding is added: only to plain attention."""
+        """True if a learned position embedding is added, which only plain attention has."""
         return self.operator == "attention" and not self.rotary
 
     @property
     def rotary_attention(self) -> bool:
-        """Whether the attention layers are rotary: in hybrids, or when asked for."""
+        """True if the attention layers are rotary: in hybrids, or with ``rotary``."""
         return self.operator != "attention" or self.rotary
 
     @property
     def has_output_projection(self) -> bool:
-        """Whether an operator ends with a projection: not for one head as wide as the model."""
+        """True if an operator ends with an output projection; one head as wide as the model has none."""
         return not (self.heads == 1 and self.head_dim == self.dim)
 
 
@@ -211,9 +210,9 @@ class VitSpec(ModelSpecBase):
     classes: Size
     """Width of the classification head."""
     pool: Literal["class", "mean"] = "class"
-    """What the head reads: a class token, or the mean of all tokens."""
+    """Input of the classification head: the class token, or the mean of all tokens."""
     class_token: bool = True
-    """Whether a class token stands before the patches; must be true for pool class."""
+    """Prepend a class token to the patches; required for pool class."""
 
     @model_validator(mode="after")
     def _check_image(self) -> VitSpec:
@@ -241,7 +240,7 @@ class VitSpec(ModelSpecBase):
 
     @property
     def geometry(self) -> RelationGeometry:
-        """The grid of patches, after the class token if there is one."""
+        """The grid of patches, after the class token if the model has one."""
         return RelationGeometry.grid(*self.grid, class_token=self.class_token, window=self.window)
 
 
@@ -259,7 +258,7 @@ class GptSpec(ModelSpecBase):
 
     @property
     def geometry(self) -> RelationGeometry:
-        """The causal sequence of the context."""
+        """A causal sequence of the context's length."""
         return RelationGeometry.sequence(self.context, causal=True, window=self.window)
 
 
@@ -275,11 +274,11 @@ def _divisors_near(size: int, patch: int) -> str:
 
 
 def parse_model_spec(data: object, what: str = "model") -> ModelSpec:
-    """Make a spec from the content of a YAML or JSON file.
+    """Build a spec from the content of a YAML or JSON file.
 
     Args:
-        data: a mapping with ``family: vit`` or ``family: gpt`` and that family's fields.
-        what: the name that opens an error line.
+        data: a mapping with ``family: vit`` or ``family: gpt`` and the fields of that family.
+        what: opens an error line.
 
     Raises:
         InputError: naming the first bad field, its value and what is allowed.
@@ -293,10 +292,10 @@ def parse_model_spec(data: object, what: str = "model") -> ModelSpec:
     return validate(MODEL_SPEC, data, what, fields)
 
 
-def override(spec: ModelSpec, **values: object) -> ModelSpec:
-    """A copy of a spec with some fields replaced, validated anew; None leaves a field as it is.
+def override(spec: ModelSpec, /, **values: object) -> ModelSpec:
+    """Return a validated copy of a spec with some fields replaced; None leaves a field as it is.
 
-    A head_dim or ffn_dim that followed from dim and heads follows the new ones.
+    If ``head_dim`` or ``ffn_dim`` had its default, it gets the default of the new ``dim`` and ``heads``.
 
     Raises:
         InputError: as `parse_model_spec` does.

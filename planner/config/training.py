@@ -1,12 +1,13 @@
-"""How a plan trains: precision, batch, optimizer, schedule, data, and the ZeRO stage with its knobs."""
+"""`TrainingSpec`: precision, batch, optimizer, schedule, data, augmentation and checkpoints of a training run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
-from ..common.schema import Schema, stored_as
+from ..common.schema import Schema, stored_as, validate
 from .datasets import PLACED_DIGITS, READ_FROM_PATH, DataKind
 from .model import Positive
 
@@ -21,16 +22,16 @@ Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
 
 class TrainingSpec(Schema):
-    """Everything about training that is not the model or the cluster."""
+    """How a model is trained, without the model, the cluster and ZeRO."""
 
     precision: Precision = "fp32"
     """Dtype of parameters, activations and collectives; bf16 and fp16 keep an fp32 master copy."""
     grad_accum_dtype: Precision | None = None
-    """Dtype in which gradients are added up and kept until the step; null is the model's."""
+    """Dtype in which gradients are accumulated until the step; null is the precision."""
     bf16_master: bool = False
-    """Keep the master copy and the gradients of the step in bf16 too, with precision bf16."""
+    """Keep the master copy and the step's gradients in bf16; requires precision bf16."""
     bf16_states: bool = False
-    """Keep the optimizer's moments in bf16 too, with bf16_master."""
+    """Keep the optimizer's moments in bf16; requires bf16_master."""
     micro_batch: Positive = 8
     """Samples per rank and forward pass."""
     gradient_accumulation_steps: Positive = stored_as("accumulation", 1)
@@ -40,55 +41,55 @@ class TrainingSpec(Schema):
     warmup_steps: NonNegative = 0
     """Steps of linear warm-up before the cosine decay."""
     optimizer: Optimizer = "adamw"
-    """Offloaded states are updated by DeepSpeed's own CPU version of adamw, lion and adagrad."""
+    """Optimizer. DeepSpeed's CPU version of adamw, lion or adagrad updates offloaded states."""
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.05
     betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.95)
-    """Of adamw and lion."""
+    """Betas of adamw and lion."""
     epsilon: PositiveFloat = 1e-8
-    """Of adamw and adagrad."""
+    """Epsilon of adamw and adagrad."""
     momentum: NonNegativeFloat = 0.9
-    """Of sgd; 0 keeps none."""
+    """Momentum of sgd; 0 disables it."""
     gradient_clipping: NonNegativeFloat = 1.0
-    """Largest global L2 norm of the gradients; 0 clips nothing."""
+    """Maximum global L2 norm of the gradients; 0 disables clipping."""
     data: DataKind = "digits"
-    """Handwritten digits that fill the image, lie in its middle, or somewhere else in every epoch; images in
-    folders; tokens in files; the source of Python's library; or random samples of the model's shape."""
+    """Training data: handwritten digits (filling the image, centred, shifted, or shifted by patches), images in folders,
+    tokens in files, the source code of Python's standard library, or random samples of the model's shape."""
     evaluation_data: DataKind | None = None
-    """Whose held-out samples are evaluated; null is the kind that is trained on."""
+    """Kind of data whose held-out samples are evaluated; null is the training data."""
     data_path: str | None = None
-    """Folder of images or tokens, as every node sees it."""
+    """Folder of images or tokens, as seen by every node."""
     digit_pixels: Positive | None = None
-    """Height and width of a digit that does not fill the image; null is half of the image's shorter side."""
+    """Height and width in pixels of a digit that does not fill the image; null is half the image's shorter side."""
     corrupt_limit: NonNegative = 100
-    """Images that a rank may find unreadable, name and skip; with one more it fails."""
+    """Number of unreadable images that a rank reports and skips before it fails."""
     seed: NonNegative = 0
-    """Of the initial weights and of the order of the samples."""
+    """Seed of the initial weights and of the sample order."""
     checkpoint_steps: NonNegative = 0
-    """Save a checkpoint after so many steps, again and again; 0 saves only at the end."""
+    """Steps between two checkpoints; 0 saves only at the end."""
     checkpoint_minutes: NonNegativeFloat = 0.0
-    """Save one when so many minutes have gone by since the last; 0 does not look at the clock."""
+    """Minutes between two checkpoints; 0 disables saving by time."""
     keep_checkpoints: Positive = 2
-    """So many of a run's newest checkpoints stay."""
+    """Number of newest checkpoints that are kept."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of a target that is spread evenly over all classes, or over the vocabulary."""
+    """Fraction of a target that is spread evenly over all classes, or over the vocabulary."""
     crop_padding: NonNegative = 0
-    """Zero pixels on every side of an image, of which a random part of its size is cut; 0 cuts nothing."""
+    """Zero pixels added to every side of an image before a random crop of the original size; 0 disables it."""
     crop_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Smallest share of an image's area that a random crop keeps before it is resized; 1 crops nothing."""
+    """Smallest fraction of an image's area that a random resized crop keeps; 1 disables it."""
     flip: Share = 0.0
-    """Probability with which an image is mirrored left to right."""
+    """Probability of a horizontal flip."""
     mixup: NonNegativeFloat = 0.0
-    """Alpha of the Beta distribution of mixup's shares; 0 mixes nothing. Source: arXiv 1710.09412."""
+    """Alpha of mixup's Beta distribution; 0 disables it. Source: arXiv 1710.09412."""
     cutmix: NonNegativeFloat = 0.0
-    """Alpha of the Beta distribution of cutmix's areas; 0 cuts nothing. With mixup, each micro-batch gets one of the
-    two by chance. Source: arXiv 1905.04899."""
+    """Alpha of cutmix's Beta distribution; 0 disables it. If mixup is on too, each micro-batch gets one of the two at
+    random. Source: arXiv 1905.04899."""
     evaluation_steps: NonNegative = 0
-    """Evaluate after so many steps, again and again; 0 evaluates only at the end."""
+    """Steps between two evaluations; 0 evaluates only at the end."""
     evaluation_samples: NonNegative = 0
-    """Evaluate on so many of the held-out samples, spread evenly over them; 0 takes all."""
+    """Number of held-out samples to evaluate, evenly spaced; 0 evaluates all."""
     monitor: Literal["none", "csv", "tensorboard", "wandb"] = "none"
-    """Where DeepSpeed's monitor writes the metrics too."""
+    """Additional output of the metrics, by DeepSpeed's monitor."""
 
     @model_validator(mode="after")
     def _check_schedule(self) -> TrainingSpec:
@@ -132,7 +133,7 @@ class TrainingSpec(Schema):
 
     @property
     def augmentation(self) -> str:
-        """The first field by which images are changed at random; empty if none is."""
+        """Name of the first active augmentation field; empty if there is none."""
         set_ = {"crop_scale": self.crop_scale < 1}
         set_ |= {name: getattr(self, name) > 0 for name in ("crop_padding", "flip", "mixup", "cutmix")}
         return next((name for name, changes in set_.items() if changes), "")
@@ -144,12 +145,12 @@ class TrainingSpec(Schema):
 
     @property
     def accumulation_dtype(self) -> Precision:
-        """Dtype in which gradients are kept until the step."""
+        """Dtype of the accumulated gradients."""
         return self.grad_accum_dtype or self.precision
 
     @property
     def master_dtype(self) -> Precision:
-        """Dtype of the copy of the parameters that the optimizer updates, and of its gradients."""
+        """Dtype of the master copy, which the optimizer updates, and of its gradients."""
         return "bf16" if self.bf16_master else "fp32"
 
     @property
@@ -160,3 +161,19 @@ class TrainingSpec(Schema):
     def global_batch(self, world_size: int) -> int:
         """Samples per optimizer step over all ranks."""
         return self.micro_batch * self.gradient_accumulation_steps * world_size
+
+
+_TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
+
+
+def parse_training(fields: Mapping[str, object], what: str) -> TrainingSpec:
+    """Return a validated `TrainingSpec`.
+
+    Args:
+        fields: its fields by name.
+        what: name of the fields' origin, for error messages.
+
+    Raises:
+        InputError: for an unknown field or a bad value.
+    """
+    return validate(_TRAINING, dict(fields), what, tuple(TrainingSpec.model_fields))

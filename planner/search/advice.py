@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from pydantic import Field
 
-from ..common.errors import TranslutionError
+from ..common.errors import InputError, TranslutionError
 from ..common.schema import Schema
 from ..common.units import format_bytes, format_count
+from ..config.loading import save_model
 from ..config.model import GptSpec, ModelSpec, VitSpec, override
 from ..config.training import TrainingSpec
 from ..costs.parameters import TABLES, count_parameters, table_entries
@@ -291,3 +293,27 @@ def describe_hybrid(row: HybridRow) -> str:
     """Describe a hybrid in words."""
     rest = f"α-Translution with c1 = c2 = {row.c1}" if row.c1 else "self-attention"
     return f"{row.full_layers} full layers, the others {rest}: {format_count(row.parameters)} parameters"
+
+
+def save_hybrids(spec: ModelSpec, hybrids: Sequence[HybridRow], folder: Path) -> dict[Path, HybridRow]:
+    """Write a spec file for every hybrid; return the hybrids by file.
+
+    Args:
+        spec: the model that the hybrids change.
+        hybrids: as `NoPlanFits` has them.
+        folder: folder to write into; it is created if there is a hybrid.
+
+    Raises:
+        InputError: if the folder cannot be written.
+    """
+    files = {}
+    for row in hybrids:
+        name = f"first-{row.full_layers}-{row.rest}{f'-{row.c1}' if row.c1 else ''}"
+        path = folder / f"{name}.yaml"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+        save_model(override(spec, name=f"{spec.name} {name}", **row.changes), path)
+        files[path] = row
+    return files

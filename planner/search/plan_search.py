@@ -13,14 +13,13 @@ from ..common.errors import DoesNotFitError, InputError, nearest
 from ..common.schema import validate
 from ..config.loading import load_model
 from ..config.model import ModelSpec
-from ..config.training import TrainingSpec
+from ..config.training import TrainingSpec, parse_training
 from ..hardware.cluster import ClusterSpec, load_cluster
 from .advice import Advice, FixAdvisor, HybridRow
 from .constraints import SearchConstraints, resolve_global_batch
 from .explain import SearchResult, StrategyVerdict, explain, strategy_verdicts
 from .searcher import Searcher
 
-_TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
 _CONSTRAINTS: TypeAdapter[SearchConstraints] = TypeAdapter(SearchConstraints)
 _TRAINING_FIELDS = tuple(TrainingSpec.model_fields)
 _CONSTRAINT_FIELDS = tuple(SearchConstraints.model_fields)
@@ -51,6 +50,7 @@ class NoPlanFits(DoesNotFitError):  # noqa: N818  # the name that users catch
 def plan(
     model: ModelSpec | Mapping[str, object] | str | Path,
     cluster: ClusterSpec | Mapping[str, object] | str | Path,
+    /,
     *,
     samples: int | None = None,
     epochs: float = 1.0,
@@ -65,7 +65,8 @@ def plan(
         epochs: passes over ``samples``.
         settings: fields of `TrainingSpec` (``precision="bf16"``, ``steps=1000``, ``data="images"``; the data is
             ``"synthetic"`` unless given) and of `SearchConstraints` (``global_batch=512``, ``stage=3``,
-            ``offload="cpu"``). ``micro_batch`` and ``gradient_accumulation_steps`` fix what the search would choose.
+            ``offload="cpu"``). ``micro_batch`` and ``gradient_accumulation_steps`` fix what the search would choose;
+            so does ``checkpointing``, which is the model's own unless that is "none".
 
     Returns:
         The chosen plan (``.plan``), a verdict for every strategy (``.strategies``), a reason for every knob
@@ -83,11 +84,13 @@ def plan(
             raise InputError(f"plan: unknown key {name!r}{nearest(name, known)}; allowed: {', '.join(known)}")
     fixed = {name: value for name, value in named.items() if name in _CONSTRAINT_FIELDS}
     fields = {name: value for name, value in named.items() if name not in _CONSTRAINT_FIELDS}
+    if fixed.get("checkpointing") is None and spec.checkpointing != "none":
+        fixed["checkpointing"] = spec.checkpointing
     constraints = validate(_CONSTRAINTS, fixed, "plan", _CONSTRAINT_FIELDS)
-    training = validate(_TRAINING, {"data": "synthetic"} | fields, "plan", _TRAINING_FIELDS)
+    training = parse_training({"data": "synthetic"} | fields, "plan")
     if samples is not None:
         steps = steps_for_epochs(samples, epochs, constraints, where)
-        training = validate(_TRAINING, training.model_dump() | {"steps": steps}, "plan", _TRAINING_FIELDS)
+        training = parse_training(training.model_dump() | {"steps": steps}, "plan")
     return search_plan(spec, where, training, constraints)
 
 
