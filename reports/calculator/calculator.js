@@ -1,7 +1,7 @@
-// Asks for the answer whenever the form changes. Without this script the form's button does the same.
+// Requests costs and plan whenever the form changes. Without this script, the form's button loads the page again.
 (() => {
   "use strict";
-  const PAUSE_MS = 150; // While somebody types.
+  const PAUSE_MS = 150; // Wait for the user to stop typing.
   const form = document.getElementById("choice");
   const answer = document.getElementById("answer");
   const status = document.getElementById("status");
@@ -18,11 +18,11 @@
       });
     });
 
-  const say = (text) => {
+  const announce = (text) => {
     if (status.textContent !== text) status.textContent = text;
   };
 
-  // Only what differs from the default: the server counts the rest as it stands.
+  // Only values that differ from the default; the server fills in the rest.
   const query = () => {
     const pairs = new URLSearchParams();
     for (const field of form.elements) {
@@ -45,7 +45,7 @@
     }
   };
 
-  // Puts new content in place, with what the reader had unfolded, and where they were.
+  // Replaces content; keeps expanded sections and the focus.
   const replace = (change) => {
     const folds = new Map([...answer.querySelectorAll("details[id]")].map((one) => [one.id, one.open]));
     const held = document.activeElement?.closest?.("#answer [id]")?.id;
@@ -60,27 +60,27 @@
   };
 
   const fail = async (response) => {
-    let error = { field: null, message: `the server answered ${response.status}` };
+    let error = { field: null, message: `the server responded with status ${response.status}` };
     try {
       error = (await response.json()).error;
     } catch {
-      // Not of the calculator's own making.
+      // The response is not from the calculator, so it has no JSON error.
     }
     showError(error);
-    say(error.message);
+    announce(error.message);
     answer.classList.add("stale");
   };
 
-  // Waits for the search, on a connection that the server holds for some seconds at a time.
+  // Polls the search; the server holds each request for several seconds.
   const follow = async (asked, signal) => {
     for (;;) {
       const plan = document.getElementById("plan");
-      say(plan.dataset.say);
+      announce(plan.dataset.status);
       if (plan.dataset.state !== "searching" && plan.dataset.state !== "busy") return;
       if (plan.dataset.state === "busy") await later(2000, signal);
       const response = await fetch(`plan${asked}`, { signal });
       if (response.status === 503) {
-        say((await response.json()).error.message);
+        announce((await response.json()).error.message);
         await later(1000 * Number(response.headers.get("Retry-After") ?? 2), signal);
         continue;
       }
@@ -98,7 +98,7 @@
       await work();
     } catch (error) {
       if (error.name !== "AbortError") {
-        say("The server does not answer.");
+        announce("The server does not respond.");
         answer.classList.add("stale");
       }
     }
@@ -137,10 +137,10 @@
     const source = document.getElementById(button.dataset.copy);
     try {
       await navigator.clipboard.writeText(source.textContent);
-      say("Copied.");
+      announce("Copied.");
     } catch {
       getSelection().selectAllChildren(source);
-      say("Selected: copy it with the keyboard.");
+      announce("Selected. Copy with the keyboard.");
     }
   });
   if (document.getElementById("plan")) guarded(() => follow(location.search, asking.signal));

@@ -9,7 +9,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from translution.distributed.experiments.runner import RESULT, ExperimentResult, Summary
+from translution.distributed.experiments.runner import EXPERIMENT_RESULT, ExperimentResult, Summary
 from translution.planner.common.errors import InputError
 from translution.planner.common.schema import parse_json
 from translution.planner.common.units import format_count
@@ -124,7 +124,7 @@ def load_results(folder: Path) -> tuple[ExperimentResult, ...]:
         raise InputError(f"--experiments: '{folder}' is not allowed: must hold folders with {_RESULT_FILE}")
     results = []
     for path in paths:
-        result = parse_json(RESULT, read_input(path), str(path))
+        result = parse_json(EXPERIMENT_RESULT, read_input(path), str(path))
         try:
             result.summaries()
         except (IndexError, KeyError, statistics.StatisticsError):

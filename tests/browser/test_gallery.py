@@ -1,4 +1,4 @@
-"""The page of everything in a real browser, without a network: drawn, sorted, filtered, readable on a phone."""
+"""A report with all kinds of sections in a browser without network: charts, sorting, filtering, small screens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def press(browser: Browser, key: str, code: int, text: str = "") -> None:
 @pytest.mark.parametrize(
     ("scheme", "width", "paper"), [("light", 1200, "rgb(255, 255, 255)"), ("dark", 390, "rgb(13, 17, 23)")]
 )
-def test_every_chart_is_drawn_within_the_width_and_asks_nobody(
+def test_every_chart_fits_the_width_and_makes_no_requests(
     browser: Browser, gallery_folder: Path, document: Document, scheme: str, width: int, paper: str
 ) -> None:
     page = gallery_folder / "index.html"
@@ -35,7 +35,7 @@ def test_every_chart_is_drawn_within_the_width_and_asks_nobody(
     browser.wait(DRAWN.format(count=len(document.pictures)))
     assert browser.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [width, width]
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == paper
-    # Each fills the width that it was given; several in one scroll.
+    # A single chart fits its box; a composed chart scrolls.
     overhang = (
         "[...document.querySelectorAll('figure.live .scroll')]"
         ".filter((box) => box.querySelector('svg').getBoundingClientRect().width > box.scrollWidth + 1).length"
@@ -45,7 +45,7 @@ def test_every_chart_is_drawn_within_the_width_and_asks_nobody(
     assert browser.requests() == [page.as_uri()]
 
 
-def test_a_table_is_sorted_by_value_with_the_keyboard_alone(browser: Browser, gallery_folder: Path) -> None:
+def test_table_is_sorted_by_value_with_the_keyboard(browser: Browser, gallery_folder: Path) -> None:
     browser.open(gallery_folder / "index.html")
     before = browser.evaluate(COLUMN.format(table="costs-table", index=2))
     heading = "document.querySelector('#costs-table').tHead.rows[0].cells[2]"
@@ -59,14 +59,14 @@ def test_a_table_is_sorted_by_value_with_the_keyboard_alone(browser: Browser, ga
         values = browser.evaluate(sort_values)
         assert values == sorted(values, reverse=backwards)
         assert sorted(browser.evaluate(COLUMN.format(table="costs-table", index=2))) == sorted(before)
-    # The next heading is one tabulator away.
+    # Tab moves the focus to the next heading.
     press(browser, "Tab", 9)
     press(browser, "Enter", 13, "\r")
     sorts = f"[...{heading}.parentElement.cells].map((cell) => cell.getAttribute('aria-sort'))"
     assert browser.evaluate(sorts)[2:4] == [None, "ascending"]
 
 
-def test_what_is_missing_stays_last_in_both_directions(browser: Browser, gallery_folder: Path) -> None:
+def test_missing_values_stay_last_in_both_directions(browser: Browser, gallery_folder: Path) -> None:
     browser.open(gallery_folder / "index.html")
     heading = "document.querySelector('#operator-table').tHead.rows[0].cells[4].querySelector('button')"
     for _ in range(2):
@@ -75,7 +75,7 @@ def test_what_is_missing_stays_last_in_both_directions(browser: Browser, gallery
         assert column[0] == "4.36 s" and set(column[1:]) == {"–"}
 
 
-def test_a_model_can_be_chosen(browser: Browser, gallery_folder: Path) -> None:
+def test_rows_can_be_filtered_by_model(browser: Browser, gallery_folder: Path) -> None:
     browser.open(gallery_folder / "index.html")
     label = "document.querySelector('#costs-table').closest('section').querySelector('label.choose')"
     assert browser.evaluate(f"{label}.querySelector('select').labels[0] === {label}")
@@ -93,7 +93,7 @@ def test_a_model_can_be_chosen(browser: Browser, gallery_folder: Path) -> None:
         assert browser.evaluate(shown) == expected
 
 
-def test_without_scripts_all_rows_and_pictures_remain_and_no_button_is_dead(
+def test_without_scripts_all_rows_and_images_are_shown_without_controls(
     browser: Browser, gallery_folder: Path, document: Document
 ) -> None:
     browser.call("Emulation.setScriptExecutionDisabled", value=True)
@@ -109,7 +109,7 @@ def test_without_scripts_all_rows_and_pictures_remain_and_no_button_is_dead(
     assert rows == sum(len(table.rows) for table in document.tables)
 
 
-def test_the_printed_page_has_no_controls(browser: Browser, gallery_folder: Path) -> None:
+def test_printed_page_has_no_controls(browser: Browser, gallery_folder: Path) -> None:
     browser.open(gallery_folder / "index.html", scheme="dark")
     browser.call("Emulation.setEmulatedMedia", media="print", features=[])
     try:

@@ -1,4 +1,4 @@
-"""The report in a real browser, without a network: drawn, legible in dark and light, usable on a phone."""
+"""The report of a plan in a browser without network: legible in dark and light schemes and on small screens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DRAWN = f"document.querySelectorAll('figure svg').length === {CHARTS} && !docume
 
 
 def shares(browser: Browser, picture: bytes, *colours: str) -> list[float]:
-    """Which part of a picture's pixels has each of these colours."""
+    """Return the fraction of a picture's pixels that has each of these colours."""
     source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
     browser.call("Page.navigate", url="about:blank")
     counts = browser.evaluate(
@@ -45,7 +45,7 @@ def shares(browser: Browser, picture: bytes, *colours: str) -> list[float]:
     ("scheme", "width", "paper", "ink"),
     [("light", 1200, "#ffffff", "#1b1f24"), ("dark", 1200, "#0d1117", "#e6edf3"), ("dark", 390, "#0d1117", "#e6edf3")],
 )
-def test_the_page_is_drawn_and_legible(
+def test_page_is_drawn_and_legible(
     browser: Browser, report_page: Path, scheme: str, width: int, paper: str, ink: str
 ) -> None:
     browser.open(report_page, width=width, scheme=scheme)
@@ -63,7 +63,7 @@ def test_the_page_is_drawn_and_legible(
     assert largest > 0.005
 
 
-def test_hovering_says_what_is_live_where(browser: Browser, report_page: Path) -> None:
+def test_tooltip_shows_live_bytes_and_where_they_are(browser: Browser, report_page: Path) -> None:
     browser.open(report_page)
     browser.wait(DRAWN)
     plot = "document.querySelector('figure svg .mark-area')"
@@ -77,14 +77,14 @@ def test_hovering_says_what_is_live_where(browser: Browser, report_page: Path) -
     text = browser.wait("document.querySelector('#vg-tooltip-element.visible')?.innerText")
     rows = dict(line.split("\t") for line in text.splitlines())
     assert rows["phase"] == "backward"
-    assert rows["moment"].endswith(", backward")
+    assert rows["where"].endswith(", backward")
     assert {"parameters", "optimizer states", "activations"} <= set(rows)
     plan = load_plan(report_page.parent / "plan")
     points = timelines_of(plan)[plan.prediction.own_tier].points
-    assert rows["in all"] in {format_bytes(point.total_bytes) for point in points}
+    assert rows["total"] in {format_bytes(point.total_bytes) for point in points}
 
 
-def test_without_scripts_the_pictures_remain(browser: Browser, report_page: Path) -> None:
+def test_without_scripts_the_images_are_shown(browser: Browser, report_page: Path) -> None:
     browser.call("Emulation.setScriptExecutionDisabled", value=True)
     try:
         browser.open(report_page)
@@ -98,7 +98,7 @@ def test_without_scripts_the_pictures_remain(browser: Browser, report_page: Path
     assert largest > 0.005
 
 
-def test_it_is_printed_on_white_whatever_the_screen(browser: Browser, report_page: Path) -> None:
+def test_page_is_printed_on_white_with_a_dark_screen(browser: Browser, report_page: Path) -> None:
     browser.open(report_page, scheme="dark")
     browser.wait(DRAWN)
     dark_screen = [{"name": "prefers-color-scheme", "value": "dark"}]

@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over its debugging pipe."""
+"""A headless Chromium, controlled over its debugging pipe."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ PATIENCE_S = 60.0
 
 
 class Browser:
-    """One page in one browser that reaches nothing but this machine.
+    """One page in one browser without access to other machines.
 
     Args:
-        folder: for its profile.
+        folder: folder for the profile.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,7 +53,7 @@ class Browser:
         self._rest = b""
         self._number = 0
         self.events: list[dict[str, Any]] = []
-        """All that the page has told, console messages and requests among it."""
+        """Events that the page sent, including console messages and requests."""
         try:
             self._attach()
         except BaseException:
@@ -67,7 +67,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def close(self) -> None:
-        """End the browser."""
+        """Close the browser."""
         try:
             self._ask("Browser.close")
             self._process.wait(PATIENCE_S)
@@ -102,13 +102,13 @@ class Browser:
         return self._ask(method, self._session, **parameters)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page."""
+        """Return the value of a JavaScript expression in the page."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def wait(self, what: str, done: Callable[[Any], bool] = bool) -> Any:
-        """Evaluate an expression until it satisfies."""
+        """Evaluate an expression until `done` accepts its value, and return the value."""
         deadline = time.monotonic() + PATIENCE_S
         while not done(value := self.evaluate(what)):
             assert time.monotonic() < deadline, f"{what}: {value}"
@@ -116,7 +116,7 @@ class Browser:
         return value
 
     def open(self, page: Path | str, *, width: int = 1200, height: int = 900, scheme: str = "light") -> None:
-        """Show a file, or what an address leads to, in a window of that size and colour scheme."""
+        """Open a file or a URL in a window of this size and colour scheme."""
         url = page if isinstance(page, str) else page.as_uri()
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -125,11 +125,11 @@ class Browser:
         self.wait("document.readyState + location.href", lambda value: value == "complete" + url)
 
     def screenshot(self, *, whole: bool = True) -> bytes:
-        """The page as PNG, beyond the window where it is longer."""
+        """Return the page as PNG; `whole` includes the parts outside the window."""
         return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"])
 
     def complaints(self) -> list[str]:
-        """What the page has complained of: exceptions, and warnings and errors of console and browser."""
+        """Return exceptions, and warnings and errors of console and browser."""
         found = []
         for event in self.events:
             parameters = event.get("params", {})
@@ -142,7 +142,7 @@ class Browser:
         return found
 
     def requests(self) -> list[str]:
-        """The addresses that the page has asked for; data within it is no request."""
+        """Return the URLs that the page requested, without data URLs."""
         sent = [event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
         urls = [str(parameters["request"]["url"]) for parameters in sent]
         return [url for url in urls if not url.startswith("data:")]

@@ -1,4 +1,4 @@
-"""The tables of a report, as its data and as its page have them."""
+"""The tables of a report, read from its JSON and from its page."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from translution.reports.render.document import CellValue, Document
 
 
 def table(document: Document, key: str) -> list[dict[str, CellValue]]:
-    """The rows of a table by the titles of its columns."""
+    """Return the rows of a table by column title."""
     (found,) = (table for table in document.tables if table.key == key)
     return [dict(zip((column.title for column in found.columns), row, strict=True)) for row in found.rows]
 
 
 def cells(page: Path) -> dict[str, list[list[str]]]:
-    """The texts of the rows of every table of a page, by its id."""
+    """Return the cell texts of every table of a page, by the id of the table."""
     text = page.read_text(encoding="utf-8")
     found = {}
     for key, body in re.findall(r'<table id="([^"]+)".*?<tbody>(.*?)</table>', text, flags=re.DOTALL):

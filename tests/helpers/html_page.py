@@ -1,4 +1,4 @@
-"""A report page, read as HTML."""
+"""A parser of report pages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ VOID = {"meta", "img", "br", "link", "input"}
 
 
 class Page(HTMLParser):
-    """Elements of a page with their attributes and their own text."""
+    """Elements of a page with their attributes and their text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -32,5 +32,5 @@ class Page(HTMLParser):
             text.append(data)
 
     def all(self, *tags: str) -> list[tuple[str, dict[str, str | None], str]]:
-        """The elements of these tags, each with its whole text."""
+        """Return the elements with these tags, each with its full text."""
         return [(tag, attrs, "".join(text)) for tag, attrs, text in self.elements if tag in tags]

@@ -1,4 +1,4 @@
-"""Plan folders with a run that was never run, and experiments that were never made, for reports."""
+"""Plan folders, run folders and experiment results with made-up values, for tests of reports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def plan_folder(folder: Path, name: str = "a model") -> Plan:
 
 
 def run_folder(plan: Path, name: str, *, more: int = 0) -> Path:
-    """Write a run of that plan that has measured what was predicted, and so many bytes more."""
+    """Write a run whose measured memory is the plan's prediction plus `more` bytes."""
     run = plan / "runs" / name
     make_run_folders(run, plan)
     prediction = load_plan(plan).prediction
@@ -54,7 +54,7 @@ def run_folder(plan: Path, name: str, *, more: int = 0) -> Path:
 
 
 def experiment_folder(folder: Path, name: str = "shift", *, quick: bool = False) -> ExperimentResult:
-    """Write what an experiment of two models and three seeds might have found."""
+    """Write made-up results of an experiment with two models and three seeds."""
     asked = find_experiment(name)
     asked = asked.model_copy(update={"variants": asked.variants[-2:]})
     trials = [

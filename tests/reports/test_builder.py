@@ -1,4 +1,4 @@
-"""Reports of everything at once, each where it is given: page, Markdown and JSON say the same, and it is so."""
+"""Reports with all kinds of sections: page, Markdown and JSON agree, and show the planner's figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
 from translution.planner.plans.plan import load_plan
 from translution.planner.search.constraints import SearchConstraints
-from translution.planner.search.plan_search import search
+from translution.planner.search.plan_search import search_plan
 from translution.reports.builder import ReportBuilder, ReportRequest
 from translution.reports.inputs.plan_command import plan_command
 from translution.reports.render import markdown
@@ -41,7 +41,7 @@ def small(gallery_folder: Path) -> Document:
     return load_document(gallery_folder / "gallery.json")
 
 
-def test_a_value_is_written_by_the_kind_of_its_column() -> None:
+def test_value_is_formatted_by_the_kind_of_its_column() -> None:
     cases: list[tuple[CellValue, ColumnKind, str]] = [
         (None, "bytes", "–"), (3 * 2**30, "bytes", "3.00 GiB"), (15_608_200_168, "count", "15.61 G"),
         (6.64e12, "flops", "6.64 TFLOP"), (0.0447, "seconds", "44.7 ms"), (123.4, "seconds", "123 s"),
@@ -54,7 +54,7 @@ def test_a_value_is_written_by_the_kind_of_its_column() -> None:
         assert format_value(value, kind) == text
 
 
-def test_page_markdown_and_data_agree(gallery_folder: Path, small: Document) -> None:
+def test_page_markdown_and_json_agree(gallery_folder: Path, small: Document) -> None:
     on_page = cells(gallery_folder / "index.html")
     assert set(on_page) == {table.key for table in small.tables}
     lines = (gallery_folder / "README.md").read_text(encoding="utf-8").splitlines()
@@ -68,7 +68,7 @@ def test_page_markdown_and_data_agree(gallery_folder: Path, small: Document) -> 
     assert "\n".join(lines) + "\n" == markdown.render_markdown(small)
 
 
-def test_every_table_and_picture_says_where_it_comes_from(gallery_folder: Path, small: Document) -> None:
+def test_every_table_and_picture_has_its_provenance(gallery_folder: Path, small: Document) -> None:
     parts = [part for section in small.sections for part in section.parts]
     page = Page((gallery_folder / "index.html").read_text(encoding="utf-8"))
     lines = [" ".join(text.split()) for _, attributes, text in page.all("p") if attributes.get("class") == "provenance"]
@@ -80,7 +80,7 @@ def test_every_table_and_picture_says_where_it_comes_from(gallery_folder: Path, 
         assert f"{part.how} `{part.made.command}`, {part.made.time_utc}" in text
 
 
-def test_the_page_of_everything_is_one_that_can_be_walked_through(gallery_folder: Path, small: Document) -> None:
+def test_table_of_contents_links_to_every_section(gallery_folder: Path, small: Document) -> None:
     page = Page((gallery_folder / "index.html").read_text(encoding="utf-8"))
     names = [attributes["id"] for _, attributes, _ in page.elements if "id" in attributes]
     assert len(names) == len(set(names))
@@ -94,33 +94,33 @@ def test_the_page_of_everything_is_one_that_can_be_walked_through(gallery_folder
     assert len(page.all("caption")) == len(page.all("table"))
 
 
-def test_a_malicious_name_is_text_in_markdown_too(gallery_folder: Path) -> None:
+def test_malicious_name_is_escaped_in_markdown(gallery_folder: Path) -> None:
     text = (gallery_folder / "README.md").read_text(encoding="utf-8")
     assert MALICIOUS not in text
     assert "&lt;script&gt;alert" in text
 
 
-def test_the_pictures_of_the_markdown_lie_beside_it(gallery_folder: Path) -> None:
+def test_pictures_of_the_markdown_are_in_its_folder(gallery_folder: Path) -> None:
     text = (gallery_folder / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"\]\(([^)]+\.svg)\)", text)
     assert sorted(named) == sorted(path.name for path in gallery_folder.glob("*.svg"))
     assert all("<svg" in (gallery_folder / name).read_text(encoding="utf-8") for name in named)
 
 
-def test_the_figures_are_the_planners(small: Document) -> None:
+def test_figures_equal_those_of_the_planner(small: Document) -> None:
     spec, cluster = preset("vit-tiny/56"), load_cluster("2xRTX4090")
     glance = [row for row in table(small, "glance-table") if row["model"] == "vit-tiny/56"]
     for row, point in zip(glance, best_points(spec, cluster, BF16), strict=True):
         assert (row["operator"], row["parameters"]) == (point.operator, point.parameters)
-        assert row["device of a rank"] == point.device_bytes
+        assert row["device memory of a rank"] == point.device_bytes
         assert row["step (interval)"] == (point.likely_s, point.low_s, point.high_s)
     full = table(small, "scaling-table")
     assert [row["size"] for row in full if row["operator"] == "attention"] == [192, 12288]
-    assert full[0]["device of a rank"] == glance[0]["device of a rank"]
+    assert full[0]["device memory of a rank"] == glance[0]["device memory of a rank"]
     assert "38.53 M parameters" in small.sections[0].text[0]
 
 
-def test_what_fits_nowhere_is_said_and_drawn() -> None:
+def test_sizes_that_do_not_fit_are_marked() -> None:
     spec, cluster = preset("vit-large/16"), load_cluster("1xRTX4090")
     none = best_point(spec, "full Translution", cluster, BF16)
     assert none.plan is None and none.device_bytes is None and none.likely_s is None
@@ -130,27 +130,27 @@ def test_what_fits_nowhere_is_said_and_drawn() -> None:
     section = scaling_section(points, "vit-large/16", cluster, "bf16", MADE)
     memory, time, rows = section.parts
     assert isinstance(rows, Table)
-    assert str(rows.rows[0][-1]).startswith("nothing fits; ZeRO-3")
+    assert str(rows.rows[0][-1]).startswith("nothing fits: ZeRO-3")
     for picture in (memory, time):
-        assert "full Translution fits nowhere at 24" in str(picture.model_dump()["spec"]["description"])
+        assert "full Translution does not fit at 24" in str(picture.model_dump()["spec"]["description"])
         assert '"shape": "cross"' in json.dumps(picture.model_dump()["spec"])
 
 
-def test_the_nodes_of_a_cluster_are_replaced_along_their_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_axis_replaces_the_nodes_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("translution.planner.analysis.scaling.NODE_COUNTS", (2,))
     points = list(growth_points(preset("vit-tiny/56"), load_cluster("4x1xH100"), BF16, axes=("nodes",)))
     assert [point.best.cluster for point in points] == ["2x1xH100"] * 3
     assert [point.best.samples for point in points] == [16] * 3
 
 
-def test_an_interval_holds_the_likely_figure(small: Document) -> None:
+def test_interval_includes_the_likely_time(small: Document) -> None:
     for row in table(small, "scaling-table"):
         if isinstance(step := row["step (interval)"], tuple):
             likely, low, high = step
             assert low <= likely <= high
 
 
-def test_experiments_are_shown_as_they_were_found(tmp_path: Path) -> None:
+def test_experiment_section_shows_the_recorded_results(tmp_path: Path) -> None:
     result = experiment_folder(tmp_path / "a" / "shift")
     experiment_folder(tmp_path / "a" / "language", "language", quick=True)
     language, shift = map(experiment_section, load_results(tmp_path / "a"))
@@ -175,10 +175,10 @@ def test_experiments_are_shown_as_they_were_found(tmp_path: Path) -> None:
     ],
     ids=["no offload", "offload"],
 )
-def test_the_command_of_a_plan_plans_it_again(
+def test_command_of_a_plan_reproduces_it(
     model: str, cluster: str, constraints: SearchConstraints, tmp_path: Path, capsys: Captured
 ) -> None:
-    plan = search(preset(model), load_cluster(cluster), BF16, constraints)
+    plan = search_plan(preset(model), load_cluster(cluster), BF16, constraints).plan
     command = plan_command(plan)
     assert command is not None
     words = shlex.split(command.replace("PLAN", str(tmp_path / "plan")))
@@ -186,10 +186,10 @@ def test_the_command_of_a_plan_plans_it_again(
     assert load_plan(tmp_path / "plan") == plan
 
 
-def test_a_plan_that_needs_more_than_a_command_has_none(tmp_path: Path) -> None:
+def test_plan_that_flags_cannot_express_has_no_command(tmp_path: Path) -> None:
     plan = plan_folder(tmp_path / "plan")
     assert plan_command(plan) is None
-    known = search(preset("vit-tiny/56"), load_cluster("1xH100"), BF16)
+    known = search_plan(preset("vit-tiny/56"), load_cluster("1xH100"), BF16).plan
     assert plan_command(known) is not None
     changed = known.training.model_copy(update={"learning_rate": 0.5})
     assert plan_command(known.model_copy(update={"training": changed})) is None
@@ -215,7 +215,7 @@ BAD: list[tuple[str, list[str]]] = [
 
 
 @pytest.mark.parametrize(("message", "arguments"), BAD, ids=[entry[0][:30] for entry in BAD])
-def test_bad_input_is_one_line_and_writes_nothing(
+def test_invalid_input_is_one_error_line_and_writes_nothing(
     message: str, arguments: list[str], tmp_path: Path, capsys: Captured, root: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -238,14 +238,14 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_two_plans_keep_apart(tmp_path: Path) -> None:
+def test_two_plans_have_separate_sections(tmp_path: Path) -> None:
     folders = tmp_path / "one", tmp_path / "two"
     for folder in folders:
         plan_folder(folder, name=folder.name)
     builder = ReportBuilder(ReportRequest(plans=folders), MADE, "x.html")
     document = builder.document(builder.plans())
     titles = [section.title for section in document.sections]
-    assert "Memory ledger: one on cpu:1" in titles and "Memory ledger: two on cpu:1" in titles
+    assert "Memory breakdown: one on cpu:1" in titles and "Memory breakdown: two on cpu:1" in titles
     parts = [part for section in document.sections for part in section.parts]
     keys = [section.key for section in document.sections] + [part.key for part in parts]
     assert len(keys) == len(set(keys)) >= 12
@@ -254,7 +254,7 @@ def test_two_plans_keep_apart(tmp_path: Path) -> None:
     }
 
 
-def test_making_a_report_imports_no_torch(tmp_path: Path, root: Path) -> None:
+def test_report_imports_no_torch(tmp_path: Path, root: Path) -> None:
     recorded = root / "reports" / "step_time.json"
     program = (
         "import sys\nfrom translution.cli.main import run\n"

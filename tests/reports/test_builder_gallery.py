@@ -1,4 +1,4 @@
-"""The committed gallery is what its command, the planner and the committed measurements give."""
+"""The committed gallery matches its command, the planner and the committed measurements."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def committed(root: Path) -> Document:
     return load_document(root / "reports" / "gallery" / "gallery.json")
 
 
-def test_the_committed_markdown_is_that_of_the_committed_data(root: Path, committed: Document) -> None:
+def test_committed_markdown_matches_the_committed_json(root: Path, committed: Document) -> None:
     text = (root / "reports" / "gallery" / "README.md").read_text(encoding="utf-8")
     assert text == markdown.render_markdown(committed), "run: make reports"
     named = re.findall(r"\]\(([^)]+\.svg)\)", text)
     assert sorted(named) == sorted(path.name for path in (root / "reports" / "gallery").glob("*.svg"))
 
 
-def test_the_committed_page_shows_the_committed_data(root: Path, committed: Document) -> None:
+def test_committed_page_matches_the_committed_json(root: Path, committed: Document) -> None:
     on_page = cells(root / "reports" / "gallery" / "index.html")
     assert set(on_page) == {table.key for table in committed.tables}
     for own in committed.tables:
@@ -60,7 +60,7 @@ def test_the_committed_page_shows_the_committed_data(root: Path, committed: Docu
 
 
 def sections(root: Path) -> Iterator[Section]:
-    """What the committed measurements give now."""
+    """Yield the sections of the committed measurements, rendered now."""
     yield accuracy_section(load_record(Accuracy, root / "reports" / "accuracy.json"))
     yield step_time_section(load_record(StepTimes, root / "reports" / "step_time.json"))
     if list((root / "reports" / "experiments").glob("*/result.json")):
@@ -69,14 +69,14 @@ def sections(root: Path) -> Iterator[Section]:
 
 
 def without_specs(section: Section) -> dict[str, Any]:
-    """A section's numbers and texts; how a chart is drawn may change with a library."""
+    """Return a section without its charts, whose specification may change with the version of altair."""
     fields = section.model_dump()
     for part in fields["parts"]:
         part.pop("spec", None)
     return fields
 
 
-def test_the_committed_gallery_holds_the_committed_measurements(root: Path, committed: Document) -> None:
+def test_committed_gallery_contains_the_committed_measurements(root: Path, committed: Document) -> None:
     held = {section.key: section for section in committed.sections}
     now = list(sections(root))
     assert len(now) >= 4
@@ -85,7 +85,7 @@ def test_the_committed_gallery_holds_the_committed_measurements(root: Path, comm
         assert without_specs(held[section.key]) == without_specs(section), "run: make reports"
 
 
-def test_the_committed_figures_are_the_planners(committed: Document) -> None:
+def test_committed_figures_equal_those_of_the_planner(committed: Document) -> None:
     spec, cluster = preset("vit-base/16"), load_cluster("8xH100")
     held = [row for row in table(committed, "costs-table") if row["model"] == "vit-base/16"]
     assert [row["operator"] for row in held] == list(OPERATOR_LABELS.values())
@@ -103,24 +103,24 @@ def test_the_committed_figures_are_the_planners(committed: Document) -> None:
         check_point(row, point)
     rows = [row for row in table(committed, "comparison-table") if row["model"] == "vit-base/16"]
     for row, other in zip(rows, comparison_rows(spec, "H100", BF16), strict=True):
-        assert (row["states"], row["kept / sample"]) == (other.states_bytes, other.saved_bytes)
-        assert (row["smallest cluster"], row["with offload"]) == (other.cluster, other.offload_cluster)
+        assert (row["states"], row["saved / sample"]) == (other.states_bytes, other.saved_bytes)
+        assert (row["smallest cluster"], row["smallest with offload"]) == (other.cluster, other.offload_cluster)
         assert row["time / sample"] == pytest.approx(other.sample_s)
 
 
 def check_point(row: dict[str, CellValue], point: PlanPoint) -> None:
-    assert (row["operator"], row["parameters"], row["device of a rank"]) == (
+    assert (row["operator"], row["parameters"], row["device memory of a rank"]) == (
         point.operator, point.parameters, point.device_bytes,
     ), "run: make reports"  # fmt: skip
     assert row["step (interval)"] == pytest.approx((point.likely_s, point.low_s, point.high_s))
     assert row["best plan"] == point.plan
 
 
-def test_every_command_of_the_gallery_is_one_that_a_reader_can_type(root: Path, committed: Document) -> None:
+def test_every_command_of_the_gallery_is_valid(root: Path, committed: Document) -> None:
     program = typer.main.get_command(full_app())
     parts = [part for section in committed.sections for part in section.parts]
     commands = {part.made.command for part in parts if part.made is not None} | {committed.made.command}
-    commands |= {str(row["how much"]) for row in table(committed, "summary") if row["what"] == "Command"}
+    commands |= {str(row["value"]) for row in table(committed, "summary") if row["property"] == "Command"}
     assert len(commands) >= 8
     for command in commands:
         assert "/tmp" not in command and str(root) not in command
@@ -133,10 +133,10 @@ def test_every_command_of_the_gallery_is_one_that_a_reader_can_type(root: Path, 
         assert first == "translution"
         found = program.get_command(None, words[0])  # type: ignore[attr-defined, arg-type]
         assert found is not None, command
-        found.make_context(words[0], words[1:])  # Reads every option; runs nothing.
+        found.make_context(words[0], words[1:])  # Parses the options without running the command.
 
 
-def test_the_committed_gallery_is_made_by_make_reports(root: Path, committed: Document, tmp_path: Path) -> None:
+def test_committed_gallery_was_made_by_make_reports(root: Path, committed: Document, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     environment.mkdir()
     (environment / ".demo").touch()
@@ -148,16 +148,19 @@ def test_the_committed_gallery_is_made_by_make_reports(root: Path, committed: Do
     commands = [shlex.split(line) for line in lines if "/bin/translution " in line]
     assert [command[1] for command in commands] == ["plan", "report"]
     assert ["translution", *commands[1][1:]] == shlex.split(committed.made.command), "run: make reports"
-    (summary,) = [row["how much"] for row in table(committed, "summary") if row["what"] == "Command"]
+    (summary,) = [row["value"] for row in table(committed, "summary") if row["property"] == "Command"]
     assert shlex.split(str(summary))[:3] == ["translution", *commands[0][1:3]]
 
 
-def test_the_plan_of_the_gallery_is_what_its_command_gives(committed: Document, tmp_path: Path) -> None:
+def test_command_of_the_gallery_reproduces_its_plan(committed: Document, tmp_path: Path) -> None:
     rows = table(committed, "summary")
-    (command,) = [str(row["how much"]) for row in rows if row["what"] == "Command"]
+    (command,) = [str(row["value"]) for row in rows if row["property"] == "Command"]
     words = shlex.split(command.replace("PLAN", str(tmp_path / "plan")))
     assert run(words[1:]) == 0
     prediction = load_plan(tmp_path / "plan").prediction
-    (ledger,) = (own for own in committed.tables if own.key == "ledger-0")
+    (breakdown,) = (own for own in committed.tables if own.key == "breakdown-0")
     peaks = {peak.phase: peak.bytes for peak in prediction.peaks if peak.tier == "device"}
-    assert dict(zip([column.title for column in ledger.columns], ledger.foot[0], strict=True)).items() >= peaks.items()
+    assert (
+        dict(zip([column.title for column in breakdown.columns], breakdown.foot[0], strict=True)).items()
+        >= peaks.items()
+    )

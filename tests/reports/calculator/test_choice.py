@@ -1,4 +1,4 @@
-"""What the calculator makes of a choice is what the command line makes of it; what it refuses it names."""
+"""The calculator and the command line make the same plan of a choice; errors name the field."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SAME = (
 
 
 @pytest.mark.parametrize("query", SAME)
-def test_the_command_shown_makes_the_same_plan_and_folder(
+def test_shown_command_makes_the_same_plan_and_folder(
     query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     choice = choice_of(query)
@@ -72,7 +72,7 @@ def test_the_command_shown_makes_the_same_plan_and_folder(
     assert view.deepspeed_config == json.loads((folder / "ds_config.json").read_text())
 
 
-def test_the_costs_are_those_of_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+def test_costs_equal_those_of_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["estimate", "vit-tiny/32", "--precision", "bf16", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["comparison"]
     costs = costs_of(choice_of("model=vit-tiny/32"))
@@ -118,7 +118,7 @@ def test_the_costs_are_those_of_estimate(capsys: pytest.CaptureFixture[str]) -> 
         ("nodes=513", "nodes", "less than or equal to 512"),
     ],
 )
-def test_a_choice_that_cannot_be_is_refused_in_one_line_that_names_the_field(
+def test_invalid_choice_is_rejected_with_one_line_that_names_the_field(
     query: str, field: str | None, text: str
 ) -> None:
     with pytest.raises(ChoiceError) as caught:
@@ -139,21 +139,21 @@ VALUES = st.one_of(
 
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.one_of(st.sampled_from(FIELDS), st.text(max_size=6)), VALUES), max_size=5))
-def test_whatever_a_query_holds_is_read_or_refused(pairs: list[tuple[str, str]]) -> None:
-    refused: ChoiceError | None = None
+def test_any_query_is_parsed_or_rejected(pairs: list[tuple[str, str]]) -> None:
+    rejected: ChoiceError | None = None
     try:
         choice = parse_choice(pairs)
         search_input(choice)
     except ChoiceError as error:
-        refused = error
-    if refused is None:
+        rejected = error
+    if rejected is None:
         assert choice_of(query_of(choice)) == choice
     else:
-        assert "\n" not in refused.message
-        assert refused.field in (None, *FIELDS)
+        assert "\n" not in rejected.message
+        assert rejected.field in (None, *FIELDS)
 
 
-def test_the_query_holds_what_differs_from_the_default_and_brings_it_back() -> None:
+def test_query_contains_only_changes_and_restores_the_choice() -> None:
     assert query_of(Choice()) == ""
     assert query_of(choice_of("model=ViT-B/16&nodes=1&dim=&precision=bf16")) == "model=vit-mini%2F16"
     for query in SAME:
@@ -161,7 +161,7 @@ def test_the_query_holds_what_differs_from_the_default_and_brings_it_back() -> N
         assert choice_of(query_of(choice)) == choice
 
 
-def test_what_is_searched_in_idle_time_are_choices_that_can_be_made() -> None:
+def test_choices_searched_in_idle_time_are_valid() -> None:
     choices = [*popular_choices(), *neighbour_choices(Choice()), *neighbour_choices(choice_of(SAME[2]))]
     for choice in choices:
         search_input(choice_of(query_of(choice)))
@@ -169,7 +169,7 @@ def test_what_is_searched_in_idle_time_are_choices_that_can_be_made() -> None:
     assert 200 < len(choices) < 1000
 
 
-def test_where_nothing_fits_the_page_links_to_what_would_do() -> None:
+def test_page_links_to_advice_when_nothing_fits() -> None:
     choice = choice_of("model=gpt-tiny/160&gpu=RTX4090&gpus=1&headroom=0.9&stage=2&offload=none&global_batch=1")
     outcome = Outcome.model_validate_json(search_choice(choice).outcome)
     assert outcome.state == "nothing fits"
@@ -182,12 +182,12 @@ def test_where_nothing_fits_the_page_links_to_what_would_do() -> None:
     assert search_choice(choice_of(query_of(better))).plan is not None
 
 
-def test_every_field_has_its_place_in_the_form() -> None:
+def test_form_has_every_field_once() -> None:
     names = [field.name for section in form_sections() for field in (*section.fields, *section.more)]
     assert sorted(names) == sorted(FIELDS)
 
 
-def test_what_a_query_says_is_text_in_the_page() -> None:
+def test_values_of_a_query_are_escaped() -> None:
     choice = choice_of("nvme_path=/<script>alert(1)</script>%22'")
     html = render_page(choice, costs_of(choice), Outcome(state="searching"), None)
     assert "<script>alert" not in html

@@ -1,4 +1,4 @@
-"""The calculator over HTTP and in a browser: costs at once, the plan as soon as it is found, and what is wrong."""
+"""The calculator over HTTP and in a browser: immediate costs, the plan when it is found, and errors."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ _started: list[subprocess.Popen[str]] = []
 
 
 @pytest.fixture(scope="module", autouse=True)
-def none_left_over() -> Iterator[None]:
-    """A test that fails half-way leaves no server behind."""
+def stop_servers() -> Iterator[None]:
+    """Kill the servers of failed tests."""
     yield
     for process in _started:
         if process.poll() is None:
@@ -131,7 +131,7 @@ def server() -> Iterator[Server]:
     assert (code, errors) == (0, "")
 
 
-def test_costs_come_at_once_and_the_plan_follows(server: Server, tmp_path: Path) -> None:
+def test_costs_are_immediate_and_the_plan_follows(server: Server, tmp_path: Path) -> None:
     first = json.loads(get(server, f"/api/answer?{SMALL}").body)
     assert first["costs"]["operators"][0]["operator"] == "translution"
     assert first["plan"]["state"] == "searching"
@@ -146,7 +146,7 @@ def test_costs_come_at_once_and_the_plan_follows(server: Server, tmp_path: Path)
     assert load_plan(tmp_path / "plan").model_dump_json() == found.decode()
 
 
-def test_many_who_ask_the_same_get_the_same_while_others_are_answered(server: Server) -> None:
+def test_concurrent_requests_for_a_choice_share_its_search(server: Server) -> None:
     with ThreadPoolExecutor(20) as pool:
         plans = [pool.submit(plan_of, server, OTHER) for _ in range(12)]
         others = [pool.submit(get, server, f"/answer?model=gpt-tiny/{length}") for length in range(100, 108)]
@@ -168,7 +168,7 @@ def test_many_who_ask_the_same_get_the_same_while_others_are_answered(server: Se
         ("/../../etc/passwd", 404, None, "nothing at this address"),
     ],
 )
-def test_a_bad_request_is_told_why(server: Server, path: str, status: int, field: str | None, text: str) -> None:
+def test_invalid_request_gets_an_error(server: Server, path: str, status: int, field: str | None, text: str) -> None:
     answer = get(server, path)
     assert answer.status == status
     assert answer.error["field"] == field
@@ -176,7 +176,7 @@ def test_a_bad_request_is_told_why(server: Server, path: str, status: int, field
     assert answer.headers["content-type"] == "application/json"
 
 
-def test_only_get_and_only_its_own_names_are_answered(server: Server) -> None:
+def test_only_get_requests_for_its_own_host_names_are_accepted(server: Server) -> None:
     for method in ("POST", "PUT", "DELETE", "OPTIONS"):
         answer = get(server, "/", method)
         assert answer.status == 405
@@ -196,7 +196,7 @@ def test_only_get_and_only_its_own_names_are_answered(server: Server) -> None:
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_without_scripts_the_page_holds_the_form_and_the_answer(server: Server) -> None:
+def test_page_without_scripts_includes_form_and_answer(server: Server) -> None:
     plan_of(server, SMALL)
     html = get(server, f"/?{SMALL}&stage=").body.decode()
     assert '<option value="vit-tiny/56" selected>' in html
@@ -208,7 +208,7 @@ def test_without_scripts_the_page_holds_the_form_and_the_answer(server: Server) 
 
 
 def shown(browser: Browser) -> dict[str, str]:
-    """The terms and values of the plan, once it is there."""
+    """Return the terms and values of the plan, once it is found."""
     browser.wait("document.querySelector('#plan[data-state=found] dl') && !document.querySelector('.stale')")
     pairs = "[...document.querySelectorAll('#plan dl div')].map((e) => [...e.children].map((c) => c.innerText))"
     return {str(name): str(value) for name, value in browser.evaluate(pairs)}
@@ -221,7 +221,7 @@ def pick(browser: Browser, field: str, value: str) -> None:
     )
 
 
-def test_a_choice_in_the_browser_changes_plan_and_address(server: Server, browser: Browser) -> None:
+def test_changing_the_form_updates_plan_and_url(server: Server, browser: Browser) -> None:
     browser.open(f"{server.url}?{SMALL}")
     assert "2 GPUs" in shown(browser)["Cluster"]
     pick(browser, "operator", "attention")
@@ -246,7 +246,7 @@ def test_a_choice_in_the_browser_changes_plan_and_address(server: Server, browse
     }
 
 
-def test_a_bad_value_is_told_beside_its_field_and_the_address_keeps_it(server: Server, browser: Browser) -> None:
+def test_invalid_value_is_reported_at_its_field(server: Server, browser: Browser) -> None:
     browser.open(f"{server.url}?{SMALL}")
     shown(browser)
     pick(browser, "heads", "5")
@@ -262,7 +262,7 @@ def test_a_bad_value_is_told_beside_its_field_and_the_address_keeps_it(server: S
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1200, "light")])
-def test_the_page_fits_the_window_and_every_control_has_a_name(
+def test_page_fits_the_window_and_every_control_has_a_label(
     server: Server, browser: Browser, width: int, scheme: str
 ) -> None:
     browser.open(f"{server.url}?{SMALL}", width=width, scheme=scheme)
@@ -281,8 +281,8 @@ def test_the_page_fits_the_window_and_every_control_has_a_name(
     assert browser.complaints() == []
 
 
-def test_it_ends_with_all_its_children_while_a_reader_waits() -> None:
-    server = start()  # Idle workers begin to search at once.
+def test_server_stops_with_its_workers_while_a_request_waits() -> None:
+    server = start()  # Idle workers start searching at once.
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(get, server, "/plan?model=gpt-large/1024&nodes=64&minimize=nodes")
         deadline = time.monotonic() + PATIENCE_S
@@ -297,7 +297,7 @@ def test_it_ends_with_all_its_children_while_a_reader_waits() -> None:
         time.sleep(0.05)
 
 
-def test_a_server_that_others_reach_warns_and_its_workers_end_with_it() -> None:
+def test_public_server_warns_and_its_workers_end_with_it() -> None:
     server = start("--host", "0.0.0.0")
     assert get(server, "/calculator.css", Host="192.0.2.1:80").status == 200
     assert get(server, "/calculator.css", Host="attacker.example").status == 400
@@ -313,7 +313,7 @@ def test_a_server_that_others_reach_warns_and_its_workers_end_with_it() -> None:
         time.sleep(0.05)
 
 
-def test_the_page_is_opened_in_the_readers_browser(tmp_path: Path) -> None:
+def test_open_shows_the_page_in_the_default_browser(tmp_path: Path) -> None:
     browser, told = tmp_path / "browser", tmp_path / "told"
     browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {told}.part && mv {told}.part {told}\n')
     browser.chmod(0o755)
@@ -326,7 +326,7 @@ def test_the_page_is_opened_in_the_readers_browser(tmp_path: Path) -> None:
     assert end(server) == (0, "")
 
 
-def test_a_port_that_is_taken_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_taken_port_is_one_error_line(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert run(["serve", "--port", str(port)]) == 2
@@ -338,13 +338,13 @@ def test_a_port_that_is_taken_is_one_line(capsys: pytest.CaptureFixture[str]) ->
     assert "--host: 'no.such.host.invalid' is not allowed" in capsys.readouterr().err
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert run(["serve"]) == 2
     assert "uvicorn is missing: pip install 'translution-scale[serve]'" in capsys.readouterr().err
 
 
-def test_the_committed_figures_are_those_of_the_benchmark(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_committed_figures_match_the_benchmark(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     benchmark = runpy.run_path(str(root / "benchmarks" / "serve.py"))
     results = root / "benchmarks" / "results"
@@ -357,7 +357,7 @@ def test_the_committed_figures_are_those_of_the_benchmark(root: Path, monkeypatc
             assert parse_choice(parse_qsl(query_of(choice))) == choice
 
 
-def test_searches_are_bounded_and_one_for_each_choice() -> None:
+def test_queue_is_bounded_and_a_choice_is_searched_once() -> None:
     async def body() -> None:
         searches = SearchPool(1, warm=False, queue=2, limit_s=PATIENCE_S)
         searches.open()
@@ -365,11 +365,11 @@ def test_searches_are_bounded_and_one_for_each_choice() -> None:
             long = searches.ask(Choice(model="gpt-large/1024", nodes=64, minimize="nodes"))
             assert searches.ask(Choice(model="gpt-large/1024", nodes=64, minimize="nodes")) is long
             queued = [searches.ask(Choice(model="vit-tiny/56", gpus=gpus)) for gpus in (1, 2)]
-            with pytest.raises(QueueFullError, match="2 searches wait already"):
+            with pytest.raises(QueueFullError, match="2 searches are waiting"):
                 searches.ask(Choice(model="vit-tiny/56", gpus=4))
             for entry in queued:
                 entry.asked_at -= 60
-            later = searches.ask(Choice(model="vit-tiny/56", gpus=4))  # Nobody has waited for the two.
+            later = searches.ask(Choice(model="vit-tiny/56", gpus=4))  # No request waits for the two.
             assert [entry.outcome.state for entry in queued] == ["stopped", "stopped"]
             assert later.outcome.state == "searching"
         finally:
@@ -379,16 +379,16 @@ def test_searches_are_bounded_and_one_for_each_choice() -> None:
     asyncio.run(body())
 
 
-def test_a_search_that_takes_too_long_is_ended_and_the_next_is_not_lost() -> None:
+def test_search_beyond_its_time_limit_is_stopped_and_the_next_one_runs() -> None:
     async def body() -> None:
         searches = SearchPool(1, warm=False, limit_s=0.2)
         searches.open()
         try:
-            # So many nodes are looked through for seconds.
+            # The search over 512 nodes takes seconds.
             long = searches.ask(Choice(model="gpt-large/1024", nodes=512, minimize="nodes"))
             assert await searches.wait(long, PATIENCE_S)
             assert long.outcome.state == "stopped"
-            assert "longer than 0.2 s" in long.outcome.message
+            assert "stopped after 0.2 s" in long.outcome.message
             searches._limit_s = PATIENCE_S
             entry = searches.ask(Choice(model="vit-tiny/56", gpus=1))
             assert await searches.wait(entry, PATIENCE_S)
@@ -399,7 +399,7 @@ def test_a_search_that_takes_too_long_is_ended_and_the_next_is_not_lost() -> Non
     asyncio.run(body())
 
 
-def test_idle_time_searches_what_may_come_next_and_gives_way() -> None:
+def test_idle_searches_cover_likely_choices_and_give_way_to_requests() -> None:
     async def body() -> None:
         searches = SearchPool(1, warm=True)
         searches._popular = iter([Choice(model="vit-tiny/56", gpus=1)])

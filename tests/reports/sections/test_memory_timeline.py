@@ -1,4 +1,4 @@
-"""The picture of a timeline: drawn to scale, in colours everyone can tell apart, as PNG and SVG."""
+"""The chart of a timeline: to scale, in distinguishable colours, as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ def spec(capacity: int | None = None, name: str = "a model") -> dict[str, Any]:
 
 
 def data(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the areas."""
+    """Return the data rows of the areas."""
     return next(rows for rows in document["datasets"].values() if "c0" in rows[0])
 
 
 def texts(document: dict[str, Any]) -> list[str]:
-    """All that is written inside the plot."""
+    """Return all texts inside the plot."""
     return [
         row[key] for rows in document["datasets"].values() for row in rows for key in ("text", "name") if key in row
     ]
 
 
-def test_every_event_is_drawn_with_the_bytes_that_live_after_it() -> None:
+def test_every_event_is_drawn_with_the_live_bytes_after_it() -> None:
     rows = data(spec())
     assert [row["all"] for row in rows[:-1]] == [point.total_bytes for point in timeline().points]
-    # The largest at the peak is c0: eight activations, then three parameters, then two gradients.
+    # Categories are sorted by size at the peak: 8 GiB activations, 3 GiB parameters, 2 GiB gradients.
     assert {key: rows[8][key] for key in ("c0", "c1", "c2")} == {"c0": 8 * GIB, "c1": 3 * GIB, "c2": 2 * GIB}
-    assert (rows[8]["phase"], rows[8]["moment"]) == ("backward", "block 7, backward")
+    assert (rows[8]["phase"], rows[8]["where"]) == ("backward", "block 7, backward")
     assert all(row["all"] == row["c0"] + row["c1"] + row["c2"] for row in rows)
 
 
-def test_the_axis_runs_without_gaps_and_short_phases_are_widened() -> None:
+def test_axis_has_no_gaps_and_short_phases_are_widened() -> None:
     rows = data(spec())
     assert rows[0]["x"] == 0.0 and rows[-1]["x"] == rows[-2]["x2"] == 1.0
     assert all(row["x"] < row["x2"] == after["x"] for row, after in itertools.pairwise(rows[:-1]))
@@ -69,7 +69,7 @@ def test_the_axis_runs_without_gaps_and_short_phases_are_widened() -> None:
     assert len(step) == 1 and step[0]["x2"] - step[0]["x"] >= 0.07
 
 
-def test_peak_and_phases_are_named_in_the_picture() -> None:
+def test_peak_and_phases_are_labelled() -> None:
     written = texts(spec())
     assert "peak 13.00 GiB: block 7, backward" in written
     assert [text.split() for text in written if "peak" not in text] == [
@@ -79,19 +79,19 @@ def test_peak_and_phases_are_named_in_the_picture() -> None:
     ]
 
 
-@pytest.mark.parametrize(("capacity", "seen"), [(20 * GIB, True), (27 * GIB, False), (None, False)])
-def test_the_capacity_is_drawn_where_it_is_within_sight(capacity: int | None, seen: bool) -> None:
+@pytest.mark.parametrize(("capacity", "drawn"), [(20 * GIB, True), (27 * GIB, False), (None, False)])
+def test_capacity_is_drawn_if_it_is_close_to_the_peak(capacity: int | None, drawn: bool) -> None:
     document = spec(capacity)
-    assert ("capacity 20.00 GiB" in texts(document)) == seen
+    assert ("capacity 20.00 GiB" in texts(document)) == drawn
     top = max(
         layer["encoding"]["y"]["scale"]["domain"][1]
         for layer in document["layer"]
         if "color" in layer.get("encoding", {})
     )
-    assert top == pytest.approx(1.12 * (20 if seen else 13))
+    assert top == pytest.approx(1.12 * (20 if drawn else 13))
 
 
-def test_more_categories_than_colours_are_summed_up() -> None:
+def test_categories_beyond_the_colours_are_summed() -> None:
     events: list[Event] = [("step", "", f"category {number:02}", 100 - number) for number in range(12)]
     document = draw_timelines({"host": make_timeline(events)}, "m", "p", {})["host"].to_dict()
     rows = data(document)
@@ -100,18 +100,18 @@ def test_more_categories_than_colours_are_summed_up() -> None:
     assert "3 others" in str(document["layer"])
 
 
-def test_a_tier_without_events_is_drawn_level() -> None:
+def test_tier_without_events_is_constant() -> None:
     document = draw_timelines({"nvme": make_timeline([], {"states": GIB})}, "m", "p", {})["nvme"].to_dict()
     assert [(row["x"], row["c0"]) for row in data(document)] == [(0.0, GIB), (1.0, GIB)]
     assert texts(document) == ["peak 1.00 GiB: throughout"]
 
 
-def test_a_tier_on_which_nothing_lives_is_not_drawn() -> None:
+def test_empty_tier_is_not_drawn() -> None:
     charts = draw_timelines({"device": timeline(), "nvme": make_timeline([])}, "m", "p", {})
     assert list(charts) == ["device"]
 
 
-def test_a_category_has_one_colour_in_all_charts_and_its_own_within_each() -> None:
+def test_colours_are_unique_in_a_chart_and_shared_between_charts() -> None:
     first, second, third = assign_colours([["a", "b"], ["c", "b"], ["c", "a", "b"]])
     assert first["b"] == second["b"] == third["b"]
     assert first["a"] == second["c"] == third["c"] != third["a"]
@@ -124,7 +124,7 @@ MACHADO = {
     "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
     "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
 }
-"""Linear RGB as seen without one kind of cone. Source: Machado, Oliveira and Fernandes, 2009, severity 1."""
+"""Linear RGB as seen without one type of cone. Source: Machado, Oliveira and Fernandes, 2009, severity 1."""
 
 
 def linear(colour: str) -> NDArray[np.float64]:
@@ -140,22 +140,22 @@ def lab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("vision", ["all cones", *MACHADO])
-def test_colours_are_told_apart_with_any_colour_vision(vision: str) -> None:
+def test_colours_are_distinguishable_with_any_colour_vision(vision: str) -> None:
     seen = np.array(MACHADO.get(vision, np.eye(3)))
     for one, other in itertools.combinations([*COLOURS, REST_COLOUR], 2):
-        # A difference of 2.3 is the least that is noticed side by side.
+        # 2.3 is the just noticeable difference of adjacent colours.
         assert np.linalg.norm(lab(seen @ linear(one)) - lab(seen @ linear(other))) > 20, (one, other)
 
 
 @pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
-def test_colours_stand_out_from_the_page(page: str) -> None:
+def test_colours_contrast_with_the_page(page: str) -> None:
     behind = linear(page) @ [0.2126, 0.7152, 0.0722]
     for colour in (*COLOURS, REST_COLOUR):
         light, dark = sorted((linear(colour) @ [0.2126, 0.7152, 0.0722], behind), reverse=True)
         assert (light + 0.05) / (dark + 0.05) > 1.7, colour
 
 
-def test_those_who_do_not_see_it_are_told_the_same() -> None:
+def test_alternative_text_describes_peak_and_phases() -> None:
     assert describe_timeline(timeline(), "A model") == (
         "A model. Stacked areas: live bytes over 18 allocations and releases. Peak 13.00 GiB at block 7, backward: "
         "activations 8.00 GiB, parameters 3.00 GiB, gradients 2.00 GiB. Peak of each phase: forward 11.00 GiB, "
@@ -163,7 +163,7 @@ def test_those_who_do_not_see_it_are_told_the_same() -> None:
     )
 
 
-def test_one_specification_serves_png_and_svg() -> None:
+def test_specification_renders_as_png_and_svg() -> None:
     document = spec(20 * GIB, name="<b>&")
     picture = vega.png(document, scale=2.0)
     width, height = struct.unpack(">II", picture[16:24])
@@ -177,7 +177,7 @@ def test_one_specification_serves_png_and_svg() -> None:
     assert {"<b>&: device memory", "capacity 20.00 GiB", "activations 8.00 GiB", "optimizerstep"} <= written
 
 
-def test_all_tiers_make_one_picture() -> None:
+def test_tiers_are_combined_in_one_picture() -> None:
     charts = draw_timelines({"device": timeline(), "host": make_timeline(EVENTS)}, "m", "p", {})
     written = vega.svg(combined_picture(charts))
     assert "m: device memory" in written and "m: host memory" in written

@@ -1,4 +1,4 @@
-"""The report: one page that holds all, asks no network, and shows the plan's and the run's own figures."""
+"""The report of a plan: one self-contained page that makes no requests and shows the figures of plan and run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def plan(report_page: Path) -> Plan:
     return load_plan(report_page.parent / "plan")
 
 
-def test_nothing_is_fetched_from_elsewhere(page: Page) -> None:
+def test_page_loads_nothing_from_other_files(page: Page) -> None:
     links = {"src", "srcset", "href", "data", "poster", "action", "formaction", "background", "xlink:href", "ping"}
     found = 0
     for tag, attributes, _ in page.elements:
@@ -49,19 +49,19 @@ def test_nothing_is_fetched_from_elsewhere(page: Page) -> None:
     assert not page.all("link", "iframe", "object", "embed", "base", "form")
 
 
-def test_a_malicious_name_is_text_and_nothing_else(page: Page) -> None:
+def test_malicious_name_is_escaped(page: Page) -> None:
     assert page.all("h1")[0][2] == f"{MALICIOUS} on cpu:1"
     assert page.all("title")[0][2] == f"{MALICIOUS} on cpu:1: memory report"
     assert {str(attributes.get("src"))[:22] for _, attributes, _ in page.all("img")} == {"data:image/png;base64,"}
     assert not [name for _, attributes, _ in page.elements for name in attributes if name.startswith("on")]
     scripts = [(attributes, text) for _, attributes, text in page.all("script")]
     assert [text for attributes, text in scripts if "type" not in attributes and "alert" in text] == []
-    # Two timelines' and curves' specifications and the colours are data, which the page reads as JSON.
+    # Chart specifications and colours are JSON data blocks.
     blocks = [json.loads(text) for attributes, text in scripts if attributes.get("type") == "application/json"]
     assert MALICIOUS in blocks[0]["title"]["text"]
 
 
-def test_only_the_pages_own_scripts_may_run_and_nothing_may_load(page: Page) -> None:
+def test_content_security_policy_allows_only_the_scripts_of_the_page(page: Page) -> None:
     (policy,) = (attributes["content"] for _, attributes, _ in page.all("meta") if "http-equiv" in attributes)
     assert policy is not None
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
@@ -84,13 +84,13 @@ def test_the_page_is_accessible(page: Page) -> None:
         assert "Peak" in str(attributes["alt"]) or "loss" in str(attributes["alt"])
     names = {attributes["id"] for _, attributes, _ in page.elements if "id" in attributes}
     assert {attributes["aria-labelledby"] for _, attributes, _ in page.all("section")} <= names
-    # What scrolls can be reached by keyboard, and says what it is.
+    # Scrollable areas are reachable by keyboard and have a name.
     scrolls = [attributes for _, attributes, _ in page.all("div") if attributes.get("class") == "scroll"]
     assert len(scrolls) == len(page.all("table", "figure"))
     assert all(attributes["tabindex"] == "0" and attributes["aria-label"] for attributes in scrolls)
 
 
-def test_every_entry_of_the_ledger_is_shown_to_the_byte(page: Page, plan: Plan) -> None:
+def test_every_item_of_the_breakdown_is_shown_to_the_byte(page: Page, plan: Plan) -> None:
     shown = [int(str(attributes["value"])) for _, attributes, _ in page.all("data")]
     rows = breakdown_rows(plan.prediction)
     assert {row["bytes"] for row in rows} | {peak.bytes for peak in plan.prediction.peaks} <= set(shown)
@@ -100,19 +100,19 @@ def test_every_entry_of_the_ledger_is_shown_to_the_byte(page: Page, plan: Plan) 
     }
 
 
-def test_the_entries_of_each_phase_add_up_to_its_peak(plan: Plan) -> None:
+def test_items_of_each_phase_add_up_to_its_peak(plan: Plan) -> None:
     rows = breakdown_rows(plan.prediction)
     for tier, phase in {(row["tier"], row["phase"]) for row in rows}:
         own = [row for row in rows if (row["tier"], row["phase"]) == (tier, phase)]
         assert {row["peak_bytes"] for row in own} == {sum(row["bytes"] for row in own)}
 
 
-def test_the_timelines_peak_is_the_predictions(plan: Plan) -> None:
+def test_peak_of_the_timeline_equals_the_prediction(plan: Plan) -> None:
     step = ("forward", "backward", "optimizer step")
     assert timelines_of(plan)["host"].peak_bytes == max(plan.prediction.bytes_of(phase) for phase in step)
 
 
-def test_the_newest_measured_run_is_set_beside_the_prediction(page: Page, plan: Plan) -> None:
+def test_newest_measured_run_is_compared_with_the_prediction(page: Page, plan: Plan) -> None:
     captions = [text for _, _, text in page.all("caption")]
     assert any(caption.endswith("002") for caption in captions)
     shown = [int(str(attributes["value"])) for _, attributes, _ in page.all("data")]
@@ -125,7 +125,7 @@ def test_the_newest_measured_run_is_set_beside_the_prediction(page: Page, plan: 
     assert [row["loss"] for row in next(iter(curve["datasets"].values()))] == [2.5, 2.0, 1.5, 1.0]
 
 
-def test_every_figure_says_where_it_comes_from(page: Page, report_page: Path) -> None:
+def test_every_table_and_picture_has_its_provenance(page: Page, report_page: Path) -> None:
     lines = [" ".join(text.split()) for _, attributes, text in page.all("p") if attributes.get("class") == "provenance"]
     assert len(lines) == len(page.all("table", "figure"))
     for line in lines:
@@ -137,7 +137,7 @@ def test_every_figure_says_where_it_comes_from(page: Page, report_page: Path) ->
     )
 
 
-def test_a_run_that_measured_nothing_leaves_the_prediction(tmp_path: Path, capsys: Captured) -> None:
+def test_run_without_measurement_shows_only_the_prediction(tmp_path: Path, capsys: Captured) -> None:
     plan_folder(tmp_path / "plan")
     path = run_folder(tmp_path / "plan", "001")
     (path / "memory" / "rank_0.json").unlink()
@@ -146,10 +146,10 @@ def test_a_run_that_measured_nothing_leaves_the_prediction(tmp_path: Path, capsy
         sizes = json.loads(capsys.readouterr().out)["files"]
         assert sizes == {str(tmp_path / "x.html"): (tmp_path / "x.html").stat().st_size}
         text = (tmp_path / "x.html").read_text(encoding="utf-8")
-        assert "Memory ledger" in text and "Predicted and measured" not in text
+        assert "Memory breakdown" in text and "Predicted and measured" not in text
 
 
-def test_a_run_of_before_has_no_provenance_and_says_so(tmp_path: Path) -> None:
+def test_run_of_an_earlier_version_has_no_provenance(tmp_path: Path) -> None:
     plan_folder(tmp_path / "plan")
     path = run_folder(tmp_path / "plan", "001")
     lines = (path / "metrics.jsonl").read_text().splitlines()
@@ -158,7 +158,7 @@ def test_a_run_of_before_has_no_provenance_and_says_so(tmp_path: Path) -> None:
     assert "not recorded by the run" in (tmp_path / "x.html").read_text(encoding="utf-8")
 
 
-def test_pictures_are_written_too(tmp_path: Path, capsys: Captured) -> None:
+def test_png_and_svg_are_written(tmp_path: Path, capsys: Captured) -> None:
     plan_folder(tmp_path / "plan")
     names = [str(tmp_path / f"x.{suffix}") for suffix in ("html", "png", "svg")]
     assert run(["report", str(tmp_path / "plan"), "--out", names[0], "--png", names[1], "--svg", names[2]]) == 0
@@ -182,7 +182,7 @@ BAD: list[tuple[str, list[str]]] = [
 
 
 @pytest.mark.parametrize(("message", "arguments"), BAD, ids=[entry[0][:30] for entry in BAD])
-def test_bad_input_is_one_line_and_writes_nothing(
+def test_invalid_input_is_one_error_line_and_writes_nothing(
     message: str, arguments: list[str], tmp_path: Path, capsys: Captured
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -198,7 +198,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_missing_package_is_named_with_what_installs_it(
+def test_missing_package_is_named_with_its_install_command(
     tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan_folder(tmp_path / "plan")
@@ -210,12 +210,12 @@ def test_a_missing_package_is_named_with_what_installs_it(
     assert not (tmp_path / "x.html").exists()
 
 
-def test_help_teaches_by_example(capsys: Captured) -> None:
+def test_help_has_examples(capsys: Captured) -> None:
     assert run(["report", "--help"]) == 0
     assert "translution report plans/small --out" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_files_of_the_page_are_in_the_wheel(root: Path, tmp_path: Path) -> None:
+def test_wheel_includes_the_files_of_the_page(root: Path, tmp_path: Path) -> None:
     for name in ("planner", "models", "distributed", "reports", "cli"):
         shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
