@@ -1,1 +1,1 @@
-"""Closed forms: parameters, FLOPs, matrix products, optimizer states, communication volume."""
+"""Costs of a model in closed form: parameters, FLOPs, matrix products, optimizer states, communication volume."""

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends, receives and moves between tiers in one step."""
+"""Number of tensors and elements of a model that ZeRO gathers, reduces and moves between tiers in one step."""
 
 from __future__ import annotations
 
@@ -12,40 +12,44 @@ from .parameters import TABLES, parameter_groups
 
 @dataclass(frozen=True, slots=True)
 class Volumes:
-    """How many tensors and elements of a model ZeRO moves."""
+    """Tensors and elements of a model, by how ZeRO moves them."""
 
     elements: int
-    share: int
-    """Elements of a rank, every tensor padded to a multiple of the ranks."""
+    """Elements of all tensors."""
+    partition_numel: int
+    """Elements of a rank's partitions, every tensor padded to a multiple of the world size."""
     tensors: int
+    """Number of tensors."""
     gathered: int
-    """Elements that are gathered anew for every use."""
+    """Elements that are gathered again for every use."""
     gathers: int
-    """Calls that gather them once."""
+    """Number of gathers that gather them once."""
     persistent: int
+    """Elements that stay gathered."""
     largest: int
+    """Elements of the largest tensor."""
     tiles: int
-    """Calls of tiles in a forward pass."""
+    """Tile modules called in one forward pass."""
     small: tuple[int, int]
-    """Elements of a rank in shares too small for a file on NVMe, in 2 bytes each and in 4."""
+    """Elements of a rank's partitions that are too small for a file on NVMe, at 2 and at 4 bytes per element."""
 
 
 @lru_cache(maxsize=512)
 def volumes(spec: ModelSpec, tile_relations: int | None, world_size: int, persistence: int) -> Volumes:
-    """Sizes of a model's tensors.
+    """Count a model's tensors and elements.
 
     Args:
         spec: the model.
-        tile_relations: relations per tile; None keeps tables whole.
-        ranks: shares of a tensor.
-        persistence: elements up to which a tensor stays whole.
+        tile_relations: relations per tile; None for one tile per table.
+        world_size: number of partitions of a tensor.
+        persistence: maximum elements of a tensor that stays gathered.
     """
     both = len({"q", "k"} & set(spec.roles)) == 2
-    elements = share = tensors = gathered = gathers = persistent = largest = tiles = half = full = 0
+    elements = partition_numel = tensors = gathered = gathers = persistent = largest = tiles = half = full = 0
     for group in parameter_groups(spec, tile_relations):
         elements, tensors = elements + group.total, tensors + group.copies
         part = -(-group.numel // world_size)
-        share += part * group.copies
+        partition_numel += part * group.copies
         half += part * group.copies * (part * 2 < NVME_BLOCK_BYTES)
         full += part * group.copies * (part * 4 < NVME_BLOCK_BYTES)
         largest = max(largest, group.numel)
@@ -58,4 +62,4 @@ def volumes(spec: ModelSpec, tile_relations: int | None, world_size: int, persis
             persistent += group.total
         else:
             gathered, gathers = gathered + group.total, gathers + calls
-    return Volumes(elements, share, tensors, gathered, gathers, persistent, largest, tiles, (half, full))
+    return Volumes(elements, partition_numel, tensors, gathered, gathers, persistent, largest, tiles, (half, full))

@@ -1,6 +1,6 @@
-"""Floating-point operations of the matrix products, per sample, in closed form.
+"""Floating-point operations (FLOPs) of a model's matrix products per sample, in closed form.
 
-Source: arXiv 2510.10060, section 3: work of 2·ΣP(r)·C·C' per relative role, whatever the grouping.
+Source: arXiv 2510.10060, section 3: a relative role costs 2·ΣP(r)·C·C' FLOPs, however its pairs are grouped.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from ..config.model import GptSpec, ModelSpec, Operator, VitSpec
 
 
 class FlopCount(Schema):
-    """Operations per sample, a multiply and an add counted as two."""
+    """FLOPs per sample; a multiply-add counts as two."""
 
     forward: int
+    """FLOPs of a forward pass."""
     training_step: int
-    """Forward and backward; grouped operators compute their rows again in backward."""
+    """FLOPs of forward and backward; grouped operators recompute their rows in backward."""
 
 
 def _operator_forward(spec: ModelSpec, operator: Operator) -> tuple[int, int]:
-    """(plain, grouped) forward operations of one operator with its output projection."""
+    """Return (plain, grouped) forward FLOPs of one operator with its output projection."""
     tokens, dim, inner = spec.tokens, spec.dim, spec.inner_dim
     pairs_product = 2 * tokens * tokens * inner
     rows = spec.geometry.table_rows
@@ -27,7 +28,7 @@ def _operator_forward(spec: ModelSpec, operator: Operator) -> tuple[int, int]:
     grouped = 0
     logits_relative = bool({"q", "k"} & set(spec.roles))
     if operator in ("attention", "bias", "shaw", "absolute"):
-        # A matrix per position is as much work as one for all; vectors meet every pair twice.
+        # A matrix per position costs as much as one for all; shaw multiplies vectors with every pair twice.
         plain += 2 * tokens * dim * 3 * inner + (4 if operator == "shaw" else 2) * pairs_product
     elif operator == "translution":
         plain += 2 * tokens * dim * inner * (3 - relative)
@@ -45,10 +46,10 @@ def _operator_forward(spec: ModelSpec, operator: Operator) -> tuple[int, int]:
 
 
 def count_flops(spec: ModelSpec) -> FlopCount:
-    """Operations of the matrix products of one sample.
+    """Count the FLOPs of the matrix products of one sample.
 
-    A plain product's backward is two products of the same size; a grouped one's is three, because
-    queries, keys and values are computed again. Softmax, norms and activations are not counted.
+    The backward of a plain product is two products of the same size; that of a grouped product is three, because
+    queries, keys and values are recomputed. Softmax, norms and activation functions are not counted.
     """
     tokens, dim = spec.tokens, spec.dim
     plain = spec.depth * 4 * tokens * dim * spec.ffn_dim

@@ -1,4 +1,4 @@
-"""What an optimizer keeps for every element it updates, and the temporaries of its update.
+"""Optimizer states per element, and the temporaries of an optimizer update.
 
 Sources: torch 2.13, torch/optim (single-tensor loops); DeepSpeed 0.19.8, ops/adam, ops/lion and ops/adagrad, which
 update in place on the host.
@@ -10,14 +10,14 @@ from ..config.training import DTYPE_BYTES, TrainingSpec
 
 
 def moments(training: TrainingSpec) -> int:
-    """Tensors as large as the parameters that the optimizer keeps."""
+    """Return the number of state tensors, each with as many elements as the parameters, that the optimizer has."""
     if training.optimizer == "adamw":
         return 2
     return int(training.optimizer != "sgd" or training.momentum > 0)
 
 
 def state_name(training: TrainingSpec) -> str:
-    """What those tensors are."""
+    """Return the name of the optimizer's state tensors."""
     return {
         "adamw": "m and v",
         "lion": "the momentum",
@@ -27,20 +27,20 @@ def state_name(training: TrainingSpec) -> str:
 
 
 def temporary_tensors(training: TrainingSpec, *, offloaded: bool, one_by_one: bool = False) -> int:
-    """Tensors of the updated size that live beside one another at the worst moment of an update.
+    """Return the maximum number of temporaries, of the size of the update, that an update holds at once.
 
     Args:
-        training: names the optimizer.
-        offloaded: whether the host's own version updates it.
-        one_by_one: whether parameters are updated in a loop, where the last one's denominator is still held.
+        training: gives the optimizer.
+        offloaded: whether DeepSpeed's CPU version updates.
+        one_by_one: whether parameters are updated in a loop, where the previous denominator is still held.
     """
     if offloaded or training.optimizer == "lion":
         return 0
     decays = training.weight_decay > 0
-    # AdamW: the square root of v, then that divided. Others add the decay to a copy of the gradient.
+    # AdamW: the square root of v, then its quotient. The others add the weight decay to a copy of the gradient.
     return {"adamw": 2 + one_by_one, "adagrad": 1 + decays, "sgd": int(decays)}[training.optimizer]
 
 
 def widths(training: TrainingSpec) -> tuple[int, int]:
-    """Bytes per element of the master copy, and of a moment."""
+    """Return the bytes per element of the master parameters, and of one state tensor."""
     return DTYPE_BYTES[training.master_dtype], DTYPE_BYTES[training.states_dtype]

@@ -1,4 +1,4 @@
-"""Exact parameter counts in closed form: every tensor of a model, by shape and number of copies.
+"""Exact parameter counts in closed form: every tensor of a model, with its shape and number of copies.
 
 Sources: arXiv 2510.10060, section 3 and appendix; the published layers for biases and norms.
 """
@@ -26,7 +26,7 @@ HEAD = "head"
 
 @dataclass(frozen=True, slots=True)
 class ParameterGroup:
-    """Equal parameter tensors: ``copies`` tensors of ``shape`` that belong to one component."""
+    """``copies`` parameter tensors of the same ``shape`` that belong to one component."""
 
     component: str
     shape: tuple[int, ...]
@@ -34,22 +34,22 @@ class ParameterGroup:
 
     @property
     def numel(self) -> int:
-        """Elements of one tensor."""
+        """Number of elements of one tensor."""
         return math.prod(self.shape)
 
     @property
     def total(self) -> int:
-        """Elements of all copies."""
+        """Number of elements of all copies."""
         return self.numel * self.copies
 
 
 class ParameterCount(Schema):
-    """Parameters of a model, in all and per component."""
+    """Number of parameters of a model, in total and by component."""
 
     total: int
     components: dict[str, int]
     largest_tensor: int
-    """Elements of the largest parameter, which ZeRO-3 must gather whole."""
+    """Elements of the largest parameter tensor, which ZeRO-3 must gather in full."""
 
 
 def _linear(component: str, d_in: int, d_out: int, *, bias: bool, copies: int) -> Iterator[ParameterGroup]:
@@ -63,11 +63,11 @@ def _norm(width: int, copies: int) -> ParameterGroup:
 
 
 def table_tiles(relations: int, tile_relations: int | None) -> tuple[tuple[int, int], ...]:
-    """The tiles of a table in order, as pairs (relations of a tile, number of such tiles).
+    """Return the tiles of a table in order, as pairs (relations per tile, number of such tiles).
 
     Args:
-        relations: relations of the table, R.
-        tile_relations: relations per tile; None keeps the table whole. The last tile may be smaller.
+        relations: number of relations of the table, R.
+        tile_relations: relations per tile; None for one tile. The last tile may be smaller.
 
     Raises:
         InputError: if tile_relations is below 1.
@@ -82,7 +82,7 @@ def table_tiles(relations: int, tile_relations: int | None) -> tuple[tuple[int, 
 
 
 def table_entries(spec: ModelSpec) -> int:
-    """Matrices of one table: a relation's each, or a position's."""
+    """Return the number of matrices of one table: one per relation, or one per position for absolute."""
     return spec.tokens if spec.operator == "absolute" else spec.geometry.relations
 
 
@@ -94,12 +94,12 @@ def _table(spec: ModelSpec, d_in: int, d_out: int, tile_relations: int | None, c
 def operator_groups(
     spec: ModelSpec, operator: Operator, tile_relations: int | None = None, copies: int = 1
 ) -> Iterator[ParameterGroup]:
-    """Parameters of one operator (attention, translution or alpha) with its output projection.
+    """Yield the parameter tensors of one operator with its output projection.
 
     Args:
         spec: gives sizes, roles and geometry.
-        operator: which of `OPERATORS`.
-        tile_relations: relations per tile of a table; None keeps tables whole.
+        operator: one of `OPERATORS`.
+        tile_relations: relations per tile; None for one tile per table.
         copies: number of layers.
     """
     dim, inner = spec.dim, spec.inner_dim
@@ -129,12 +129,11 @@ def operator_groups(
 
 
 def parameter_groups(spec: ModelSpec, tile_relations: int | None = None) -> tuple[ParameterGroup, ...]:
-    """Every parameter tensor of a model.
+    """Return every parameter tensor of a model.
 
     Args:
         spec: the model.
-        tile_relations: relations per tile of a table; None keeps tables whole. The total does not
-            depend on it.
+        tile_relations: relations per tile; None for one tile per table. The total does not depend on it.
 
     Raises:
         InputError: if tile_relations is below 1.
@@ -163,12 +162,12 @@ def parameter_groups(spec: ModelSpec, tile_relations: int | None = None) -> tupl
 
 
 def count_parameters(spec: ModelSpec, tile_relations: int | None = None) -> ParameterCount:
-    """Exact parameter counts of a model, in all and per component."""
+    """Return the exact parameter counts of a model."""
     return sum_parameters(parameter_groups(spec, tile_relations))
 
 
 def sum_parameters(groups: Iterable[ParameterGroup]) -> ParameterCount:
-    """Add up parameter groups."""
+    """Add up parameter groups in total and by component."""
     components: dict[str, int] = {}
     largest = 0
     for group in groups:

@@ -1,6 +1,6 @@
-"""What a step computes: every matrix product by its shape, and what elementwise operations move.
+"""Work of a training step: every matrix product by shape, and the elements that elementwise operations move.
 
-Source: models/; the products' operations add up to flops.py's count, which a test compares.
+Source: models/. The FLOPs of the products add up to the count in flops.py; a test compares them.
 """
 
 from __future__ import annotations
@@ -16,45 +16,48 @@ from ..config.model import GptSpec, ModelSpec, Operator, VitSpec
 
 
 class Product(NamedTuple):
-    """Equal matrix products (rows, inner) by (inner, cols), of one sample."""
+    """Matrix products (rows, inner) by (inner, cols) of the same shape, of one sample."""
 
     rows: int
     inner: int
     cols: int
     copies: int
+    """Number of layers, tables and roles that compute it."""
     forward: int
-    """How many such products forward computes of each."""
+    """Products of this size in forward, for each copy."""
     backward: int
+    """Products of this size in backward, for each copy."""
     grouped: bool = False
-    """Whether rows meet the matrix of a relation, one relation at a time."""
+    """Whether the product multiplies the rows of one relation by its matrix."""
     joined: bool = True
-    """Whether the samples of a micro-batch are rows of one product; else each sample is a product."""
+    """Whether the samples of a micro-batch are rows of one product; otherwise each sample is a product."""
 
     @property
     def flops(self) -> int:
-        """Operations of one of them for one sample."""
+        """FLOPs of one product."""
         return 2 * self.rows * self.inner * self.cols
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Of one sample, beside its products."""
+    """Work of one sample."""
 
     products: tuple[Product, ...]
     forward_elements: int
-    """Elements that elementwise operations read or write."""
+    """Elements that elementwise operations read or write in forward."""
     backward_elements: int
+    """Elements that elementwise operations read or write in backward."""
     operations: int
-    """Calls of torch of a forward pass, whatever the micro-batch; backward makes twice as many."""
+    """Number of torch operations in a forward pass, independent of the micro-batch."""
     relation_visits: int
-    """Relations times tables that a forward pass goes through one by one."""
+    """Number of (relation, table) pairs that a forward pass computes one by one."""
     recompute: float
-    """Share of forward that runs again in backward: blocks are all but the ends of a network."""
+    """Fraction of forward that checkpointing recomputes: that of the blocks."""
 
 
 @lru_cache(maxsize=256)
 def pair_counts(geometry: RelationGeometry) -> tuple[tuple[int, int], ...]:
-    """Rows that meet a relation's matrix, and how many relations have so many."""
+    """Return pairs (rows that are multiplied by one relation's matrix, number of relations with that many rows)."""
     reach_rows, reach_cols = geometry.reach
     counts: Counter[int] = Counter()
     if geometry.causal:
@@ -64,7 +67,7 @@ def pair_counts(geometry: RelationGeometry) -> tuple[tuple[int, int], ...]:
             for dx in range(-reach_cols, reach_cols + 1):
                 counts[(geometry.height - abs(dy)) * (geometry.width - abs(dx))] += 1
     if geometry.class_token:
-        # The class token with itself, and its side of the pairs with patches: a row each; the patches' side.
+        # The class token with itself and its side of the pairs with patches have one row each; then the patches' side.
         counts[1] += 2
         counts[geometry.patches] += 1
     return tuple(sorted(counts.items()))
@@ -104,17 +107,17 @@ def _operator(spec: ModelSpec, operator: Operator) -> Iterator[Product]:
 
 
 def _layer_elements(spec: ModelSpec, operator: Operator) -> tuple[int, int, int, int]:
-    """Elements of forward and backward, calls of torch, and visits of relations of one layer."""
+    """Return the elements of forward and of backward, the torch operations and the relation visits of one layer."""
     tokens, dim, inner = spec.tokens, spec.dim, spec.inner_dim
     pairs = spec.heads * tokens * tokens
-    # Two norms, two sums with the residual, an activation; then the softmax of all pairs.
+    # Two norms, two residual sums, an activation function; then the softmax of all pairs.
     forward = tokens * (10 * dim + 3 * spec.ffn_dim + 6 * inner) + 11 * pairs
     backward = tokens * (18 * dim + 5 * spec.ffn_dim + 9 * inner) + 13 * pairs
     calls, visits = 40, 0
     if operator in ("translution", "alpha"):
         d_in, d_out = (dim, inner) if operator == "translution" else spec.low_dims
         rows, roles = spec.geometry.table_rows, len(spec.roles)
-        # Rows are gathered for their product, multiplied and summed; backward does it again, and adds to inputs.
+        # Rows are gathered, multiplied and summed; backward repeats this and adds to the inputs' gradients.
         forward += roles * rows * (2 * d_in + 3 * d_out)
         backward += roles * rows * (5 * d_in + 7 * d_out)
         visits = roles * spec.geometry.relations
@@ -125,7 +128,7 @@ def _layer_elements(spec: ModelSpec, operator: Operator) -> tuple[int, int, int,
 
 @lru_cache(maxsize=256)
 def count_work(spec: ModelSpec) -> Work:
-    """The products and elementwise work of one sample."""
+    """Return the products and the elementwise work of one sample."""
     tokens, dim = spec.tokens, spec.dim
     merged: Counter[Product] = Counter()
     forward = backward = visits = 0
@@ -145,7 +148,7 @@ def count_work(spec: ModelSpec) -> Work:
     else:
         assert isinstance(spec, GptSpec)
         products.append(Product(tokens, dim, spec.vocabulary, 1, 1, 2))
-        # The loss: logits to fp32, their exponentials and sums.
+        # The loss: logits are cast to fp32, exponentiated and summed.
         forward, backward = forward + 5 * tokens * spec.vocabulary, backward + 3 * tokens * spec.vocabulary
-    whole = sum(product.flops * product.copies for product in products)
-    return Work(tuple(products), forward, backward, calls, visits, blocks / whole)
+    total = sum(product.flops * product.copies for product in products)
+    return Work(tuple(products), forward, backward, calls, visits, blocks / total)

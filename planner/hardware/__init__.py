@@ -1,1 +1,5 @@
-"""Clusters, GPUs and their figures, each with its source: memory, rates, what a GPU holds beside tensors."""
+"""Clusters: GPUs, nodes, their published and measured figures, and what a device holds besides torch's tensors.
+
+Published figures, such as the H100's memory bandwidth, are in data/clusters.yaml; measured sizes of CUDA contexts,
+driver reserves and NCCL channels are in data/device_overhead.yaml.
+"""

@@ -1,4 +1,4 @@
-"""What `translution calibrate` measured of a machine: a section of a cluster file."""
+"""Rates of a machine that `translution calibrate` measured: the section ``measured`` of a cluster file."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from ..common.schema import Schema
 from ..config.training import Precision
 
 Rate: TypeAlias = Annotated[float, Field(gt=0)]
+"""Units per second."""
 Seconds: TypeAlias = Annotated[float, Field(ge=0)]
 
 
 class Transfer(Schema):
-    """Moving bytes: so long for any number of them, and so many more each second."""
+    """Linear transfer model: fixed latency plus bytes / bandwidth."""
 
     latency_s: Seconds
     bytes_per_s: Rate
 
     def seconds(self, size: float) -> float:
-        """Time for so many bytes."""
+        """Return the time to transfer ``size`` bytes."""
         return self.latency_s + size / self.bytes_per_s
 
 
 class MatmulRate(Schema):
-    """A product of (rows, width) by (width, width), as fast as this machine did it."""
+    """Measured speed of a product (rows, width) by (width, width)."""
 
     precision: Precision
     rows: Annotated[int, Field(gt=0)]
@@ -36,50 +37,57 @@ class MatmulRate(Schema):
 
 
 class MeasuredRates(Schema):
-    """Rates of one machine, each None where it was not measured."""
+    """Measured rates of one machine; None if a rate was not measured."""
 
     command: str = ""
+    """Command that measured the rates."""
     time_utc: str = ""
     machine: str = ""
-    """Processor, cores, versions."""
+    """Processor, number of cores, versions."""
     ranks: Annotated[int, Field(gt=0)] = 1
-    """Ranks that worked at once while compute and collectives were measured."""
+    """Number of ranks that ran at the same time while compute and collectives were measured."""
     matmul: tuple[MatmulRate, ...] = ()
     memory_bytes_per_s: Rate | None = None
-    """Bytes read and written by elementwise operations on tensors of a megabyte, as a relation's are."""
+    """Bytes per second that elementwise operations read and write, on tensors of 1 MB, the size of a relation's."""
     norm_elements_per_s: Rate | None = None
-    """Elements of a tile's gradient squared in fp64, as DeepSpeed takes its norm."""
+    """Elements per second of a gradient norm in fp64, as DeepSpeed computes it."""
     operation_s: Seconds | None = None
-    """One small tensor operation, called from Python."""
+    """Seconds of one small tensor operation called from Python."""
     all_gather: Transfer | None = None
-    """Of bytes that each rank receives from others; likewise the other two."""
+    """All-gather, by the bytes of the full tensor."""
     reduce_scatter: Transfer | None = None
+    """Reduce-scatter, by the bytes of the full tensor."""
     all_reduce: Transfer | None = None
+    """All-reduce, by the bytes of the full tensor."""
     host_to_device: Transfer | None = None
+    """Copy from the host to one device."""
     device_to_host: Transfer | None = None
+    """Copy from one device to the host."""
     host_adam_elements_per_s: Rate | None = None
-    """DeepSpeed's AdamW for the CPU, of one rank while all ranks run it."""
+    """Elements per second that DeepSpeed's CPU AdamW updates on one rank while all ranks run it."""
     device_adam_elements_per_s: Rate | None = None
-    """torch's AdamW."""
+    """Elements per second that torch's AdamW updates."""
     nvme_read_bytes_per_s: Rate | None = None
+    """NVMe read rate of all ranks of a node together, through DeepSpeed's I/O library."""
     nvme_write_bytes_per_s: Rate | None = None
-    """Of all ranks of a node together, through DeepSpeed's I/O library."""
+    """NVMe write rate of all ranks of a node together, through DeepSpeed's I/O library."""
     module_s: Seconds | None = None
-    """ZeRO-3's hooks around one module, forward and backward, beside the collectives."""
+    """Seconds of ZeRO-3's hooks around one module, forward and backward, without the collectives."""
     gradient_s: Seconds | None = None
-    """What the engine does with one parameter's gradient, beside the collectives."""
+    """Seconds of the engine's work on one parameter's gradient, without the collectives."""
     sub_group_s: Seconds | None = None
-    """ZeRO-3's step of one sub-group, beside the update itself."""
+    """Seconds of ZeRO-3's step of one sub-group, without the update itself."""
 
 
 def interpolate(points: Sequence[MatmulRate], rows: float, width: float) -> float:
-    """FLOP/s of a product of (rows, width) by (width, width) between measured points.
+    """Interpolate the FLOP/s of a product (rows, width) by (width, width) between measured points.
 
-    Linear in the logarithms, along rows at the two measured widths around the asked one; flat outside.
+    Interpolation is linear in the logarithms: along rows at the two nearest measured widths, then between the widths.
+    Outside of the measured range the nearest value holds.
 
     Args:
-        points: all of one precision; at least one.
-        rows: of the left matrix.
+        points: measured products of one precision; at least one.
+        rows: rows of the left matrix.
         width: geometric mean of the right matrix's sides.
     """
     widths = sorted({point.width for point in points})
@@ -102,5 +110,5 @@ def _along(column: Sequence[tuple[int, float]], rows: float) -> float:
 def _between(x0: float, x1: float, y0: float, y1: float, x: float) -> float:
     if x1 <= x0:
         return y0
-    share = min(1.0, max(0.0, (x - x0) / (x1 - x0)))
-    return y0 + share * (y1 - y0)
+    fraction = min(1.0, max(0.0, (x - x0) / (x1 - x0)))
+    return y0 + fraction * (y1 - y0)

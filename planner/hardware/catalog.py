@@ -1,4 +1,4 @@
-"""GPUs and nodes whose figures vendors publish: read from ``data/clusters.yaml``, each with its source."""
+"""Catalog of GPUs and nodes with the figures that vendors publish, read from ``data/clusters.yaml``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _CLUSTERS_FILE = "clusters.yaml"
 
 
 class Entry(Schema):
-    """Of a data file; its validator is built when the file is read, which most commands never do."""
+    """Base of the entries of a data file; the validator is built only when the file is read, to start faster."""
 
     model_config = ConfigDict(defer_build=True)
 
 
 class FigureSource(Entry):
-    """Where a figure was read."""
+    """The page or document that states a figure."""
 
     title: str
     url: str | None = None
@@ -40,7 +40,7 @@ class Figure(Entry):
 
 
 def _pair(data: object) -> object:
-    """``[value, source]``, as the data file has it."""
+    """Convert ``[value, source]``, the form in the data file, to the fields of `Figure`."""
     if isinstance(data, list) and len(data) == 2:
         return {"value": data[0], "source": data[1]}
     return data
@@ -50,49 +50,54 @@ Sourced: TypeAlias = Annotated[Figure, BeforeValidator(_pair)]
 
 
 class GpuSpec(Entry):
-    """One GPU; rates are dense peaks, and per direction."""
+    """One GPU; rates are dense peaks, per direction."""
 
     title: str
     generation: Generation
     node: str
-    """The node that a cluster of these GPUs gets unless another is named."""
+    """Name of the default node for clusters of this GPU."""
     memory_bytes: Sourced
-    """Total as the driver reports it."""
+    """Total bytes of memory that the driver reports."""
     bf16_flops_per_s: Sourced
     fp16_flops_per_s: Sourced
     tf32_flops_per_s: Sourced
     fp32_flops_per_s: Sourced
     memory_bytes_per_s: Sourced
+    """Memory bandwidth."""
     link_bytes_per_s: Sourced
-    """To other GPUs of its node, each way."""
+    """Bandwidth to the other GPUs of the node."""
     pcie_generation: Sourced
 
 
 class NodeSpec(Entry):
-    """One node; totals are of the whole node, rates per direction."""
+    """One node; totals are of the full node, rates are per direction."""
 
     title: str
     gpu: str
+    """Name of its GPUs in the catalog."""
     gpus: Sourced
+    """Number of GPUs."""
     host_memory_bytes: Sourced
     host_cores: Sourced
     host_memory_bytes_per_s: Sourced
     intra_node_bytes_per_s: Sourced
-    """From one GPU to the others, each way."""
+    """Bandwidth from one GPU to the others."""
     pcie_bytes_per_s: Sourced
-    """Between the host and one GPU, each way."""
+    """Bandwidth between the host and one GPU."""
     nics: Sourced
-    """Network adapters that carry the training's traffic."""
+    """Number of network adapters that carry training traffic."""
     nic_bytes_per_s: Sourced
-    """Of one adapter, each way."""
+    """Bandwidth of one network adapter."""
     nvme_bytes: Sourced
+    """Bytes of all NVMe drives."""
     nvme_read_bytes_per_s: Sourced
-    """Of all drives together."""
+    """Read bandwidth of all NVMe drives together."""
     nvme_write_bytes_per_s: Sourced
+    """Write bandwidth of all NVMe drives together."""
 
 
 class Catalog(Entry):
-    """All that the data file holds."""
+    """The content of the data file."""
 
     sources: dict[str, FigureSource]
     gpus: dict[str, GpuSpec]
@@ -103,25 +108,25 @@ class Catalog(Entry):
 def _parsed(name: str) -> Any:
     import yaml
 
-    # libyaml's loader takes a tenth of the time; a build of PyYAML may lack it.
+    # libyaml's loader needs a tenth of the time; some builds of PyYAML lack it.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return yaml.load((DATA / name).read_text(encoding="utf-8"), Loader=loader)
 
 
 def read_data(name: str, adapter: TypeAdapter[_T]) -> _T:
-    """A YAML file of the package's data folder, checked."""
+    """Return the validated content of a YAML file in the data folder."""
     return validate(adapter, _parsed(name), name, ())
 
 
 @functools.cache
 def catalog() -> Catalog:
-    """The catalog, read once when first asked for."""
+    """Return the catalog; it is read at the first call."""
     return read_data(_CLUSTERS_FILE, TypeAdapter(Catalog))
 
 
 @functools.cache
 def _gpu(name: str) -> GpuSpec:
-    # To check one entry takes a tenth of the time of checking all.
+    # Validating one entry needs a tenth of the time of validating all.
     return validate(TypeAdapter(GpuSpec), _parsed(_CLUSTERS_FILE)["gpus"][name], f"{_CLUSTERS_FILE}: {name}", ())
 
 
@@ -131,7 +136,7 @@ def _node(name: str) -> NodeSpec:
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:
-    """Up to three known names close to a mistyped one in any case, as a hint, or nothing."""
+    """Return a hint with up to three known names close to a mistyped one, ignoring case, or an empty string."""
     folded = {key.lower(): key for key in known}
     matches = [key for key in folded if name and key.startswith(name.lower())][:3]
     matches = matches or difflib.get_close_matches(name[:60].lower(), folded, n=3, cutoff=0.6)
@@ -142,15 +147,15 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
 
 
 def find_gpu(name: str, what: str = "gpu", others: Iterable[str] = ()) -> tuple[str, GpuSpec]:
-    """The GPU of a name in any case, and the name as the catalog writes it.
+    """Find a GPU by name, ignoring case; return the catalog's spelling of the name and the GPU.
 
     Args:
-        name: such as ``H100``.
-        what: opens the error line.
-        others: names that are no GPU's but may have been meant.
+        name: the GPU's name, such as ``H100``.
+        what: begins the error line.
+        others: names of other things to suggest in the error.
 
     Raises:
-        InputError: for an unknown name.
+        InputError: if the name is unknown.
     """
     known = _parsed(_CLUSTERS_FILE)["gpus"]
     key = {key.lower(): key for key in known}.get(name.lower())
@@ -161,14 +166,14 @@ def find_gpu(name: str, what: str = "gpu", others: Iterable[str] = ()) -> tuple[
 
 
 def find_node(name: str, what: str = "node") -> tuple[str, NodeSpec]:
-    """The node of a name in any case, and the name as the catalog writes it.
+    """Find a node by name, ignoring case; return the catalog's spelling of the name and the node.
 
     Args:
-        name: such as ``dgx-h100``.
-        what: opens the error line.
+        name: the node's name, such as ``dgx-h100``.
+        what: begins the error line.
 
     Raises:
-        InputError: for an unknown name.
+        InputError: if the name is unknown.
     """
     known = _parsed(_CLUSTERS_FILE)["nodes"]
     key = {key.lower(): key for key in known}.get(name.lower())

@@ -1,8 +1,8 @@
-"""Where a plan runs: nodes, ranks per node, the memory of each and what joins them.
+"""The cluster of a plan: number of nodes and ranks, memory sizes, compute and transfer rates.
 
-A cluster is named ``cpu:RANKS`` (this machine), ``8xH100`` (one node of eight), ``2x8xH100`` (two nodes
-of eight), ``dgx-h100`` or ``2xdgx-h100`` (nodes of the catalog), or described in a YAML or JSON file,
-which may start from any of these names: ``base: 2x8xH100``.
+A cluster has a name: ``cpu:RANKS`` (this machine), ``8xH100`` (one node with 8 GPUs), ``2x8xH100`` (two such nodes),
+``dgx-h100`` or ``2xdgx-h100`` (nodes of the catalog). Or a YAML or JSON file describes it, which may start from one of
+these names: ``base: 2x8xH100``.
 """
 
 from __future__ import annotations
@@ -29,58 +29,66 @@ _DEFAULT_HOST_BYTES = 1024 * GIB
 
 
 class ClusterSpec(Schema):
-    """A set of equal nodes. Rates are peaks, per direction; None where nobody said."""
+    """A set of equal nodes. Rates are peaks, per direction; None if unknown."""
 
     name: str = "custom"
     device: Literal["cpu", "cuda"] = "cuda"
-    """What a rank computes on; a CPU rank's device memory is its share of the node's memory."""
+    """Device on which a rank computes; the device memory of a CPU rank is its share of the node's memory."""
     nodes: Positive = 1
+    """Number of nodes."""
     ranks_per_node: Positive
-    """One rank per GPU, or per CPU process."""
+    """Ranks per node: one per GPU, or one per CPU process."""
     device_memory_bytes: Positive
-    """Memory of one rank's device, as its driver reports it."""
+    """Bytes of memory of one rank's device, as its driver reports them."""
     host_memory_bytes: Positive = _DEFAULT_HOST_BYTES
-    """Memory of one node beside the devices."""
+    """Bytes of host memory of one node."""
     gpu: str | None = None
-    """Its name in the catalog."""
+    """Name of the GPU in the catalog."""
     bf16_flops_per_s: Rate | None = None
+    """Dense bf16 FLOP/s of one device."""
     fp16_flops_per_s: Rate | None = None
+    """Dense fp16 FLOP/s of one device."""
     tf32_flops_per_s: Rate | None = None
+    """Dense TF32 FLOP/s of one device."""
     fp32_flops_per_s: Rate | None = None
-    """Of one device, dense; likewise the other three."""
+    """Dense fp32 FLOP/s of one device."""
     memory_bytes_per_s: Rate | None = None
-    """Of one device's memory."""
+    """Memory bandwidth of one device."""
     intra_node_bytes_per_s: Rate | None = None
-    """From one device to the others of its node."""
+    """Bandwidth from one device to the others of its node."""
     pcie_bytes_per_s: Rate | None = None
-    """Between the host and one device."""
+    """Bandwidth between the host and one device."""
     host_cores: Positive | None = None
-    """Of one node; likewise what follows."""
+    """CPU cores of one node."""
     host_memory_bytes_per_s: Rate | None = None
+    """Host memory bandwidth of one node."""
     nics: Positive | None = None
+    """Network adapters of one node."""
     nic_bytes_per_s: Rate | None = None
-    """Of one network adapter."""
+    """Bandwidth of one network adapter."""
     nvme_bytes: Positive | None = None
+    """Bytes of all NVMe drives of one node."""
     nvme_read_bytes_per_s: Rate | None = None
+    """Read bandwidth of all NVMe drives of one node together."""
     nvme_write_bytes_per_s: Rate | None = None
-    """Of all drives together."""
+    """Write bandwidth of all NVMe drives of one node together."""
     price_per_gpu_hour: Rate | None = None
-    """In whatever currency the user counts."""
+    """Price of one GPU for one hour, in any currency."""
     gpu_constants: OverheadOverrides | None = None
-    """This machine's own figures of what a device holds beside torch's tensors."""
+    """This machine's own figures for the device overhead."""
     measured: MeasuredRates | None = None
-    """What `translution calibrate` measured; the rates above are peaks."""
+    """Rates that `translution calibrate` measured; predictions use them instead of the peaks above."""
 
     @property
     def world_size(self) -> int:
-        """Ranks in all, the ZeRO partition world size."""
+        """Number of ranks, over which ZeRO partitions."""
         return self.nodes * self.ranks_per_node
 
     def device_overhead(self, *, expandable_segments: bool = False) -> DeviceOverhead | None:
-        """What a rank's GPU holds beside torch's tensors; None for CPU ranks.
+        """Return what a rank's GPU holds in addition to torch's tensors; None for CPU ranks.
 
         Args:
-            expandable_segments: as torch's allocator is set.
+            expandable_segments: whether torch's allocator uses expandable segments.
         """
         if self.device == "cpu":
             return None
@@ -106,10 +114,10 @@ _FORMS = "must be cpu:RANKS, GPUSxNAME, NODESxGPUSxNAME, NODE, NODESxNODE or a Y
 
 
 def local_cpu_cluster(ranks: int) -> ClusterSpec:
-    """This machine, with one process per rank, each with an equal share of its memory.
+    """Return a cluster of this machine with one process per rank; ranks share the memory equally.
 
     Raises:
-        InputError: for fewer ranks than 1 or more than there are cores.
+        InputError: if ranks is below 1 or above the number of cores.
     """
     cores = usable_cores()
     if not 1 <= ranks <= cores:
@@ -133,14 +141,14 @@ def _gpu_fields(name: str, gpu: GpuSpec) -> dict[str, Any]:
 
 
 def _node_fields(node: NodeSpec, ranks_per_node: int) -> dict[str, Any]:
-    """Figures of a node with so many GPUs: a proportional share, at least one of what is counted."""
+    """Return the figures of a node with ``ranks_per_node`` GPUs: its proportional share, counts at least 1."""
     fields: dict[str, Any] = {field: getattr(node, field).value for field in _NODE_RATES}
     for field in _NODE_SHARES:
-        whole, gpus = getattr(node, field).value, int(node.gpus.value)
-        if isinstance(whole, int):
-            fields[field] = max(1, whole * ranks_per_node // gpus)
+        total, gpus = getattr(node, field).value, int(node.gpus.value)
+        if isinstance(total, int):
+            fields[field] = max(1, total * ranks_per_node // gpus)
         else:
-            fields[field] = whole * ranks_per_node / gpus
+            fields[field] = total * ranks_per_node / gpus
     return fields
 
 
@@ -168,13 +176,13 @@ def _node_cluster(nodes: int, node_name: str) -> dict[str, Any]:
 
 
 def named_cluster(name: str) -> ClusterSpec:
-    """The cluster that a name describes.
+    """Return the cluster with a name.
 
-    A node with fewer or more GPUs than the catalog's has a proportional share of its host memory,
-    cores, network adapters and drives.
+    A node with fewer or more GPUs than the catalog's has a proportional share of its host memory, cores, network
+    adapters and drives.
 
     Raises:
-        InputError: for another form, an unknown GPU or node, or more CPU ranks than cores.
+        InputError: if the name has another form, a GPU or node is unknown, or there are more CPU ranks than cores.
     """
     cpu = re.fullmatch(r"cpu:(\d{1,6})", name.lower(), re.ASCII)
     if cpu:
@@ -197,7 +205,7 @@ def _described_cluster(data: object, what: str, name: str) -> ClusterSpec:
 
     Args:
         data: the content of a cluster file.
-        what: opens an error line.
+        what: begins the error line.
         name: the cluster's name if the mapping gives a base but no name.
     """
     if not isinstance(data, Mapping):
@@ -224,7 +232,7 @@ def load_cluster(source: ClusterSpec | Mapping[str, object] | str | Path) -> Clu
             content, or a spec.
 
     Raises:
-        InputError: for an unknown name, GPU or node, more CPU ranks than cores, or a bad file.
+        InputError: if a name, GPU or node is unknown, there are more CPU ranks than cores, or the file is invalid.
     """
     if isinstance(source, ClusterSpec):
         return source

@@ -1,13 +1,13 @@
-"""What a rank's GPU holds beside torch's live tensors: named entries with an interval and a source.
+"""Device overhead: what a rank's GPU holds in addition to torch's live tensors, as named items with an interval.
 
-- *driver_reserve*: what the driver keeps of the total that nvidia-smi prints, before any process.
-- *context*: the process's CUDA or HIP context and the kernels it loaded, each when first used.
+- *driver_reserve*: memory that the driver reserves, out of the total that nvidia-smi prints, before any process runs.
+- *context*: the process's CUDA or HIP context and its kernels, each loaded when first used.
 - *blas_workspace*: scratch memory of matrix products, which torch allocates and counts as its own.
 - *nccl*, *nccl_host*: buffers of the communicators on the device and on the host.
-- fragmentation: the share of torch's reserve that no tensor can use, and what was rounded up.
+- fragmentation: the fraction of the memory reserved by torch that no tensor can use, and rounding.
 
-Figures that others measured stand in ``data/device_overhead.yaml``. A source that says *estimate, not
-measured* is a guess. The figures of a measured machine replace any of them: `OverheadOverrides`.
+Figures that others measured are in ``data/device_overhead.yaml``. A source *estimate, not measured* marks a guess.
+A machine's own figures replace any of them: `OverheadOverrides`.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ FRAGMENTATION = FractionInterval(
     f"low: {ESTIMATE}",
 )
 FRAGMENTATION_EXPANDABLE = FractionInterval(low=0.0, likely=0.03, high=0.1, source=ESTIMATE)
-"""With ``expandable_segments``: pages of one stream and pool join, so that only rounding and gaps stay."""
+"""With ``expandable_segments`` the pages of a stream and pool are contiguous: only rounding and gaps remain."""
 
 
 class DeviceOverhead(Schema):
-    """The entries of one rank, and how much of torch's reserve goes to waste."""
+    """The overhead items of one rank, and the fragmentation of the memory that torch reserves."""
 
     gpu: str | None
-    """None where no GPU was named: then each interval spans those of all."""
+    """Name of the GPU in the catalog; None if no GPU was named: each interval then spans those of all GPUs."""
     breakdown: tuple[OverheadItem, ...] = stored_as("entries")
     fragmentation: FractionInterval
-    """Of the bytes that torch has reserved when the most are allocated."""
+    """Fraction of the bytes reserved by torch that is unused at the peak of allocated bytes."""
 
     def item(self, name: str) -> OverheadItem:
-        """The entry of a name.
+        """Return the item with a name.
 
         Raises:
-            KeyError: if there is none.
+            KeyError: if there is no such item.
         """
         return {item.name: item for item in self.breakdown}[name]
 
     def total(self, level: Level = "likely", tier: Tier = Tier.DEVICE, *, in_torch: bool | None = None) -> int:
-        """Bytes of a tier's entries together.
+        """Return the sum of the items' bytes on a tier.
 
         Args:
-            level: which of the three figures.
-            tier: the device, or the rank's share of its host.
-            in_torch: only entries that torch counts as allocated, only the others, or None for all.
+            level: low, likely or high.
+            tier: device or host.
+            in_torch: True for items that torch counts as allocated, False for the others, None for all.
         """
         return sum(
             item.of(level)
@@ -71,15 +71,15 @@ class DeviceOverhead(Schema):
         )
 
     def reserved_bytes(self, allocated_bytes: int, level: Level = "likely") -> int:
-        """What torch has reserved from the driver when it has so many bytes allocated at its peak.
+        """Return the bytes that torch has reserved from the driver at a peak of ``allocated_bytes``.
 
-        Less is left over near the end of the memory: torch then gives unused segments back and tries again.
+        When memory runs out, fragmentation is lower: torch frees unused segments and tries again.
         """
         fraction = self.fragmentation.of(level)
         return allocated_bytes + round(allocated_bytes * fraction / (1 - fraction))
 
     def device_bytes(self, tensor_bytes: int, level: Level = "likely") -> int:
-        """All that a rank with so many bytes of live tensors takes of the total that the driver reports."""
+        """Return the bytes that a rank with ``tensor_bytes`` of live tensors uses of the driver's total."""
         allocated = tensor_bytes + self.total(level, in_torch=True)
         return self.reserved_bytes(allocated, level) + self.total(level, in_torch=False)
 
@@ -113,7 +113,7 @@ def _measured(name: str, interval: _Interval, formula: str) -> OverheadItem:
 
 
 def _blas(generation: Generation) -> OverheadItem:
-    """One workspace for each thread that multiplies and each stream it multiplies on."""
+    """Return the item for cuBLAS or rocBLAS: one workspace for each thread and stream that computes products."""
     if generation == "cdna3":
         first, one, text = 128 * MIB, (128 + 76) * MIB, "128 MiB of rocBLAS and 76 MiB of hipBLASLt"
     elif generation in ("hopper", "blackwell"):
@@ -144,7 +144,7 @@ def _nccl(gpu: str, generation: Generation, world_size: int, nodes: int) -> list
     return by_nvlink(generation, channels, per_node, nodes)
 
 
-def _entries(gpu: str, world_size: int, nodes: int) -> list[OverheadItem]:
+def _items_of_gpu(gpu: str, world_size: int, nodes: int) -> list[OverheadItem]:
     generation = catalog().gpus[gpu].generation
     return [
         _measured("driver_reserve", _observed().driver_reserve[gpu], "total by the driver less what torch sees"),
@@ -155,7 +155,7 @@ def _entries(gpu: str, world_size: int, nodes: int) -> list[OverheadItem]:
 
 
 def _span(breakdown: Sequence[OverheadItem]) -> OverheadItem:
-    """One entry whose interval spans those of all GPUs."""
+    """Return one item whose interval spans those of all GPUs."""
     values = {
         "low_bytes": min(item.low_bytes for item in breakdown),
         "likely_bytes": max(item.likely_bytes for item in breakdown),
@@ -174,27 +174,27 @@ def device_overhead(
     *,
     expandable_segments: bool = False,
 ) -> DeviceOverhead:
-    """The entries of one rank.
+    """Return the device overhead of one rank.
 
     Args:
-        gpu: its name in the catalog; None spans all.
-        ranks: ranks in all, one per GPU.
-        nodes: nodes that they share equally.
+        gpu: name of the GPU in the catalog; None for intervals that span all GPUs.
+        world_size: number of ranks, one per GPU.
+        nodes: number of nodes; all have equally many ranks.
         overrides: a machine's own figures.
-        expandable_segments: torch runs with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
+        expandable_segments: whether torch runs with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
 
     Raises:
-        InputError: for an unknown GPU, fewer ranks than nodes, or a bad override.
+        InputError: if the GPU is unknown, there are fewer ranks than nodes, or an override is invalid.
     """
     if not 1 <= nodes <= world_size:
         raise InputError(f"nodes: {nodes} is not allowed: must be from 1 to {world_size}, the ranks")
     given = read_overrides(overrides)
     if gpu is None:
-        of_all = [_entries(name, world_size, nodes) for name in catalog().gpus]
-        breakdown = [_span(same) for same in zip(*of_all, strict=True)]
+        items_by_gpu = [_items_of_gpu(name, world_size, nodes) for name in catalog().gpus]
+        breakdown = [_span(same) for same in zip(*items_by_gpu, strict=True)]
     else:
         gpu, _ = find_gpu(gpu)
-        breakdown = _entries(gpu, world_size, nodes)
+        breakdown = _items_of_gpu(gpu, world_size, nodes)
     replaced = []
     for item in breakdown:
         own = getattr(given, item.name)

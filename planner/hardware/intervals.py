@@ -1,4 +1,4 @@
-"""An entry of what a device holds beside torch's tensors, and the figures that replace it."""
+"""Intervals of bytes and fractions, the items of the device overhead, and a machine's own figures for them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..common.phases import Tier
 from ..common.schema import Schema, validate
 
 Level: TypeAlias = Literal["low", "likely", "high"]
-"""An end of an interval, or what is thought the most likely."""
+"""The low end of an interval, its likely value or its high end."""
 Bytes: TypeAlias = Annotated[int, Field(ge=0)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 ESTIMATE = "estimate, not measured"
 
 
 class ByteInterval(Schema):
-    """Three numbers of bytes that do not fall."""
+    """A low, a likely and a high number of bytes, in ascending order."""
 
     low_bytes: Bytes
     likely_bytes: Bytes
@@ -30,28 +30,30 @@ class ByteInterval(Schema):
         if not self.low_bytes <= self.likely_bytes <= self.high_bytes:
             raise ValueError(
                 f"{self.low_bytes}, {self.likely_bytes}, {self.high_bytes} is not allowed: "
-                "low_bytes, likely_bytes and high_bytes must not fall"
+                "low_bytes, likely_bytes and high_bytes must be in ascending order"
             )
         return self
 
 
 class OverheadItem(ByteInterval):
-    """One thing that takes memory of a rank's device, or of its host."""
+    """One item of the overhead: memory on a rank's device or host that torch's tensors do not account for."""
 
     name: str
     tier: Tier = Tier.DEVICE
     in_torch: bool = False
-    """Whether torch counts it as allocated."""
+    """Whether torch counts it as allocated memory."""
     formula: str
+    """How the bytes are computed, in words."""
     source: str
+    """Page, file or code that states the figures."""
 
     def of(self, level: Level) -> int:
-        """Bytes at one level."""
+        """Return the bytes at one level."""
         return {"low": self.low_bytes, "likely": self.likely_bytes, "high": self.high_bytes}[level]
 
 
 class FractionInterval(Schema):
-    """Three shares that do not fall."""
+    """A low, a likely and a high fraction, in ascending order."""
 
     low: Fraction
     likely: Fraction
@@ -62,12 +64,13 @@ class FractionInterval(Schema):
     def _ordered(self) -> FractionInterval:
         if not self.low <= self.likely <= self.high:
             raise ValueError(
-                f"{self.low}, {self.likely}, {self.high} is not allowed: low, likely and high must not fall"
+                f"{self.low}, {self.likely}, {self.high} is not allowed: "
+                "low, likely and high must be in ascending order"
             )
         return self
 
     def of(self, level: Level) -> float:
-        """The share at one level."""
+        """Return the fraction at one level."""
         return {"low": self.low, "likely": self.likely, "high": self.high}[level]
 
 
@@ -88,7 +91,7 @@ GivenFraction: TypeAlias = Annotated[FractionInterval, BeforeValidator(_spread_f
 
 
 class OverheadOverrides(Schema):
-    """A machine's own figures; None leaves an entry as it is, and one number stands for all three."""
+    """A machine's own figures: None keeps the item as it is; one number is low, likely and high at once."""
 
     driver_reserve: GivenBytes | None = None
     context: GivenBytes | None = None
@@ -104,14 +107,14 @@ _OVERRIDES: TypeAdapter[OverheadOverrides] = TypeAdapter(OverheadOverrides)
 def read_overrides(
     data: Mapping[str, object] | OverheadOverrides | None, what: str = "gpu_constants"
 ) -> OverheadOverrides:
-    """Overrides from a mapping, such as a field of a YAML file.
+    """Read overrides from a mapping, such as a field of a YAML file.
 
     Args:
-        data: entries' names to bytes, or to three of them and their source.
-        what: opens the error line.
+        data: for each name of an item its bytes, or an interval of bytes with a source.
+        what: begins the error line.
 
     Raises:
-        InputError: for an unknown key, or a figure that is negative or out of order.
+        InputError: if a key is unknown, or a figure is negative or out of order.
     """
     if isinstance(data, OverheadOverrides):
         return data

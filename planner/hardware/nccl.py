@@ -1,11 +1,11 @@
-"""Memory of NCCL's and RCCL's communicators, outside of torch's allocator.
+"""Memory of the communicators of NCCL and RCCL, which is outside of torch's allocator.
 
-A *channel* has its own ring and tree; every connection of one has buffers where its data arrives.
-Connections are made when an algorithm first needs them. Sources: NCCL's ``src/include/device.h``
-(sizes), ``transport/p2p.cc`` (NVLink), ``transport/net.cc`` (network), ``transport/nvls.cc`` (switches
-that reduce), and github.com/NVIDIA/nccl/issues/986: memory grows with channels, and not beyond two nodes.
-For one communicator others measured 688 MiB on 4 A100 (github.com/NVIDIA/nccl/issues/964), 958 MiB on
-8 GPUs (github.com/vllm-project/vllm/pull/46234) and 1.6 GB (github.com/NVIDIA/nccl/issues/864).
+A *channel* has its own ring and tree; each of its connections has buffers on the receiving side. A connection is made
+when an algorithm first needs it. Sources: NCCL's ``src/include/device.h`` (sizes), ``transport/p2p.cc`` (NVLink),
+``transport/net.cc`` (network), ``transport/nvls.cc`` (reduction in the switch), and
+github.com/NVIDIA/nccl/issues/986: memory grows with the channels, but not beyond two nodes. Measured by others for one
+communicator: 688 MiB on 4 A100 (github.com/NVIDIA/nccl/issues/964), 958 MiB on 8 GPUs
+(github.com/vllm-project/vllm/pull/46234) and 1.6 GB (github.com/NVIDIA/nccl/issues/864).
 """
 
 from __future__ import annotations
@@ -18,33 +18,32 @@ from .catalog import Generation
 from .intervals import ESTIMATE, OverheadItem
 
 COMMUNICATORS = 2
-"""Of a DeepSpeed rank: torch's default group for barriers, and its clone for the rest (groups.py:723)."""
+"""Communicators of a DeepSpeed rank: torch's default group for barriers, its clone for the rest (groups.py:723)."""
 
 _LL_BYTES = 8 * 512 * 8 * 16
 CONNECTION_BYTES = 4 * MIB + _LL_BYTES + 120 * 640 * 8 * 8
-"""NCCL_BUFFSIZE, and the queues of LL and LL128: lines x threads x steps x width."""
+"""Bytes of one connection: NCCL_BUFFSIZE, and the queues of LL and LL128 (lines x threads x steps x width)."""
 _PAGE = 2 * MIB
 _ARRIVING = -(-CONNECTION_BYTES // _PAGE) * _PAGE
 _DIRECTION = _ARRIVING + _PAGE
-"""Between two GPUs of a node: buffers where data arrives, one page where it leaves."""
+"""Bytes per direction between two GPUs of a node: buffers of the receiver and one page of the sender."""
 _RING_OUTWARD = _ARRIVING - _PAGE
-"""More where a ring leaves the node: the network's sender has buffers too."""
+"""Additional bytes if a ring leaves the node: the sender over the network has buffers too."""
 _TREE_OUTWARD = 3 * 2 * _ARRIVING
-"""A tree's parent and two children in other nodes, both ways."""
+"""Additional bytes if a tree leaves the node: a parent and two children in other nodes, both directions."""
 _NETWORK_LINKS = 8
-"""Both ways of a ring, and of a tree's parent and two children."""
+"""Network connections of a channel: both directions of a ring, of a tree's parent and of its two children."""
 _NVLS_CHANNEL = 2 * 8 * 128 * 1024
-"""Of one channel and one GPU of the node: 8 steps of NVLS_CHUNKSIZE, up and down."""
+"""Bytes of NVLS per channel and GPU of the node: 8 steps of NVLS_CHUNKSIZE, up and down."""
 _BASE = (0, 64 * MIB, 224 * MIB)
+"""Bytes of a communicator without connections: low, likely and high."""
 _BASE_SOURCE = f"kernels and queues of a communicator: {ESTIMATE}, high by github.com/NVIDIA/nccl/pull/2366"
-
-
 _LONE_CHANNELS = 8
-"""Estimate, not measured."""
+"""Maximum channels of a node with one GPU. Estimate, not measured."""
 
 
 class Channels(NamedTuple):
-    """How many channels NCCL uses for collectives, and who says so."""
+    """Number of channels that NCCL uses for collectives, and the source."""
 
     low: int
     likely: int
@@ -55,7 +54,7 @@ class Channels(NamedTuple):
 def _pair(
     sizes: tuple[int, int, int], hosts: tuple[int, int, int], formula: str, source: str, host_source: str
 ) -> list[OverheadItem]:
-    """The device's entry and the host's."""
+    """Return the item of the device and the item of the host."""
     return [
         OverheadItem(
             name="nccl",
@@ -78,12 +77,12 @@ def _pair(
 
 
 def alone() -> list[OverheadItem]:
-    """The entries of a rank without peers, which makes no connection."""
+    """Return the items of a rank without peers, which makes no connection."""
     return _pair(_BASE, (0, 0, 0), "communicators without peers", _BASE_SOURCE, "no connection")
 
 
 def rccl() -> list[OverheadItem]:
-    """The entries of an AMD rank with peers."""
+    """Return the items of an AMD rank with peers."""
     return _pair(
         (666 * MIB, 1690 * MIB, COMMUNICATORS * 64 * 2 * _DIRECTION),
         (0, 8 * MIB, 512 * MIB),
@@ -95,22 +94,22 @@ def rccl() -> list[OverheadItem]:
 
 
 def _outward(channels: Channels, per_node: int, nodes: int) -> list[int]:
-    """Channels that leave the node at this rank, by level; a lone GPU's adapter keeps few busy."""
+    """Return the number of channels that leave the node at this rank, by level; fewer if the node has one GPU."""
     counts = [min(count, _LONE_CHANNELS) if per_node == 1 else count for count in channels[:3]]
     return [-(-count // per_node) if nodes > 1 else 0 for count in counts]
 
 
 def by_nvlink(generation: Generation, channels: Channels, per_node: int, nodes: int) -> list[OverheadItem]:
-    """The entries of a rank whose node has NVLink.
+    """Return the items of a rank whose node has NVLink.
 
-    Low is one communicator with rings; likely one with rings, trees and NVLS, and another with rings;
-    high is two with everything.
+    Low: one communicator with rings. Likely: one with rings, trees and NVLS, and another one with rings. High: two with
+    rings, trees and NVLS.
 
     Args:
-        generation: from Hopper on, switches reduce.
+        generation: generation of the GPU; from Hopper on, switches reduce.
         channels: NCCL's channels.
-        per_node: ranks of a node.
-        nodes: nodes; several add connections through the network.
+        per_node: ranks per node.
+        nodes: number of nodes; more than one adds connections over the network.
     """
     outward = _outward(channels, per_node, nodes)
     within = [count * _DIRECTION if per_node > 1 else 0 for count in (channels.low, channels.likely, channels.high)]
@@ -147,12 +146,12 @@ def by_nvlink(generation: Generation, channels: Channels, per_node: int, nodes: 
 
 
 def by_host_memory(channels: Channels, per_node: int, nodes: int) -> list[OverheadItem]:
-    """The entries of a rank whose node has PCIe only: buffers in host memory, with peer access on the GPU.
+    """Return the items of a rank whose node has only PCIe: buffers in host memory; with peer access, on the GPU.
 
     Args:
         channels: NCCL's channels.
-        per_node: ranks of a node.
-        nodes: nodes.
+        per_node: ranks per node.
+        nodes: number of nodes.
     """
     outward = _outward(channels, per_node, nodes)
     sizes = (

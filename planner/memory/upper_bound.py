@@ -115,7 +115,7 @@ class _Terms:
 
     @property
     def share(self) -> int:
-        return self.volumes.share
+        return self.volumes.partition_numel
 
     @property
     def group(self) -> int:

@@ -137,9 +137,9 @@ def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates
             parts[_BACK] = PartTime(gather.seconds(v.elements * width), "network")
     if optimizer != "none":
         copy = rates.host_copy("device_to_host")
-        seconds = v.tensors * copy.latency_s + v.share * width / copy.bytes_per_s
+        seconds = v.tensors * copy.latency_s + v.partition_numel * width / copy.bytes_per_s
         # Each gradient's norm is taken on its way.
-        seconds = count * (seconds + rates.norm_seconds(v.share))
+        seconds = count * (seconds + rates.norm_seconds(v.partition_numel))
         parts[_TO_HOST] = PartTime(seconds, "host link", overlaps)
     return parts
 
@@ -147,7 +147,7 @@ def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates
 def _updating(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rates) -> dict[str, PartTime]:
     """The optimizer's update of a rank's share, and what it swaps."""
     optimizer, parts = zero.offload_optimizer, {}
-    own = v.elements if zero.stage == 0 else v.share
+    own = v.elements if zero.stage == 0 else v.partition_numel
     on_host = 0 if optimizer.device == "none" else round(own * optimizer.ratio)
     seconds = on_host / rates.host_adam_elements_per_s + (own - on_host) / rates.device_adam_elements_per_s
     if not on_host:
@@ -180,7 +180,7 @@ def _engine(zero: ZeroSpec, training: TrainingSpec, v: Volumes, uses: int, rates
     seconds = training.gradient_accumulation_steps * v.tensors * rates.overhead("gradient_s")
     if zero.stage == 3:
         hooks = training.gradient_accumulation_steps * uses * v.gathers * rates.overhead("module_s")
-        groups = -(-v.share // zero.sub_group_elements)
+        groups = -(-v.partition_numel // zero.sub_group_elements)
         seconds += hooks + groups * rates.overhead("sub_group_s")
     else:
         seconds += rates.overhead("sub_group_s")

@@ -80,7 +80,7 @@ class SimulatedRelations:
             self.tape.new(size, what)
 
     def _product_scratch(self, rows: int, *, backward: bool = False) -> None:
-        """Simulate the scratch of a product of ``rows`` rows with a relation's matrix, in backward also its gradient's."""
+        """Simulate the scratch of multiplying ``rows`` rows by a relation's matrix, and in backward of its gradient."""
         shape = self.shape
         self._transient(product_scratch_bytes(rows, shape.d_in, shape.d_out, self.sizes))
         if backward:
