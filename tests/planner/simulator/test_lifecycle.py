@@ -19,6 +19,8 @@ from translution.planner.simulator.network.relation_shape import Implementation
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*None of the inputs have requires_grad"),
+    # Switching oneDNN off sets its TF32 flag too, which torch reports wherever there is no Intel GPU.
+    pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),
 ]
 
 SIZES: dict[str, Any] = {"dim": 64, "depth": 2, "heads": 4}
