@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
 
-from translution.planner.common.errors import InputError
-from translution.planner.plans.plan import PLAN_FILE, Plan, load_plan
+from translution import planner
+from translution.planner.config.training import parse_training
+from translution.planner.search.constraints import Stage
 
 from ..extras import requires_extra
 from ..options import (
@@ -27,10 +28,10 @@ from ..options import (
     TrainOption,
     ZeroOption,
     parse_settings,
+    parse_training_settings,
     resolve_model,
 )
 from . import app
-from .plan import plan_from
 from .verify import print_verification
 
 
@@ -59,14 +60,15 @@ def measure_cli(
     as_json: JsonOption = False,
 ) -> None:
     """Run a model or plan for a few steps and compare predicted with measured memory, phase by phase."""
-    plan = _plan_of(Path(target))
-    if plan is None:
+    if Path(target).is_dir():
+        plan = planner.load_plan(target)
+    else:
         training = {"precision": precision, "micro_batch": micro_batch, "data": "synthetic"}
-        plan = plan_from(
+        plan = planner.make_plan(
             resolve_model(target, None, None, None, None, None, settings),
-            cluster,
-            training | parse_settings(training_settings, "--train"),
-            stage=_stage(stage),
+            planner.load_cluster(cluster),
+            parse_training(training | parse_training_settings(training_settings), "measure"),
+            stage=cast(Stage, stage),
             tile_relations=tile_relations,
             offload=offload,
             nvme_path=nvme_path,
@@ -76,41 +78,24 @@ def measure_cli(
     _measure(plan, out, resume=resume, as_json=as_json)
 
 
-def _stage(value: int) -> Literal[0, 1, 2, 3]:
-    return value  # type: ignore[return-value]  # typer keeps it within 0 and 3
-
-
-def _measure(plan: Plan, out: Path | None, *, resume: bool, as_json: bool) -> None:
-    """Run a plan for a few steps and print predicted beside measured memory.
+def _measure(plan: planner.Plan, out: Path | None, *, resume: bool, as_json: bool) -> None:
+    """Run a plan for a few steps and print predicted and measured memory.
 
     Args:
-        plan: what to run.
-        out: the folder to keep plan and run in; None keeps neither.
+        plan: the plan to run.
+        out: folder for the plan and the run; None uses a temporary one.
         resume: also measure resuming.
         as_json: print JSON instead of a table.
     """
     with requires_extra("train"):
         from translution.distributed.verification.measured_run import few_steps, measure_plan
     console = Console(stderr=True, highlight=False, markup=False)
-    kept = Path(tempfile.mkdtemp(prefix="translution-measure-")) if out is None else None
+    temporary = Path(tempfile.mkdtemp(prefix="translution-measure-")) if out is None else None
     try:
-        folder = out if kept is None else kept / "plan"
+        folder = temporary / "plan" if temporary is not None else out
         assert folder is not None
         run = measure_plan(few_steps(plan), folder, console.print, resume=resume)
         print_verification(run, as_json=as_json)
     finally:
-        if kept is not None:
-            shutil.rmtree(kept, ignore_errors=True)
-
-
-def _plan_of(folder: Path) -> Plan | None:
-    """The plan, if it is a plan folder; None if it may be a model's name.
-
-    Raises:
-        InputError: if it is a folder without a plan.
-    """
-    if not folder.is_dir():
-        return None
-    if not (folder / PLAN_FILE).is_file():
-        raise InputError(f"{folder}: is not a plan folder: must hold {PLAN_FILE}")
-    return load_plan(folder)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
-from pydantic import TypeAdapter
 
-from translution.planner.common.errors import InputError
+from translution import planner
 from translution.planner.common.files import check_new_folder
-from translution.planner.common.schema import validate
-from translution.planner.common.units import format_bytes, format_count
-from translution.planner.config.loading import save_model
-from translution.planner.config.model import ModelSpec, override
-from translution.planner.config.training import TrainingSpec
+from translution.planner.common.units import format_count
 from translution.planner.costs.parameters import count_parameters
-from translution.planner.deepspeed.config import remarks
-from translution.planner.hardware.cluster import load_cluster
-from translution.planner.plans.build import make_plan
-from translution.planner.plans.folder import write_plan_folder
-from translution.planner.plans.plan import PLAN_FILE, Plan
-from translution.planner.search.advice import describe_hybrid
-from translution.planner.search.constraints import SearchConstraints
-from translution.planner.search.explain import SearchResult, StrategyVerdict
-from translution.planner.search.plan_search import NoPlanFits, RunCost, run_cost, search_plan, steps_for_epochs
-from translution.planner.timing.step_time import StepTime
+from translution.planner.deepspeed.config import config_warnings
+from translution.planner.plans.plan import PLAN_FILE
+from translution.planner.search.advice import save_hybrids
 
 from ..options import (
     C1Option,
@@ -44,140 +30,13 @@ from ..options import (
     TrainOption,
     ZeroOption,
     parse_settings,
+    parse_training_settings,
     resolve_model,
 )
-from ..output import console, make_table, print_json
-from ..tables.memory import phase_table, peak_tables
+from ..output import console, print_json
+from ..tables.memory import peak_tables, phase_table
+from ..tables.search import advice_table, format_run_cost, knobs_table, pareto_table, strategies_table, time_table
 from . import app
-
-_TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
-_WISHES: TypeAdapter[SearchConstraints] = TypeAdapter(SearchConstraints)
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What the user wrote."""
-
-    spec: ModelSpec
-    cluster: str
-    training: Mapping[str, object]
-    """Fields of `TrainingSpec`."""
-    constraints: Mapping[str, object]
-    """Fields of `SearchConstraints`."""
-    samples: int | None
-    """Of an epoch; None leaves the steps as they are."""
-    epochs: float
-
-    def search_plan(self) -> SearchResult:
-        """Search."""
-        cluster = load_cluster(self.cluster)
-        constraints = validate(_WISHES, dict(self.constraints), "plan", tuple(SearchConstraints.model_fields))
-        training = validate(_TRAINING, dict(self.training), "plan", tuple(TrainingSpec.model_fields))
-        if self.samples is not None:
-            for name, value in (("samples", self.samples), ("epochs", self.epochs)):
-                if not value > 0:
-                    raise InputError(f"{name}: {value} is not allowed: must be above 0")
-            steps = steps_for_epochs(self.samples, self.epochs, constraints, cluster)
-            training = validate(_TRAINING, training.model_dump() | {"steps": steps}, "plan", ())
-        return search_plan(self.spec, cluster, training, constraints)
-
-
-def plan_from(
-    spec: ModelSpec,
-    cluster_name: str,
-    training: Mapping[str, object],
-    *,
-    stage: Literal[0, 1, 2, 3],
-    tile_relations: int | None,
-    offload: str,
-    nvme_path: str | None,
-    offload_ratio: float,
-    zero_overrides: Mapping[str, object],
-) -> Plan:
-    """Make a plan of what the user wrote, without a search.
-
-    Args:
-        spec: the model.
-        cluster_name: as the user wrote it.
-        training: fields of `TrainingSpec`.
-        stage: the ZeRO stage.
-        tile_relations: relations per tile; None chooses.
-        offload: what leaves the device, and for where.
-        nvme_path: a folder on every node's NVMe drive.
-        offload_ratio: share of the optimizer's sub-groups that leave the device.
-        knobs: fields of `ZeroSpec` to set otherwise than chosen.
-    """
-    return make_plan(
-        spec,
-        load_cluster(cluster_name),
-        validate(_TRAINING, dict(training), "plan", tuple(TrainingSpec.model_fields)),
-        stage=stage,
-        tile_relations=tile_relations,
-        offload=offload,
-        nvme_path=nvme_path,
-        offload_ratio=offload_ratio,
-        zero_overrides=zero_overrides,
-    )
-
-
-def _no_plan(error: NoPlanFits, spec: ModelSpec, out: Path, *, as_json: bool) -> None:
-    """Print what was tried and what would do, and write a spec file for each hybrid."""
-    folder = out.with_name(f"{out.name}-hybrids")
-    files = {}
-    for row in error.hybrids:
-        name = f"first-{row.full_layers}-{row.rest}{f'-{row.c1}' if row.c1 else ''}"
-        path = folder / f"{name}.yaml"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise InputError(f"{folder}: cannot be written: {problem.strerror}") from None
-        save_model(override(spec, name=f"{spec.name} {name}", **row.changes), path)
-        files[str(path)] = row
-    if as_json:
-        document: dict[str, Any] = {
-            "error": str(error),
-            "families": [verdict.model_dump() for verdict in error.strategies],
-            "advice": [advice.model_dump() for advice in error.advice],
-            "hybrids": [row.model_dump() | {"file": path} for path, row in files.items()],
-        }
-        print_json(document)
-        return
-    out_console = console()
-    out_console.print(_strategies_table(error.strategies))
-    rows = [(advice.kind, advice.text) for advice in error.advice]
-    rows += [("hybrid", f"{describe_hybrid(row)} ({path})") for path, row in files.items()]
-    if rows:
-        out_console.print(make_table("What would do, one of these", ("change", "to"), rows, text_columns=2))
-
-
-def _strategies_table(strategies: tuple[StrategyVerdict, ...]) -> Any:
-    rows = [(f"{'* ' if verdict.chosen else ''}{verdict.strategy}", verdict.reason) for verdict in strategies]
-    return make_table("What was tried", ("family", "reason"), rows, text_columns=2)
-
-
-def _time_table(time: StepTime, plan: Plan) -> Any:
-    rows = [
-        (
-            entry.name,
-            entry.bound + (", beside the computation" if entry.overlaps else ""),
-            f"{entry.likely_s:.3g}",
-            f"{entry.low_s:.3g} to {entry.high_s:.3g}",
-        )
-        for entry in time.breakdown
-    ]
-    rows.append(("step", time.bound, f"{time.likely_s:.3g}", f"{time.low_s:.3g} to {time.high_s:.3g}"))
-    measured = "measured rates" if plan.cluster.measured else "shares of the peaks, estimated"
-    title = f"Predicted seconds of a step, by {measured}"
-    return make_table(title, ("part", "waits for", "seconds", "from, to"), rows, text_columns=2)
-
-
-def _cost_text(cost: RunCost, time: StepTime) -> str:
-    hours = f"{cost.likely_s / 3600:.3g} h ({cost.low_s / 3600:.3g} to {cost.high_s / 3600:.3g})"
-    price = "" if cost.price is None else f", {cost.price:,.0f} at the cluster's price"
-    return (
-        f"{time.samples_per_s:.3g} samples/s, {time.mfu:.1%} of the peak; {cost.steps} steps of "
-        f"{cost.samples // cost.steps} samples: {hours}, {cost.gpu_hours:.3g} GPU-hours{price}"
-    )
 
 
 @app.command(
@@ -251,7 +110,10 @@ def plan_cli(
 ) -> None:
     """Search for the best plan for a cluster, explain the choice and write the plan folder."""
     spec = resolve_model(model, operator, roles, c1, c2, relative_layers, settings)
-    training = {
+    given = {
+        "global_batch": global_batch,
+        "micro_batch": micro_batch,
+        "accumulation": gradient_accumulation_steps,
         "steps": steps,
         "warmup_steps": warmup_steps,
         "learning_rate": learning_rate,
@@ -260,79 +122,67 @@ def plan_cli(
         "precision": precision,
         "data": data,
         "seed": seed,
-    } | parse_settings(training_settings, "--train")
-    constraints = {
-        "global_batch": global_batch,
-        "micro_batch": training.pop("micro_batch", micro_batch),
-        "accumulation": training.pop("accumulation", gradient_accumulation_steps),
         "stage": stage,
+        "tile_relations": tile_relations,
         "offload": offload,
         "offload_ratio": offload_ratio,
         "nvme_path": nvme_path,
-        "checkpointing": _checkpointing(checkpointing, spec),
-        "tile_relations": tile_relations,
-        "all_nodes": all_nodes,
-        "headroom": headroom,
+        "checkpointing": checkpointing,
         "minimize": minimize,
+        "headroom": headroom,
+        "all_nodes": all_nodes,
         "zero_overrides": parse_settings(zero_settings, "--zero"),
-    }
-    request = PlanRequest(spec, cluster, training, constraints, samples, epochs)
+    } | parse_training_settings(training_settings)
     check_new_folder(out.absolute(), marker=PLAN_FILE, force=force)
     try:
-        result = request.search_plan()
-    except NoPlanFits as error:
-        _no_plan(error, request.spec, out, as_json=as_json)
+        result = planner.plan(spec, cluster, samples=samples, epochs=epochs, **given)
+    except planner.NoPlanFits as error:
+        _print_no_plan(error, spec, out, as_json=as_json)
         raise
-    plan = result.plan
-    write_plan_folder(plan, out, force=force)
-    cost = None if plan.time is None else run_cost(plan.time, plan.cluster, plan.training)
+    result.plan.write(out, force=force)
     if as_json:
+        cost = result.plan.run_cost
         document = {"folder": str(out), **result.model_dump(mode="json")}
         print_json(document | {"run": None if cost is None else cost.model_dump()})
         return
-    _print(result, cost, out)
+    _print_result(result, out)
 
 
-def _checkpointing(requested: str | None, spec: ModelSpec) -> str | None:
-    """Return the requested mode or the model's own; None, which lets the search choose, if that is "none"."""
-    if requested is not None:
-        return requested
-    return None if spec.checkpointing == "none" else spec.checkpointing
-
-
-def _print(result: SearchResult, cost: RunCost | None, out: Path) -> None:
-    plan, out_console = result.plan, console()
-    ranks = plan.cluster.world_size
+def _print_result(result: planner.SearchResult, out: Path) -> None:
+    plan, to = result.plan, console()
     tiles = "" if plan.tile_relations is None else f", {plan.tile_relations} relations per tile"
-    parameters = format_count(count_parameters(plan.model).total)
-    out_console.print(
-        f"{plan.model.name}: {parameters} parameters, ZeRO-{plan.zero.stage} on {ranks} ranks "
-        f"({plan.cluster.name}){tiles}, {plan.training.global_batch(ranks)} samples per step"
+    to.print(
+        f"{plan.model.name}: {format_count(count_parameters(plan.model).total)} parameters, ZeRO-{plan.zero.stage} on "
+        f"{plan.world_size} ranks ({plan.cluster.name}){tiles}, {plan.global_batch} samples per step"
     )
-    out_console.print(_strategies_table(result.strategies))
-    knobs = [(knob.knob, knob.value, knob.reason) for knob in result.knobs]
-    title = f"Chosen of {result.considered:,} candidates"
-    out_console.print(make_table(title, ("knob", "value", "reason"), knobs, text_columns=3))
-    points = [
-        (
-            f"{point.step_s:.3g}",
-            format_bytes(point.device_bytes),
-            str(point.nodes),
-            point.strategy,
-            str(point.micro_batch),
-            point.checkpointing,
-        )
-        for point in result.pareto
-    ]
-    columns = ("seconds", "device, at most", "nodes", "family", "micro-batch", "checkpointing")
-    out_console.print(make_table("Pareto: no plan is faster with less", columns, points))
-    if plan.time is not None and cost is not None:
-        out_console.print(_time_table(plan.time, plan))
-        out_console.print(_cost_text(cost, plan.time))
-    out_console.print(phase_table("Predicted memory of each rank, at the worst moment of each phase", plan.prediction))
-    for worst in peak_tables(plan.prediction):
-        out_console.print(worst)
-    for remark in remarks(plan.training, plan.zero):
-        out_console.print(f"note: {remark}")
+    for table in (strategies_table(result.strategies), knobs_table(result), pareto_table(result)):
+        to.print(table)
+    if plan.time is not None and plan.run_cost is not None:
+        to.print(time_table(plan, plan.time))
+        to.print(format_run_cost(plan.run_cost, plan.time))
+    to.print(phase_table("Predicted peak memory per rank and phase", plan.prediction))
+    for table in peak_tables(plan.prediction):
+        to.print(table)
+    for remark in config_warnings(plan.training, plan.zero):
+        to.print(f"note: {remark}")
     hosts = f" --hostfile {out / 'hostfile'}" if plan.cluster.nodes > 1 else ""
-    out_console.print(f"wrote {out}; run it: translution launch {out}{hosts}", soft_wrap=True)
+    to.print(f"wrote {out}; run it: translution launch {out}{hosts}", soft_wrap=True)
+
+
+def _print_no_plan(error: planner.NoPlanFits, spec: planner.ModelSpec, out: Path, *, as_json: bool) -> None:
+    """Print the strategies tried and the changes that would fit; write a spec file for each hybrid model."""
+    hybrids = save_hybrids(spec, error.hybrids, out.with_name(f"{out.name}-hybrids"))
+    if as_json:
+        print_json(
+            {
+                "error": str(error),
+                "families": [verdict.model_dump() for verdict in error.strategies],
+                "advice": [advice.model_dump() for advice in error.advice],
+                "hybrids": [row.model_dump() | {"file": str(path)} for path, row in hybrids.items()],
+            }
+        )
+        return
+    to = console()
+    to.print(strategies_table(error.strategies))
+    if error.advice or hybrids:
+        to.print(advice_table(error.advice, hybrids))

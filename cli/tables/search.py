@@ -1,0 +1,84 @@
+"""The result of a search as tables: strategies, knobs, Pareto set, time of a step, and changes that make a plan fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from translution import planner
+from translution.planner.common.units import format_bytes
+from translution.planner.search.advice import Advice, HybridRow, describe_hybrid
+from translution.planner.search.explain import StrategyVerdict
+
+from ..output import make_table
+
+
+def strategies_table(strategies: Sequence[StrategyVerdict]) -> Table:
+    """Return every strategy with its verdict; a star marks the chosen one."""
+    rows = [(f"{'* ' if verdict.chosen else ''}{verdict.strategy}", verdict.reason) for verdict in strategies]
+    return make_table("Strategies tried", ("strategy", "result"), rows, text_columns=2)
+
+
+def knobs_table(result: planner.SearchResult) -> Table:
+    """Return the value of every knob with its reason."""
+    rows = [(knob.knob, knob.value, knob.reason) for knob in result.knobs]
+    title = f"Best of {result.considered:,} candidates"
+    return make_table(title, ("knob", "value", "reason"), rows, text_columns=3)
+
+
+def pareto_table(result: planner.SearchResult) -> Table:
+    """Return the Pareto set of time, device memory and nodes."""
+    rows = [
+        (
+            f"{point.step_s:.3g}",
+            format_bytes(point.device_bytes),
+            str(point.nodes),
+            point.strategy,
+            str(point.micro_batch),
+            point.checkpointing,
+        )
+        for point in result.pareto
+    ]
+    columns = ("seconds", "device, at most", "nodes", "strategy", "micro-batch", "checkpointing")
+    return make_table("Pareto set: nothing faster needs less memory or fewer nodes", columns, rows)
+
+
+def time_table(plan: planner.Plan, time: planner.StepTime) -> Table:
+    """Return the predicted time of a step by part."""
+    rows = [
+        (
+            entry.name,
+            entry.bound + (", overlaps computation" if entry.overlaps else ""),
+            f"{entry.likely_s:.3g}",
+            f"{entry.low_s:.3g} to {entry.high_s:.3g}",
+        )
+        for entry in time.breakdown
+    ]
+    rows.append(("step", time.bound, f"{time.likely_s:.3g}", f"{time.low_s:.3g} to {time.high_s:.3g}"))
+    rates = "measured rates" if plan.cluster.measured else "estimated fractions of peak rates"
+    title = f"Predicted time of a step in seconds, from {rates}"
+    return make_table(title, ("part", "bound by", "seconds", "interval"), rows, text_columns=2)
+
+
+def format_run_cost(cost: planner.RunCost, time: planner.StepTime) -> str:
+    """Return throughput, duration and price of a run as one line."""
+    hours = f"{cost.likely_s / 3600:.3g} h ({cost.low_s / 3600:.3g} to {cost.high_s / 3600:.3g})"
+    price = "" if cost.price is None else f", {cost.price:,.0f} at the cluster's price"
+    return (
+        f"{time.samples_per_s:.3g} samples/s, {time.mfu:.1%} of the peak; {cost.steps} steps of "
+        f"{cost.samples // cost.steps} samples: {hours}, {cost.gpu_hours:.3g} GPU-hours{price}"
+    )
+
+
+def advice_table(advice: Sequence[Advice], hybrids: Mapping[Path, HybridRow]) -> Table:
+    """Return the changes that each make a plan fit.
+
+    Args:
+        advice: changes, cheapest first.
+        hybrids: hybrid models by their spec file.
+    """
+    rows = [(entry.kind, entry.text) for entry in advice]
+    rows += [("hybrid", f"{describe_hybrid(row)} ({path})") for path, row in hybrids.items()]
+    return make_table("Any one of these changes makes a plan fit", ("change", "to"), rows, text_columns=2)
