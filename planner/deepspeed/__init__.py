@@ -1,1 +1,1 @@
-"""DeepSpeed's configuration and what DeepSpeed does not run."""
+"""DeepSpeed's configuration, and the combinations of settings that DeepSpeed does not run."""

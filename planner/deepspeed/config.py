@@ -1,7 +1,8 @@
-"""The DeepSpeed configuration of a plan, with every silent default of 0.19.8 set explicitly.
+"""The DeepSpeed configuration (``ds_config.json``) of a plan, with the defaults of DeepSpeed 0.19.8 set explicitly.
 
-Also what 0.19.8 cannot do: combinations that its configuration accepts and that then fail, or do
-something else than they say.
+`_offload` turns the plan's offload, which ``translution plan --offload`` chooses, into the sections
+``offload_optimizer`` and ``offload_param``. `check_training_state` rejects combinations that DeepSpeed's configuration
+accepts, but that then fail or do something else.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from ..config.training import TrainingSpec
 from ..config.zero import ZeroSpec
 
 NVME_BLOCK_BYTES = 2**20
-"""Smallest tensor that DeepSpeed writes to NVMe; smaller ones stay on the host."""
+"""Bytes of the smallest tensor that DeepSpeed writes to NVMe; smaller ones stay on the host."""
 
 
 def check_training_state(training: TrainingSpec, zero: ZeroSpec, device: str) -> None:
-    """Whether DeepSpeed 0.19.8 runs this optimizer with these dtypes on these tiers.
+    """Check that DeepSpeed 0.19.8 runs this optimizer with these dtypes on these tiers.
 
     Args:
-        training: optimizer and dtypes.
-        zero: stage and offload.
-        device: what ranks compute on, "cpu" or "cuda".
+        training: gives optimizer and dtypes.
+        zero: gives stage and offload.
+        device: device of the ranks, "cpu" or "cuda".
 
     Raises:
-        InputError: naming the first field that does not go with the others.
+        InputError: with the first field that conflicts with the others.
     """
     offloaded = zero.offload_optimizer.device
     plain = offloaded == "none"
@@ -64,14 +65,14 @@ def _check_bf16_master(training: TrainingSpec, zero: ZeroSpec) -> None:
         raise InputError(f"optimizer: {training.optimizer!r} is not allowed: must be adamw with bf16_master offloaded")
 
 
-def remarks(training: TrainingSpec, zero: ZeroSpec) -> tuple[str, ...]:
-    """What runs, but not as one might expect: a sentence each."""
+def config_warnings(training: TrainingSpec, zero: ZeroSpec) -> tuple[str, ...]:
+    """Return warnings, one sentence each, about settings that run but behave unexpectedly."""
     optimizer, param = zero.offload_optimizer.device, zero.offload_param.device
     texts = []
     if optimizer == "nvme":
         texts.append(
             "DeepSpeed 0.19.8 loses AdamW's moments when it loads a checkpoint of states on NVMe: resume with "
-            "translution launch --resume, which mends that"
+            "translution launch --resume, which restores them"
         )
     if param == "nvme" and optimizer != "nvme":
         texts.append("DeepSpeed 0.19.8 cannot load a checkpoint with parameters on NVMe and the optimizer elsewhere")
@@ -79,7 +80,7 @@ def remarks(training: TrainingSpec, zero: ZeroSpec) -> tuple[str, ...]:
 
 
 def _optimizer(training: TrainingSpec, zero: ZeroSpec) -> dict[str, Any]:
-    """The optimizer's section; with offload DeepSpeed takes its own class for the CPU."""
+    """Return the optimizer's section; with offload DeepSpeed uses its own CPU optimizer."""
     values: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
     plain = zero.offload_optimizer.device == "none"
     if training.optimizer in ("adamw", "lion"):
@@ -101,7 +102,7 @@ def _precision(training: TrainingSpec) -> dict[str, Any]:
         bf16["bf16_optimizer_states"] = training.bf16_states
     result: dict[str, Any] = {"bf16": bf16}
     if training.precision == "fp16":
-        # Loss scaling as DeepSpeed's defaults have it: 2^16 at first, doubled after 1000 good steps.
+        # DeepSpeed's default loss scaling: 2^16 initially, doubled after 1000 steps without overflow.
         result["fp16"] = {
             "enabled": True,
             "loss_scale": 0,
@@ -117,7 +118,7 @@ def _precision(training: TrainingSpec) -> dict[str, Any]:
 
 
 def _offload(zero: ZeroSpec) -> dict[str, Any]:
-    """The sections of offload, with the keys that DeepSpeed reads for the device."""
+    """Return the sections ``offload_optimizer`` and ``offload_param`` with the keys that DeepSpeed reads per device."""
     result: dict[str, Any] = {}
     optimizer, param = zero.offload_optimizer, zero.offload_param
     if optimizer.device != "none":
@@ -146,18 +147,17 @@ def _offload(zero: ZeroSpec) -> dict[str, Any]:
 
 
 def deepspeed_config(training: TrainingSpec, zero: ZeroSpec, world_size: int) -> dict[str, Any]:
-    """The content of ``ds_config.json``.
+    """Return the content of ``ds_config.json``.
 
-    DeepSpeed's defaults that this overrides: gradient clipping 1.0 (runtime/constants.py), gradient
-    accumulation in the model's dtype (runtime/engine.py), a live set that reuse and prefetch
-    enlarge far beyond one tile (runtime/zero/config.py), parameters on NVMe that fill host memory
-    first and a second locked copy of them (runtime/zero/offload_config.py), and another Adam than
-    torch's.
+    It overrides these defaults of DeepSpeed: gradient clipping 1.0 (runtime/constants.py), gradient accumulation in the
+    model's dtype (runtime/engine.py), limits of reuse and prefetch that keep far more parameters gathered than one tile
+    (runtime/zero/config.py), parameters on NVMe that are cached in host memory first and have a second locked copy
+    (runtime/zero/offload_config.py), and DeepSpeed's own Adam instead of torch's.
 
     Args:
-        training: precision, batch and optimizer.
-        zero: stage and knobs.
-        ranks: the world size, which fixes the global batch.
+        training: gives precision, batch and optimizer.
+        zero: gives stage, offload and the other ZeRO settings.
+        world_size: number of ranks, which determines the global batch.
     """
     stage: dict[str, Any] = {
         "stage": zero.stage,
@@ -183,7 +183,7 @@ def deepspeed_config(training: TrainingSpec, zero: ZeroSpec, world_size: int) ->
         **_precision(training),
         "optimizer": _optimizer(training, zero),
         "zero_optimization": stage | _offload(zero),
-        # torch's SGD is on no list of optimizers that DeepSpeed tried with ZeRO; runs of ours did.
+        # torch's SGD is not on DeepSpeed's list of optimizers tested with ZeRO; this project's tests run it.
         "zero_allow_untested_optimizer": training.optimizer == "sgd",
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
@@ -194,7 +194,7 @@ def deepspeed_config(training: TrainingSpec, zero: ZeroSpec, world_size: int) ->
 
 
 def aio_section() -> dict[str, Any]:
-    """How DeepSpeed's I/O library reads and writes NVMe."""
+    """Return the section ``aio``: how DeepSpeed's I/O library reads and writes NVMe."""
     return {
         "block_size": NVME_BLOCK_BYTES,
         "queue_depth": 8,

@@ -1,1 +1,1 @@
-"""The predicted time of a training step."""
+"""Predicted time of a training step, and of a run."""

@@ -1,6 +1,6 @@
-"""How fast a cluster does what a step needs: measured where `translution calibrate` ran, else a share of the peaks.
+"""Rates at which a cluster computes and transfers: measured by `translution calibrate`, or a fraction of the peaks.
 
-The shares are estimates with an interval; whoever has measured says so in the cluster's file.
+The fractions (efficiencies) are estimates with an interval. The section ``measured`` of a cluster file replaces them.
 """
 
 from __future__ import annotations
@@ -26,33 +26,38 @@ EFFICIENCIES: dict[str, tuple[float, float, float]] = {
     "host": (0.40, 0.60, 0.80),
     "nvme": (0.50, 0.75, 0.95),
 }
-"""What is reached of a peak: slow, likely, fast. Estimates, not measured."""
+"""Fraction of a peak that is reached: slow, likely, fast. Estimates, not measured."""
 LATENCY_S = (60e-6, 30e-6, 15e-6)
-"""A collective of ranks on one node; each doubling of the nodes adds as much. An estimate."""
+"""Latency of a collective on one node; each doubling of the nodes adds the same again. Estimates, not measured."""
 GPU_OPERATION_S = (12e-6, 6e-6, 4e-6)
+"""Seconds to launch one operation from Python."""
 GPU_MODULE_S = (600e-6, 300e-6, 150e-6)
+"""Seconds of ZeRO-3's hooks around one module, or of the engine's work on one gradient."""
 GPU_SUB_GROUP_S = (2e-3, 1e-3, 0.5e-3)
+"""Seconds of the engine's work on one sub-group."""
 CPU_RATES = {
     "matmul": (15e9, 30e9, 60e9),
     "memory": (3e9, 6e9, 12e9),
     "link": (0.5e9, 1e9, 2e9),
     "adam": (100e6, 200e6, 400e6),
 }
-"""Of a CPU that nobody measured; of one core, but for the link."""
+"""Rates of a CPU that was not measured: of one core, except for the link."""
 HOST_ADAM_BYTES = 30
-"""Master copy, two moments and gradient read, the first three and the parameter written."""
+"""Bytes per element that CPU AdamW moves: reads master parameter, two moments and gradient; writes the first three
+and the parameter."""
 DEVICE_ADAM_BYTES = 28
+"""Bytes per element that one fused AdamW kernel would move on the device."""
 MEASURED_SPREAD = (1.15, 1.0, 0.9)
-"""Seconds of what was measured, by level: the same machine differs so much between two runs."""
+"""Factors on measured seconds, by level: the spread between two runs on the same machine."""
 
 
 class Rates:
-    """Of one rank, while all ranks of its node do the same.
+    """Rates of one rank while all ranks of its node do the same.
 
     Args:
-        cluster: gives the figures.
-        precision: of products.
-        level: which end of the intervals.
+        cluster: gives peaks and measured rates.
+        precision: precision of matrix products.
+        level: slow, likely or fast.
     """
 
     def __init__(self, cluster: ClusterSpec, precision: Precision, level: RateLevel = "likely") -> None:
@@ -62,42 +67,42 @@ class Rates:
         self._transfers: dict[str, Transfer] = {}
 
     def check(self) -> None:
-        """Look at what every step needs.
+        """Check that the cluster has the rates that every step needs.
 
         Raises:
-            InputError: naming what the cluster does not say.
+            InputError: with the name of a missing rate.
         """
         _ = self.peak_flops_per_s, self.memory_bytes_per_s, self.collective("all_gather")
 
     @property
     def spread(self) -> float:
-        """What a measured time is multiplied by."""
+        """Factor on measured seconds at this level."""
         return MEASURED_SPREAD[self._index]
 
     @property
     def on_cpu(self) -> bool:
-        """Whether ranks compute on the host."""
+        """Whether ranks compute on CPUs."""
         return self.cluster.device == "cpu"
 
     def efficiency(self, what: str) -> float:
-        """What is reached of a peak."""
+        """Return the fraction of a peak that is reached at this level; ``what`` is a key of `EFFICIENCIES`."""
         return EFFICIENCIES[what][self._index]
 
     @property
     def cores(self) -> float:
-        """Of a rank."""
+        """CPU cores per rank."""
         return (self.cluster.host_cores or self.cluster.ranks_per_node) / self.cluster.ranks_per_node
 
     def points(self) -> tuple[MatmulRate, ...]:
-        """Measured products of this precision."""
+        """Return the measured products of this precision."""
         return tuple(point for point in self._measured.matmul if point.precision == self.precision)
 
     @cached_property
     def peak_flops_per_s(self) -> float:
-        """Of one rank; of a CPU the best that was measured, or an estimate.
+        """Peak FLOP/s of one rank; for a CPU the highest measured rate, or an estimate.
 
         Raises:
-            InputError: if the cluster does not say.
+            InputError: if the cluster lacks the rate.
         """
         points = self.points()
         if points:
@@ -111,7 +116,7 @@ class Rates:
         return float(value)
 
     def matmul_seconds(self, rows: float, inner: int, cols: int, *, grouped: bool = False) -> float:
-        """One product (rows, inner) by (inner, cols)."""
+        """Return the seconds of one product (rows, inner) by (inner, cols)."""
         flops = 2.0 * rows * inner * cols
         points = self.points()
         if points:
@@ -124,7 +129,7 @@ class Rates:
 
     @cached_property
     def memory_bytes_per_s(self) -> float:
-        """Of elementwise operations."""
+        """Bytes per second that elementwise operations read and write."""
         measured = self._measured.memory_bytes_per_s
         if measured:
             return measured / self.spread
@@ -139,28 +144,29 @@ class Rates:
         return float(value)
 
     def norm_seconds(self, elements: float) -> float:
-        """The norm of a gradient, squared in fp64."""
+        """Return the seconds of the norm of a gradient, which is squared in fp64."""
         measured = self._measured.norm_elements_per_s
-        # Read, written in fp64, read again.
+        # Without a measured rate: 4 bytes read, 8 written in fp64, 8 read again.
         return elements / (measured / self.spread if measured else self.memory_bytes_per_s / 20)
 
     @cached_property
     def operation_s(self) -> float:
-        """One small operation called from Python."""
+        """Seconds of one small operation called from Python."""
         measured = self._measured.operation_s
         return GPU_OPERATION_S[self._index] if measured is None else self.spread * measured
 
     def overhead(self, name: str) -> float:
-        """``module_s``, ``gradient_s`` or ``sub_group_s``."""
+        """Return the seconds of an engine overhead: ``module_s``, ``gradient_s`` or ``sub_group_s``."""
         measured = getattr(self._measured, name)
         if measured is not None:
             return float(self.spread * measured)
         return (GPU_SUB_GROUP_S if name == "sub_group_s" else GPU_MODULE_S)[self._index]
 
     def collective(self, name: Literal["all_gather", "reduce_scatter", "all_reduce"]) -> Transfer:
-        """By bytes of the whole tensor, of which a rank holds or gets its share.
+        """Return the transfer model of a collective, by the bytes of the full tensor.
 
-        Within a node at the links' rate; between nodes every node takes in what the others have, on all adapters.
+        Within a node it runs at the rate of the links; between nodes every node receives the partitions of the others
+        over all of its adapters.
         """
         if name not in self._transfers:
             self._transfers[name] = self._collective(name)
@@ -176,7 +182,7 @@ class Rates:
         latency, passes = LATENCY_S[self._index], 2 if name == "all_reduce" else 1
         if self.on_cpu:
             return Transfer(latency_s=10 * latency, bytes_per_s=CPU_RATES["link"][self._index] / passes)
-        # Seconds of a byte: bound by what a rank takes in, or its node.
+        # Seconds per byte, bound by what one rank receives or what its node receives.
         seconds = 0.0
         if cluster.ranks_per_node > 1:
             received = (cluster.world_size - 1) / cluster.world_size
@@ -188,7 +194,7 @@ class Rates:
         return Transfer(latency_s=latency, bytes_per_s=1 / (seconds * passes))
 
     def host_copy(self, direction: Literal["host_to_device", "device_to_host"]) -> Transfer:
-        """Between the host and one device, while all of the node's copy."""
+        """Return the transfer model of copies between the host and one device while all devices of the node copy."""
         if direction not in self._transfers:
             self._transfers[direction] = self._host_copy(direction)
         return self._transfers[direction]
@@ -198,7 +204,7 @@ class Rates:
         if measured is not None:
             return Transfer(latency_s=measured.latency_s * self.spread, bytes_per_s=measured.bytes_per_s / self.spread)
         if self.on_cpu:
-            # The device is the host: a copy within it, once read and once written.
+            # The device is the host: a copy reads and writes the same memory.
             return Transfer(latency_s=self.operation_s, bytes_per_s=self.memory_bytes_per_s / 2)
         rate = self._field("pcie_bytes_per_s") * self.efficiency("pcie")
         shared = self._host_bytes_per_s() / self.cluster.ranks_per_node
@@ -209,7 +215,7 @@ class Rates:
 
     @cached_property
     def host_adam_elements_per_s(self) -> float:
-        """Of one rank, while the others of its node update too."""
+        """Elements per second that CPU AdamW updates on one rank while all ranks of the node update."""
         measured = self._measured.host_adam_elements_per_s
         if measured:
             return measured / self.spread
@@ -219,7 +225,7 @@ class Rates:
 
     @cached_property
     def device_adam_elements_per_s(self) -> float:
-        """Torch's AdamW, tensor by tensor: some kernels read and write what one would need once."""
+        """Elements per second that torch's AdamW updates; its kernels move more than one fused kernel would."""
         measured = self._measured.device_adam_elements_per_s
         if measured:
             return measured / self.spread
@@ -227,10 +233,10 @@ class Rates:
         return self.memory_bytes_per_s / (DEVICE_ADAM_BYTES * passes)
 
     def nvme_bytes_per_s(self, direction: Literal["read", "write"]) -> float:
-        """One rank's part of its node's drives.
+        """Return one rank's share of the bandwidth of its node's drives.
 
         Raises:
-            InputError: if the cluster does not say.
+            InputError: if the cluster lacks the rate.
         """
         name = f"nvme_{direction}_bytes_per_s"
         measured = getattr(self._measured, name)

@@ -1,7 +1,7 @@
 """Predicted time of an optimizer step: what each part takes, what overlaps, and what bounds it.
 
-Compute is the model's products and elementwise work at the machine's rates (work.py, rates.py). What ZeRO moves,
-and when, follows DeepSpeed 0.19.8: runtime/zero/stage3.py, stage_1_and_2.py and runtime/engine.py.
+Compute time is the model's matrix products and elementwise work (costs/workload.py) at the cluster's rates (rates.py).
+What ZeRO transfers and when follows DeepSpeed 0.19.8: runtime/zero/stage3.py, stage_1_and_2.py and runtime/engine.py.
 """
 
 from __future__ import annotations
@@ -29,61 +29,62 @@ _FROM_NVME, _UPDATE = "parameters from NVMe", "optimizer update"
 _STATES_IN, _STATES_OUT = "optimizer states from NVMe", "optimizer states to NVMe"
 _BACK, _ENGINE = "parameters to the ranks", "engine"
 VISIT_OPERATIONS = 18
-"""Small operations for one relation and role in forward, views among them; backward makes three times as many.
-Chosen to agree with runs of a layer on a CPU."""
+"""Small operations per relation and role in forward, views included; backward has three times as many. Fitted to runs
+of a layer on a CPU."""
 TILE_OPERATIONS = 40
-"""For one tile on a GPU, where its relations are taken together."""
+"""Small operations per tile in forward on a GPU, which computes the relations of a tile together."""
 
 
 class PartTime(NamedTuple):
-    """One part of a step."""
+    """Time of one part of a step."""
 
     seconds: float
     bound: Bound
+    """The resource that limits it."""
     overlaps: bool = False
-    """Whether it runs beside forward and backward rather than before or after."""
+    """Whether it overlaps with forward and backward."""
 
 
 class StepPart(Schema):
-    """One part of a step, over all micro-batches."""
+    """One part of a step, summed over all micro-batches."""
 
     name: str
     low_s: float
     likely_s: float
     high_s: float
     bound: str
-    """What it waits for."""
+    """The resource that limits it."""
     overlaps: bool
-    """Whether it runs beside forward and backward."""
+    """Whether it overlaps with forward and backward."""
 
 
 class StepTime(Schema):
-    """Time of one optimizer step of every rank."""
+    """Predicted time of one optimizer step."""
 
     breakdown: tuple[StepPart, ...] = stored_as("entries")
-    """In the order of the step."""
+    """The parts in the order of the step."""
     low_s: float
     likely_s: float
     high_s: float
     bound: str
-    """What takes the most of the step."""
+    """The resource whose parts have the largest sum of seconds."""
     samples_per_s: float
-    """At the likely time, over all ranks."""
+    """Samples per second of all ranks at the likely time."""
     model_flops: int
-    """Of the matrix products of the step that the mathematics needs, over all ranks."""
+    """FLOPs of the step's matrix products over all ranks, without recomputation."""
     mfu: float
-    """Those, over what the devices' peak would do in the likely time."""
+    """Model FLOPs utilization: `model_flops` divided by the FLOPs of all devices' peak in the likely time."""
 
 
 @lru_cache(maxsize=4096)
 def compute_seconds(spec: ModelSpec, batch: int, tiles: int, rates: Rates) -> tuple[float, float]:
-    """Forward and backward of one micro-batch, without recomputation.
+    """Return the compute seconds of forward and of backward of one micro-batch, without recomputation.
 
     Args:
         spec: the model.
-        batch: samples.
-        tiles: calls of tiles in a forward pass.
-        rates: of the machine.
+        batch: samples of the micro-batch.
+        tiles: tile modules called in one forward pass.
+        rates: the cluster's rates.
     """
     work = count_work(spec)
     forward = backward = 0.0
@@ -99,12 +100,12 @@ def compute_seconds(spec: ModelSpec, batch: int, tiles: int, rates: Rates) -> tu
     overhead = calls * rates.operation_s
     if rates.on_cpu:
         return forward + overhead, backward + 3 * overhead
-    # A GPU works while Python goes ahead, until Python is the slower one.
+    # A GPU computes while Python launches the next operations: the slower of the two determines the time.
     return max(forward, overhead), max(backward, 3 * overhead)
 
 
-def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates: Rates) -> dict[str, PartTime]:
-    """Collectives and copies of the micro-batches, and of the parameters after the update."""
+def _transfers(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates: Rates) -> dict[str, PartTime]:
+    """Return the collectives and copies of the micro-batches, and those of the parameters after the update."""
     width, count, parts = training.dtype_bytes, training.gradient_accumulation_steps, {}
     optimizer, param = zero.offload_optimizer.device, zero.offload_param.device
     reduce, gather = rates.collective("reduce_scatter"), rates.collective("all_gather")
@@ -122,7 +123,7 @@ def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates
             copy = rates.host_copy("host_to_device")
             seconds = count * uses * (v.gathers * copy.latency_s + local / copy.bytes_per_s)
             if on_cpu:
-                # Shares are copied before they are gathered, and no faster.
+                # Partitions are copied before they are gathered, at the rate of the gather.
                 seconds = count * uses * local / gather.bytes_per_s
             parts[_FROM_HOST] = PartTime(seconds, "host link", early)
         elif param == "nvme":
@@ -138,14 +139,14 @@ def _moving(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates
     if optimizer != "none":
         copy = rates.host_copy("device_to_host")
         seconds = v.tensors * copy.latency_s + v.partition_numel * width / copy.bytes_per_s
-        # Each gradient's norm is taken on its way.
+        # The norm of each gradient is computed during the transfer.
         seconds = count * (seconds + rates.norm_seconds(v.partition_numel))
         parts[_TO_HOST] = PartTime(seconds, "host link", overlaps)
     return parts
 
 
-def _updating(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rates) -> dict[str, PartTime]:
-    """The optimizer's update of a rank's share, and what it swaps."""
+def _update_parts(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rates) -> dict[str, PartTime]:
+    """Return the optimizer's update of a rank's partition, and its transfers to and from NVMe."""
     optimizer, parts = zero.offload_optimizer, {}
     own = v.elements if zero.stage == 0 else v.partition_numel
     on_host = 0 if optimizer.device == "none" else round(own * optimizer.ratio)
@@ -175,8 +176,8 @@ def _updating(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rates) 
     return parts
 
 
-def _engine(zero: ZeroSpec, training: TrainingSpec, v: Volumes, uses: int, rates: Rates) -> PartTime:
-    """What the engine itself does in Python."""
+def _engine_part(zero: ZeroSpec, training: TrainingSpec, v: Volumes, uses: int, rates: Rates) -> PartTime:
+    """Return the engine's own work in Python."""
     seconds = training.gradient_accumulation_steps * v.tensors * rates.overhead("gradient_s")
     if zero.stage == 3:
         hooks = training.gradient_accumulation_steps * uses * v.gathers * rates.overhead("module_s")
@@ -188,7 +189,7 @@ def _engine(zero: ZeroSpec, training: TrainingSpec, v: Volumes, uses: int, rates
 
 
 def step_parts(run: RunConfig, rates: Rates) -> dict[str, PartTime]:
-    """Every part of a step at one level of the rates.
+    """Return every part of a step at one level of the rates.
 
     Args:
         run: what is trained, where and how.
@@ -197,10 +198,10 @@ def step_parts(run: RunConfig, rates: Rates) -> dict[str, PartTime]:
     model, training, zero = run.model, run.training, run.zero
     v = volumes(model, run.tile_relations, rates.cluster.world_size, zero.persistence_threshold_elements)
     forward, backward = compute_seconds(model, training.micro_batch, v.tiles, rates)
-    count, again = training.gradient_accumulation_steps, model.checkpointing != "none"
+    count, recomputes = training.gradient_accumulation_steps, model.checkpointing != "none"
     parts = {_FORWARD: PartTime(count * forward, "compute"), _BACKWARD: PartTime(count * backward, "compute")}
     uses = 2
-    if again:
+    if recomputes:
         uses = 3
         parts[_RECOMPUTE] = PartTime(count * forward * count_work(model).recompute, "compute")
         if model.checkpointing == "offload" and not rates.on_cpu:
@@ -208,22 +209,22 @@ def step_parts(run: RunConfig, rates: Rates) -> dict[str, PartTime]:
             out, back = rates.host_copy("device_to_host"), rates.host_copy("host_to_device")
             seconds = model.depth * (out.latency_s + back.latency_s) + size / out.bytes_per_s + size / back.bytes_per_s
             parts["activations to the host and back"] = PartTime(count * seconds, "host link")
-    parts |= _moving(training, zero, v, uses, rates)
-    parts |= _updating(training, zero, v, rates)
-    parts[_ENGINE] = _engine(zero, training, v, uses, rates)
+    parts |= _transfers(training, zero, v, uses, rates)
+    parts |= _update_parts(training, zero, v, rates)
+    parts[_ENGINE] = _engine_part(zero, training, v, uses, rates)
     return parts
 
 
 def total_seconds(parts: Iterable[PartTime]) -> float:
-    """What overlaps costs only what it takes longer than what it runs beside."""
-    alone = beside = compute = 0.0
+    """Add up parts; overlapping parts add only the time by which they exceed the compute time."""
+    alone = overlapped = compute = 0.0
     for part in parts:
         if part.overlaps:
-            beside = max(beside, part.seconds) if part.bound == "engine" else beside + part.seconds
+            overlapped = max(overlapped, part.seconds) if part.bound == "engine" else overlapped + part.seconds
         else:
             alone += part.seconds
             compute += part.seconds if part.bound == "compute" else 0.0
-    return alone + max(0.0, beside - compute)
+    return alone + max(0.0, overlapped - compute)
 
 
 def estimate_step_time(run: RunConfig) -> StepTime:

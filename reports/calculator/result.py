@@ -16,7 +16,7 @@ from translution.planner.common.errors import InputError
 from translution.planner.common.phases import Tier
 from translution.planner.common.schema import Schema, parse_json, stored_as
 from translution.planner.costs.parameters import TABLES
-from translution.planner.deepspeed.config import remarks
+from translution.planner.deepspeed.config import config_warnings
 from translution.planner.hardware.cluster import ClusterSpec
 from translution.planner.memory.estimate import BreakdownItem, MemoryEstimate
 from translution.planner.plans.folder import write_plan_folder
@@ -220,7 +220,7 @@ def plan_view(result: SearchResult) -> PlanView:
         strategies=result.strategies,
         knobs=result.knobs,
         pareto=result.pareto,
-        remarks=remarks(training, plan.zero),
+        remarks=config_warnings(training, plan.zero),
         deepspeed_config=plan.deepspeed_config(),
     )
 
