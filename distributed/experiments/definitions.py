@@ -1,6 +1,6 @@
-"""The paper's questions at desk size: which models are trained on what, and tested on what.
+"""The experiments: the paper's questions at desk size, with the models, training data and test data for each.
 
-Every model of an experiment has the same width, depth and schedule; its operator differs.
+The models of an experiment share width, depth and schedule; only their operators differ, unless a name says otherwise.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from translution.planner.config.model import ModelSpec, override, parse_model_sp
 from translution.planner.costs.parameters import count_parameters
 
 BATCH = 64
-"""Samples of a step."""
+"""Samples per step."""
 _CANVAS: dict[str, Any] = {
     "family": "vit", "image": 24, "patch": 4, "channels": 1, "classes": 10, "dim": 32, "depth": 2, "heads": 2,
 }  # fmt: skip
-"""Digits of 12 by 12 pixels lie anywhere on it: 36 patches, 121 relations."""
+"""Canvas of 36 patches and 121 relations, for digits of 12 by 12 pixels."""
 _BYTES: dict[str, Any] = {
     "family": "gpt", "context": 64, "vocabulary": 256, "dim": 64, "depth": 2, "heads": 2,
 }  # fmt: skip
@@ -35,36 +35,42 @@ _POSITIONS: dict[str, dict[str, Any]] = {
 }
 _LANGUAGE = ("attention, absolute positions", "attention, rotary", "α-Translution", "full Translution")
 ROLES = ("qkv", "kv", "qv", "qk", "q", "k", "v")
+"""Sets of projections with a matrix per relation that are compared."""
 LOW_WIDTHS = (1, 2, 4, 8, 16)
+"""Low-rank widths c1 = c2 that are compared."""
 
 
 class ModelVariant(Schema):
-    """A model of an experiment."""
+    """A model of an experiment, with its display name."""
 
     name: str
     model: ModelSpec = Field(discriminator="family")
 
 
 class Task(Schema):
-    """What a model is trained on, and what it is tested on."""
+    """The data that a model is trained on, and the data that it is tested on."""
 
     train: DataKind
     tests: tuple[DataKind, ...]
 
 
 class Experiment(Schema):
-    """A question, and how it is answered."""
+    """A question, and the models and tasks that answer it."""
 
     name: str
     question: str
     metric: str
-    """``accuracy`` of held-out samples, or ``bits per byte``."""
+    """``accuracy`` on held-out samples, or ``bits per byte``."""
     variants: tuple[ModelVariant, ...]
     tasks: tuple[Task, ...]
     steps: int
+    """Training steps of each model."""
     quick_steps: int
+    """Training steps of each model in a quick run."""
     seeds: int = 3
+    """Number of seeds for each model and task."""
     learning_rate: float = 2e-3
+    """Peak learning rate."""
 
 
 def _variants(base: dict[str, Any], models: dict[str, dict[str, Any]]) -> tuple[ModelVariant, ...]:
@@ -88,10 +94,10 @@ def _shift() -> Experiment:
 
 
 def _ablation() -> Experiment:
-    """Absolute matrices, in a model that is widened until it has no fewer parameters."""
+    """Compare with absolute matrices, also in a model widened until it has at least as many parameters."""
     relative = parse_model_spec(_CANVAS | {"operator": "translution"})
-    wide, wanted = relative, count_parameters(relative).total
-    while wide.operator != "absolute" or count_parameters(wide).total < wanted:
+    wide, minimum = relative, count_parameters(relative).total
+    while wide.operator != "absolute" or count_parameters(wide).total < minimum:
         wide = override(wide, operator="absolute", dim=wide.dim + (4 if wide.operator == "absolute" else 0))
     same = override(relative, operator="absolute")
     return Experiment(
@@ -151,16 +157,18 @@ def _language() -> Experiment:
 _EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
     "shift": _shift, "ablation": _ablation, "rank": _rank, "roles": _roles, "language": _language,
 }  # fmt: skip
-NAMES = tuple(_EXPERIMENTS)
+EXPERIMENT_NAMES = tuple(_EXPERIMENTS)
 
 
 def find_experiment(name: str) -> Experiment:
-    """An experiment by its name.
+    """Return an experiment by its name.
 
     Raises:
-        InputError: for a name that is none of `NAMES`.
+        InputError: if the name is not one of `EXPERIMENT_NAMES`.
     """
     if name not in _EXPERIMENTS:
-        known = ", ".join(NAMES)
-        raise InputError(f"experiment: {name[:60]!r} is not allowed{nearest(name, NAMES)}: must be one of {known}")
+        known = ", ".join(EXPERIMENT_NAMES)
+        raise InputError(
+            f"experiment: {name[:60]!r} is not allowed{nearest(name, EXPERIMENT_NAMES)}: must be one of {known}"
+        )
     return _EXPERIMENTS[name]()

@@ -1,4 +1,4 @@
-"""Running an experiment: small models on one process each, without DeepSpeed, so that many fit into minutes."""
+"""Run an experiment: train each small model in one process, without DeepSpeed, several at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from translution.planner.config.datasets import DataKind
 from translution.planner.config.training import TrainingSpec
 from translution.planner.costs.parameters import count_parameters
 
-from .definitions import BATCH, Experiment, Task, ModelVariant
+from .definitions import BATCH, Experiment, ModelVariant, Task
 
 if TYPE_CHECKING:
     import torch
@@ -30,60 +30,76 @@ if TYPE_CHECKING:
     from ..data.base import DataSource
 
 _EVALUATED = 1024
-"""Most held-out samples that a model is tested on."""
+"""Maximum number of held-out samples that a model is tested on."""
 _WARMUP = 0.1
-"""Share of the steps in which the learning rate rises."""
+"""Fraction of the steps in which the learning rate rises."""
 OnTrial = Callable[["Trial", int, int], None]
+"""Called with a finished trial, the number of finished trials and the number of all trials."""
 
 
 class Trial(Schema):
     """One model trained with one seed."""
 
     variant: str
+    """Name of the model."""
     train: DataKind
+    """Training data."""
     seed: int
     parameters: int
+    """Number of parameters of the model."""
     losses: dict[str, float]
-    """Mean loss in nats on each test."""
+    """Mean loss in nats on each test set."""
     accuracies: dict[str, float]
+    """Fraction of correct predictions on each test set."""
     final_training_loss: float
+    """Mean training loss in nats over the last 20 steps."""
     seconds: float
-    """Of training, on one core beside others."""
+    """Duration of training in seconds, on one core while other trials use the other cores."""
 
 
 class Summary(Schema):
-    """A variant's seeds taken together."""
+    """A model's metric on one test set, over all seeds."""
 
     variant: str
+    """Name of the model."""
     train: DataKind
+    """Training data."""
     test: DataKind
+    """Test data."""
     parameters: int
+    """Number of parameters of the model."""
     mean: float
+    """Mean of the metric over seeds."""
     deviation: float
-    """Sample standard deviation over seeds; 0 for one."""
+    """Sample standard deviation of the metric over seeds; 0 for a single seed."""
     seeds: int
+    """Number of seeds."""
 
 
 class ExperimentResult(Schema):
-    """All that an experiment has found."""
+    """The trials of an experiment, and how they were made."""
 
     experiment: Experiment
     quick: bool
-    """Too few steps to mean anything: that the parts work together is all it shows."""
+    """True for a run with too few steps for meaningful results, which only shows that the parts work together."""
     steps: int
+    """Training steps of each model."""
     batch: int
+    """Samples per step."""
     trials: tuple[Trial, ...]
     seconds: float
+    """Duration of the experiment in seconds."""
     made: Provenance
+    """Command, time, machine and versions."""
 
     def value(self, trial: Trial, test: str) -> float:
-        """The metric of a trial on a test."""
+        """Return the experiment's metric of a trial on a test set."""
         if self.experiment.metric == "accuracy":
             return trial.accuracies[test]
         return trial.losses[test] / math.log(2)
 
     def summaries(self) -> list[Summary]:
-        """Mean and spread of every variant, task and test, in the experiment's order."""
+        """Return mean and standard deviation for every task, test set and model, in the experiment's order."""
         rows = []
         for task in self.experiment.tasks:
             for test in task.tests:
@@ -104,7 +120,7 @@ class ExperimentResult(Schema):
         return rows
 
 
-RESULT: TypeAdapter[ExperimentResult] = TypeAdapter(ExperimentResult)
+EXPERIMENT_RESULT: TypeAdapter[ExperimentResult] = TypeAdapter(ExperimentResult)
 
 
 def _training(task: Task, seed: int, test: DataKind | None = None) -> TrainingSpec:
@@ -112,14 +128,14 @@ def _training(task: Task, seed: int, test: DataKind | None = None) -> TrainingSp
 
 
 def run_trial(variant: ModelVariant, task: Task, seed: int, steps: int, learning_rate: float) -> Trial:
-    """Train a model and test it; everything drawn follows from the seed.
+    """Train and test a model; all random values depend on the seed.
 
     Args:
         variant: the model.
-        task: its data.
-        seed: of weights, order and positions.
+        task: training and test data.
+        seed: seed of the weights, the order of the samples and the positions of digits.
         steps: optimizer steps, each on `BATCH` samples.
-        learning_rate: the highest.
+        learning_rate: peak learning rate.
     """
     import torch
 
@@ -133,7 +149,7 @@ def run_trial(variant: ModelVariant, task: Task, seed: int, steps: int, learning
     torch.manual_seed(seed)
     network = build(variant.model)
     samples, _ = load_samples(variant.model, _training(task, seed), BATCH)
-    batches = micro_batches(samples, micro_batch=BATCH, gradient_accumulation_steps=1, rank=0, ranks=1, seed=seed)
+    batches = micro_batches(samples, micro_batch=BATCH, gradient_accumulation_steps=1, rank=0, world_size=1, seed=seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
     recent: list[float] = []
     warmup, began = max(1, round(_WARMUP * steps)), time.perf_counter()
@@ -166,7 +182,7 @@ def run_trial(variant: ModelVariant, task: Task, seed: int, steps: int, learning
 
 
 def _evaluate(network: torch.nn.Module, held_out: DataSource) -> tuple[float, float]:
-    """Mean loss and accuracy over held-out samples, spread evenly if there are too many."""
+    """Return mean loss and accuracy over held-out samples; an evenly spaced subset if there are too many."""
     import torch
 
     network.eval()
@@ -185,7 +201,7 @@ def _evaluate(network: torch.nn.Module, held_out: DataSource) -> tuple[float, fl
 
 
 def _jobs(experiment: Experiment, seeds: int) -> Iterator[tuple[ModelVariant, Task, int]]:
-    """The largest models first, so that no core waits for one at the end."""
+    """Yield all trials, the largest models first, so that no core has to wait for one at the end."""
     ordered = sorted(experiment.variants, key=lambda variant: -count_parameters(variant.model).total)
     for variant in ordered:
         for task in experiment.tasks:
@@ -194,7 +210,7 @@ def _jobs(experiment: Experiment, seeds: int) -> Iterator[tuple[ModelVariant, Ta
 
 
 def _end_with_parent() -> None:
-    """Let no trial go on once the program that wants its result was killed."""
+    """End this trial if the process that started it is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -205,19 +221,36 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
+def _ignore_trial(_: Trial, __: int, ___: int) -> None:
+    """Trials that nobody asked for are not shown."""
+
+
 def run_experiment(
-    experiment: Experiment, *, quick: bool, seeds: int | None, steps: int | None, command: str, on_trial: OnTrial
+    experiment: Experiment,
+    *,
+    quick: bool = False,
+    seeds: int | None = None,
+    steps: int | None = None,
+    on_trial: OnTrial = _ignore_trial,
 ) -> ExperimentResult:
-    """Run all trials of an experiment, as many at a time as there are cores.
+    """Run all trials of an experiment, one per core at a time.
 
     Args:
-        experiment: which.
-        quick: few steps and one seed, to see that it works.
-        seeds: how many, if not the experiment's.
-        steps: how many, if not the experiment's.
-        command: what a user typed, for the record.
-        on_trial: called with each trial as it ends, its number and how many there are.
+        experiment: the experiment, as `find_experiment` returns it.
+        quick: few steps and one seed, to check that it works.
+        seeds: number of seeds; None is the experiment's, or 1 for a quick run.
+        steps: training steps of each model; None is the experiment's number.
+        on_trial: called with each finished trial, the number of finished trials and the number of all trials.
+
+    Returns:
+        The result, with the command that repeats it.
+
+    Raises:
+        InputError: if data cannot be read.
+        MissingPackageError: if a package that reads the data is not installed.
     """
+    command = [f"translution experiment {experiment.name}", *(["--quick"] if quick else [])]
+    command += [f"--{flag} {value}" for flag, value in (("seeds", seeds), ("steps", steps)) if value is not None]
     count = seeds or (1 if quick else experiment.seeds)
     steps = steps or (experiment.quick_steps if quick else experiment.steps)
     jobs, trials, began = list(_jobs(experiment, count)), [], time.perf_counter()
@@ -237,5 +270,5 @@ def run_experiment(
         batch=BATCH,
         trials=tuple(trials),
         seconds=time.perf_counter() - began,
-        made=provenance(command, ("torch", "numpy", "scikit-learn")),
+        made=provenance(" ".join(command), ("torch", "numpy", "scikit-learn")),
     )

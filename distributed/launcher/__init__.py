@@ -1,1 +1,1 @@
-"""Start the ranks of a plan, here or on many hosts, and watch them."""
+"""Launch a plan: start its ranks on this machine or on the hosts of a hostfile, and watch them until they end."""

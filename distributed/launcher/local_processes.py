@@ -1,4 +1,4 @@
-"""Processes of a run: started together, watched, asked to save, and ended together."""
+"""Start processes on this machine, watch them, and end them together."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ from ..runs.watchdog import LAUNCHER_PID
 from ..system.signals import EndedError, ending_signals_raise
 
 GRACE_SECONDS = 15.0
+"""Seconds between asking processes to end and killing them."""
 SAVE_SECONDS = 3600.0
-"""How long ranks that were asked to end may take for their step and their checkpoint."""
+"""Seconds that ranks may take to finish their step and save a checkpoint, once asked to stop."""
 POLL_SECONDS = 0.2
+"""Seconds between two looks at the processes and the metrics file."""
 
 OnMetrics = Callable[[Mapping[str, Any]], None]
+"""Called with each line of the metrics file, as a mapping."""
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher and every rank: they share its process group."""
+    """End the launcher and all ranks, which share its process group."""
     for end in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, end)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)
-        # Ranks may outlive their launcher, to save.
+        # Ranks may outlive their launcher while they save.
         deadline = time.monotonic() + GRACE_SECONDS
         with contextlib.suppress(ProcessLookupError, PermissionError):
             while time.monotonic() < deadline:
@@ -41,19 +44,24 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 class MetricsReader:
-    """Hands over each new whole line of the metrics file."""
+    """Follows the metrics file of a run.
+
+    Args:
+        path: the metrics file, which need not exist yet.
+        on_metrics: called with each new complete line.
+    """
 
     def __init__(self, path: Path, on_metrics: OnMetrics) -> None:
-        # What an earlier launch of the same run wrote has been shown.
+        # Skip the lines that an earlier launch of the same run wrote.
         self._offset = path.stat().st_size if path.exists() else 0
         self._path, self._on_metrics = path, on_metrics
 
     def poll(self) -> None:
-        """Read what has been added."""
+        """Read the lines added since the last call."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
-            # A resumed run cuts off a torn line.
+            # A resumed run removes an incomplete last line.
             self._offset = min(self._offset, os.fstat(file.fileno()).st_size)
             file.seek(self._offset)
             for line in file:
@@ -64,18 +72,22 @@ class MetricsReader:
 
 
 def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path, on_metrics: OnMetrics) -> int:
-    """Start the launcher in its own process group and wait; no rank outlives the call.
+    """Run the launcher in its own process group and wait for it; no rank outlives the call.
 
-    Ranks also watch this process, and end by themselves when it is killed.
+    Ranks also watch this process, and end by themselves if it is killed.
 
     Args:
-        command: what to start.
-        environment: added to this process's own.
-        run: the run folder; everything printed goes to its log.
+        command: the launcher's command.
+        environment: variables added to this process's environment.
+        run: the run folder; all output goes to its launcher log.
         on_metrics: called with each line of the metrics file as it is written.
 
     Returns:
         The launcher's exit code.
+
+    Raises:
+        InterruptedRunError: if the user interrupted the run; the ranks have saved and ended.
+        RunFailedError: if a signal ended the run; the ranks have saved and ended.
     """
     reader = MetricsReader(run / METRICS, on_metrics)
     environment = {**os.environ, **environment, LAUNCHER_PID: str(os.getpid())}
@@ -94,8 +106,8 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path,
                 time.sleep(POLL_SECONDS)
         except (KeyboardInterrupt, EndedError) as ended:
             _let_ranks_save(process, run)
-            if text := resume_hint(run):
-                ended.args = (*ended.args, text)
+            if hint := resume_hint(run):
+                ended.args = (*ended.args, hint)
             raise
         finally:
             _stop(process)
@@ -104,11 +116,11 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path,
 
 
 def _let_ranks_save(process: subprocess.Popen[bytes], run: Path) -> None:
-    """Ask ranks that train to save and end, and wait for it; a second signal cuts the wait short."""
+    """Ask training ranks to save and end, and wait for them; a second signal ends the wait."""
     asked = False
     for status in read_statuses(run):
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            # A number may have gone to another process, but not to one of this group.
+            # The process id may belong to another process by now, but not to one of this group.
             if status.state == "training" and os.getpgid(status.pid) == process.pid:
                 os.kill(status.pid, signal.SIGUSR1)
                 asked = True
@@ -120,16 +132,16 @@ def _let_ranks_save(process: subprocess.Popen[bytes], run: Path) -> None:
 def run_processes(
     command: Sequence[str], environments: Sequence[Mapping[str, str]], log: Path, poll: Callable[[], None]
 ) -> int:
-    """Start a command once for every environment and wait for all; none outlives the call.
+    """Run one process per environment with the same command; none outlives the call.
 
     Args:
-        command: what to start.
-        environments: one process's each, added to this process's own.
-        log: where everything printed goes.
-        poll: called a few times a second.
+        command: the command.
+        environments: for each process, variables added to this process's environment.
+        log: file for all output.
+        poll: called a few times per second.
 
     Returns:
-        0 if all ended well, else the first other exit code; the rest are ended then.
+        0 if all processes succeed, otherwise the exit code of the first that fails; the others are then ended.
     """
     processes: list[subprocess.Popen[bytes]] = []
     with log.open("ab") as file, ending_signals_raise():

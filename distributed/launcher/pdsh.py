@@ -1,4 +1,4 @@
-"""Ranks on other hosts, through DeepSpeed's pdsh runner: started, watched, asked to save, and ended together."""
+"""Start ranks on other hosts through DeepSpeed's pdsh runner, watch them, and end them together."""
 
 from __future__ import annotations
 
@@ -15,36 +15,39 @@ from ..remote.ssh import SSH_ARGUMENTS
 from ..runs.folder import LOG, METRICS
 from ..runs.heartbeat import keep_heartbeat, request_stop
 from ..runs.status import read_statuses, resume_hint
-from ..system.signals import EndedError
-from ..system.signals import ending_signals_raise as ending_signals
+from ..system.signals import EndedError, ending_signals_raise
 from .local_processes import GRACE_SECONDS, POLL_SECONDS, SAVE_SECONDS, MetricsReader, OnMetrics
 
-_ENDED = re.compile(rb"^pdsh@[^:]*: [^:]*: ssh exited with exit code (\d+)", re.MULTILINE)
-"""What pdsh says of a host whose command has failed, while those of other hosts still run."""
+_HOST_FAILED = re.compile(rb"^pdsh@[^:]*: [^:]*: ssh exited with exit code (\d+)", re.MULTILINE)
+"""What pdsh prints when the command of one host has failed, while those of other hosts still run."""
 
 
 def run_remote_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path, on_metrics: OnMetrics) -> int:
-    """Start DeepSpeed's runner and wait; ranks on any host end with it, by the run folder's beat.
+    """Run DeepSpeed's runner and wait for it; the ranks on all hosts end when the run folder's heartbeat stops.
 
     Args:
-        command: what to start.
-        environment: all of it.
+        command: the runner's command.
+        environment: the runner's complete environment.
         run: the run folder, which all hosts see.
         on_metrics: called with each line of the metrics file as it is written.
 
     Returns:
         The runner's exit code, or that of the first host that failed.
+
+    Raises:
+        InterruptedRunError: if the user interrupted the run; the ranks have saved and ended.
+        RunFailedError: if a signal ended the run; the ranks have saved and ended.
     """
     reader = MetricsReader(run / METRICS, on_metrics)
-    # A host that is gone must not be waited for as long as TCP would.
-    alive = f"{environment.get(SSH_ARGUMENTS, '')} -o BatchMode=yes -o ServerAliveInterval=15".strip()
-    with (run / LOG).open("ab") as log, ending_signals(), keep_heartbeat(run):
+    # Without keep-alive messages ssh would wait for a lost host until TCP gives up.
+    ssh_arguments = f"{environment.get(SSH_ARGUMENTS, '')} -o BatchMode=yes -o ServerAliveInterval=15".strip()
+    with (run / LOG).open("ab") as log, ending_signals_raise(), keep_heartbeat(run):
         offset = log.tell()
         process = subprocess.Popen(
             command,
-            # Every node has the root folder, and its name needs no quoting.
+            # The runner changes to this folder on every host: the root folder exists and needs no quoting.
             cwd="/",
-            env={**environment, SSH_ARGUMENTS: alive},
+            env={**environment, SSH_ARGUMENTS: ssh_arguments},
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
@@ -57,13 +60,13 @@ def run_remote_ranks(command: Sequence[str], environment: Mapping[str, str], run
                 time.sleep(POLL_SECONDS)
                 failed = _failed(run, offset)
             if failed:
-                # The others notice by themselves, as a rule, and say what they saw.
+                # Usually the other ranks notice by themselves and report an error.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE_SECONDS)
         except (KeyboardInterrupt, EndedError) as ended:
             _let_ranks_save(process, run)
-            if text := resume_hint(run):
-                ended.args = (*ended.args, text)
+            if hint := resume_hint(run):
+                ended.args = (*ended.args, hint)
             raise
         finally:
             if process.poll() is None:
@@ -73,17 +76,17 @@ def run_remote_ranks(command: Sequence[str], environment: Mapping[str, str], run
 
 
 def _failed(run: Path, offset: int) -> int:
-    """The exit code of a host whose ranks have failed, or 1 if a rank says so; 0 if none has."""
+    """Return the exit code of a host whose command failed, 1 if a rank reports a failure, otherwise 0."""
     with (run / LOG).open("rb") as log:
         log.seek(offset)
-        match = _ENDED.search(log.read())
+        match = _HOST_FAILED.search(log.read())
     if match:
         return int(match[1])
     return int(any(status.state == "failed" for status in read_statuses(run)))
 
 
 def _let_ranks_save(process: subprocess.Popen[bytes], run: Path) -> None:
-    """Ask ranks that train to save and end, and wait for it; a second signal cuts the wait short."""
+    """Ask training ranks to save and end, and wait for them; a second signal ends the wait."""
     if any(status.state == "training" for status in read_statuses(run)):
         request_stop(run)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -91,10 +94,10 @@ def _let_ranks_save(process: subprocess.Popen[bytes], run: Path) -> None:
 
 
 def _abandon(process: subprocess.Popen[bytes]) -> None:
-    """End the runner without a word.
+    """Kill the runner.
 
-    Asked to end, it would have pkill end every DeepSpeed launcher of this Python on the hosts, other runs' too
-    (DeepSpeed 0.19.8, launcher/multinode_runner.py). The ranks end when the beat does.
+    On SIGTERM the runner would call pkill on the hosts, which ends every DeepSpeed launcher of this Python, including
+    those of other runs (DeepSpeed 0.19.8, launcher/multinode_runner.py). The ranks end when the heartbeat stops.
     """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)

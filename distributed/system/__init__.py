@@ -1,1 +1,1 @@
-"""This machine: environment, packages, compiled ops, memory, files, signals."""
+"""This machine: environment, packages, compiled ops, memory, file systems, network, signals."""

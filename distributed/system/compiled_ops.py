@@ -1,4 +1,7 @@
-"""DeepSpeed's compiled ops: which a plan needs, and compiling them once before ranks would race for them."""
+"""DeepSpeed's compiled ops: which ones a plan needs, and compiling them once before the ranks start.
+
+Ranks that compile the same op at the same time wait for each other's lock.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,13 @@ for name in sys.argv[1:]:
         builder.load()
 """
 COMPILE_SECONDS = 900.0
-"""How long one op may take: the longest, for NVMe, takes four minutes on two quiet cores."""
+"""Seconds allowed to compile one op; the slowest, for NVMe, takes four minutes on two idle cores."""
 _PREPARED = "translution-prepared.json"
 _OPTIMIZERS = {"adamw": "CPUAdamBuilder", "lion": "CPULionBuilder", "adagrad": "CPUAdagradBuilder"}
 
 
 def needed_ops(plan: Plan) -> tuple[str, ...]:
-    """Names of the builders of what a plan's ranks load."""
+    """Return the builder names of the ops that a plan's ranks load."""
     zero = plan.zero
     ops = ["ShareMemCommBuilder"] if plan.cluster.device == "cpu" else []
     if zero.offload_optimizer.device != "none" and plan.training.optimizer in _OPTIMIZERS:
@@ -49,15 +52,15 @@ def needed_ops(plan: Plan) -> tuple[str, ...]:
 
 
 def prepare_ops(ops: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-    """Compile ops in one process; those that are compiled already are only loaded, or looked at.
+    """Compile ops in one separate process, unless they are compiled already.
 
     Args:
-        ops: names of builders.
-        environment: added to this process's own.
-        log: where the compiler's words go.
+        ops: builder names.
+        environment: variables added to this process's environment.
+        log: file for the compiler's output.
 
     Raises:
-        RunFailedError: if one does not compile, or waits on the lock that a killed compilation left.
+        RunFailedError: if an op does not compile, or waits for the lock of a killed compilation.
     """
     environment = {**os.environ, **environment}
     remove_stale_locks(environment)
@@ -69,7 +72,7 @@ def prepare_ops(ops: Sequence[str], environment: Mapping[str, str], log: Path) -
 
 
 def _compile(ops: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
-    """Load ops in a process of its own; its exit code. No compiler outlives the call, whatever ends it."""
+    """Load ops in a separate process and return its exit code; no compiler outlives the call."""
     seconds = COMPILE_SECONDS * len(ops)
     with log.open("ab") as file, ending_signals_raise():
         process = subprocess.Popen(
@@ -89,16 +92,18 @@ def _compile(ops: Sequence[str], environment: Mapping[str, str], log: Path) -> i
 
 
 class _Prepared(Schema):
-    """What was found prepared last: loading ops to see that takes seconds, and a look at their files none."""
+    """Record of the ops found compiled; comparing it with the files saves the seconds that loading the ops takes."""
 
     ops: tuple[str, ...]
+    """Builder names of the ops."""
     made_with: dict[str, str]
+    """Versions and paths that compiled ops depend on."""
     libraries: dict[str, int]
-    """When each file was written, in ns."""
+    """Modification time of each compiled file in ns, by its path."""
 
 
 def _made_with(environment: Mapping[str, str]) -> dict[str, str]:
-    """What compiled ops depend on, beside DeepSpeed's sources."""
+    """Return the versions and paths that compiled ops depend on, in addition to DeepSpeed's sources."""
     found = {"python": sys.version, "executable": sys.executable, "CXX": environment.get("CXX", "")}
     for package in ("torch", "deepspeed", "ninja"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -137,12 +142,12 @@ _NOTE: TypeAdapter[_Prepared] = TypeAdapter(_Prepared)
 
 
 def extensions_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where torch keeps compiled ops."""
+    """Return the folder where torch stores compiled ops."""
     return Path(environment.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
 
 
 def _held_files() -> set[Path]:
-    """Files that some process of this machine holds open, as far as this one may see."""
+    """Return the files that processes of this machine hold open, as far as this process may see them."""
     held = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
@@ -151,16 +156,16 @@ def _held_files() -> set[Path]:
 
 
 def remove_stale_locks(environment: Mapping[str, str] = os.environ) -> list[Path]:
-    """Remove the locks of compilations that were killed: whoever loads the op waits for them for ever, silently.
+    """Remove the locks of killed compilations: a process that loads such an op waits for its lock forever.
 
-    torch holds its lock open while it compiles, so that a lock that no process holds is stale. One that
-    another machine may hold, on a network's file system, must be older than any compilation.
+    torch holds a lock file open while it compiles, so a lock that no process holds open is stale. On a network file
+    system another machine may hold it, so a lock there must also be older than any compilation.
 
     Args:
-        environment: says where the extensions lie.
+        environment: environment variables that locate the folder of compiled ops.
 
     Returns:
-        The locks that were removed.
+        The removed locks.
 
     Source: torch 2.13, utils/file_baton.py and utils/cpp_extension.py.
     """
@@ -177,5 +182,5 @@ def remove_stale_locks(environment: Mapping[str, str] = os.environ) -> list[Path
 
 
 def _is_local(path: Path) -> bool:
-    """Whether only this machine can see a file; network file systems have others' locks."""
+    """Return True if only this machine can see a file; a network file system may hold other machines' locks."""
     return not file_system(path).startswith(("nfs", "lustre", "ceph", "gpfs", "beegfs", "fuse", "cifs", "9p"))

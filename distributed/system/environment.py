@@ -1,4 +1,4 @@
-"""Whether a machine can run a plan's ranks, and what they need in their environment."""
+"""Check whether this machine can run a plan's ranks, and build their environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .packages import check_training_packages
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on now."""
+    """Return a free TCP port on the loopback interface."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port: int = server.getsockname()[1]
@@ -27,17 +27,16 @@ def free_port() -> int:
 
 
 def own_path() -> str:
-    """PATH with this Python's programs first, as in an environment that is activated.
+    """Return PATH with this Python's programs first, as in an activated environment.
 
-    Its ninja compiles DeepSpeed's ops. Another one would compile them anew, and the next run with this one too:
-    versions do not know each other's commands.
+    DeepSpeed's ops are compiled with this Python's ninja: different versions of ninja recompile each other's output.
     """
     own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
     return path if path.split(os.pathsep)[0] == own else os.pathsep.join([own, path])
 
 
 def launch_environment(cluster: ClusterSpec) -> dict[str, str]:
-    """What the ranks need in their environment, beside this process's own."""
+    """Return the environment variables that the ranks need in addition to this process's own."""
     path = own_path()
     if cluster.device == "cuda":
         return {"PATH": path}
@@ -48,16 +47,16 @@ def launch_environment(cluster: ClusterSpec) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
     if cluster.nodes == 1:
-        # Ranks of one machine talk over the loopback, whatever its name resolves to.
+        # Ranks of one machine use the loopback, whatever the host name resolves to.
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     return variables
 
 
 def check_packages(ops: Sequence[str]) -> None:
-    """Whether torch and DeepSpeed are installed, and a C++ compiler if there are ops to compile.
+    """Check that torch and DeepSpeed are installed, and a C++ compiler if there are ops to compile.
 
     Raises:
-        MissingPackageError: naming the one that is absent.
+        MissingPackageError: names the missing one.
     """
     import importlib.util
 
@@ -69,7 +68,7 @@ def check_packages(ops: Sequence[str]) -> None:
 
 
 def version_warnings(plan: Plan) -> list[str]:
-    """A sentence for each package whose version is not the one that the plan was made for."""
+    """Return a sentence for each package whose installed version differs from the plan's."""
     import importlib.metadata
 
     texts = []
@@ -84,12 +83,12 @@ def version_warnings(plan: Plan) -> list[str]:
 
 
 def check_machine(plan: Plan) -> None:
-    """Whether this machine can run the ranks of one node of the plan.
+    """Check that this machine can run the ranks of one node of the plan.
 
     Raises:
-        InputError: if one of its nodes needs more cores or GPUs.
-        MissingPackageError: if DeepSpeed, the C++ compiler for its communication op or what the plan's training
-            needs is absent.
+        InputError: if a node of the plan needs more cores or GPUs than this machine has.
+        MissingPackageError: if DeepSpeed, the C++ compiler for its ops, or a package that the plan's training settings
+            need is not installed.
     """
     cluster = plan.cluster
     check_packages(needed_ops(plan))

@@ -1,4 +1,4 @@
-"""File systems by path, and shared-memory buffers that dead ranks left."""
+"""File system types, and removal of the shared-memory buffers that ranks leave behind."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 
 
 def file_system(path: Path) -> str:
-    """The kind of file system that a path lies on, ``ext4`` for instance; nothing where it cannot be told."""
+    """Return the type of the file system of a path, such as ``ext4``; an empty string if it is unknown."""
     try:
         text = Path("/proc/mounts").read_text(encoding="utf-8")
     except OSError:
         return ""
     mounts = [line.split()[1:3] for line in text.splitlines()]
-    where = [(folder, kind) for folder, kind in mounts if path.resolve().is_relative_to(folder)]
-    return max(where, key=lambda mount: len(mount[0]), default=("", ""))[1]
+    containing = [(folder, kind) for folder, kind in mounts if path.resolve().is_relative_to(folder)]
+    return max(containing, key=lambda mount: len(mount[0]), default=("", ""))[1]
 
 
 def remove_shared_buffers(port: str | int, rank: int | None = None) -> None:
-    """Delete what DeepSpeed's CPU communication leaves in shared memory, 66 MiB for every rank, for ever.
+    """Delete the buffers that DeepSpeed's CPU communication leaves in /dev/shm, 66 MiB for each rank.
 
     Args:
-        port: of the ranks' rendezvous, by which the files are named.
-        rank: whose; None deletes those of all ranks.
+        port: port at which the ranks met; it is part of the file names.
+        rank: rank whose buffers to delete; None deletes those of all ranks.
 
     Source: DeepSpeed 0.19.8, csrc/cpu/comm/shm.cpp.
     """

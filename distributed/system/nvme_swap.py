@@ -1,4 +1,4 @@
-"""DeepSpeed's swap files on an NVMe drive: where they lie, their size, their removal."""
+"""DeepSpeed's swap files on an NVMe drive: their paths, sizes and removal."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from translution.planner.deepspeed.config import aio_section
 
 SWAP_FOLDER = "zero_stage_3"
-"""What DeepSpeed makes under an NVMe path."""
+"""Folder that DeepSpeed creates under an NVMe path."""
 
 
 def swap_folders(nvme_path: str, rank: int) -> list[Path]:
-    """The folders in which DeepSpeed keeps one rank's files under an NVMe path."""
+    """Return the folders of one rank's swap files under an NVMe path."""
     base = Path(nvme_path) / SWAP_FOLDER
     return [base / "optimizer" / f"rank{rank}", *(path / f"rank{rank}" for path in base.glob("*params"))]
 
 
 def _kind(path: Path) -> str:
-    """What a swap file holds, from the name that DeepSpeed gave it."""
+    """Return the kind of tensor in a swap file, from DeepSpeed's file name."""
     if path.parent.parent.name.endswith("params"):
         return "parameters"
     for kind in ("gradient", "exp_avg_sq", "exp_avg"):
@@ -29,7 +29,7 @@ def _kind(path: Path) -> str:
 
 
 def disk_bytes(nvme_path: str | None, rank: int) -> dict[str, int]:
-    """Bytes of a rank's files under an NVMe path, by what they hold."""
+    """Return the bytes of a rank's swap files under an NVMe path, by kind of tensor."""
     result: dict[str, int] = {}
     for folder in swap_folders(nvme_path, rank) if nvme_path else []:
         for path in folder.glob("**/*"):
@@ -40,13 +40,13 @@ def disk_bytes(nvme_path: str | None, rank: int) -> dict[str, int]:
 
 
 def remove_swap_files(nvme_path: str | None, rank: int) -> None:
-    """Delete a rank's own files under an NVMe path: no later run can use them."""
+    """Delete a rank's swap files under an NVMe path: no later run can use them."""
     for folder in swap_folders(nvme_path, rank) if nvme_path else []:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def io_handle() -> Any:
-    """DeepSpeed's I/O library, set as a plan's config sets it; its op is compiled if it is not yet.
+    """Return DeepSpeed's I/O handle with the settings of a plan's config; compiles the op if needed.
 
     Source: DeepSpeed 0.19.8, csrc/aio/py_lib/py_ds_aio.cpp.
     """

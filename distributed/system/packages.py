@@ -1,4 +1,4 @@
-"""Whether the packages are installed that only some plans need, found before anything starts."""
+"""Check that the packages that only some plans need are installed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.util
 from translution.planner.common.errors import MissingPackageError
 from translution.planner.config.training import TrainingSpec
 
-_INSTALL = {
+_INSTALL_COMMANDS = {
     "kornia": "pip install 'translution-scale[train]'",
     "tensorboard": "pip install 'translution-scale[tensorboard]'",
     "wandb": "pip install wandb",
@@ -15,13 +15,13 @@ _INSTALL = {
 
 
 def check_training_packages(training: TrainingSpec) -> None:
-    """Whether what augments the images and what shows the metrics is installed.
+    """Check that the packages for the plan's image augmentation and its metrics monitor are installed.
 
     Raises:
-        MissingPackageError: naming the one that is absent.
+        MissingPackageError: names the missing one.
     """
     needed = ["kornia"] if training.augmentation else []
-    needed += [training.monitor] if training.monitor in _INSTALL else []
+    needed += [training.monitor] if training.monitor in _INSTALL_COMMANDS else []
     for package in needed:
         if importlib.util.find_spec(package) is None:
-            raise MissingPackageError(f"{package} is missing: {_INSTALL[package]}")
+            raise MissingPackageError(f"{package} is missing: {_INSTALL_COMMANDS[package]}")

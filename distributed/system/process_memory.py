@@ -1,4 +1,4 @@
-"""What the operating system says of this process: resident and locked memory, and files on NVMe."""
+"""Memory of this process, as the operating system reports it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _FIELDS = {"resident": "VmRSS", "peak": "VmHWM", "locked": "VmLck", "pinned": "V
 
 
 def process_bytes() -> dict[str, int]:
-    """Resident, highest resident, locked (mlock) and pinned (by a driver) memory of this process.
+    """Return the bytes of this process: resident, peak (resident), locked (mlock) and pinned (by a driver).
 
-    Only the highest is known where there is no /proc.
+    Without /proc only the peak is known.
     """
     try:
         text = _STATUS.read_text(encoding="ascii")
@@ -27,6 +27,6 @@ def process_bytes() -> dict[str, int]:
 
 
 def reset_peak() -> None:
-    """Let the highest resident memory begin anew at the present one, where Linux allows it."""
+    """Reset the process's peak resident memory to its current value, if Linux allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -1,4 +1,7 @@
-"""A rank that is asked to end saves first: SIGTERM, or the SIGUSR1 that Slurm sends before a job's limit."""
+"""Signals: a rank saves a checkpoint before it ends, and a launcher ends its ranks before it ends.
+
+Ranks are asked to end by SIGTERM, or by the SIGUSR1 that Slurm sends before a job's time limit.
+"""
 
 from __future__ import annotations
 
@@ -13,36 +16,37 @@ from types import FrameType
 from translution.planner.common.errors import InterruptedRunError, RunFailedError
 
 SECONDS_TO_STEP_END = 20.0
-"""After SIGTERM, whose sender will not wait for long, a rank that reaches no step's end by then gives up.
-It may wait for ranks that are gone."""
+"""Seconds after SIGTERM in which a rank must reach the end of its step, or it exits without saving.
+It may be waiting for dead ranks, and the sender of a SIGTERM does not wait long."""
 EXIT_CODE = 128 + signal.SIGTERM
+"""Exit code of a rank that exits without saving."""
 
 
 class StopRequest:
-    """Notes a signal; read between steps."""
+    """Records the first request to stop; the rank looks at it between steps."""
 
     def __init__(self) -> None:
         self.name: str | None = None
-        """Of the signal, once one has come."""
+        """Name of the signal or sender of the request; None before a request."""
         self._noticed = threading.Event()
 
     def notice(self) -> None:
-        """The rank has come to a step's end and will save."""
+        """Report that the rank has reached the end of its step and will save."""
         self._noticed.set()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.name = self.name or signal.Signals(number).name
 
     def expect(self) -> None:
-        """Note SIGUSR1 from now on, while the rank is still being built: it saves after its first step.
+        """Record SIGUSR1 from now on, while the model is still being built: the rank saves after its first step.
 
-        SIGTERM still ends it at once: there is nothing to save yet.
+        SIGTERM still ends the rank at once: there is nothing to save yet.
         """
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, self._handle)
 
     def _watch(self, wakeup: int) -> None:
-        # The main thread may sit in a collective, where Python handles no signal; this thread is told at once.
+        # In a collective the main thread handles no Python signals; this thread reads them from a pipe at once.
         while data := os.read(wakeup, 1):
             if data[0] == signal.SIGTERM and not self._noticed.wait(SECONDS_TO_STEP_END):
                 os._exit(EXIT_CODE)
@@ -50,7 +54,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[StopRequest]:
-        """Take the signals over while the block runs; only in the main thread, elsewhere nothing is done."""
+        """Record SIGTERM and SIGUSR1 while the block runs; does nothing outside of the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -62,7 +66,7 @@ class StopRequest:
         try:
             yield self
         finally:
-            self._noticed.set()  # What comes after the steps is not cut short.
+            self._noticed.set()  # No time limit applies after the last step.
             for number, handler in before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
@@ -70,33 +74,42 @@ class StopRequest:
 
 
 class IntervalTimer:
-    """Tells when so many minutes have gone by."""
+    """Reports when an interval has passed.
+
+    Args:
+        minutes: length of the interval in minutes; 0 never passes.
+    """
 
     def __init__(self, minutes: float) -> None:
         self._seconds, self._since = minutes * 60, time.monotonic()
 
     def due(self) -> bool:
-        """Whether they have, since the start or the last `restart`."""
+        """Return True if the interval has passed since the start or the last `restart`."""
         return self._seconds > 0 and time.monotonic() - self._since >= self._seconds
 
     def restart(self) -> None:
-        """Begin anew."""
+        """Start the interval again."""
         self._since = time.monotonic()
 
 
 class EndedError(BaseException):
-    """A signal asks this process to end; no ``except Exception`` may keep it."""
+    """A signal asks this process to end; a BaseException, so that no ``except Exception`` catches it."""
 
 
 @contextlib.contextmanager
 def ending_signals_raise() -> Iterator[None]:
-    """SIGTERM, SIGHUP and SIGUSR1 unwind the stack as Ctrl-C does, so that the ranks are ended too."""
+    """Make SIGTERM, SIGHUP and SIGUSR1 unwind the stack as Ctrl-C does, so that the ranks are ended too.
+
+    Raises:
+        InterruptedRunError: for Ctrl-C.
+        RunFailedError: for one of the signals, named in the message.
+    """
 
     def end(number: int, _: object) -> None:
         raise EndedError(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # Only the main thread may set handlers; there the caller has to.
+        yield  # Only the main thread may set signal handlers.
         return
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     try:

@@ -135,8 +135,8 @@ def test_what_is_expected_is_read_before_it_is_asked_for(folder: Path) -> None:
 def stop_reading(source: DataSource) -> None:
     """Wait until all that is expected has been read."""
     assert isinstance(source, Images)
-    for coming in source._coming.values():
-        coming.result()
+    for future in source._prefetched.values():
+        future.result()
 
 
 def test_images_of_an_epoch_are_shared_without_overlap(folder: Path) -> None:

@@ -14,12 +14,12 @@ import pytest
 from translution.cli.main import run
 from translution.distributed.experiments import definitions as experiments
 from translution.distributed.experiments import runner as experiment
-from translution.distributed.experiments.definitions import DYNAMIC, NAMES, STATIC, find_experiment
-from translution.distributed.experiments.runner import RESULT, ExperimentResult, Trial, run_trial
+from translution.distributed.experiments.definitions import DYNAMIC, EXPERIMENT_NAMES, STATIC, find_experiment
+from translution.distributed.experiments.runner import EXPERIMENT_RESULT, ExperimentResult, Trial, run_trial
 from translution.planner.common.provenance import provenance
 from translution.planner.common.schema import parse_json
 from translution.planner.costs.parameters import count_parameters
-from translution.reports.sections.experiment import experiment_markdown, experiment_picture
+from translution.reports.sections.experiment import experiment_cells, experiment_markdown, experiment_picture
 
 
 def trial(name: str, train: str, seed: int, *, accuracies: dict[str, float]) -> Trial:
@@ -76,7 +76,7 @@ def test_the_wider_absolute_model_has_no_fewer_parameters() -> None:
 
 
 def test_the_questions_are_the_papers() -> None:
-    models = {name: [variant.model for variant in find_experiment(name).variants] for name in NAMES}
+    models = {name: [variant.model for variant in find_experiment(name).variants] for name in EXPERIMENT_NAMES}
     assert [model.operator for model in models["shift"]] == [
         "attention", "attention", "bias", "shaw", "alpha", "translution",
     ]  # fmt: skip
@@ -123,7 +123,7 @@ def _children(process: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EXPERIMENT_NAMES)
 def test_every_model_of_every_experiment_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "_EVALUATED", 64)
     asked = find_experiment(name)
@@ -154,7 +154,7 @@ def test_a_quick_experiment_writes_figures_table_and_picture(
     words = ["experiment", "shift", "--quick", "--seeds", "2"]
     assert run([*words, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    result = parse_json(RESULT, (out / "result.json").read_text(), "result")
+    result = parse_json(EXPERIMENT_RESULT, (out / "result.json").read_text(), "result")
     assert document["summaries"] == [row.model_dump() for row in result.summaries()]
     assert (result.quick, result.steps, len(result.trials)) == (True, short.quick_steps, 8)
     table = (out / "README.md").read_text()
@@ -167,10 +167,10 @@ def test_a_quick_experiment_writes_figures_table_and_picture(
     assert "exists already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EXPERIMENT_NAMES)
 def test_the_committed_results_are_those_of_todays_experiments_and_their_tables_agree(root: Path, name: str) -> None:
     folder = root / "reports" / "experiments" / name
-    result = parse_json(RESULT, (folder / "result.json").read_text(encoding="utf-8"), "result")
+    result = parse_json(EXPERIMENT_RESULT, (folder / "result.json").read_text(encoding="utf-8"), "result")
     asked = find_experiment(name)
     assert result.experiment == asked
     assert (result.quick, result.steps, result.made.command) == (False, asked.steps, f"translution experiment {name}")
