@@ -9,7 +9,6 @@ from typing import Literal, TypeAlias
 from pydantic import TypeAdapter
 
 from ..common.phases import Tier
-from ..common.phases import Tier
 from ..common.schema import Schema, validate
 from ..config.loading import load_model
 from ..config.model import ModelSpec, VitSpec

@@ -1,4 +1,4 @@
-"""The kinds of data a plan may train on, and which models they suit."""
+"""Kinds of training data, and the models that each kind suits."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ DataKind: TypeAlias = Literal[
 ]  # fmt: skip
 
 PLACED_DIGITS: tuple[DataKind, ...] = ("digits-static", "digits-shifted", "digits-patches")
-"""Those that do not fill the image."""
+"""Kinds whose digits do not fill the image."""
 DIGITS: tuple[DataKind, ...] = ("digits", *PLACED_DIGITS)
 READ_FROM_PATH: tuple[DataKind, ...] = ("images", "tokens")
 DIGITS_CLASSES = 10
 DIGITS_TRAINING_SAMPLES = 1433
-"""Of scikit-learn's 1,797 digits; the others are held out."""
+"""Training samples of scikit-learn's 1,797 digits; the others are held out."""
 BYTES_VOCABULARY = 256
 
 
 def digit_size(spec: VitSpec, digit_pixels: int | None) -> int:
-    """Height and width in pixels of a digit that does not fill the image: as asked, or half the shorter side.
+    """Height and width in pixels of a digit that does not fill the image; half the shorter side by default.
 
     Raises:
-        InputError: if it is larger than the image.
+        InputError: if the digit is larger than the image.
     """
     shorter = min(spec.image)
     if digit_pixels is not None and digit_pixels > shorter:
@@ -36,13 +36,13 @@ def digit_size(spec: VitSpec, digit_pixels: int | None) -> int:
 
 
 def check_kind(spec: ModelSpec, kind: DataKind, digit_pixels: int | None, field: str = "data") -> None:
-    """Refuse data that does not suit the model.
+    """Check that a kind of data suits a model.
 
     Args:
         spec: the model.
-        kind: of the data.
+        kind: the kind of data.
         digit_pixels: as in `TrainingSpec`.
-        field: where the kind was asked for, which opens the error line.
+        field: the field that names the kind; opens the error line.
 
     Raises:
         InputError: naming the field.

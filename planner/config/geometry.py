@@ -1,12 +1,11 @@
-"""Relations between tokens: which pairs share a matrix, and where those pairs lie.
+"""Relations between tokens: which pairs of tokens share a matrix, and where these pairs lie.
 
-A *relation* is the relative offset of a pair of tokens (query i, key j). All the pairs of one
-relation use the same matrix of a table, so a grouped operator needs, for each relation, the list
-of its pairs. On a regular grid that list is never an index tensor: the queries form a rectangle
-of the grid and the keys the same rectangle shifted, and both are strided views of the tokens.
+A *relation* is the relative offset of a pair of tokens (query i, key j). All pairs of one relation use the same
+matrix of a table, so a grouped operator needs the list of pairs of each relation: `RelationGeometry.pairs`. On a
+regular grid this list needs no index tensor. The queries form a rectangle of the grid, the keys form the same
+rectangle shifted, and both are strided views of the tokens.
 
-Source: arXiv 2510.10060, section 3 (relative encoding); the class token's three relations follow
-its published ViT.
+Source: arXiv 2510.10060, section 3 (relative encoding). The class token's three relations follow the published ViT.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from ..common.errors import InputError
 class TokenBlock:
     """Tokens ``start + row·row_stride + col·col_stride`` for row < rows and col < cols.
 
-    A block whose every pair shares one token (the class token) has one row and one column and is
-    broadcast against the other side.
+    If all pairs share one token (the class token), the block has one row and one column and is broadcast against the
+    other side.
     """
 
     start: int
@@ -39,7 +38,7 @@ class TokenBlock:
 
 @dataclass(frozen=True, slots=True)
 class RelationPairs:
-    """All pairs (i, j) of one relation: two blocks, read in step, broadcast where one is single."""
+    """All pairs (i, j) of one relation: two blocks, read in parallel; a block of one token is broadcast."""
 
     query: TokenBlock
     key: TokenBlock
@@ -67,15 +66,15 @@ def _positive(name: str, value: int) -> None:
 
 @dataclass(frozen=True)
 class RelationGeometry:
-    """How tokens lie relative to each other. Build it with `sequence` or `grid`.
+    """Positions of tokens relative to each other. Build it with `sequence` or `grid`.
 
-    Relations are numbered: on a grid ``(dy + H − 1)·(2W − 1) + dx + W − 1`` for the offset
+    Numbers of relations: on a grid ``(dy + H − 1)·(2W − 1) + dx + W − 1`` for the offset
     (dy, dx) from key to query, then class→class, class query→patch, patch query→class; in a
     causal sequence ``i − j``. A class token is token 0.
 
-    With a window, pairs of patches farther apart than it, in rows or in columns, do not exist: the
-    offsets reach from −window to window and are numbered as on a grid of so many rows and columns.
-    Pairs with the class token always exist.
+    With a window, pairs of patches that are farther apart in rows or in columns do not exist. Offsets then range from
+    −window to window and are numbered as on a grid of window + 1 rows and columns. Pairs with the class token always
+    exist.
     """
 
     height: int
@@ -94,7 +93,7 @@ class RelationGeometry:
 
     @classmethod
     def sequence(cls, length: int, *, causal: bool = False, window: int | None = None) -> RelationGeometry:
-        """A 1-D sequence; causal keeps only the pairs with j ≤ i."""
+        """A 1-D sequence; with ``causal`` only pairs with j ≤ i exist."""
         _positive("length", length)
         return cls(height=length, width=1, causal=causal, window=window)
 
@@ -121,7 +120,7 @@ class RelationGeometry:
 
     @property
     def complete(self) -> bool:
-        """Whether every pair of tokens exists."""
+        """True if every pair of tokens exists."""
         return self.total_pairs == self.tokens**2
 
     @property
@@ -136,10 +135,10 @@ class RelationGeometry:
         return self.offsets + 3 * self.class_token
 
     def reverse(self, relation: int) -> int:
-        """The relation of the reversed pair.
+        """Return the relation of the reversed pair.
 
-        In a causal sequence the reversed pair does not exist; the query table is numbered by the
-        pair's own offset there, so that the relation is its own reverse.
+        In a causal sequence the reversed pair does not exist. The query table is numbered by the pair's own offset
+        there, so that a relation is its own reverse.
         """
         self._check(relation)
         if self.causal:
@@ -149,7 +148,7 @@ class RelationGeometry:
         return self.offsets + (0, 2, 1)[relation - self.offsets]
 
     def relation(self, query: int, key: int) -> int | None:
-        """The relation from token ``query`` to token ``key``; None where the pair does not exist."""
+        """Return the relation from token ``query`` to token ``key``; None if the pair does not exist."""
         if self.class_token:
             if query == 0:
                 return self.offsets if key == 0 else self.offsets + 1
@@ -166,10 +165,10 @@ class RelationGeometry:
         return (dy + rows) * (2 * cols + 1) + dx + cols
 
     def pairs(self, relation: int) -> RelationPairs:
-        """Where the pairs of one relation lie.
+        """Return the blocks of queries and keys of one relation's pairs.
 
         Raises:
-            InputError: if there is no such relation.
+            InputError: if the relation does not exist.
         """
         self._check(relation)
         if relation >= self.offsets:
@@ -207,8 +206,8 @@ class RelationGeometry:
     def table_rows(self) -> int:
         """Token rows that a grouped operator multiplies by one role's table, per sample.
 
-        It is ΣP(r), less the pairs that repeat the class token: a broadcast side is multiplied
-        once. The query and the key (or value) side have the same total.
+        The number is ΣP(r) without the pairs that repeat the class token, since a broadcast side is multiplied once.
+        The query side and the key (or value) side have the same number.
         """
         return self.total_pairs - (self.patches - 1 if self.class_token else 0)
 

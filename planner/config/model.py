@@ -108,7 +108,7 @@ class ModelSpecBase(Schema):
     window: Annotated[int, Field(ge=0, le=2**20, strict=True)] | None = None
     """Largest distance of a pair of tokens in the relative layers; null keeps all pairs."""
     checkpointing: Literal["none", "block", "offload"] = "none"
-    """Activation checkpointing: save only each block's input and recompute in backward; offload saves it on the host."""
+    """Activation checkpointing: save only each block's input and recompute; offload saves it on the host."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability of attention weights, hidden values and each sub-layer's output in training."""
     rotary: bool = False

@@ -1,4 +1,4 @@
-"""Named models: ``vit-base/16``, ``gpt-base/1024`` and the paper's names ``ViT-A/56``, ``GPT-A-160``."""
+"""Presets: ``vit-base/16``, ``gpt-base/1024``, and the paper's names ``ViT-A/56`` and ``GPT-A-160``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES: dict[str, _Size] = {
     "large": _Size(1024, 24, 16),
 }
 PAPER_SIZES = {"a": "tiny", "b": "mini", "c": "small"}
-"""The paper's letters; its B is *mini*, not ViT-Base."""
+"""The paper's size letters; its B is *mini*, not ViT-Base."""
 
 IMAGE, CLASSES, VOCABULARY = 224, 1000, 50257
 
@@ -33,7 +33,7 @@ PRESET_NAMES: tuple[str, ...] = tuple(f"vit-{size}/{patch}" for size in SIZES fo
 
 
 def preset_name(name: str) -> str | None:
-    """The name in its plain form (``ViT-A/56`` → ``vit-tiny/56``), or None if it names no preset."""
+    """Return the canonical name (``ViT-A/56`` → ``vit-tiny/56``), or None if there is no such preset."""
     match = re.fullmatch(r"(vit|gpt)-([a-z]+)[/-](\d{1,7})", name.strip().lower(), re.ASCII)
     if not match:
         return None
@@ -45,12 +45,12 @@ def preset_name(name: str) -> str | None:
 
 
 def preset(name: str) -> ModelSpec:
-    """The spec of a named model, as full Translution with roles qkv.
+    """Return the spec of a preset: full Translution with roles qkv.
 
-    Any patch that divides 224 and any context are allowed.
+    Any patch size that divides 224 and any context length is allowed.
 
     Raises:
-        InputError: for an unknown name, or a patch that does not divide the image.
+        InputError: for an unknown name, or a patch size that does not divide the image.
     """
     plain = preset_name(name)
     if plain is None:

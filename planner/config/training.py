@@ -53,8 +53,8 @@ class TrainingSpec(Schema):
     gradient_clipping: NonNegativeFloat = 1.0
     """Maximum global L2 norm of the gradients; 0 disables clipping."""
     data: DataKind = "digits"
-    """Training data: handwritten digits (filling the image, centred, shifted, or shifted by patches), images in folders,
-    tokens in files, the source code of Python's standard library, or random samples of the model's shape."""
+    """Training data: handwritten digits (filling the image, centred, shifted, or shifted by patches), images in
+    folders, tokens in files, the source code of Python's standard library, or random samples of the model's shape."""
     evaluation_data: DataKind | None = None
     """Kind of data whose held-out samples are evaluated; null is the training data."""
     data_path: str | None = None
@@ -159,7 +159,7 @@ class TrainingSpec(Schema):
         return "bf16" if self.bf16_states else "fp32"
 
     def global_batch(self, world_size: int) -> int:
-        """Samples per optimizer step over all ranks."""
+        """Samples of an optimizer step over all ranks."""
         return self.micro_batch * self.gradient_accumulation_steps * world_size
 
 

@@ -1,4 +1,4 @@
-"""ZeRO stage, offload and knobs."""
+"""`ZeroSpec`: the ZeRO stage, its knobs, and where optimizer states and parameters are offloaded to."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def _check_path(offload: OffloadOptimizer | OffloadParam) -> None:
 
 
 class OffloadOptimizer(Schema):
-    """Where the optimizer's states, master copy and gradients lie between steps."""
+    """Offload of the optimizer states, the master copy and the step's gradients."""
 
     device: OffloadDevice = "none"
     ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the sub-groups whose states lie on the host; the first ones stay on the device."""
+    """Fraction of the sub-groups whose states are offloaded; the first sub-groups stay on the device."""
     pin_memory: bool = True
-    """Lock the host's buffers of gradients in memory."""
+    """Pin the host's gradient buffers."""
     buffer_count: Positive = 4
-    """Locked buffers, each of the largest sub-group's size, through which states go to NVMe."""
+    """Number of pinned buffers for swapping states to NVMe, each of the largest sub-group's size."""
     pipeline_read: bool = False
-    """Read the next sub-group from NVMe while one is updated."""
+    """Read the next sub-group from NVMe during an update."""
     pipeline_write: bool = False
-    """Write the last sub-group to NVMe while one is updated."""
+    """Write the last sub-group to NVMe during an update."""
     nvme_path: str | None = None
-    """A folder on the NVMe drive of every node."""
+    """A folder on every node's NVMe drive."""
 
     @model_validator(mode="after")
     def _check(self) -> OffloadOptimizer:
@@ -48,28 +48,28 @@ class OffloadOptimizer(Schema):
 
 
 def min_buffers(pipeline_read: bool, pipeline_write: bool) -> int:
-    """Fewest buffers with which the optimizer's swapping to NVMe does not run dry.
+    """Minimum number of buffers for swapping the optimizer to NVMe.
 
-    A sub-group's parameters, gradients and two moments take one each; reading and writing ahead
-    take as many again. Source: runs of DeepSpeed 0.19.8 with AdamW.
+    A sub-group's parameters, gradients and two moments take one buffer each. Pipelined reading and pipelined writing
+    need four more each. Source: runs of DeepSpeed 0.19.8 with AdamW.
     """
     return 4 * (1 + pipeline_read + pipeline_write)
 
 
 class OffloadParam(Schema):
-    """Where a rank's shares of the parameters lie while they are not gathered."""
+    """Offload of a rank's partitions of the parameters."""
 
     device: OffloadDevice = "none"
     pin_memory: bool = False
-    """Lock each share before it is copied into the flat buffer, which is locked in any case."""
+    """Pin each partition before it is copied into the flat buffer, which is always pinned."""
     buffer_count: Positive = 5
-    """Locked buffers for shares read from NVMe, of which every gathered parameter holds one."""
+    """Number of pinned buffers for partitions read from NVMe; every gathered parameter holds one."""
     buffer_elements: Positive = 100_000_000
-    """Size of such a buffer, at least the largest share."""
+    """Elements of one buffer, at least those of the largest partition."""
     max_in_cpu_elements: NonNegative = 0
-    """Elements of a rank's shares that stay on the host before NVMe is used."""
+    """Elements of a rank's partitions that stay on the host before NVMe is used."""
     nvme_path: str | None = None
-    """A folder on the NVMe drive of every node."""
+    """A folder on every node's NVMe drive."""
 
     @model_validator(mode="after")
     def _check(self) -> OffloadParam:
@@ -78,7 +78,7 @@ class OffloadParam(Schema):
 
 
 class ZeroSpec(Schema):
-    """The ZeRO stage and the knobs that rule its memory, in elements as DeepSpeed counts them."""
+    """The ZeRO stage and the knobs that determine its memory; sizes are in elements, as in DeepSpeed."""
 
     stage: Literal[0, 1, 2, 3] = 3
     reduce_bucket_elements: Positive = 500_000_000
@@ -88,14 +88,14 @@ class ZeroSpec(Schema):
     persistence_threshold_elements: NonNegative = 100_000
     sub_group_elements: Positive = 100_000_000
     overlap_comm: bool = False
-    """Reduce and, with prefetch, gather beside the computation, on a GPU's other streams."""
+    """Overlap reductions and prefetched gathers with computation, on other GPU streams."""
     offload_optimizer: OffloadOptimizer = OffloadOptimizer()
     offload_param: OffloadParam = OffloadParam()
 
     @model_validator(mode="after")
     def _check_offload(self) -> ZeroSpec:
         optimizer, param = self.offload_optimizer, self.offload_param
-        # DeepSpeed accepts each of these, and then ignores it or fails in the first step.
+        # DeepSpeed accepts each of these and then ignores it, or fails in the first step.
         if self.stage < 3 and param.device != "none":
             raise ValueError(f"offload_param: {param.device!r} is not allowed: must be none below stage 3")
         if self.stage < 3 and optimizer.device == "nvme":
@@ -108,10 +108,10 @@ class ZeroSpec(Schema):
 
     @property
     def offloads(self) -> bool:
-        """Whether anything lies off the device."""
+        """True if anything is offloaded."""
         return self.offload_optimizer.device != "none" or self.offload_param.device != "none"
 
     @property
     def uses_nvme(self) -> bool:
-        """Whether anything lies on NVMe."""
+        """True if anything is offloaded to NVMe."""
         return "nvme" in (self.offload_optimizer.device, self.offload_param.device)

@@ -1,7 +1,7 @@
-"""What is live on one tier over a training step, made small enough to draw.
+"""Live bytes of one tier over a training step, downsampled for a picture.
 
-A step of a large model allocates and frees a hundred thousand times. Here these events become a few
-hundred points, each showing the highest moment of the events it stands for, so no peak is lost.
+A step of a large model has a hundred thousand allocations and frees. They are reduced to a few hundred points; each
+point shows the peak of its events, so that no peak is lost.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..common.schema import Schema, stored_as
 from ..simulator.core.storage import Event
 
 POINTS = 1000
-"""As many as a picture has pixels, about."""
+"""Default number of points: about the number of pixels of a picture."""
 
 
 class TimelinePhase(Schema):
@@ -25,36 +25,36 @@ class TimelinePhase(Schema):
     first_event: int
     event_count: int
     peak_bytes: int
-    """The most that was live within it, what it found when it began included."""
+    """Peak live bytes within the phase, including what was live when it began."""
 
 
 class TimelinePoint(Schema):
-    """Consecutive events, shown by the moment at which most was live."""
+    """Consecutive events, represented by the state with the most live bytes."""
 
     first_event: int
-    """Events before these."""
+    """Number of the first event."""
     phase: str
     site: str = stored_as("moment")
     live_bytes: tuple[int, ...]
-    """What was live then, in the order of the categories."""
+    """Live bytes by category, in the order of `Timeline.categories`."""
 
     @property
     def total_bytes(self) -> int:
-        """All that was live then."""
+        """Live bytes of all categories."""
         return sum(self.live_bytes)
 
 
 class Timeline(Schema):
-    """The live bytes of one tier, by category, over a step."""
+    """Live bytes of one tier over a step, by category."""
 
     categories: tuple[str, ...]
-    """Those of which anything lives at any point, the largest at the peak first."""
+    """Categories that are ever live, sorted by their size at the peak."""
     event_count: int
     phases: tuple[TimelinePhase, ...]
     points: tuple[TimelinePoint, ...]
-    """In the order of the events; at least one."""
+    """Points in the order of the events; at least one."""
     peak_point: int
-    """Which point is the peak of the step; the first, if there are several."""
+    """Index of the step's peak; the first one if there are several."""
 
     @model_validator(mode="after")
     def _check(self) -> Timeline:
@@ -66,17 +66,17 @@ class Timeline(Schema):
 
     @property
     def peak(self) -> TimelinePoint:
-        """The highest point, which is exact."""
+        """The point with the most live bytes, which is exact."""
         return self.points[self.peak_point]
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is ever live."""
+        """Peak live bytes."""
         return self.peak.total_bytes
 
 
 class _Account:
-    """Runs through events and keeps what is live."""
+    """Live bytes by category while events are read."""
 
     def __init__(self, events: Sequence[Event], initial: Mapping[str, int]) -> None:
         self.names = list(dict.fromkeys((*initial, *(event[2] for event in events))))
@@ -85,17 +85,17 @@ class _Account:
         self._events = events
 
     def peak(self, start: int, end: int, *, before: bool) -> tuple[int, int, list[int]]:
-        """Take the events from start to end.
+        """Read the events from start to end.
 
         Args:
-            start, end: the first event and the one after the last.
-            before: whether the state before the first counts too.
+            start, end: number of the first event, and of the event after the last.
+            before: also count the state before the first event.
 
         Returns:
-            The most that was live, after which event, and what it was made of.
+            Peak live bytes, the number of the event that reached them, and live bytes by category.
 
         Raises:
-            ValueError: if more of a category is freed than is live.
+            ValueError: if an event frees more of a category than is live.
         """
         live, index, total = self.live, self._index, sum(self.live)
         best, best_at, shown = total if before else -1, start, live.copy()
@@ -111,24 +111,24 @@ class _Account:
 
 
 def _cut(start: int, end: int, length: int) -> list[tuple[int, int]]:
-    """Pieces of that length, the last one shorter."""
+    """Ranges of ``length`` events; the last one may be shorter."""
     return [(first, min(first + length, end)) for first in range(start, end, length)]
 
 
 def make_timeline(
     events: Sequence[Event], initial_bytes: Mapping[str, int] | None = None, *, points: int = POINTS
 ) -> Timeline:
-    """The timeline of recorded events; its peak, and the peak of every phase, are exact.
+    """Build the timeline of recorded events. Its peak and the peak of every phase are exact.
 
     Each point belongs to one phase.
 
     Args:
-        events: in the order in which they happened.
-        initial_bytes: what was live before the first, by category.
-        points: at most so many, or two per phase where that is more.
+        events: events in order.
+        initial_bytes: live bytes before the first event, by category.
+        points: maximum number of points; at least two per phase are made.
 
     Raises:
-        ValueError: if more of a category is freed than is live.
+        ValueError: if an event frees more of a category than is live.
     """
     starts = [number for number, event in enumerate(events) if not number or event[0] != events[number - 1][0]]
     length = -(-len(events) // max(1, points - len(starts), len(starts)))
@@ -157,7 +157,7 @@ def _timeline(
     phases: tuple[TimelinePhase, ...],
     found: Sequence[tuple[int, int, list[int]]],
 ) -> Timeline:
-    """Put what was found into the order of the categories."""
+    """Sort the categories and build the timeline."""
     totals = [sum(shown) for _, _, shown in found]
     peak_point = totals.index(max(totals))
     at_peak, names = found[peak_point][2], account.names

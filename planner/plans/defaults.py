@@ -1,4 +1,4 @@
-"""Default tile sizes and ZeRO knobs, chosen from the model and the number of ranks."""
+"""Default tile size and ZeRO knobs for a model, a number of ranks and an offload mode."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..costs.parameters import TABLES, parameter_groups, table_entries
 from ..simulator.engine.partition import partitioned_numel
 
 TILE_ELEMENTS = 2**26
-"""Largest tile that is chosen unasked: 128 MiB in bf16."""
+"""Elements of the largest default tile: 128 MiB in bf16."""
 
 SUB_GROUP_ELEMENTS = 2**24
-"""Largest sub-group that the optimizer updates at once."""
+"""Elements of the largest default sub-group, which the optimizer updates at once."""
 
 OFFLOAD: dict[str, tuple[OffloadDevice, OffloadDevice]] = {
     "none": ("none", "none"),
@@ -26,22 +26,22 @@ OFFLOAD: dict[str, tuple[OffloadDevice, OffloadDevice]] = {
     "nvme-optimizer": ("nvme", "none"),
     "nvme": ("nvme", "nvme"),
 }
-"""Where each mode keeps the optimizer's states and the parameters."""
+"""Offload modes: the devices of the optimizer states and of the parameters."""
 
 PARAM_BUFFERS = 3
-"""Buffers for parameters read from NVMe: the two of a tile of logits, and one to spare."""
+"""Default number of buffers for parameters read from NVMe: two for a tile of logits, and one spare."""
 
 _ZERO: TypeAdapter[ZeroSpec] = TypeAdapter(ZeroSpec)
 
 
 def choose_tile(spec: ModelSpec, world_size: int) -> int | None:
-    """Relations per tile: the most that keep a tile under `TILE_ELEMENTS` and cut it into equal shares.
+    """Return the default relations per tile: the largest tile up to `TILE_ELEMENTS` that divides evenly among ranks.
 
-    Small models get at least four tiles per table, so that one tile is a small part of a layer.
+    A table gets at least four tiles, so that one tile is a small part of a layer.
 
     Args:
         spec: the model.
-        ranks: number of shares of a tile.
+        world_size: number of ranks.
     """
     tables = [group for group in parameter_groups(spec) if group.component == TABLES]
     if not tables:
@@ -65,22 +65,22 @@ def choose_zero(
     nvme_path: str | None = None,
     ratio: float = 1.0,
 ) -> ZeroSpec:
-    """The knobs under which ZeRO-3 holds one tile at a time.
+    """Return default knobs with which ZeRO-3 gathers one tile at a time.
 
-    No prefetch, no reuse distance, a bucket that takes the largest tensor: with DeepSpeed's own
-    defaults every tile would stay gathered. Tensors below the smallest tile persist.
+    There is no prefetch and no reuse distance, and the bucket has the size of the largest tensor: with DeepSpeed's own
+    defaults every tile would stay gathered. Tensors smaller than the smallest tile are persistent.
 
     Args:
         spec: the model.
         tile_relations: relations per tile; None keeps tables whole.
         stage: the ZeRO stage.
-        ranks: number of shares of a tensor.
-        offload: what leaves the device, and for where.
-        nvme_path: a folder on every node's NVMe drive, for the modes that use it.
-        ratio: share of the sub-groups whose states leave the device.
+        world_size: number of ranks.
+        offload: offload mode, one of `OFFLOAD`.
+        nvme_path: a folder on every node's NVMe drive, for the nvme modes.
+        ratio: fraction of the sub-groups whose states are offloaded.
 
     Raises:
-        InputError: if the stage does not go with the mode, or a path is missing.
+        InputError: if the stage does not support the mode, or the path is missing.
     """
     groups = parameter_groups(spec, tile_relations)
     largest = max(group.numel for group in groups)
@@ -93,7 +93,7 @@ def choose_zero(
     sub_group = max(largest_share, min(SUB_GROUP_ELEMENTS, share // 8))
     optimizer, param = OFFLOAD[offload]
     if param == "nvme":
-        # DeepSpeed locks the largest sub-group's whole tensors, not a rank's shares of them.
+        # DeepSpeed pins the full tensors of the largest sub-group, not a rank's partitions of them.
         sub_group = largest_share
     paths = {"nvme_path": nvme_path}
     values: dict[str, Any] = {
@@ -113,7 +113,7 @@ def choose_zero(
 
 
 def override_zero(zero: ZeroSpec, zero_overrides: Mapping[str, object]) -> ZeroSpec:
-    """The knobs with some set otherwise, validated anew.
+    """Return validated knobs with some fields replaced; a field of an offload section has a dotted name.
 
     Raises:
         InputError: naming the first unknown field or bad value.

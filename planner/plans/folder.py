@@ -1,4 +1,4 @@
-"""The plan folder: ``plan.json``, ``ds_config.json``, ``launch.sh`` and a README for people."""
+"""Writes the plan folder: ``plan.json``, ``ds_config.json``, launch scripts and a README."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .plan import PLAN_FILE, Plan
 RUNS = "runs"
 
 _LAUNCH = """#!/bin/sh
-# Runs the plan of this folder. Arguments are passed on: try ./launch.sh --dry-run
+# Runs the plan in this folder. Arguments are passed on: try ./launch.sh --dry-run
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 exec translution launch "$here" "$@"
@@ -24,25 +24,26 @@ exec translution launch "$here" "$@"
 
 
 def memory_table(plan: Plan) -> str:
-    """The predicted memory of a rank as Markdown: phases by tiers, and each tier's worst moment."""
+    """Return the predicted memory of a rank as Markdown: peaks by phase and tier, then each tier's highest peak."""
     prediction = plan.prediction
     tiers = prediction.tiers
     lines = [f"| phase | {' | '.join(tiers)} |", f"|---|{'--:|' * len(tiers)}"]
     for phase in Phase:
         lines.append(f"| {phase} | {' | '.join(format_bytes(prediction.bytes_of(phase, tier)) for tier in tiers)} |")
     for tier in tiers:
-        worst = max((peak for peak in prediction.peaks if peak.tier == tier), key=lambda peak: peak.bytes)
+        worst = prediction.worst(tier)
+        assert worst is not None
         lines += ["", f"### {tier}: {format_bytes(worst.bytes)} in {worst.phase}, at {worst.site}", ""]
         lines += ["| what | bytes | | how it is counted | source |", "|---|--:|--:|---|---|"]
         for entry in worst.breakdown:
             size = f"{entry.bytes} | {format_bytes(entry.bytes)}"
             lines.append(f"| {entry.name} | {size} | {entry.formula} | {entry.source} |")
-        lines.append(f"| **together** | {worst.bytes} | {format_bytes(worst.bytes)} | | |")
+        lines.append(f"| **total** | {worst.bytes} | {format_bytes(worst.bytes)} | | |")
     return "\n".join(lines)
 
 
 def time_table(plan: Plan) -> str:
-    """The predicted time of a step as Markdown; nothing where the cluster's rates are not known."""
+    """Return the predicted time of a step as Markdown; an empty text if the cluster lacks a rate."""
     time = plan.time
     if time is None:
         return ""
@@ -54,7 +55,7 @@ def time_table(plan: Plan) -> str:
         "|---|--:|--:|--:|---|",
     ]
     for entry in time.breakdown:
-        beside = ", beside the computation" if entry.overlaps else ""
+        beside = ", overlaps computation" if entry.overlaps else ""
         figures = f"{entry.likely_s:.3g} | {entry.low_s:.3g} | {entry.high_s:.3g}"
         lines.append(f"| {entry.name} | {figures} | {entry.bound}{beside} |")
     lines.append(f"| **step** | {time.likely_s:.3g} | {time.low_s:.3g} | {time.high_s:.3g} | {time.bound} |")
@@ -63,7 +64,7 @@ def time_table(plan: Plan) -> str:
 
 
 def folder_readme(plan: Plan) -> str:
-    """The README of a plan folder."""
+    """Return the README of a plan folder."""
     model, training, cluster = plan.model, plan.training, plan.cluster
     flops = count_flops(model)
     several, script, command = "", "launch.sh", "launch FOLDER"
@@ -89,31 +90,31 @@ Each run gets its own folder under `{RUNS}/` with metrics, logs, measured memory
 
 ## Files
 
-- `{PLAN_FILE}` the whole plan; the ranks read only this
-- `ds_config.json` the DeepSpeed configuration in it, for use with your own training script
+- `{PLAN_FILE}` the complete plan, the only file that the ranks read
+- `ds_config.json` its DeepSpeed configuration, for your own training script
 - `launch.sh` starts the run on one node{several}
 - `launch-torchrun.sh` starts it through torchrun, `job.sbatch` through Slurm
-- `environment.sh` what every rank has in its environment
+- `environment.sh` environment variables of every rank
 
 ## Predicted memory of one rank
 
 {memory_table(plan)}
 
-The device of a rank has {format_bytes(cluster.device_memory_bytes)}. Not counted: the process itself
-(its libraries) and the data set.
+The device of a rank has {format_bytes(cluster.device_memory_bytes)}. The libraries of the process and the data set
+are not counted.
 {time_table(plan)}"""
 
 
 def write_plan_folder(plan: Plan, target: Path, *, force: bool = False) -> None:
-    """Write a plan folder whole, or nothing.
+    """Write a complete plan folder, or nothing.
 
     Args:
-        plan: what to write.
-        target: the folder to make.
+        plan: the plan.
+        target: the folder to create.
         force: write into an existing plan folder; its runs stay as they are.
 
     Raises:
-        InputError: if it exists and force is false, is no plan folder, or cannot be written.
+        InputError: if the folder exists and ``force`` is false, is no plan folder, or cannot be written.
     """
     with new_folder(target, marker=PLAN_FILE, force=force) as folder:
         (folder / PLAN_FILE).write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -10,8 +10,8 @@ import pytest
 
 from translution.cli.main import run
 from translution.planner.analysis.compare import (
+    compared_models,
     comparison_rows,
-    operators,
     scale_points,
     scaled,
     smallest_cluster,
@@ -40,7 +40,7 @@ def test_every_operator_has_a_row() -> None:
     assert low.cluster == attention.cluster == "1x1xH100"
     assert full.training_flops > low.training_flops > attention.training_flops
     assert full.sample_s and low.sample_s and attention.sample_s
-    for row, (_, _, spec) in zip(rows, operators(preset("vit-base/16"), (16,)), strict=True):
+    for row, (_, _, spec) in zip(rows, compared_models(preset("vit-base/16"), (16,)), strict=True):
         assert row.parameters == count_parameters(spec).total
         assert row.training_flops == count_flops(spec).training_step
 

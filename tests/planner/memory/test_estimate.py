@@ -117,7 +117,7 @@ def test_a_tile_above_the_floor_is_refused_with_one_that_would_do() -> None:
     training = TrainingSpec(precision="bf16", micro_batch=1, data="synthetic")
     assert gathered_floor_bytes(spec, training, 732) == 4 * 732 * 1024 * 1024 * 2
     small = load_cluster("8x8xH100").model_copy(update={"device_memory_bytes": 5 * 2**30})
-    with pytest.raises(DoesNotFitError, match=r"a tile of 732 relations .* on every rank.*tile_relations: \d+"):
+    with pytest.raises(DoesNotFitError, match=r"every rank gathers a full tile of 732 relations.*tile_relations: \d+"):
         make_plan(spec, small, training, tile_relations=732)
 
 

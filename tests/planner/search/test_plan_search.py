@@ -27,7 +27,7 @@ from translution.planner.plans.defaults import choose_tile, choose_zero
 from translution.planner.run_config import RunConfig
 from translution.planner.search.constraints import SearchConstraints
 from translution.planner.search.explain import SearchResult
-from translution.planner.search.plan_search import NoPlanFits, search, search_plan
+from translution.planner.search.plan_search import NoPlanFits, search_plan
 from translution.planner.search.searcher import Searcher
 
 BF16 = TrainingSpec(precision="bf16", data="synthetic")
@@ -347,7 +347,7 @@ def test_the_json_of_a_plan_has_all_of_it(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_search_gives_the_plan_alone() -> None:
-    plan = search(preset("vit-tiny/56"), load_cluster("1xH100"), BF16)
+    plan = search_plan(preset("vit-tiny/56"), load_cluster("1xH100"), BF16).plan
     assert plan.prediction.peak_bytes < plan.cluster.device_memory_bytes
 
 
@@ -366,7 +366,7 @@ def test_no_estimate_takes_seconds() -> None:
 
 def test_a_family_of_which_nothing_can_be_tried_gives_its_reason() -> None:
     spec = override(preset("vit-tiny/56"), dim=64, heads=2, depth=1)
-    with pytest.raises(NoPlanFits, match="all on NVMe: a rank's shares are below 1 MiB, which DeepSpeed never"):
+    with pytest.raises(NoPlanFits, match="all on NVMe: a rank's partitions are below 1 MiB, and DeepSpeed writes nothing"):
         search_plan(
             spec,
             load_cluster("8xH100"),
