@@ -1,8 +1,8 @@
-"""Sets what the planner predicts beside what runs measure, and writes the table with its misses.
+"""Compare the planner's predictions with measured runs, and list the predictions that are off.
 
 python benchmarks/accuracy.py --out reports             # everything, about half an hour on 2 cores
 python benchmarks/accuracy.py --only counts passes      # without runs of several ranks
-python benchmarks/accuracy.py --measured reports/accuracy.json --out reports   # what was measured, predicted anew
+python benchmarks/accuracy.py --measured reports/accuracy.json --out reports   # new predictions, recorded measurements
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from common import describe_run, write_report
 from translution.distributed.profiling.allocation_tracer import count_every_allocation
 from translution.distributed.profiling.single_process import measure_passes
 from translution.distributed.verification.measured_run import few_steps, measure_plan
-from translution.distributed.verification.rehearsal import predict, read_rehearsal
+from translution.distributed.verification.rehearsal import predict_rehearsal, read_rehearsal
 from translution.models import build
 from translution.planner.common.phases import Phase, Tier
 from translution.planner.common.units import format_bytes
@@ -78,8 +78,8 @@ OPERATORS: list[dict[str, Any]] = [
 LARGE: dict[str, Any] = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10}
 LARGE |= {"dim": 256, "depth": 3, "heads": 4}
 TILE = 16
-"""A rank's share of a tile must reach 1 MiB to lie on NVMe. At stages 1 and 2, where nothing is gathered, tiles are
-smaller, or the rank that a large one overlaps would hold much more than the other."""
+"""Relations per tile: a rank's partition of a tile then has the 1 MiB that storage on NVMe requires. With much larger
+tiles, at stages 1 and 2, the rank in whose partition one ends would hold much more memory than the other."""
 RUNS: dict[str, dict[str, Any]] = {
     "ZeRO-0, fp32": {"stage": 0},
     "ZeRO-0, bf16": {"stage": 0, "precision": "bf16"},
@@ -110,7 +110,7 @@ def _with(base: dict[str, Any], changes: dict[str, Any]) -> ModelSpec:
 
 
 def count_rows() -> list[dict[str, Any]]:
-    """Parameters of presets, predicted and of a network on the meta device."""
+    """Compare predicted parameter counts of the presets with networks on the meta device."""
     rows = []
     for name, changes in product(PRESETS, PRESET_OPERATORS):
         spec = parse_model_spec(preset(name).model_dump() | changes)
@@ -122,14 +122,14 @@ def count_rows() -> list[dict[str, Any]]:
 
 
 def time_rows() -> list[dict[str, Any]]:
-    """Seconds of the processor for an estimate of each preset on 512 ranks, the least of five."""
+    """Measure the CPU seconds of an estimate of each preset on 512 ranks, the minimum of five."""
     rows, cluster = [], load_cluster("64x8xH100")
     for name in PRESETS:
         spec = preset(name)
         tile = choose_tile(spec, cluster.world_size)
         zero = choose_zero(spec, tile, 3, cluster.world_size)
         seconds = []
-        for micro_batch in range(1, 6):  # Another one each time: nothing may be remembered.
+        for micro_batch in range(1, 6):  # A different one each time, so that no cached result is reused.
             training = TrainingSpec(precision="bf16", micro_batch=micro_batch, data="synthetic")
             begin = time.process_time()
             estimate_memory(RunConfig(spec, cluster, training, zero, tile))
@@ -139,7 +139,7 @@ def time_rows() -> list[dict[str, Any]]:
 
 
 def pass_rows() -> list[dict[str, Any]]:
-    """Peaks of forward and backward of one process, predicted and as torch's allocator counted."""
+    """Compare predicted peaks of forward and backward in one process with those of torch's allocator."""
     torch.set_num_threads(1)
     packs = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     rows = []
@@ -154,12 +154,17 @@ def pass_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def _say(name: str, text: str) -> None:
+def _report_progress(name: str, text: str) -> None:
     print(f"{name}: {text}", file=sys.stderr, flush=True)
 
 
 def plan_of(name: str, nvme: str | None) -> Plan:
-    """The plan of a run of two ranks."""
+    """Return the plan of a run of two ranks.
+
+    Args:
+        name: name of the run, a key of `RUNS`.
+        nvme: folder for offloading to NVMe.
+    """
     options = dict(RUNS[name])
     stage, offload = options.pop("stage"), options.pop("offload", "none")
     training = TrainingSpec(data="synthetic", micro_batch=8, **options)
@@ -167,8 +172,8 @@ def plan_of(name: str, nvme: str | None) -> Plan:
     return make_plan(spec, cluster, training, stage=stage, tile_relations=TILE, offload=offload, nvme_path=nvme)
 
 
-def predicted_anew(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of two ranks with what was measured, beside what the planner predicts now."""
+def predict_again(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return recorded rows of two ranks with the planner's present predictions."""
     known = {(row["run"], row["rank"], row["what"]): row for row in rows}
     result = []
     for row in rows:
@@ -177,10 +182,10 @@ def predicted_anew(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         size, predicted = row["measured_bytes"], row["predicted_bytes"]
         if kind:
             init = known[row["run"], row["rank"], row["what"].replace(phase, Phase.INIT)]
-            # A resumed run has built the engine too.
+            # A resumed run has also built the engine, so its peak is at least that of init.
             size = max(size, init["measured_bytes"]) if phase == Phase.RESUME else size
             if kind == PROCESS_PREFIX:
-                # What the process held before the model was made is in the row of init, which has not changed.
+                # The row of init includes the process's memory before the model was built, which has not changed.
                 predicted = init["predicted_bytes"] + _held(prediction, phase) - _held(prediction, Phase.INIT)
             else:
                 predicted = prediction.bytes_of(phase)
@@ -201,13 +206,13 @@ def _held(prediction: MemoryEstimate, phase: str) -> int:
 
 
 def rank_rows(names: list[str]) -> Iterator[dict[str, Any]]:
-    """Everything that two ranks measure of themselves, from init to resume."""
+    """Run two ranks from init to resume and yield every measured quantity with its prediction."""
     for name in names:
         with tempfile.TemporaryDirectory(prefix="translution-accuracy-") as folder:
             nvme = Path(folder) / "nvme"
             nvme.mkdir()
             plan = plan_of(name, str(nvme))
-            run = measure_plan(few_steps(plan), Path(folder) / "plan", partial(_say, name))
+            run = measure_plan(few_steps(plan), Path(folder) / "plan", partial(_report_progress, name))
             for row in compare_run(run).to_dict("records"):
                 yield {"run": name} | {str(key): value for key, value in row.items()}
 
@@ -240,7 +245,7 @@ def _ranks_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _misses(rows: list[dict[str, Any]]) -> list[str]:
-    """Peaks outside [1.00, 1.05] and resident sets more than 10% off, one line each."""
+    """Return one line for each peak outside [1.00, 1.05] and each resident set that is more than 10% off."""
     lines = []
     for row in rows:
         process = row["what"].startswith(PROCESS_PREFIX)
@@ -251,14 +256,14 @@ def _misses(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def rehearsal_rows(run: Path) -> dict[str, Any]:
-    """A rehearsal of a run folder: what it was, and its rows."""
+    """Return the description and the rows of the rehearsal in a run folder."""
     found = read_rehearsal(run)
     if found is None:
-        sys.exit(f"rehearsal: {run} holds none")
+        sys.exit(f"rehearsal: {run} has no rehearsal")
     rows = [
         {"what": what, "predicted": predicted, "measured": measured}
-        # Predicted by the planner as it is now: a measurement outlives a mended prediction.
-        for _, what, predicted, measured in predicted_and_measured(predict(load_plan(run)), found.measurement)
+        # Predict again, since the planner may have been corrected after the measurement.
+        for _, what, predicted, measured in predicted_and_measured(predict_rehearsal(load_plan(run)), found.measurement)
         if measured and what != "other"
     ]
     text = f"Rank {found.rank} of {found.ranks} of {found.plan}, {found.layers} of {found.depth} layers run"
@@ -268,8 +273,8 @@ def rehearsal_rows(run: Path) -> dict[str, Any]:
 
 def _rehearsal_lines(rehearsal: dict[str, Any]) -> list[str]:
     made = rehearsal["made"]
-    lines = ["## One rank of a large world", "", f"{rehearsal['what']}: `{made['command']}`, {made['time_utc']}."]
-    lines += ["Every value was meaningless, matrix products were allocated and not computed; the memory was real.", ""]
+    lines = ["## One rank of a large cluster", "", f"{rehearsal['what']}: `{made['command']}`, {made['time_utc']}."]
+    lines += ["Memory is real; values are meaningless, since matrix products are allocated but not computed.", ""]
     lines += ["| what | predicted | measured | ratio |", "|---|--:|--:|--:|"]
     for row in rehearsal["rows"]:
         sizes = f"{format_bytes(row['predicted'])} | {format_bytes(row['measured'])}"
@@ -278,51 +283,55 @@ def _rehearsal_lines(rehearsal: dict[str, Any]) -> list[str]:
 
 
 def render(document: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in document["machine"].items())
     parts = ["# Predicted and measured memory", "", f"`{document['command']}` on {document['date']}: {versions}."]
     parts += ["Ratios are predicted over measured; all rows are in [accuracy.json](accuracy.json).", ""]
     if "predicted" in document:
-        parts += ["What two ranks measured then stands beside what the planner predicts since:"]
+        parts += ["The measurements of two ranks are compared with newer predictions:"]
         parts += [f"{document['predicted']}.", ""]
     counts, passes, ranks, times = (document["sections"].get(name, []) for name in SECTIONS)
     if counts:
         exact = sum(row["predicted"] == row["measured"] for row in counts)
-        parts += ["## Parameters", "", f"{exact} of {len(counts)} presets with an operator are exact.", ""]
+        parts += ["## Parameters", "", f"{exact} of {len(counts)} counts, one per preset and operator, are exact.", ""]
     if passes:
         ratios = _ratios(passes)
         inside = int(ratios.between(0.998, 1.02).sum())
-        parts += ["## Peaks of one process", "", f"{len(passes)} peaks of forward and backward: {_span(ratios)}; "]
-        parts[-1] += f"{inside} of them within 0.998 and 1.02."
+        parts += [
+            "## Peaks of one process",
+            "",
+            f"Ratios of {len(passes)} peaks of forward and backward: {_span(ratios)}; ",
+        ]
+        parts[-1] += f"{inside} of them are between 0.998 and 1.02."
         parts.append("")
     if ranks:
         parts += ["## Two ranks, init to resume", "", *_ranks_table(ranks), ""]
         misses = _misses(ranks)
-        parts += ["Outside 1.00 to 1.05, or 0.9 to 1.1 of the resident set:", "", *(misses or ["- nothing"]), ""]
+        parts += ["Peaks outside 1.00 to 1.05, and resident sets outside 0.9 to 1.1:", "", *(misses or ["- none"]), ""]
     if times:
         slowest = max(times, key=lambda row: row["seconds"])
-        text = f"{len(times)} presets on 512 ranks: at most {slowest['seconds'] * 1e3:.0f} ms, for {slowest['what']}."
+        text = f"At most {slowest['seconds'] * 1e3:.0f} ms for {len(times)} presets on 512 ranks, in {slowest['what']}."
         parts += ["## Time of an estimate", "", text, ""]
     if "rehearsal" in document:
         parts += _rehearsal_lines(document["rehearsal"])
     return "\n".join(parts)
 
 
-def _apart(section: str) -> list[dict[str, Any]]:
-    """A section's rows from a process of its own: allocations are counted from the first tensor."""
+def _in_own_process(section: str) -> list[dict[str, Any]]:
+    """Compute a section's rows in a new process, where allocations are counted from the first tensor."""
     done = subprocess.run([sys.executable, __file__, "--rows", section], capture_output=True, text=True, check=True)
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     return rows
 
 
 def main() -> None:
-    """Command line."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for accuracy.md and accuracy.json")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="runs of two ranks")
-    parser.add_argument("--measured", type=Path, help="accuracy.json whose two-rank runs are to be predicted anew")
-    parser.add_argument("--rehearsal", type=Path, help="run folder of a rehearsal, to be shown too")
+    parser.add_argument("--measured", type=Path, help="accuracy.json with recorded two-rank runs to predict again")
+    parser.add_argument("--rehearsal", type=Path, help="run folder of a rehearsal to include")
     parser.add_argument("--rows", choices=("counts", "passes"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rows:
@@ -333,7 +342,7 @@ def main() -> None:
     document["machine"]["deepspeed"] = importlib.metadata.version("deepspeed")
     if arguments.measured:
         known = json.loads(arguments.measured.read_text(encoding="utf-8"))
-        known["sections"]["ranks"] = predicted_anew(known["sections"]["ranks"])
+        known["sections"]["ranks"] = predict_again(known["sections"]["ranks"])
         known["predicted"] = f"`{document['command']}` on {document['date']}"
         write_report(arguments.out, "accuracy", known, render(known))
         return
@@ -343,7 +352,7 @@ def main() -> None:
             "ranks": partial(rank_rows, arguments.runs),
             "times": time_rows,
         }
-        sections[name] = list(here[name]()) if name in here else _apart(name)
+        sections[name] = list(here[name]()) if name in here else _in_own_process(name)
     document["sections"] = sections
     if arguments.rehearsal:
         document["rehearsal"] = rehearsal_rows(arguments.rehearsal)

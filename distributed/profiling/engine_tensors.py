@@ -1,7 +1,7 @@
-"""The long-lived tensors of a DeepSpeed engine, told apart by what they hold.
+"""The long-lived tensors of a DeepSpeed engine, by item of the memory breakdown.
 
-Attribute names are those of DeepSpeed 0.19.8's optimizers for stage 3, stages 1 and 2, and bf16; one
-that an optimizer does not have gives nothing.
+Attribute names are those of DeepSpeed 0.19.8's optimizers for stage 3, for stages 1 and 2, and for bf16. An attribute
+that an optimizer does not have contributes nothing.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def _attribute(owner: object, *path: str) -> list[object]:
     return _flatten(owner)
 
 
-def zero_entries(engine: Any) -> dict[str, list[object]]:
-    """Tensors that torch allocated, by entry; one in several entries belongs to the first."""
+def tensors_by_item(engine: Any) -> dict[str, list[object]]:
+    """Tensors that torch has allocated, by breakdown item; a tensor in several items belongs to the first."""
     parameters = list(engine.module.parameters())
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     backup = getattr(optimizer, "backup_optimizer", None)
-    # Only tensors of a moment's size: Adam's step is a count.
+    # Step counters are among them: integers, which `Recorder.take_snapshot` drops, or scalar tensors.
     states = [state for owner in (inner, backup) if owner is not None for state in owner.state.values()]
     moments = [value for state in states for value in state.values()]
     swapper = getattr(optimizer, "optimizer_swapper", None)
@@ -67,7 +67,7 @@ def zero_entries(engine: Any) -> dict[str, list[object]]:
 
 
 def swap_buffers(engine: Any) -> dict[str, list[object]]:
-    """Locked buffers between host memory and NVMe, which torch's allocator does not see."""
+    """Locked buffers between host memory and NVMe; torch's allocator does not count them."""
     optimizer = engine.optimizer
     swappers: set[Any] = {getattr(p, "nvme_swapper", None) for p in engine.module.parameters()} - {None}
     return {

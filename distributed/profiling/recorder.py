@@ -1,8 +1,10 @@
-"""Measuring a rank phase by phase: init, forward, backward, optimizer step, checkpoint save."""
+"""Measures a rank's memory phase by phase: init, forward, backward, optimizer step, checkpoint save, resume."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -11,53 +13,77 @@ from translution.planner.common.phases import TRAINING_PHASES, Phase
 from translution.planner.plans.plan import Plan
 
 from ..data.base import Samples
-from ..profiling import allocation_tracer as measure
 from ..runs.measurement import MemoryMeasurement
 from ..system import nvme_swap, process_memory
-from .engine_tensors import swap_buffers, zero_entries
+from .allocation_tracer import SavedTensorCounter, StorageCounter, load_libraries, trace_allocations
+from .engine_tensors import swap_buffers, tensors_by_item
 
-RunPhase = Any
-"""Called with a phase's name and what it does, ``(str, () -> None) -> None``."""
+RunPhase: TypeAlias = Callable[[str, Callable[[], None]], None]
+"""Called with the name and the work of a phase."""
+MemoryKind: TypeAlias = Literal["allocations", "process"]
+"""What is recorded: torch's allocations, or the resident memory of the process."""
 
 
 def run_phase(name: str, work: Callable[[], None]) -> None:
-    """Do a phase's work and measure nothing."""
+    """Do the work of a phase without measuring it."""
     work()
 
 
-Watch: TypeAlias = Literal["allocations", "process"]
+@dataclass(frozen=True)
+class StateSnapshot:
+    """What is allocated between two steps, in bytes."""
+
+    entries: dict[str, int]
+    """Tensors on the device by breakdown item."""
+    host_entries: dict[str, int]
+    """Tensors in host memory by breakdown item, where the device has memory of its own."""
+    swap_buffers: dict[str, int]
+    """Locked buffers for NVMe."""
+    process: dict[str, int]
+    """Resident, peak, locked and pinned memory of the process."""
+    disk: dict[str, int]
+    """Files on NVMe by content."""
 
 
 class Recorder:
-    """What one rank measures of itself: torch's allocations, or the process's resident memory.
+    """Measures one rank: torch's allocations or the process's resident memory.
 
-    One or the other, because watching allocations takes memory too.
+    It records only one of them, because tracing allocations takes memory itself.
 
     Args:
         plan: gives the device and the NVMe path.
-        rank: which rank this is.
-        watch: what to measure.
+        rank: number of the rank.
+        memory_kind: what is recorded.
+        while_tracing: context in which CPU allocations are traced.
     """
 
-    def __init__(self, plan: Plan, rank: int, watch: Watch = "allocations") -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        memory_kind: MemoryKind = "allocations",
+        while_tracing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         self.device: Literal["cpu", "cuda"] = plan.cluster.device
-        self.watch = watch
-        self._path = plan.zero.offload_optimizer.nvme_path or plan.zero.offload_param.nvme_path
+        self.memory_kind = memory_kind
+        self._while_tracing = while_tracing
+        self._nvme_path = plan.zero.offload_optimizer.nvme_path or plan.zero.offload_param.nvme_path
         self._rank = rank
         self._peaks: dict[str, int] = {}
         self._process_peaks: dict[str, int] = {}
-        if watch == "process":
-            measure.load_libraries()
-        self._start = process_memory.process_bytes().get("resident", 0)
-        self._kept: measure.KeptCounter | None = None
+        if memory_kind == "process":
+            load_libraries()
+        self._process_start = process_memory.process_bytes().get("resident", 0)
+        self._saved: SavedTensorCounter | None = None
         self._network: torch.nn.Module | None = None
         self._before: int | None = None
+        """Bytes allocated at the start of the first phase recorded after the newest snapshot."""
         self._base: int | None = None
-        """Allocated before the model was made: the data set, and what libraries keep."""
+        """Bytes allocated before the model was made: the data set and what libraries hold."""
 
     def record(self, name: str, work: Callable[[], None]) -> None:
-        """Do a phase's work and note the most of what is watched; a phase met again keeps its higher peak."""
-        if self.watch == "allocations":
+        """Do the work of a phase and record its peak; repeated phases keep the highest."""
+        if self.memory_kind == "allocations":
             self._record_allocations(name, work)
             return
         process_memory.reset_peak()
@@ -66,8 +92,8 @@ class Recorder:
 
     def _record_allocations(self, name: str, work: Callable[[], None]) -> None:
         if self.device == "cpu":
-            with measure.settled_collectives():
-                before, peak = measure.trace_allocations(work)
+            with self._while_tracing():
+                before, peak = trace_allocations(work)
         else:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -79,88 +105,76 @@ class Recorder:
             self._before = before
         self._peaks[name] = max(self._peaks.get(name, 0), peak)
 
-    def counted(self, name: str, work: Callable[[], None]) -> None:
-        """Do a phase's work; the first forward pass is counted for what it keeps."""
+    def expect_saved_tensors(self, network: torch.nn.Module) -> None:
+        """Let the next forward pass under `count_saved_tensors` count what it saves for backward."""
+        self._network = network
+
+    def count_saved_tensors(self, name: str, work: Callable[[], None]) -> None:
+        """Do the work of a phase; in the first forward pass, count the bytes saved for backward."""
         if name != Phase.FORWARD or self._network is None:
             work()
             return
-        # A later micro-batch would be given the addresses of the first one's tensors again.
-        self._kept, self._network = measure.KeptCounter(self._network), None
-        with self._kept.counting():
+        # Later micro-batches are not counted: they reuse the addresses of the first one's tensors.
+        self._saved, self._network = SavedTensorCounter(self._network), None
+        with self._saved.counting():
             work()
 
-    def count_kept(self, network: torch.nn.Module) -> None:
-        """Count what the next forward pass under `counted` keeps for backward."""
-        self._network = network
-
-    def between_steps(self, engine: Any, samples: list[torch.Tensor], batches: list[Samples]) -> Between:
-        """Tell apart what is alive now.
+    def take_snapshot(self, engine: Any, data_tensors: list[torch.Tensor], batches: list[Samples]) -> StateSnapshot:
+        """Assign what is allocated now to breakdown items.
 
         Args:
-            engine: DeepSpeed's.
-            samples: the data set, which stands in for a data loader and is no part of the state.
-            batches: micro-batches of the coming step.
+            engine: DeepSpeed's engine.
+            data_tensors: tensors of the data set, which are not part of the training state.
+            batches: micro-batches of the next step.
         """
         self._before = None
         device = torch.device(self.device).type
-        counter = measure.StorageCounter()
-        counter.add(samples)
-        named = zero_entries(engine) | {
+        counter = StorageCounter()
+        counter.add(data_tensors)
+        named = tensors_by_item(engine) | {
             "micro-batches": [tensor for batch in batches for tensor in (batch.inputs, batch.targets)]
         }
-        entries, on_host = {}, {}
+        entries, host_entries = {}, {}
         for name, tensors in named.items():
             real = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
             entries[name] = counter.add(tensor for tensor in real if tensor.device.type == device)
             if device != "cpu":
-                on_host[name] = counter.add(tensor for tensor in real if tensor.device.type == "cpu")
-        buffers = {name: counter.add(tensors) for name, tensors in swap_buffers(engine).items()}
-        process = process_memory.process_bytes()
-        return Between(entries, on_host, buffers, process, nvme_swap.disk_bytes(self._path, self._rank))
+                host_entries[name] = counter.add(tensor for tensor in real if tensor.device.type == "cpu")
+        return StateSnapshot(
+            entries=entries,
+            host_entries=host_entries,
+            swap_buffers={name: counter.add(tensors) for name, tensors in swap_buffers(engine).items()},
+            process=process_memory.process_bytes(),
+            disk=nvme_swap.disk_bytes(self._nvme_path, self._rank),
+        )
+
+    def _peaks_above_base(self) -> dict[str, int]:
+        return {name: peak - (self._base or 0) for name, peak in self._peaks.items()}
 
     def add_to(self, measurement: MemoryMeasurement) -> MemoryMeasurement:
-        """An earlier measurement with this process's phases beside or in place of its own."""
-        base = self._base or 0
-        peaks = {name: peak - base for name, peak in self._peaks.items()}
-        changes: dict[str, Any] = {"phase_peak_bytes": measurement.phase_peak_bytes | peaks}
-        if self.watch == "process":
-            changes |= {"process_start_bytes": self._start, "process_phase_peak_bytes": self._process_peaks}
+        """Return an earlier measurement with the phases of this process added or replaced."""
+        changes: dict[str, Any] = {"phase_peak_bytes": measurement.phase_peak_bytes | self._peaks_above_base()}
+        if self.memory_kind == "process":
+            changes |= {"process_start_bytes": self._process_start, "process_phase_peak_bytes": self._process_peaks}
         return measurement.model_copy(update=changes)
 
-    def measurement(self, step: int, between: Between) -> MemoryMeasurement:
-        """Everything measured, in the form of a run's files."""
-        base = self._base or 0
-        resident = (self._before or 0) - base
-        peaks = {name: peak - base for name, peak in self._peaks.items()}
-        entries = between.entries | {"other": resident - sum(between.entries.values())}
+    def measurement(self, step: int, snapshot: StateSnapshot) -> MemoryMeasurement:
+        """Return everything measured, as a run folder stores it."""
+        resident = (self._before or 0) - (self._base or 0)
+        peaks = self._peaks_above_base()
         return MemoryMeasurement(
             rank=self._rank,
             device=self.device,
             step=step,
-            entries_bytes=entries,
+            entries_bytes=snapshot.entries | {"other": resident - sum(snapshot.entries.values())},
             resident_bytes=resident,
             phase_peak_bytes=peaks,
             peak_bytes=max(peaks[name] for name in TRAINING_PHASES),
-            process_peak_bytes=between.process["peak"],
-            host_entries_bytes=between.on_host,
-            swap_buffers_bytes={name: size for name, size in between.buffers.items() if size},
-            locked_bytes=between.process.get("locked", 0),
-            pinned_bytes=between.process.get("pinned", 0),
-            disk_bytes=between.disk,
-            saved_bytes=None if self._kept is None else self._kept.total_bytes,
+            process_peak_bytes=snapshot.process["peak"],
+            host_entries_bytes=snapshot.host_entries,
+            swap_buffers_bytes={name: size for name, size in snapshot.swap_buffers.items() if size},
+            locked_bytes=snapshot.process.get("locked", 0),
+            pinned_bytes=snapshot.process.get("pinned", 0),
+            disk_bytes=snapshot.disk,
+            saved_bytes=None if self._saved is None else self._saved.total_bytes,
         )
-
-
-class Between:
-    """What was alive between two steps."""
-
-    def __init__(
-        self,
-        entries: dict[str, int],
-        on_host: dict[str, int],
-        buffers: dict[str, int],
-        process: dict[str, int],
-        disk: dict[str, int],
-    ) -> None:
-        self.entries, self.on_host, self.buffers = entries, on_host, buffers
-        self.process, self.disk = process, disk

@@ -1,4 +1,4 @@
-"""One forward and backward pass on one process, without DeepSpeed, as torch's allocator sees it."""
+"""Memory of one forward and backward pass on one process, without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .allocation_tracer import trace_allocations
 
 
 def random_samples(spec: ModelSpec, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of a micro-batch."""
+    """Random inputs and targets of a micro-batch."""
     if isinstance(spec, VitSpec):
         return torch.randn(batch, spec.channels, *spec.image).to(dtype), torch.randint(spec.classes, (batch,))
     return torch.randint(spec.vocabulary, (batch, spec.context)), torch.randint(spec.vocabulary, (batch, spec.context))
@@ -27,18 +27,18 @@ def measure_passes(
     implementation: str = "grouped",
     autocast: torch.dtype | None = None,
 ) -> dict[str, int]:
-    """The most that forward and backward have allocated beyond the parameters and the samples, in bytes.
+    """Peak bytes allocated in forward and in backward, without the parameters and the samples.
 
-    torch's CPU kernels have blocks for each thread: set their number before, and call
-    `measure.count_every_allocation` before the first tensor.
+    torch's CPU kernels allocate blocks per thread, so set the number of threads before. Call `count_every_allocation`
+    before the first tensor.
 
     Args:
         spec: the model.
-        batch: samples.
+        batch: number of samples.
         dtype: of parameters and activations.
-        tile_relations: relations per tile; None keeps tables whole.
-        implementation: "grouped" or "gather".
-        autocast: dtype that autocast computes in, around the network but not the loss, as DeepSpeed's engine does.
+        tile_relations: relations per tile; None leaves the tables untiled.
+        implementation: of the relative operators, as `build` takes it.
+        autocast: dtype of autocast around the network, without the loss, as in DeepSpeed's engine; None disables it.
     """
     torch.manual_seed(0)
     network = build(spec, tile_relations=tile_relations, implementation=implementation).to(dtype)
@@ -55,7 +55,7 @@ def measure_passes(
         losses[0].backward()
 
     forward()
-    backward()  # What torch allocates once and keeps is there from here on.
+    backward()  # After this, everything that torch allocates once is allocated.
     losses.clear()
     network.zero_grad(set_to_none=True)
     begin, highest = trace_allocations(forward)

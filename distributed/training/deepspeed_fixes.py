@@ -1,16 +1,21 @@
-"""Gradients that DeepSpeed reads back wrong from NVMe, read right.
+"""All patches that training makes to DeepSpeed 0.19.8; no other module of training or checkpoints makes any.
 
-A gradient of 1 MiB or more goes to a file of its own and comes back into its place in its sub-group's buffer. Where
-that place is not a multiple of the drive's block, because smaller tensors lie before it, a direct read fails; DeepSpeed
-counts it as done, and the step takes what the buffer held before. Such gradients are read here through the page cache.
+`patch_gradient_reads`: DeepSpeed reads some gradients back wrong from NVMe. A gradient of 1 MiB or more has a file of
+its own and is read into its place in the buffer of its sub-group. Where that place is not a multiple of the drive's
+block size, because smaller tensors precede it, the direct read fails. DeepSpeed counts it as done, and the step uses
+stale values. The patch reads these gradients through the page cache.
 
-Source: DeepSpeed 0.19.8, runtime/swap_tensor/partitioned_optimizer_swapper.py, pipelined_optimizer_swapper.py and
-optimizer_utils.py; open(2) on O_DIRECT.
+`settled_collectives`: gloo frees a collective's tensors in its own thread at a random later time. While memory is
+traced, the patch waits for it.
+
+Sources: DeepSpeed 0.19.8, runtime/swap_tensor/partitioned_optimizer_swapper.py, pipelined_optimizer_swapper.py and
+optimizer_utils.py, runtime/zero/partition_parameters.py and stage3.py; open(2) on O_DIRECT.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,20 +23,21 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 4096
-"""No drive's block is larger; buffers begin at a page."""
-_MENDED = "_translution_mended"
+"""Largest block size of a drive in bytes; buffers are page-aligned."""
+_PATCHED = "_translution_patched"
+_SETTLE_SECONDS = 0.002
 
 
 def is_aligned(tensor: Tensor) -> bool:
-    """Whether a direct read into a tensor is allowed."""
+    """True if a direct read (O_DIRECT) into the tensor is possible."""
     return tensor.data_ptr() % BLOCK_BYTES == 0
 
 
 def read_file(path: str, tensor: Tensor) -> None:
-    """Fill a contiguous tensor in host memory from the beginning of a file, wherever the tensor lies.
+    """Fill a contiguous tensor in host memory, of any alignment, from the start of a file.
 
     Raises:
-        OSError: if the file is shorter.
+        OSError: if the file is shorter than the tensor.
     """
     view = memoryview(tensor.view(torch.uint8).numpy().data)
     with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a Path has no readinto that is shorter
@@ -45,7 +51,7 @@ def read_file(path: str, tensor: Tensor) -> None:
 
 @contextlib.contextmanager
 def _without_unaligned(info: Any, buffer: Tensor) -> Iterator[None]:
-    """Fill the gradients that no direct read can, and hide them while the block reads the others."""
+    """Read the unaligned gradients into the buffer, and hide them from DeepSpeed within the block."""
     every = info.swapped_gradients
     aligned = {}
     for offset, gradient in every.items():
@@ -61,15 +67,15 @@ def _without_unaligned(info: Any, buffer: Tensor) -> Iterator[None]:
         info.swapped_gradients = every
 
 
-def mend_gradient_reads() -> None:
-    """Let DeepSpeed's optimizers on NVMe read every gradient right, in this process from here on."""
+def patch_gradient_reads() -> None:
+    """Make DeepSpeed's NVMe optimizers read every gradient correctly, for the rest of this process."""
     from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
     from deepspeed.runtime.swap_tensor.partitioned_optimizer_swapper import PartitionedOptimizerSwapper
     from deepspeed.runtime.swap_tensor.pipelined_optimizer_swapper import PipelinedOptimizerSwapper
 
-    if getattr(OptimizerSwapper, _MENDED, False):
+    if getattr(OptimizerSwapper, _PATCHED, False):
         return
-    setattr(OptimizerSwapper, _MENDED, True)
+    setattr(OptimizerSwapper, _PATCHED, True)
     read_all = PartitionedOptimizerSwapper._swap_in_pinned_gradients
     swap_in = PipelinedOptimizerSwapper._swap_in_optimizer_state
 
@@ -80,7 +86,8 @@ def mend_gradient_reads() -> None:
                 read_all(self, aio_handle, parameter, gradient_tensor)
 
     def swap_in_optimizer_state(self: Any, aio_handle: Any, parameter: Any) -> Any:
-        # It chooses the buffer itself. The direct reads that are not allowed leave it as it was.
+        # The original chooses the buffer itself, and its unaligned direct reads leave the buffer unchanged: they are
+        # repeated afterwards.
         operation = swap_in(self, aio_handle, parameter)
         info = self.swap_params_info.get(OptimizerSwapper.parameter_id(parameter))
         if info is not None and info.swapped_gradients and parameter.grad is not None:
@@ -90,3 +97,30 @@ def mend_gradient_reads() -> None:
 
     PartitionedOptimizerSwapper._swap_in_pinned_gradients = swap_in_pinned_gradients
     PipelinedOptimizerSwapper._swap_in_optimizer_state = swap_in_optimizer_state
+
+
+@contextlib.contextmanager
+def settled_collectives() -> Iterator[None]:
+    """Wait, within the block, until gloo's thread has freed the tensors of each gather and reduction.
+
+    Otherwise it frees them before or after the next tensors are made, and no two runs have the same peak. DeepSpeed's
+    releases and reductions wait for two milliseconds here.
+    """
+    from deepspeed.runtime.zero import partition_parameters, stage3
+
+    release, reduce = partition_parameters.free_param, stage3.reduce_scatter_coalesced
+
+    def free_param(*arguments: Any) -> Any:
+        time.sleep(_SETTLE_SECONDS)
+        return release(*arguments)
+
+    def reduce_scatter_coalesced(*arguments: Any) -> Any:
+        shares = reduce(*arguments)
+        time.sleep(_SETTLE_SECONDS)
+        return shares
+
+    partition_parameters.free_param, stage3.reduce_scatter_coalesced = free_param, reduce_scatter_coalesced
+    try:
+        yield
+    finally:
+        partition_parameters.free_param, stage3.reduce_scatter_coalesced = release, reduce

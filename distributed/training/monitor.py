@@ -1,4 +1,4 @@
-"""Metrics of a run through DeepSpeed's monitor: CSV files, TensorBoard, or Weights & Biases."""
+"""A run's metrics through DeepSpeed's monitor: CSV files, TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from translution.planner.common.files import write_text
 
 MONITOR = "monitor"
-"""The folder in a run folder."""
+"""Name of the monitor's folder in a run folder."""
 PROJECT = "translution"
-"""Of Weights & Biases."""
+"""Name of the project in Weights & Biases."""
 
 
 def _prepare_wandb(folder: Path) -> None:
-    """Its files go to the run folder, and a run that goes on keeps its number there."""
+    """Direct wandb's files to the run folder, and let a resumed run keep its run ID there."""
     number = folder / "wandb_run_id"
     if not number.exists():
         write_text(number, secrets.token_hex(4))
@@ -30,11 +30,11 @@ def _prepare_wandb(folder: Path) -> None:
 
 
 class RunMonitor:
-    """Writes numbers by step; made on the rank that logs, after it has joined the process group.
+    """Writes metrics by step; made on the rank that writes metrics, after it has joined the process group.
 
     Args:
         kind: as in `TrainingSpec.monitor`.
-        run: the run folder; a run that goes on appends to what lies there.
+        run: the run folder; a resumed run appends to the files there.
     """
 
     def __init__(self, kind: str, run: Path) -> None:
@@ -54,11 +54,11 @@ class RunMonitor:
             section |= {"output_path": str(folder), "job_name": kind}
         self._master = MonitorMaster(get_monitor_config({"csv_monitor" if kind == "csv" else kind: section}))
         if self._master.csv_monitor is not None:
-            # It writes a heading where it has not done so since it was made, in the middle of a file too.
+            # Otherwise a new monitor writes a heading before its first line, in the middle of an existing file too.
             self._master.csv_monitor.filenames += [path.stem for path in (folder / kind).glob("*.csv")]
 
     def write(self, group: str, step: int, values: Mapping[str, float | None]) -> None:
-        """Write numbers of a step under ``group/name``; None is left out."""
+        """Write the values of a step under ``group/name``, without those that are None."""
         if self._master is not None:
             events = [(f"{group}/{name}", value, step) for name, value in values.items() if value is not None]
             self._master.write_events(events)

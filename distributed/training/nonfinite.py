@@ -1,4 +1,4 @@
-"""Where a run stops being finite: the first layer, parameter or gradient, and when skipped steps are too many."""
+"""Where a run stops being finite: the first layer, parameter or gradient; and when skipped steps end the run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..data.base import Samples
-from .engine import EngineRank
+from .engine import Engine
 
-MOST_SKIPPED = 20
-"""Steps in a row that fp16's loss scaling may skip before a run counts as lost."""
-_LEAST_SCALE = 1.0
-"""As the DeepSpeed configuration of a plan has it."""
+MAX_SKIPPED_STEPS = 20
+"""Consecutive steps that fp16 loss scaling may skip before the run counts as diverged."""
+_MIN_LOSS_SCALE = 1.0
+"""Lowest loss scale, as in the DeepSpeed configuration of a plan."""
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Floating tensors among a module's arguments or results."""
+    """Floating-point tensors among a module's arguments or results."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -35,19 +35,19 @@ def _finite(value: Any) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(value))
 
 
-class _Watch:
-    """Looks at one module as it runs, and notes what is not finite.
+class _ModuleProbe:
+    """Forward hooks that note which values of one module are not finite.
 
     Args:
-        name: the module's, in its network.
-        found: takes what is found.
+        name: the module's name in its network.
+        found: list that receives the names of non-finite values.
     """
 
     def __init__(self, name: str, found: list[str]) -> None:
         self._name, self._found = name, found
 
     def before(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """What goes in, and the module's own parameters."""
+        """Check the inputs and the module's own parameters."""
         if not _finite([arguments, keywords]):
             self._found.append(f"{self._name or 'network'} (input)")
         for name, parameter in module.named_parameters(self._name, recurse=False):
@@ -55,31 +55,31 @@ class _Watch:
                 self._found.append(f"{name} (parameter)")
 
     def after(self, _: nn.Module, __: tuple[Any, ...], result: Any) -> None:
-        """What comes out."""
+        """Check the outputs."""
         if not _finite(result):
             self._found.append(f"{self._name or 'network'} (output)")
 
 
-def first_not_finite(network: nn.Module, forward: Callable[[], Tensor]) -> str | None:
-    """The first thing in a forward pass that is not finite, by its name in the network.
+def first_nonfinite_value(network: nn.Module, forward: Callable[[], Tensor]) -> str | None:
+    """Name the first value of a forward pass that is not finite.
 
-    Modules are looked at as they run: what goes in, their own parameters, and what comes out. Under
-    ZeRO-3 a parameter is whole then, and every rank must make the same call.
+    Checks inputs, own parameters and outputs of each module as it runs, because under ZeRO-3 its parameters are
+    gathered only then. Under ZeRO-3 every rank must make the same call.
 
     Args:
-        network: what runs; DeepSpeed's hooks must have been set before.
-        forward: runs it and gives the loss.
+        network: the network; DeepSpeed must have registered its hooks before.
+        forward: runs the network and returns the loss.
 
     Returns:
-        ``blocks.1.ffn.up.weight (parameter)``, ``blocks.0.operator (output)``, ``blocks.0.ffn_norm
-        (input)`` or ``loss``; None if all is finite.
+        For example ``blocks.1.ffn.up.weight (parameter)``, ``blocks.0.operator (output)``, ``blocks.0.ffn_norm
+        (input)`` or ``loss``; None if everything is finite.
     """
     found: list[str] = []
     hooks = []
     for name, module in network.named_modules():
-        watch = _Watch(name, found)
-        hooks.append(module.register_forward_pre_hook(watch.before, with_kwargs=True))
-        hooks.append(module.register_forward_hook(watch.after))
+        probe = _ModuleProbe(name, found)
+        hooks.append(module.register_forward_pre_hook(probe.before, with_kwargs=True))
+        hooks.append(module.register_forward_hook(probe.after))
     try:
         with torch.no_grad():
             loss = forward()
@@ -89,12 +89,12 @@ def first_not_finite(network: nn.Module, forward: Callable[[], Tensor]) -> str |
     return next(iter(found), None if _finite(loss) else "loss")
 
 
-def first_bad_gradient(network: nn.Module, gradient: Callable[[nn.Parameter], Tensor | None]) -> str | None:
-    """The parameter nearest to the loss whose gradient is not finite: backward came to it first.
+def first_nonfinite_gradient(network: nn.Module, gradient: Callable[[nn.Parameter], Tensor | None]) -> str | None:
+    """Name the first parameter in backward order whose gradient is not finite; None if all are finite.
 
     Args:
         network: holds the parameters.
-        gradient: gives a parameter's whole gradient; under ZeRO every rank must make the same call.
+        gradient: returns a parameter's full gradient; under ZeRO every rank must make the same call.
     """
     for name, parameter in reversed(list(network.named_parameters())):
         if not _finite(gradient(parameter)):
@@ -103,67 +103,72 @@ def first_bad_gradient(network: nn.Module, gradient: Callable[[nn.Parameter], Te
 
 
 def is_finite_norm(norm: float | None) -> bool:
-    """Whether a gradient norm, as DeepSpeed gives it, is one: it may be -1 for one that is not, or None for none."""
+    """True if the norm is finite. DeepSpeed returns -1 on overflow, None when it was not computed."""
     return norm is None or (math.isfinite(norm) and norm >= 0)
 
 
 class SkippedSteps:
-    """Tells when steps that were skipped for their gradients mean that a run is lost.
+    """Decides when steps skipped because of their gradients mean that the run has diverged.
 
     Args:
-        scaled: whether the loss is scaled, as in fp16, where a step is skipped now and then to find the scale.
+        scaled: whether the loss is scaled, as in fp16, where DeepSpeed skips single steps to adjust the scale.
     """
 
     def __init__(self, *, scaled: bool) -> None:
         self._scaled = scaled
-        self.in_a_row = 0
+        self.consecutive = 0
+        """Steps skipped since the last one that was applied."""
 
-    def lost(self, *, finite: bool, scale: float) -> bool:
-        """Take a step.
+    def is_diverged(self, *, finite: bool, scale: float) -> bool:
+        """Count a step; return True if the run has diverged.
 
         Args:
-            finite: whether its gradients were finite.
-            scale: the loss scale after it.
+            finite: whether the step's gradients were finite.
+            scale: loss scale after the step.
         """
-        self.in_a_row = 0 if finite else self.in_a_row + 1
+        self.consecutive = 0 if finite else self.consecutive + 1
         if finite or not self._scaled:
             return not finite
-        return self.in_a_row >= MOST_SKIPPED or scale <= _LEAST_SCALE
+        return self.consecutive >= MAX_SKIPPED_STEPS or scale <= _MIN_LOSS_SCALE
 
-    def text(self, scale: float) -> str:
-        """What is wrong, for people."""
-        often = f" in {self.in_a_row} steps in a row, at a loss scale of {scale:g}" if self._scaled else ""
+    def describe(self, scale: float) -> str:
+        """Describe what is wrong, for an error message."""
+        often = f" in {self.consecutive} steps in a row, at a loss scale of {scale:g}" if self._scaled else ""
         return f"the norm of the gradients is not finite{often}"
 
 
-def find_in_forward(rank: EngineRank, batches: list[Samples]) -> str:
-    """What is not finite first when a step's micro-batches run forward.
+def find_nonfinite_layer(engine: Engine, batches: list[Samples], step: int) -> str:
+    """Repeat a step's forward passes and describe the first value that is not finite on any rank.
 
     Args:
-        rank: this rank, whose parameters are those of the step.
-        batches: its micro-batches.
+        engine: this rank's engine, with the parameters of the step.
+        batches: the step's micro-batches.
+        step: number of the step, from 0.
     """
-    rank.seed_step()
-    own = [first_not_finite(rank.engine.module, partial(rank.loss, batch)) for batch in batches]
-    everywhere: list[str | None] = [None] * rank.ranks
+    engine.seed_step(step)
+    own = [first_nonfinite_value(engine.module, partial(engine.loss, batch)) for batch in batches]
+    everywhere: list[str | None] = [None] * engine.world_size
     torch.distributed.all_gather_object(everywhere, next((text for text in own if text), None))
     for number, text in enumerate(everywhere):
         if text:
-            return f"first not finite: {text}" + (f", on rank {number}" if rank.ranks > 1 else "")
-    return "all is finite in a second forward pass"
+            return f"first not finite: {text}" + (f", on rank {number}" if engine.world_size > 1 else "")
+    return "everything is finite in a second forward pass"
 
 
-def find_in_backward(rank: EngineRank, batches: list[Samples], passes: Callable[[list[Samples]], float]) -> str:
-    """Where a step's gradients are first not finite; nothing if that does not show again.
+def find_nonfinite_gradient(
+    engine: Engine, batches: list[Samples], step: int, forward_backward: Callable[[list[Samples]], float]
+) -> str:
+    """Repeat a step's passes and describe the first gradient that is not finite; empty if all are finite now.
 
     Args:
-        rank: this rank, whose parameters are those of the step.
-        batches: its micro-batches.
-        passes: runs them forward and backward, and gives the mean loss.
+        engine: this rank's engine, with the parameters of the step.
+        batches: the step's micro-batches.
+        step: number of the step, from 0.
+        forward_backward: runs micro-batches forward and backward and returns their mean loss.
     """
     from deepspeed.utils import safe_get_full_grad
 
-    rank.seed_step()
-    (loss,) = rank.mean_over_ranks(passes(batches))
-    name = first_bad_gradient(rank.engine.module, safe_get_full_grad) if math.isfinite(loss) else None
+    engine.seed_step(step)
+    (loss,) = engine.mean_over_ranks(forward_backward(batches))
+    name = first_nonfinite_gradient(engine.module, safe_get_full_grad) if math.isfinite(loss) else None
     return f": first not finite, from the loss backwards: {name} (gradient)" if name else ""

@@ -1,15 +1,13 @@
-"""What every rank runs: build the model under ZeRO, train, measure one step, evaluate, save.
+"""Training on one rank: the steps, their measurement, checkpoints, evaluations, metrics and status.
 
-The same code serves one process and many; the launcher's environment (RANK, LOCAL_RANK,
-WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says which rank this is.
+`train` is what every rank of a run executes, with one process or many. The launcher's environment variables (RANK,
+LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) give the rank's place.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import shlex
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,83 +15,115 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from translution.planner.common.errors import InputError
 from translution.planner.common.files import write_text
-from translution.planner.common.provenance import provenance
+from translution.planner.common.phases import Phase
 from translution.planner.plans.plan import Plan, load_plan
-from translution.planner.simulator.lifecycle import BACKWARD, FORWARD, RESUME, SAVE, STEP
 
 from ..checkpoint import reshard
 from ..checkpoint import save_load as checkpoint
 from ..checkpoint.manifest import newest, tags
 from ..checkpoint.resume import check_resumable, layout_changes
 from ..data.augment import Augmenter
-from ..data.base import Samples, DataSource
+from ..data.base import DataSource, Samples
 from ..data.batching import micro_batches
 from ..data.loaders import load_samples
-from ..profiling import allocation_tracer as measure
-from ..profiling.recorder import RunPhase, Watch, run_phase
-from ..runs.folder import (
-    CHECKPOINT,
-    log_to_own_file,
-    make_run_folders,
-    memory_path,
-    trim_metrics,
-)
-from ..runs.heartbeat import follow_beat, require_beat
+from ..profiling.allocation_tracer import count_every_allocation
+from ..profiling.recorder import MemoryKind, Recorder, RunPhase, StateSnapshot, run_phase
+from ..runs.folder import CHECKPOINT, log_to_own_file, make_run_folders, memory_path
+from ..runs.heartbeat import follow_heartbeat, require_heartbeat
 from ..runs.measurement import MemoryMeasurement, read_memory
 from ..runs.mode import RunMode
 from ..runs.watchdog import end_with_launcher
 from ..system import filesystem, nvme_swap
 from ..system.environment import own_path
 from ..system.packages import check_training_packages
-from ..system.signals import IntervalTimer
-from .engine import MODEL_DTYPES, EngineRank
+from ..system.signals import IntervalTimer, StopRequest
+from .deepspeed_fixes import settled_collectives
+from .engine import MODEL_DTYPES, Engine
 from .lr_schedule import learning_rate_factor
-from .monitor import RunMonitor
-from .nonfinite import SkippedSteps, find_in_backward, find_in_forward, is_finite_norm
+from .nonfinite import SkippedSteps, find_nonfinite_gradient, find_nonfinite_layer, is_finite_norm
+from .run_log import RunLog
 
 MEASURED_STEP = 3
-"""The optimizer step that is measured: Adam's moments exist by then, buffers have their size."""
+"""The optimizer step that is measured, counted from 1: by then Adam's moments exist and buffers have their size."""
 
 
-def is_due(step: int, every: int) -> bool:
-    """Whether something that is done every so many steps is done after this one; 0 never does it."""
-    return every > 0 and step % every == 0
+def is_due(step: int, interval: int) -> bool:
+    """True if what happens every `interval` steps happens after this one; an interval of 0 means never."""
+    return interval > 0 and step % interval == 0
 
 
-class Rank(EngineRank):
-    """One rank that trains.
+class Trainer:
+    """Trains a plan on one rank.
 
     Args:
-        plan, run, watch: as in `EngineRank`.
+        plan: the model and how it is trained.
+        run: the run folder, shared by all ranks.
+        mode: what the ranks do.
+        engine: the rank's engine; by default one for the plan.
     """
 
-    def __init__(self, plan: Plan, run: Path, watch: Watch = "allocations") -> None:
-        super().__init__(plan, run, watch)
-        self.monitor = RunMonitor("none", run)
+    recorder: Recorder
+    """Measures this rank's memory; made by `start`."""
+
+    def __init__(self, plan: Plan, run: Path, mode: RunMode = RunMode.TRAIN, engine: Engine | None = None) -> None:
+        self.plan, self.run, self.mode = plan, run, mode
+        self.engine = engine or Engine(plan)
+        self.memory_kind: MemoryKind = "process" if mode is RunMode.MEASURE_PROCESS else "allocations"
+        self.step = 0
+        """Number of the step, from 0; after the last one, the number of steps."""
+        self.data_tensors: list[Tensor] = []
+        """Tensors of the data set, which do not belong to the training state."""
+        self.snapshot: StateSnapshot | None = None
+        self.stop = StopRequest()
+        # A second launch that measures the run's processes leaves the metrics of the first launch alone.
+        writes_metrics = self.engine.rank == 0 and self.memory_kind == "allocations"
+        self.log = RunLog(plan, run, self.engine.rank, writes_metrics=writes_metrics)
         self.skipped = SkippedSteps(scaled=plan.training.precision == "fp16")
 
-    def pass_forward_and_backward(self, batches: list[Samples], phase: RunPhase = run_phase) -> float:
-        """All micro-batches of a step; the mean loss over them.
+    def report_status(self, state: str, message: str = "") -> None:
+        """Write this rank's status file."""
+        self.log.report_status(state, self.step, message)
+
+    def make_recorder(self) -> Recorder:
+        """Return a recorder of this rank's memory, which starts to count at the memory in use now."""
+        return Recorder(self.plan, self.engine.rank, self.memory_kind, while_tracing=settled_collectives)
+
+    def start(self) -> None:
+        """Join the process group and build the engine.
+
+        Raises:
+            InputError: if the number of ranks differs from the plan's.
+        """
+        self.report_status("started")
+        self.engine.check_world_size()
+        self.engine.join_process_group()
+        self.recorder = self.make_recorder()
+        self.recorder.record(Phase.INIT, self.engine.build_model)
+        self.recorder.record(Phase.INIT, self.engine.initialize_engine)
+
+    def forward_backward(self, batches: list[Samples], phase: RunPhase = run_phase) -> float:
+        """Run all micro-batches of a step forward and backward; return their mean loss.
 
         Args:
             batches: the micro-batches.
-            phase: called with the name and the work of each forward and backward.
+            phase: called with the name and the work of each forward and backward pass.
         """
         total = 0.0
         loss = torch.zeros(())
 
         def forward(batch: Samples) -> None:
             nonlocal loss
-            loss = self.loss(batch)
+            loss = self.engine.loss(batch)
 
         for number, batch in enumerate(batches):
             if number:
-                self.engine.step()  # Between micro-batches it only counts.
-            phase(FORWARD, partial(forward, batch))
-            phase(BACKWARD, lambda: self.engine.backward(loss))
+                self.engine.micro_step()
+            phase(Phase.FORWARD, partial(forward, batch))
+            phase(Phase.BACKWARD, lambda: self.engine.backward(loss))
             total += loss.item() / len(batches)
         return total
 
@@ -101,218 +131,187 @@ class Rank(EngineRank):
         """Clip and apply the gradients at the schedule's learning rate."""
         training = self.plan.training
         factor = learning_rate_factor(self.step, training.warmup_steps, training.steps)
-        # With part of the states offloaded DeepSpeed has a second optimizer for what stays.
-        optimizers = [self.engine.optimizer, getattr(self.engine.optimizer, "backup_optimizer", None)]
-        for group in (group for optimizer in optimizers if optimizer for group in optimizer.param_groups):
-            group["lr"] = training.learning_rate * factor
-        self.engine.step()
+        self.engine.set_learning_rate(training.learning_rate * factor)
+        self.engine.micro_step()
 
     def train_step(self, batches: list[Samples], phase: RunPhase = run_phase) -> float:
-        """One optimizer step; the mean loss over all ranks' micro-batches.
+        """Do one optimizer step; return the mean loss over the micro-batches of all ranks.
 
         Raises:
-            FloatingPointError: on every rank, if a loss of any is not finite; naming the first layer that is not.
+            FloatingPointError: on every rank, if the loss of any rank is not finite; names the first layer whose
+                values are not.
         """
-        (loss,) = self.mean_over_ranks(self.pass_forward_and_backward(batches, phase))
+        (loss,) = self.engine.mean_over_ranks(self.forward_backward(batches, phase))
         if not math.isfinite(loss):
-            raise FloatingPointError(f"step {self.step + 1}: loss is {loss}: {find_in_forward(self, batches)}")
-        phase(STEP, self.optimizer_step)
+            where = find_nonfinite_layer(self.engine, batches, self.step)
+            raise FloatingPointError(f"step {self.step + 1}: loss is {loss}: {where}")
+        phase(Phase.STEP, self.optimizer_step)
         return loss
 
     def check_gradients(self, batches: list[Samples]) -> None:
-        """Stop when DeepSpeed has skipped the step for its gradients, unless that is the loss scale's search.
+        """Stop the run if DeepSpeed skipped the step because of its gradients, unless fp16 is adjusting its loss scale.
 
         Raises:
-            FloatingPointError: on every rank; naming the parameter where the gradients are first not finite.
+            FloatingPointError: on every rank; names the first parameter in backward whose gradient is not finite.
         """
-        optimizer, norm = self.engine.optimizer, self.engine.get_global_grad_norm()
-        finite = is_finite_norm(norm) and not getattr(optimizer, "overflow", False)
-        scale = float(getattr(optimizer, "loss_scale", None) or 1.0)
-        if self.skipped.lost(finite=finite, scale=scale):
-            where = find_in_backward(self, batches, self.pass_forward_and_backward)
-            raise FloatingPointError(f"step {self.step + 1}: {self.skipped.text(scale)}{where}")
+        finite = is_finite_norm(self.engine.gradient_norm()) and not self.engine.overflowed
+        scale = self.engine.loss_scale
+        if self.skipped.is_diverged(finite=finite, scale=scale):
+            where = find_nonfinite_gradient(self.engine, batches, self.step, self.forward_backward)
+            raise FloatingPointError(f"step {self.step + 1}: {self.skipped.describe(scale)}{where}")
 
     def recorded_step(self, batches: list[Samples], measured: int | None) -> float:
-        """A step like any other, but the measured one and the one before are watched."""
+        """Do one step, with memory recorded in the measured step and saved activations in the one before."""
         recorder = self.recorder
-        assert recorder is not None
-        if recorder.watch == "process":
+        if recorder.memory_kind == "process":
             return self.train_step(batches, recorder.record if self.step else run_phase)
         if measured is None or self.step not in (measured - 1, measured):
             return self.train_step(batches)
         if self.step == measured - 1:
-            recorder.count_kept(self.engine.module)
-            return self.train_step(batches, recorder.counted)
-        self.between = recorder.between_steps(self.engine, self.samples, batches)
+            recorder.expect_saved_tensors(self.engine.module)
+            return self.train_step(batches, recorder.count_saved_tensors)
+        self.snapshot = recorder.take_snapshot(self.engine.deepspeed_engine, self.data_tensors, batches)
         loss = self.train_step(batches, recorder.record)
-        self.log(event="memory", step=self.step + 1, peak_bytes=self.write_measurement(measured).peak_bytes)
+        self.log.write(event="memory", step=self.step + 1, peak_bytes=self.write_measurement(measured).peak_bytes)
         return loss
 
     def write_measurement(self, step: int) -> MemoryMeasurement:
-        """Write what has been measured so far."""
-        assert self.recorder is not None and self.between is not None
-        measurement = self.recorder.measurement(step, self.between)
+        """Write everything measured so far."""
+        assert self.snapshot is not None
+        measurement = self.recorder.measurement(step, self.snapshot)
         self._write(measurement)
         return measurement
 
     def add_measurement(self) -> None:
-        """Add what this process has measured to what an earlier one wrote."""
-        assert self.recorder is not None
-        before = read_memory(self.run, self.rank)
+        """Add this process's measurement to that of an earlier process of the run."""
+        before = read_memory(self.run, self.engine.rank)
         if before is not None:
             self._write(self.recorder.add_to(before))
 
     def _write(self, measurement: MemoryMeasurement) -> None:
-        write_text(memory_path(self.run, self.rank), measurement.model_dump_json(indent=2) + "\n")
+        write_text(memory_path(self.run, self.engine.rank), measurement.model_dump_json(indent=2) + "\n")
 
-    def save(self, measured: int | None) -> None:
-        """Save the checkpoint and note the memory it takes."""
-        assert self.recorder is not None
-        # A second process that measures the same run saves beside the first one's checkpoint.
-        tag = None if self.watch == "allocations" else f"{self.watch}_{self.step}"
-        folder = self.run / CHECKPOINT
-        self.recorder.record(SAVE, lambda: checkpoint.save(self.engine, folder, self.step, self.plan, tag=tag))
-        if self.watch == "process":
+    def save_checkpoint(self, measured: int | None) -> None:
+        """Save a checkpoint and record its memory."""
+        # A second launch that measures the run's processes saves next to the first launch's checkpoint.
+        tag = None if self.memory_kind == "allocations" else f"{self.memory_kind}_{self.step}"
+        folder, engine = self.run / CHECKPOINT, self.engine.deepspeed_engine
+        self.recorder.record(Phase.SAVE, lambda: checkpoint.save(engine, folder, self.step, self.plan, tag=tag))
+        if self.memory_kind == "process":
             self.add_measurement()
         elif measured is not None:
             self.write_measurement(measured)
 
-    def load(self) -> int:
-        """Read the run's newest checkpoint into the engine; the steps that it had done.
+    def load_checkpoint(self) -> int:
+        """Load the run's newest checkpoint into the engine; return its number of steps.
 
         Raises:
-            InputError: if there is none, or it is damaged or another model's.
+            InputError: if there is none, or it is damaged or belongs to another model.
         """
-        assert self.recorder is not None
-        folder = self.run / CHECKPOINT
+        folder, engine = self.run / CHECKPOINT, self.engine.deepspeed_engine
         saved = newest(folder)
         if saved is None:
             raise InputError(f"{folder}: holds no whole checkpoint")
         if layout_changes(self.plan, saved.plan()):
             dtype = MODEL_DTYPES[self.plan.training.states_dtype]
-            self.recorder.record(RESUME, lambda: reshard.load(self.engine, saved, dtype))
+            self.recorder.record(Phase.RESUME, lambda: reshard.load(engine, saved, dtype))
         else:
-            self.recorder.record(RESUME, lambda: checkpoint.load(self.engine, folder, saved.tag))
+            self.recorder.record(Phase.RESUME, lambda: checkpoint.load(engine, folder, saved.tag))
         return saved.manifest.step
 
-    def resume(self) -> None:
-        """Build the engine, read the run's checkpoint, and add that to what the run measured."""
+    def measure_resume(self) -> None:
+        """Build the engine, load the run's checkpoint, and add the memory of this to the run's measurement."""
         self.start()
-        self.load()
+        self.load_checkpoint()
         self.add_measurement()
-        self.say("finished")
+        self.report_status("finished")
 
-    def train(self, *, evaluation: bool = True, read: bool = False, go_on: bool = False) -> None:
-        """The whole run: all steps, checkpoints, and the evaluation unless it is not wanted.
+    def train(self) -> None:
+        """Train all steps, save and, unless only memory is measured, evaluate.
 
-        Args:
-            evaluation: whether to evaluate, and to tell the monitor; not where only memory is of interest.
-            read: read the run's checkpoint first, to measure that, and begin at the first step all the same.
-            go_on: read the run's checkpoint first and go on from its step.
+        CONTINUE starts at the step of the newest checkpoint. MEASURE_PROCESS loads it too, to measure that, and starts
+        at the first step.
         """
-        training = self.plan.training
-        training_samples, held_out = load_samples(self.plan.model, training, training.global_batch(self.ranks))
-        self.samples = [*training_samples.resident, *held_out.resident]
-        # Before the engine: kornia cannot be imported any more once DeepSpeed has made a model under ZeRO-3.
-        self.augment = Augmenter(self.plan.model, training, self.rank, self.ranks)
+        training, resume = self.plan.training, self.mode is RunMode.CONTINUE
+        evaluates = self.mode in (RunMode.TRAIN, RunMode.CONTINUE)
+        global_batch = training.global_batch(self.engine.world_size)
+        training_samples, held_out = load_samples(self.plan.model, training, global_batch)
+        self.data_tensors = [*training_samples.resident, *held_out.resident]
+        # Before the engine: kornia cannot be imported after DeepSpeed has made a model under ZeRO-3.
+        self.augment = Augmenter(self.plan.model, training, self.engine.rank, self.engine.world_size)
         self.start()
-        loaded = self.load() if read or go_on else 0
-        first = loaded if go_on else 0
+        loaded = self.load_checkpoint() if resume or self.mode is RunMode.MEASURE_PROCESS else 0
+        first = loaded if resume else 0
         batches: Iterator[list[Samples]] = micro_batches(
             training_samples,
             micro_batch=training.micro_batch,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
-            rank=self.rank,
-            ranks=self.ranks,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
             seed=training.seed,
             first_step=first,
         )
-        if go_on and self.logs:
-            trim_metrics(self.run)
-        made = provenance(shlex.join(["translution", *sys.argv[1:]]), ("torch", "deepspeed"))
-        self.log(
-            event="resume" if go_on else "start",
-            step=first,
-            steps=training.steps,
-            ranks=self.ranks,
-            global_batch=training.global_batch(self.ranks),
-            made=made.model_dump(),
-        )
-        # In the first step Adam has no moments yet: a run of one step measures nothing.
-        measured = None if go_on else min(MEASURED_STEP, training.steps) - 1 or None
-        self.monitor = RunMonitor(training.monitor if self.logs and evaluation else "none", self.run)
+        self.log.start(first, self.engine.world_size, resume=resume, monitored=evaluates)
+        # Adam has no moments before the first step, so a run of one step measures nothing.
+        measured = None if resume else min(MEASURED_STEP, training.steps) - 1 or None
         with self.stop.watching():
-            stopped = self.train_steps(batches, first, measured, held_out if evaluation else None)
+            stopped = self.train_steps(batches, first, measured, held_out if evaluates else None)
         if stopped:
-            self.say("stopped", stopped)
+            self.report_status("stopped", stopped)
             return
         self.step = training.steps
-        self.save(measured)
-        if evaluation:
-            self.log_evaluation(held_out, self.step)
-        self.say("finished")
+        self.save_checkpoint(measured)
+        if evaluates:
+            self.evaluate(held_out, self.step)
+        self.report_status("finished")
 
     def train_steps(
         self, batches: Iterator[list[Samples]], first: int, measured: int | None, held_out: DataSource | None
     ) -> str:
-        """All steps from one on, with evaluations and checkpoints between them.
+        """Train from a step to the last one, with evaluations and checkpoints.
 
         Args:
             batches: the micro-batches of each step.
-            first: the step to begin with, from 0.
-            measured: the step whose memory is measured.
-            held_out: what to evaluate on, if at all.
+            first: number of the first step, from 0.
+            measured: number of the step whose memory is measured.
+            held_out: samples to evaluate on, or None.
 
         Returns:
-            The name of the signal that ended them after a checkpoint; nothing if none did.
+            The name of the signal that ended training after a checkpoint; empty if none did.
         """
-        training, clock = self.plan.training, IntervalTimer(self.plan.training.checkpoint_minutes)
+        training, timer = self.plan.training, IntervalTimer(self.plan.training.checkpoint_minutes)
         for self.step in range(first, training.steps):
             began = time.perf_counter()
             loss = self.checked_step(self.augment(next(batches), self.step), measured)
-            # All ranks save after the same step: rank 0's clock counts, and a signal to any of them.
-            wanted = float(self.stop.name is not None), float(self.rank == 0 and clock.due())
-            stop, due = self.mean_over_ranks(*wanted)
-            self.log_step(loss, time.perf_counter() - began)
+            # All ranks must save after the same step: rank 0's timer decides, or a signal to any rank.
+            wanted = float(self.stop.name is not None), float(self.engine.rank == 0 and timer.due())
+            stop, due = self.engine.mean_over_ranks(*wanted)
+            self.log.write_step(self.step + 1, loss, time.perf_counter() - began, self.engine)
             if self.step % 20 == 0:
-                self.say("training")
+                self.report_status("training")
             done = self.step + 1
             if stop:
                 self.stop.notice()
             elif held_out is not None and done < training.steps and is_due(done, training.evaluation_steps):
-                self.log_evaluation(held_out, done)
+                self.evaluate(held_out, done)
             if done < training.steps and (stop or due or is_due(done, training.checkpoint_steps)):
                 self.step = done
-                self.save(None)
-                clock.restart()
+                self.save_checkpoint(None)
+                timer.restart()
                 if stop:
                     return self.stop.name or "a signal to another rank"
         return ""
 
     def checked_step(self, batches: list[Samples], measured: int | None) -> float:
-        """A step of a run, which is stopped if it can learn no more."""
-        self.seed_step()
+        """Do one step with its own random seed, and stop the run if its gradients are not finite."""
+        self.engine.seed_step(self.step)
         loss = self.recorded_step(batches, measured)
         self.check_gradients(batches)
         return loss
 
-    def log_evaluation(self, held_out: DataSource, step: int) -> None:
-        """Evaluate after so many steps, and write the result."""
-        loss, accuracy, samples = self.evaluate(held_out)
-        self.log(event="evaluation", step=step, loss=loss, accuracy=accuracy, samples=samples)
-        self.monitor.write("Evaluation", step, {"loss": loss, "accuracy": accuracy})
-
-    def log_step(self, loss: float, seconds: float) -> None:
-        """Write a step's metrics."""
-        norm = self.engine.get_global_grad_norm()
-        values = {
-            "loss": loss,
-            "grad_norm": float(norm) if norm is not None and math.isfinite(norm) else None,
-            "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
-            "samples_per_s": self.plan.training.global_batch(self.ranks) / seconds,
-        }
-        self.log(event="step", step=self.step + 1, seconds=seconds, **values)
-        self.monitor.write("Train", self.step + 1, values)
+    def evaluate(self, held_out: DataSource, step: int) -> None:
+        """Evaluate after a number of steps, and write the result."""
+        self.log.write_evaluation(step, *self.engine.evaluate(held_out))
 
 
 def train(plan_folder: Path, run: Path, mode: RunMode = RunMode.TRAIN) -> None:
@@ -321,52 +320,48 @@ def train(plan_folder: Path, run: Path, mode: RunMode = RunMode.TRAIN) -> None:
     Args:
         plan_folder: holds plan.json.
         run: the run folder, made by the launcher.
-        mode: what the rank does; under TRAIN, a run folder that already has a checkpoint is resumed.
+        mode: what the ranks do; under TRAIN, a run folder that already has a checkpoint is resumed.
 
     Raises:
-        TranslutionError: for a bad plan, data that does not suit it, a package that it needs and is absent, or a run
-            folder that its launcher does not share.
+        TranslutionError: if the plan is invalid, its data does not fit the model, a package is missing, or this node
+            does not see the launcher's run folder.
     """
     plan = load_plan(plan_folder)
-    require_beat(run)
-    # A shell of another host, or of Slurm, knows nothing of this environment.
+    require_heartbeat(run)
+    # A shell on another host, or Slurm's, does not have this environment's PATH.
     os.environ["PATH"] = own_path()
     check_training_packages(plan.training)
-    # Nodes that were started by hand have no launcher that made the run folder.
+    # Without a launcher, for instance under torchrun, nobody has made the run folder.
     make_run_folders(run, plan_folder)
     log_to_own_file(run, int(os.environ.get("RANK", "0")))
     if mode is RunMode.TRAIN and tags(run / CHECKPOINT):
-        # A Slurm job that is submitted again, or torchrun with the run folder of a run that ended.
+        # For instance a Slurm job that was submitted again.
         check_resumable(plan, run)
         mode = RunMode.CONTINUE
-    rank = Rank(plan, run, "process" if mode is RunMode.MEASURE_PROCESS else "allocations")
-    evaluation = mode in (RunMode.TRAIN, RunMode.CONTINUE)
-    training = partial(
-        rank.train, evaluation=evaluation, read=mode is RunMode.MEASURE_PROCESS, go_on=mode is RunMode.CONTINUE
-    )
-    run_rank(rank, rank.resume if mode is RunMode.MEASURE_RESUME else training)
+    trainer = Trainer(plan, run, mode)
+    run_rank(trainer, trainer.measure_resume if mode is RunMode.MEASURE_RESUME else trainer.train)
 
 
-def run_rank(rank: Rank, work: Callable[[], None]) -> None:
-    """Do a rank's work, leave its last word in its status, and clear up."""
-    # DeepSpeed 0.19.8 calls what torch 2.13 has renamed, and torch says so at every call.
+def run_rank(trainer: Trainer, work: Callable[[], None]) -> None:
+    """Do a rank's work; report a failure in its status; remove its swap files and shared buffers afterwards."""
+    # DeepSpeed 0.19.8 calls functions that torch 2.13 has renamed, and torch warns at every call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
-    rank.stop.expect()
+    trainer.stop.expect()
     end_with_launcher()
-    follow_beat(rank.run, rank.rank, rank.stop)
-    plan = rank.plan
+    rank, plan = trainer.engine.rank, trainer.plan
+    follow_heartbeat(trainer.run, rank, trainer.stop)
     if plan.cluster.device == "cpu":
-        measure.count_every_allocation()
+        count_every_allocation()
     try:
         work()
         torch.distributed.barrier()
     except BaseException as error:
-        rank.say("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        trainer.report_status("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
         raise
     finally:
         for path in {plan.zero.offload_optimizer.nvme_path, plan.zero.offload_param.nvme_path}:
-            nvme_swap.remove_swap_files(path, rank.rank)
-        filesystem.remove_shared_buffers(os.environ.get("MASTER_PORT", ""), rank.rank)
-        # Without it a gloo process may abort at exit after success.
+            nvme_swap.remove_swap_files(path, rank)
+        filesystem.remove_shared_buffers(os.environ.get("MASTER_PORT", ""), rank)
+        # Otherwise a gloo process may abort at exit after success.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""From what a rehearsed rank measured to the whole model: parts of a phase joined, missing layers added."""
+"""Extrapolates the measurement of a rehearsal of some layers to the complete model."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Mapping
 
 from translution.planner.common.phases import TRAINING_PHASES, Phase
 from translution.planner.plans.plan import Plan
-from translution.planner.simulator.engine.base import OPTIMIZER_BUFFERS, SUB_GROUP_BUFFER
+from translution.planner.simulator.engine.base import OPTIMIZER_SWAP_BUFFERS, SUB_GROUP_BUFFER
 from translution.planner.simulator.engine.partition import make_shards, make_sub_groups
 from translution.planner.simulator.network.model import SimulatedNetwork
 from translution.planner.simulator.network.ops import DtypeSizes
 
 from ..runs.measurement import MemoryMeasurement
 
-CONSTRUCTION, ENGINE = "construction", "engine"
-"""The parts of init, which a rehearsal measures each for itself."""
-BY_SUB_GROUP = (OPTIMIZER_BUFFERS, SUB_GROUP_BUFFER)
-"""Buffers as large as the largest sub-group, however many layers there are."""
+INIT_MODEL, INIT_ENGINE = "construction", "engine"
+"""The two parts of init, which a rehearsal measures separately."""
+BY_SUB_GROUP = (OPTIMIZER_SWAP_BUFFERS, SUB_GROUP_BUFFER)
+"""Breakdown items whose size is that of the largest sub-group, not proportional to the number of layers."""
 
 
 def join_init(measured: MemoryMeasurement) -> MemoryMeasurement:
-    """The measurement with one peak of init instead of its parts'."""
-    parts = {CONSTRUCTION, ENGINE} & set(measured.phase_peak_bytes)
+    """Return the measurement with one peak for init, the higher of its parts."""
+    parts = {INIT_MODEL, INIT_ENGINE} & set(measured.phase_peak_bytes)
     peaks = {name: size for name, size in measured.phase_peak_bytes.items() if name not in parts}
     if parts:
         peaks = {Phase.INIT: max(measured.phase_peak_bytes[name] for name in parts)} | peaks
@@ -29,7 +29,7 @@ def join_init(measured: MemoryMeasurement) -> MemoryMeasurement:
 
 
 def largest_sub_group(plan: Plan) -> int:
-    """Elements of a rank that the optimizer step takes at once: its largest sub-group, or all below stage 3."""
+    """Elements that a rank's optimizer updates at once: its largest sub-group under stage 3, else all of them."""
     network = SimulatedNetwork(plan.model, 1, DtypeSizes.of(plan.training.dtype_bytes, "cpu"), plan.tile_relations)
     ranks = plan.cluster.world_size if plan.zero.stage else 1
     by_module = make_shards(network.modules, plan.zero, ranks, plan.training.dtype_bytes)
@@ -40,7 +40,7 @@ def largest_sub_group(plan: Plan) -> int:
 
 
 def _line(at: Mapping[int, int], x: int) -> int:
-    """The value at ``x`` of the straight line through two points; through nought where they have one place."""
+    """Value at `x` of the line through two points; with a single point, of the line through it and the origin."""
     (x0, y0), *rest = sorted(at.items())
     if not rest:
         return round(y0 * x / x0)
@@ -49,15 +49,15 @@ def _line(at: Mapping[int, int], x: int) -> int:
 
 
 def extrapolate(measured: Mapping[int, MemoryMeasurement], groups: Mapping[int, int], depth: int) -> MemoryMeasurement:
-    """What the whole model would have been measured as.
+    """Extrapolate two measurements of fewer layers to the complete model.
 
-    Everything grows by the same amount from layer to layer, but for what is as large as the largest
-    sub-group of the optimizer: the copies of its step, and the buffers through which states go to NVMe.
+    Each layer adds the same number of bytes, except where the size follows the optimizer's largest sub-group: the
+    temporaries of its step and the buffers between host memory and NVMe.
 
     Args:
-        measured: two measurements, by number of layers.
-        groups: elements of the largest sub-group, by number of layers; that of ``depth`` too.
-        depth: layers of the whole model.
+        measured: two measurements by number of layers.
+        groups: elements of the largest sub-group by number of layers, with that of `depth`.
+        depth: number of layers of the complete model.
     """
     fewer, more = sorted(measured)
     low, high = measured[fewer], measured[more]
@@ -73,12 +73,12 @@ def extrapolate(measured: Mapping[int, MemoryMeasurement], groups: Mapping[int, 
             name: (by_group if name in BY_SUB_GROUP else along)(a.get(name, 0), b.get(name, 0)) for name in {**a, **b}
         }
 
-    # The higher of two straight lines is none: init is joined when each of its parts is known.
+    # The maximum of two lines is not a line, so the parts of init are extrapolated before `join_init` joins them.
     resident = along(low.resident_bytes, high.resident_bytes)
     peaks = each(low.phase_peak_bytes, high.phase_peak_bytes)
     for name in {Phase.FIRST_STEP, Phase.STEP} & set(peaks):
-        beside = (part.phase_peak_bytes.get(name, 0) - part.resident_bytes for part in (low, high))
-        peaks[name] = resident + by_group(*beside)
+        temporaries = (part.phase_peak_bytes.get(name, 0) - part.resident_bytes for part in (low, high))
+        peaks[name] = resident + by_group(*temporaries)
     buffers = each(low.swap_buffers_bytes, high.swap_buffers_bytes)
     grown = sum(buffers.values()) - sum(high.swap_buffers_bytes.values())
     return high.model_copy(

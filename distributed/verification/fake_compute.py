@@ -1,13 +1,12 @@
-"""Torch without its arithmetic: products and random values are zeros, everything is allocated as ever.
+"""Fake compute: matrix products and random values are zeros; every tensor is allocated as usual.
 
-Almost all the time of a training step goes into matrix products, whose values a rehearsal does not
-need. With weights, gathered or not, and products all zero, every other value stays finite.
+Matrix products take almost all the time of a training step, and a rehearsal does not need their values. With zero
+weights and zero products, all other values stay finite.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,12 +19,12 @@ Shape = tuple[int, ...]
 
 
 def _product(left: Tensor, right: Tensor) -> Shape:
-    """(…, m, k) times (…, k, n)."""
+    """Shape of (…, m, k) times (…, k, n)."""
     return (*left.shape[:-1], right.shape[-1])
 
 
 def _grouped(left: Tensor, right: Tensor, ends: Tensor | None) -> Shape:
-    """Torch's grouped product: the rows, or with two matrices the columns, lie in groups."""
+    """Shape of torch's grouped product: the rows, or with two matrices the columns, are split into groups."""
     if left.ndim == right.ndim == 2:
         assert ends is not None
         return (len(ends), left.shape[0], right.shape[1])
@@ -69,10 +68,10 @@ def _replacements() -> dict[Any, Callable[..., Tensor]]:
     return found
 
 
-class IdleArithmetic(TorchDispatchMode):
-    """While it is entered, matrix products and random values are zeros, allocated as torch allocates them.
+class FakeCompute(TorchDispatchMode):
+    """While it is active, matrix products and random values are zeros, allocated as torch allocates them.
 
-    What a processor's own kernels take as scratch within one product is not allocated.
+    The scratch memory of CPU kernels within a product is not allocated.
     """
 
     def __init__(self) -> None:
@@ -82,14 +81,3 @@ class IdleArithmetic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every operation."""
         return self._replacements.get(func, func)(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
-    """An attribute has another value while the context lasts."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

@@ -1,4 +1,4 @@
-"""Running a plan for a few steps, to measure what each rank holds from init to resume."""
+"""Runs a plan for a few steps and measures the memory of each rank from init to resume."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from translution.planner.plans.plan import Plan
 from ..launcher.launch import launch, start_ranks
 from ..runs.mode import RunMode
 
-STEPS = 4
-"""In the third allocations are watched; the process is in all but the first."""
+MEASURED_RUN_STEPS = 4
+"""Steps of a measured run: allocations are traced in the third, the process is measured from the second on."""
 
 
 def measure_plan(plan: Plan, folder: Path, on_message: Callable[[str], None], *, resume: bool = True) -> Path:
-    """Run a plan on this machine for a few steps, save, and resume.
+    """Run a plan on this machine for a few steps, save, and resume from the checkpoint.
 
     Args:
-        plan: with as few steps as `few_steps` gives.
+        plan: the plan, with the steps of `few_steps`.
         folder: the plan folder to write.
-        on_message: called with a line for people when something slow begins.
-        resume: also start the ranks anew and read the checkpoint, once watching allocations and once
-            the processes.
+        on_message: called with a line of text when something slow begins.
+        resume: also restart the ranks to load the checkpoint, once to trace allocations and once to measure the
+            processes.
 
     Returns:
-        The run folder, with what each rank measured.
+        The run folder, with the measurement of each rank.
 
     Raises:
         InputError: if this machine cannot run the plan, or the folder exists.
@@ -37,17 +37,17 @@ def measure_plan(plan: Plan, folder: Path, on_message: Callable[[str], None], *,
     write_plan_folder(plan, folder)
     run = launch(folder, mode=RunMode.MEASURE, on_message=on_message).run
     if resume:
-        on_message("starting the ranks anew, to resume from the checkpoint")
+        on_message("restarting the ranks to measure loading the checkpoint")
         start_ranks(plan, folder, run, mode=RunMode.MEASURE_RESUME)
-        on_message("once more, to watch the processes instead of torch's allocator")
-        with _freed_at_once():
+        on_message("restarting the ranks to measure the processes instead of torch's allocator")
+        with _returning_freed_memory():
             start_ranks(plan, folder, run, mode=RunMode.MEASURE_PROCESS)
     return run
 
 
 @contextlib.contextmanager
-def _freed_at_once() -> Iterator[None]:
-    """Let glibc give freed tensors back to the system; how much it would keep else depends on their order."""
+def _returning_freed_memory() -> Iterator[None]:
+    """Make glibc return freed tensors to the system; otherwise what it holds depends on the order of frees."""
     name = "MALLOC_MMAP_THRESHOLD_"
     before = os.environ.get(name)
     os.environ[name] = str(2**17)
@@ -61,6 +61,6 @@ def _freed_at_once() -> Iterator[None]:
 
 
 def few_steps(plan: Plan) -> Plan:
-    """The plan with so few steps that it is over when everything has been measured."""
-    training = plan.training.model_copy(update={"steps": STEPS, "warmup_steps": 0})
+    """Return the plan with as many steps as a measurement takes."""
+    training = plan.training.model_copy(update={"steps": MEASURED_RUN_STEPS, "warmup_steps": 0})
     return plan.model_copy(update={"training": training})

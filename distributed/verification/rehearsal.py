@@ -94,7 +94,7 @@ def read_rehearsal(run: Path) -> Rehearsal | None:
     return parse_json(_REHEARSAL, path.read_bytes(), str(path)) if path.is_file() else None
 
 
-def predict(plan: Plan) -> MemoryEstimate:
+def predict_rehearsal(plan: Plan) -> MemoryEstimate:
     """Predict the memory of a plan's rank as it is rehearsed, on a CPU where all tiers are host memory."""
     replayed = simulate(plan.run_config, rehearsed=True)
     return summarize_simulation(replayed, EngineConfig(plan.run_config), None)
@@ -111,14 +111,14 @@ def with_layers(plan: Plan, layers: int) -> Plan:
         raise InputError(f"layers: {layers} is not allowed: must be from 2 to {depth}, the layers of the plan")
     if len(set(plan.model.layer_operators)) > 1:
         raise InputError(f"layers: {layers} is not allowed: the layers of {plan.model.name} differ; rehearse them all")
-    return _cut(plan, layers)
+    return _change_depth(plan, layers)
 
 
-def _cut(plan: Plan, layers: int) -> Plan:
+def _change_depth(plan: Plan, layers: int) -> Plan:
     if layers == plan.model.depth:
         return plan
-    model = override(plan.model, depth=layers, relative_layers="all")
-    return plan.model_copy(update={"model": model, "prediction": predict(plan.model_copy(update={"model": model}))})
+    plan = plan.model_copy(update={"model": override(plan.model, depth=layers, relative_layers="all")})
+    return plan.model_copy(update={"prediction": predict_rehearsal(plan)})
 
 
 def _with_nvme_path(plan: Plan, path: str | None) -> Plan:
@@ -144,7 +144,7 @@ def _nvme_paths(zero: ZeroSpec) -> set[str]:
     return {path for path in (zero.offload_optimizer.nvme_path, zero.offload_param.nvme_path) if path}
 
 
-def check(plan: Plan, rank: int) -> None:
+def check_rehearsal(plan: Plan, rank: int) -> None:
     """Check that this machine can rehearse a rank.
 
     Raises:
@@ -156,7 +156,7 @@ def check(plan: Plan, rank: int) -> None:
     if not 0 <= rank < ranks:
         raise InputError(f"rank: {rank} is not allowed: must be from 0 to {ranks - 1}")
     check_training_state(plan.training, plan.zero, "cpu")
-    prediction = predict(plan)
+    prediction = predict_rehearsal(plan)
     needed = prediction.highest(Tier.HOST) + prediction.highest(Tier.PINNED) + PROCESS_BYTES
     available = available_memory_bytes()
     if needed > available:
@@ -168,10 +168,10 @@ def check(plan: Plan, rank: int) -> None:
         wanted, free = prediction.highest(Tier.NVME), shutil.disk_usage(path).free
         if wanted > free:
             raise InputError(f"rehearse: one rank writes {format_bytes(wanted)}, {path} has {format_bytes(free)} left")
-    check_packages(ops_of(plan))
+    check_packages(rehearsal_ops(plan))
 
 
-def environment(plan: Plan, rank: int, *, compute: bool) -> dict[str, str]:
+def rank_environment(plan: Plan, rank: int, *, compute: bool) -> dict[str, str]:
     """Return the environment variables of the rank.
 
     Without products to compute it has one thread: it makes thousands of small copies, which several threads would slow
@@ -191,7 +191,7 @@ def environment(plan: Plan, rank: int, *, compute: bool) -> dict[str, str]:
     }
 
 
-def ops_of(plan: Plan) -> tuple[str, ...]:
+def rehearsal_ops(plan: Plan) -> tuple[str, ...]:
     """Builders of the ops that DeepSpeed compiles for the rank; none for communication."""
     cluster = plan.cluster.model_copy(update={"device": "cuda"})
     return needed_ops(plan.model_copy(update={"cluster": cluster}))
@@ -206,7 +206,7 @@ def _run(plan: Plan, rank: int, run: Path, *, compute: bool, on_metrics: OnMetri
         on_metrics(line)
 
     command = [sys.executable, "-m", "translution.cli", "rehearse-rank", str(run.resolve())]
-    exit_code = run_ranks(command + ["--compute"] * compute, environment(plan, rank, compute=compute), run, take)
+    exit_code = run_ranks(command + ["--compute"] * compute, rank_environment(plan, rank, compute=compute), run, take)
     raise_unless_finished(run, [rank], exit_code)
     return seconds
 
@@ -251,14 +251,14 @@ def rehearse(
     plan = _with_nvme_path(load_plan(plan_folder), nvme_path)
     all_layers = layers is None or layers == plan.model.depth
     shown = plan if layers is None else with_layers(plan, layers)
-    check(shown, rank)
+    check_rehearsal(shown, rank)
     run = new_run_folder(plan_folder, run)
-    if ops_of(plan):
+    if rehearsal_ops(plan):
         on_message("preparing DeepSpeed's ops for offload; the first run compiles them, which takes minutes")
-        prepare_ops(ops_of(plan), environment(plan, rank, compute=compute), run / LOG)
+        prepare_ops(rehearsal_ops(plan), rank_environment(plan, rank, compute=compute), run / LOG)
     measured: dict[int, MemoryMeasurement] = {}
     seconds: dict[int, dict[str, float]] = {}
-    for part in [shown] if all_layers else [shown, _cut(plan, shown.model.depth - 1)]:
+    for part in [shown] if all_layers else [shown, _change_depth(plan, shown.model.depth - 1)]:
         count = part.model.depth
         on_message(f"rehearsing rank {rank} of {plan.cluster.world_size} with {format_layers(count)}")
         folder = run if all_layers else run / f"layers_{count}"
@@ -267,7 +267,7 @@ def rehearse(
         make_run_folders(folder, folder)
         seconds[count] = _run(part, rank, folder, compute=compute, on_metrics=on_metrics)
         measured[count] = _measured(folder, rank)
-    groups = {count: largest_sub_group(_cut(plan, count)) for count in (*measured, plan.model.depth)}
+    groups = {count: largest_sub_group(_change_depth(plan, count)) for count in (*measured, plan.model.depth)}
     found = measured[shown.model.depth] if all_layers else extrapolate(measured, groups, plan.model.depth)
     rehearsal = Rehearsal(
         plan=f"{plan.model.name} on {plan.cluster.name}",
@@ -277,7 +277,7 @@ def rehearse(
         layers=shown.model.depth,
         computed=compute,
         planned_bytes={tier: plan.prediction.highest(tier) for tier in plan.prediction.tiers},
-        prediction=predict(plan),
+        prediction=predict_rehearsal(plan),
         measurement=join_init(found),
         measured_layers=measured,
         seconds=seconds,

@@ -1,13 +1,11 @@
-"""The rank that a rehearsal runs: DeepSpeed's real engine in a world whose other ranks do not exist.
+"""The single rank of a rehearsal: DeepSpeed's real engine in a fake process group.
 
-Torch's fake process group moves nothing between ranks: a gather puts copies of the rank's own share
-where the others' would stand. Allocations are those of a real rank; values mean nothing.
+The allocations are those of a rank in the planned world; the values are meaningless.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,106 +23,110 @@ from translution.planner.plans.plan import Plan, load_plan
 from ..data.base import Samples
 from ..data.batching import micro_batches
 from ..data.synthetic import make_synthetic
-from ..profiling.recorder import Recorder, RunPhase, run_phase
-from ..training.trainer import Rank, run_rank
-from .extrapolate import CONSTRUCTION, ENGINE
-from .fake_compute import IdleArithmetic, replaced
+from ..profiling.recorder import RunPhase, run_phase
+from ..training.engine import Engine
+from ..training.run_log import RunLog
+from ..training.trainer import Trainer, run_rank
+from .extrapolate import INIT_ENGINE, INIT_MODEL
+from .fake_compute import FakeCompute
+from .fake_process_group import join_fake_process_group, replaced, without_rank_comparison
 
-STEPS = 2
-"""Optimizer steps: the first makes the moments, and DeepSpeed's trace of modules; the second is measured."""
+REHEARSAL_STEPS = 2
+"""Optimizer steps: in the first, Adam's moments and DeepSpeed's trace of modules are made; the second is measured."""
 
 
-class RehearsalRank(Rank):
-    """One rank of a plan, alone; RANK and WORLD_SIZE say which.
+class RehearsalEngine(Engine):
+    """An engine on the CPU in a fake process group.
 
     Args:
-        plan: what to rehearse; on a CPU whatever its device, with the operator that it has there.
-        run: the run folder.
-        compute: compute the matrix products too.
+        plan: the plan, with a CPU cluster.
+        for_gpu: whether the planned cluster has GPUs; its operator is the one that runs on GPUs then.
     """
 
-    def __init__(self, plan: Plan, run: Path, *, compute: bool = False) -> None:
-        on_cpu = plan.cluster.model_copy(update={"device": "cpu"})
-        super().__init__(plan.model_copy(update={"cluster": on_cpu}), run)
-        self.for_gpu, self.compute = plan.cluster.device == "cuda", compute
-        self.seconds: dict[str, float] = {}
+    def __init__(self, plan: Plan, *, for_gpu: bool) -> None:
+        super().__init__(plan)
+        self.for_gpu = for_gpu
 
-    @property
-    def logs(self) -> bool:
-        """This rank writes the metrics file, whatever its number."""
-        return True
-
-    def join(self) -> None:
+    def join_process_group(self) -> None:
         """Join a process group that has no other members."""
-        import deepspeed
-        from torch.testing._internal.distributed.fake_pg import FakeStore
+        join_fake_process_group(self.rank, self.world_size)
 
-        torch.distributed.init_process_group("fake", store=FakeStore(), rank=self.rank, world_size=self.ranks)
-        # Its op for ranks that share memory has no use here, and takes a minute to compile.
-        with replaced(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None):
-            deepspeed.init_distributed(dist_backend="gloo")
-
-    def config(self) -> dict[str, Any]:
-        """What DeepSpeed is told; fp16 begins with a loss scale of 1, at which no gradient overflows."""
-        config = super().config()
+    def deepspeed_config(self) -> dict[str, Any]:
+        """Return DeepSpeed's configuration; fp16 starts with a loss scale of 1, so that no gradient overflows."""
+        config = super().deepspeed_config()
         if "fp16" in config:
             config["fp16"]["initial_scale_power"] = 0
         return config
 
-    def network(self) -> torch.nn.Module:
-        """The network, with the operator that it has on the plan's device."""
+    def build_network(self) -> torch.nn.Module:
+        """Build the network with the operator of the planned device."""
         implementation = "batched" if self.for_gpu else "grouped"
         return build(self.plan.model, tile_relations=self.plan.tile_relations, implementation=implementation)
 
+
+class RehearsalTrainer(Trainer):
+    """One rank of a plan without the others; RANK and WORLD_SIZE give its place.
+
+    Args:
+        plan: the plan to rehearse, for CPUs or GPUs.
+        run: the run folder.
+        compute: whether to compute matrix products instead of only allocating their results.
+    """
+
+    def __init__(self, plan: Plan, run: Path, *, compute: bool = False) -> None:
+        self.for_gpu, self.compute = plan.cluster.device == "cuda", compute
+        plan = plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"device": "cpu"})})
+        super().__init__(plan, run, engine=RehearsalEngine(plan, for_gpu=self.for_gpu))
+        # The rank writes the metrics file whatever its number is.
+        self.log = RunLog(plan, run, self.engine.rank, writes_metrics=True)
+        self.seconds: dict[str, float] = {}
+        """Seconds of the newest call of each phase."""
+
     @contextlib.contextmanager
     def as_planned(self) -> Iterator[None]:
-        """Products as a GPU makes them where the plan has GPUs, idle unless they are to be computed.
-
-        And nothing is awaited of rank 0: it would tell the others its counts, to compare theirs with.
-        """
+        """Within the block, allocate matrix products as on the planned device, and compare nothing with other ranks."""
         with contextlib.ExitStack() as stack:
-            utils = importlib.import_module("deepspeed.runtime.zero.utils")
-            stack.enter_context(replaced(utils, "get_lst_from_rank0", lambda own: own))
-            stack.enter_context(replaced(utils, "assert_lst_len_same_as_other_ranks", lambda _: None))
+            stack.enter_context(without_rank_comparison())
             if self.for_gpu and hasattr(torch.nn.functional, "grouped_mm"):
                 stack.enter_context(replaced(batched, "choose_products", lambda *_: GroupedProducts()))
             if not self.compute:
-                stack.enter_context(IdleArithmetic())
+                stack.enter_context(FakeCompute())
             yield
 
     def timed(self, phase: RunPhase, name: str, work: Callable[[], None]) -> None:
-        """Say that a phase begins, do its work, and note the seconds."""
-        if name == Phase.STEP and self.step == 0 and self.recorder:
-            # The first one makes the optimizer's moments.
+        """Write that a phase begins, do its work, and note its seconds."""
+        if name == Phase.STEP and self.step == 0:
+            # The first step also allocates the optimizer's moments.
             name, phase = Phase.FIRST_STEP, self.recorder.record
-        self.say("training")
-        text = f"init: {name}" if self.engine is None else f"step {self.step + 1} of {STEPS}: {name}"
-        self.log(event="phase", text=text)
+        self.report_status("training")
+        building = self.engine.deepspeed_engine is None
+        text = f"init: {name}" if building else f"step {self.step + 1} of {REHEARSAL_STEPS}: {name}"
+        self.log.write(event="phase", text=text)
         began = time.perf_counter()
         phase(name, work)
         self.seconds[name] = time.perf_counter() - began
 
     def start(self) -> None:
-        """Join the process group and build the engine, in two parts, of which each grows evenly with the layers."""
-        self.join()
-        self.recorder = Recorder(self.plan, self.rank)
-        self.timed(self.recorder.record, CONSTRUCTION, self.construct)
-        self.timed(self.recorder.record, ENGINE, self.engage)
+        """Join the process group and build model and engine as two phases; each grows linearly with the layers."""
+        self.engine.join_process_group()
+        self.recorder = self.make_recorder()
+        self.timed(self.recorder.record, INIT_MODEL, self.engine.build_model)
+        self.timed(self.recorder.record, INIT_ENGINE, self.engine.initialize_engine)
 
     def train_step(self, batches: list[Samples], phase: RunPhase = run_phase) -> float:
-        """One optimizer step, phase by phase."""
+        """Do one optimizer step, phase by phase."""
         return super().train_step(batches, partial(self.timed, phase))
 
     def rehearse(self) -> None:
-        """The whole rehearsal.
+        """Build the engine, do the steps and write what was measured.
 
         Raises:
-            RunFailedError: if DeepSpeed skipped a step, so that states may be missing.
+            RunFailedError: if DeepSpeed skipped a step, so that optimizer states may be missing.
         """
         training = self.plan.training
         began = time.perf_counter()
         samples, rest = make_synthetic(self.plan.model, training.seed, global_batch=training.global_batch(1))
-        self.samples = [*samples.resident, *rest.resident]
+        self.data_tensors = [*samples.resident, *rest.resident]
         batches = micro_batches(
             samples,
             micro_batch=training.micro_batch,
@@ -135,20 +137,21 @@ class RehearsalRank(Rank):
         )
         with self.as_planned():
             self.start()
-            for self.step in range(STEPS):
-                self.recorded_step(next(batches), measured=STEPS - 1)
-        if self.engine.skipped_steps:
-            raise RunFailedError(f"DeepSpeed skipped {self.engine.skipped_steps} steps: a gradient was not finite")
-        self.log(event="rehearsed", seconds=self.seconds | {"all": time.perf_counter() - began})
-        self.say("finished")
+            for self.step in range(REHEARSAL_STEPS):
+                self.recorded_step(next(batches), measured=REHEARSAL_STEPS - 1)
+        skipped = self.engine.deepspeed_engine.skipped_steps
+        if skipped:
+            raise RunFailedError(f"DeepSpeed skipped {skipped} steps: a gradient was not finite")
+        self.log.write(event="rehearsed", seconds=self.seconds | {"all": time.perf_counter() - began})
+        self.report_status("finished")
 
 
 def rehearse_rank(run: Path, *, compute: bool) -> None:
-    """Run the rank that the environment names.
+    """Run the rank that the environment variables name.
 
     Args:
         run: the run folder, which holds the plan.
-        compute: compute the matrix products too.
+        compute: whether to compute matrix products instead of only allocating their results.
     """
-    rank = RehearsalRank(load_plan(run), run, compute=compute)
-    run_rank(rank, rank.rehearse)
+    trainer = RehearsalTrainer(load_plan(run), run, compute=compute)
+    run_rank(trainer, trainer.rehearse)

@@ -13,20 +13,21 @@ import torch
 from helpers.runs import run_plan
 
 from translution.cli.main import run as run_cli
-from translution.distributed.profiling.allocation_tracer import KeptCounter, trace_allocations
+from translution.distributed.profiling.allocation_tracer import SavedTensorCounter, trace_allocations
 from translution.distributed.runs.measurement import MemoryMeasurement, read_memory
 from translution.distributed.runs.mode import RunMode
 from translution.distributed.system.compiled_ops import prepare_ops
 from translution.distributed.system.environment import launch_environment
 from translution.distributed.verification.extrapolate import (
-    CONSTRUCTION,
-    ENGINE,
+    INIT_ENGINE,
+    INIT_MODEL,
     extrapolate,
     join_init,
     largest_sub_group,
 )
-from translution.distributed.verification.fake_compute import IdleArithmetic, replaced
-from translution.distributed.verification.rehearsal import predict, read_rehearsal, rehearse, with_layers
+from translution.distributed.verification.fake_compute import FakeCompute
+from translution.distributed.verification.fake_process_group import replaced
+from translution.distributed.verification.rehearsal import predict_rehearsal, read_rehearsal, rehearse, with_layers
 from translution.models import build
 from translution.models.ops import batched
 from translution.models.ops.grouped_mm import GroupedProducts
@@ -114,8 +115,8 @@ def test_a_rehearsed_rank_holds_what_a_real_one_holds(tmp_path: Path) -> None:
         assert 0.6 * real_beside <= beside <= real_beside + 64, phase
     assert read_rehearsal(run) == found
     assert set(found.seconds[2]) == {
-        CONSTRUCTION,
-        ENGINE,
+        INIT_MODEL,
+        INIT_ENGINE,
         Phase.FORWARD,
         Phase.BACKWARD,
         Phase.FIRST_STEP,
@@ -126,7 +127,8 @@ def test_a_rehearsed_rank_holds_what_a_real_one_holds(tmp_path: Path) -> None:
 
 def measurement_of(plan: Plan) -> MemoryMeasurement:
     """A measurement that agrees with the ledger."""
-    ledger = predict(plan)
+    ledger = predict_rehearsal(plan)
+    init = ledger.bytes_of(Phase.INIT)
     peaks = {phase: ledger.bytes_of(phase) for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.FIRST_STEP, Phase.STEP)}
     return MemoryMeasurement(
         rank=0,
@@ -134,7 +136,7 @@ def measurement_of(plan: Plan) -> MemoryMeasurement:
         step=1,
         entries_bytes={name: ledger.of(name) for name in STATES},
         resident_bytes=ledger.bytes_of(Phase.BETWEEN),
-        phase_peak_bytes=peaks | {CONSTRUCTION: ledger.bytes_of(Phase.INIT) // 2, ENGINE: ledger.bytes_of(Phase.INIT)},
+        phase_peak_bytes=peaks | {INIT_MODEL: init // 2, INIT_ENGINE: init},
         peak_bytes=max(peaks.values()),
         process_peak_bytes=0,
         saved_bytes=ledger.saved_bytes,
@@ -166,7 +168,7 @@ def test_layers_and_sub_groups_are_extrapolated() -> None:
 def test_init_is_the_higher_of_its_parts() -> None:
     measured = measurement_of(large_plan())
     joined = join_init(measured).phase_peak_bytes
-    assert joined[Phase.INIT] == measured.phase_peak_bytes[ENGINE]
+    assert joined[Phase.INIT] == measured.phase_peak_bytes[INIT_ENGINE]
     assert set(joined) == {Phase.INIT, Phase.FORWARD, Phase.BACKWARD, Phase.FIRST_STEP, Phase.STEP}
 
 
@@ -189,7 +191,7 @@ def test_idle_arithmetic_allocates_what_arithmetic_does(way: str, model: dict[st
             if way == "grouped products":
                 stack.enter_context(replaced(batched, "choose_products", lambda *_: GroupedProducts()))
             if idle:
-                stack.enter_context(IdleArithmetic())
+                stack.enter_context(FakeCompute())
             implementation = "grouped" if way == "grouped" else "batched"
             spec = parse_model_spec(TINY | {"dim": 32, "depth": 2} | model)
             network = build(spec, tile_relations=13, implementation=implementation)
@@ -200,7 +202,7 @@ def test_idle_arithmetic_allocates_what_arithmetic_does(way: str, model: dict[st
 
             step()  # Index lists are made in the first.
             network.zero_grad()
-            kept = KeptCounter(network)
+            kept = SavedTensorCounter(network)
             with kept.counting():
                 step()
             network.zero_grad()

@@ -28,7 +28,7 @@ from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.loaders import load_samples
 from translution.distributed.runs.folder import make_run_folders
 from translution.distributed.training.engine import MODEL_DTYPES
-from translution.distributed.training.trainer import Rank
+from translution.distributed.training.trainer import Trainer
 from translution.planner.plans.plan import load_plan
 
 WIDE = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, "dim": 112, "depth": 1, "heads": 2}
@@ -127,7 +127,7 @@ class Engines:
         self.folder, self.training, self.number = folder, training, 0
         self.batches: list[list[Samples]] = []
 
-    def start(self, layout: Layout) -> Rank:
+    def start(self, layout: Layout) -> Trainer:
         self.number += 1
         nvme = self.folder / f"nvme-{self.number}"
         nvme.mkdir(parents=True)
@@ -135,18 +135,18 @@ class Engines:
         options: dict[str, Any] = {"model": WIDE, "steps": 99, "learning_rate": 1e-3} | self.training
         folder = write_plan(self.folder / f"plan-{self.number}", 1, nvme_path=path, **options | layout)
         make_run_folders(folder / "run", folder)
-        rank = Rank(load_plan(folder), folder / "run")
-        rank.start()
-        training = rank.plan.training
+        trainer = Trainer(load_plan(folder), folder / "run")
+        trainer.start()
+        training = trainer.plan.training
         if not self.batches:
-            samples, _ = load_samples(rank.plan.model, training)
+            samples, _ = load_samples(trainer.plan.model, training)
             stream = micro_batches(samples, micro_batch=8, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
             self.batches = [next(stream) for _ in range(20)]
-        return rank
+        return trainer
 
-    def step(self, rank: Rank, number: int) -> float:
-        rank.step = number
-        return rank.train_step(self.batches[number])
+    def step(self, trainer: Trainer, number: int) -> float:
+        trainer.step = number
+        return trainer.train_step(self.batches[number])
 
 
 def run_chain(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -159,19 +159,19 @@ def run_chain(folder: Path, name: str) -> list[dict[str, Any]]:
     for number in range(2):
         engines.step(before, number)
     for number, layout in enumerate(layouts[1:], start=2):
-        checkpoint.save(before.engine, saved_path, number, before.plan)
-        held = holdings(before.engine, optimizer, momentum)
+        checkpoint.save(before.engine.deepspeed_engine, saved_path, number, before.plan)
+        held = holdings(before.engine.deepspeed_engine, optimizer, momentum)
         loss = engines.step(before, number)
-        moved = holdings(before.engine, optimizer, momentum)
-        before.engine.destroy()
+        moved = holdings(before.engine.deepspeed_engine, optimizer, momentum)
+        before.engine.deepspeed_engine.destroy()
         began = time.perf_counter()
         after = engines.start(layout)
         saved = newest(saved_path)
         assert saved is not None
-        reshard.load(after.engine, saved, MODEL_DTYPES[after.plan.training.states_dtype])
-        loaded = largest_difference(held, holdings(after.engine, optimizer, momentum))
+        reshard.load(after.engine.deepspeed_engine, saved, MODEL_DTYPES[after.plan.training.states_dtype])
+        loaded = largest_difference(held, holdings(after.engine.deepspeed_engine, optimizer, momentum))
         loss_after = engines.step(after, number)
-        stepped = largest_difference(moved, holdings(after.engine, optimizer, momentum))
+        stepped = largest_difference(moved, holdings(after.engine.deepspeed_engine, optimizer, momentum))
         results.append({
             "layouts": [layouts[number - 2], layout],
             "loaded": loaded,
@@ -182,7 +182,7 @@ def run_chain(folder: Path, name: str) -> list[dict[str, Any]]:
             "seconds": time.perf_counter() - began,
         })  # fmt: skip
         before = after
-    before.engine.destroy()
+    before.engine.deepspeed_engine.destroy()
     return results
 
 

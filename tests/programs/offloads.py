@@ -11,7 +11,7 @@ from pathlib import Path
 
 from translution.distributed.runs.folder import make_run_folders
 from translution.distributed.system import nvme_swap as host
-from translution.distributed.training.trainer import Rank
+from translution.distributed.training.trainer import Trainer
 from translution.planner.plans.plan import load_plan
 
 
@@ -19,10 +19,10 @@ def main(folders: list[Path]) -> None:
     for folder in folders:
         plan = load_plan(folder)
         make_run_folders(folder / "run", folder)
-        rank = Rank(plan, folder / "run")
-        rank.train()
-        host.remove_swap_files(plan.zero.offload_optimizer.nvme_path, rank.rank)
-        del rank
+        trainer = Trainer(plan, folder / "run")
+        trainer.train()
+        host.remove_swap_files(plan.zero.offload_optimizer.nvme_path, trainer.engine.rank)
+        del trainer
         gc.collect()
 
 

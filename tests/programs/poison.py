@@ -14,32 +14,33 @@ import torch
 
 from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.loaders import load_samples
-from translution.distributed.training.trainer import Rank
+from translution.distributed.training.trainer import Trainer
 from translution.planner.plans.plan import load_plan
 
 
 def main(plan_folder: Path, run: Path, out: Path) -> None:
     plan = load_plan(plan_folder)
     training = plan.training
-    rank = Rank(plan, run)
-    rank.start()
+    trainer = Trainer(plan, run)
+    trainer.start()
+    engine = trainer.engine
     samples, _ = load_samples(plan.model, training)
     stream = micro_batches(
         samples,
         micro_batch=training.micro_batch,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        rank=rank.rank,
-        world_size=rank.ranks,
+        rank=engine.rank,
+        world_size=engine.world_size,
         seed=training.seed,
     )
-    rank.checked_step(next(stream), None)
-    rank.step, batches = 1, next(stream)
-    if rank.rank == rank.ranks - 1:
+    trainer.checked_step(next(stream), None)
+    trainer.step, batches = 1, next(stream)
+    if engine.rank == engine.world_size - 1:
         batches[-1].inputs[3] = torch.nan
     try:
-        rank.checked_step(batches, None)
+        trainer.checked_step(batches, None)
     except FloatingPointError as error:
-        out.with_suffix(f".{rank.rank}").write_text(str(error))
+        out.with_suffix(f".{engine.rank}").write_text(str(error))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

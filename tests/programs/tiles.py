@@ -16,7 +16,7 @@ import torch
 
 from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.loaders import load_samples
-from translution.distributed.training.trainer import Rank
+from translution.distributed.training.trainer import Trainer
 from translution.models.layers.tables import Tile
 from translution.models.ops import grouped
 from translution.planner.plans.plan import load_plan
@@ -26,11 +26,12 @@ STEPS = 3
 
 def main(plan_folder: Path, run: Path, out: Path) -> None:
     plan = load_plan(plan_folder)
-    rank = Rank(plan, run)
-    rank.start()
+    trainer = Trainer(plan, run)
+    trainer.start()
+    engine = trainer.engine
     import deepspeed
 
-    tiles = [module for module in rank.engine.module.modules() if isinstance(module, Tile)]
+    tiles = [module for module in engine.module.modules() if isinstance(module, Tile)]
     whole: dict[str, list[int]] = {"forward": [], "backward": []}
 
     def count(direction: str) -> None:
@@ -56,19 +57,19 @@ def main(plan_folder: Path, run: Path, out: Path) -> None:
         samples,
         micro_batch=training.micro_batch,
         gradient_accumulation_steps=1,
-        rank=rank.rank,
-        world_size=rank.ranks,
+        rank=engine.rank,
+        world_size=engine.world_size,
         seed=training.seed,
     )
     (batch,) = next(stream)
-    rank.engine.backward(rank.loss(batch))
+    engine.backward(engine.loss(batch))
     grads = {
-        name: deepspeed.utils.safe_get_full_grad(parameter) for name, parameter in rank.engine.module.named_parameters()
+        name: deepspeed.utils.safe_get_full_grad(parameter) for name, parameter in engine.module.named_parameters()
     }
     for _ in range(STEPS - 1):
-        rank.engine.step()
-        rank.engine.backward(rank.loss(next(stream)[0]))
-    if rank.rank == 0:
+        engine.micro_step()
+        engine.backward(engine.loss(next(stream)[0]))
+    if engine.rank == 0:
         torch.save(grads, out.with_suffix(".pt"))
         out.write_text(json.dumps({"tiles": len(tiles), **whole}))
     torch.distributed.barrier()

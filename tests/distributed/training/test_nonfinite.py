@@ -12,10 +12,10 @@ from helpers.runs import TINY
 from torch import Tensor, nn
 
 from translution.distributed.training.nonfinite import (
-    MOST_SKIPPED,
+    MAX_SKIPPED_STEPS,
     SkippedSteps,
-    first_bad_gradient,
-    first_not_finite,
+    first_nonfinite_gradient,
+    first_nonfinite_value,
     is_finite_norm,
 )
 from translution.models import build
@@ -42,24 +42,24 @@ def test_a_healthy_network_is_finite_and_a_bad_weight_is_found(
     operator: str, model: dict[str, Any], checkpointing: str
 ) -> None:
     network, forward = network_of(model, operator=operator, checkpointing=checkpointing)
-    assert first_not_finite(network, forward) is None
+    assert first_nonfinite_value(network, forward) is None
     # One of each kind: tiles have a number in their names.
     kinds = {re.sub(r"\d+", "", name): name for name, _ in network.named_parameters() if "blocks.1" in name}
     for name in kinds.values():
         parameter = network.get_parameter(name)
         with torch.no_grad():
             before, parameter.view(-1)[-1] = parameter.view(-1)[-1].clone(), torch.nan
-        assert first_not_finite(network, forward) == f"{name} (parameter)"
+        assert first_nonfinite_value(network, forward) == f"{name} (parameter)"
         with torch.no_grad():
             parameter.view(-1)[-1] = before
-    assert first_not_finite(network, forward) is None
+    assert first_nonfinite_value(network, forward) is None
 
 
 def test_the_layer_that_overflows_is_named() -> None:
     network, forward = network_of(TINY)
     with torch.no_grad():
         network.get_parameter("blocks.1.ffn.up.weight").fill_(1e38)
-    assert first_not_finite(network, forward) == "blocks.1.ffn.up (output)"
+    assert first_nonfinite_value(network, forward) == "blocks.1.ffn.up (output)"
 
 
 class Between(nn.Module):
@@ -76,10 +76,10 @@ class Between(nn.Module):
 
 def test_what_overflows_between_layers_is_an_input_of_the_next() -> None:
     network, x = Between(), torch.ones(3, 2)
-    assert first_not_finite(network, lambda: network(x).sum()) == "two (input)"
-    assert first_not_finite(network.one, lambda: network.one(x).sum()) is None
-    assert first_not_finite(network.one, lambda: network.one(x).sum() * torch.inf) == "loss"
-    assert first_not_finite(network, lambda: network(x * torch.nan).sum()) == "network (input)"
+    assert first_nonfinite_value(network, lambda: network(x).sum()) == "two (input)"
+    assert first_nonfinite_value(network.one, lambda: network.one(x).sum()) is None
+    assert first_nonfinite_value(network.one, lambda: network.one(x).sum() * torch.inf) == "loss"
+    assert first_nonfinite_value(network, lambda: network(x * torch.nan).sum()) == "network (input)"
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
@@ -90,12 +90,12 @@ def test_the_gradient_nearest_to_the_loss_is_named() -> None:
     def gradient(parameter: nn.Parameter) -> Tensor | None:
         return parameter.grad
 
-    assert first_bad_gradient(network, gradient) is None
+    assert first_nonfinite_gradient(network, gradient) is None
     for name in ("embedding.projection.weight", "blocks.0.ffn.up.bias"):
         grad = network.get_parameter(name).grad
         assert grad is not None
         grad.view(-1)[0] = torch.inf
-        assert first_bad_gradient(network, gradient) == name
+        assert first_nonfinite_gradient(network, gradient) == name
 
 
 def test_norms_that_deepspeed_gives_for_bad_gradients_are_known() -> None:
@@ -105,14 +105,14 @@ def test_norms_that_deepspeed_gives_for_bad_gradients_are_known() -> None:
 
 def test_a_skipped_step_ends_a_run_unless_the_loss_is_scaled() -> None:
     plain = SkippedSteps(scaled=False)
-    assert not plain.lost(finite=True, scale=1.0)
-    assert plain.lost(finite=False, scale=1.0)
-    assert plain.text(1.0) == "the norm of the gradients is not finite"
+    assert not plain.is_diverged(finite=True, scale=1.0)
+    assert plain.is_diverged(finite=False, scale=1.0)
+    assert plain.describe(1.0) == "the norm of the gradients is not finite"
 
     scaled = SkippedSteps(scaled=True)
-    assert not any(scaled.lost(finite=False, scale=2.0**15) for _ in range(MOST_SKIPPED - 1))
-    assert not scaled.lost(finite=True, scale=2.0**15)
-    assert not any(scaled.lost(finite=False, scale=2.0**15) for _ in range(MOST_SKIPPED - 1))
-    assert scaled.lost(finite=False, scale=2.0**15)
-    assert f"in {MOST_SKIPPED} steps in a row, at a loss scale of 32768" in scaled.text(2.0**15)
-    assert SkippedSteps(scaled=True).lost(finite=False, scale=1.0)
+    assert not any(scaled.is_diverged(finite=False, scale=2.0**15) for _ in range(MAX_SKIPPED_STEPS - 1))
+    assert not scaled.is_diverged(finite=True, scale=2.0**15)
+    assert not any(scaled.is_diverged(finite=False, scale=2.0**15) for _ in range(MAX_SKIPPED_STEPS - 1))
+    assert scaled.is_diverged(finite=False, scale=2.0**15)
+    assert f"in {MAX_SKIPPED_STEPS} steps in a row, at a loss scale of 32768" in scaled.describe(2.0**15)
+    assert SkippedSteps(scaled=True).is_diverged(finite=False, scale=1.0)
