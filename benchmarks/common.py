@@ -1,4 +1,4 @@
-"""What the benchmarks share: layers, parity, timing, counts of operations, and the machine's description."""
+"""Shared parts of the benchmarks: layers, parity checks, timing, operation counts, machine description."""
 
 from __future__ import annotations
 
@@ -22,51 +22,56 @@ from translution.planner.common.provenance import processor
 from translution.planner.config.geometry import RelationGeometry
 
 TOLERANCE = 1e-10
+"""Allowed difference from the reference in float64."""
 
 
 class Case(NamedTuple):
-    """One layer of a model of the paper, and whether the gathered way fits in memory at its batch."""
+    """One layer of a model of the paper."""
 
-    place: dict[str, Any]
+    layout: dict[str, Any]
+    """Arguments of the layer that describe the arrangement of the tokens."""
     dim: int
     heads: int
     batch: int
     gather: bool
+    """True if the gathered implementation fits in memory at this batch size."""
 
 
 def make(case: Case, implementation: str = "grouped", **factory: Any) -> tuple[Translution, torch.Tensor]:
-    """The layer of a case and an input for it, on the device and in the dtype given."""
+    """Return the layer of a case and an input (batch, tokens, dim); ``factory`` holds the device and dtype."""
     torch.manual_seed(0)
-    layer = Translution(case.dim, case.heads, **case.place, implementation=implementation).to(**factory)
+    layer = Translution(case.dim, case.heads, **case.layout, implementation=implementation).to(**factory)
     x = torch.randn(case.batch, layer.geometry.tokens, case.dim).to(**factory)
     return layer, x.requires_grad_()
 
 
 def step(layer: nn.Module, x: torch.Tensor) -> None:
-    """Forward and backward, gradients made anew as in training."""
+    """Run forward and backward; gradients are allocated anew, as in training."""
     layer.zero_grad(set_to_none=True)
     x.grad = None
     layer(x).sum().backward()
 
 
 def check_parity(implementation: str = "grouped", device: str = "cpu") -> float:
-    """Largest difference in float64 of output and gradients from the gathered way's, in each geometry.
+    """Return the largest float64 difference of output and gradients from the gathered implementation.
+
+    Several token layouts are compared.
 
     Raises:
-        SystemExit: if it is above the tolerance.
+        SystemExit: if the difference exceeds the tolerance.
     """
     worst = 0.0
-    places: list[dict[str, Any]] = [
+    layouts: list[dict[str, Any]] = [
         {"grid": (3, 4), "class_token": True},
         {"grid": (4, 3)},
         {"length": 7},
         {"length": 7, "causal": True},
     ]
-    for place in places:
-        case = Case(place, 12, 3, 2, True)
+    for layout in layouts:
+        case = Case(layout, 12, 3, 2, True)
         results = []
-        for way in (implementation, "gather"):
-            layer, x = make(case, way, device=device, dtype=torch.float64)
+        for name in (implementation, "gather"):
+            layer, x = make(case, name, device=device, dtype=torch.float64)
             out = layer(x)
             weights = torch.linspace(-1, 1, out.numel(), device=device).view_as(out).to(out.dtype)
             grads = torch.autograd.grad(out, [x, *layer.parameters()], weights)
@@ -74,19 +79,19 @@ def check_parity(implementation: str = "grouped", device: str = "cpu") -> float:
         worst = max(worst, *(float((a - b).detach().abs().max()) for a, b in zip(*results, strict=True)))
     if not worst <= TOLERANCE:
         sys.exit(
-            f"parity: {implementation} and gathered differ by {worst:.1e} in float64, above {TOLERANCE:.0e}: "
-            "no speed is shown"
+            f"parity: {implementation} and gathered differ by {worst:.1e} in float64, more than {TOLERANCE:.0e}: "
+            "no timings are shown"
         )
     return worst
 
 
 def seconds(run: Callable[[], None], repeats: int, wait: Callable[[], None] = lambda: None) -> float:
-    """Median time of a call, after one that is not counted.
+    """Return the median time of a call in seconds, after one call that is not counted.
 
     Args:
-        run: what is timed.
-        repeats: counted calls.
-        wait: returns when the device has done all it was given.
+        run: function to time.
+        repeats: number of counted calls.
+        wait: function that returns when the device has finished its work.
     """
     run()
     times = []
@@ -100,31 +105,31 @@ def seconds(run: Callable[[], None], repeats: int, wait: Callable[[], None] = la
 
 
 def alternate(first: Callable[[], None], second: Callable[[], None], repeats: int) -> tuple[float, float, float]:
-    """Median times of two calls, made by turns, and the median of first / second of each turn.
+    """Return the median seconds of two alternating calls, and the median ratio first / second of a turn.
 
-    A machine that is slow for a while is so for both.
+    Alternation makes a temporary slowdown of the machine affect both calls.
     """
     first()
     second()
     turns = [(seconds_once(first), seconds_once(second)) for _ in range(repeats)]
     times = [statistics.median(column) for column in zip(*turns, strict=True)]
-    return times[0], times[1], statistics.median(one / other for one, other in turns)
+    return times[0], times[1], statistics.median(own / other for own, other in turns)
 
 
 def seconds_once(run: Callable[[], None]) -> float:
-    """Time of one call."""
+    """Return the seconds of one call."""
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
 
 
 def count_operations(geometry: RelationGeometry, batch: int, dim: int) -> int:
-    """Operations of a forward and backward pass, roles qkv, whose backward computes the rows again."""
+    """Return the FLOPs of forward and backward with roles qkv, including the recomputed rows of backward."""
     return 3 * 4 * 2 * batch * geometry.table_rows * dim * dim
 
 
 def describe_run(script: str) -> dict[str, Any]:
-    """The command, the date, the machine and the versions, for the report."""
+    """Return the command, the date, the machine and the versions, for the report."""
     return {
         "command": " ".join(["python", f"benchmarks/{script}.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
@@ -139,7 +144,7 @@ def describe_run(script: str) -> dict[str, Any]:
 
 
 def write_report(folder: Path | None, name: str, document: dict[str, Any], text: str) -> None:
-    """Print the report, and write it with its raw figures where a folder is given."""
+    """Print the report; if there is a folder, write the report and its raw figures to it."""
     print(text)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Speed and memory of a Translution layer on a CUDA GPU in bf16, as shares of the card's own matmul rate.
+"""Speed and memory of a Translution layer on a CUDA GPU in bf16, as fractions of the GPU's matmul rate.
 
-Against the rate of one large square torch.matmul in the same run, and against the gathered (published)
-implementation where that fits. Nothing is printed unless the layer agrees with its reference first:
-in float64, and in bf16 as closely as the reference itself does.
+The layer is compared with the rate of one large square torch.mm in the same run, and with the gathered
+(published) implementation where that fits in memory. Nothing is printed unless the layer agrees with its
+reference: in float64, and in bf16 about as closely as the reference itself.
 
 usage: python benchmarks/gpu.py [--out FOLDER] [--repeats N] [--small]
 """
@@ -34,24 +34,26 @@ SMALL = {
 
 
 def wait(device: str) -> None:
-    """Until the device has done all it was given."""
+    """Wait until the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def check_half_parity(device: str) -> float:
-    """The layer's error in bf16 as a share of what is allowed: twice the gathered way's and a few roundings.
+    """Return the layer's bf16 error as a fraction of the allowed error.
+
+    The allowed error is twice that of the gathered implementation plus a few roundings.
 
     Raises:
-        SystemExit: if it is more than that.
+        SystemExit: if the fraction exceeds 1.
     """
     worst = 0.0
-    for place in ({"grid": (4, 5), "class_token": True}, {"length": 16, "causal": True}):
-        case = Case(place, 64, 4, 4, True)
+    for layout in ({"grid": (4, 5), "class_token": True}, {"length": 16, "causal": True}):
+        case = Case(layout, 64, 4, 4, True)
         ours, x = make(case, "batched", device=device, dtype=torch.bfloat16)
         found = []
-        for way, dtype in (("batched", torch.bfloat16), ("gather", torch.bfloat16), ("gather", torch.float64)):
-            layer, _ = make(case, way, device=device, dtype=dtype)
+        for name, dtype in (("batched", torch.bfloat16), ("gather", torch.bfloat16), ("gather", torch.float64)):
+            layer, _ = make(case, name, device=device, dtype=dtype)
             layer.load_state_dict(ours.state_dict())
             own = x.detach().to(dtype).requires_grad_()
             out = layer(own)
@@ -62,20 +64,20 @@ def check_half_parity(device: str) -> float:
             error, allowed = (float((values - truth).abs().max()) for values in (near, reference))
             worst = max(worst, error / (2 * allowed + floor))
     if not worst <= 1:
-        sys.exit(f"parity: in bf16 the layer is {worst:.2f} times as far from float64 as allowed: no speed is shown")
+        sys.exit(f"parity: the layer's bf16 error is {worst:.2f} times the allowed error: no timings are shown")
     return worst
 
 
 def matmul_rate(device: str, size: int, repeats: int) -> float:
-    """Operations per second of one product of two square bf16 matrices."""
+    """Return the FLOP/s of one product of two square bf16 matrices."""
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     out = torch.empty_like(a)
     return 2 * size**3 / seconds(lambda: torch.mm(a, b, out=out), repeats, lambda: wait(device))
 
 
-def peak_bytes(case: Case, way: str, device: str) -> int:
-    """Most that a step allocates beyond weights and input; the gradients it makes count."""
-    layer, x = make(case, way, device=device, dtype=torch.bfloat16)
+def peak_bytes(case: Case, implementation: str, device: str) -> int:
+    """Return the peak bytes of a step beyond weights and input, including the gradients that it allocates."""
+    layer, x = make(case, implementation, device=device, dtype=torch.bfloat16)
     step(layer, x)
     layer.zero_grad(set_to_none=True)
     x.grad = None
@@ -91,7 +93,7 @@ def peak_bytes(case: Case, way: str, device: str) -> int:
 
 
 def measure(name: str, case: Case, device: str, rate: float, repeats: int) -> dict[str, Any]:
-    """Time, share of the matmul rate and memory of one case, with the gathered way's where it fits."""
+    """Measure time, fraction of the matmul rate and memory of one case, and of the gathered layer if it fits."""
     fast, x = make(case, "batched", device=device, dtype=torch.bfloat16)
     operations = count_operations(fast.geometry, case.batch, case.dim)
     ours = seconds(functools.partial(step, fast, x), repeats, lambda: wait(device))
@@ -116,7 +118,7 @@ def measure(name: str, case: Case, device: str, rate: float, repeats: int) -> di
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The report as a table."""
+    """Return the report as Markdown."""
     machine = document["machine"]
     lines = [
         "# Translution layer, forward and backward, bf16, roles qkv",
@@ -146,13 +148,13 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for gpu.json and gpu.md")
-    parser.add_argument("--repeats", type=int, default=10, help="counted runs of each case")
-    parser.add_argument("--small", action="store_true", help="tiny layers, on a CPU where there is no GPU")
+    parser.add_argument("--repeats", type=int, default=10, help="number of counted runs of each case")
+    parser.add_argument("--small", action="store_true", help="tiny layers; runs on a CPU if there is no GPU")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.small:
         print(
-            "gpu.py: error: no CUDA GPU here; --small runs the same measurements at small size on a CPU",
+            "gpu.py: error: no CUDA GPU on this machine; --small runs the same measurements on tiny layers",
             file=sys.stderr,
         )
         sys.exit(2)

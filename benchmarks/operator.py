@@ -1,8 +1,8 @@
 """Speed and memory of the grouped operator, as ratios within one run.
 
-Against the gathered (published) implementation, and against the rate that plain ``torch.mm`` reaches
-on the same multiset of matrix shapes. Nothing is printed unless the operator agrees with its
-reference first.
+The operator is compared with the gathered (published) implementation, and with the rate that plain
+``torch.mm`` reaches on the same matrix shapes. Nothing is printed unless the operator agrees with its
+reference.
 
 usage: python benchmarks/operator.py [--out FOLDER] [--repeats N] [--case NAME ...]
 """
@@ -33,7 +33,7 @@ CASES = {
 
 
 def peak_bytes(layer: Translution, x: torch.Tensor) -> int:
-    """Highest sum of allocations in a step beyond weights and input; the gradients it makes count."""
+    """Return the peak bytes of a step beyond weights and input, including the gradients that it allocates."""
     layer.zero_grad(set_to_none=True)
     x.grad = None
     begin, peak = trace_allocations(lambda: step(layer, x))
@@ -41,15 +41,15 @@ def peak_bytes(layer: Translution, x: torch.Tensor) -> int:
 
 
 def plain_products(geometry: RelationGeometry, batch: int, dim: int) -> Callable[[], None]:
-    """The matrix products of a forward and backward pass by torch.mm, one after the other.
+    """Return a function that runs the matrix products of forward and backward with torch.mm, one by one.
 
-    The same multiset of shapes: per relation and role, rows × matrix forward and again in backward,
-    the rows' gradient and the matrix's gradient. As in any implementation, every relation has its own
-    matrix in memory and gradients are made anew; the rows are ready, contiguous and reused.
+    The shapes are those of the operator: for each relation and role, rows × matrix in forward and again
+    in backward, the rows' gradient and the matrix's gradient. Every relation has its own matrix, and
+    gradients are allocated anew, as in any implementation; the rows are contiguous and reused.
     """
     tables = [torch.randn(geometry.relations, dim, dim) for _ in range(3)]
-    most = batch * geometry.patches
-    rows, out = torch.randn(most, dim), torch.empty(most, dim)
+    max_rows = batch * geometry.patches
+    rows, out = torch.randn(max_rows, dim), torch.empty(max_rows, dim)
     sizes = [
         (role, relation, batch * block.size)
         for relation in range(geometry.relations)
@@ -95,11 +95,11 @@ def measure(name: str, case: Case, repeats: int) -> dict[str, Any]:
 
 
 class ProjectedAttention(nn.Module):
-    """Plain attention with the plain projections that α-Translution has beside its tables."""
+    """Plain attention with the plain projections that α-Translution has in addition to its tables."""
 
-    def __init__(self, dim: int, heads: int, low: int, place: dict[str, Any]) -> None:
+    def __init__(self, dim: int, heads: int, low: int, layout: dict[str, Any]) -> None:
         super().__init__()
-        self.attention = SelfAttention(dim, heads, **place)
+        self.attention = SelfAttention(dim, heads, **layout)
         self.down = nn.ModuleList(nn.Linear(dim, heads * low, bias=False) for _ in range(3))
         self.up = nn.Linear(heads * low, dim, bias=False)
 
@@ -110,16 +110,16 @@ class ProjectedAttention(nn.Module):
 
 
 def measure_alpha(repeats: int) -> dict[str, Any]:
-    """α-Translution of ViT-B/16 (c1 = c2 = 16) against attention with the same projections."""
+    """Compare α-Translution of ViT-B/16 (c1 = c2 = 16) with attention that has the same projections."""
     dim, heads, low, batch = 768, 12, 16, 4
-    place: dict[str, Any] = {"grid": (14, 14), "class_token": True}
+    layout: dict[str, Any] = {"grid": (14, 14), "class_token": True}
     torch.manual_seed(0)
-    alpha = AlphaTranslution(dim, heads, c1=low, c2=low, **place)
-    plain = ProjectedAttention(dim, heads, low, place)
+    alpha = AlphaTranslution(dim, heads, c1=low, c2=low, **layout)
+    plain = ProjectedAttention(dim, heads, low, layout)
     x = torch.randn(batch, alpha.geometry.tokens, dim, requires_grad=True)
     relative = count_operations(alpha.geometry, batch, heads * low)
     weights = sum(parameter.numel() for parameter in plain.parameters() if parameter.ndim == 2)
-    # Every projection three times over (forward, both gradients); attention's two products likewise.
+    # Each projection, and each of attention's two products, counts three times: forward and both gradients.
     other = 3 * 2 * batch * 197 * weights + 3 * 2 * 2 * batch * 197**2 * dim
     ours, theirs, ratio = alternate(functools.partial(step, alpha, x), functools.partial(step, plain, x), repeats)
     return {
@@ -171,7 +171,7 @@ def markdown(document: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for operator.json and operator.md")
-    parser.add_argument("--repeats", type=int, default=7, help="counted runs of each case")
+    parser.add_argument("--repeats", type=int, default=7, help="number of counted runs of each case")
     parser.add_argument("--case", action="append", choices=list(CASES), help="only these cases")
     arguments = parser.parse_args()
     count_every_allocation()

@@ -1,4 +1,4 @@
-"""How long the planner takes: whole commands, and candidates of a search.
+"""Time of the planner's commands, as complete processes, and of its searches.
 
 python benchmarks/planner.py --out benchmarks/results
 """
@@ -31,14 +31,16 @@ COMMANDS = {
     "plan vit-base/16 --cluster 4xRTX4090 --precision bf16 --data synthetic --nvme-path /nvme --out OUT": 2.5,
     "plan vit-large/16 --cluster 1xRTX4090 --precision bf16 --data synthetic --out OUT": 2.5,
 }
-"""Commands, and the seconds that the whole process may take on two cores."""
+"""Commands, and the allowed seconds of the complete process on two cores."""
 SEARCHES = {"vit-base/16": "8xA100-80", "vit-large/16": "8x8xH100", "gpt-base/1024": "8xH100"}
+"""Cluster of each model's search."""
 TIMES = 5
+"""Number of runs, of which the fastest counts."""
 
 
 def command_row(text: str, allowed: float) -> dict[str, Any]:
-    """The least wall-clock seconds of several processes."""
-    # Users keep Python's compiled files; a machine that does not would compile the package each time.
+    """Return the minimum wall-clock seconds of a command over several processes."""
+    # Let Python write compiled files, as users do; otherwise each process would compile the package again.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     seconds = []
     for _ in range(TIMES):
@@ -52,11 +54,11 @@ def command_row(text: str, allowed: float) -> dict[str, Any]:
 
 
 def search_row(name: str, cluster_name: str) -> dict[str, Any]:
-    """Candidates of a search and the least processor seconds it took."""
+    """Return the number of candidates of a search and its minimum CPU seconds."""
     spec, cluster = preset(name), load_cluster(cluster_name)
     training = TrainingSpec(precision="bf16", data="synthetic")
     seconds, considered = [], 0
-    for number in range(TIMES):  # Another precision-free field each time: nothing may be remembered.
+    for number in range(TIMES):  # A different seed each time, so that no cached result is reused.
         fresh = training.model_copy(update={"seed": number})
         began = time.process_time()
         considered = Searcher(spec, cluster, fresh, SearchConstraints(global_batch=512)).considered
@@ -65,22 +67,22 @@ def search_row(name: str, cluster_name: str) -> dict[str, Any]:
 
 
 def render(document: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in document["machine"].items())
     lines = ["# Speed of the planner", "", f"`{document['command']}` on {document['date']}: {versions}.", ""]
-    lines += ["| command, whole process | seconds | allowed |", "|---|--:|--:|"]
+    lines += ["| command, complete process | seconds | allowed |", "|---|--:|--:|"]
     lines += [f"| `{row['what']}` | {row['seconds']:.2f} | {row['allowed']} |" for row in document["commands"]]
     lines += ["", "| search | candidates | seconds | seconds for 5,000 |", "|---|--:|--:|--:|"]
     for row in document["searches"]:
         per = row["seconds"] / row["candidates"] * 5000
         lines.append(f"| {row['what']} | {row['candidates']:,} | {row['seconds']:.2f} | {per:.2f} |")
     misses = [row["what"] for row in document["commands"] if row["seconds"] > row["allowed"]]
-    lines += ["", "Above what is allowed: " + (", ".join(f"`{what}`" for what in misses) or "nothing") + ".", ""]
+    lines += ["", "Above the allowed time: " + (", ".join(f"`{what}`" for what in misses) or "none") + ".", ""]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Command line."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for planner.md and planner.json")
     arguments = parser.parse_args()

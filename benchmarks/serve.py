@@ -1,8 +1,8 @@
-"""How soon the calculator answers, and how soon it shows a plan, to many readers at once.
+"""Latency of the calculator's answers and plans with many concurrent readers.
 
-Readers are threads that speak HTTP over loopback to `translution serve` with its usual number of workers. Each changes
-one or two fields of its choice, waits until the plan is shown or its patience is at an end, looks at it for a second on
-average, and goes on. Readers, server and workers share the machine.
+Readers are threads that send HTTP requests over loopback to `translution serve` with its default number of workers.
+Each reader changes one or two fields of its choice, waits until the plan is shown or its patience runs out, pauses for
+a second on average, and repeats. Readers, server and workers share the machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from translution.reports.calculator.pages import query_of
 from translution.reports.calculator.search_pool import popular_choices
 
 PATIENCE_S, THINK_S = 10.0, 1.0
+"""Maximum wait of a reader for a plan, and mean pause after it."""
 ALLOWED_S = 0.3
+"""Allowed 95th percentile of the latency of an answer."""
 FIELDS: dict[str, tuple[object, ...]] = {
     "model": PRESET_NAMES,
     "operator": OPERATORS,
@@ -48,7 +50,14 @@ FIELDS: dict[str, tuple[object, ...]] = {
 
 
 class Reader(threading.Thread):
-    """One reader with a connection of its own."""
+    """One reader with its own connection.
+
+    Args:
+        port: port of the server.
+        number: seed of the reader's choices.
+        until: time at which the reader stops, on the clock of ``time.perf_counter``.
+        known: choices to draw from; if empty, the reader changes fields at random.
+    """
 
     def __init__(self, port: int, number: int, until: float, known: list[Choice]) -> None:
         super().__init__()
@@ -62,7 +71,7 @@ class Reader(threading.Thread):
         self.left = 0
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and body."""
+        """Request a path; return the status and the body."""
         self._connection.request("GET", path)
         response = self._connection.getresponse()
         return response.status, response.read().decode()
@@ -88,7 +97,7 @@ class Reader(threading.Thread):
         self.left += 1
 
     def run(self) -> None:
-        """Choose, wait and look until the time is over."""
+        """Choose, wait and pause until the time is over."""
         time.sleep(self._random.uniform(0, THINK_S))
         while time.perf_counter() < self._until:
             choice = self._next()
@@ -106,21 +115,21 @@ class Reader(threading.Thread):
 
 
 class Server(NamedTuple):
-    """A server of this benchmark's own."""
+    """A server that the benchmark started."""
 
     port: int
     pid: int
 
     @property
     def processor_s(self) -> float:
-        """Processor time of the process that answers, workers left out (proc(5): utime and stime)."""
+        """CPU seconds of the server process without its workers (proc(5): utime and stime)."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
 def serving(*arguments: str) -> Iterator[Server]:
-    """A server that ends with the block."""
+    """Start a server, and stop it at the end of the block."""
     command = [sys.executable, "-m", "translution.cli", "serve", "--port", "0", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -133,7 +142,7 @@ def serving(*arguments: str) -> Iterator[Server]:
 
 
 def prepare(server: Server, choices: list[Choice]) -> None:
-    """Wait until the server has searched them all."""
+    """Wait until the server has finished the searches of all choices."""
     reader = Reader(server.port, 0, 0, [])
     for choice in choices:
         while reader.get(f"/api/plan?{query_of(choice)}")[0] == 202:
@@ -141,7 +150,7 @@ def prepare(server: Server, choices: list[Choice]) -> None:
 
 
 def spread(seconds: list[float]) -> dict[str, Any]:
-    """Count, median, 95th percentile and largest."""
+    """Return count, median, 95th percentile and maximum."""
     if len(seconds) < 2:
         return {"count": len(seconds), "p50_s": None, "p95_s": None, "max_s": max(seconds, default=None)}
     cuts = statistics.quantiles(seconds, n=20, method="inclusive")
@@ -149,7 +158,7 @@ def spread(seconds: list[float]) -> dict[str, Any]:
 
 
 def scenario(name: str, server: Server, users: int, seconds: float, known: list[Choice]) -> dict[str, Any]:
-    """What readers met."""
+    """Run the readers for some seconds and return their latencies and counts."""
     load, before = os.getloadavg()[0], server.processor_s
     readers = [Reader(server.port, number, time.perf_counter() + seconds, known) for number in range(users)]
     for reader in readers:
@@ -175,20 +184,19 @@ def _cells(values: dict[str, Any], unit: float, form: str) -> str:
 
 
 def render(document: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in document["machine"].items())
     rows = document["results"]
     lines = ["# Speed of the calculator", "", f"`{document['command']}` on {document['date']}: {versions}.", ""]
     lines += [
-        f"{document['users']} readers for {document['seconds']:g} s each time, on the machine that also searches, at "
-        f"niceness {document['niceness']}. Load of the machine before each, one minute's mean: "
+        f"{document['users']} readers for {document['seconds']:g} s per scenario, on the machine that also runs the "
+        f"searches, at niceness {document['niceness']}. Load average (1 min) of the machine before each scenario: "
         f"{', '.join(format(row['load_before'], '.1f') for row in rows)}.",
         "",
-        f"An answer (`/answer`): exact costs, and the plan if it is known. Allowed at the 95th percentile: "
-        f"{1000 * ALLOWED_S:.0f} ms. *Processor*: time of the process that answers, per answer, "
-        "with what it sends of plans.",
+        f"An answer (`/answer`) has the exact costs, and the plan if it is known. Allowed at the 95th percentile: "
+        f"{1000 * ALLOWED_S:.0f} ms. *CPU*: time of the server process per answer, including the plans it sends.",
         "",
-        "| readers choose | answers | p50, ms | p95, ms | longest, ms | processor, ms |",
+        "| readers choose | answers | p50, ms | p95, ms | maximum, ms | CPU, ms |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     lines += [
@@ -197,10 +205,10 @@ def render(document: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        f"From the choice until its plan, or that nothing fits, is shown; readers wait {PATIENCE_S:g} s at most. "
-        "*At once* came with the answer; *left* gave up.",
+        f"Time from a choice until its plan, or the message that nothing fits, is shown; readers wait {PATIENCE_S:g} s "
+        "at most. *Immediate*: shown with the answer. *Gave up*: not shown within that time.",
         "",
-        "| readers choose | shown | p50, s | p95, s | longest, s | at once | left |",
+        "| readers choose | shown | p50, s | p95, s | maximum, s | immediate | gave up |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [
@@ -208,15 +216,17 @@ def render(document: dict[str, Any]) -> str:
         for row in rows
     ]
     missed = [row["scenario"] for row in rows if (row["answers"]["p95_s"] or 0) > ALLOWED_S]
-    return "\n".join([*lines, "", f"Above what is allowed: {', '.join(missed) or 'nothing'}.", ""])
+    return "\n".join([*lines, "", f"Above the allowed latency: {', '.join(missed) or 'none'}.", ""])
 
 
 def main() -> None:
-    """Command line."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--users", type=int, default=20, help="readers at once")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each scenario")
-    parser.add_argument("--choices", type=int, default=60, help="popular choices that are searched before the second")
+    parser.add_argument("--users", type=int, default=20, help="number of concurrent readers")
+    parser.add_argument("--seconds", type=float, default=60.0, help="duration of each scenario in seconds")
+    parser.add_argument(
+        "--choices", type=int, default=60, help="number of popular choices that are searched before the second scenario"
+    )
     parser.add_argument("--out", type=Path, help="folder for serve.md and serve.json")
     arguments = parser.parse_args()
     document = describe_run("serve") | {
@@ -225,7 +235,7 @@ def main() -> None:
         "niceness": os.nice(0),
     }
     with serving("--no-warm") as server:
-        new = scenario("anything, nothing known before", server, arguments.users, arguments.seconds, [])
+        new = scenario("any choice, no plan known before", server, arguments.users, arguments.seconds, [])
     known = list(islice(popular_choices(), arguments.choices))
     with serving() as server:
         prepare(server, known)

@@ -1,8 +1,8 @@
-"""Sets predicted times of a step beside measured ones, on this machine's CPU, and writes the table with its misses.
+"""Compare predicted with measured step times on this machine's CPU, and list the predictions that are off.
 
 python benchmarks/step_time.py --out reports     # calibrates for 1 and 2 ranks, then runs six plans: some minutes
 
-Nothing else should run meanwhile: two ranks take two cores.
+The machine should be otherwise idle: two ranks use two cores.
 """
 
 from __future__ import annotations
@@ -30,28 +30,29 @@ from translution.planner.plans.folder import write_plan_folder
 MODEL: dict[str, Any] = {"family": "vit", "image": 56, "patch": 8, "channels": 3, "classes": 100}
 MODEL |= {"dim": 192, "depth": 4, "heads": 3}
 STEPS, FIRST = 14, 5
-"""Steps of a run, and the first that counts: the third is slowed by being watched."""
+"""Number of steps of a run, and the first step that counts: tracing slows down the third."""
 PLANS: dict[str, dict[str, Any]] = {
     "ZeRO-3": {"stage": 3},
     "ZeRO-3, both on the host": {"stage": 3, "offload": "cpu"},
     "ZeRO-2, optimizer on the host": {"stage": 2, "offload": "cpu-optimizer"},
 }
 ALLOWED = 0.15
+"""Relative error above which a prediction is listed as off."""
 
 
-def say(text: str) -> None:
-    """Tell how it goes."""
+def report_progress(text: str) -> None:
+    """Print one line of progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def run(name: str, cluster: ClusterSpec, options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One plan: its predicted step and the median of its measured ones."""
+    """Run one plan and return its predicted step time and the median of its measured ones."""
     training = TrainingSpec(data="synthetic", micro_batch=8, steps=STEPS)
     plan = make_plan(parse_model_spec(MODEL), cluster, training, **options)
     assert plan.time is not None
     write_plan_folder(plan, folder)
-    made = launch(folder, on_message=say).run
-    lines = [json.loads(line) for line in (made / METRICS).read_text(encoding="utf-8").splitlines()]
+    run_folder = launch(folder, on_message=report_progress).run
+    lines = [json.loads(line) for line in (run_folder / METRICS).read_text(encoding="utf-8").splitlines()]
     seconds = [line["seconds"] for line in lines if line["event"] == "step"][FIRST - 1 :]
     return {
         "what": f"{name}, {cluster.world_size} rank(s)",
@@ -66,12 +67,14 @@ def run(name: str, cluster: ClusterSpec, options: dict[str, Any], folder: Path) 
 
 
 def render(document: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in document["machine"].items())
     parts = ["# Predicted and measured time of a step", ""]
     parts += [f"`{document['command']}` on {document['date']}: {versions}.", ""]
-    parts += ["A vision transformer of 50 tokens, width 192, 4 layers, fp32, 8 samples per rank; rates by"]
-    parts += ["`translution calibrate` in the same run; the median of ten steps.", ""]
+    parts += [
+        "A vision transformer with 50 tokens, width 192, 4 layers, fp32, 8 samples per rank. Rates are measured by"
+    ]
+    parts += ["`translution calibrate` in the same run; step times are the median of ten steps.", ""]
     parts += ["| run | predicted | interval | measured | fastest to slowest | ratio |", "|---|--:|--:|--:|--:|--:|"]
     misses = []
     for row in document["rows"]:
@@ -82,29 +85,29 @@ def render(document: dict[str, Any]) -> str:
         parts.append(f"| {row['what']} | {figures} |")
         if abs(ratio - 1) > ALLOWED:
             misses.append(f"- {row['what']}: {ratio:.2f}")
-    parts += ["", f"More than {ALLOWED:.0%} off:", "", *(misses or ["- nothing"]), ""]
+    parts += ["", f"Predictions off by more than {ALLOWED:.0%}:", "", *(misses or ["- none"]), ""]
     return "\n".join(parts)
 
 
 def main() -> None:
-    """Command line."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for step_time.md and step_time.json")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks to measure")
     arguments = parser.parse_args()
     document = describe_run("step_time")
     document["machine"]["deepspeed"] = importlib.metadata.version("deepspeed")
     document["rates"], document["rows"] = {}, []
     for ranks in arguments.ranks:
         cluster = local_cpu_cluster(ranks)
-        rates = calibrate(cluster, None, document["command"], say)
+        rates = calibrate(cluster, None, document["command"], report_progress)
         document["rates"][ranks] = rates.model_dump(mode="json")
         cluster = cluster.model_copy(update={"measured": rates})
         for name, options in PLANS.items():
             with tempfile.TemporaryDirectory(prefix="translution-time-") as folder:
                 document["rows"].append(run(name, cluster, options, Path(folder) / "plan"))
             row = document["rows"][-1]
-            say(f"{row['what']}: {row['predicted_s']:.3f} s predicted, {row['measured_s']:.3f} s measured")
+            report_progress(f"{row['what']}: {row['predicted_s']:.3f} s predicted, {row['measured_s']:.3f} s measured")
     write_report(arguments.out, "step_time", document, render(document))
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks run, check parity before they show anything, and say what machine gave their figures."""
+"""The benchmarks run, check parity before they show results, and name the machine of their figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-"""Beside other work, threads of torch's mostly wait for each other."""
+"""On a busy machine, the threads of torch mostly wait for each other."""
 
 
 def run_script(root: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -34,17 +34,17 @@ def test_the_gpu_benchmark_runs_at_small_size_on_a_cpu(root: Path, tmp_path: Pat
     assert (tmp_path / "gpu.md").read_text().strip() == done.stdout.strip()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU is there nothing to measure")
-def test_the_gpu_benchmark_says_in_a_line_that_it_wants_a_gpu(root: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the message on a machine without a GPU")
+def test_the_gpu_benchmark_reports_a_missing_gpu_in_one_line(root: Path) -> None:
     done = run_script(root, "gpu.py")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "no CUDA GPU here" in done.stderr
+    assert "no CUDA GPU on this machine" in done.stderr
 
 
 @pytest.mark.parametrize("script", ["gpu.py", "operator.py"])
-def test_no_speed_is_shown_of_a_layer_that_is_wrong(script: str, root: Path, tmp_path: Path) -> None:
+def test_no_timings_of_a_wrong_layer_are_shown(script: str, root: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "sitecustomize.py"
     wrong.write_text(
         "import translution.models.layers.tables as tiles\n"
@@ -59,5 +59,5 @@ def test_no_speed_is_shown_of_a_layer_that_is_wrong(script: str, root: Path, tmp
     arguments = [sys.executable, "-c", command, script]
     done = subprocess.run(arguments, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
-    assert "no speed is shown" in done.stderr
+    assert "no timings are shown" in done.stderr
     assert "|" not in done.stdout
