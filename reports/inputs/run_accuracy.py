@@ -16,7 +16,7 @@ from translution.planner.common.phases import Phase, Tier
 from translution.planner.memory.estimate import MemoryEstimate, estimate_memory
 from translution.planner.plans.folder import RUNS
 from translution.planner.plans.plan import Plan, load_plan
-from translution.planner.simulator.engine.base import STATES
+from translution.planner.simulator.engine.base import OPTIMIZER_STATES
 
 _COLUMNS = ("rank", "tier", "what", "predicted_bytes", "measured_bytes", "ratio")
 RESIDENT, SAVED, PROCESS_PREFIX = "between steps", "saved for backward", "process"
@@ -24,7 +24,7 @@ RESIDENT, SAVED, PROCESS_PREFIX = "between steps", "saved for backward", "proces
 _OLD_LABELS = {"kept for backward": SAVED}
 PROCESS_GROWTH_BYTES = 40 * 2**20
 """Bytes that a process loads after its first measurement: DeepSpeed's engine, gloo's threads, kernels. Measured."""
-_SWAP_ITEMS = {"exp_avg": STATES, "exp_avg_sq": STATES}
+_SWAP_ITEMS = {"exp_avg": OPTIMIZER_STATES, "exp_avg_sq": OPTIMIZER_STATES}
 """Item of the memory breakdown that a file on NVMe belongs to, for files of another name."""
 
 
