@@ -27,7 +27,7 @@ from common import describe_run, write_report
 
 from translution.planner.config.model import OPERATORS
 from translution.planner.config.presets import PRESET_NAMES
-from translution.planner.hardware.catalog import catalog
+from translution.planner.hardware.catalog import load_catalog
 from translution.reports.calculator.choice import Choice
 from translution.reports.calculator.pages import query_of
 from translution.reports.calculator.search_pool import popular_choices
@@ -39,7 +39,7 @@ ALLOWED_S = 0.3
 FIELDS: dict[str, tuple[object, ...]] = {
     "model": PRESET_NAMES,
     "operator": OPERATORS,
-    "gpu": tuple(catalog().gpus),
+    "gpu": tuple(load_catalog().gpus),
     "gpus": (1, 2, 4, 8),
     "nodes": (1, 2, 3, 4, 8, 16),
     "precision": ("bf16", "fp16", "fp32"),

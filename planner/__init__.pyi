@@ -1,11 +1,11 @@
-from .analysis.compare import Comparison as Comparison
-from .analysis.compare import ComparisonRow as ComparisonRow
-from .analysis.compare import compare as compare
+from .analysis.comparison import Comparison as Comparison
+from .analysis.comparison import ComparisonRow as ComparisonRow
+from .analysis.comparison import compare as compare
 from .analysis.estimate_model import ModelCosts as ModelCosts
 from .analysis.estimate_model import OperatorCosts as OperatorCosts
 from .analysis.estimate_model import estimate as estimate
-from .analysis.scaling import GrowthPoint as GrowthPoint
-from .analysis.scaling import scaling as scaling
+from .analysis.growth import GrowthPoint as GrowthPoint
+from .analysis.growth import scaling as scaling
 from .common.errors import DoesNotFitError as DoesNotFitError
 from .common.errors import InputError as InputError
 from .common.errors import TranslutionError as TranslutionError

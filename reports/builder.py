@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from translution.planner.analysis.compare import comparison_rows, scale_points, thresholds
-from translution.planner.analysis.scaling import growth_points
+from translution.planner.analysis.comparison import comparison_rows, scale_points, thresholds
+from translution.planner.analysis.growth import growth_points
 from translution.planner.common.errors import InputError
 from translution.planner.common.files import write_bytes
-from translution.planner.common.provenance import Provenance, provenance
+from translution.planner.common.provenance import Provenance, make_provenance
 from translution.planner.config.loading import load_model
 from translution.planner.config.model import ModelSpec
 from translution.planner.config.training import Precision, TrainingSpec
@@ -276,7 +276,7 @@ def write_report(request: ReportRequest, files: ReportFiles) -> dict[Path, int]:
     """
     _check_request(request, files)
     options = [word for option, (path, _) in files.by_option().items() for word in (option, str(path))]
-    made = provenance(shlex.join(["translution", "report", *request.arguments(), *options]), PACKAGES)
+    made = make_provenance(shlex.join(["translution", "report", *request.arguments(), *options]), PACKAGES)
     builder = ReportBuilder(request, made, str(files.page))
     plans = builder.plans()
     contents = _contents(builder.document(plans), plans, files)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from translution.planner.common.units import format_bytes
-from translution.planner.hardware.catalog import Catalog, Figure, GpuSpec, NodeSpec, catalog
-from translution.planner.hardware.device_overhead import DeviceOverhead, device_overhead
+from translution.planner.hardware.catalog import Catalog, Figure, GpuSpec, NodeSpec, load_catalog
+from translution.planner.hardware.device_overhead import DeviceOverhead, estimate_overhead
 from translution.planner.hardware.intervals import Level
 
 from ..options import JsonOption
@@ -91,9 +91,9 @@ def _print_tables(known: Catalog, overhead: dict[str, DeviceOverhead]) -> None:
 @app.command("clusters", epilog="Examples: **translution clusters** · **translution clusters --json**")
 def clusters_cli(as_json: JsonOption = False) -> None:
     """List the GPUs and nodes that `--cluster` accepts; each figure has its source."""
-    known = catalog()
+    known = load_catalog()
     overhead = {
-        name: device_overhead(name, int(known.nodes[gpu.node].gpus.value), 1) for name, gpu in known.gpus.items()
+        name: estimate_overhead(name, int(known.nodes[gpu.node].gpus.value), 1) for name, gpu in known.gpus.items()
     }
     if as_json:
         overhead_json = {name: entry.model_dump(mode="json") for name, entry in overhead.items()}

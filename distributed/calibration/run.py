@@ -12,11 +12,11 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from translution.planner.common.errors import InputError, RunFailedError
-from translution.planner.common.files import write_text
-from translution.planner.common.provenance import provenance
+from translution.planner.common.files import SPEC_SUFFIXES, write_text
+from translution.planner.common.provenance import make_provenance
 from translution.planner.common.schema import parse_json
 from translution.planner.hardware.calibrated_rates import MeasuredRates
-from translution.planner.hardware.cluster import ClusterSpec
+from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 
 from ..launcher.local_processes import run_processes
 from ..runs.watchdog import end_with_launcher
@@ -26,9 +26,35 @@ from ..system.environment import check_packages, free_port, launch_environment
 _RATES: TypeAdapter[MeasuredRates] = TypeAdapter(MeasuredRates)
 _LOG = "calibrate.log"
 PARTS = 6
-"""Lines that a rank says while it measures; one more with NVMe, one more on a GPU."""
+"""Number of measurements, each reported with one line; one more with NVMe, one more on a GPU."""
 
 OnLine = Callable[[str], None]
+
+
+def calibrate_to_file(
+    cluster_name: str, out: Path, nvme_path: str | None, command: str, on_progress: Callable[[str, int], None]
+) -> MeasuredRates:
+    """Measure the rates of this machine and write them as a cluster file.
+
+    Args:
+        cluster_name: cpu:RANKS, or GPUSxNAME of this machine; the base of the cluster file.
+        out: YAML file to write.
+        nvme_path: folder on the NVMe drive to measure; None leaves it out.
+        command: the command line, recorded in the file.
+        on_progress: called with a description of each measurement and the number of all measurements.
+
+    Raises:
+        InputError: if the cluster or the file is not allowed.
+    """
+    if out.suffix not in SPEC_SUFFIXES[:2]:
+        raise InputError(f"out: {str(out)!r} is not allowed: must end in .yaml")
+    if Path(cluster_name).suffix in SPEC_SUFFIXES:
+        raise InputError(f"cluster: {cluster_name!r} is not allowed: must be cpu:RANKS or GPUSxNAME")
+    cluster = load_cluster(cluster_name)
+    total = PARTS + (nvme_path is not None) + (cluster.device == "cuda")
+    rates = calibrate(cluster, nvme_path, command, lambda line: on_progress(line, total))
+    write_text(out, machine_file(cluster_name, rates, nvme_path))
+    return rates
 
 
 def calibrate(cluster: ClusterSpec, nvme_path: str | None, command: str, on_line: OnLine) -> MeasuredRates:
@@ -61,7 +87,7 @@ def calibrate(cluster: ClusterSpec, nvme_path: str | None, command: str, on_line
         _run(cluster, nvme_path, Path(folder), on_line)
         paths = sorted(Path(folder).glob("rates_*.json"))
         found = [parse_json(_RATES, path.read_bytes(), str(path)) for path in paths]
-    made = provenance(command, ("torch", "deepspeed"))
+    made = make_provenance(command, ("torch", "deepspeed"))
     return _median(found).model_copy(
         update={
             "command": command,

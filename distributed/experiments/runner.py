@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter
 
 from translution.planner.common.machine import usable_cores
-from translution.planner.common.provenance import Provenance, provenance
+from translution.planner.common.provenance import Provenance, make_provenance
 from translution.planner.common.schema import Schema
 from translution.planner.config.datasets import DataKind
 from translution.planner.config.training import TrainingSpec
@@ -270,5 +270,5 @@ def run_experiment(
         batch=BATCH,
         trials=tuple(trials),
         seconds=time.perf_counter() - began,
-        made=provenance(" ".join(command), ("torch", "numpy", "scikit-learn")),
+        made=make_provenance(" ".join(command), ("torch", "numpy", "scikit-learn")),
     )

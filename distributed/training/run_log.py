@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from translution.planner.common.provenance import provenance
+from translution.planner.common.provenance import make_provenance
 from translution.planner.plans.plan import Plan
 
 from ..runs.folder import METRICS, trim_metrics
@@ -55,7 +55,7 @@ class RunLog:
         if resume and self.writes_metrics:
             trim_metrics(self.run)
         training = self.plan.training
-        made = provenance(shlex.join(["translution", *sys.argv[1:]]), ("torch", "deepspeed"))
+        made = make_provenance(shlex.join(["translution", *sys.argv[1:]]), ("torch", "deepspeed"))
         self.write(
             event="resume" if resume else "start",
             step=step,

@@ -23,7 +23,7 @@ from translution.planner.common.errors import InputError, RunFailedError
 from translution.planner.common.files import write_text
 from translution.planner.common.machine import available_memory_bytes
 from translution.planner.common.phases import Tier
-from translution.planner.common.provenance import Provenance, provenance
+from translution.planner.common.provenance import Provenance, make_provenance
 from translution.planner.common.schema import Schema, parse_json
 from translution.planner.common.units import GIB, format_bytes
 from translution.planner.config.model import override
@@ -281,7 +281,7 @@ def rehearse(
         measurement=join_init(found),
         measured_layers=measured,
         seconds=seconds,
-        made=provenance(shlex.join(["translution", *sys.argv[1:]]), ("torch", "deepspeed")),
+        made=make_provenance(shlex.join(["translution", *sys.argv[1:]]), ("torch", "deepspeed")),
     )
     write_text(run / REHEARSAL, rehearsal.model_dump_json(indent=2) + "\n")
     return rehearsal, run

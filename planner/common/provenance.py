@@ -34,7 +34,7 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def provenance(command: str, packages: Iterable[str] = ()) -> Provenance:
+def make_provenance(command: str, packages: Iterable[str] = ()) -> Provenance:
     """Return the provenance of a figure that this process produces now.
 
     Args:

@@ -119,7 +119,7 @@ def read_data(name: str, adapter: TypeAdapter[_T]) -> _T:
 
 
 @functools.cache
-def catalog() -> Catalog:
+def load_catalog() -> Catalog:
     """Return the catalog; it is read at the first call."""
     return read_data(_CLUSTERS_FILE, TypeAdapter(Catalog))
 

@@ -21,8 +21,8 @@ from ..common.schema import Schema, validate
 from ..common.units import GIB
 from ..config.model import Positive
 from .calibrated_rates import MeasuredRates, Rate
-from .catalog import GpuSpec, NodeSpec, catalog, find_gpu, find_node, nearest_names
-from .device_overhead import DeviceOverhead, device_overhead
+from .catalog import GpuSpec, NodeSpec, find_gpu, find_node, load_catalog, nearest_names
+from .device_overhead import DeviceOverhead, estimate_overhead
 from .intervals import OverheadOverrides, read_overrides
 
 _DEFAULT_HOST_BYTES = 1024 * GIB
@@ -92,7 +92,7 @@ class ClusterSpec(Schema):
         """
         if self.device == "cpu":
             return None
-        return device_overhead(
+        return estimate_overhead(
             self.gpu, self.world_size, self.nodes, self.gpu_constants, expandable_segments=expandable_segments
         )
 
@@ -153,13 +153,13 @@ def _node_fields(node: NodeSpec, ranks_per_node: int) -> dict[str, Any]:
 
 
 def _gpu_cluster(nodes: int, ranks_per_node: int, gpu_name: str) -> dict[str, Any]:
-    name, gpu = find_gpu(gpu_name, "cluster", catalog().nodes)
+    name, gpu = find_gpu(gpu_name, "cluster", load_catalog().nodes)
     return {
         "name": f"{nodes}x{ranks_per_node}x{name}",
         "nodes": nodes,
         "ranks_per_node": ranks_per_node,
         **_gpu_fields(name, gpu),
-        **_node_fields(catalog().nodes[gpu.node], ranks_per_node),
+        **_node_fields(load_catalog().nodes[gpu.node], ranks_per_node),
     }
 
 
@@ -170,7 +170,7 @@ def _node_cluster(nodes: int, node_name: str) -> dict[str, Any]:
         "name": f"{nodes}x{name}",
         "nodes": nodes,
         "ranks_per_node": ranks_per_node,
-        **_gpu_fields(node.gpu, catalog().gpus[node.gpu]),
+        **_gpu_fields(node.gpu, load_catalog().gpus[node.gpu]),
         **_node_fields(node, ranks_per_node),
     }
 
@@ -189,13 +189,13 @@ def named_cluster(name: str) -> ClusterSpec:
         return local_cpu_cluster(int(cpu[1]))
     node = re.fullmatch(r"(?:(\d{1,6})x)?(\w[\w.-]*)", name, re.ASCII)
     gpus = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x([A-Za-z0-9-]+)", name, re.ASCII)
-    known_nodes = {key.lower() for key in catalog().nodes}
+    known_nodes = {key.lower() for key in load_catalog().nodes}
     if node and node[2].lower() in known_nodes:
         data = _node_cluster(int(node[1] or 1), node[2])
     elif gpus:
         data = _gpu_cluster(int(gpus[1] or 1), int(gpus[2]), gpus[3])
     else:
-        hint = nearest_names(name, (*catalog().nodes, *catalog().gpus))
+        hint = nearest_names(name, (*load_catalog().nodes, *load_catalog().gpus))
         raise InputError(f"cluster: {name[:60]!r} is not allowed: {_FORMS}{hint}")
     return validate(_CLUSTER, data, f"cluster {name!r}", _FIELDS)
 

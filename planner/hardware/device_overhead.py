@@ -22,11 +22,11 @@ from ..common.phases import Tier
 from ..common.schema import Schema, stored_as
 from ..common.units import KIB, MIB
 from .caching_allocator import block_bytes
-from .catalog import Entry, Generation, catalog, find_gpu, read_data
+from .catalog import Entry, Generation, find_gpu, load_catalog, read_data
 from .intervals import ESTIMATE, Bytes, FractionInterval, Level, OverheadItem, OverheadOverrides, read_overrides
 from .nccl import Channels, alone, by_host_memory, by_nvlink, rccl
 
-__all__ = ["DeviceOverhead", "OverheadItem", "OverheadOverrides", "device_overhead", "read_overrides"]
+__all__ = ["DeviceOverhead", "OverheadItem", "OverheadOverrides", "estimate_overhead", "read_overrides"]
 
 FRAGMENTATION = FractionInterval(
     low=0.02,
@@ -145,7 +145,7 @@ def _nccl(gpu: str, generation: Generation, world_size: int, nodes: int) -> list
 
 
 def _items_of_gpu(gpu: str, world_size: int, nodes: int) -> list[OverheadItem]:
-    generation = catalog().gpus[gpu].generation
+    generation = load_catalog().gpus[gpu].generation
     return [
         _measured("driver_reserve", _observed().driver_reserve[gpu], "total by the driver less what torch sees"),
         _measured("context", _observed().context[generation], "context and kernels; high: all kernels loaded at once"),
@@ -166,7 +166,7 @@ def _span(breakdown: Sequence[OverheadItem]) -> OverheadItem:
     return breakdown[0].model_copy(update=values)
 
 
-def device_overhead(
+def estimate_overhead(
     gpu: str | None,
     world_size: int,
     nodes: int,
@@ -190,7 +190,7 @@ def device_overhead(
         raise InputError(f"nodes: {nodes} is not allowed: must be from 1 to {world_size}, the ranks")
     given = read_overrides(overrides)
     if gpu is None:
-        items_by_gpu = [_items_of_gpu(name, world_size, nodes) for name in catalog().gpus]
+        items_by_gpu = [_items_of_gpu(name, world_size, nodes) for name in load_catalog().gpus]
         breakdown = [_span(same) for same in zip(*items_by_gpu, strict=True)]
     else:
         gpu, _ = find_gpu(gpu)

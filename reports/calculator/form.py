@@ -7,7 +7,7 @@ from typing import Literal
 
 from translution.planner.analysis.estimate_model import OPERATOR_LABELS
 from translution.planner.config.presets import PRESET_NAMES
-from translution.planner.hardware.catalog import catalog
+from translution.planner.hardware.catalog import load_catalog
 
 from .choice import MAX_GPUS, MAX_HEADS, MAX_LAYERS, MAX_NODES, MAX_TOKENS, MAX_WIDTH, Choice
 
@@ -83,7 +83,7 @@ def _model() -> FormSection:
 
 
 def _cluster() -> FormSection:
-    gpus = tuple((name, f"{name}: {gpu.title}") for name, gpu in catalog().gpus.items())
+    gpus = tuple((name, f"{name}: {gpu.title}") for name, gpu in load_catalog().gpus.items())
     fields = (
         _select("gpu", "GPU", gpus),
         _number("gpus", "GPUs per node", MAX_GPUS, ""),

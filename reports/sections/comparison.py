@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from translution.planner.analysis.compare import AXES, ComparisonRow, ScalePoint, Threshold
+from translution.planner.analysis.comparison import AXES, ComparisonRow, ScalePoint, Threshold
 from translution.planner.common.provenance import Provenance
 from translution.planner.common.units import GIB, format_bytes, format_count, format_flops
 

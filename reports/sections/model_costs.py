@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 
 from translution.planner.analysis.estimate_model import OPERATOR_LABELS, operator_costs, with_operator
-from translution.planner.analysis.scaling import PlanPoint, best_points
+from translution.planner.analysis.growth import PlanPoint, best_points
 from translution.planner.common.provenance import Provenance
 from translution.planner.common.units import GIB, format_bytes, format_count
 from translution.planner.config.model import OPERATORS, ModelSpec

@@ -7,7 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from translution.planner.analysis.scaling import GROWTH_AXES, GrowthAxis, GrowthPoint, PlanPoint
+from translution.planner.analysis.growth import GROWTH_AXES, GrowthAxis, GrowthPoint, PlanPoint
 from translution.planner.common.provenance import Provenance
 from translution.planner.common.units import GIB, format_bytes
 from translution.planner.hardware.cluster import ClusterSpec
@@ -159,7 +159,7 @@ def scaling_section(
     """Return the section with the best plan at every size, as charts and as a table.
 
     Args:
-        points: result of `translution.planner.analysis.scaling.growth`.
+        points: result of `translution.planner.analysis.growth.growth`.
         name: name of the base model.
         cluster: cluster of the base model.
         precision: training precision.

@@ -8,7 +8,7 @@ from pathlib import Path
 from translution.distributed.experiments.definitions import find_experiment
 from translution.distributed.experiments.runner import ExperimentResult, Trial
 from translution.distributed.runs.folder import METRICS, make_run_folders, memory_path
-from translution.planner.common.provenance import provenance
+from translution.planner.common.provenance import make_provenance
 from translution.planner.config.model import parse_model_spec
 from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import local_cpu_cluster
@@ -45,7 +45,7 @@ def run_folder(plan: Path, name: str, *, more: int = 0) -> Path:
     memory_path(run, 0).write_text(json.dumps(measurement))
     step = {"event": "step", "learning_rate": 1e-3, "samples_per_s": 100.0}
     lines = [
-        {"event": "start", "steps": 4, "made": provenance("translution train <PLAN>", ("torch",)).model_dump()},
+        {"event": "start", "steps": 4, "made": make_provenance("translution train <PLAN>", ("torch",)).model_dump()},
         *(step | {"step": number, "loss": 3.0 - number / 2} for number in range(1, 5)),
         {"event": "evaluation", "step": 4, "accuracy": 0.625, "loss": 1.1, "samples": 364},
     ]
@@ -72,7 +72,7 @@ def experiment_folder(folder: Path, name: str = "shift", *, quick: bool = False)
         for task in asked.tasks
         for seed in range(3)
     ]
-    made = provenance(f"translution experiment {name} --out experiments/{name}", ("torch",))
+    made = make_provenance(f"translution experiment {name} --out experiments/{name}", ("torch",))
     result = ExperimentResult(
         experiment=asked, quick=quick, steps=7, batch=64, trials=tuple(trials), seconds=12.0, made=made
     )

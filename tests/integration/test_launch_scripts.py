@@ -37,7 +37,7 @@ def tools(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
-def test_deepspeed_reads_every_variant_of_every_family(cluster: str) -> None:
+def test_deepspeed_reads_the_config_of_every_knob_set_and_strategy(cluster: str) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     spec, where = preset("vit-base/16"), load_cluster(cluster)
@@ -57,7 +57,7 @@ def test_deepspeed_reads_every_variant_of_every_family(cluster: str) -> None:
             assert (read.offload_optimizer is None) == (optimizer == "none")
             assert (read.offload_param is None) == (param == "none")
             if optimizer == "cpu" and strategy.stage == 3:
-                assert read.offload_optimizer.ratio == family.ratio
+                assert read.offload_optimizer.ratio == strategy.ratio
             seen += 1
     assert seen > 50
 
@@ -68,7 +68,7 @@ def make_config(zero: ZeroSpec, ranks: int) -> dict[str, Any]:
     return deepspeed_config(BF16, zero, ranks)
 
 
-def test_what_deepspeed_fails_on_later_is_never_made() -> None:
+def test_configs_that_fail_later_in_deepspeed_are_rejected() -> None:
     # Accepted by DeepSpeed 0.19.8 and failing, or silently ignored, in the first step.
     with pytest.raises(ValueError, match="nvme_path"):
         OffloadOptimizer(device="nvme")
@@ -82,7 +82,7 @@ def test_what_deepspeed_fails_on_later_is_never_made() -> None:
     assert not [key for key in section if key.startswith(("stage3", "sub_group"))]
 
 
-def test_the_folder_has_what_its_cluster_needs(tmp_path: Path) -> None:
+def test_the_plan_folder_has_the_files_that_its_cluster_needs(tmp_path: Path) -> None:
     for name, files in {
         "8xH100": {"environment.sh", "launch-torchrun.sh", "job.sbatch"},
         "2x8xH100": {"environment.sh", "launch-torchrun.sh", "job.sbatch", "hostfile", "launch-ssh.sh"},
@@ -116,7 +116,7 @@ def test_slurm_gets_a_task_for_each_rank() -> None:
     assert "#SBATCH --cpus-per-task=14" in lines  # 112 cores of a DGX H100 over 8 ranks.
 
 
-def test_a_name_is_never_read_by_a_shell(tmp_path: Path) -> None:
+def test_no_shell_evaluates_a_model_name(tmp_path: Path) -> None:
     name = "x'; touch $(echo owned) `id` \n#SBATCH --wrap"
     spec = preset("vit-base/32").model_copy(update={"name": name})
     plan = make_plan(spec, load_cluster("2x8xH100"), BF16)
@@ -134,12 +134,12 @@ def test_torchrun_runs_the_plan(tmp_path: Path) -> None:
     raise_unless_finished(folder / "runs" / "own", 1, exit_code=0)
 
 
-def test_threads_are_those_of_the_node() -> None:
+def test_threads_are_the_nodes_cores_per_rank() -> None:
     assert environment_variables(load_cluster("8xH100"))["OMP_NUM_THREADS"] == "14"
     assert environment_variables(local_cpu_cluster(1))["DS_ACCELERATOR"] == "cpu"
 
 
-def test_other_versions_are_told() -> None:
+def test_other_package_versions_give_a_warning() -> None:
     plan = make_plan(preset("vit-tiny/56"), local_cpu_cluster(1), TrainingSpec(data="synthetic"))
     assert version_warnings(plan) == []
     other = plan.model_copy(update={"deepspeed_version": "0.18", "torch_version": "2.1"})

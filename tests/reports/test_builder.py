@@ -15,8 +15,8 @@ from helpers.html_page import Page
 from helpers.report_folders import MALICIOUS, experiment_folder, plan_folder
 
 from translution.cli.main import run
-from translution.planner.analysis.scaling import GrowthPoint, best_point, best_points, growth_points
-from translution.planner.common.provenance import provenance
+from translution.planner.analysis.growth import GrowthPoint, best_point, best_points, growth_points
+from translution.planner.common.provenance import make_provenance
 from translution.planner.config.model import override
 from translution.planner.config.presets import preset
 from translution.planner.config.training import TrainingSpec
@@ -33,7 +33,7 @@ from translution.reports.sections.scaling import scaling_section
 
 Captured = pytest.CaptureFixture[str]
 BF16 = TrainingSpec(precision="bf16", data="synthetic")
-MADE = provenance("translution report --model x --out y.html")
+MADE = make_provenance("translution report --model x --out y.html")
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_sizes_that_do_not_fit_are_marked() -> None:
 
 
 def test_node_axis_replaces_the_nodes_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("translution.planner.analysis.scaling.NODE_COUNTS", (2,))
+    monkeypatch.setattr("translution.planner.analysis.growth.NODE_COUNTS", (2,))
     points = list(growth_points(preset("vit-tiny/56"), load_cluster("4x1xH100"), BF16, axes=("nodes",)))
     assert [point.best.cluster for point in points] == ["2x1xH100"] * 3
     assert [point.best.samples for point in points] == [16] * 3

@@ -15,10 +15,10 @@ import typer
 from helpers.gallery_tables import cells, table
 
 from translution.cli.main import full_app, run
-from translution.planner.analysis.compare import comparison_rows
+from translution.planner.analysis.comparison import comparison_rows
 from translution.planner.analysis.estimate_model import OPERATOR_LABELS, operator_costs, with_operator
-from translution.planner.analysis.scaling import PlanPoint, best_points
-from translution.planner.common.provenance import provenance
+from translution.planner.analysis.growth import PlanPoint, best_points
+from translution.planner.common.provenance import make_provenance
 from translution.planner.config.presets import preset
 from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
@@ -33,7 +33,7 @@ from translution.reports.sections.experiment import experiment_section, load_res
 from translution.reports.sections.model_costs import costs_section
 
 BF16 = TrainingSpec(precision="bf16", data="synthetic")
-MADE = provenance("translution report --model x --out y.html")
+MADE = make_provenance("translution report --model x --out y.html")
 
 
 @pytest.fixture

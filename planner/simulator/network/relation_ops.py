@@ -89,7 +89,7 @@ class SimulatedRelations:
     def _heads_scratch(self) -> int:
         """Return the scratch bytes of a product of queries and keys, or of weights and values, by heads."""
         tokens, head_dim = self.shape.geometry.tokens, self.shape.inner // self.shape.heads
-        return product_scratch_bytes(tokens, max(tokens, head_dim), tokens, self.sizes)
+        return product_scratch_bytes(tokens, max(tokens, head_dim), tokens, self.sizes, transposed=True)
 
     def _plain_bytes(self) -> int:
         return self.shape.rows * self.shape.inner * self.sizes.value

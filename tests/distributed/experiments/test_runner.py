@@ -16,7 +16,7 @@ from translution.distributed.experiments import definitions as experiments
 from translution.distributed.experiments import runner as experiment
 from translution.distributed.experiments.definitions import DYNAMIC, EXPERIMENT_NAMES, STATIC, find_experiment
 from translution.distributed.experiments.runner import EXPERIMENT_RESULT, ExperimentResult, Trial, run_trial
-from translution.planner.common.provenance import provenance
+from translution.planner.common.provenance import make_provenance
 from translution.planner.common.schema import parse_json
 from translution.planner.costs.parameters import count_parameters
 from translution.reports.sections.experiment import experiment_cells, experiment_markdown, experiment_picture
@@ -28,7 +28,7 @@ def trial(name: str, train: str, seed: int, *, accuracies: dict[str, float]) -> 
     return Trial.model_validate(values | {"accuracies": accuracies, "final_training_loss": 0.5, "seconds": 1.0})
 
 
-def made_up() -> ExperimentResult:
+def example_result() -> ExperimentResult:
     """What each number of a report must come from."""
     asked = find_experiment("shift")
     asked = asked.model_copy(update={"variants": asked.variants[-2:]})
@@ -41,16 +41,16 @@ def made_up() -> ExperimentResult:
             trials.append(trial(variant.name, "digits-shifted", seed, accuracies={"digits-shifted": value}))
     return ExperimentResult(
         experiment=asked, quick=False, steps=7, batch=64, trials=tuple(trials), seconds=12.0,
-        made=provenance("translution experiment shift"),
+        made=make_provenance("translution experiment shift"),
     )  # fmt: skip
 
 
-def test_means_and_spreads_are_those_of_the_seeds() -> None:
-    rows = {(row.variant, row.train, row.test): row for row in made_up().summaries()}
+def test_summaries_are_mean_and_deviation_over_seeds() -> None:
+    rows = {(row.variant, row.train, row.test): row for row in example_result().summaries()}
     assert len(rows) == 8
     row = rows["full Translution", "digits-shifted", "digits-shifted"]
     assert (row.mean, row.deviation, row.seeds) == (pytest.approx(0.26), pytest.approx(0.01), 3)
-    text = experiment_markdown(made_up())
+    text = experiment_markdown(example_result())
     assert "| full Translution | 16.00 k | 49.5% ± 2.0 | 26.0% ± 1.0 | 26.0% ± 1.0 | 26.0% ± 1.0 |" in text
     assert (
         "| model | parameters | centred → centred | centred → patches away | centred → anywhere | anywhere → anywhere |"
@@ -58,14 +58,14 @@ def test_means_and_spreads_are_those_of_the_seeds() -> None:
     )
     assert "over 3 seeds" in text
     assert "`translution experiment shift`, " in text
-    shown = json.dumps(experiment_picture(made_up()), ensure_ascii=False)
+    shown = json.dumps(experiment_picture(example_result()), ensure_ascii=False)
     assert "α-Translution (13.00 k)" in shown
     assert shown.count('"title": "trained') == 4
 
 
 def test_bits_per_byte_are_nats_over_the_logarithm_of_two() -> None:
     asked = find_experiment("language")
-    result = made_up().model_copy(update={"experiment": asked})
+    result = example_result().model_copy(update={"experiment": asked})
     found = trial("x", "stdlib", 0, accuracies={"stdlib": 0.25})
     assert result.value(found, "stdlib") == pytest.approx(2.0)
 
@@ -75,7 +75,7 @@ def test_the_wider_absolute_model_has_no_fewer_parameters() -> None:
     assert same < relative <= wide < 1.2 * relative
 
 
-def test_the_questions_are_the_papers() -> None:
+def test_the_experiments_compare_the_models_of_the_paper() -> None:
     models = {name: [variant.model for variant in find_experiment(name).variants] for name in EXPERIMENT_NAMES}
     assert [model.operator for model in models["shift"]] == [
         "attention", "attention", "bias", "shaw", "alpha", "translution",
@@ -135,7 +135,7 @@ def test_every_model_of_every_experiment_trains(name: str, monkeypatch: pytest.M
         assert all(0.5 * chance < loss < 1.7 * chance for loss in found.losses.values())
 
 
-def test_a_trial_learns_and_is_the_same_again() -> None:
+def test_a_trial_learns_and_is_reproducible() -> None:
     asked = find_experiment("shift")
     variant = asked.variants[0]
     first, again = (run_trial(variant, STATIC, 3, 60, asked.learning_rate) for _ in range(2))
@@ -168,7 +168,7 @@ def test_a_quick_experiment_writes_figures_table_and_picture(
 
 
 @pytest.mark.parametrize("name", EXPERIMENT_NAMES)
-def test_the_committed_results_are_those_of_todays_experiments_and_their_tables_agree(root: Path, name: str) -> None:
+def test_committed_results_match_the_current_experiments_and_their_tables(root: Path, name: str) -> None:
     folder = root / "reports" / "experiments" / name
     result = parse_json(EXPERIMENT_RESULT, (folder / "result.json").read_text(encoding="utf-8"), "result")
     asked = find_experiment(name)

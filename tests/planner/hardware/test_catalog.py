@@ -15,13 +15,13 @@ from pydantic import BaseModel
 from translution.planner.common.errors import InputError
 from translution.planner.common.machine import usable_cores
 from translution.planner.common.units import GIB
-from translution.planner.hardware.catalog import Catalog, Figure, catalog, find_gpu, find_node
+from translution.planner.hardware.catalog import Catalog, Figure, find_gpu, find_node, load_catalog
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 
 UNITS = {"": 1, "GiB": GIB, "TB": 1e12, "TFLOP/s": 1e12, "GB/s": 1e9, "Gb/s": 1e9 / 8}
 CLUSTERS = [
-    *catalog().nodes,
-    *(f"{nodes}x{gpus}x{gpu}" for nodes, gpus in ((1, 1), (64, 8)) for gpu in catalog().gpus),
+    *load_catalog().nodes,
+    *(f"{nodes}x{gpus}x{gpu}" for nodes, gpus in ((1, 1), (64, 8)) for gpu in load_catalog().gpus),
 ]
 
 
@@ -35,7 +35,7 @@ def figures(spec: BaseModel) -> dict[str, Figure]:
 
 
 def entry(name: str) -> BaseModel:
-    return catalog().gpus[name] if name in catalog().gpus else catalog().nodes[name]
+    return load_catalog().gpus[name] if name in load_catalog().gpus else load_catalog().nodes[name]
 
 
 def test_figures_are_what_vendors_print(root: Path) -> None:
@@ -56,12 +56,12 @@ def test_figures_are_what_vendors_print(root: Path) -> None:
 
 def test_every_peak_of_a_gpu_has_a_published_figure(root: Path) -> None:
     known = {(row["name"], row["figure"]) for row in published(root)}
-    missing = {(name, figure) for name, gpu in catalog().gpus.items() for figure in figures(gpu)} - known
+    missing = {(name, figure) for name, gpu in load_catalog().gpus.items() for figure in figures(gpu)} - known
     assert missing == {("RTX4090", "link_bytes_per_s")}  # an estimate: it has no link
 
 
 def test_every_figure_is_positive_and_names_a_source_with_a_page() -> None:
-    known = catalog()
+    known = load_catalog()
     used = set()
     for spec in (*known.gpus.values(), *known.nodes.values()):
         for name, figure in figures(spec).items():
@@ -74,7 +74,7 @@ def test_every_figure_is_positive_and_names_a_source_with_a_page() -> None:
 
 
 def test_a_node_is_of_a_known_gpu_and_as_fast_as_its_link() -> None:
-    known = catalog()
+    known = load_catalog()
     for gpu in known.gpus.values():
         node = known.nodes[gpu.node]
         assert node.intra_node_bytes_per_s == gpu.link_bytes_per_s
@@ -85,7 +85,7 @@ def test_a_node_is_of_a_known_gpu_and_as_fast_as_its_link() -> None:
 
 
 def test_the_catalogue_survives_json() -> None:
-    assert Catalog.model_validate_json(catalog().model_dump_json()) == catalog()
+    assert Catalog.model_validate_json(load_catalog().model_dump_json()) == load_catalog()
 
 
 @pytest.mark.parametrize("name", CLUSTERS)

@@ -15,14 +15,14 @@ from pydantic import TypeAdapter
 from translution.planner.common.errors import InputError
 from translution.planner.common.units import MIB
 from translution.planner.hardware.caching_allocator import MIN_BLOCK_BYTES, block_bytes
-from translution.planner.hardware.catalog import catalog, read_data
+from translution.planner.hardware.catalog import load_catalog, read_data
 from translution.planner.hardware.cluster import load_cluster
-from translution.planner.hardware.device_overhead import DeviceOverhead, device_overhead
+from translution.planner.hardware.device_overhead import DeviceOverhead, estimate_overhead
 from translution.planner.hardware.intervals import Level, OverheadItem
 from translution.planner.hardware.nccl import CONNECTION_BYTES
 
 LEVELS: tuple[Level, ...] = ("low", "likely", "high")
-GPUS = tuple(catalog().gpus)
+GPUS = tuple(load_catalog().gpus)
 SHAPES = [(1, 1), (2, 1), (8, 1), (16, 2), (2, 2), (512, 64)]
 
 
@@ -41,7 +41,7 @@ def test_a_block_holds_its_storage_and_less_than_one_unit_more(size: int) -> Non
 
 def test_workspaces_are_those_of_torch() -> None:
     """cuBLAS: 8519680 bytes, from Hopper on 32 MiB; rocBLAS and hipBLASLt on MI300X: 128 and 76 MiB."""
-    sizes = {gpu: device_overhead(gpu, 8, 1).item("blas_workspace") for gpu in GPUS}
+    sizes = {gpu: estimate_overhead(gpu, 8, 1).item("blas_workspace") for gpu in GPUS}
     for gpu in ("A100-40", "A100-80", "L40S", "RTX4090"):
         assert (sizes[gpu].low_bytes, sizes[gpu].likely_bytes) == (8_519_680, 2 * 8_519_680)
     for gpu in ("H100", "H200", "B200"):
@@ -57,12 +57,12 @@ def test_a_connection_is_what_nccl_was_seen_to_map() -> None:
 
 def test_communicators_of_eight_h100_by_hand() -> None:
     """24 channels: rings of two communicators and trees of one at 12 MiB, 16 x 2 MiB of NVLS for each of 8 GPUs."""
-    entry = device_overhead("H100", 8, 1).item("nccl")
+    entry = estimate_overhead("H100", 8, 1).item("nccl")
     assert entry.low_bytes == 16 * 12 * MIB
     assert entry.likely_bytes == (2 * (24 * 12 + 64) + 24 * 12 + 16 * 2 * 8) * MIB
     assert entry.high_bytes == 2 * (2 * 32 * 12 + 24 * 2 * 8 + 224) * MIB
     # Two nodes: 3 of the 24 channels leave at each GPU, 8 MiB for a ring and 60 for a tree.
-    assert device_overhead("H100", 16, 2).item("nccl").likely_bytes == entry.likely_bytes + 3 * (2 * 8 + 60) * MIB
+    assert estimate_overhead("H100", 16, 2).item("nccl").likely_bytes == entry.likely_bytes + 3 * (2 * 8 + 60) * MIB
 
 
 @pytest.mark.parametrize(
@@ -71,19 +71,19 @@ def test_communicators_of_eight_h100_by_hand() -> None:
     [("A100-80", 4, 688), ("H100", 8, 958), ("H100", 8, 1526)],
 )
 def test_what_others_measured_lies_within(gpu: str, ranks: int, mebibytes: int) -> None:
-    entry = device_overhead(gpu, ranks, 1).item("nccl")
+    entry = estimate_overhead(gpu, ranks, 1).item("nccl")
     assert entry.low_bytes < mebibytes * MIB < entry.high_bytes
 
 
 def test_communicators_need_no_more_beyond_two_nodes() -> None:
     """github.com/NVIDIA/nccl/issues/986"""
     for gpu in GPUS:
-        alone, two, many = (device_overhead(gpu, 8 * nodes, nodes).total("likely") for nodes in (1, 2, 64))
+        alone, two, many = (estimate_overhead(gpu, 8 * nodes, nodes).total("likely") for nodes in (1, 2, 64))
         assert alone <= two == many
 
 
 def test_a_card_without_peer_access_keeps_buffers_on_the_host() -> None:
-    card, linked = device_overhead("RTX4090", 4, 1), device_overhead("H100", 4, 1)
+    card, linked = estimate_overhead("RTX4090", 4, 1), estimate_overhead("H100", 4, 1)
     assert card.total("likely", "host") == 3 * 2 * CONNECTION_BYTES
     assert card.item("nccl").likely_bytes < linked.item("nccl").likely_bytes / 4
 
@@ -91,7 +91,7 @@ def test_a_card_without_peer_access_keeps_buffers_on_the_host() -> None:
 @pytest.mark.parametrize(("ranks", "nodes"), SHAPES)
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_entry_is_an_interval_with_a_source(gpu: str, ranks: int, nodes: int) -> None:
-    overhead = device_overhead(gpu, ranks, nodes)
+    overhead = estimate_overhead(gpu, ranks, nodes)
     assert [entry.name for entry in overhead.breakdown] == [
         "driver_reserve",
         "context",
@@ -114,7 +114,8 @@ def test_a_source_is_a_page_a_file_or_said_to_be_a_guess() -> None:
     observed = [
         figure["source"] for group in read_data("device_overhead.yaml", shape).values() for figure in group.values()
     ]
-    computed = [entry.source for gpu in GPUS for ranks in (1, 8) for entry in device_overhead(gpu, ranks, 1).breakdown]
+    overheads = [estimate_overhead(gpu, ranks, 1) for gpu in GPUS for ranks in (1, 8)]
+    computed = [item.source for overhead in overheads for item in overhead.breakdown]
     assert len(observed) == 8 + 5 + 7
     for source in (*observed, *computed):
         assert re.search(r"github\.com/|torch 2\.13|messages|estimate, not measured|no connection", source), source
@@ -122,15 +123,15 @@ def test_a_source_is_a_page_a_file_or_said_to_be_a_guess() -> None:
 
 def test_a_lone_rank_makes_no_connection() -> None:
     for gpu in GPUS:
-        overhead = device_overhead(gpu, 1, 1)
+        overhead = estimate_overhead(gpu, 1, 1)
         assert overhead.item("nccl").likely_bytes == 64 * MIB
         assert overhead.total("high", "host") == 0
 
 
 def test_without_a_gpus_name_the_interval_spans_all() -> None:
-    spanned = device_overhead(None, 8, 1)
+    spanned = estimate_overhead(None, 8, 1)
     for name in ("driver_reserve", "context", "blas_workspace", "nccl", "nccl_host"):
-        entries = [device_overhead(gpu, 8, 1).item(name) for gpu in GPUS]
+        entries = [estimate_overhead(gpu, 8, 1).item(name) for gpu in GPUS]
         entry = spanned.item(name)
         assert entry.low_bytes == min(other.low_bytes for other in entries)
         assert entry.likely_bytes == max(other.likely_bytes for other in entries)
@@ -140,7 +141,7 @@ def test_without_a_gpus_name_the_interval_spans_all() -> None:
 def test_the_whole_device_by_hand() -> None:
     """70 of tensors and 30 of workspace are half of what torch reserves; 10, 20 and 40 lie outside of it."""
     given_figures = {"driver_reserve": 10, "context": 20, "blas_workspace": 30, "nccl": 40, "fragmentation": 0.5}
-    overhead = device_overhead("H100", 8, 1, given_figures)
+    overhead = estimate_overhead("H100", 8, 1, given_figures)
     assert overhead.total() == 100
     assert (overhead.total(in_torch=True), overhead.total(in_torch=False)) == (30, 70)
     assert overhead.reserved_bytes(100) == 200
@@ -148,7 +149,7 @@ def test_the_whole_device_by_hand() -> None:
 
 
 def test_fragmentation_is_less_with_expandable_segments() -> None:
-    plain, expandable = (device_overhead("A100-80", 8, 1, expandable_segments=value) for value in (False, True))
+    plain, expandable = (estimate_overhead("A100-80", 8, 1, expandable_segments=value) for value in (False, True))
     for level in LEVELS:
         assert plain.reserved_bytes(10**9, level) > expandable.reserved_bytes(10**9, level) >= 10**9
     assert plain.reserved_bytes(10**9, "high") == pytest.approx(10**9 / 0.67)
@@ -192,7 +193,7 @@ def test_overrides_replace_what_they_name(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_bad_override_is_one_line(overrides: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        device_overhead("H100", 8, 1, overrides)
+        estimate_overhead("H100", 8, 1, overrides)
 
 
 def test_an_entry_out_of_order_is_refused() -> None:
@@ -210,4 +211,4 @@ def test_an_entry_out_of_order_is_refused() -> None:
 )
 def test_an_impossible_question_is_refused(gpu: str, ranks: int, nodes: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        device_overhead(gpu, ranks, nodes)
+        estimate_overhead(gpu, ranks, nodes)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from translution.cli.main import run
-from translution.planner.analysis.compare import (
+from translution.planner.analysis.comparison import (
     compared_models,
     comparison_rows,
     scale_points,
@@ -50,7 +50,7 @@ def test_offload_needs_no_more_gpus() -> None:
         plain = smallest_cluster(preset(model), "A100-80", BF16, SearchConstraints(offload="none"))
         away = smallest_cluster(preset(model), "A100-80", BF16, SearchConstraints())
         assert plain and away
-        assert away.ranks <= plain.ranks
+        assert away.world_size <= plain.world_size
 
 
 def test_more_nodes_hold_larger_models() -> None:

@@ -21,7 +21,7 @@ from ..search.constraints import SearchConstraints
 from ..search.explain import shortage
 from ..search.searcher import Searcher
 from ..timing.step_time import estimate_step_time
-from .compare import Axis, compared_models, scaled
+from .comparison import Axis, compared_models, scaled
 
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
 ALPHA_RANK = 16

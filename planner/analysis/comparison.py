@@ -14,7 +14,7 @@ from ..config.training import DTYPE_BYTES, TrainingSpec, parse_training
 from ..costs.flops import count_flops
 from ..costs.optimizer_state import moments, widths
 from ..costs.parameters import count_parameters
-from ..hardware.catalog import catalog, find_gpu
+from ..hardware.catalog import find_gpu, load_catalog
 from ..hardware.cluster import ClusterSpec, named_cluster
 from ..memory.activations import saved_bytes
 from ..memory.estimate import gathered_floor_bytes
@@ -129,7 +129,7 @@ def growing_clusters(gpu: str) -> Iterator[ClusterSpec]:
         InputError: for an unknown GPU.
     """
     name, known = find_gpu(gpu)
-    whole = int(catalog().nodes[known.node].gpus.value)
+    whole = int(load_catalog().nodes[known.node].gpus.value)
     count = 1
     while count < whole:
         yield named_cluster(f"{count}x{name}")
@@ -290,4 +290,4 @@ def thresholds(spec: ModelSpec, gpu: str, training: TrainingSpec, axes: Sequence
 
 def _has_full_nodes(cluster: ClusterSpec) -> bool:
     _, known = find_gpu(cluster.gpu or "")
-    return cluster.ranks_per_node == int(catalog().nodes[known.node].gpus.value)
+    return cluster.ranks_per_node == int(load_catalog().nodes[known.node].gpus.value)
