@@ -1,4 +1,4 @@
-"""Checkpoints written by hand, in the layout of DeepSpeed's ZeRO-3, of any number of ranks and on any tier."""
+"""Checkpoints in the layout of DeepSpeed's ZeRO-3, for any number of ranks, with or without swap files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from translution.distributed.checkpoint.manifest import MANIFEST, Manifest, Saved
+from translution.distributed.checkpoint.manifest import MANIFEST, CheckpointRef, Manifest
 from translution.distributed.runs.folder import CHECKPOINT, make_run_folders
 from translution.planner.plans.plan import PLAN_FILE
 
@@ -18,7 +18,7 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
 def shares(values: Tensor, ranks: int) -> list[Tensor]:
-    """A parameter's values, padded with NaN and cut into equal shares."""
+    """Return a parameter's values, padded with NaN and split into equal shares."""
     share = -(-values.numel() // ranks)
     padded = torch.full((ranks * share,), float("nan"))
     padded[: values.numel()] = values.flatten()
@@ -34,15 +34,15 @@ def write_checkpoint(
     swapped: bool = False,
     step: int = 7,
 ) -> Path:
-    """A run folder with one checkpoint.
+    """Write a run folder with one checkpoint.
 
     Args:
-        plan_folder: whose plan the run has.
-        tensors: for each of `KINDS`, every parameter's values by name.
-        groups: names of the parameters of each sub-group.
-        ranks: so many saved it.
-        swapped: write sub-groups as files of a swapper to NVMe does.
-        step: it was saved after.
+        plan_folder: folder with the plan of the run.
+        tensors: for each of `KINDS`, the values of every parameter by name.
+        groups: names of the parameters in each sub-group.
+        ranks: number of ranks that saved the checkpoint.
+        swapped: write sub-groups as DeepSpeed's NVMe swap files.
+        step: step after which the checkpoint was saved.
     """
     run = plan_folder / "runs" / "001"
     make_run_folders(run, plan_folder)
@@ -81,8 +81,8 @@ def write_checkpoint(
     return run
 
 
-def saved_of(run: Path, step: int = 7) -> Saved:
-    """The checkpoint that `write_checkpoint` has written."""
+def saved_of(run: Path, step: int = 7) -> CheckpointRef:
+    """Return the checkpoint that `write_checkpoint` wrote."""
     path = run / CHECKPOINT / f"step_{step}"
     manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
-    return Saved(folder=run / CHECKPOINT, tag=path.name, manifest=manifest)
+    return CheckpointRef(folder=run / CHECKPOINT, tag=path.name, manifest=manifest)

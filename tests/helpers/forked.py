@@ -1,6 +1,6 @@
-"""Processes of ranks that begin with torch and DeepSpeed imported: forks of one that has done nothing else.
+"""Start ranks with torch and DeepSpeed already imported, as forks of a process that has done nothing else.
 
-Importing takes each rank five seconds of a run of ten. Runs that are launched as users launch them start as theirs do.
+Importing takes each rank five of the ten seconds of a run. Tests of `launch` start ranks as users do.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def environment_of(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def context(environment: Mapping[str, str]) -> ForkServerContext:
-    """Where processes are forked from; its own environment is that of the first to ask."""
+    """Return the fork server's context; the server's own environment is that of the first call."""
     if not _context:
         made = multiprocessing.get_context("forkserver")
         made.set_forkserver_preload(PRELOADED)
@@ -45,14 +45,14 @@ def context(environment: Mapping[str, str]) -> ForkServerContext:
 
 
 def start(arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> ForkServerProcess:
-    """Start what ``python ARGUMENTS`` would, ``-m MODULE`` or a file, printing to a log."""
+    """Start ``python ARGUMENTS``, where ARGUMENTS is ``-m MODULE …`` or a file, with its output in a log."""
     process = context(environment).Process(target=run, args=(list(arguments), dict(environment), str(log)))
     process.start()
     return process
 
 
 def run(arguments: list[str], environment: dict[str, str], log: str) -> None:
-    """The process itself."""
+    """Run the arguments in the forked process."""
     import torch
 
     os.environ.clear()
@@ -60,7 +60,7 @@ def run(arguments: list[str], environment: dict[str, str], log: str) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
-    # Read from the environment when torch was imported.
+    # torch read OMP_NUM_THREADS when the fork server imported it.
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if arguments[0] == "-m":
         sys.argv = arguments[1:]

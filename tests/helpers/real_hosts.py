@@ -1,4 +1,4 @@
-"""Two real hosts on one machine: network namespaces with their own address, each with its own ssh server."""
+"""Two hosts on one machine: network namespaces, each with its own address and ssh server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
 @dataclass(frozen=True)
 class Hosts:
-    """Both of them; commands run on the first one."""
+    """The two hosts."""
 
     names: tuple[str, str]
     folder: Path
@@ -25,12 +25,12 @@ class Hosts:
     environment: dict[str, str]
 
     def command(self, *words: object, host: int = 0) -> list[str]:
-        """A command that runs on one of them."""
+        """Return a command that runs `words` on one of the hosts."""
         return ["ip", "netns", "exec", self.names[host], *map(str, words)]
 
 
 def missing() -> str:
-    """What this machine lacks to have hosts; nothing if it has all."""
+    """Return the programs that this machine lacks for two hosts; an empty string if it has all."""
     if os.geteuid() != 0:
         return "root"
     programs = ("ip", "ssh", "ssh-keygen", "pdsh", "/usr/sbin/sshd")
@@ -43,7 +43,7 @@ def run(*words: object) -> None:
 
 @contextlib.contextmanager
 def real_hosts(folder: Path) -> Iterator[Hosts]:
-    """Make them; nothing of them is left afterwards."""
+    """Create the hosts, and remove them afterwards."""
     first, second = names = f"tl{os.getpid()}a", f"tl{os.getpid()}b"
     servers = []
     try:

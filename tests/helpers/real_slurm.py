@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: munged, slurmctld, and a slurmd for each of two nodes."""
+"""A Slurm cluster on this machine: munged, slurmctld, and one slurmd for each of two nodes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PartitionName=all Nodes=n[1-2] Default=YES State=UP
 
 
 def missing() -> str:
-    """What this machine lacks to have a Slurm; nothing if it has all."""
+    """Return the programs that this machine lacks for Slurm; an empty string if it has all."""
     if os.geteuid() != 0:
         return "root"
     programs = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
@@ -60,10 +60,10 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def real_slurm(folder: Path) -> Iterator[dict[str, str]]:
-    """Start it; nothing of it is left afterwards.
+    """Start Slurm, and stop it afterwards.
 
     Yields:
-        The environment in which Slurm's commands reach it.
+        The environment for Slurm's commands.
     """
     folder.chmod(0o700)
     (folder / "state").mkdir()
@@ -74,7 +74,7 @@ def real_slurm(folder: Path) -> Iterator[dict[str, str]]:
     config = folder / "slurm.conf"
     config.write_text(CONFIG.format(cores=len(os.sched_getaffinity(0)), **names))
     environment = os.environ | {"SLURM_CONF": str(config), "PATH": path()}
-    # Nodes call the controller by its address; the ranks of a job meet where the first node is.
+    # Both nodes are this machine, where the ranks of a job meet.
     environment["MASTER_ADDR"] = "127.0.0.1"
     munged = ["munged", "--force", "--foreground", f"--key-file={key}", f"--socket={folder}/munge.socket"]
     munged += [f"--{name}={folder}/munge.{name}" for name in ("pid-file", "log-file", "seed-file")]

@@ -1,4 +1,4 @@
-"""Real ranks for tests: plans on two processes, started by hand as on nodes without a launcher."""
+"""Plans and ranks for tests: ranks are processes started without a launcher."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_plan(
     nodes: int = 1,
     **training: Any,
 ) -> Path:
-    """Plan a model on this machine's ranks, on each of so many nodes, and write the folder."""
+    """Plan a model for CPU ranks of this machine, or of several nodes, and write the plan folder."""
     values = {"micro_batch": 8, "steps": 4, "warmup_steps": 1, "evaluation_samples": 64} | training
     plan = make_plan(
         parse_model_spec(model),
@@ -56,7 +56,7 @@ def write_plan(
 
 
 def run_ranks_of(command: Sequence[object], ranks: int, log: Path) -> None:
-    """Run a command once per rank to its good end; nothing of it outlives the call."""
+    """Run a command once per rank and check that all succeed; no process outlives the call."""
     port = str(free_port())
     processes: list[forked.ForkServerProcess | subprocess.Popen[bytes]] = []
     log.touch()
@@ -83,7 +83,7 @@ def run_ranks_of(command: Sequence[object], ranks: int, log: Path) -> None:
 def start(
     arguments: list[str], environment: dict[str, str], log: Path
 ) -> forked.ForkServerProcess | subprocess.Popen[bytes]:
-    # How the C library allocates is read when a process begins.
+    # The C library reads MALLOC_ variables when a process starts, so it cannot be forked.
     if not any(name.startswith("MALLOC_") for name in environment):
         return forked.start(arguments, environment, log)
     with log.open("ab") as file:
@@ -95,7 +95,7 @@ def exit_code(process: forked.ForkServerProcess | subprocess.Popen[bytes]) -> in
 
 
 def run_plan(folder: Path, ranks: int, mode: RunMode = RunMode.TRAIN) -> Path:
-    """Run a plan without a launcher."""
+    """Run a plan without a launcher and return its run folder."""
     run = folder / "runs" / "by-hand"
     run_ranks_of(["-m", "translution.cli", "train", folder, run, "--mode", mode], ranks, folder / "log")
     raise_unless_finished(run, ranks, exit_code=0)

@@ -1,4 +1,4 @@
-"""Launching across two real hosts: own network addresses, own ssh servers, pdsh between them."""
+"""Launch across two real hosts, each with its own network address and ssh server."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 from helpers.real_hosts import ADDRESSES, SSH_PORT, Hosts, missing, real_hosts
 from helpers.runs import write_plan
 
-from translution.distributed.checkpoint.manifest import newest
+from translution.distributed.checkpoint.manifest import newest_checkpoint
 from translution.distributed.preflight.checks import Check
 from translution.distributed.preflight.node_report import NodeReport, compare_nodes
 from translution.distributed.remote.hostfile import read_hostfile
 from translution.distributed.remote.rank_command import RankCommand, forwarded_variables, runner_environment
-from translution.distributed.runs import heartbeat as control
+from translution.distributed.runs import heartbeat
 from translution.distributed.runs.folder import CHECKPOINT, METRICS
 from translution.distributed.runs.heartbeat import (
     FOLLOW_HEARTBEAT,
@@ -56,7 +56,7 @@ def events(run: Path, event: str) -> list[int]:
 
 
 def wait_for_steps(run: Path, process: subprocess.Popen[str]) -> list[int]:
-    """Wait until ranks train; their processes."""
+    """Wait until the ranks train, and return their process ids."""
     deadline = time.monotonic() + 120
     while not (run / METRICS).exists() or not events(run, "step"):
         assert process.poll() is None, process.communicate()
@@ -66,8 +66,8 @@ def wait_for_steps(run: Path, process: subprocess.Popen[str]) -> list[int]:
 
 
 @needs_hosts
-def test_a_launch_trains_on_two_hosts_is_stopped_and_goes_on(hosts: Hosts, tmp_path: Path) -> None:
-    # Any shell on the way would make files of this name, and pdsh would put the host's name into it.
+def test_a_launch_trains_on_two_hosts_is_stopped_and_resumes(hosts: Hosts, tmp_path: Path) -> None:
+    # A shell that evaluates this name would create files, and pdsh would insert the host name.
     folder = tmp_path / "a plan; touch owned $(touch owned) `touch owned` %h ' \" %n"
     write_plan(folder, 1, nodes=2, steps=100_000)
     run = folder / "runs" / "001"
@@ -80,7 +80,7 @@ def test_a_launch_trains_on_two_hosts_is_stopped_and_goes_on(hosts: Hosts, tmp_p
     assert process.returncode == 130, errors
     assert errors.startswith("translution: error: interrupted; saved at step ")
     assert errors.count("\n") == 1
-    saved = newest(run / CHECKPOINT)
+    saved = newest_checkpoint(run / CHECKPOINT)
     assert saved is not None
     assert not control_path(run, HEARTBEAT).exists()
     deadline = time.monotonic() + 20
@@ -115,7 +115,7 @@ def test_every_node_starts_its_own_ranks_without_ssh(hosts: Hosts, tmp_path: Pat
 
 
 @needs_hosts
-def test_preflight_looks_at_every_host(hosts: Hosts, tmp_path: Path) -> None:
+def test_preflight_checks_every_host(hosts: Hosts, tmp_path: Path) -> None:
     folder = write_plan(tmp_path / "plan", 1, nodes=2, steps=2)
     options = ["--hostfile", hosts.hostfile, "--ssh-port", SSH_PORT]
     command = hosts.command(*CLI, "preflight", folder, *options)
@@ -127,7 +127,7 @@ def test_preflight_looks_at_every_host(hosts: Hosts, tmp_path: Path) -> None:
 
 
 @needs_hosts
-def test_what_keeps_hosts_from_starting_is_told_in_one_line(hosts: Hosts, tmp_path: Path) -> None:
+def test_a_problem_of_a_host_is_reported_in_one_line(hosts: Hosts, tmp_path: Path) -> None:
     folder = write_plan(tmp_path / "plan", 1, nodes=2, steps=2)
     wrong = tmp_path / "wrong"
     wrong.write_text(f"{ADDRESSES[0]} slots=1\n10.213.77.9 slots=1\n")
@@ -168,7 +168,7 @@ def test_what_keeps_hosts_from_starting_is_told_in_one_line(hosts: Hosts, tmp_pa
         (None, "cannot be read: No such file"),
     ],
 )
-def test_a_hostfile_that_does_not_suit_the_plan_is_told(tmp_path: Path, text: str | None, expected: str) -> None:
+def test_a_hostfile_that_does_not_match_the_plan_is_rejected(tmp_path: Path, text: str | None, expected: str) -> None:
     path = tmp_path / "hosts"
     if text is not None:
         path.write_text(text)
@@ -180,19 +180,19 @@ def test_a_hostfile_that_does_not_suit_the_plan_is_told(tmp_path: Path, text: st
     assert read_hostfile(path, cluster) == ["user@a-1.b", "b_2"]
 
 
-def test_a_rank_is_told_by_one_word_that_no_shell_changes(tmp_path: Path) -> None:
-    told = RankCommand(plan_folder=Path("/a b/$(id)"), run=Path("/'\"%h"), environment={"NCCL_DEBUG": "`id` ü"})
-    word = told.to_payload()
-    assert RankCommand.from_payload(word) == told
-    assert word.replace("-", "").replace("_", "").isalnum()
-    for bad in (word[:-3], "!", ""):
+def test_the_command_of_a_rank_is_one_payload_that_no_shell_changes(tmp_path: Path) -> None:
+    command = RankCommand(plan_folder=Path("/a b/$(id)"), run=Path("/'\"%h"), environment={"NCCL_DEBUG": "`id` ü"})
+    payload = command.to_payload()
+    assert RankCommand.from_payload(payload) == command
+    assert payload.replace("-", "").replace("_", "").isalnum()
+    for bad in (payload[:-3], "!", ""):
         with pytest.raises(InputError, match="rank command: "):
             RankCommand.from_payload(bad)
     environment = {"NCCL_SOCKET_IFNAME": "ib0", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "3"}
     assert forwarded_variables(local_cpu_cluster(1), environment) == {
         "DS_ACCELERATOR": "cpu", "NCCL_SOCKET_IFNAME": "ib0", "OMP_NUM_THREADS": "3",
     }  # fmt: skip
-    # DeepSpeed would put these between double quotes.
+    # DeepSpeed would put these in double quotes.
     assert runner_environment({"NCCL_X": "$(id)", "PYTHONPATH": "/a:/b", "PATH": "/bin"}) == {
         "PYTHONPATH": "/a:/b", "PATH": "/bin",
     }  # fmt: skip
@@ -203,11 +203,11 @@ def test_a_rank_is_told_by_one_word_that_no_shell_changes(tmp_path: Path) -> Non
 FOLLOWER = """
 import sys, time
 from pathlib import Path
-from translution.distributed.runs import heartbeat as control
+from translution.distributed.runs import heartbeat
 from translution.distributed.system.signals import StopRequest
-control.SILENT_SECONDS = float(sys.argv[2])
+heartbeat.SILENT_SECONDS = float(sys.argv[2])
 stop = StopRequest()
-control.follow_heartbeat(Path(sys.argv[1]), 0, stop)
+heartbeat.follow_heartbeat(Path(sys.argv[1]), 0, stop)
 while stop.name is None:
     time.sleep(0.05)
 print(stop.name, flush=True)
@@ -216,10 +216,12 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("end", ["ended", "silent"])
-def test_a_rank_ends_with_its_launchers_beat(tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_ends_when_its_launchers_heartbeat_stops(
+    tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert read_heartbeat(tmp_path) is None
-    require_heartbeat(tmp_path)  # Not a rank that follows one.
-    monkeypatch.setattr(control, "_HEARTBEAT_SECONDS", 0.2)
+    require_heartbeat(tmp_path)  # This process does not follow a heartbeat.
+    monkeypatch.setattr(heartbeat, "_HEARTBEAT_SECONDS", 0.2)
     command = [sys.executable, "-c", FOLLOWER, str(tmp_path), "1"]
     with keep_heartbeat(tmp_path):
         time.sleep(0.1)
@@ -227,10 +229,10 @@ def test_a_rank_ends_with_its_launchers_beat(tmp_path: Path, end: str, monkeypat
         control_path(tmp_path, "stop").touch()
         assert process.stdout is not None
         assert process.stdout.readline() == "its launcher\n"
-        time.sleep(2)  # Longer than a launcher may be silent: this one is not.
+        time.sleep(2)  # Longer than a heartbeat may be silent; this one is not.
         assert process.poll() is None
     if end == "silent":
-        # As a launcher that was killed leaves it. A rank that is already gone is as good.
+        # The state that a killed launcher leaves. The rank may have ended already.
         control_path(tmp_path, HEARTBEAT).write_text("7\n")
     assert process.wait(timeout=20) == -signal.SIGKILL
     process.stdout.close()

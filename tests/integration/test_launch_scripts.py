@@ -1,4 +1,4 @@
-"""The files that start a plan do, and DeepSpeed reads every configuration as it is meant."""
+"""The scripts of a plan folder start the plan, and DeepSpeed reads its configuration as intended."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CLUSTERS = ("1xH100", "8xH100", "2x8xH100")
 
 
 def tools(folder: Path) -> dict[str, str]:
-    """An environment whose PATH has this environment's programs, and whatever the folder holds before them."""
+    """Return an environment whose PATH has the folder first, then this Python's programs."""
     path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
     return os.environ | {"PATH": path, "MASTER_PORT": str(free_port())}
 
@@ -69,7 +69,7 @@ def make_config(zero: ZeroSpec, ranks: int) -> dict[str, Any]:
 
 
 def test_configs_that_fail_later_in_deepspeed_are_rejected() -> None:
-    # Accepted by DeepSpeed 0.19.8 and failing, or silently ignored, in the first step.
+    # DeepSpeed 0.19.8 accepts these, but fails in the first step or ignores them silently.
     with pytest.raises(ValueError, match="nvme_path"):
         OffloadOptimizer(device="nvme")
     with pytest.raises(ValueError, match="buffer_count: 4 is not allowed: must be at least 8"):

@@ -14,7 +14,7 @@ import pytest
 from helpers.real_slurm import missing, path, real_slurm
 from helpers.runs import write_plan
 
-from translution.distributed.checkpoint.manifest import newest
+from translution.distributed.checkpoint.manifest import newest_checkpoint
 from translution.distributed.runs.folder import CHECKPOINT, METRICS
 from translution.distributed.runs.status import read_statuses
 
@@ -28,10 +28,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 def submit(folder: Path, environment: dict[str, str], *words: str) -> tuple[int, str]:
-    """Submit the job and wait for its end: its exit code and its log."""
+    """Submit the job, wait for its end, and return its exit code and log."""
     job = ask(["sbatch", "--parsable", *words], folder, environment).strip()
     deadline = time.monotonic() + 240
-    # sbatch --wait would look every ten seconds.
+    # sbatch --wait polls only every ten seconds.
     while (text := ask(["scontrol", "--oneliner", "show", "job", job], folder, environment)) and not re.search(
         r"JobState=(COMPLETED|FAILED|TIMEOUT|CANCELLED)", text
     ):
@@ -51,17 +51,15 @@ def steps(run: Path) -> list[int]:
     return [line["step"] for line in lines if line["event"] == "step"]
 
 
-def test_a_job_saves_before_its_limit_and_goes_on_when_it_is_submitted_again(
-    slurm: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_job_saves_before_its_limit_and_resumes_when_submitted_again(slurm: dict[str, str], tmp_path: Path) -> None:
     folder = write_plan(tmp_path / "a plan", 1, nodes=2, steps=100_000)
     run = folder / "runs" / "own"
-    # Slurm looks at limits twice a minute, and counts in minutes: the signal comes after 15 to 45 seconds.
+    # Slurm checks limits, in whole minutes, twice a minute: the signal comes after 15 to 45 seconds.
     code, log = submit(folder, slurm, "--time=1", "--signal=USR1@45", "job.sbatch", str(run))
     assert code == 1, log
     assert "ok      n2: host memory" in log
     assert "versions on 2 nodes: python" in log
-    saved = newest(run / CHECKPOINT)
+    saved = newest_checkpoint(run / CHECKPOINT)
     assert saved is not None, log
     last = saved.manifest.step
     for rank in (0, 1):
@@ -77,7 +75,7 @@ def test_a_job_saves_before_its_limit_and_goes_on_when_it_is_submitted_again(
     assert not list(folder.glob(".preflight*"))
 
 
-def test_a_node_that_lacks_something_keeps_the_job_from_starting(slurm: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_does_not_start_if_a_node_fails_its_checks(slurm: dict[str, str], tmp_path: Path) -> None:
     nvme = tmp_path / "nvme"
     nvme.mkdir()
     folder = write_plan(tmp_path / "plan", 1, nodes=2, offload="nvme-optimizer", nvme_path=nvme)

@@ -1,4 +1,4 @@
-"""Augmented images: what is done to them, and that it depends on the seed, the step and the rank alone."""
+"""Image augmentation: what it does, and that it depends only on the seed, the step and the rank."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SPEC = parse_model_spec(
 EVERY: dict[str, Any] = {"crop_padding": 2, "flip": 0.5, "mixup": 0.4, "cutmix": 1.0}
 
 
-def augmenter(rank: int = 0, ranks: int = 1, **training: Any) -> Augmenter:
-    return Augmenter(SPEC, TrainingSpec(**training), rank, ranks)
+def augmenter(rank: int = 0, world_size: int = 1, **training: Any) -> Augmenter:
+    return Augmenter(SPEC, TrainingSpec(**training), rank, world_size)
 
 
 def noise(count: int = 8) -> Samples:
@@ -34,7 +34,7 @@ def noise(count: int = 8) -> Samples:
 
 
 def flat(count: int = 8) -> Samples:
-    """Images of one value, which is their class."""
+    """Images that each have one value, which is their class."""
     return Samples(torch.arange(count).float().view(-1, 1, 1, 1).expand(-1, 2, 6, 8).clone(), torch.arange(count))
 
 
@@ -44,7 +44,7 @@ def same(one: list[Samples], other: list[Samples]) -> bool:
 
 
 @pytest.mark.parametrize("options", [EVERY, {"crop_scale": 0.3, "mixup": 1.0}], ids=["pad", "scale"])
-def test_a_step_is_augmented_alike_whatever_was_drawn_before(options: dict[str, Any]) -> None:
+def test_augmentation_of_a_step_does_not_depend_on_earlier_random_values(options: dict[str, Any]) -> None:
     batches = [noise(), noise()]
     first = augmenter(**options)(batches, 5)
     torch.manual_seed(77)
@@ -61,7 +61,7 @@ def test_a_step_is_augmented_alike_whatever_was_drawn_before(options: dict[str, 
     assert all(batch.inputs.shape == (8, 2, 6, 8) and batch.inputs.isfinite().all() for batch in first)
 
 
-def test_nothing_is_done_unasked() -> None:
+def test_without_augmentation_batches_are_unchanged() -> None:
     batches = [noise()]
     assert augmenter(label_smoothing=0.1)(batches, 0) is batches
 
@@ -70,11 +70,11 @@ def test_a_crop_is_a_window_of_the_padded_image() -> None:
     batch = noise(16)
     (cropped,) = augmenter(crop_padding=1)([batch], 2)
     assert torch.equal(cropped.targets, batch.targets)
-    padded, places = pad(batch.inputs, (1, 1, 1, 1)), set()
-    for image, whole in zip(cropped.inputs, padded, strict=True):
-        windows = {(y, x): whole[:, y : y + 6, x : x + 8] for y in range(3) for x in range(3)}
-        places |= {place for place, window in windows.items() if torch.equal(window, image)}
-    assert len(places) > 3
+    padded, positions = pad(batch.inputs, (1, 1, 1, 1)), set()
+    for image, full in zip(cropped.inputs, padded, strict=True):
+        windows = {(y, x): full[:, y : y + 6, x : x + 8] for y in range(3) for x in range(3)}
+        positions |= {position for position, window in windows.items() if torch.equal(window, image)}
+    assert len(positions) > 3
 
 
 def test_a_scaled_crop_keeps_the_size_and_the_values() -> None:
@@ -95,16 +95,16 @@ def test_a_flip_mirrors_left_to_right() -> None:
     assert 16 < count < 48
 
 
-def shares_of(images: Tensor) -> Tensor:
-    """How much of each image has which whole value, (B, 10)."""
+def fractions_of(images: Tensor) -> Tensor:
+    """Fraction of each image with each integer value, (B, 10)."""
     return torch.stack([(images == value).float().mean((1, 2, 3)) for value in range(10)], dim=1)
 
 
-def test_targets_say_how_much_of_each_image_there_is() -> None:
+def test_targets_are_the_fractions_of_the_mixed_images() -> None:
     cut, mixed = augmenter(cutmix=1.0), augmenter(mixup=0.4)
     for step in range(5):
         (batch,) = cut([flat()], step)
-        torch.testing.assert_close(batch.targets, shares_of(batch.inputs))
+        torch.testing.assert_close(batch.targets, fractions_of(batch.inputs))
         (batch,) = mixed([flat()], step)
         torch.testing.assert_close(batch.targets.sum(1), torch.ones(8))
         torch.testing.assert_close(batch.inputs[:, 0, 0, 0], batch.targets @ torch.arange(10.0))
@@ -112,21 +112,21 @@ def test_targets_say_how_much_of_each_image_there_is() -> None:
         assert (batch.targets.amax(1) < 1).any()
 
 
-def test_mixups_shares_follow_its_beta_distribution() -> None:
-    """Beta(0.1, 0.1) lies at the ends, Beta(50, 50) in the middle: variances 0.208 and 0.00248."""
+def test_mixup_weights_follow_the_beta_distribution() -> None:
+    """Beta(0.1, 0.1) is concentrated at 0 and 1, Beta(50, 50) around 0.5: variances 0.208 and 0.00248."""
     for alpha, variance in ((0.1, 0.25 / 1.2), (50.0, 0.25 / 101)):
         (batch,) = augmenter(mixup=alpha)([Samples(torch.zeros(4000, 2, 6, 8), torch.arange(4000) % 10)], 0)
         two = (batch.targets > 0).sum(1) == 2
         own = batch.targets[two, (torch.arange(4000) % 10)[two]]
         assert len(own) > 100
-        # Where a share rounds to nothing the pair looks like one class; the rest is a little nearer the middle.
+        # A pair whose weight rounds to zero looks like one class; without such pairs the variance is a little smaller.
         assert float(((own - 0.5) ** 2).mean()) == pytest.approx(variance, rel=0.25)
 
 
-def test_each_micro_batch_gets_mixup_or_cutmix_by_chance() -> None:
+def test_each_micro_batch_gets_mixup_or_cutmix_at_random() -> None:
     both = augmenter(mixup=1.0, cutmix=1.0)([flat()] * 40, 0)
-    whole_values = [bool((batch.inputs == batch.inputs.round()).all()) for batch in both]
-    assert 8 < sum(whole_values) < 32
+    integer_values = [bool((batch.inputs == batch.inputs.round()).all()) for batch in both]
+    assert 8 < sum(integer_values) < 32
 
 
 def test_mixed_targets_weigh_two_smoothed_cross_entropies() -> None:
@@ -144,7 +144,7 @@ def test_mixed_targets_weigh_two_smoothed_cross_entropies() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"mixup": 0.8}, "mixup: 0.8 is not allowed: must be 0.0 with a gpt model"),
         ({"crop_scale": 0.5}, "crop_scale: 0.5 is not allowed: must be 1.0 with a gpt model"),
@@ -152,10 +152,10 @@ def test_mixed_targets_weigh_two_smoothed_cross_entropies() -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_text_is_not_augmented(values: dict[str, Any], said: str) -> None:
+def test_text_is_not_augmented(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as raised:
         check_data(preset("gpt-tiny/160"), TrainingSpec(data="synthetic", **values), 8)
-    assert str(raised.value) == said
+    assert str(raised.value) == message
     check_data(preset("gpt-tiny/160"), TrainingSpec(data="synthetic", label_smoothing=0.1), 8)
 
 
@@ -166,7 +166,7 @@ def test_padding_is_smaller_than_the_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"flip": 1.5}, "flip"),
@@ -178,6 +178,6 @@ def test_padding_is_smaller_than_the_image() -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_values_out_of_range_are_refused(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_values_out_of_range_are_rejected(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         TrainingSpec(**values)

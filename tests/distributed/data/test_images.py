@@ -1,4 +1,4 @@
-"""Images: two layouts, decoded when needed; damaged ones are named and skipped, up to a limit."""
+"""Image data: two layouts, decoding on demand; unreadable images are reported and replaced, up to a limit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load(path: Path, limit: int = 100, **model: object) -> tuple[DataSource, Dat
 
 
 def picture(shade: int) -> Image.Image:
-    """20 x 40, of one colour in its middle square and black beside it."""
+    """An image of 20 x 40 pixels: its center square in one color, the rest black."""
     pixels = np.zeros((20, 40, 3), dtype=np.uint8)
     pixels[:, 10:30] = (shade, 255 - shade, 40)
     return Image.fromarray(pixels)
@@ -36,7 +36,7 @@ def picture(shade: int) -> Image.Image:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Nine images to train on, three of each class, and three held out."""
+    """Nine training images, three per class, and three held-out images."""
     for part, each in (("train", 3), ("val", 1)):
         for label in range(3):
             (tmp_path / part / f"class{label}").mkdir(parents=True)
@@ -52,7 +52,7 @@ def damage(folder: Path, label: int, number: int) -> Path:
     return path
 
 
-def test_images_are_scaled_cut_to_their_middle_and_normalised(folder: Path) -> None:
+def test_images_are_scaled_cropped_and_normalized(folder: Path) -> None:
     training, held_out = load(folder)
     assert (len(training), len(held_out)) == (9, 3)
     batch = training.select(torch.tensor([4, 0]))
@@ -60,20 +60,20 @@ def test_images_are_scaled_cut_to_their_middle_and_normalised(folder: Path) -> N
     assert batch.inputs.shape == (2, 3, 16, 16)
     for image, shade in zip(batch.inputs, (70, 0), strict=True):
         expected = (np.array([shade, 255 - shade, 40]) / 255 - MEAN) / DEVIATION
-        middle = torch.tensor(expected, dtype=torch.float32)[:, None, None].expand(3, 16, 14)
-        torch.testing.assert_close(image[:, :, 1:15], middle, rtol=0, atol=0.02)
+        center = torch.tensor(expected, dtype=torch.float32)[:, None, None].expand(3, 16, 14)
+        torch.testing.assert_close(image[:, :, 1:15], center, rtol=0, atol=0.02)
     assert held_out.select(torch.arange(3)).targets.tolist() == [0, 1, 2]
 
 
-def test_one_channel_is_grey(folder: Path) -> None:
+def test_one_channel_is_gray(folder: Path) -> None:
     training, _ = load(folder, channels=1, image=(8, 16))
     image = training.select(torch.tensor([8])).inputs
     assert image.shape == (1, 1, 8, 16)
-    grey = np.array(picture(140).convert("L"))[10, 20]
-    assert float(image[0, 0, 4, 8]) == pytest.approx((grey / 255 - 0.449) / 0.226, abs=0.02)
+    gray = np.array(picture(140).convert("L"))[10, 20]
+    assert float(image[0, 0, 4, 8]) == pytest.approx((gray / 255 - 0.449) / 0.226, abs=0.02)
 
 
-def test_a_large_jpeg_is_the_image_it_would_be_decoded_whole(tmp_path: Path) -> None:
+def test_a_large_jpeg_decoded_at_reduced_size_is_the_same_image(tmp_path: Path) -> None:
     gradient = np.linspace(0, 255, 512, dtype=np.uint8)
     pixels = np.stack([np.tile(gradient, (512, 1)), np.tile(gradient, (512, 1)).T, np.full((512, 512), 99)], axis=-1)
     for part in ("train", "test"):
@@ -85,15 +85,15 @@ def test_a_large_jpeg_is_the_image_it_would_be_decoded_whole(tmp_path: Path) -> 
     np.testing.assert_allclose(image[2:-2, 2:-2], expected[2:-2, 2:-2], atol=0.03)
 
 
-def test_a_damaged_image_is_named_once_and_the_next_stands_for_it(
+def test_a_damaged_image_is_named_once_and_replaced_by_the_next(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = load(folder)[0].select(torch.arange(9))
+    undamaged = load(folder)[0].select(torch.arange(9))
     first, second = damage(folder, 0, 1), damage(folder, 0, 2)
     training, _ = load(folder)
     for _ in range(2):
         batch = training.select(torch.arange(9))
-        assert torch.equal(batch.inputs, whole.inputs[[0, 3, 3, 3, 4, 5, 6, 7, 8]])
+        assert torch.equal(batch.inputs, undamaged.inputs[[0, 3, 3, 3, 4, 5, 6, 7, 8]])
         assert batch.targets.tolist() == [0, 1, 1, 1, 1, 1, 2, 2, 2]
     printed = capsys.readouterr().err
     assert printed.count("\n") == 2
@@ -111,7 +111,7 @@ def test_one_damaged_image_more_than_allowed_ends_the_run(folder: Path) -> None:
     assert str(error.value).endswith("), which is one more than corrupt_limit 1 allows")
 
 
-def test_nothing_but_damaged_images_ends_too(folder: Path) -> None:
+def test_only_damaged_images_end_the_run(folder: Path) -> None:
     for label in range(3):
         for number in range(3):
             damage(folder, label, number)
@@ -119,21 +119,21 @@ def test_nothing_but_damaged_images_ends_too(folder: Path) -> None:
         load(folder)[0].select(torch.tensor([4]))
 
 
-def test_what_is_expected_is_read_before_it_is_asked_for(folder: Path) -> None:
+def test_prefetched_images_are_read_before_they_are_selected(folder: Path) -> None:
     training, _ = load(folder)
-    whole = training.select(torch.arange(9))
+    undamaged = training.select(torch.arange(9))
     training.prefetch(torch.tensor([2, 5]))
     training.prefetch(torch.tensor([5, 7, 7]))
-    stop_reading(training)
+    wait_for_prefetch(training)
     for path in folder.glob("train/*/*.png"):
         path.unlink()
-    assert torch.equal(training.select(torch.tensor([7, 5])).inputs, whole.inputs[[7, 5]])
+    assert torch.equal(training.select(torch.tensor([7, 5])).inputs, undamaged.inputs[[7, 5]])
     with pytest.raises(InputError, match=r"2.png: cannot be read as an image"):
         training.select(torch.tensor([2]))
 
 
-def stop_reading(source: DataSource) -> None:
-    """Wait until all that is expected has been read."""
+def wait_for_prefetch(source: DataSource) -> None:
+    """Wait until all prefetched images are decoded."""
     assert isinstance(source, Images)
     for future in source._prefetched.values():
         future.result()
@@ -153,7 +153,7 @@ def test_images_of_an_epoch_are_shared_without_overlap(folder: Path) -> None:
 
 
 def save_data_set(folder: Path, path: Path, label: object = None, absent: bool = False) -> None:
-    """The folder's images as a data set of three rows per split; row 1 to train on is damaged, or absent."""
+    """Save images of the folder as a data set with three rows per split; training row 1 is damaged or absent."""
     features = datasets.Features({"label": label or datasets.ClassLabel(3), "image": datasets.Image()})
     splits = {}
     for part, name in (("train", "train"), ("val", "validation")):
@@ -168,9 +168,7 @@ def save_data_set(folder: Path, path: Path, label: object = None, absent: bool =
 
 
 @pytest.mark.parametrize("absent", [False, True], ids=["damaged", "absent"])
-def test_a_saved_data_set_is_read_as_folders_are(
-    folder: Path, absent: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_saved_data_set_is_read_like_folders(folder: Path, absent: bool, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "saved"
     save_data_set(folder, path, absent=absent)
     (training, held_out), (plain, _) = load(path), load(folder)

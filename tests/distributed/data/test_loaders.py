@@ -1,4 +1,4 @@
-"""Samples: the same global batches whatever the number of ranks."""
+"""Data sources and batching: global batches do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helpers.runs import write_plan
 from pydantic import TypeAdapter
 
 from translution.cli.main import run
-from translution.distributed.checkpoint.resume import check_same
+from translution.distributed.checkpoint.resume import check_same_training
 from translution.distributed.data.base import DataSource, Samples
 from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.digits import load_digits
@@ -35,7 +35,7 @@ def numbered(count: int) -> Samples:
 
 
 def steps(ranks: int, micro_batch: int, gradient_accumulation_steps: int, count: int = 7) -> list[set[int]]:
-    """The samples of each global batch, put together from all ranks."""
+    """Return the samples of each global batch, collected from all ranks."""
     streams = [
         micro_batches(
             numbered(50),
@@ -55,17 +55,17 @@ def steps(ranks: int, micro_batch: int, gradient_accumulation_steps: int, count:
     return batches
 
 
-def test_the_global_batch_does_not_depend_on_how_it_is_shared() -> None:
+def test_the_global_batch_does_not_depend_on_how_it_is_split() -> None:
     assert steps(1, 8, 1) == steps(2, 4, 1) == steps(4, 2, 1) == steps(2, 2, 2) == steps(1, 1, 8)
 
 
-def test_an_epoch_gives_every_sample_once_and_the_next_another_order() -> None:
+def test_an_epoch_has_every_sample_once_and_the_next_another_order() -> None:
     first, second = steps(1, 25, 1, 2), steps(1, 25, 1, 4)[2:]
     assert first[0] | first[1] == second[0] | second[1] == set(range(50))
     assert first != second
 
 
-def test_too_large_a_step_is_named() -> None:
+def test_a_global_batch_larger_than_the_data_is_rejected() -> None:
     with pytest.raises(InputError, match="global batch: 64 is not allowed: must be at most 50"):
         next(micro_batches(numbered(50), micro_batch=32, gradient_accumulation_steps=1, rank=0, world_size=2, seed=0))
 
@@ -85,7 +85,7 @@ def test_the_planner_knows_how_many_digits_there_are() -> None:
 
 
 @pytest.mark.parametrize("spec", [parse_model_spec(DIGITS), preset("gpt-tiny/160")], ids=["vit", "gpt"])
-def test_synthetic_data_suffices_for_any_step_and_takes_little_memory(spec: ModelSpec) -> None:
+def test_synthetic_data_suffices_for_any_global_batch_and_takes_little_memory(spec: ModelSpec) -> None:
     training, held_out = make_synthetic(spec, seed=0, global_batch=1_000_000)
     assert len(training) >= 1_000_000
     assert len(held_out) > 0
@@ -100,7 +100,7 @@ def placed(kind: str, image: object = 24, seed: int = 3, **training: object) -> 
 
 
 def corners(batch: Samples, size: int) -> list[tuple[int, int]]:
-    """Where each digit lies, by the window that holds all that is not background."""
+    """Return the upper left corner of each digit: that of the bounding box of all pixels except background."""
     found = []
     for image in batch.inputs[:, 0]:
         rows, columns = torch.nonzero(image > image.min(), as_tuple=True)
@@ -110,21 +110,21 @@ def corners(batch: Samples, size: int) -> list[tuple[int, int]]:
     return found
 
 
-def test_a_static_digit_lies_in_the_middle_of_a_larger_image() -> None:
+def test_a_static_digit_is_in_the_center_of_a_larger_image() -> None:
     training, held_out = placed("digits-static", image=(24, 16), digit_pixels=8)
     assert len(training) == DIGITS_TRAINING_SAMPLES
     filling, filling_held_out = load_digits(parse_model_spec(DIGITS | {"image": 8, "channels": 2}))
-    for source, whole in ((training, filling), (held_out, filling_held_out)):
+    for source, digits in ((training, filling), (held_out, filling_held_out)):
         batch = source.select(torch.tensor([0, 7, 300]))
         assert batch.inputs.shape == (3, 2, 24, 16)
-        assert torch.equal(batch.inputs[:, :, 8:16, 4:12], whole.inputs[[0, 7, 300]])
+        assert torch.equal(batch.inputs[:, :, 8:16, 4:12], digits.inputs[[0, 7, 300]])
         outside = batch.inputs.clone()
         outside[:, :, 8:16, 4:12] = outside[0, 0, 0, 0]
         assert outside.unique().numel() == 1
-        assert torch.equal(batch.targets, whole.targets[[0, 7, 300]])
+        assert torch.equal(batch.targets, digits.targets[[0, 7, 300]])
 
 
-def test_a_shifted_digit_lies_elsewhere_in_every_epoch_and_a_held_out_one_stays() -> None:
+def test_a_shifted_digit_moves_in_every_epoch_and_a_held_out_one_stays() -> None:
     training, held_out = placed("digits-shifted")
     index = torch.arange(200)
     first, second = (corners(training.select(index, epoch), 12) for epoch in (0, 1))
@@ -136,30 +136,30 @@ def test_a_shifted_digit_lies_elsewhere_in_every_epoch_and_a_held_out_one_stays(
     assert torch.equal(held_out.select(index).inputs, placed("digits-shifted")[1].select(index).inputs)
 
 
-def test_a_digit_moved_by_whole_patches_is_the_same_patches_elsewhere() -> None:
-    moved, centred = placed("digits-patches")[0], placed("digits-static")[0]
+def test_a_digit_moved_by_patches_keeps_its_patches() -> None:
+    moved, centered = placed("digits-patches")[0], placed("digits-static")[0]
     index = torch.arange(200)
 
     def patches(source: DataSource) -> torch.Tensor:
         cut = source.select(index).inputs[:, 0].unfold(1, 4, 4).unfold(2, 4, 4)
         return cut.reshape(len(index), -1, 16)
 
-    assert torch.equal(patches(moved).sum(2).sort(1).values, patches(centred).sum(2).sort(1).values)
-    away = (patches(moved) != patches(centred)).flatten(1).any(1)
-    assert 0.7 < away.float().mean() < 1  # One of nine places is the middle.
-    assert {(row - middle) % 4 for (row, _), (middle, _) in zip(
-        corners(moved.select(index), 12), corners(centred.select(index), 12), strict=True
+    assert torch.equal(patches(moved).sum(2).sort(1).values, patches(centered).sum(2).sort(1).values)
+    away = (patches(moved) != patches(centered)).flatten(1).any(1)
+    assert 0.7 < away.float().mean() < 1  # One of nine positions is the center.
+    assert {(row - center) % 4 for (row, _), (center, _) in zip(
+        corners(moved.select(index), 12), corners(centered.select(index), 12), strict=True
     )} == {0}  # fmt: skip
 
 
-def test_a_shifted_digit_alone_is_where_it_is_among_others() -> None:
+def test_the_position_of_a_shifted_digit_does_not_depend_on_its_batch() -> None:
     training, _ = placed("digits-shifted")
     together = training.select(torch.tensor([4, 900, 17]), 2)
     alone = training.select(torch.tensor([900]), 2)
     assert torch.equal(together.inputs[1:2], alone.inputs)
 
 
-def test_what_is_evaluated_may_be_another_kind() -> None:
+def test_evaluation_data_may_be_another_kind() -> None:
     training, held_out = placed("digits-static", evaluation_data="digits-shifted")
     index = torch.arange(50)
     assert torch.equal(training.select(index).inputs, placed("digits-static")[0].select(index).inputs)
@@ -168,7 +168,7 @@ def test_what_is_evaluated_may_be_another_kind() -> None:
 
 @pytest.mark.parametrize("kind", ["digits", "digits-shifted", "synthetic"])
 def test_ranks_share_one_global_batch_also_after_an_interruption(kind: str) -> None:
-    """Bit by bit, over the end of an epoch: 1,433 digits are 14 steps of 96."""
+    """Compare bit by bit, across the end of an epoch: 1,433 digits are 14 steps of 96."""
     spec = parse_model_spec(DIGITS)
     training, _ = load_samples(spec, TrainingSpec(data=kind))
 
@@ -188,11 +188,11 @@ def test_ranks_share_one_global_batch_also_after_an_interruption(kind: str) -> N
         shares = islice(zip(*streams, strict=True), count)
         return [torch.cat([share[0].inputs for share in step]) for step in shares]
 
-    whole = global_batches(1, 0, 17)
+    expected = global_batches(1, 0, 17)
     for ranks in (2, 3):
-        for one, other in zip(whole, global_batches(ranks, 0, 17), strict=True):
+        for one, other in zip(expected, global_batches(ranks, 0, 17), strict=True):
             assert torch.equal(one, other)
-    for one, other in zip(whole[9:], global_batches(2, 9, 8), strict=True):
+    for one, other in zip(expected[9:], global_batches(2, 9, 8), strict=True):
         assert torch.equal(one, other)
 
 
@@ -208,13 +208,13 @@ def test_ranks_share_one_global_batch_also_after_an_interruption(kind: str) -> N
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_settings_of_data_that_contradict_one_another_are_named(values: dict[str, object], message: str) -> None:
+def test_contradicting_data_settings_are_named(values: dict[str, object], message: str) -> None:
     with pytest.raises(InputError) as error:
         validate(TypeAdapter(TrainingSpec), values, "plan", ())
     assert message in str(error.value)
 
 
-def test_a_plan_of_before_loads_and_its_run_goes_on_with_another_limit(tmp_path: Path) -> None:
+def test_an_older_plan_loads_and_its_run_resumes_with_another_limit(tmp_path: Path) -> None:
     folder = write_plan(tmp_path / "plan", 1)
     plan = load_plan(folder)
     document = json.loads((folder / "plan.json").read_text())
@@ -227,9 +227,9 @@ def test_a_plan_of_before_loads_and_its_run_goes_on_with_another_limit(tmp_path:
     def changed(**values: object) -> Plan:
         return plan.model_copy(update={"training": plan.training.model_copy(update=values)})
 
-    check_same(changed(corrupt_limit=5, evaluation_data="digits-static"), before)
+    check_same_training(changed(corrupt_limit=5, evaluation_data="digits-static"), before)
     with pytest.raises(InputError, match=r"training.data_path: '/b' is not allowed: must be None"):
-        check_same(changed(data_path="/b"), before)
+        check_same_training(changed(data_path="/b"), before)
 
 
 GPT = {"family": "gpt", "context": 8, "vocabulary": 200, "dim": 8, "depth": 1, "heads": 1}
@@ -248,7 +248,7 @@ GPT = {"family": "gpt", "context": 8, "vocabulary": 200, "dim": 8, "depth": 1, "
         (DIGITS, ["data=images"], "data_path: is required with data images"),
     ],
 )
-def test_data_that_does_not_suit_the_model_is_refused_by_the_plan(
+def test_plan_rejects_data_that_does_not_fit_the_model(
     model: dict[str, object],
     settings: list[str],
     message: str,
@@ -270,7 +270,7 @@ def test_synthetic_text_predicts_the_next_token() -> None:
     assert torch.equal(training.inputs[0, 1:], training.targets[0, :-1])
 
 
-def test_the_schedule_warms_up_and_ends_near_nought() -> None:
+def test_the_schedule_warms_up_and_ends_near_zero() -> None:
     factors = [learning_rate_factor(step, 4, 20) for step in range(20)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert factors[4:] == sorted(factors[4:], reverse=True)

@@ -1,4 +1,4 @@
-"""Text: windows of token files and of the standard library, and how `prepare` makes such files."""
+"""Windows of tokens from files and from the standard library, and the token files that `prepare` writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from helpers.runs import write_plan
 
 from translution.cli.main import run
-from translution.distributed.data import tokenize as preparing
+from translution.distributed.data import tokenize
 from translution.distributed.data.base import DataSource
 from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.loaders import load_samples
@@ -40,7 +40,7 @@ def write(folder: Path, training: list[int], **meta: object) -> Path:
     return folder
 
 
-def test_windows_lie_side_by_side_and_predict_the_next_token(tmp_path: Path) -> None:
+def test_windows_are_consecutive_and_predict_the_next_token(tmp_path: Path) -> None:
     training, held_out = load(write(tmp_path, list(range(100))))
     assert (len(training), len(held_out)) == (12, 1)
     batch = training.select(torch.tensor([11, 0]))
@@ -49,10 +49,10 @@ def test_windows_lie_side_by_side_and_predict_the_next_token(tmp_path: Path) -> 
     assert batch.inputs.dtype == batch.targets.dtype == torch.int64
 
 
-def test_ranks_share_an_epoch_of_windows_and_go_on_in_its_middle(tmp_path: Path) -> None:
+def test_ranks_share_an_epoch_of_windows_and_resume_within_it(tmp_path: Path) -> None:
     training, _ = load(write(tmp_path, list(range(97))))
 
-    def begins(ranks: int, first: int, count: int) -> list[list[int]]:
+    def starts(ranks: int, first: int, count: int) -> list[list[int]]:
         streams = [
             micro_batches(
                 training,
@@ -67,10 +67,10 @@ def test_ranks_share_an_epoch_of_windows_and_go_on_in_its_middle(tmp_path: Path)
         ]
         return [[int(n) for stream in streams for n in next(stream)[0].inputs[:, 0]] for _ in range(count)]
 
-    whole = begins(1, 0, 6)
-    assert whole == begins(2, 0, 6) == begins(3, 0, 6)
-    assert whole[3:] == begins(2, 3, 3)
-    assert sorted(whole[0] + whole[1]) == sorted(whole[2] + whole[3]) == list(range(0, 96, 8))
+    expected = starts(1, 0, 6)
+    assert expected == starts(2, 0, 6) == starts(3, 0, 6)
+    assert expected[3:] == starts(2, 3, 3)
+    assert sorted(expected[0] + expected[1]) == sorted(expected[2] + expected[3]) == list(range(0, 96, 8))
 
 
 def test_tokens_of_four_bytes_are_read_as_such(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_tokens_of_four_bytes_are_read_as_such(tmp_path: Path) -> None:
     assert training.select(torch.tensor([1])).inputs[0].tolist() == large[8:16]
 
 
-def test_a_token_that_the_model_does_not_know_is_named_with_its_place(tmp_path: Path) -> None:
+def test_a_token_outside_the_vocabulary_is_named_with_its_position(tmp_path: Path) -> None:
     training, _ = load(write(tmp_path, [*range(20), 300, *range(20)]))
     training.select(torch.tensor([0, 1]))
     with pytest.raises(InputError) as error:
@@ -116,7 +116,7 @@ def test_damaged_token_files_are_named(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_preflight_looks_at_the_data(tmp_path: Path) -> None:
+def test_preflight_checks_the_data(tmp_path: Path) -> None:
     data = write(tmp_path / "data", list(range(97)))
     folder = write_plan(tmp_path / "plan", 1, model=MODEL, data="tokens", data_path=str(data), micro_batch=8)
     found = {check.name: check for check in check_node(load_plan(folder), folder)}["data"]
@@ -132,7 +132,7 @@ def test_preflight_looks_at_the_data(tmp_path: Path) -> None:
     assert found.text.startswith("4 samples to train on: a step takes 8")
 
 
-def test_the_standard_library_is_text_whose_every_tenth_file_is_held_out(
+def test_every_tenth_file_of_the_standard_library_is_held_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(20):
@@ -151,7 +151,7 @@ def test_the_standard_library_is_text_whose_every_tenth_file_is_held_out(
         load_stdlib(parse_model_spec(MODEL), tmp_path / "empty")
 
 
-def test_this_pythons_library_is_enough_to_train_on() -> None:
+def test_the_standard_library_of_this_python_is_enough_to_train_on() -> None:
     training, held_out = load_samples(parse_model_spec(MODEL | {"context": 1024}), TrainingSpec(data="stdlib"))
     assert len(training) > 2000
     assert len(held_out) > 200
@@ -180,20 +180,20 @@ def tokens(folder: Path, name: str, dtype: str = "uint16") -> list[int]:
     return np.fromfile(folder / name, dtype=dtype).tolist()
 
 
-@pytest.mark.parametrize("piece", [7, 100, 2**20])
-def test_bytes_are_prepared_and_come_back(
-    text: Path, tmp_path: Path, piece: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("chunk", [7, 100, 2**20])
+def test_bytes_are_written_and_read_back(
+    text: Path, tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(preparing, "CHUNK_BYTES", piece)
+    monkeypatch.setattr(tokenize, "CHUNK_BYTES", chunk)
     other = tmp_path / "other.txt"
     other.write_bytes(b"no line\xff" * 50)
     assert run(["prepare", str(text), str(other), "--out", str(tmp_path / "out"), "--held-out", "0.2", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     training, held_out = (bytes(tokens(tmp_path / "out", name)) for name in ("train.bin", "val.bin"))
     raw = LINES.encode()
-    cut = raw.index(b"\n", round(0.8 * len(raw)) - 1) + 1
-    assert training == raw[:cut] + other.read_bytes()[:320]
-    assert held_out == raw[cut:] + other.read_bytes()[320:]
+    split = raw.index(b"\n", round(0.8 * len(raw)) - 1) + 1
+    assert training == raw[:split] + other.read_bytes()[:320]
+    assert held_out == raw[split:] + other.read_bytes()[320:]
     assert document == {
         "folder": str(tmp_path / "out"),
         "dtype": "uint16",
@@ -207,7 +207,7 @@ def test_bytes_are_prepared_and_come_back(
 
 
 def make_tokenizer(path: Path, extra: int = 0) -> tokenizers.Tokenizer:
-    """A byte-level BPE of the text; with extra words above the vocabulary."""
+    """Train a byte-level BPE tokenizer on the text and add `extra` words to it."""
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([LINES], vocab_size=300, show_progress=False)
     tokenizer.add_tokens([f"extra{number}" for number in range(extra)])
@@ -216,7 +216,7 @@ def make_tokenizer(path: Path, extra: int = 0) -> tokenizers.Tokenizer:
 
 
 @pytest.mark.parametrize(("extra", "dtype"), [(0, "uint16"), (70_000, "uint32")])
-def test_a_tokenizers_tokens_come_back_as_the_text(
+def test_tokens_decode_to_the_text(
     text: Path,
     tmp_path: Path,
     extra: int,
@@ -224,7 +224,7 @@ def test_a_tokenizers_tokens_come_back_as_the_text(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(preparing, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(tokenize, "CHUNK_BYTES", 1000)
     tokenizer = make_tokenizer(tmp_path / "tokenizer.json", extra)
     out = tmp_path / "out"
     flags = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--out", str(out)]
@@ -251,7 +251,7 @@ def test_a_tokenizers_tokens_come_back_as_the_text(
         (["empty.txt"], [], "texts: 0 tokens to train on and 0 held out are not allowed"),
     ],
 )
-def test_what_cannot_be_prepared_is_one_line_and_leaves_nothing(
+def test_prepare_reports_bad_input_in_one_line_and_leaves_no_files(
     text: Path,
     texts: list[str],
     flags: list[str],
@@ -271,28 +271,28 @@ def test_what_cannot_be_prepared_is_one_line_and_leaves_nothing(
     assert sorted(text.parent.iterdir()) == before
 
 
-def test_preparing_that_is_interrupted_leaves_what_was_there(
+def test_an_interrupted_prepare_leaves_existing_files(
     text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(text.parent)
     written = []
 
-    def interrupted(piece: bytes, name: str, start: int) -> bytes:
+    def interrupted(chunk: bytes, name: str, start: int) -> bytes:
         written.extend(path for path in text.parent.glob(".out.*/train.bin") if path.stat().st_size)
         if start:
             raise KeyboardInterrupt
-        return piece * 10_000
+        return chunk * 10_000
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparing, "CHUNK_BYTES", 1000)
-        patch.setattr(preparing, "_encode_bytes", interrupted)
+        patch.setattr(tokenize, "CHUNK_BYTES", 1000)
+        patch.setattr(tokenize, "_encode_bytes", interrupted)
         assert run(["prepare", "text.txt", "--out", "out"]) == 130
     assert written
     assert list(text.parent.iterdir()) == [text]
     assert run(["prepare", "text.txt", "--out", "out"]) == 0
-    kept = (text.parent / "out" / "train.bin").read_bytes()
+    written_once = (text.parent / "out" / "train.bin").read_bytes()
     capsys.readouterr()
     assert run(["prepare", "text.txt", "--out", "out"]) == 2
     assert "exists already" in capsys.readouterr().err
     assert run(["prepare", "text.txt", "text.txt", "--out", "out", "--force"]) == 0
-    assert len((text.parent / "out" / "train.bin").read_bytes()) == 2 * len(kept)
+    assert len((text.parent / "out" / "train.bin").read_bytes()) == 2 * len(written_once)

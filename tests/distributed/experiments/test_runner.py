@@ -1,4 +1,4 @@
-"""The paper's questions at desk size can be asked, and what is written is what was found."""
+"""Experiments: their models, how they run, and the results that they write."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def trial(name: str, train: str, seed: int, *, accuracies: dict[str, float]) -> 
 
 
 def example_result() -> ExperimentResult:
-    """What each number of a report must come from."""
+    """Return a result with known figures."""
     asked = find_experiment("shift")
     asked = asked.model_copy(update={"variants": asked.variants[-2:]})
     trials = []

@@ -1,4 +1,4 @@
-"""What keeps a plan from running is found before ranks start, each in one line that says what to do."""
+"""Checks before a launch: each problem is one line that names the fix."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the
 SWAPPED = TINY | {"dim": 256, "heads": 4}
 
 
-def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which launch refuses; no run folder is made."""
+def launch_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line of launch's error; no run folder is created."""
     assert run(["launch", str(folder)]) == 2
     text = capsys.readouterr().err
     assert text.count("\n") == 1
@@ -31,7 +31,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return text
 
 
-def test_a_plan_that_runs_here_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_that_can_run_here_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_plan(tmp_path / "plan", 2)
     assert run(["preflight", str(folder), "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)["checks"]
@@ -39,10 +39,10 @@ def test_a_plan_that_runs_here_passes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(check["passed"] for check in checks)
 
 
-def test_too_little_memory_and_disk_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_little_memory_and_disk_space_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_plan(tmp_path / "plan", 2)
     plan = load_plan(folder)
-    # A plan that was made for a machine with more of everything.
+    # A plan for a machine with more memory and disk space.
     own = [
         peak.model_copy(update={"bytes": peak.bytes + 2**45}) if peak.tier == "host" else peak
         for peak in plan.prediction.peaks
@@ -51,25 +51,25 @@ def test_too_little_memory_and_disk_are_named(tmp_path: Path, capsys: pytest.Cap
     large = parse_model_spec(TINY | {"dim": 4096, "depth": 64, "image": 128})
     plan = plan.model_copy(update={"prediction": prediction, "model": large})
     write_plan_folder(plan, folder, force=True)
-    error = refused(folder, capsys)
+    error = launch_error(folder, capsys)
     assert "host memory: 64.00 TiB needed" in error or "host memory: 64 TiB needed" in error
     assert "end other programs" in error
     assert "(and 1 more: translution preflight" in error
 
 
 @pytest.mark.parametrize("fault", ["absent", "a file", "in memory"])
-def test_an_unfit_nvme_folder_is_named(fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unusable_nvme_folder_is_named(fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         path = {"absent": tmp_path / "absent", "a file": tmp_path / "file", "in memory": Path(memory)}[fault]
         if fault == "a file":
             path.touch()
         folder = write_plan(tmp_path / "plan", 2, model=SWAPPED, tile=16, offload="nvme-optimizer", nvme_path=path)
-        error = refused(folder, capsys)
-    said = "is in memory (tmpfs)" if fault == "in memory" else "is not a folder: create it (mkdir -p"
-    assert f"NVMe folder {path}: {said}" in error
+        error = launch_error(folder, capsys)
+    message = "is in memory (tmpfs)" if fault == "in memory" else "is not a folder: create it (mkdir -p"
+    assert f"NVMe folder {path}: {message}" in error
 
 
-def test_an_nvme_folder_that_is_fit_passes_with_its_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_usable_nvme_folder_passes_with_its_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_plan(tmp_path / "plan", 2, model=SWAPPED, tile=16, offload="nvme-optimizer", nvme_path=tmp_path)
     plan = load_plan(folder)
     cluster = plan.cluster.model_copy(update={"nvme_write_bytes_per_s": 2.0**30})

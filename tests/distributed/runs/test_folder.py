@@ -1,4 +1,4 @@
-"""A run is judged by what its ranks wrote, whatever the launcher's exit code."""
+"""The ranks' status files, and not the launcher's exit code, decide whether a run succeeded; compiled ops."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def say(run: Path, rank: int, state: str, message: str = "") -> None:
+def report(run: Path, rank: int, state: str, message: str = "") -> None:
     write_status(run, RankStatus.model_validate({"rank": rank, "state": state, "step": 7, "message": message}))
 
 
 def test_all_finished_is_success_even_with_a_bad_exit_code(run: Path) -> None:
-    say(run, 0, "finished")
-    say(run, 1, "finished")
+    report(run, 0, "finished")
+    report(run, 1, "finished")
     raise_unless_finished(run, 2, exit_code=134)
 
 
-def test_a_silent_rank_is_failure_even_with_exit_code_zero(run: Path) -> None:
-    say(run, 0, "finished")
-    say(run, 1, "training")
+def test_an_unfinished_rank_is_a_failure_even_with_exit_code_zero(run: Path) -> None:
+    report(run, 0, "finished")
+    report(run, 1, "training")
     with pytest.raises(RunFailedError, match="rank 1 was last seen training at step 7; launcher exit code 0"):
         raise_unless_finished(run, 2, exit_code=0)
 
@@ -52,15 +52,15 @@ def test_a_rank_that_never_started_is_named(run: Path) -> None:
         raise_unless_finished(run, 2, exit_code=0)
 
 
-def test_a_failed_rank_speaks_first(run: Path) -> None:
-    say(run, 0, "training")
-    say(run, 1, "failed", "FloatingPointError: loss is nan")
+def test_a_failed_rank_is_named_first(run: Path) -> None:
+    report(run, 0, "training")
+    report(run, 1, "failed", "FloatingPointError: loss is nan")
     with pytest.raises(RunFailedError, match="rank 1 failed at step 7: FloatingPointError: loss is nan"):
         raise_unless_finished(run, 2, exit_code=1)
 
 
-def test_a_rank_alone_is_judged_alone(run: Path) -> None:
-    say(run, 5, "finished")
+def test_only_the_given_ranks_are_checked(run: Path) -> None:
+    report(run, 5, "finished")
     raise_unless_finished(run, [5], exit_code=0)
     with pytest.raises(RunFailedError, match="rank 4 never started"):
         raise_unless_finished(run, [4], exit_code=0)
@@ -72,8 +72,8 @@ def test_a_damaged_status_is_named(run: Path) -> None:
         read_status(run, 0)
 
 
-def test_only_a_lock_that_nobody_holds_is_removed(tmp_path: Path) -> None:
-    """A killed compilation leaves its lock, on which every later run would wait for ever."""
+def test_only_a_lock_that_no_process_holds_is_removed(tmp_path: Path) -> None:
+    """A killed compilation leaves its lock, and every later run would wait for it forever."""
     for name in ("killed", "compiling"):
         (tmp_path / name).mkdir()
     stale, held = tmp_path / "killed" / "lock", tmp_path / "compiling" / "lock"
@@ -87,7 +87,7 @@ def test_only_a_lock_that_nobody_holds_is_removed(tmp_path: Path) -> None:
 
 
 def compilers(folder: Path) -> list[int]:
-    """Processes that were told to work in a folder."""
+    """Return the processes that compile into a folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -96,7 +96,7 @@ def compilers(folder: Path) -> list[int]:
     return found
 
 
-def test_a_killed_compilation_leaves_nothing_that_the_next_would_wait_for(
+def test_a_killed_compilation_leaves_no_lock_that_blocks_the_next(
     tmp_path: Path,
 ) -> None:
     folder, extensions = write_plan(tmp_path / "plan", 1), tmp_path / "extensions"
@@ -109,7 +109,9 @@ def test_a_killed_compilation_leaves_nothing_that_the_next_would_wait_for(
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        (compiling,) = [pid for pid in compilers(extensions) if "-c" in words(pid) and int(parent(pid)) == process.pid]
+        (compiling,) = [
+            pid for pid in compilers(extensions) if "-c" in arguments_of(pid) and int(parent_of(pid)) == process.pid
+        ]
         os.kill(compiling, signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
     finally:
@@ -123,15 +125,15 @@ def test_a_killed_compilation_leaves_nothing_that_the_next_would_wait_for(
     assert remove_stale_locks(environment) == locks
 
 
-def words(pid: int) -> list[str]:
+def arguments_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
-def parent(pid: int) -> str:
+def parent_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
 
 
-def test_ops_that_are_prepared_are_not_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_ops_are_not_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     library = tmp_path / "cpu_adam" / "cpu_adam.so"
     library.parent.mkdir()
@@ -155,7 +157,7 @@ def test_ops_that_are_prepared_are_not_loaded_again(tmp_path: Path, monkeypatch:
     assert prepare("AsyncIOBuilder") == prepare("CPUAdamBuilder") == 0
     assert prepare("CPUAdamBuilder", CXX="another") == 1
     assert prepare("CPUAdamBuilder") == 1
-    os.utime(library, ns=(1, 1))  # Somebody has compiled it anew.
+    os.utime(library, ns=(1, 1))  # Another process has compiled it again.
     assert prepare("CPUAdamBuilder") == 1
     assert prepare("CPUAdamBuilder") == 0
     library.unlink()
