@@ -11,11 +11,8 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from translution.distributed.calibration.run import PARTS, calibrate, machine_file
-from translution.planner.common.errors import InputError
-from translution.planner.common.files import SPEC_SUFFIXES, write_text
+from translution.distributed.calibration.run import calibrate_to_file
 from translution.planner.hardware.calibrated_rates import MeasuredRates, Transfer
-from translution.planner.hardware.cluster import load_cluster
 
 from ..options import JsonOption
 from ..output import console, make_table, print_json
@@ -59,24 +56,17 @@ def calibrate_cli(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the compute and transfer rates of this machine, for predictions of time."""
-    if out.suffix not in SPEC_SUFFIXES[:2]:
-        raise InputError(f"out: {str(out)!r} is not allowed: must end in .yaml")
-    if Path(cluster_name).suffix in SPEC_SUFFIXES:
-        raise InputError(f"cluster: {cluster_name!r} is not allowed: must be cpu:RANKS or GPUSxNAME")
-    cluster = load_cluster(cluster_name)
     began = time.monotonic()
-    total = PARTS + (nvme_path is not None) + (cluster.device == "cuda")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console(stderr=True)) as progress:
-        task = progress.add_task("starting", total=total)
+        task = progress.add_task("starting", total=None)
 
-        def show(line: str) -> None:
-            progress.update(task, description=line, advance=1)
+        def show(line: str, total: int) -> None:
+            progress.update(task, description=line, advance=1, total=total)
 
         command = shlex.join(["translution", *sys.argv[1:]])
-        rates = calibrate(cluster, nvme_path, command, show)
-        progress.update(task, completed=total)
-    write_text(out, machine_file(cluster_name, rates, nvme_path))
+        rates = calibrate_to_file(cluster_name, out, nvme_path, command, show)
+        progress.update(task, completed=progress.tasks[0].total)
     if as_json:
         print_json({"file": str(out), "measured": rates.model_dump(mode="json")})
         return

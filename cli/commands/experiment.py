@@ -39,13 +39,11 @@ def experiment_cli(
     experiment = find_experiment(name)
     out = Path("experiments", name) if out is None else out
     result_files.check_experiment_folder(out, force=force)
-    words = [f"translution experiment {name}", *(["--quick"] if quick else [])]
-    words += [f"--{flag} {value}" for flag, value in (("seeds", seeds), ("steps", steps)) if value is not None]
 
     def show(trial: Trial, number: int, count: int) -> None:
         note(f"{number}/{count}: {trial.variant}, {trial.train}, seed {trial.seed}: {trial.seconds:.0f} s")
 
-    result = run_experiment(experiment, quick=quick, seeds=seeds, steps=steps, command=" ".join(words), on_trial=show)
+    result = run_experiment(experiment, quick=quick, seeds=seeds, steps=steps, on_trial=show)
     result_files.write_experiment(result, out, force=force)
     if as_json:
         print_json({"summaries": [row.model_dump() for row in result.summaries()], "seconds": result.seconds})

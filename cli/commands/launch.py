@@ -27,18 +27,19 @@ from ..options import (
 from ..output import note
 from . import app
 
-_LINE_EVERY = 20
-_RECENT = 20
-"""So many steps count for how long one takes."""
+_STEPS_PER_LINE = 20
+"""Steps between two printed lines if the output is not a terminal."""
+_RECENT_STEPS = 20
+"""Number of recent steps whose median is the time of a step."""
 
 
 class _Display:
-    """A progress bar on a terminal, a line now and then elsewhere: how it goes, beside what was predicted."""
+    """Shows progress and predictions: a progress bar on a terminal, otherwise a line every few steps."""
 
     def __init__(self, console: Console, plan: Plan) -> None:
         self._console, self._plan, self._steps = console, plan, plan.training.steps
         self._first = 0
-        self._seconds: deque[float] = deque(maxlen=_RECENT)
+        self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._memory = ""
         self._progress = Progress(
             TextColumn("step"),
@@ -59,7 +60,7 @@ class _Display:
         self._progress.stop()
 
     def show(self, metrics: Mapping[str, Any]) -> None:
-        """Take one line of the metrics file."""
+        """Show one line of the metrics file."""
         if metrics["event"] == "resume":
             self._first = metrics["step"]
             self._progress.reset(self._task, completed=self._first)
@@ -80,14 +81,14 @@ class _Display:
     def _show_step(self, metrics: Mapping[str, Any]) -> None:
         step, plan = metrics["step"], self._plan
         self._seconds.append(metrics["seconds"])
-        # The median: the first step and the two that are watched take longer than the others.
+        # The median, because the first step and the two steps whose memory is measured are slower than the others.
         seconds = median(self._seconds)
         samples = plan.training.global_batch(plan.cluster.world_size) / seconds
         predicted = "" if plan.time is None else f" (predicted {plan.time.likely_s:.3g} s)"
         rate = f"{samples:,.0f}" if samples >= 10 else f"{samples:.2g}"
         text = f"loss {metrics['loss']:.4f}, {rate} samples/s, {seconds:.3g} s per step{predicted}"
         self._progress.update(self._task, completed=step, text=text + self._memory)
-        if not self._console.is_terminal and (step % _LINE_EVERY == 0 or step in (self._first + 1, self._steps)):
+        if not self._console.is_terminal and (step % _STEPS_PER_LINE == 0 or step in (self._first + 1, self._steps)):
             self._console.print(f"step {step}/{self._steps}: {text}", soft_wrap=True)
 
 

@@ -89,7 +89,7 @@ def rehearse_cli(
             nvme_path=nvme_path,
             compute=compute,
             on_metrics=display.show,
-            on_message=display.say,
+            on_message=display.print_line,
         )
     print_rehearsal(rehearsal, made, as_json=as_json)
 
