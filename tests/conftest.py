@@ -150,8 +150,8 @@ def gallery_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words += ["--benchmarks", str(ROOT / "benchmarks" / "results"), "--out", str(folder / "index.html")]
     words += ["--markdown", str(folder / "README.md"), "--data", str(folder / "gallery.json")]
     with pytest.MonkeyPatch.context() as patch:
-        few = functools.partial(builder.growth, axes=("width",), factors=(1, 64))
-        patch.setattr(builder, "growth", few)
+        few = functools.partial(builder.growth_points, axes=("width",), factors=(1, 64))
+        patch.setattr(builder, "growth_points", few)
         patch.setattr(builder, "thresholds", functools.partial(builder.thresholds, axes=("depth",)))
         assert run(words) == 0
     return folder
