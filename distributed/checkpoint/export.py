@@ -1,10 +1,9 @@
-"""A run's newest checkpoint as one safetensors file: the state dict of the network with whole tables.
+"""Exports a run's newest checkpoint as one safetensors file: the state dict of the network without tiles.
 
-The file is written from its beginning to its end, a piece of a parameter at a time, so that no more than a piece is in
-memory, however large the model.
+The file is written sequentially, a piece of a parameter at a time, so memory does not grow with the model.
 
-Source: the safetensors format, github.com/huggingface/safetensors: the header's length in 8 bytes, the header in JSON,
-and the tensors' bytes, one after another, all little-endian.
+Source: the safetensors format, github.com/huggingface/safetensors: the length of the header in 8 bytes, the header in
+JSON, and the bytes of the tensors, all little-endian.
 """
 
 from __future__ import annotations
@@ -26,36 +25,42 @@ from translution.planner.common.schema import Schema
 from translution.planner.plans.plan import version
 
 from ..runs.folder import CHECKPOINT, require_run
-from .manifest import newest
-from .reader import MASTER, Stored
+from .manifest import newest_checkpoint
+from .reader import MASTER_COPY, CheckpointReader
 
 PIECE_ELEMENTS = 2**22
-"""Elements that are in memory at once: 16 MiB in fp32."""
+"""Number of elements in memory at once: 16 MiB in fp32."""
 Dtype = Literal["fp32", "bf16"]
 _DTYPES: dict[str, tuple[str, torch.dtype]] = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16)}
 OnBytes = Callable[[int], None]
 
 
-class Exported(Schema):
-    """What was written."""
+class ExportedFile(Schema):
+    """Description of an exported file."""
 
     out: Path
+    """Path of the file."""
     run: Path
+    """Run folder of the checkpoint."""
     step: int
-    """Optimizer steps done by the checkpoint."""
+    """Number of optimizer steps done at the checkpoint."""
     dtype: str
+    """Dtype of the tensors, "fp32" or "bf16"."""
     tensors: int
+    """Number of tensors."""
     parameters: int
+    """Number of elements of all tensors."""
     file_bytes: int
+    """Size of the file in bytes."""
 
 
-def header(shapes: Mapping[str, tuple[int, ...]], dtype: str, metadata: Mapping[str, str]) -> bytes:
-    """What a safetensors file begins with, its length included.
+def safetensors_header(shapes: Mapping[str, tuple[int, ...]], dtype: str, metadata: Mapping[str, str]) -> bytes:
+    """Return the header of a safetensors file, preceded by its length.
 
     Args:
-        shapes: of the tensors, in the order of their bytes.
-        dtype: one of "fp32" and "bf16".
-        metadata: what else the file says.
+        shapes: shapes of the tensors by name, in the order of the file.
+        dtype: "fp32" or "bf16".
+        metadata: further strings to store.
     """
     code, kind = _DTYPES[dtype]
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -65,66 +70,71 @@ def header(shapes: Mapping[str, tuple[int, ...]], dtype: str, metadata: Mapping[
         entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    # The tensors begin at a multiple of 8.
+    # The tensors must start at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def _pieces(stored: Stored, name: str, numel: int) -> Iterator[Tensor]:
+def _pieces(reader: CheckpointReader, name: str, numel: int) -> Iterator[Tensor]:
     buffer = torch.empty(min(PIECE_ELEMENTS, numel))
     for start in range(0, numel, PIECE_ELEMENTS):
         piece = buffer[: min(PIECE_ELEMENTS, numel - start)]
-        stored.read(name, MASTER, start, piece)
+        reader.read(name, MASTER_COPY, start, piece)
         yield piece
 
 
 def _write(
-    file: BinaryIO, stored: Stored, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, on: OnBytes
+    file: BinaryIO,
+    reader: CheckpointReader,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    on_bytes: OnBytes,
 ) -> None:
     for name, shape in shapes.items():
-        for piece in _pieces(stored, name, math.prod(shape)):
-            on(file.write(piece.to(dtype).view(torch.uint8).numpy().data))
+        for piece in _pieces(reader, name, math.prod(shape)):
+            on_bytes(file.write(piece.to(dtype).view(torch.uint8).numpy().data))
 
 
 def export(
     run: Path, out: Path, *, dtype: Dtype = "fp32", force: bool = False, on_bytes: OnBytes = lambda _: None
-) -> Exported:
-    """Write the network of a run's newest checkpoint.
+) -> ExportedFile:
+    """Write the network of a run's newest checkpoint to a file.
 
     Args:
         run: the run folder.
-        out: the file to make.
-        dtype: of the tensors; the master copy is rounded to bf16, where the training did so too.
-        force: replace a file that exists.
-        on_bytes: called with the bytes of every piece that was written.
+        out: the file to write.
+        dtype: dtype of the tensors; "bf16" rounds the master copy as training in bf16 does.
+        force: replace an existing file.
+        on_bytes: called with the number of bytes of each piece written.
 
     Raises:
-        InputError: if the run has no whole checkpoint, or the file exists or cannot be written; nothing is left then.
+        InputError: if the run has no complete checkpoint, or the file exists or cannot be written; no partial file is
+            left.
     """
-    saved = newest(require_run(run) / CHECKPOINT)
-    if saved is None:
-        raise InputError(f"{run / CHECKPOINT}: holds no whole checkpoint to export")
+    ref = newest_checkpoint(require_run(run) / CHECKPOINT)
+    if ref is None:
+        raise InputError(f"{run / CHECKPOINT}: holds no complete checkpoint to export")
     if dtype not in _DTYPES:
         raise InputError(f"dtype: {dtype!r} is not allowed: must be one of {', '.join(_DTYPES)}")
     if out.exists() and not force:
         raise InputError(f"{out}: exists already: choose another file or pass --force to replace it")
-    spec = saved.plan().model
+    spec = ref.plan().model
     shapes = {name: tuple(value.shape) for name, value in empty_network(spec).state_dict().items()}
-    stored = Stored(saved)
-    for name in sorted({*shapes, *stored.numels}):
-        asked, held = math.prod(shapes.get(name, (0,))), stored.numels.get(name, 0)
-        if asked != held:
-            raise InputError(f"{name}: {held} elements are not allowed: the model has {asked} ({stored.folder})")
+    reader = CheckpointReader(ref)
+    for name in sorted({*shapes, *reader.numels}):
+        expected, held = math.prod(shapes.get(name, (0,))), reader.numels.get(name, 0)
+        if expected != held:
+            raise InputError(f"{name}: {held} elements are not allowed: the model has {expected} ({reader.folder})")
     metadata = {
-        "format": "pt", SPEC_KEY: spec.model_dump_json(), "step": str(saved.manifest.step),
+        "format": "pt", SPEC_KEY: spec.model_dump_json(), "step": str(ref.manifest.step),
         "made_by": f"translution-scale {version()}",
     }  # fmt: skip
-    begin = header(shapes, dtype, metadata)
+    header = safetensors_header(shapes, dtype, metadata)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(begin)
-            _write(file, stored, shapes, _DTYPES[dtype][1], on_bytes)
+            file.write(header)
+            _write(file, reader, shapes, _DTYPES[dtype][1], on_bytes)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(out)
@@ -133,7 +143,7 @@ def export(
     finally:
         temporary.unlink(missing_ok=True)
     parameters = sum(map(math.prod, shapes.values()))
-    return Exported(
-        out=out, run=run, step=saved.manifest.step, dtype=dtype, tensors=len(shapes), parameters=parameters,
+    return ExportedFile(
+        out=out, run=run, step=ref.manifest.step, dtype=dtype, tensors=len(shapes), parameters=parameters,
         file_bytes=out.stat().st_size,
     )  # fmt: skip

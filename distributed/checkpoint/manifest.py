@@ -1,4 +1,4 @@
-"""What tells a whole checkpoint from a part of one: its manifest, written last."""
+"""The manifest of a checkpoint. It is written last, so a checkpoint that has one is complete."""
 
 from __future__ import annotations
 
@@ -16,50 +16,56 @@ _TAG = re.compile(r"step_(\d+)")
 
 
 class Manifest(Schema):
-    """What a whole checkpoint holds."""
+    """Content of a complete checkpoint."""
 
     step: int
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
     ranks: int
+    """Number of ranks that saved it."""
     files: dict[str, int]
-    """Bytes of every file, by its path within the checkpoint."""
+    """Size of every file in bytes, by its path within the checkpoint."""
 
 
-class Saved(Schema):
-    """A whole checkpoint."""
+class CheckpointRef(Schema):
+    """Names a complete checkpoint of a run."""
 
     folder: Path
     """The run's checkpoint folder."""
     tag: str
+    """Name of the checkpoint's folder in it, ``step_N``."""
     manifest: Manifest
 
     def plan(self) -> Plan:
-        """How it was saved.
+        """Load the plan with which the checkpoint was saved.
 
         Raises:
-            InputError: if no plan is there.
+            InputError: if there is no plan.
         """
-        own = self.folder / self.tag
-        # Before checkpoints held their plan, a run could not go on with another layout.
-        return load_plan(own if (own / PLAN_FILE).is_file() else self.folder.parent)
+        # Older checkpoints hold no plan; their run could only be resumed with its own plan.
+        return load_plan(self.path if (self.path / PLAN_FILE).is_file() else self.folder.parent)
+
+    @property
+    def path(self) -> Path:
+        """Folder of the checkpoint itself."""
+        return self.folder / self.tag
 
 
 _MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)
 
 
-def tags(folder: Path) -> list[str]:
-    """Names of the checkpoints that were saved whole, the oldest first."""
+def checkpoint_tags(folder: Path) -> list[str]:
+    """Names of the complete checkpoints in a run's checkpoint folder, the oldest first."""
     found = [path.name for path in folder.glob("step_*") if _TAG.fullmatch(path.name) and (path / MANIFEST).is_file()]
     return sorted(found, key=lambda tag: int(tag.partition("_")[2]))
 
 
-def newest(folder: Path) -> Saved | None:
-    """The newest checkpoint, its files looked at; None if there is none.
+def newest_checkpoint(folder: Path) -> CheckpointRef | None:
+    """Find the newest complete checkpoint and check its files; None if there is none.
 
     Raises:
-        InputError: if a file is missing or has another size than when it was saved.
+        InputError: if a file is missing or its size differs from the manifest.
     """
-    known = tags(folder)
+    known = checkpoint_tags(folder)
     if not known:
         return None
     path = folder / known[-1]
@@ -68,6 +74,6 @@ def newest(folder: Path) -> Saved | None:
         file = path / name
         found = f"{file.stat().st_size} bytes" if file.is_file() else "nothing"
         if found != f"{size} bytes":
-            before = f"remove {path} to resume from {known[-2]}" if len(known) > 1 else "no other is whole"
+            before = f"remove {path} to resume from {known[-2]}" if len(known) > 1 else "there is no other complete one"
             raise InputError(f"{file}: holds {found} and must hold {size} bytes: the checkpoint is damaged; {before}")
-    return Saved(folder=folder, tag=known[-1], manifest=manifest)
+    return CheckpointRef(folder=folder, tag=known[-1], manifest=manifest)

@@ -1,7 +1,7 @@
-"""Reading a checkpoint into an engine of another layout: other ranks, stage, offload, sub-groups or tiles.
+"""Loads a checkpoint into an engine of another layout: other ranks, stage, offload, sub-groups or tiles.
 
-Every rank fills its own vectors: the fp32 master copy, the optimizer's moments and step, one parameter's part at a
-time; then the parameters of the model's dtype are made anew from the master copy.
+Each rank fills its own flat vectors, one fragment at a time: the fp32 master copy and the optimizer's moments and step.
+Then it copies the master copy to the parameters in the model's dtype.
 
 Sources: DeepSpeed 0.19.8, runtime/zero/stage3.py (step, _reassign_or_swap_out_partitioned_parameters),
 runtime/zero/stage_1_and_2.py and runtime/bf16_optimizer.py (update_lp_params), runtime/fp16/unfused_optimizer.py;
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from translution.planner.common.errors import InputError
 
-from .manifest import Saved
-from .reader import MASTER, Stored
-from .shard_layout import Fragment, Place, sub_group_fragments, whole_numels, whole_places
+from .manifest import CheckpointRef
+from .reader import MASTER_COPY, CheckpointReader
+from .shard_layout import Fragment, UntiledPosition, sub_group_fragments, untiled_numels, untiled_positions
 
 _MOMENTS: dict[str, dict[str, str]] = {
     "AdamW": {"first": "exp_avg", "second": "exp_avg_sq"},
@@ -32,40 +32,46 @@ _MOMENTS: dict[str, dict[str, str]] = {
     "DeepSpeedCPUAdagrad": {"second": "exp_avg_sq"},
     "SGD": {"first": "momentum_buffer"},
 }
-"""What each optimizer class calls its moments."""
+"""Names of the moments in the state of each optimizer class."""
 _TENSOR_STEPS = ("AdamW", "Adagrad")
-"""Classes of torch, which count steps in a tensor; DeepSpeed's own count in an integer, and SGD does not count."""
+"""Classes of torch that count steps in a tensor. DeepSpeed's count in an integer, and SGD does not count."""
 
 
 @dataclass(frozen=True)
 class _Target:
-    """A flat vector of this rank, to be filled."""
+    """A flat vector of this rank's engine that is filled from the checkpoint."""
 
     master: Tensor
     fragments: Sequence[Fragment]
     optimizer: Any
-    """The one of torch's kind that updates it."""
+    """The torch optimizer that updates the vector."""
 
 
 class _Filler:
-    """Fills vectors of an engine from a checkpoint."""
+    """Fills vectors of an engine from a checkpoint.
 
-    def __init__(self, stored: Stored, places: Mapping[str, Place], dtype: torch.dtype) -> None:
-        self.stored, self.places, self.dtype = stored, places, dtype
+    Args:
+        reader: the checkpoint.
+        positions: position of the engine's parameters in the untiled network.
+        dtype: dtype of the moments.
+    """
+
+    def __init__(self, reader: CheckpointReader, positions: Mapping[str, UntiledPosition], dtype: torch.dtype) -> None:
+        self.reader, self.positions, self.dtype = reader, positions, dtype
 
     def fill(self, target: _Target) -> None:
-        """The master copy of a vector, its moments and its step."""
-        stored, kind = self.stored, type(target.optimizer).__name__
+        """Fill the master copy of a vector, its moments and its step."""
+        reader, kind = self.reader, type(target.optimizer).__name__
         if kind not in _MOMENTS:
-            raise InputError(f"optimizer: {kind} is not allowed: states cannot be resharded for it")
-        self._copy(MASTER, target, target.master)
+            raise InputError(f"optimizer: {kind} is not allowed: its states cannot be resharded")
+        self._copy(MASTER_COPY, target, target.master)
         state: dict[str, Any] = {}
         for moment, name in _MOMENTS[kind].items():
-            if moment in stored.kinds:
+            if moment in reader.kinds:
                 state[name] = torch.zeros_like(target.master, dtype=self.dtype, requires_grad=False)
                 self._copy(moment, target, state[name])
         if state and kind != "SGD":
-            state["step"] = torch.tensor(float(stored.step)) if kind in _TENSOR_STEPS else stored.step
+            state["step"] = torch.tensor(float(reader.step)) if kind in _TENSOR_STEPS else reader.step
         if state:
             target.optimizer.state[target.master] = state
 
@@ -73,34 +79,34 @@ class _Filler:
         flat = out.data.view(-1)
         flat.zero_()
         for part in target.fragments:
-            place = self.places[part.name]
+            position = self.positions[part.name]
             out_part = flat[part.offset : part.offset + part.numel]
-            self.stored.read(place.name, kind, place.start + part.start, out_part)
+            self.reader.read(position.name, kind, position.start + part.start, out_part)
 
 
-def load(engine: Any, saved: Saved, states_dtype: torch.dtype) -> None:
-    """Read a checkpoint of any layout into a fresh engine; called on every rank.
+def load_resharded(engine: Any, ref: CheckpointRef, states_dtype: torch.dtype) -> None:
+    """Load a checkpoint of any layout into a new engine; called on every rank.
 
     Args:
-        engine: DeepSpeed's.
-        saved: the checkpoint.
-        states_dtype: of the optimizer's moments.
+        engine: DeepSpeed's engine.
+        ref: names the checkpoint.
+        states_dtype: dtype of the optimizer's moments.
 
     Raises:
-        InputError: if it is damaged or of another model.
+        InputError: if the checkpoint is damaged or belongs to another model.
     """
-    stored = Stored(saved)
+    reader = CheckpointReader(ref)
     numels = {name: _numel(parameter) for name, parameter in engine.module.named_parameters()}
-    _check_same(stored, numels)
-    filler = _Filler(stored, whole_places(numels), states_dtype)
+    _check_numels(reader, numels)
+    filler = _Filler(reader, untiled_positions(numels), states_dtype)
     with torch.no_grad():
         if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
             _fill_sub_groups(engine, filler)
         elif hasattr(engine.optimizer, "update_lp_params"):
-            _fill_flat(engine, filler)
+            _fill_flat_vectors(engine, filler)
         else:
-            _fill_whole(engine, filler)
-    _restore_counters(engine, stored)
+            _fill_unpartitioned(engine, filler)
+    _restore_counters(engine, reader)
 
 
 def _numel(parameter: Any) -> int:
@@ -108,20 +114,20 @@ def _numel(parameter: Any) -> int:
     return numel
 
 
-def _check_same(stored: Stored, numels: Mapping[str, int]) -> None:
-    asked = whole_numels(numels)
-    for name in sorted({*asked, *stored.numels}):
-        if asked.get(name) != stored.numels.get(name):
+def _check_numels(reader: CheckpointReader, numels: Mapping[str, int]) -> None:
+    expected = untiled_numels(numels)
+    for name in sorted({*expected, *reader.numels}):
+        if expected.get(name) != reader.numels.get(name):
             raise InputError(
-                f"{name}: {asked.get(name, 0)} elements are not allowed: {stored.folder} holds "
-                f"{stored.numels.get(name, 0)}"
+                f"{name}: {expected.get(name, 0)} elements are not allowed: {reader.folder} holds "
+                f"{reader.numels.get(name, 0)}"
             )
 
 
 def _fill_sub_groups(engine: Any, filler: _Filler) -> None:
-    """Under ZeRO-3, sub-group by sub-group; one on NVMe is read, filled and written back."""
+    """Fill under ZeRO-3, sub-group by sub-group; a sub-group on NVMe is read, filled and written back."""
     optimizer = engine.optimizer
-    ranks, rank = torch.distributed.get_world_size(), engine.global_rank
+    world_size, rank = torch.distributed.get_world_size(), engine.global_rank
     optimizer.checkpoint_event_prologue()
     for number, master in enumerate(optimizer.fp32_partitioned_groups_flat):
         swapped = optimizer._swappable_optimizer_subgroup(number)
@@ -131,16 +137,16 @@ def _fill_sub_groups(engine: Any, filler: _Filler) -> None:
         inner = optimizer.optimizer
         if optimizer.offload_optimizer and optimizer.subgroup_to_device[number] != "cpu":
             inner = optimizer.backup_optimizer
-        filler.fill(_Target(master, sub_group_fragments(numels, ranks, rank), inner))
+        filler.fill(_Target(master, sub_group_fragments(numels, world_size, rank), inner))
         optimizer._reassign_or_swap_out_partitioned_parameters(number)
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_out(number)
-    # Gathers anew what stays gathered between steps.
+    # This gathers the persistent parameters again.
     optimizer.checkpoint_event_epilogue()
 
 
-def _fill_flat(engine: Any, filler: _Filler) -> None:
-    """Under ZeRO-1 and 2: one vector, in which a parameter may begin on one rank and end on the next."""
+def _fill_flat_vectors(engine: Any, filler: _Filler) -> None:
+    """Fill under ZeRO-1 and 2: one vector, in which a parameter may start on one rank and end on the next."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
         masters, groups = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
@@ -159,8 +165,8 @@ def _own_fragments(engine: Any, parameters: Sequence[Any]) -> Iterator[Fragment]
             yield Fragment(engine.param_names[parameter], own.start, own.numel, flat.start)
 
 
-def _fill_whole(engine: Any, filler: _Filler) -> None:
-    """Without ZeRO: every rank has all parameters."""
+def _fill_unpartitioned(engine: Any, filler: _Filler) -> None:
+    """Fill without ZeRO: every rank has all parameters."""
     wrapped = hasattr(engine.optimizer, "fp32_groups")
     inner = engine.optimizer.optimizer if wrapped else engine.optimizer
     parameters = list(engine.module.named_parameters())
@@ -171,11 +177,11 @@ def _fill_whole(engine: Any, filler: _Filler) -> None:
             parameter.data.copy_(master.data)
 
 
-def _restore_counters(engine: Any, stored: Stored) -> None:
-    for name, value in stored.counters.items():
+def _restore_counters(engine: Any, reader: CheckpointReader) -> None:
+    for name, value in reader.counters.items():
         setattr(engine, name, value)
     optimizer = engine.optimizer
     scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
-    for name, value in stored.scales.items():
+    for name, value in reader.scales.items():
         if engine.fp16_enabled() and hasattr(scaler, name):
             setattr(scaler, name, value)

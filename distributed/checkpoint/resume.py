@@ -1,4 +1,4 @@
-"""Which run is resumed, and whether a plan may go on with it."""
+"""Chooses the run to resume, and checks that a plan can resume it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 from translution.planner.common.errors import InputError
 from translution.planner.common.files import write_text
+from translution.planner.plans.folder import RUNS
 from translution.planner.plans.plan import PLAN_FILE, Plan
 
-from ..runs.folder import CHECKPOINT, RUNS, require_run
+from ..runs.folder import CHECKPOINT, require_run
 from ..runs.measurement import remove_measurements
-from .manifest import Saved, newest, tags
+from .manifest import CheckpointRef, checkpoint_tags, newest_checkpoint
 
 _FREE = {
     "training": {
@@ -29,7 +30,7 @@ _FREE = {
     },
     "model": {"checkpointing"},
 }
-"""Fields that may differ: they change no value, as long as a step takes the same samples."""
+"""Fields that may differ: they do not change the training as long as each step uses the same samples."""
 
 
 def _differences(section: str, asked: Mapping[str, object], had: Mapping[str, object]) -> Iterator[str]:
@@ -38,11 +39,11 @@ def _differences(section: str, asked: Mapping[str, object], had: Mapping[str, ob
             yield f"{section}.{name}: {value!r} is not allowed: must be {had.get(name)!r}, as in the run to resume"
 
 
-def check_same(plan: Plan, before: Plan) -> None:
-    """Whether a plan goes on with the same training where another stopped, on whatever ranks.
+def check_same_training(plan: Plan, before: Plan) -> None:
+    """Check that a plan continues the training of an earlier plan; the number of ranks may differ.
 
     Raises:
-        InputError: naming the first field that must not differ.
+        InputError: names the first field that must not differ.
     """
     if plan.model.family != before.model.family:
         raise InputError(f"model.family: {plan.model.family!r} is not allowed: must be {before.model.family!r}")
@@ -61,7 +62,7 @@ def check_same(plan: Plan, before: Plan) -> None:
 
 
 def layout_changes(plan: Plan, before: Plan) -> list[str]:
-    """What lies elsewhere than in a checkpoint: a phrase for each field that differs; none if nothing does."""
+    """Describe each field of a plan that changes the layout of a checkpoint; empty if the layouts are equal."""
     changes = []
     if plan.cluster.world_size != before.cluster.world_size:
         changes.append(f"from {_ranks(before)} to {plan.cluster.world_size}")
@@ -85,58 +86,58 @@ def _flat(name: str, value: object) -> Iterator[tuple[str, object]]:
         yield name, value
 
 
-def reshard_text(plan: Plan, saved: Saved) -> str:
-    """What reading a checkpoint under a plan takes beyond copying; nothing for the layout it was saved with."""
-    changes = layout_changes(plan, saved.plan())
+def describe_resharding(plan: Plan, ref: CheckpointRef) -> str:
+    """Describe how a checkpoint is resharded for a plan; empty if its layout stays the same."""
+    changes = layout_changes(plan, ref.plan())
     if not changes:
         return ""
     more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
-    return f"resharding step {saved.manifest.step} {changes[0]}{more}"
+    return f"resharding step {ref.manifest.step} {changes[0]}{more}"
 
 
-def find_resumable(plan: Plan, plan_folder: Path, run: Path | None) -> tuple[Path, Saved]:
-    """The run folder to go on with, and its newest checkpoint.
+def find_resumable(plan: Plan, plan_folder: Path, run: Path | None) -> tuple[Path, CheckpointRef]:
+    """Find the run folder to resume and its newest checkpoint.
 
     Args:
-        plan: of the plan folder.
-        plan_folder: whose newest run with a checkpoint is taken,
-        run: unless it is this one.
+        plan: the plan of the plan folder.
+        plan_folder: the plan folder.
+        run: the run folder; None takes the plan folder's newest run with a checkpoint.
 
     Raises:
-        InputError: if there is none, or the plan may not go on with it.
+        InputError: if there is no checkpoint, or the plan cannot resume it.
     """
     if run is None:
         known = sorted(
-            (path for path in (plan_folder / RUNS).glob("*") if tags(path / CHECKPOINT)),
+            (path for path in (plan_folder / RUNS).glob("*") if checkpoint_tags(path / CHECKPOINT)),
             key=lambda path: (path / CHECKPOINT).stat().st_mtime_ns,
         )
         if not known:
-            raise InputError(f"{plan_folder / RUNS}: holds no run with a whole checkpoint to resume")
+            raise InputError(f"{plan_folder / RUNS}: holds no run with a complete checkpoint to resume")
         run = known[-1]
     return run, check_resumable(plan, run)
 
 
-def run_to_resume(plan: Plan, plan_folder: Path, run: Path | None) -> tuple[Path, Saved]:
-    """As `find_resumable`; the run takes the plan over."""
-    run, saved = find_resumable(plan, plan_folder, run)
-    if layout_changes(plan, saved.plan()):
+def prepare_resume(plan: Plan, plan_folder: Path, run: Path | None) -> tuple[Path, CheckpointRef]:
+    """Find the run as `find_resumable` does, and copy the plan into it."""
+    run, ref = find_resumable(plan, plan_folder, run)
+    if layout_changes(plan, ref.plan()):
         remove_measurements(run)
     write_text(run / PLAN_FILE, (plan_folder / PLAN_FILE).read_text(encoding="utf-8"))
-    return run, saved
+    return run, ref
 
 
-def check_resumable(plan: Plan, run: Path) -> Saved:
-    """The newest checkpoint of a run, if a plan may go on with it.
+def check_resumable(plan: Plan, run: Path) -> CheckpointRef:
+    """Return the newest checkpoint of a run if a plan can resume it.
 
     Raises:
-        InputError: if there is none, it is damaged, the plan differs, or nothing is left to do.
+        InputError: if there is no checkpoint, it is damaged, the training differs, or all steps are done.
     """
-    saved = newest(require_run(run) / CHECKPOINT)
-    if saved is None:
-        raise InputError(f"{run / CHECKPOINT}: holds no whole checkpoint to resume")
-    check_same(plan, saved.plan())
-    if saved.manifest.step >= plan.training.steps:
+    ref = newest_checkpoint(require_run(run) / CHECKPOINT)
+    if ref is None:
+        raise InputError(f"{run / CHECKPOINT}: holds no complete checkpoint to resume")
+    check_same_training(plan, ref.plan())
+    if ref.manifest.step >= plan.training.steps:
         raise InputError(
-            f"steps: {plan.training.steps} is not allowed: must be above {saved.manifest.step}, which {run} has done"
+            f"steps: {plan.training.steps} is not allowed: must be above {ref.manifest.step}, which {run} has done"
         )
-    return saved
+    return ref

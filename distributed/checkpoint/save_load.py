@@ -1,17 +1,18 @@
-"""Checkpoints that are whole or not there, and that a resumed run continues to the bit.
+"""Saves and loads checkpoints: a checkpoint is complete or absent, and a resumed run is bitwise the same.
 
-    checkpoint/step_N/              what DeepSpeed 0.19.8 saves, one set of files per rank
-    checkpoint/step_N/plan.json     how it was saved: ranks, stage, offload, tiles
+    checkpoint/step_N/              the files of DeepSpeed 0.19.8, one set per rank
+    checkpoint/step_N/plan.json     the plan with which it was saved: ranks, stage, offload, tiles
     checkpoint/step_N/device/       moments of sub-groups that a partial offload leaves on the device
-    checkpoint/step_N/manifest.json the step, the ranks and the size of every file: written last
-    checkpoint/latest               the name of the newest, as DeepSpeed's own tools read it
+    checkpoint/step_N/manifest.json the step, the ranks and the size of every file; written last
+    checkpoint/latest               the name of the newest checkpoint, for DeepSpeed's own tools
 
-A checkpoint is saved under a hidden name and renamed when every rank has finished. All nodes must see the
-folder.
+A checkpoint is saved under a hidden name and renamed when every rank has finished. All nodes must see the folder.
+
+DeepSpeed does not save the moments of sub-groups on the device under partial offload, and does not load the moments of
+an optimizer on NVMe. This module saves and loads them itself.
 
 Sources: DeepSpeed 0.19.8, runtime/engine.py (save_checkpoint, load_checkpoint) and runtime/zero/stage3.py
-(_rigid_state_dict, reset_swap_buffers). It loses the moments of an optimizer on NVMe when it loads, and of the
-device's sub-groups when it saves; both are mended here.
+(_rigid_state_dict, reset_swap_buffers).
 """
 
 from __future__ import annotations
@@ -29,33 +30,34 @@ from translution.planner.common.errors import TranslutionError
 from translution.planner.common.files import write_text
 from translution.planner.plans.plan import PLAN_FILE, Plan
 
-from .manifest import MANIFEST, Manifest, tags
-from .reader import DEVICE
+from .manifest import MANIFEST, Manifest, checkpoint_tags
+from .reader import DEVICE_FOLDER
 
 LATEST = "latest"
+"""File with the name of the newest checkpoint."""
 
 
 class CheckpointError(TranslutionError):
     """A checkpoint could not be written."""
 
 
-def save(engine: Any, folder: Path, step: int, plan: Plan, *, tag: str | None = None) -> None:
-    """Save a checkpoint whole, or leave everything as it was; called on every rank.
+def save_checkpoint(engine: Any, folder: Path, step: int, plan: Plan, *, tag: str | None = None) -> None:
+    """Save a complete checkpoint or none; called on every rank.
 
     Args:
-        engine: DeepSpeed's.
+        engine: DeepSpeed's engine.
         folder: the run's checkpoint folder.
-        step: optimizer steps done.
-        plan: how the engine was made; it says how many of the newest checkpoints stay.
-        tag: its name; ``step_N`` by default, and only those count as checkpoints of a run.
+        step: number of optimizer steps done.
+        plan: the engine's plan; gives the number of checkpoints to keep.
+        tag: name of the checkpoint; ``step_N`` by default, and only such names are checkpoints of the run.
 
     Raises:
-        CheckpointError: if it cannot be written, a full disk for instance; the ones before stay.
+        CheckpointError: if it cannot be written, for instance because the disk is full; earlier checkpoints stay.
     """
     tag = tag or f"step_{step}"
     rank, partial = engine.global_rank, f".{tag}.partial"
     if (folder / tag / MANIFEST).is_file():
-        return  # A resumed run has come no further.
+        return  # A resumed run that did no further step.
     torch.distributed.barrier()
     try:
         if rank == 0:
@@ -71,16 +73,16 @@ def save(engine: Any, folder: Path, step: int, plan: Plan, *, tag: str | None = 
             _prune(folder, plan.training.keep_checkpoints)
     except (OSError, RuntimeError, TranslutionError) as error:
         text = " ".join(str(error).split())[:200]
-        whole = tags(folder)
-        kept = f"{whole[-1]} stays" if whole else "there is none before it"
-        # A full disk must not stay full of what nobody will read.
+        complete = checkpoint_tags(folder)
+        earlier = f"{complete[-1]} stays" if complete else "there is none before it"
+        # Free the space of the partial checkpoint on a full disk.
         shutil.rmtree(folder / partial, ignore_errors=True)
-        raise CheckpointError(f"checkpoint of step {step} could not be written: {text}; {kept}") from error
+        raise CheckpointError(f"checkpoint of step {step} could not be written: {text}; {earlier}") from error
     torch.distributed.barrier()
 
 
-def _complete(folder: Path, partial: str, tag: str, step: int, ranks: int) -> None:
-    """Flush all files, note their sizes, and let the checkpoint take its name."""
+def _complete(folder: Path, partial: str, tag: str, step: int, world_size: int) -> None:
+    """Flush all files, write the manifest, and rename the partial checkpoint."""
     path = folder / partial
     sizes = {}
     for file in sorted(path.rglob("*")):
@@ -88,21 +90,21 @@ def _complete(folder: Path, partial: str, tag: str, step: int, ranks: int) -> No
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
             sizes[str(file.relative_to(path))] = file.stat().st_size
-    manifest = Manifest(step=step, ranks=ranks, files=sizes)
+    manifest = Manifest(step=step, ranks=world_size, files=sizes)
     write_text(path / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     path.rename(folder / tag)
     write_text(folder / LATEST, tag)
 
 
 def _prune(folder: Path, keep: int) -> None:
-    for tag in tags(folder)[:-keep]:
-        # Without its manifest it is no checkpoint, whatever interrupts the rest.
+    for tag in checkpoint_tags(folder)[:-keep]:
+        # Remove the manifest first: if the rest is interrupted, no incomplete checkpoint counts.
         (folder / tag / MANIFEST).unlink()
         shutil.rmtree(folder / tag, ignore_errors=True)
 
 
 def _device_groups(engine: Any) -> list[Any]:
-    """The sub-groups whose states a partial offload leaves on the device."""
+    """Vectors of the sub-groups whose states a partial offload leaves on the device."""
     backup = getattr(engine.optimizer, "backup_optimizer", None)
     if backup is None:
         return []
@@ -110,7 +112,7 @@ def _device_groups(engine: Any) -> list[Any]:
 
 
 def _device_path(folder: Path, rank: int) -> Path:
-    return folder / DEVICE / f"rank_{rank}.pt"
+    return folder / DEVICE_FOLDER / f"rank_{rank}.pt"
 
 
 def _save_device_moments(engine: Any, folder: Path) -> None:
@@ -133,19 +135,19 @@ def _load_device_moments(engine: Any, folder: Path) -> None:
     optimizer = engine.optimizer
     for number, state in torch.load(path, map_location="cpu", weights_only=True).items():
         flat = optimizer.fp32_partitioned_groups_flat[number]
-        # torch keeps the step on the host and the moments beside the parameters.
+        # torch stores the step on the host and the moments on the device of the parameters.
         optimizer.backup_optimizer.state[flat] = {
             name: value if name == "step" else value.to(flat.device) for name, value in state.items()
         }
 
 
-def load(engine: Any, folder: Path, tag: str) -> None:
-    """Read a checkpoint into a fresh engine with the same ranks and offload; called on every rank.
+def load_checkpoint(engine: Any, folder: Path, tag: str) -> None:
+    """Load a checkpoint of the same layout into a new engine; called on every rank.
 
     Args:
-        engine: DeepSpeed's.
+        engine: DeepSpeed's engine.
         folder: the run's checkpoint folder.
-        tag: the checkpoint's name.
+        tag: name of the checkpoint.
     """
     engine.load_checkpoint(str(folder), tag=tag)
     if getattr(engine.optimizer, "swap_optimizer", False):
@@ -154,12 +156,12 @@ def load(engine: Any, folder: Path, tag: str) -> None:
 
 
 def _load_swapped_moments(engine: Any, folder: Path, tag: str) -> None:
-    """Give an optimizer on NVMe its moments, and the sub-groups too small for NVMe everything."""
+    """Load the moments of an optimizer on NVMe, and the master copy and states of sub-groups too small for NVMe."""
     from deepspeed.runtime.engine import dp_index_to_str
 
     optimizer = engine.optimizer
     path = engine._get_zero_ckpt_name(str(folder), tag)
-    # Only what stays on the host is read whole; the rest is mapped.
+    # Memory-mapped: only the tensors that stay on the host are read.
     saved = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["optimizer_state_dict"]
     states: Mapping[int, dict[str, Any]] = saved["optimizer_state_dict"]["state"]
     swapped = folder / tag / "offloaded_tensors" / ("rank" + dp_index_to_str(engine.global_rank))
@@ -180,11 +182,11 @@ def _load_swapped_moments(engine: Any, folder: Path, tag: str) -> None:
                 name: value.clone() if torch.is_tensor(value) else value for name, value in state.items()
             }
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
-    # What was gathered before the checkpoint was read is stale.
+    # Parameters gathered before the load are stale; this gathers them again.
     optimizer.checkpoint_event_prologue()
     optimizer.checkpoint_event_epilogue()
 
 
 def _read_swapped(path: Path, count: int) -> torch.Tensor:
-    """A sub-group's fp32 values from a swap file, whose end is padding."""
+    """Read a sub-group's fp32 values from a swap file, without the padding at its end."""
     return torch.from_numpy(np.fromfile(path, dtype=np.float32, count=count))

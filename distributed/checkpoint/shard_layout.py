@@ -1,10 +1,10 @@
-"""Where the elements of a parameter lie in the flat vectors of ZeRO's ranks.
+"""Positions of a parameter's elements in the flat vectors of ZeRO's ranks.
 
-A *fragment* is a run of consecutive elements of one parameter within a rank's flat vector. Both sides of a reshard
-are lists of fragments, so that any layout is read into any other.
+A *fragment* is a range of consecutive elements of one parameter within a rank's flat vector. Resharding describes the
+checkpoint's layout and the engine's layout as lists of fragments, so that it can read any layout into any other.
 
-Sources: DeepSpeed 0.19.8, runtime/zero/partition_parameters.py (a share is ceil(elements / ranks)) and
-runtime/zero/stage3.py (a sub-group's vector is its parameters' shares, one after another, padding included).
+Sources: DeepSpeed 0.19.8, runtime/zero/partition_parameters.py (a partition has ceil(elements / ranks) elements) and
+runtime/zero/stage3.py (the vector of a sub-group is the concatenation of its parameters' padded partitions).
 """
 
 from __future__ import annotations
@@ -21,84 +21,88 @@ class Fragment:
     """Consecutive elements of a flattened parameter."""
 
     name: str
+    """Name of the parameter."""
     start: int
-    """The first of them, within the parameter."""
+    """Index of the first element in the parameter."""
     numel: int
+    """Number of elements."""
     offset: int
-    """Where it lies within the flat vector."""
+    """Index of the first element in the flat vector."""
 
 
-def sub_group_fragments(numels: Mapping[str, int], ranks: int, rank: int) -> list[Fragment]:
-    """What a rank's vector of one ZeRO-3 sub-group holds; padding is in no fragment.
+def sub_group_fragments(numels: Mapping[str, int], world_size: int, rank: int) -> list[Fragment]:
+    """Fragments of a rank's vector of one ZeRO-3 sub-group; padding is in no fragment.
 
     Args:
-        numels: elements of each parameter of the sub-group, in its order.
-        ranks: over how many ranks each is cut.
-        rank: whose vector.
+        numels: number of elements of each parameter, in the order of the sub-group.
+        world_size: number of ranks over which each parameter is partitioned.
+        rank: number of the rank.
     """
     fragments, offset = [], 0
     for name, numel in numels.items():
-        share = -(-numel // ranks)
-        start = min(rank * share, numel)
-        count = min(start + share, numel) - start
+        partition_numel = -(-numel // world_size)
+        start = min(rank * partition_numel, numel)
+        count = min(start + partition_numel, numel) - start
         if count:
             fragments.append(Fragment(name, start, count, offset))
-        offset += share
+        offset += partition_numel
     return fragments
 
 
 def successive_fragments(spans: Sequence[Mapping[str, tuple[int, int]]]) -> list[list[Fragment]]:
-    """What each rank's vector holds under ZeRO-1 and 2, where one vector is cut, not every parameter.
+    """Fragments of each rank's vector under ZeRO-1 and 2, which partition one vector of all parameters.
 
     Args:
-        spans: for each rank, the place within its vector and the number of elements of every parameter that it has
-            a part of; a parameter's parts follow each other from rank to rank.
+        spans: for each rank, offset in its vector and number of elements of each parameter that it holds a part of. The
+            parts of a parameter are consecutive from rank to rank.
     """
     done: dict[str, int] = {}
-    ranks = []
+    by_rank = []
     for own in spans:
         fragments = []
         for name, (offset, numel) in own.items():
             start = done.get(name, 0)
             fragments.append(Fragment(name, start, numel, offset))
             done[name] = start + numel
-        ranks.append(fragments)
-    return ranks
+        by_rank.append(fragments)
+    return by_rank
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a parameter begins within the parameter of an untiled network."""
+class UntiledPosition:
+    """Position of a parameter within a parameter of the untiled network."""
 
     name: str
+    """Name of the untiled parameter."""
     start: int
+    """Index of the first element in the untiled parameter."""
 
 
-def whole_places(numels: Mapping[str, int]) -> dict[str, Place]:
-    """Where each parameter lies in a network whose tables are whole; only tiles move.
+def untiled_positions(numels: Mapping[str, int]) -> dict[str, UntiledPosition]:
+    """Position of each parameter in the network without tiles; a parameter that is not a tile keeps its name.
 
     Args:
-        numels: elements of every parameter of a network.
+        numels: number of elements of every parameter of a network.
     """
     tiles: dict[tuple[str, str], list[tuple[int, str]]] = {}
-    places = {}
+    positions = {}
     for name in numels:
         match = _TILE.fullmatch(name)
         if match is None:
-            places[name] = Place(name, 0)
+            positions[name] = UntiledPosition(name, 0)
         else:
             tiles.setdefault((match[1], match[3]), []).append((int(match[2]), name))
     for (prefix, role), known in tiles.items():
         start = 0
         for _, name in sorted(known):
-            places[name] = Place(f"{prefix}.0.{role}", start)
+            positions[name] = UntiledPosition(f"{prefix}.0.{role}", start)
             start += numels[name]
-    return places
+    return positions
 
 
-def whole_numels(numels: Mapping[str, int]) -> dict[str, int]:
-    """Elements of every parameter of the network with whole tables."""
+def untiled_numels(numels: Mapping[str, int]) -> dict[str, int]:
+    """Number of elements of every parameter of the network without tiles."""
     totals: dict[str, int] = {}
-    for name, place in whole_places(numels).items():
-        totals[place.name] = max(totals.get(place.name, 0), place.start + numels[name])
+    for name, position in untiled_positions(numels).items():
+        totals[position.name] = max(totals.get(position.name, 0), position.start + numels[name])
     return totals

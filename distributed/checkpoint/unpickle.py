@@ -1,7 +1,7 @@
-"""Reading torch's files without DeepSpeed, and without running what a file says.
+"""Reads torch's files without importing DeepSpeed and without executing code from the file.
 
-A checkpoint of DeepSpeed's names a few of its classes. Nothing but their fields is wanted: each becomes a plain object,
-and any other name beyond tensors and containers is refused.
+DeepSpeed's checkpoints contain objects of a few of its classes. Only their fields are needed, so each becomes a plain
+object. Any other class, except tensors and containers, is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KNOWN = {
 
 
 class Fields:
-    """An object of a class that is not loaded, with its fields."""
+    """Stands for an object of a class of DeepSpeed, with the same fields."""
 
     def __init__(self, *values: object) -> None:
         self.values = values
@@ -41,10 +41,10 @@ _PICKLE = types.SimpleNamespace(Unpickler=_Unpickler, load=None, __name__="pickl
 
 
 def load_file(path: Path) -> Any:
-    """What a file of torch's holds; tensors are mapped, and read when they are used.
+    """Load a file of torch's; tensors are memory-mapped and read when they are used.
 
     Raises:
-        InputError: if it is damaged, or holds what no checkpoint does.
+        InputError: if the file is damaged or contains a class that is not allowed.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=False, mmap=True, pickle_module=_PICKLE)

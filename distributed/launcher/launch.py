@@ -13,7 +13,7 @@ from translution.planner.common.errors import InputError
 from translution.planner.plans.launch_scripts import PORT
 from translution.planner.plans.plan import Plan, load_plan
 
-from ..checkpoint.resume import find_resumable, reshard_text, run_to_resume
+from ..checkpoint.resume import describe_resharding, find_resumable, prepare_resume
 from ..preflight.checks import require_passed
 from ..preflight.hosts import compile_on_hosts
 from ..preflight.preflight import check_target
@@ -115,9 +115,9 @@ def launch(
     for check in require_passed(checks, plan_folder, force=force):
         on_message(f"{check.name}: {check.text}")
     if resume:
-        run, saved = run_to_resume(plan, plan_folder, run)
+        run, saved = prepare_resume(plan, plan_folder, run)
         on_message(f"resuming {run} from step {saved.manifest.step}")
-        if text := reshard_text(plan, saved):
+        if text := describe_resharding(plan, saved):
             on_message(text)
         mode = RunMode.CONTINUE
     else:

@@ -22,10 +22,10 @@ from translution.planner.common.files import write_text
 from translution.planner.common.phases import Phase
 from translution.planner.plans.plan import Plan, load_plan
 
-from ..checkpoint import reshard
-from ..checkpoint import save_load as checkpoint
-from ..checkpoint.manifest import newest, tags
+from ..checkpoint.manifest import checkpoint_tags, newest_checkpoint
+from ..checkpoint.reshard import load_resharded
 from ..checkpoint.resume import check_resumable, layout_changes
+from ..checkpoint.save_load import load_checkpoint, save_checkpoint
 from ..data.augment import Augmenter
 from ..data.base import DataSource, Samples
 from ..data.batching import micro_batches
@@ -196,7 +196,7 @@ class Trainer:
         # A second launch that measures the run's processes saves next to the first launch's checkpoint.
         tag = None if self.memory_kind == "allocations" else f"{self.memory_kind}_{self.step}"
         folder, engine = self.run / CHECKPOINT, self.engine.deepspeed_engine
-        self.recorder.record(Phase.SAVE, lambda: checkpoint.save(engine, folder, self.step, self.plan, tag=tag))
+        self.recorder.record(Phase.SAVE, lambda: save_checkpoint(engine, folder, self.step, self.plan, tag=tag))
         if self.memory_kind == "process":
             self.add_measurement()
         elif measured is not None:
@@ -209,15 +209,15 @@ class Trainer:
             InputError: if there is none, or it is damaged or belongs to another model.
         """
         folder, engine = self.run / CHECKPOINT, self.engine.deepspeed_engine
-        saved = newest(folder)
-        if saved is None:
-            raise InputError(f"{folder}: holds no whole checkpoint")
-        if layout_changes(self.plan, saved.plan()):
+        ref = newest_checkpoint(folder)
+        if ref is None:
+            raise InputError(f"{folder}: holds no complete checkpoint")
+        if layout_changes(self.plan, ref.plan()):
             dtype = MODEL_DTYPES[self.plan.training.states_dtype]
-            self.recorder.record(Phase.RESUME, lambda: reshard.load(engine, saved, dtype))
+            self.recorder.record(Phase.RESUME, lambda: load_resharded(engine, ref, dtype))
         else:
-            self.recorder.record(Phase.RESUME, lambda: checkpoint.load(engine, folder, saved.tag))
-        return saved.manifest.step
+            self.recorder.record(Phase.RESUME, lambda: load_checkpoint(engine, folder, ref.tag))
+        return ref.manifest.step
 
     def measure_resume(self) -> None:
         """Build the engine, load the run's checkpoint, and add the memory of this to the run's measurement."""
@@ -334,7 +334,7 @@ def train(plan_folder: Path, run: Path, mode: RunMode = RunMode.TRAIN) -> None:
     # Without a launcher, for instance under torchrun, nobody has made the run folder.
     make_run_folders(run, plan_folder)
     log_to_own_file(run, int(os.environ.get("RANK", "0")))
-    if mode is RunMode.TRAIN and tags(run / CHECKPOINT):
+    if mode is RunMode.TRAIN and checkpoint_tags(run / CHECKPOINT):
         # For instance a Slurm job that was submitted again.
         check_resumable(plan, run)
         mode = RunMode.CONTINUE

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers.runs import run_plan, write_plan
 
-from translution.distributed.checkpoint.manifest import tags
+from translution.distributed.checkpoint.manifest import checkpoint_tags
 from translution.distributed.runs.folder import CHECKPOINT, METRICS
 from translution.distributed.runs.status import RankStatus, read_statuses
 from translution.distributed.runs.watchdog import process_is_alive
@@ -63,7 +63,7 @@ def living(run: Path) -> list[RankStatus]:
 
 def kill_at(folder: Path, run: Path, moment: Moment, delay_s: float, victim: int) -> tuple[str, float, list[int]]:
     """Launch, or go on, and kill a rank; what the launch said, how long that took, and the ranks' processes."""
-    words = ["--resume"] if tags(run / CHECKPOINT) else []
+    words = ["--resume"] if checkpoint_tags(run / CHECKPOINT) else []
     if not words and run.is_dir():
         run.rename(run.with_name(f"{run.name}-{time.monotonic_ns()}"))
     before = len(lines(run))

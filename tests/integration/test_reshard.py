@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from translution.cli.main import run as run_cli
-from translution.distributed.checkpoint.reader import MASTER, Stored, overlapping
-from translution.distributed.checkpoint.resume import check_same, layout_changes, reshard_text
+from translution.distributed.checkpoint.reader import MASTER_COPY, CheckpointReader, overlapping
+from translution.distributed.checkpoint.resume import check_same_training, describe_resharding, layout_changes
 from translution.distributed.checkpoint.shard_layout import (
     Fragment,
     sub_group_fragments,
     successive_fragments,
-    whole_places,
+    untiled_positions,
 )
 from translution.distributed.data.loaders import load_samples
 from translution.distributed.runs.folder import CHECKPOINT, METRICS, memory_path
@@ -109,7 +109,7 @@ def test_tiles_lie_within_their_whole_table(operator: str) -> None:
     spec = parse_model_spec(TINY | {"operator": operator})
     tiled, whole = build(spec, tile_relations=5), build(spec)
     sizes = {name: value.numel() for name, value in tiled.named_parameters()}
-    places = whole_places(sizes)
+    places = untiled_positions(sizes)
     elements: dict[str, set[int]] = {}
     for name, place in places.items():
         own = set(range(place.start, place.start + sizes[name]))
@@ -134,11 +134,11 @@ def test_any_range_of_any_parameter_is_read(tmp_path: Path, ranks: int, swapped:
     names = list(tensors["master"])
     groups = [names[:5], names[5:7], names[7:]]
     folder = write_plan(tmp_path / "plan", 2, tile=20)
-    stored = Stored(saved_of(write_checkpoint(folder, tensors, groups, ranks, swapped=swapped)))
+    stored = CheckpointReader(saved_of(write_checkpoint(folder, tensors, groups, ranks, swapped=swapped)))
     assert (stored.step, stored.kinds) == (7, ["first", "second"])
     assert stored.counters == {"global_steps": 7, "global_samples": 112, "skipped_steps": 0}
     tiles = "blocks.1.operator.tables.logit_tiles.{}.key"
-    for kind, name in zip((MASTER, "first", "second"), KINDS, strict=True):
+    for kind, name in zip((MASTER_COPY, "first", "second"), KINDS, strict=True):
         whole = torch.cat([tensors[name][tiles.format(number)].flatten() for number in range(3)])
         for start, stop in ((0, len(whole)), (5119, 5122), (0, 1), (len(whole) - 1, len(whole)), (3000, 12000)):
             out = torch.empty(stop - start)
@@ -158,11 +158,11 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=r"optim_states\.pt: cannot be read: "):
-        Stored(saved)
+        CheckpointReader(saved)
     marker = tmp_path / "marker"
     torch.save({"optimizer_state_dict": Malicious(marker)}, path)
     with pytest.raises(InputError, match=r"posix.system is not allowed in a checkpoint"):
-        Stored(saved)
+        CheckpointReader(saved)
     assert not marker.exists()
 
 
@@ -189,7 +189,7 @@ def test_only_where_values_lie_may_change(tmp_path: Path) -> None:
         plan_of(2, steps=9, checkpoint_steps=1),
         plan_of(2, micro_batch=4, gradient_accumulation_steps=2),
     ):
-        check_same(same, before)
+        check_same_training(same, before)
         assert layout_changes(same, before) == []
     elsewhere = {
         "from 2 ranks to 1": plan_of(1, micro_batch=16),
@@ -198,7 +198,7 @@ def test_only_where_values_lie_may_change(tmp_path: Path) -> None:
         "from zero.offload_optimizer.device none to cpu": plan_of(2, offload="cpu-optimizer"),
     }
     for text, plan in elsewhere.items():
-        check_same(plan, before)
+        check_same_training(plan, before)
         assert text in layout_changes(plan, before)
     refused = {
         r"global batch: 8 \(micro-batch 8 x accumulation 1 x ranks 1\) is not allowed: must be 16, ": plan_of(1),
@@ -210,12 +210,14 @@ def test_only_where_values_lie_may_change(tmp_path: Path) -> None:
     }
     for text, plan in refused.items():
         with pytest.raises(InputError, match=text):
-            check_same(plan, before)
+            check_same_training(plan, before)
     folder = write_plan(tmp_path / "plan", 2, tile=20)
     tensors = random_tensors(TINY, 20)
     saved = saved_of(write_checkpoint(folder, tensors, [list(tensors["master"])], 2))
-    assert reshard_text(load_plan(folder), saved) == ""
-    assert reshard_text(plan_of(1, micro_batch=16, tile=20), saved).startswith("resharding step 7 from 2 ranks to 1")
+    assert describe_resharding(load_plan(folder), saved) == ""
+    assert describe_resharding(plan_of(1, micro_batch=16, tile=20), saved).startswith(
+        "resharding step 7 from 2 ranks to 1"
+    )
     # Earlier versions wrote no plan into a checkpoint.
     (saved.folder / saved.tag / PLAN_FILE).unlink()
     assert saved.plan() == load_plan(folder)

@@ -17,7 +17,7 @@ import torch
 from helpers.runs import run_plan, write_plan
 
 from translution.cli.main import run as run_cli
-from translution.distributed.checkpoint.manifest import MANIFEST, newest, tags
+from translution.distributed.checkpoint.manifest import MANIFEST, checkpoint_tags, newest_checkpoint
 from translution.distributed.runs.folder import CHECKPOINT, METRICS
 from translution.distributed.runs.mode import RunMode
 from translution.distributed.runs.status import read_status
@@ -108,7 +108,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name: str, tmp_path: 
     options = {"steps": STEPS, "checkpoint_steps": SAVED, "learning_rate": 3e-3} | CASES[name]
     folder = write_plan(tmp_path / "plan", 2, nvme_path=nvme, **options)
     run = run_plan(folder, 2)
-    assert tags(run / CHECKPOINT) == [f"step_{SAVED}", f"step_{STEPS}"]
+    assert checkpoint_tags(run / CHECKPOINT) == [f"step_{SAVED}", f"step_{STEPS}"]
     if nvme:
         assert list((run / CHECKPOINT / f"step_{SAVED}").rglob("exp_avg_sq-*.swp"))
     shutil.move(run, tmp_path / "uninterrupted")
@@ -184,14 +184,14 @@ def test_a_launch_that_is_killed_goes_on_from_its_last_checkpoint(
     folder = write_plan(tmp_path / "plan", 2, steps=100_000, **options)
     run = folder / "runs" / "001"
     launch = ["launch", str(folder), "--resume"]
-    assert "holds no run with a whole checkpoint" in errors_of(launch, capsys)
+    assert "holds no run with a complete checkpoint" in errors_of(launch, capsys)
     process = run_until_step(folder, 14)
     process.kill()
     process.communicate()
     time.sleep(3)  # The ranks notice within a second or two.
-    whole = tags(run / CHECKPOINT)
+    whole = checkpoint_tags(run / CHECKPOINT)
     assert len(whole) == 2
-    saved = newest(run / CHECKPOINT)
+    saved = newest_checkpoint(run / CHECKPOINT)
     assert saved is not None
     step = saved.manifest.step
     assert step in range(12, 100_000, 4)
@@ -218,7 +218,7 @@ def test_a_launch_that_is_killed_goes_on_from_its_last_checkpoint(
     lines = metrics(run)
     assert [line["step"] for line in lines if line["event"] == "resume"] == [step]
     assert [line["step"] for line in lines if line["event"] == "step"][-3:] == [step + 1, step + 2, step + 3]
-    assert tags(run / CHECKPOINT) == [saved.tag, f"step_{step + 3}"]
+    assert checkpoint_tags(run / CHECKPOINT) == [saved.tag, f"step_{step + 3}"]
 
 
 def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(tmp_path: Path
     assert process.returncode == 1
     assert errors.count("\n") == 1
     assert "could not be written" in errors
-    saved = newest(run / CHECKPOINT)
+    saved = newest_checkpoint(run / CHECKPOINT)
     assert saved is not None
     assert f"{saved.tag} stays" in errors
     assert [path.name for path in (run / CHECKPOINT).iterdir() if path.is_dir()] == [saved.tag]

@@ -18,7 +18,7 @@ import torch
 from helpers.runs import TINY, run_plan, run_ranks_of, write_plan
 
 from translution.cli.main import run as run_cli
-from translution.distributed.checkpoint.manifest import newest
+from translution.distributed.checkpoint.manifest import newest_checkpoint
 from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.digits import load_digits
 from translution.distributed.runs.folder import CHECKPOINT, METRICS, make_run_folders, memory_path
@@ -203,7 +203,7 @@ def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) 
             r"on\n",
             errors,
         )
-        saved = newest(run / CHECKPOINT)
+        saved = newest_checkpoint(run / CHECKPOINT)
         assert saved is not None
         assert f"saved at step {saved.manifest.step}:" in errors
     assert len(pids) == 2

@@ -20,9 +20,9 @@ import torch
 from helpers.runs import write_plan
 from torch import Tensor
 
-from translution.distributed.checkpoint import reshard
-from translution.distributed.checkpoint import save_load as checkpoint
-from translution.distributed.checkpoint.manifest import newest
+from translution.distributed.checkpoint.manifest import newest_checkpoint
+from translution.distributed.checkpoint.reshard import load_resharded
+from translution.distributed.checkpoint.save_load import save_checkpoint
 from translution.distributed.data.base import Samples
 from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.loaders import load_samples
@@ -159,16 +159,16 @@ def run_chain(folder: Path, name: str) -> list[dict[str, Any]]:
     for number in range(2):
         engines.step(before, number)
     for number, layout in enumerate(layouts[1:], start=2):
-        checkpoint.save(before.engine.deepspeed_engine, saved_path, number, before.plan)
+        save_checkpoint(before.engine.deepspeed_engine, saved_path, number, before.plan)
         held = holdings(before.engine.deepspeed_engine, optimizer, momentum)
         loss = engines.step(before, number)
         moved = holdings(before.engine.deepspeed_engine, optimizer, momentum)
         before.engine.deepspeed_engine.destroy()
         began = time.perf_counter()
         after = engines.start(layout)
-        saved = newest(saved_path)
+        saved = newest_checkpoint(saved_path)
         assert saved is not None
-        reshard.load(after.engine.deepspeed_engine, saved, MODEL_DTYPES[after.plan.training.states_dtype])
+        load_resharded(after.engine.deepspeed_engine, saved, MODEL_DTYPES[after.plan.training.states_dtype])
         loaded = largest_difference(held, holdings(after.engine.deepspeed_engine, optimizer, momentum))
         loss_after = engines.step(after, number)
         stepped = largest_difference(moved, holdings(after.engine.deepspeed_engine, optimizer, momentum))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from translution.cli.main import run as run_cli
-from translution.distributed.checkpoint.export import Exported, export, header
+from translution.distributed.checkpoint.export import ExportedFile, export, safetensors_header
 from translution.models import build, load_network
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import parse_model_spec
@@ -49,7 +49,7 @@ def test_an_exported_network_computes_what_the_trained_one_does(tmp_path: Path, 
     shapes = {name: tuple(value.shape) for name, value in whole.state_dict().items()}
     assert {name: tuple(value.shape) for name, value in loaded.state_dict().items()} == shapes
     parameters, size = sum(value.numel() for value in whole.parameters()), made.out.stat().st_size
-    assert made == Exported(
+    assert made == ExportedFile(
         out=made.out, run=run, step=7, dtype="fp32", tensors=len(shapes), parameters=parameters, file_bytes=size
     )
     images = samples()
@@ -81,7 +81,7 @@ def test_the_file_is_one_that_safetensors_reads(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_header_says_where_every_tensor_lies() -> None:
-    text = header({"a": (2, 3), "b": ()}, "bf16", {"k": "v"})
+    text = safetensors_header({"a": (2, 3), "b": ()}, "bf16", {"k": "v"})
     (length,) = struct.unpack("<Q", text[:8])
     assert len(text) == 8 + length
     assert length % 8 == 0

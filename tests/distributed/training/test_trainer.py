@@ -16,7 +16,7 @@ from rich.console import Console
 
 from translution.cli.commands.launch import _Display
 from translution.cli.main import run as run_cli
-from translution.distributed.checkpoint.resume import check_same
+from translution.distributed.checkpoint.resume import check_same_training
 from translution.distributed.system.packages import check_training_packages
 from translution.distributed.training.monitor import RunMonitor
 from translution.planner.common.errors import InputError, MissingPackageError
@@ -122,9 +122,9 @@ def test_a_plans_monitor_is_not_in_deepspeeds_configuration() -> None:
 def test_a_resumed_run_may_be_watched_otherwise_and_not_augmented_otherwise() -> None:
     spec, cluster = parse_model_spec(TINY), local_cpu_cluster(1)
     before = make_plan(spec, cluster, TrainingSpec())
-    check_same(make_plan(spec, cluster, TrainingSpec(monitor="csv", evaluation_steps=5)), before)
+    check_same_training(make_plan(spec, cluster, TrainingSpec(monitor="csv", evaluation_steps=5)), before)
     with pytest.raises(InputError, match=r"training.mixup: 0.5 is not allowed: must be 0.0, as in the run to resume"):
-        check_same(make_plan(spec, cluster, TrainingSpec(mixup=0.5)), before)
+        check_same_training(make_plan(spec, cluster, TrainingSpec(mixup=0.5)), before)
 
 
 @pytest.fixture
