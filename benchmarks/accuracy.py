@@ -310,7 +310,8 @@ def render(document: dict[str, Any]) -> str:
         parts += ["Peaks outside 1.00 to 1.05, and resident sets outside 0.9 to 1.1:", "", *(misses or ["- none"]), ""]
     if times:
         slowest = max(times, key=lambda row: row["seconds"])
-        text = f"At most {slowest['seconds'] * 1e3:.0f} ms for {len(times)} presets on 512 ranks, in {slowest['what']}."
+        text = f"At most {slowest['seconds'] * 1e3:.0f} ms per estimate for {len(times)} presets on 512 ranks "
+        text += f"(maximum: {slowest['what']})."
         parts += ["## Time of an estimate", "", text, ""]
     if "rehearsal" in document:
         parts += _rehearsal_lines(document["rehearsal"])

@@ -46,7 +46,7 @@ def make(case: Case, implementation: str = "grouped", **factory: Any) -> tuple[T
 
 
 def step(layer: nn.Module, x: torch.Tensor) -> None:
-    """Run forward and backward; gradients are allocated anew, as in training."""
+    """Run forward and backward; gradients are newly allocated, as in training."""
     layer.zero_grad(set_to_none=True)
     x.grad = None
     layer(x).sum().backward()

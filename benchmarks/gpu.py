@@ -126,7 +126,7 @@ def markdown(document: dict[str, Any]) -> str:
         f"`{document['command']}` on {document['date']}: {document['device']}, {machine['processor']}, "
         f"torch {machine['torch']}, Python {machine['python']}, translution-scale {machine['translution']}.",
         f"Parity with the gathered reference in float64: {document['parity']:.1e}; the error in bf16 is "
-        f"{document['half_parity']:.0%} of what is allowed. One product of two {document['matmul_size']}² matrices: "
+        f"{document['half_parity']:.0%} of the allowed error. One product of two {document['matmul_size']}² matrices: "
         f"{document['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s.",
         "",
         "| layer | batch | time | peak | gathered | peak | faster | smaller | of one large matmul's rate | products |",

@@ -45,7 +45,7 @@ def plain_products(geometry: RelationGeometry, batch: int, dim: int) -> Callable
 
     The shapes are those of the operator: for each relation and role, rows × matrix in forward and again
     in backward, the rows' gradient and the matrix's gradient. Every relation has its own matrix, and
-    gradients are allocated anew, as in any implementation; the rows are contiguous and reused.
+    gradients are newly allocated, as in any implementation; the rows are contiguous and reused.
     """
     tables = [torch.randn(geometry.relations, dim, dim) for _ in range(3)]
     max_rows = batch * geometry.patches
