@@ -58,15 +58,18 @@ def calibrate_cli(
     """Measure the compute and transfer rates of this machine, for predictions of time."""
     began = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(stderr=True)) as progress:
-        task = progress.add_task("starting", total=None)
+    progress = Progress(*columns, console=console(stderr=True))
+    task = progress.add_task("")
 
-        def show(line: str, total: int) -> None:
-            progress.update(task, description=line, advance=1, total=total)
+    def show(line: str, number: int, total: int) -> None:
+        progress.start()
+        progress.update(task, description=line, completed=number, total=total)
 
-        command = shlex.join(["translution", *sys.argv[1:]])
-        rates = calibrate_to_file(cluster_name, out, nvme_path, command, show)
-        progress.update(task, completed=progress.tasks[0].total)
+    try:
+        rates = calibrate_to_file(cluster_name, out, nvme_path, shlex.join(["translution", *sys.argv[1:]]), show)
+    finally:
+        if progress.live.is_started:
+            progress.stop()
     if as_json:
         print_json({"file": str(out), "measured": rates.model_dump(mode="json")})
         return

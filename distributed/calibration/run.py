@@ -1,8 +1,10 @@
-"""Calibrating a machine: starts its ranks, gathers what they measure, and makes a cluster file of it."""
+"""Calibrates this machine: starts ranks that measure its rates, and makes a cluster file of the medians."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,15 +26,15 @@ from ..system.compiled_ops import prepare_ops
 from ..system.environment import check_packages, free_port, launch_environment
 
 _RATES: TypeAdapter[MeasuredRates] = TypeAdapter(MeasuredRates)
-_LOG = "calibrate.log"
-PARTS = 6
+_LOG, _PROGRESS = "calibrate.log", "progress"
+_PARTS = 6
 """Number of measurements, each reported with one line; one more with NVMe, one more on a GPU."""
 
 OnLine = Callable[[str], None]
 
 
 def calibrate_to_file(
-    cluster_name: str, out: Path, nvme_path: str | None, command: str, on_progress: Callable[[str, int], None]
+    cluster_name: str, out: Path, nvme_path: str | None, command: str, on_progress: Callable[[str, int, int], None]
 ) -> MeasuredRates:
     """Measure the rates of this machine and write them as a cluster file.
 
@@ -41,7 +43,7 @@ def calibrate_to_file(
         out: YAML file to write.
         nvme_path: folder on the NVMe drive to measure; None leaves it out.
         command: the command line, recorded in the file.
-        on_progress: called with a description of each measurement and the number of all measurements.
+        on_progress: called when the ranks start and at every measurement: its description, its number, and the total.
 
     Raises:
         InputError: if the cluster or the file is not allowed.
@@ -51,26 +53,28 @@ def calibrate_to_file(
     if Path(cluster_name).suffix in SPEC_SUFFIXES:
         raise InputError(f"cluster: {cluster_name!r} is not allowed: must be cpu:RANKS or GPUSxNAME")
     cluster = load_cluster(cluster_name)
-    total = PARTS + (nvme_path is not None) + (cluster.device == "cuda")
-    rates = calibrate(cluster, nvme_path, command, lambda line: on_progress(line, total))
+    total = _PARTS + (nvme_path is not None) + (cluster.device == "cuda")
+    numbers = itertools.count(1)
+    on_progress("starting", 0, total)
+    rates = calibrate(cluster, nvme_path, command, lambda line: on_progress(line, next(numbers), total))
     write_text(out, machine_file(cluster_name, rates, nvme_path))
     return rates
 
 
 def calibrate(cluster: ClusterSpec, nvme_path: str | None, command: str, on_line: OnLine) -> MeasuredRates:
-    """Measure this machine with as many ranks as a plan for it would have.
+    """Measure the rates of this machine with one process per rank of the cluster.
 
     Args:
-        cluster: of one node, this machine.
-        nvme_path: a folder on the drive to measure; None leaves it out.
-        command: what the user typed, for the record.
-        on_line: called with a line as each part begins.
+        cluster: this machine, as a cluster of one node.
+        nvme_path: folder on the NVMe drive to measure; None leaves it out.
+        command: the command line, recorded in the result.
+        on_line: called with a line of text as each measurement begins.
 
     Returns:
-        Medians over the ranks.
+        Medians of the ranks' measurements.
 
     Raises:
-        InputError: if the cluster is more than this machine, or the folder cannot be written.
+        InputError: if the cluster has more than one node, or the NVMe folder cannot be written.
         RunFailedError: if a rank failed.
     """
     if cluster.nodes > 1:
@@ -82,7 +86,7 @@ def calibrate(cluster: ClusterSpec, nvme_path: str | None, command: str, on_line
     check_packages(ops)
     with tempfile.TemporaryDirectory(prefix="translution-calibrate-") as folder:
         log = Path(folder) / _LOG
-        on_line("preparing DeepSpeed's ops, which the first time compiles for minutes")
+        on_line("preparing DeepSpeed's ops; the first time compiles them, which takes minutes")
         prepare_ops(ops, launch_environment(cluster), log)
         _run(cluster, nvme_path, Path(folder), on_line)
         paths = sorted(Path(folder).glob("rates_*.json"))
@@ -108,13 +112,13 @@ def _run(cluster: ClusterSpec, nvme_path: str | None, folder: Path, on_line: OnL
     command += [nvme_path] if nvme_path else []
     code = run_processes(command, environments, folder / _LOG, _lines(folder, on_line))
     if code:
-        words = (folder / _LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise RunFailedError(f"a rank failed: {words[-1][:500] if words else f'exit code {code}'}")
+        lines = (folder / _LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise RunFailedError(f"a rank failed: {lines[-1][:500] if lines else f'exit code {code}'}")
 
 
 def _lines(folder: Path, on_line: OnLine) -> Callable[[], None]:
-    """Hands on the lines that rank 0 says, as they come."""
-    path, shown = folder / "said", [0]
+    """Return a function that passes on the lines that rank 0 has written since its last call."""
+    path, shown = folder / _PROGRESS, [0]
 
     def poll() -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -126,31 +130,25 @@ def _lines(folder: Path, on_line: OnLine) -> Callable[[], None]:
 
 
 def _median(found: list[MeasuredRates]) -> MeasuredRates:
-    """Of each figure over the ranks; what they measure together is the slowest rank's."""
+    """Merge the ranks' measurements to the median of each rate."""
     rows = [rates.model_dump() for rates in found]
     merged: dict[str, Any] = dict(rows[0])
     for name, value in rows[0].items():
         values = [row[name] for row in rows]
         if name == "matmul":
             merged[name] = [
-                point | {"flops_per_s": _middle([other[number]["flops_per_s"] for other in values])}
+                point | {"flops_per_s": statistics.median([other[number]["flops_per_s"] for other in values])}
                 for number, point in enumerate(value)
             ]
         elif isinstance(value, dict):
-            merged[name] = {key: _middle([other[key] for other in values]) for key in value}
+            merged[name] = {key: statistics.median([other[key] for other in values]) for key in value}
         elif isinstance(value, float):
-            merged[name] = _middle(values)
+            merged[name] = statistics.median(values)
     return MeasuredRates.model_validate(merged)
 
 
-def _middle(values: list[float]) -> float:
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
-
-
 def machine_file(cluster_name: str, rates: MeasuredRates, nvme_path: str | None) -> str:
-    """The text of a cluster file: the same machine, with what was measured of it."""
+    """Return the text of a cluster file: the base cluster with the measured rates and the NVMe drive's free space."""
     import yaml
 
     data: dict[str, Any] = {"base": cluster_name, "measured": rates.model_dump(mode="json", exclude_none=True)}
@@ -161,31 +159,31 @@ def machine_file(cluster_name: str, rates: MeasuredRates, nvme_path: str | None)
 
 
 def calibrate_rank(folder: Path, device: str, nvme_path: Path | None) -> None:
-    """Measure as one rank, and leave what was found in the folder.
+    """Measure as one rank, and write the result to the folder.
 
     Args:
-        folder: shared by the ranks.
+        folder: folder shared by the ranks.
         device: "cpu" or "cuda".
-        nvme_path: a folder on the drive to measure; None leaves it out.
+        nvme_path: folder on the NVMe drive to measure; None leaves it out.
     """
     end_with_launcher()
     import deepspeed
     import torch
 
-    from .microbenchmarks import calibrate_rank as measure
+    from .microbenchmarks import measure_rates
 
     rank = int(os.environ["RANK"])
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo")
 
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         if rank == 0:
-            with (folder / "said").open("a", encoding="utf-8") as file:
+            with (folder / _PROGRESS).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
     try:
-        rates = measure(device, nvme_path, say)
+        rates = measure_rates(device, nvme_path, report)
         write_text(folder / f"rates_{rank}.json", rates.model_dump_json())
         torch.distributed.barrier()
     finally:

@@ -1,4 +1,4 @@
-"""A hundred bad inputs, a hundred one-line errors, and nothing written."""
+"""`translution plan` with a hundred bad inputs: each is a one-line error and writes nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CASES = 100
 
 
 def cases() -> list[list[str]]:
-    """As many command lines with one thing wrong, every value of every option at most once."""
+    """Return pairs of an option and a bad value, each at most once."""
     chooser = random.Random(20261125)
     wrong = [[option, value] for option, values in OPTIONS.items() for value in values]
     wrong += [["MODEL", model] for model in MODELS]
@@ -50,7 +50,7 @@ def cases() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("wrong", cases(), ids=lambda wrong: f"{wrong[0]}-{wrong[1][:12]!r}")
-def test_a_bad_input_is_one_line(wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_value_is_a_one_line_error(wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     option, value = wrong
     right = {"--cluster": "8xH100", "--precision": "bf16", "--data": "synthetic", "--out": str(tmp_path / "plan")}
     if option == "--epochs":
@@ -73,5 +73,5 @@ def test_a_bad_input_is_one_line(wrong: list[str], tmp_path: Path, capsys: pytes
     assert list(tmp_path.iterdir()) == []
 
 
-def test_there_are_a_hundred() -> None:
+def test_there_are_a_hundred_cases() -> None:
     assert len({tuple(case) for case in cases()}) == CASES
