@@ -167,7 +167,7 @@ class RelationContext:
         self.wanted: frozenset[str] = frozenset()
         """Names of the inputs that require a gradient."""
         self.logits: Tensor | None = None
-        """(b, h, n, n), from the first function to softmax."""
+        """Logits, (b, h, n, n); they exist from the first function of the chain to softmax."""
         self.attention: Tensor | None = None
         """Attention weights before dropout, (b, h, n, n)."""
         self.weights: Tensor | None = None
@@ -180,7 +180,7 @@ class RelationContext:
         self.grad_out: Tensor | None = None
         """Gradient of `out`, (b, n, e)."""
         self.grad_attention: Tensor | None = None
-        """Gradient of the attention weights, in place turned into that of the logits, (b, h, n, n)."""
+        """Gradient of the attention weights, (b, h, n, n); softmax turns it into that of the logits, in place."""
         self.grads: dict[str, Tensor] = {}
         """Gradients of the inputs by name, (b, n, width) each."""
 
