@@ -1,6 +1,6 @@
-"""What each rank measures of its machine: products, memory, collectives, copies, optimizers, NVMe, the engine.
+"""Microbenchmarks of a rank: matrix products, memory, collectives, copies, optimizers, NVMe, DeepSpeed's engine.
 
-All ranks do the same at the same time, as they do in a run.
+All ranks run each of them at the same time, as in training.
 """
 
 from __future__ import annotations
@@ -22,26 +22,25 @@ from translution.planner.hardware.calibrated_rates import MatmulRate, MeasuredRa
 
 from ..system.nvme_swap import io_handle
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ROWS = (1, 8, 64, 512, 4096)
-WIDTHS = (64, 192, 384, 768)
-SECONDS = 0.04
-"""How long one thing is repeated, at least."""
-LONG = 0.25
-"""What takes so long once is timed once more, and no oftener."""
-SMALL, LARGE = 2**14, 2**22
-"""Elements of the tensors that collectives and copies move."""
-ROWS_ELEMENTS, TILE_ELEMENTS, GROUP_ELEMENTS = 2**18, 2**21, 2**24
-"""Of a relation's rows, of a tile, and of an optimizer's sub-group, which no cache holds."""
-MODULES = 24
-"""Of the network that the engine's own time is measured with."""
-MODULE_WIDTH = 64
-
-Say = Callable[[str], None]
+_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_ROWS = (1, 8, 64, 512, 4096)
+_WIDTHS = (64, 192, 384, 768)
+_MIN_SECONDS = 0.04
+"""Minimum duration of a measurement, which repeats short work."""
+_LONG_SECONDS = 0.25
+"""Work that takes longer than this is timed once after a warm-up, and not repeated."""
+_SMALL, _LARGE = 2**14, 2**22
+"""Numbers of elements that collectives and copies move."""
+_ROWS_ELEMENTS, _TILE_ELEMENTS, _GROUP_ELEMENTS = 2**18, 2**21, 2**24
+"""Numbers of elements of a relation's rows, of a tile, and of an optimizer's sub-group, which no cache holds."""
+_MODULES = 24
+"""Number of modules of the network that measures the engine's overhead."""
+_MODULE_WIDTH = 64
+"""Rows and columns of the matrix of each module."""
 
 
 class Stopwatch:
-    """Times what all ranks do at once.
+    """Times work that all ranks do at the same time.
 
     Args:
         device: "cpu" or "cuda".
@@ -51,26 +50,27 @@ class Stopwatch:
         self.device = device
 
     def finish(self) -> None:
-        """Wait for what the device still does."""
+        """Wait until the device is idle."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
     def seconds(self, work: Callable[[], object], *, times: int | None = None) -> float:
-        """Median seconds of one call, in which every rank makes as many.
+        """Median seconds of one call.
 
         Args:
-            work: what is timed.
-            times: calls per repetition; None finds how many take long enough, each rank for itself.
+            work: the function to time.
+            times: number of calls per repetition, the same on every rank; None lets each rank choose a number that
+                takes long enough.
         """
         first = self._once(work, 1)
-        if first > LONG:
+        if first > _LONG_SECONDS:
             return self._once(work, 1)
         count = times or 1
         while times is None:
             elapsed = self._once(work, count)
-            if elapsed >= SECONDS / 4:
+            if elapsed >= _MIN_SECONDS / 4:
                 break
-            count = max(2 * count, min(count * 16, int(count * SECONDS / 4 / max(elapsed, 1e-7)) + 1))
+            count = max(2 * count, min(count * 16, int(count * _MIN_SECONDS / 4 / max(elapsed, 1e-7)) + 1))
         return statistics.median(self._once(work, count) / count for _ in range(5))
 
     def _once(self, work: Callable[[], object], count: int) -> float:
@@ -81,127 +81,127 @@ class Stopwatch:
         return time.perf_counter() - began
 
 
-def measure_matmul(watch: Stopwatch, precisions: tuple[Precision, ...]) -> Iterator[MatmulRate]:
-    """Products (rows, width) by (width, width), as the operator makes them for a relation."""
+def measure_matmul(stopwatch: Stopwatch, precisions: tuple[Precision, ...]) -> Iterator[MatmulRate]:
+    """Rates of products (rows, width) by (width, width), as the operator computes them for a relation."""
     for precision in precisions:
-        for width in WIDTHS:
-            # As many matrices as do not fit a cache: every relation has its own.
+        for width in _WIDTHS:
+            # Use more matrices than fit a cache, because every relation has its own.
             count = max(2, 2**25 // (width * width * DTYPE_BYTES[precision]))
-            weights = torch.randn(count, width, width, device=watch.device).to(DTYPES[precision])
-            for rows in ROWS:
-                x = torch.randn(rows, width, device=watch.device).to(DTYPES[precision])
+            weights = torch.randn(count, width, width, device=stopwatch.device).to(_DTYPES[precision])
+            for rows in _ROWS:
+                x = torch.randn(rows, width, device=stopwatch.device).to(_DTYPES[precision])
                 out, turn = torch.empty_like(x), [0]
 
                 def work(x: Tensor = x, out: Tensor = out, turn: list[int] = turn, weights: Tensor = weights) -> None:
                     turn[0] = (turn[0] + 1) % len(weights)
                     torch.mm(x, weights[turn[0]], out=out)
 
-                seconds = watch.seconds(work)
+                seconds = stopwatch.seconds(work)
                 yield MatmulRate(
                     precision=precision, rows=rows, width=width, flops_per_s=2 * rows * width * width / seconds
                 )
 
 
-def measure_elementwise(watch: Stopwatch) -> dict[str, float]:
-    """What elementwise operations read and write, on tensors of different sizes."""
-    rows = torch.ones(ROWS_ELEMENTS, device=watch.device)
-    other, tiny = torch.ones_like(rows), torch.ones(16, device=watch.device)
-    tile = torch.ones(TILE_ELEMENTS, device=watch.device)
+def measure_elementwise(stopwatch: Stopwatch) -> dict[str, float]:
+    """Rates of elementwise operations and norms, and the fixed time of an operation."""
+    rows = torch.ones(_ROWS_ELEMENTS, device=stopwatch.device)
+    other, tiny = torch.ones_like(rows), torch.ones(16, device=stopwatch.device)
+    tile = torch.ones(_TILE_ELEMENTS, device=stopwatch.device)
     return {
-        "memory_bytes_per_s": 3 * 4 * ROWS_ELEMENTS / watch.seconds(lambda: rows.mul_(other)),
-        "operation_s": watch.seconds(lambda: tiny.mul_(1.0)),
-        "norm_elements_per_s": TILE_ELEMENTS / watch.seconds(lambda: tile.double().norm(2)),
+        "memory_bytes_per_s": 3 * 4 * _ROWS_ELEMENTS / stopwatch.seconds(lambda: rows.mul_(other)),
+        "operation_s": stopwatch.seconds(lambda: tiny.mul_(1.0)),
+        "norm_elements_per_s": _TILE_ELEMENTS / stopwatch.seconds(lambda: tile.double().norm(2)),
     }
 
 
-def _transfer(watch: Stopwatch, move: Callable[[int], Callable[[], object]], width: int = 4) -> Transfer:
-    """Latency and rate of what moves so many elements, from a small and a large one."""
-    seconds = [watch.seconds(move(size), times=times) for size, times in ((SMALL, 20), (LARGE, 2))]
-    rate = width * (LARGE - SMALL) / max(seconds[1] - seconds[0], 1e-9)
-    return Transfer(latency_s=max(0.0, seconds[0] - width * SMALL / rate), bytes_per_s=rate)
+def _transfer(stopwatch: Stopwatch, move: Callable[[int], Callable[[], object]], width: int = 4) -> Transfer:
+    """Latency and bandwidth of a transfer, from the times of a small and a large one."""
+    seconds = [stopwatch.seconds(move(size), times=times) for size, times in ((_SMALL, 20), (_LARGE, 2))]
+    rate = width * (_LARGE - _SMALL) / max(seconds[1] - seconds[0], 1e-9)
+    return Transfer(latency_s=max(0.0, seconds[0] - width * _SMALL / rate), bytes_per_s=rate)
 
 
-def measure_collectives(watch: Stopwatch) -> dict[str, Transfer]:
-    """All-gather, reduce-scatter and all-reduce between the ranks, by bytes of the whole tensor."""
+def measure_collectives(stopwatch: Stopwatch) -> dict[str, Transfer]:
+    """Latency and bandwidth of all-gather, reduce-scatter and all-reduce, by bytes of the full tensor."""
     import deepspeed.comm as dist
 
-    ranks = dist.get_world_size()
+    world_size = dist.get_world_size()
 
     def gather(size: int) -> Callable[[], object]:
-        whole = torch.ones(size, device=watch.device)
-        part = torch.ones(size // ranks, device=watch.device)
-        return lambda: dist.all_gather_into_tensor(whole, part)
+        full = torch.ones(size, device=stopwatch.device)
+        part = torch.ones(size // world_size, device=stopwatch.device)
+        return lambda: dist.all_gather_into_tensor(full, part)
 
     def scatter(size: int) -> Callable[[], object]:
-        whole = torch.ones(size, device=watch.device)
-        part = torch.ones(size // ranks, device=watch.device)
-        return lambda: dist.reduce_scatter_tensor(part, whole)
+        full = torch.ones(size, device=stopwatch.device)
+        part = torch.ones(size // world_size, device=stopwatch.device)
+        return lambda: dist.reduce_scatter_tensor(part, full)
 
     def reduce(size: int) -> Callable[[], object]:
-        whole = torch.ones(size, device=watch.device)
-        return lambda: dist.all_reduce(whole)
+        full = torch.ones(size, device=stopwatch.device)
+        return lambda: dist.all_reduce(full)
 
     moves = {"all_gather": gather, "reduce_scatter": scatter, "all_reduce": reduce}
-    return {name: _transfer(watch, move) for name, move in moves.items()}
+    return {name: _transfer(stopwatch, move) for name, move in moves.items()}
 
 
-def measure_copies(watch: Stopwatch) -> dict[str, Transfer]:
-    """Copies between pinned host memory and a GPU."""
+def measure_copies(stopwatch: Stopwatch) -> dict[str, Transfer]:
+    """Latency and bandwidth of copies between pinned host memory and a GPU."""
 
-    def copy(*, down: bool) -> Callable[[int], Callable[[], object]]:
+    def copy(*, to_host: bool) -> Callable[[int], Callable[[], object]]:
         def make(size: int) -> Callable[[], object]:
             host = torch.ones(size).pin_memory()
             device = torch.ones(size, device="cuda")
-            return (lambda: host.copy_(device)) if down else (lambda: device.copy_(host))
+            return (lambda: host.copy_(device)) if to_host else (lambda: device.copy_(host))
 
         return make
 
     return {
-        "host_to_device": _transfer(watch, copy(down=False)),
-        "device_to_host": _transfer(watch, copy(down=True)),
+        "host_to_device": _transfer(stopwatch, copy(to_host=False)),
+        "device_to_host": _transfer(stopwatch, copy(to_host=True)),
     }
 
 
-def _adam_rate(watch: Stopwatch, device: str, make: Callable[[list[Tensor]], Any]) -> float:
-    parameter = nn.Parameter(torch.ones(GROUP_ELEMENTS, device=device))
+def _adam_rate(stopwatch: Stopwatch, device: str, make: Callable[[list[Tensor]], Any]) -> float:
+    parameter = nn.Parameter(torch.ones(_GROUP_ELEMENTS, device=device))
     parameter.grad = torch.ones_like(parameter)
     optimizer = make([parameter])
-    return GROUP_ELEMENTS / watch.seconds(optimizer.step, times=1)
+    return _GROUP_ELEMENTS / stopwatch.seconds(optimizer.step, times=1)
 
 
-def measure_optimizers(watch: Stopwatch) -> dict[str, float]:
+def measure_optimizers(stopwatch: Stopwatch) -> dict[str, float]:
     """Elements that AdamW updates per second: torch's on the device, DeepSpeed's on the host."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return {
         "device_adam_elements_per_s": _adam_rate(
-            watch, watch.device, lambda parameters: torch.optim.AdamW(parameters, foreach=False)
+            stopwatch, stopwatch.device, lambda parameters: torch.optim.AdamW(parameters, foreach=False)
         ),
-        "host_adam_elements_per_s": _adam_rate(watch, "cpu", lambda parameters: DeepSpeedCPUAdam(parameters)),
+        "host_adam_elements_per_s": _adam_rate(stopwatch, "cpu", lambda parameters: DeepSpeedCPUAdam(parameters)),
     }
 
 
-def measure_nvme(watch: Stopwatch, folder: Path, rank: int, ranks: int) -> dict[str, float]:
-    """Bytes per second of all ranks together, through DeepSpeed's I/O library as plans set it."""
+def measure_nvme(stopwatch: Stopwatch, folder: Path, rank: int, world_size: int) -> dict[str, float]:
+    """Bytes per second of all ranks together, with DeepSpeed's I/O library configured as in plans."""
     size = 2**26
     handle = io_handle()
     buffer = handle.new_cpu_locked_tensor(size, torch.empty(0, dtype=torch.uint8))
     path = str(folder / f"translution-calibrate-{os.getpid()}-{rank}.bin")
     try:
-        write = watch.seconds(lambda: handle.sync_pwrite(buffer, path, 0), times=1)
-        read = watch.seconds(lambda: handle.sync_pread(buffer, path, 0), times=1)
+        write = stopwatch.seconds(lambda: handle.sync_pwrite(buffer, path, 0), times=1)
+        read = stopwatch.seconds(lambda: handle.sync_pread(buffer, path, 0), times=1)
     finally:
         handle.free_cpu_locked_tensor(buffer)
         Path(path).unlink(missing_ok=True)
-    return {"nvme_write_bytes_per_s": ranks * size / write, "nvme_read_bytes_per_s": ranks * size / read}
+    return {"nvme_write_bytes_per_s": world_size * size / write, "nvme_read_bytes_per_s": world_size * size / read}
 
 
 class _Chain(nn.Module):
-    """Modules one after another, each of one matrix."""
+    """A sequence of modules with one matrix each."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(MODULE_WIDTH, MODULE_WIDTH, bias=False) for _ in range(MODULES))
+        self.layers = nn.ModuleList(nn.Linear(_MODULE_WIDTH, _MODULE_WIDTH, bias=False) for _ in range(_MODULES))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -209,49 +209,49 @@ class _Chain(nn.Module):
         return x
 
 
-def measure_engine(watch: Stopwatch, ranks: int, found: MeasuredRates) -> dict[str, float]:
-    """ZeRO-3's own seconds for a module's use, a parameter's gradient and a sub-group's step.
+def measure_engine(stopwatch: Stopwatch, world_size: int, found: MeasuredRates) -> dict[str, float]:
+    """Seconds that ZeRO-3 adds to a module's forward, a parameter's gradient and a sub-group's step.
 
-    What the products, collectives and updates of the same network take by themselves is left out.
+    The times of the products, collectives and updates themselves are subtracted.
 
     Args:
-        watch: the device's.
-        ranks: of the world.
-        found: what was measured before.
+        stopwatch: the stopwatch of the device.
+        world_size: number of ranks.
+        found: the rates measured before.
     """
     import deepspeed
 
-    numel = MODULE_WIDTH * MODULE_WIDTH
+    numel = _MODULE_WIDTH * _MODULE_WIDTH
     stage: Literal[3] = 3
     zero = ZeroSpec(
         stage=stage,
         reduce_bucket_elements=numel,
         max_live_elements=4 * numel,
         persistence_threshold_elements=0,
-        sub_group_elements=-(-numel // ranks),
+        sub_group_elements=-(-numel // world_size),
     )
-    config = deepspeed_config(TrainingSpec(micro_batch=1, steps=100), zero, ranks)
+    config = deepspeed_config(TrainingSpec(micro_batch=1, steps=100), zero, world_size)
     with deepspeed.zero.Init(config_dict_or_path=config):
         network = _Chain()
     engine, *_ = deepspeed.initialize(model=network, model_parameters=network.parameters(), config=config)
-    x = torch.ones(1, MODULE_WIDTH, device=watch.device, requires_grad=True)
+    x = torch.ones(1, _MODULE_WIDTH, device=stopwatch.device, requires_grad=True)
     times: dict[str, list[float]] = {"forward": [], "backward": [], "step": []}
     for _ in range(12):
         marks = [time.perf_counter()]
         loss = engine(x).float().mean()
-        marks.append(_mark(watch))
+        marks.append(_mark(stopwatch))
         engine.backward(loss)
-        marks.append(_mark(watch))
+        marks.append(_mark(stopwatch))
         engine.step()
-        marks.append(_mark(watch))
+        marks.append(_mark(stopwatch))
         for name, began, ended in zip(times, marks, marks[1:], strict=False):
             times[name].append(ended - began)
-    forward, backward, step = (statistics.median(values[4:]) / MODULES for values in times.values())
+    forward, backward, step = (statistics.median(values[4:]) / _MODULES for values in times.values())
     engine.destroy()
     gather = found.all_gather.seconds(4 * numel) if found.all_gather else 0.0
     scatter = found.reduce_scatter.seconds(4 * numel) if found.reduce_scatter else 0.0
     operation = found.operation_s or 0.0
-    update = numel / ranks / (found.device_adam_elements_per_s or float("inf"))
+    update = numel / world_size / (found.device_adam_elements_per_s or float("inf"))
     module = max(0.0, forward - gather - 2 * operation)
     return {
         "module_s": module,
@@ -260,42 +260,42 @@ def measure_engine(watch: Stopwatch, ranks: int, found: MeasuredRates) -> dict[s
     }
 
 
-def _mark(watch: Stopwatch) -> float:
-    watch.finish()
+def _mark(stopwatch: Stopwatch) -> float:
+    stopwatch.finish()
     return time.perf_counter()
 
 
-def calibrate_rank(device: str, nvme_path: Path | None, say: Say) -> MeasuredRates:
-    """Measure everything that this rank can.
+def measure_rates(device: str, nvme_path: Path | None, on_line: Callable[[str], None]) -> MeasuredRates:
+    """Measure all rates as one rank.
 
     Args:
         device: "cpu" or "cuda".
-        nvme_path: a folder on the drive to measure; None leaves it out.
-        say: called with a line as each part begins.
+        nvme_path: folder on the NVMe drive to measure; None leaves it out.
+        on_line: called with a line of text as each measurement begins.
     """
     import deepspeed.comm as dist
 
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    watch = Stopwatch(device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    stopwatch = Stopwatch(device)
     precisions: tuple[Precision, ...] = ("fp32", "bf16") if device == "cpu" else ("fp32", "bf16", "fp16")
-    say("matrix products")
-    found: dict[str, Any] = {"ranks": ranks, "matmul": tuple(measure_matmul(watch, precisions))}
-    say("elementwise operations")
-    found |= measure_elementwise(watch)
-    say("collectives")
+    on_line("matrix products")
+    found: dict[str, Any] = {"ranks": world_size, "matmul": tuple(measure_matmul(stopwatch, precisions))}
+    on_line("elementwise operations")
+    found |= measure_elementwise(stopwatch)
+    on_line("collectives")
     dist.barrier()
-    found |= measure_collectives(watch)
+    found |= measure_collectives(stopwatch)
     if device == "cuda":
-        say("copies between host and device")
-        found |= measure_copies(watch)
-    say("optimizers")
+        on_line("copies between host and device")
+        found |= measure_copies(stopwatch)
+    on_line("optimizers")
     dist.barrier()
-    found |= measure_optimizers(watch)
+    found |= measure_optimizers(stopwatch)
     if nvme_path is not None:
-        say("NVMe")
+        on_line("NVMe")
         dist.barrier()
-        found |= measure_nvme(watch, nvme_path, rank, ranks)
-    say("DeepSpeed's engine")
+        found |= measure_nvme(stopwatch, nvme_path, rank, world_size)
+    on_line("DeepSpeed's engine")
     dist.barrier()
-    found |= measure_engine(watch, ranks, MeasuredRates.model_validate(found))
+    found |= measure_engine(stopwatch, world_size, MeasuredRates.model_validate(found))
     return MeasuredRates.model_validate(found)
