@@ -16,6 +16,7 @@ test: $(VENV)/.dev
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo --cache-dir build/import_linter
 	PATH="$(abspath $(BIN)):$$PATH" sh scripts/check_types.sh
 
 format: $(VENV)/.dev
