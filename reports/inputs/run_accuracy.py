@@ -51,20 +51,20 @@ def predicted_and_measured(
     prediction: MemoryEstimate, measured: MemoryMeasurement
 ) -> Iterator[tuple[Tier, str, int, int]]:
     """Yield tier, label, predicted bytes and measured bytes: items measured separately, then totals."""
-    own: Tier = prediction.own_tier
+    own = prediction.own_tier
     for name, size in measured.entries_bytes.items():
         yield own, name, prediction.of(name), size
     for name, size in measured.host_entries_bytes.items():
-        kinds: tuple[Tier, ...] = ("host", "pinned")
-        yield "host", name, sum(prediction.of(name, RESIDENT, tier) for tier in kinds), size
+        predicted = sum(prediction.of(name, RESIDENT, tier) for tier in (Tier.HOST, Tier.PINNED))
+        yield Tier.HOST, name, predicted, size
     for name, size in measured.swap_buffers_bytes.items():
-        yield "pinned", name, prediction.of(name, RESIDENT, Tier.PINNED), size
+        yield Tier.PINNED, name, prediction.of(name, RESIDENT, Tier.PINNED), size
     files: dict[str, int] = {}
     for name, size in measured.disk_bytes.items():
         entry = _SWAP_ITEMS.get(name, name)
         files[entry] = files.get(entry, 0) + size
     for name, size in files.items():
-        yield "nvme", name, prediction.of(name, RESIDENT, Tier.NVME), size
+        yield Tier.NVME, name, prediction.of(name, RESIDENT, Tier.NVME), size
     yield own, RESIDENT, prediction.resident_bytes, measured.resident_bytes
     if measured.saved_bytes is not None:
         yield own, SAVED, prediction.saved_bytes, measured.saved_bytes
@@ -72,7 +72,12 @@ def predicted_and_measured(
         yield own, f"peak of {phase}", prediction.bytes_of(phase), size
     for phase, size in _with_building(measured.process_phase_peak_bytes).items():
         held = prediction.bytes_of(phase, Tier.HOST) + prediction.bytes_of(phase, Tier.PINNED)
-        yield "host", f"{PROCESS_PREFIX} in {phase}", measured.process_start_bytes + PROCESS_GROWTH_BYTES + held, size
+        yield (
+            Tier.HOST,
+            f"{PROCESS_PREFIX} in {phase}",
+            measured.process_start_bytes + PROCESS_GROWTH_BYTES + held,
+            size,
+        )
 
 
 def _with_building(peaks: Mapping[str, int]) -> dict[str, int]:
