@@ -127,7 +127,7 @@ def _blas(generation: Generation) -> OverheadItem:
         low_bytes=block_bytes(first),
         likely_bytes=2 * block_bytes(one),
         high_bytes=3 * block_bytes(one),
-        formula=f"{text}: for forward, for backward's thread, and for high on another stream",
+        formula=f"{text}: one for forward, one for backward's thread; high: one more for another stream",
         source="torch 2.13, CublasHandlePool.cpp: parseChosenWorkspaceSize, parseCUDABlasLtWorkspaceSize",
     )
 
@@ -147,7 +147,7 @@ def _nccl(gpu: str, generation: Generation, world_size: int, nodes: int) -> list
 def _items_of_gpu(gpu: str, world_size: int, nodes: int) -> list[OverheadItem]:
     generation = load_catalog().gpus[gpu].generation
     return [
-        _measured("driver_reserve", _observed().driver_reserve[gpu], "total by the driver less what torch sees"),
+        _measured("driver_reserve", _observed().driver_reserve[gpu], "the driver's total minus the total torch sees"),
         _measured("context", _observed().context[generation], "context and kernels; high: all kernels loaded at once"),
         _blas(generation),
         *_nccl(gpu, generation, world_size, nodes),
@@ -160,7 +160,7 @@ def _span(breakdown: Sequence[OverheadItem]) -> OverheadItem:
         "low_bytes": min(item.low_bytes for item in breakdown),
         "likely_bytes": max(item.likely_bytes for item in breakdown),
         "high_bytes": max(item.high_bytes for item in breakdown),
-        "formula": "no GPU named: spans those of the catalog",
+        "formula": "no GPU named: spans all GPUs of the catalog",
         "source": ESTIMATE,
     }
     return breakdown[0].model_copy(update=values)
@@ -199,7 +199,7 @@ def estimate_overhead(
     for item in breakdown:
         own = getattr(given, item.name)
         if own is not None:
-            item = item.model_copy(update=own.model_dump() | {"formula": "as given"})
+            item = item.model_copy(update=own.model_dump() | {"formula": "given by the user"})
         replaced.append(item)
     fragmentation = FRAGMENTATION_EXPANDABLE if expandable_segments else FRAGMENTATION
     return DeviceOverhead(gpu=gpu, breakdown=tuple(replaced), fragmentation=given.fragmentation or fragmentation)

@@ -86,7 +86,7 @@ def rccl() -> list[OverheadItem]:
     return _pair(
         (666 * MIB, 1690 * MIB, COMMUNICATORS * 64 * 2 * _DIRECTION),
         (0, 8 * MIB, 512 * MIB),
-        "1 GiB for the first communicator and 0.65 GiB for each other; low one, high 64 channels of each",
+        "1 GiB for the first communicator, 0.65 GiB for the second; low: one communicator; high: 64 channels each",
         "MI250X, not MI300X: github.com/Lumi-supercomputer/LUMI-AI-Guide/issues/111; "
         f"low and high: {ESTIMATE}; 64 channels of MI350X: github.com/ROCm/rocm-systems/pull/9764",
         ESTIMATE,
@@ -139,9 +139,9 @@ def by_nvlink(generation: Generation, channels: Channels, per_node: int, nodes: 
     return _pair(
         sizes,
         hosts,
-        f"{formula}; low: rings of one; high: all of both",
+        f"{formula}; low: rings of one communicator; high: everything for both",
         f"{channels.source}; sizes computed from NCCL's source; {_BASE_SOURCE}",
-        f"LL queues of network connections, high all queues: NCCL, net.cc; the rest {ESTIMATE}",
+        f"LL queues of network connections, high: all queues: NCCL, net.cc; the rest: {ESTIMATE}",
     )
 
 

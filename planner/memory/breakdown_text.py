@@ -12,16 +12,16 @@ from ..simulator.network.relation_ops import WORKSPACE
 _ZERO3, _ZERO12 = "runtime/zero/stage3.py", "runtime/zero/stage_1_and_2.py"
 _PARTITION, _SWAP = "runtime/zero/partition_parameters.py", "runtime/swap_tensor"
 _FIXED: dict[str, tuple[str, str]] = {
-    ACTIVATIONS: ("outputs that are in use or kept for backward, layer by layer", "planner/block_twin.py"),
-    GRADIENTS: ("gradients of activations on their way back", "planner/tape.py"),
-    ATTENTION_WEIGHTS: ("weights of every pair of tokens, B·h·N² a layer, and their logits", "models/grouped.py"),
-    WORKSPACE: ("rows of one relation's pairs and their products, bounded by workspace_bytes", "models/context.py"),
-    TEMPORARY: ("what one operation makes and drops", "planner/twins.py"),
+    ACTIVATIONS: ("outputs that are in use or kept for backward, layer by layer", "planner/simulator/network/block.py"),
+    GRADIENTS: ("gradients of activations on their way back", "planner/simulator/core/autograd.py"),
+    ATTENTION_WEIGHTS: ("weights of every pair of tokens, B·h·N² a layer, and their logits", "models/ops/grouped.py"),
+    WORKSPACE: ("rows of one relation's pairs and their products, bounded by workspace_bytes", "models/ops/context.py"),
+    TEMPORARY: ("what one operation makes and drops", "planner/simulator/network/ops.py"),
     CASTS: ("parameters as products take them, held by autocast or kept for backward", "torch.autocast"),
-    MICRO_BATCHES: ("inputs and targets of the step's micro-batches", "distributed/data.py"),
+    MICRO_BATCHES: ("inputs and targets of the step's micro-batches", "distributed/data/batching.py"),
     OFFLOADED: ("inputs of checkpointed blocks, kept on the host", "fairscale nn/checkpoint"),
     "random states": ("of torch's generator, kept by each checkpointed block", "torch/utils/checkpoint.py"),
-    names.BUFFERS: ("cosines and sines of rotary layers; index lists of pairs on a GPU", "models/rotary.py"),
+    names.BUFFERS: ("cosines and sines of rotary layers; index lists of pairs on a GPU", "models/ops/rotary.py"),
     names.GATHERED: ("parameters of the modules that run, whole", f"{_PARTITION}:1329"),
     names.GATHER_COPIES: ("a rank's shares on their way to the gather", f"{_PARTITION}:1329"),
     names.BACKEND_COPIES: (
@@ -80,4 +80,4 @@ def describe_item(name: str, config: EngineConfig) -> tuple[str, str]:
         ),
         names.OFFLOAD_COPIES: ("the share of parameters, and the largest gradient twice", f"{_ZERO12}:700"),
     }
-    return texts.get(name, (name, "planner"))
+    return texts.get(name, (name, "planner/simulator"))
