@@ -1,1 +1,7 @@
-"""Measured memory: allocation events, process memory, the engine's tensors."""
+"""Measures the memory of a rank.
+
+recorder           records a rank's peak memory phase by phase
+allocation_tracer  traces torch's CPU allocator; counts live tensors and tensors saved for backward
+engine_tensors     the tensors of a DeepSpeed engine by item of the memory breakdown
+single_process     forward and backward on one process, without DeepSpeed
+"""

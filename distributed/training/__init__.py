@@ -1,1 +1,10 @@
-"""Training on one rank: DeepSpeed's engine, the loop, schedules and checks."""
+"""Training on one rank.
+
+engine             the model under DeepSpeed's engine: process group, construction, loss, gradients, evaluation
+trainer            the training loop, its measurement and checkpoints; `train`, the entry point of every rank
+run_log            the rank's status and the metrics of the run
+monitor            metrics to CSV files, TensorBoard or Weights & Biases
+lr_schedule        warm-up and cosine
+nonfinite          finds the first value or gradient that is not finite
+deepspeed_fixes    all patches of DeepSpeed for training
+"""
