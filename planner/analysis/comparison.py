@@ -12,7 +12,7 @@ from ..config.loading import load_model
 from ..config.model import ModelSpec, VitSpec, override
 from ..config.training import DTYPE_BYTES, TrainingSpec, parse_training
 from ..costs.flops import count_flops
-from ..costs.optimizer_state import moments, widths
+from ..costs.optimizer_state import state_tensors, widths
 from ..costs.parameters import count_parameters
 from ..hardware.catalog import find_gpu, load_catalog
 from ..hardware.cluster import ClusterSpec, named_cluster
@@ -108,7 +108,7 @@ class ScalePoint(Schema):
 def state_bytes_per_parameter(training: TrainingSpec) -> int:
     """Bytes per parameter of the parameter, accumulated gradient, master copy and moments."""
     wide, site = widths(training)
-    return training.dtype_bytes + DTYPE_BYTES[training.accumulation_dtype] + wide + site * moments(training)
+    return training.dtype_bytes + DTYPE_BYTES[training.accumulation_dtype] + wide + site * state_tensors(training)
 
 
 def compared_models(

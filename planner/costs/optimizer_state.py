@@ -9,7 +9,7 @@ from __future__ import annotations
 from ..config.training import DTYPE_BYTES, TrainingSpec
 
 
-def moments(training: TrainingSpec) -> int:
+def state_tensors(training: TrainingSpec) -> int:
     """Return the number of state tensors, each with as many elements as the parameters, that the optimizer has."""
     if training.optimizer == "adamw":
         return 2

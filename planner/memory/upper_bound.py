@@ -15,7 +15,7 @@ from ..config.model import ModelSpec
 from ..config.training import DTYPE_BYTES, TrainingSpec
 from ..config.zero import ZeroSpec
 from ..costs.comm_volume import Volumes, volumes
-from ..costs.optimizer_state import moments, temporary_tensors, widths
+from ..costs.optimizer_state import state_tensors, temporary_tensors, widths
 from ..costs.parameters import TABLES, parameter_groups
 from ..deepspeed.config import NVME_BLOCK_BYTES
 from ..run_config import RunConfig
@@ -95,7 +95,7 @@ class _Terms:
 
     @property
     def state(self) -> int:
-        return widths(self.training)[1] * moments(self.training)
+        return widths(self.training)[1] * state_tensors(self.training)
 
     @property
     def accumulated(self) -> int:

@@ -16,7 +16,7 @@ from ..config.training import DTYPE_BYTES, TrainingSpec
 from ..config.zero import ZeroSpec
 from ..costs.comm_volume import Volumes, volumes
 from ..costs.flops import count_flops
-from ..costs.optimizer_state import moments, widths
+from ..costs.optimizer_state import state_tensors, widths
 from ..costs.workload import count_work
 from ..run_config import RunConfig
 from .rates import RATE_LEVELS, RateLevel, Rates
@@ -160,7 +160,7 @@ def _update_parts(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rat
         parts[_FROM_HOST + " after the update"] = PartTime(back, "host link")
     if optimizer.device == "nvme":
         master, state = widths(training)
-        held = master + state * moments(training)
+        held = master + state * state_tensors(training)
         gradients = own * 4
         read = (own * held + gradients) / rates.nvme_bytes_per_s("read")
         # Gradients are written as the micro-batches are reduced.

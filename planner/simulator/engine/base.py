@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ...config.training import DTYPE_BYTES, TrainingSpec
 from ...config.zero import ZeroSpec
-from ...costs.optimizer_state import moments, temporary_tensors, widths
+from ...costs.optimizer_state import state_tensors, temporary_tensors, widths
 from ...run_config import RunConfig
 from ..core.autograd import ParameterHooks
 from ..core.storage import MemoryTracker, Storage
@@ -79,7 +79,7 @@ class EngineConfig:
     @property
     def state_width(self) -> int:
         """Bytes of all optimizer states of one element."""
-        return widths(self.training)[1] * moments(self.training)
+        return widths(self.training)[1] * state_tensors(self.training)
 
 
 class SimulatedEngine(ParameterHooks):
