@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from translution.planner.config.training import DTYPE_BYTES, Precision, TrainingSpec
+from translution.planner.common.types import DTYPE_BYTES, Precision
+from translution.planner.config.training import TrainingSpec
 from translution.planner.config.zero import ZeroSpec
 from translution.planner.deepspeed.config import deepspeed_config
 from translution.planner.hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer

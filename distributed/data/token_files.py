@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from translution.planner.common.errors import InputError, MissingPackageError
 from translution.planner.common.schema import Schema, parse_json
-from translution.planner.config.model import Positive
+from translution.planner.common.types import Positive
 
 if TYPE_CHECKING:
     import numpy as np

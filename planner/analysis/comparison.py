@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..common.errors import MissingPackageError
 from ..common.schema import Schema, stored_as
+from ..common.types import DTYPE_BYTES
 from ..config.loading import load_model
 from ..config.model import ModelSpec, VitSpec, override
-from ..config.training import DTYPE_BYTES, TrainingSpec, parse_training
+from ..config.training import TrainingSpec, parse_training
 from ..costs.flops import count_flops
 from ..costs.optimizer_state import state_tensors, widths
 from ..costs.parameters import count_parameters

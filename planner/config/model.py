@@ -23,7 +23,6 @@ relation; and a matrix per position (absolute)."""
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
 """Default limit of the scratch memory of one operator call, in bytes."""
 
-Positive: TypeAlias = Annotated[int, Field(ge=1, le=2**60, strict=True)]
 Size: TypeAlias = Annotated[int, Field(ge=1, le=2**20, strict=True)]
 """A size of a model. The upper bound keeps a typing error from being counted for hours."""
 

@@ -8,17 +8,10 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, TypeAdapter, model_validator
 
 from ..common.schema import Schema, stored_as, validate
+from ..common.types import DTYPE_BYTES, UnitFraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Precision
 from .datasets import PLACED_DIGITS, READ_FROM_PATH, DataKind
-from .model import Positive
 
-Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
-DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 Optimizer: TypeAlias = Literal["adamw", "lion", "adagrad", "sgd"]
-
-NonNegative: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
-PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
-NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
-Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
 
 class TrainingSpec(Schema):
@@ -72,12 +65,12 @@ class TrainingSpec(Schema):
     keep_checkpoints: Positive = 2
     """Number of newest checkpoints that are kept."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of a target that is spread evenly over all classes, or over the vocabulary."""
+    """UnitFraction of a target that is spread evenly over all classes, or over the vocabulary."""
     crop_padding: NonNegative = 0
     """Zero pixels added to every side of an image before a random crop of the original size; 0 disables it."""
     crop_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Smallest fraction of an image's area that a random resized crop keeps; 1 disables it."""
-    flip: Share = 0.0
+    flip: UnitFraction = 0.0
     """Probability of a horizontal flip."""
     mixup: NonNegativeFloat = 0.0
     """Alpha of mixup's Beta distribution; 0 disables it. Source: arXiv 1710.09412."""

@@ -7,8 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from ..common.schema import Schema
-from .model import Positive
-from .training import NonNegative
+from ..common.types import NonNegative, Positive
 
 OffloadDevice: TypeAlias = Literal["none", "cpu", "nvme"]
 

@@ -6,7 +6,8 @@ update in place on the host.
 
 from __future__ import annotations
 
-from ..config.training import DTYPE_BYTES, TrainingSpec
+from ..common.types import DTYPE_BYTES
+from ..config.training import TrainingSpec
 
 
 def state_tensors(training: TrainingSpec) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from ..common.schema import Schema
-from ..config.training import Precision
+from ..common.types import Precision
 
 Rate: TypeAlias = Annotated[float, Field(gt=0)]
 """Units per second."""

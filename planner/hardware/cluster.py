@@ -18,8 +18,8 @@ from ..common.errors import InputError
 from ..common.files import SPEC_SUFFIXES, read_mapping
 from ..common.machine import total_memory_bytes, usable_cores
 from ..common.schema import Schema, validate
+from ..common.types import Positive
 from ..common.units import GIB
-from ..config.model import Positive
 from .calibrated_rates import MeasuredRates, Rate
 from .catalog import GpuSpec, NodeSpec, find_gpu, find_node, load_catalog, nearest_names
 from .device_overhead import DeviceOverhead, estimate_overhead

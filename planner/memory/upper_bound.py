@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
+from ..common.types import DTYPE_BYTES
 from ..common.units import FP32_BYTES
 from ..config.model import ModelSpec
-from ..config.training import DTYPE_BYTES, TrainingSpec
+from ..config.training import TrainingSpec
 from ..config.zero import ZeroSpec
 from ..costs.comm_volume import Volumes, volumes
 from ..costs.optimizer_state import state_tensors, temporary_tensors, widths

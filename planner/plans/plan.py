@@ -11,7 +11,8 @@ from pydantic import TypeAdapter
 
 from ..common.errors import InputError
 from ..common.schema import Schema, parse_json
-from ..config.model import ModelSpec, Positive
+from ..common.types import Positive
+from ..config.model import ModelSpec
 from ..config.training import TrainingSpec
 from ..config.zero import ZeroSpec
 from ..deepspeed.config import deepspeed_config

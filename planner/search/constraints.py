@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field
 
 from ..common.schema import Schema, stored_as
-from ..config.model import Positive
+from ..common.types import Positive
 from ..hardware.cluster import ClusterSpec
 
 Stage: TypeAlias = Literal[0, 1, 2, 3]

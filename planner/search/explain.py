@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..common.schema import Schema, stored_as
+from ..common.types import Positive
 from ..common.units import format_bytes
-from ..config.model import Positive
 from ..plans.build import predict_plan
 from ..plans.plan import Plan
 from .candidate import Candidate, Capacity

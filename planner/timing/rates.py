@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Literal, TypeAlias
 
 from ..common.errors import InputError
-from ..config.training import DTYPE_BYTES, Precision
+from ..common.types import DTYPE_BYTES, Precision
 from ..hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer, interpolate
 from ..hardware.cluster import ClusterSpec
 

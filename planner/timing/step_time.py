@@ -11,8 +11,9 @@ from functools import lru_cache
 from typing import Literal, NamedTuple, TypeAlias
 
 from ..common.schema import Schema, stored_as
+from ..common.types import DTYPE_BYTES
 from ..config.model import ModelSpec
-from ..config.training import DTYPE_BYTES, TrainingSpec
+from ..config.training import TrainingSpec
 from ..config.zero import ZeroSpec
 from ..costs.comm_volume import Volumes, volumes
 from ..costs.flops import count_flops

@@ -12,10 +12,11 @@ from pydantic import AfterValidator, Field, TypeAdapter
 
 from translution.planner.common.errors import InputError
 from translution.planner.common.schema import Schema, validate
+from translution.planner.common.types import Precision
 from translution.planner.common.units import GIB
 from translution.planner.config.model import ModelSpec, Operator, override
 from translution.planner.config.presets import preset, preset_name
-from translution.planner.config.training import Optimizer, Precision, TrainingSpec
+from translution.planner.config.training import Optimizer, TrainingSpec
 from translution.planner.hardware.catalog import find_gpu
 from translution.planner.hardware.cluster import ClusterSpec, named_cluster
 from translution.planner.search.constraints import (

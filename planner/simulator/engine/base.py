@@ -10,7 +10,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 
-from ...config.training import DTYPE_BYTES, TrainingSpec
+from ...common.types import DTYPE_BYTES
+from ...config.training import TrainingSpec
 from ...config.zero import ZeroSpec
 from ...costs.optimizer_state import state_tensors, temporary_tensors, widths
 from ...run_config import RunConfig
