@@ -13,7 +13,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,13 +32,28 @@ DEVICE_FOLDER = "device"
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """State of DeepSpeed's loss scalers."""
-_KINDS = {"exp_avg": "first", "exp_avg_sq": "second", "sum": "second", "momentum_buffer": "first"}
+_MOMENT_KINDS = {"exp_avg": "first", "exp_avg_sq": "second", "sum": "second", "momentum_buffer": "first"}
 """Kind of a moment by its name in an optimizer's state; Adagrad's has different names in torch and on the host."""
 
 
 def moment_kind(name: str) -> str | None:
     """Return which moment an entry of an optimizer's state is; None for other entries."""
-    return _KINDS.get(name)
+    return _MOMENT_KINDS.get(name)
+
+
+class VectorPart(NamedTuple):
+    """Consecutive elements of a parameter of the untiled network in a rank's flat vector; sorts by `start`."""
+
+    start: int
+    """Index of the first element in the parameter."""
+    numel: int
+    """Number of elements."""
+    rank: int
+    """Rank that holds them."""
+    vector: int
+    """Number of the rank's vector."""
+    offset: int
+    """Index of the first element in the vector."""
 
 
 class FlatVector:
@@ -162,7 +177,7 @@ class CheckpointReader:
         groups = model["param_shapes"]
         for group in groups:
             self.shapes |= group
-        # DeepSpeed's optimizer for bf16 with fp32 accumulation has none.
+        # DeepSpeed's optimizer for bf16 with fp32 accumulation has no loss scaler.
         self._take_scales(self._files.state(0).get("loss_scaler"))
         states = [self._files.state(rank)["param_slice_mappings"] for rank in range(self.world_size)]
         for number in range(len(groups)):
@@ -193,17 +208,18 @@ class CheckpointReader:
         positions = untiled_positions(numels)
         self.numels = untiled_numels(numels)
         """Number of elements of every parameter of the untiled network."""
-        self._parts: dict[str, list[tuple[int, int, int, int, int]]] = {name: [] for name in self.numels}
+        self._parts: dict[str, list[VectorPart]] = {name: [] for name in self.numels}
         for rank, number, part in fragments:
             position = positions[part.name]
-            self._parts[position.name].append((position.start + part.start, part.numel, rank, number, part.offset))
+            start = position.start + part.start
+            self._parts[position.name].append(VectorPart(start, part.numel, rank, number, part.offset))
         for name, parts in self._parts.items():
             parts.sort()
             end = 0
-            for start, numel, *_ in parts:
-                if start != end:
-                    raise InputError(f"{self.folder}: holds no elements {end} to {start} of {name}")
-                end += numel
+            for own in parts:
+                if own.start != end:
+                    raise InputError(f"{self.folder}: holds no elements {end} to {own.start} of {name}")
+                end += own.numel
             if end != self.numels[name]:
                 raise InputError(f"{self.folder}: holds no elements {end} to {self.numels[name]} of {name}")
 
@@ -217,19 +233,18 @@ class CheckpointReader:
             out: flat tensor, filled completely.
         """
         stop = start + out.numel()
-        for first, numel, rank, number, offset in overlapping(self._parts[name], start, stop):
-            low, high = max(first, start), min(first + numel, stop)
-            values = self._files.vectors(rank)[number].values(kind)
-            out[low - start : high - start].copy_(values[offset + low - first : offset + high - first])
+        for part in overlapping_parts(self._parts[name], start, stop):
+            low, high = max(part.start, start), min(part.start + part.numel, stop)
+            values = self._files.vectors(part.rank)[part.vector].values(kind)
+            shift = part.offset - part.start
+            out[low - start : high - start].copy_(values[shift + low : shift + high])
 
 
-def overlapping(
-    parts: Sequence[tuple[int, int, int, int, int]], start: int, stop: int
-) -> Iterator[tuple[int, int, int, int, int]]:
-    """Those of the parts, sorted by their first element, that hold an element of a range."""
+def overlapping_parts(parts: Sequence[VectorPart], start: int, stop: int) -> Iterator[VectorPart]:
+    """Those of the sorted parts that hold an element of a range."""
     begin = max(0, bisect.bisect_right(parts, (start,)) - 1)
     for part in parts[begin:]:
-        if part[0] >= stop:
+        if part.start >= stop:
             return
-        if part[0] + part[1] > start:
+        if part.start + part.numel > start:
             yield part

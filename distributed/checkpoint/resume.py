@@ -14,7 +14,7 @@ from ..runs.folder import CHECKPOINT, require_run
 from ..runs.measurement import remove_measurements
 from .manifest import CheckpointRef, checkpoint_tags, newest_checkpoint
 
-_FREE = {
+_CHANGEABLE = {
     "training": {
         "steps",
         "checkpoint_steps",
@@ -35,7 +35,7 @@ _FREE = {
 
 def _differences(section: str, asked: Mapping[str, object], had: Mapping[str, object]) -> Iterator[str]:
     for name, value in asked.items():
-        if name not in _FREE.get(section, ()) and value != had.get(name):
+        if name not in _CHANGEABLE.get(section, ()) and value != had.get(name):
             yield f"{section}.{name}: {value!r} is not allowed: must be {had.get(name)!r}, as in the run to resume"
 
 
@@ -65,23 +65,23 @@ def layout_changes(plan: Plan, before: Plan) -> list[str]:
     """Describe each field of a plan that changes the layout of a checkpoint; empty if the layouts are equal."""
     changes = []
     if plan.cluster.world_size != before.cluster.world_size:
-        changes.append(f"from {_ranks(before)} to {plan.cluster.world_size}")
+        changes.append(f"from {_count_ranks(before)} to {plan.cluster.world_size}")
     if plan.tile_relations != before.tile_relations:
         changes.append(f"from tile_relations {before.tile_relations} to {plan.tile_relations}")
-    asked, had = dict(_flat("zero", plan.zero.model_dump())), dict(_flat("zero", before.zero.model_dump()))
+    asked, had = dict(_flatten("zero", plan.zero.model_dump())), dict(_flatten("zero", before.zero.model_dump()))
     changes += [f"from {name} {had[name]} to {asked[name]}" for name in asked if asked[name] != had[name]]
     return changes
 
 
-def _ranks(plan: Plan) -> str:
+def _count_ranks(plan: Plan) -> str:
     ranks = plan.cluster.world_size
     return f"{ranks} rank{'' if ranks == 1 else 's'}"
 
 
-def _flat(name: str, value: object) -> Iterator[tuple[str, object]]:
+def _flatten(name: str, value: object) -> Iterator[tuple[str, object]]:
     if isinstance(value, Mapping):
         for key, entry in value.items():
-            yield from _flat(f"{name}.{key}", entry)
+            yield from _flatten(f"{name}.{key}", entry)
     else:
         yield name, value
 

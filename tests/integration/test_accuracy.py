@@ -1,4 +1,4 @@
-"""What the ledger predicts against what two real ranks measure: every stage, every offload."""
+"""Predicted memory against the measurements of two real ranks, for every stage and offload."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIDE = TINY | {"dim": 192, "heads": 3}
 GPT = {"family": "gpt", "context": 24, "vocabulary": 300, "dim": 192, "depth": 2, "heads": 3}
 HYBRID = {"relative_layers": "first:1", "head_dim": 64}
 LOW = {"operator": "alpha", "c1": 16, "c2": 24}
-# A rank's share of a tile must reach 1 MiB to lie on NVMe.
+# A rank's partition of a tile is offloaded to NVMe only from 1 MiB on.
 SWAPPED = {"model": TINY | {"dim": 256, "depth": 2, "heads": 4}, "tile": 16}
 BF16 = {"precision": "bf16"}
 CASES: dict[str, dict[str, Any]] = {
@@ -40,20 +40,20 @@ CASES: dict[str, dict[str, Any]] = {
     "3-nvme": {"offload": "nvme", **BF16, **SWAPPED},
 }
 WITHIN_BYTES = 2**16
-"""Scalars, counts of steps and padding beside the entries that the ledger names."""
+"""Tolerance for scalars, step counters and padding that the memory breakdown does not list."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_ops(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """DeepSpeed's ops, compiled before ranks would race for them."""
+    """Compile DeepSpeed's ops before several ranks need them at once."""
     ops = ["ShareMemCommBuilder", "CPUAdamBuilder"]
     if Path("/usr/include/libaio.h").exists():
         ops.append("AsyncIOBuilder")
     prepare_ops(ops, launch_environment(local_cpu_cluster(2)), tmp_path_factory.mktemp("ops") / "log")
 
 
-def measured(folder: Path, *modes: str, **options: Any) -> pd.DataFrame:
-    """The comparison of a plan's two ranks after it has run in each mode."""
+def measured(folder: Path, *modes: RunMode, **options: Any) -> pd.DataFrame:
+    """Compare prediction and measurement of a plan's two ranks after it has run in each mode."""
     nvme = folder / "nvme" if "nvme" in options.get("offload", "none") else None
     if nvme is not None:
         if not Path("/usr/include/libaio.h").exists():
@@ -67,7 +67,7 @@ def measured(folder: Path, *modes: str, **options: Any) -> pd.DataFrame:
 
 
 def is_late(row: dict[str, Any]) -> bool:
-    """Whether a peak looks as if gloo's own thread had let go of a tensor a moment late: less than half a percent."""
+    """True if a peak is up to half a percent above the prediction, as when gloo's thread frees a tensor late."""
     return row["what"].startswith("peak of") and 0.995 <= row["ratio"] < 1.0
 
 
@@ -77,7 +77,7 @@ def test_states_are_exact_and_peaks_within_five_percent_and_never_low(name: str,
         folder = tmp_path / str(attempt)
         folder.mkdir()
         table = measured(folder, RunMode.MEASURE, **CASES[name])
-        # That happens once in many runs, and a wrong prediction in every one.
+        # gloo is rarely late; a wrong prediction fails in every attempt.
         if not any(is_late(row) for row in table.to_dict("records")):
             break
     assert set(table["rank"]) == {0, 1}
@@ -103,7 +103,7 @@ def test_states_are_exact_and_peaks_within_five_percent_and_never_low(name: str,
 
 
 def test_resuming_and_the_resident_set_are_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What glibc would keep of freed tensors depends on their order.
+    # How much freed memory glibc holds would depend on the order of frees.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**17))
     table = measured(
         tmp_path, RunMode.MEASURE, RunMode.MEASURE_RESUME, RunMode.MEASURE_PROCESS, stage=3, precision="bf16"

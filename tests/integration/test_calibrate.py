@@ -1,4 +1,4 @@
-"""Calibrating this machine writes a cluster file that plans use."""
+"""`calibrate` measures this machine and writes a cluster file that plans use."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_machine_is_measured_and_planned_for(tmp_path: Path, capsys: pytest.Ca
     rates = Rates(cluster, "fp32")
     fastest = max(point["flops_per_s"] for point in measured["matmul"] if point["precision"] == "fp32")
     assert rates.peak_flops_per_s == fastest
-    # Many rows are no slower than one: a processor whose products take longer so does not exist.
+    # 512 rows take less time than 512 products of one row on any processor.
     assert rates.matmul_seconds(512, 384, 384) < 512 * rates.matmul_seconds(1, 384, 384)
     assert rates.host_adam_elements_per_s > 1e6
     plan = ["plan", "vit-tiny/56", "--cluster", str(out), "--data", "synthetic", "--out", str(tmp_path / "plan")]
@@ -47,21 +47,21 @@ def test_a_machine_is_measured_and_planned_for(tmp_path: Path, capsys: pytest.Ca
     assert 0 < time["low_s"] < time["likely_s"] < time["high_s"]
 
 
-def test_only_this_machine_is_measured(tmp_path: Path) -> None:
+def test_only_this_machine_can_be_measured(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nodes: 2 is not allowed"):
         calibrate(load_cluster("2x8xH100"), None, "", print)
     with pytest.raises(InputError, match="nvme_path"):
         calibrate(local_cpu_cluster(1), str(tmp_path / "absent"), "", print)
 
 
-def test_a_rank_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_rank_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrating, "prepare_ops", lambda *_: None)
     monkeypatch.setattr(calibrating.sys, "executable", "/bin/false")
     with pytest.raises(RunFailedError, match="a rank failed"):
         calibrate(local_cpu_cluster(1), None, "", lambda _: None)
 
 
-def test_figures_are_medians_of_the_ranks(tmp_path: Path) -> None:
+def test_rates_are_medians_over_the_ranks(tmp_path: Path) -> None:
     def rates(value: float) -> MeasuredRates:
         points = (MatmulRate(precision="fp32", rows=8, width=64, flops_per_s=value),)
         transfer = Transfer(latency_s=value, bytes_per_s=value)

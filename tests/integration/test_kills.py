@@ -1,4 +1,4 @@
-"""A rank that is killed at any moment ends its launch soon, and the run goes on to the same end."""
+"""Killing a rank at any time ends the launch soon, and the resumed run has the same result."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ KILLS = 10
 MODEL = {"family": "vit", "image": 8, "patch": 4, "channels": 1, "classes": 10, "dim": 16, "depth": 1, "heads": 2}
 OPTIONS = {"steps": STEPS, "micro_batch": 64, "evaluation_samples": 64, "model": MODEL, "learning_rate": 3e-3}
 
-Moment = Callable[[Path, int], bool]
-"""Whether a run whose launch began at a line of the metrics has come to it."""
+Condition = Callable[[Path, int], bool]
+"""True if a run has reached a point of its lifecycle, given the number of metrics lines before the launch."""
 
 
 def lines(run: Path) -> list[dict[str, object]]:
@@ -42,7 +42,7 @@ def starting(run: Path, _: int) -> bool:
 
 
 def building(run: Path, before: int) -> bool:
-    """The model and the engine are made, or the checkpoint is read."""
+    """True while ranks build the model and the engine or load the checkpoint."""
     return starting(run, before) and all(status.state == "started" for status in read_statuses(run))
 
 
@@ -54,15 +54,15 @@ def saving(run: Path, before: int) -> bool:
     return stepping(run, before) and any((run / CHECKPOINT).glob(".step_*.partial"))
 
 
-MOMENTS: tuple[Moment, ...] = (starting, building, stepping, saving)
+CONDITIONS: tuple[Condition, ...] = (starting, building, stepping, saving)
 
 
 def living(run: Path) -> list[RankStatus]:
     return [status for status in read_statuses(run) if process_is_alive(status.pid)] if run.is_dir() else []
 
 
-def kill_at(folder: Path, run: Path, moment: Moment, delay_s: float, victim: int) -> tuple[str, float, list[int]]:
-    """Launch, or go on, and kill a rank; what the launch said, how long that took, and the ranks' processes."""
+def kill_at(folder: Path, run: Path, condition: Condition, delay_s: float, victim: int) -> tuple[str, float, list[int]]:
+    """Launch or resume and kill a rank; return the launch's errors, its seconds to end, and the ranks' process IDs."""
     words = ["--resume"] if checkpoint_tags(run / CHECKPOINT) else []
     if not words and run.is_dir():
         run.rename(run.with_name(f"{run.name}-{time.monotonic_ns()}"))
@@ -71,7 +71,7 @@ def kill_at(folder: Path, run: Path, moment: Moment, delay_s: float, victim: int
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while not moment(run, before):
+        while not condition(run, before):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -86,29 +86,29 @@ def kill_at(folder: Path, run: Path, moment: Moment, delay_s: float, victim: int
         process.wait()
 
 
-def test_a_run_whose_ranks_are_killed_ten_times_ends_as_one_that_was_not(tmp_path: Path) -> None:
+def test_a_run_whose_ranks_are_killed_ten_times_has_the_result_of_an_uninterrupted_one(tmp_path: Path) -> None:
     folder = write_plan(tmp_path / "plan", 2, checkpoint_steps=1, **OPTIONS)
-    whole = write_plan(tmp_path / "whole", 2, **OPTIONS)
+    other = write_plan(tmp_path / "uninterrupted", 2, **OPTIONS)
     run = folder / "runs" / "killed"
     seed = random.SystemRandom().randrange(10**6)
     chance = random.Random(seed)
     for number in range(KILLS):
-        moment = MOMENTS[number % len(MOMENTS)]
-        delay_s, victim = chance.uniform(0, 1.0 if moment is starting else 0.1), chance.randrange(2)
-        said = f"seed {seed}, kill {number} of rank {victim} {delay_s:.3f} s after {moment.__name__}"
+        condition = CONDITIONS[number % len(CONDITIONS)]
+        delay_s, victim = chance.uniform(0, 1.0 if condition is starting else 0.1), chance.randrange(2)
+        context = f"seed {seed}, kill {number} of rank {victim} {delay_s:.3f} s after {condition.__name__}"
         try:
-            errors, seconds, pids = kill_at(folder, run, moment, delay_s, victim)
+            errors, seconds, pids = kill_at(folder, run, condition, delay_s, victim)
         except ProcessLookupError:
-            continue  # It was quicker.
-        assert seconds < 60, said
-        assert errors.startswith("translution: error: "), (said, errors)
-        assert errors.count("\n") == 1, (said, errors)
-        assert not any(map(process_is_alive, pids)), said
-        assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")), said
-    # The third kill came after three steps, so there is a checkpoint to go on from.
+            continue  # The rank had already ended.
+        assert seconds < 60, context
+        assert errors.startswith("translution: error: "), (context, errors)
+        assert errors.count("\n") == 1, (context, errors)
+        assert not any(map(process_is_alive, pids)), context
+        assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")), context
+    # The third kill came after three steps, so there is a checkpoint.
     command = [sys.executable, "-m", "translution.cli", "launch", str(folder), "--run", str(run), "--resume"]
     subprocess.run(command, check=True, capture_output=True)
-    uninterrupted = run_plan(whole, 2)
+    uninterrupted = run_plan(other, 2)
 
     def losses(folder: Path) -> dict[object, object]:
         return {(line["event"], line["step"]): line["loss"] for line in lines(folder) if "loss" in line}

@@ -1,4 +1,4 @@
-"""Rehearsals: one rank of a planned world, really run, and what torch without arithmetic allocates."""
+"""Rehearsals of one rank of a planned world, and the allocations of fake compute."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def write_plan(
 
 
 def test_a_rank_of_a_larger_world_holds_what_is_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rank 3 of 8 GPU ranks, with 1 and 2 of 4 layers, on a machine that may have one core."""
+    """Rank 3 of 8 GPU ranks, with 1 and 2 of 4 layers; one core is enough."""
     folder = tmp_path / "plan"
     plan = write_plan(folder, eight_ranks("cuda"), precision="bf16")
     assert run_cli(["rehearse", str(folder), "--rank", "3", "--layers", "2", "--json"]) == 0
@@ -77,7 +77,7 @@ def test_a_rank_of_a_larger_world_holds_what_is_predicted(tmp_path: Path, capsys
     rows = {row["what"]: (row["predicted_bytes"], row["measured_bytes"]) for row in document["memory"]}
     for name in STATES:
         predicted, measured = rows[name]
-        # A tensor that persists is whole and padded to a multiple of the ranks; Adam's step is a count.
+        # Persistent parameters are padded to a multiple of the ranks; Adam's step counters are not predicted.
         padding = {"persistent parameters": 2048, "optimizer states": 2048}.get(name, 0)
         assert 0 <= measured - predicted <= padding, name
         assert predicted == plan.prediction.of(name), name
@@ -94,8 +94,8 @@ def test_a_rank_of_a_larger_world_holds_what_is_predicted(tmp_path: Path, capsys
 
 
 @pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
-def test_a_rehearsed_rank_holds_what_a_real_one_holds(tmp_path: Path) -> None:
-    """Rank 0 of 2 alone, against the same rank beside another one with gloo between them."""
+def test_a_rehearsed_rank_has_the_memory_of_a_real_one(tmp_path: Path) -> None:
+    """Rank 0 of 2 alone, against the same rank in a real run of two ranks with gloo."""
     folder = tmp_path / "plan"
     cluster = local_cpu_cluster(2)
     write_plan(folder, cluster, {"depth": 2}, data="digits")
@@ -107,12 +107,12 @@ def test_a_rehearsed_rank_holds_what_a_real_one_holds(tmp_path: Path) -> None:
     assert {name: alone.entries_bytes[name] for name in STATES} == {name: real.entries_bytes[name] for name in STATES}
     assert alone.entries_bytes["micro-batches"] == real.entries_bytes["micro-batches"]
     assert alone.saved_bytes == real.saved_bytes
-    # The order of the samples, 8 bytes each, of which synthetic ones are more.
+    # The order of the samples takes 8 bytes each, and there are more synthetic samples.
     assert abs(alone.resident_bytes - real.resident_bytes) <= 8 * 4096
     for phase in TRAINING_PHASES:
-        beside, real_beside = (part.phase_peak_bytes[phase] - part.resident_bytes for part in (alone, real))
-        # gloo gathers and reduces in tensors of its own, and its thread lets go of them a moment later.
-        assert 0.6 * real_beside <= beside <= real_beside + 64, phase
+        temporaries, real_temporaries = (part.phase_peak_bytes[phase] - part.resident_bytes for part in (alone, real))
+        # gloo gathers and reduces in its own tensors, and its thread frees them later.
+        assert 0.6 * real_temporaries <= temporaries <= real_temporaries + 64, phase
     assert read_rehearsal(run) == found
     assert set(found.seconds[2]) == {
         INIT_MODEL,
@@ -126,20 +126,22 @@ def test_a_rehearsed_rank_holds_what_a_real_one_holds(tmp_path: Path) -> None:
 
 
 def measurement_of(plan: Plan) -> MemoryMeasurement:
-    """A measurement that agrees with the ledger."""
-    ledger = predict_rehearsal(plan)
-    init = ledger.bytes_of(Phase.INIT)
-    peaks = {phase: ledger.bytes_of(phase) for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.FIRST_STEP, Phase.STEP)}
+    """A measurement equal to the predicted memory."""
+    predicted = predict_rehearsal(plan)
+    init = predicted.bytes_of(Phase.INIT)
+    peaks = {
+        phase: predicted.bytes_of(phase) for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.FIRST_STEP, Phase.STEP)
+    }
     return MemoryMeasurement(
         rank=0,
         device="cpu",
         step=1,
-        entries_bytes={name: ledger.of(name) for name in STATES},
-        resident_bytes=ledger.bytes_of(Phase.BETWEEN),
+        entries_bytes={name: predicted.of(name) for name in STATES},
+        resident_bytes=predicted.bytes_of(Phase.BETWEEN),
         phase_peak_bytes=peaks | {INIT_MODEL: init // 2, INIT_ENGINE: init},
         peak_bytes=max(peaks.values()),
         process_peak_bytes=0,
-        saved_bytes=ledger.saved_bytes,
+        saved_bytes=predicted.saved_bytes,
     )
 
 
@@ -149,7 +151,7 @@ def large_plan() -> Plan:
 
 
 def test_layers_and_sub_groups_are_extrapolated() -> None:
-    """From 3 layers, whose sub-group is smaller than any of the whole model's, to 24."""
+    """From 3 layers to 24; the largest sub-group of 3 layers is smaller than that of 24."""
     plan = large_plan()
     parts = {count: with_layers(plan, count) for count in (2, 3)}
     groups = {count: largest_sub_group(part) for count, part in (parts | {24: plan}).items()}
@@ -160,7 +162,7 @@ def test_layers_and_sub_groups_are_extrapolated() -> None:
     assert found.saved_bytes == expected.saved_bytes
     assert found.resident_bytes == expected.resident_bytes
     for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.FIRST_STEP, Phase.STEP):
-        # The upper bounds of bookkeeping in the ledger do not grow.
+        # The predicted upper bounds of bookkeeping do not grow with the layers.
         assert found.phase_peak_bytes[phase] == pytest.approx(expected.phase_peak_bytes[phase], rel=2e-3), phase
     assert found.peak_bytes == max(found.phase_peak_bytes[phase] for phase in TRAINING_PHASES)
 
@@ -174,7 +176,7 @@ def test_init_is_the_higher_of_its_parts() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Torch works in this thread alone."""
+    """Run torch with one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -184,13 +186,13 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("way", ["grouped", "batched", "grouped products"])
 @pytest.mark.parametrize("model", [{}, {"operator": "alpha"}, {"checkpointing": "block", "dropout": 0.1}], ids=str)
-def test_idle_arithmetic_allocates_what_arithmetic_does(way: str, model: dict[str, Any]) -> None:
+def test_fake_compute_allocates_what_real_compute_does(way: str, model: dict[str, Any]) -> None:
     found = []
-    for idle in (False, True):
+    for fake in (False, True):
         with contextlib.ExitStack() as stack:
             if way == "grouped products":
                 stack.enter_context(replaced(batched, "choose_products", lambda *_: GroupedProducts()))
-            if idle:
+            if fake:
                 stack.enter_context(FakeCompute())
             implementation = "grouped" if way == "grouped" else "batched"
             spec = parse_model_spec(TINY | {"dim": 32, "depth": 2} | model)
@@ -200,19 +202,19 @@ def test_idle_arithmetic_allocates_what_arithmetic_does(way: str, model: dict[st
             def step(network: Any = network, images: Any = images, targets: Any = targets) -> None:
                 torch.nn.functional.cross_entropy(network(images), targets).backward()
 
-            step()  # Index lists are made in the first.
+            step()  # The first step makes the index lists.
             network.zero_grad()
-            kept = SavedTensorCounter(network)
-            with kept.counting():
+            saved = SavedTensorCounter(network)
+            with saved.counting():
                 step()
             network.zero_grad()
             before, peak = trace_allocations(step)
-            found.append((peak - before, kept.total_bytes))
+            found.append((peak - before, saved.total_bytes))
             grads = {name: parameter.grad for name, parameter in network.named_parameters()}
         assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
         moved = [name for name, grad in grads.items() if grad is not None and grad.any()]
-        # The loss itself has a gradient, which reaches the last bias without a product.
-        assert moved == ["head.bias"] if idle else len(moved) > len(grads) // 2
+        # Only the last bias has a gradient that passes through no product.
+        assert moved == ["head.bias"] if fake else len(moved) > len(grads) // 2
     assert found[0] == found[1]
 
 

@@ -1,4 +1,4 @@
-"""A run goes on on other ranks, another stage and other tiers, and computes what the uninterrupted one does."""
+"""A run resumed on other ranks, another stage and other tiers computes what the uninterrupted run does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from translution.cli.main import run as run_cli
-from translution.distributed.checkpoint.reader import MASTER_COPY, CheckpointReader, overlapping
+from translution.distributed.checkpoint.reader import MASTER_COPY, CheckpointReader, VectorPart, overlapping_parts
 from translution.distributed.checkpoint.resume import check_same_training, describe_resharding, layout_changes
 from translution.distributed.checkpoint.shard_layout import (
     Fragment,
@@ -41,7 +41,7 @@ from translution.planner.plans.plan import PLAN_FILE, Plan, load_plan
 
 two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
 WIDE = TINY | {"dim": 160, "depth": 1}
-"""Its tables reach NVMe from two ranks; nothing else does."""
+"""On two ranks, only the tables of this model are large enough for NVMe."""
 numels = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 
 
@@ -50,13 +50,13 @@ def labels(numel_of: dict[str, int]) -> dict[str, list[Any]]:
 
 
 def read_back(fragments: Sequence[Fragment], flat: list[Any]) -> list[Any]:
-    """What fragments say of every element of a vector; None where they say nothing."""
-    said: list[Any] = [None] * len(flat)
+    """Parameter and index of every element of a vector according to its fragments; None for padding."""
+    found: list[Any] = [None] * len(flat)
     for part in fragments:
         for index in range(part.numel):
-            assert said[part.offset + index] is None
-            said[part.offset + index] = (part.name, part.start + index)
-    return said
+            assert found[part.offset + index] is None
+            found[part.offset + index] = (part.name, part.start + index)
+    return found
 
 
 @settings(max_examples=30)
@@ -75,7 +75,7 @@ def test_fragments_of_sub_groups_name_every_element_of_every_rank(counts: list[i
 
 @settings(max_examples=30)
 @given(numels, st.integers(1, 5))
-def test_fragments_of_one_vector_follow_each_other_from_rank_to_rank(counts: list[int], ranks: int) -> None:
+def test_fragments_of_one_vector_are_consecutive_from_rank_to_rank(counts: list[int], ranks: int) -> None:
     numel_of = {f"p{number}": numel for number, numel in enumerate(counts)}
     vector = [label for values in labels(numel_of).values() for label in values]
     while len(vector) % ranks:
@@ -96,34 +96,34 @@ def test_fragments_of_one_vector_follow_each_other_from_rank_to_rank(counts: lis
 
 @settings(max_examples=30)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.data())
-def test_the_parts_of_a_range_are_those_that_hold_an_element_of_it(counts: list[int], data: st.DataObject) -> None:
-    parts = [(sum(counts[:number]), numel, number, 0, 0) for number, numel in enumerate(counts)]
+def test_overlapping_parts_are_those_that_hold_an_element_of_the_range(counts: list[int], data: st.DataObject) -> None:
+    parts = [VectorPart(sum(counts[:number]), numel, number, 0, 0) for number, numel in enumerate(counts)]
     start = data.draw(st.integers(0, sum(counts) - 1))
     stop = data.draw(st.integers(start + 1, sum(counts)))
-    expected = [part for part in parts if set(range(part[0], part[0] + part[1])) & set(range(start, stop))]
-    assert list(overlapping(parts, start, stop)) == expected
+    expected = [part for part in parts if set(range(part.start, part.start + part.numel)) & set(range(start, stop))]
+    assert list(overlapping_parts(parts, start, stop)) == expected
 
 
 @pytest.mark.parametrize("operator", ["translution", "absolute", "bias", "shaw", "alpha"])
-def test_tiles_lie_within_their_whole_table(operator: str) -> None:
+def test_tiles_are_consecutive_parts_of_their_table(operator: str) -> None:
     spec = parse_model_spec(TINY | {"operator": operator})
-    tiled, whole = build(spec, tile_relations=5), build(spec)
+    tiled, untiled = build(spec, tile_relations=5), build(spec)
     sizes = {name: value.numel() for name, value in tiled.named_parameters()}
-    places = untiled_positions(sizes)
+    positions = untiled_positions(sizes)
     elements: dict[str, set[int]] = {}
-    for name, place in places.items():
-        own = set(range(place.start, place.start + sizes[name]))
-        assert not own & elements.setdefault(place.name, set())
-        elements[place.name] |= own
-    assert elements == {name: set(range(value.numel())) for name, value in whole.named_parameters()}
+    for name, position in positions.items():
+        own = set(range(position.start, position.start + sizes[name]))
+        assert not own & elements.setdefault(position.name, set())
+        elements[position.name] |= own
+    assert elements == {name: set(range(value.numel())) for name, value in untiled.named_parameters()}
     for name, module in tiled.named_modules():
         if hasattr(module, "first") and hasattr(module, "tile"):
             for role, value in module.named_parameters():
-                assert places[f"{name}.{role}"].start == module.first * value[0].numel()
+                assert positions[f"{name}.{role}"].start == module.first * value[0].numel()
 
 
 def random_tensors(spec: dict[str, Any], tile: int) -> dict[str, dict[str, Tensor]]:
-    """A value for every kind and parameter of a model."""
+    """Random values of every kind for every parameter of a model."""
     network = build(parse_model_spec(spec), tile_relations=tile)
     return {kind: {name: torch.randn(p.shape) for name, p in network.named_parameters()} for kind in KINDS}
 
@@ -134,22 +134,22 @@ def test_any_range_of_any_parameter_is_read(tmp_path: Path, ranks: int, swapped:
     names = list(tensors["master"])
     groups = [names[:5], names[5:7], names[7:]]
     folder = write_plan(tmp_path / "plan", 2, tile=20)
-    stored = CheckpointReader(saved_of(write_checkpoint(folder, tensors, groups, ranks, swapped=swapped)))
-    assert (stored.step, stored.kinds) == (7, ["first", "second"])
-    assert stored.counters == {"global_steps": 7, "global_samples": 112, "skipped_steps": 0}
+    reader = CheckpointReader(saved_of(write_checkpoint(folder, tensors, groups, ranks, swapped=swapped)))
+    assert (reader.step, reader.kinds) == (7, ["first", "second"])
+    assert reader.counters == {"global_steps": 7, "global_samples": 112, "skipped_steps": 0}
     tiles = "blocks.1.operator.tables.logit_tiles.{}.key"
     for kind, name in zip((MASTER_COPY, "first", "second"), KINDS, strict=True):
-        whole = torch.cat([tensors[name][tiles.format(number)].flatten() for number in range(3)])
-        for start, stop in ((0, len(whole)), (5119, 5122), (0, 1), (len(whole) - 1, len(whole)), (3000, 12000)):
+        full = torch.cat([tensors[name][tiles.format(number)].flatten() for number in range(3)])
+        for start, stop in ((0, len(full)), (5119, 5122), (0, 1), (len(full) - 1, len(full)), (3000, 12000)):
             out = torch.empty(stop - start)
-            stored.read(tiles.format(0), kind, start, out)
-            assert torch.equal(out, whole[start:stop])
+            reader.read(tiles.format(0), kind, start, out)
+            assert torch.equal(out, full[start:stop])
         bias = tensors[name]["head.bias"]
-        stored.read("head.bias", kind, 0, out := torch.empty(len(bias)))
+        reader.read("head.bias", kind, 0, out := torch.empty(len(bias)))
         assert torch.equal(out, bias)
 
 
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_or_malicious_checkpoint_file_is_refused(tmp_path: Path) -> None:
     tensors = random_tensors(TINY, 20)
     folder = write_plan(tmp_path / "plan", 2, tile=20)
     run = write_checkpoint(folder, tensors, [list(tensors["master"])], 2)
@@ -182,7 +182,7 @@ def plan_of(ranks: int, *, tile: int = 13, stage: Any = 3, offload: str = "none"
     )
 
 
-def test_only_where_values_lie_may_change(tmp_path: Path) -> None:
+def test_a_resumed_run_may_change_its_layout_but_not_its_training(tmp_path: Path) -> None:
     before = plan_of(2)
     for same in (
         before,
@@ -218,13 +218,13 @@ def test_only_where_values_lie_may_change(tmp_path: Path) -> None:
     assert describe_resharding(plan_of(1, micro_batch=16, tile=20), saved).startswith(
         "resharding step 7 from 2 ranks to 1"
     )
-    # Earlier versions wrote no plan into a checkpoint.
+    # Checkpoints of earlier versions contain no plan.
     (saved.folder / saved.tag / PLAN_FILE).unlink()
     assert saved.plan() == load_plan(folder)
 
 
 def test_engines_of_every_layout_hold_what_was_saved(tmp_path: Path, root: Path) -> None:
-    """What DeepSpeed says that it holds after loading, to the bit, and after one more step."""
+    """DeepSpeed's own getters return the saved values bit for bit after loading, and nearly the same after a step."""
     chains = ["adamw-short", "sgd-short"]
     prepare_ops(
         ["ShareMemCommBuilder", "CPUAdamBuilder", "AsyncIOBuilder"],
@@ -281,7 +281,7 @@ def test_a_run_goes_on_on_fewer_ranks_and_then_on_more_with_other_offload(
     assert not memory_path(run, 1).exists()
     one = losses(run)
     assert set(one) == {3, 4, 5, 6, "evaluation"}
-    # The order of sums differs, and Adam makes more of it.
+    # The order of summation differs, and Adam amplifies that.
     assert one == pytest.approx({step: expected[step] for step in one}, rel=2e-4)
 
     shutil.rmtree(run / CHECKPOINT / "step_6")
@@ -296,7 +296,7 @@ def test_a_run_goes_on_on_fewer_ranks_and_then_on_more_with_other_offload(
     assert two == pytest.approx({step: expected[step] for step in two}, rel=5e-4)
     assert list((run / CHECKPOINT / "step_6").rglob("exp_avg_sq-*.swp"))
 
-    # One file of what lies on NVMe on two ranks, and what it computes on one process.
+    # Export the checkpoint, whose states are on NVMe of two ranks, and evaluate it in one process.
     out = tmp_path / "model.safetensors"
     assert run_cli(["export", str(run), "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 6

@@ -1,4 +1,4 @@
-"""A resumed run is the run that was never interrupted, to the bit, wherever its state lies."""
+"""A resumed run is bitwise equal to an uninterrupted one, on every memory tier."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from translution.planner.hardware.cluster import local_cpu_cluster
 pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
 
 WIDE = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, "dim": 160, "depth": 1, "heads": 2}
-"""Its tables reach NVMe from two ranks, in either precision; nothing else does."""
+"""On two ranks, only the tables of this model are large enough for NVMe, in fp32 and bf16."""
 TABLE_BYTES = 52 * 160 * 160 * 4 // 2
-"""A rank's share of a table; what is swapped with one is smaller."""
+"""Bytes of a rank's partition of a table; other swapped tensors are smaller."""
 TINY = WIDE | {"dim": 16, "depth": 2, "heads": 2, "dropout": 0.1}
 LARGE = {"model": WIDE, "tile": 52}
 BF16 = {"precision": "bf16"} | LARGE
@@ -48,7 +48,7 @@ STEPS, SAVED = 5, 3
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_ops(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """DeepSpeed's ops, compiled before ranks would race for them."""
+    """Compile DeepSpeed's ops before several ranks need them at once."""
     ops = ["ShareMemCommBuilder", "CPUAdamBuilder", "AsyncIOBuilder"]
     prepare_ops(ops, launch_environment(local_cpu_cluster(2)), tmp_path_factory.mktemp("ops") / "log")
 
@@ -58,14 +58,14 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def values(run: Path, after: int) -> list[tuple[Any, ...]]:
-    """What the steps after one, and the evaluation, computed."""
-    kept = ("event", "step", "loss", "grad_norm", "learning_rate", "accuracy")
+    """Metrics of the steps after a step, and of the evaluation."""
+    names = ("event", "step", "loss", "grad_norm", "learning_rate", "accuracy")
     lines = [line for line in metrics(run) if line["event"] in ("step", "evaluation") and line["step"] > after]
-    return [tuple(line.get(name) for name in kept) for line in lines]
+    return [tuple(line.get(name) for name in names) for line in lines]
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in what a checkpoint's file holds."""
+    """Every tensor of an object from a checkpoint's file."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
@@ -77,7 +77,7 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def assert_same_state(one: Path, other: Path) -> None:
-    """Two checkpoints hold the same bits."""
+    """Assert that two checkpoints are bitwise equal."""
     names = sorted(str(path.relative_to(one)) for path in one.rglob("*") if path.is_file() and path.name != MANIFEST)
     assert names == sorted(
         str(path.relative_to(other)) for path in other.rglob("*") if path.is_file() and path.name != MANIFEST
@@ -85,7 +85,7 @@ def assert_same_state(one: Path, other: Path) -> None:
     compared = 0
     for name in names:
         if name.endswith(".swp"):
-            # The end is padding, of whatever lay in the buffer.
+            # The end is padding with arbitrary values.
             first, second = ((folder / name).read_bytes()[:TABLE_BYTES] for folder in (one, other))
             assert first == second, name
             assert len(first) == TABLE_BYTES
@@ -93,7 +93,7 @@ def assert_same_state(one: Path, other: Path) -> None:
         elif name.endswith(".pt"):
             pair = [torch.load(folder / name, weights_only=False, map_location="cpu") for folder in (one, other)]
             for first, second in zip(*map(list, map(tensors, pair)), strict=True):
-                # What lies on NVMe has no values here.
+                # Tensors on NVMe have no values in this file.
                 if first.untyped_storage().nbytes() >= first.numel() * first.element_size():
                     assert torch.equal(first, second), name
                     compared += first.numel() > 1
@@ -101,7 +101,7 @@ def assert_same_state(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name: str, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bitwise_equal_to_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
     nvme = tmp_path / "nvme" if "nvme" in name else None
     if nvme:
         nvme.mkdir()
@@ -114,15 +114,15 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name: str, tmp_path: 
     shutil.move(run, tmp_path / "uninterrupted")
     shutil.copytree(tmp_path / "uninterrupted", run)
     shutil.rmtree(run / CHECKPOINT / f"step_{STEPS}")
-    (run / METRICS).write_text((run / METRICS).read_text()[:-200])  # As a killed run leaves it.
+    (run / METRICS).write_text((run / METRICS).read_text()[:-200])  # A killed run leaves a torn line.
     assert run_plan(folder, 2, RunMode.CONTINUE) == run
     assert values(run, SAVED)[-3:] == values(tmp_path / "uninterrupted", SAVED)
     last = f"{CHECKPOINT}/step_{STEPS}"
     assert_same_state(run / last, tmp_path / "uninterrupted" / last)
 
 
-def test_an_augmented_run_is_the_same_again_and_resumed(tmp_path: Path) -> None:
-    """One rank: neither evaluations on the way nor a monitor change what is computed."""
+def test_an_augmented_run_is_reproducible_and_resumable(tmp_path: Path) -> None:
+    """One rank: neither intermediate evaluations nor a monitor change the results."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     options: dict[str, Any] = {
@@ -157,7 +157,7 @@ def test_an_augmented_run_is_the_same_again_and_resumed(tmp_path: Path) -> None:
 
 
 def run_until_step(folder: Path, step: int) -> subprocess.Popen[str]:
-    """A launch of a plan whose first run has come to a step."""
+    """Launch a plan and return when its first run has reached a step."""
     command = [sys.executable, "-m", "translution.cli", "launch", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     path, deadline = folder / "runs" / "001" / METRICS, time.monotonic() + 120
@@ -169,7 +169,7 @@ def run_until_step(folder: Path, step: int) -> subprocess.Popen[str]:
 
 
 def errors_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which a command refuses."""
+    """The one-line error of a command."""
     capsys.readouterr()
     assert run_cli(arguments) in (1, 2)
     text = capsys.readouterr().err
@@ -177,9 +177,7 @@ def errors_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return text
 
 
-def test_a_launch_that_is_killed_goes_on_from_its_last_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_launch_resumes_from_its_last_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options: dict[str, Any] = {"model": TINY, "checkpoint_steps": 4, "keep_checkpoints": 2}
     folder = write_plan(tmp_path / "plan", 2, steps=100_000, **options)
     run = folder / "runs" / "001"
@@ -189,14 +187,14 @@ def test_a_launch_that_is_killed_goes_on_from_its_last_checkpoint(
     process.kill()
     process.communicate()
     time.sleep(3)  # The ranks notice within a second or two.
-    whole = checkpoint_tags(run / CHECKPOINT)
-    assert len(whole) == 2
+    complete = checkpoint_tags(run / CHECKPOINT)
+    assert len(complete) == 2
     saved = newest_checkpoint(run / CHECKPOINT)
     assert saved is not None
     step = saved.manifest.step
     assert step in range(12, 100_000, 4)
 
-    # What must not differ does not, and a damaged checkpoint is not read.
+    # A different training and a damaged checkpoint are refused.
     write_plan(folder, 2, force=True, steps=step, **options)
     assert f"steps: {step} is not allowed: must be above {step}" in errors_of(launch, capsys)
     write_plan(folder, 2, force=True, steps=step + 3, **options | {"model": TINY | {"dim": 32}})
@@ -209,7 +207,7 @@ def test_a_launch_that_is_killed_goes_on_from_its_last_checkpoint(
     file.write_bytes(content[:-1])
     error = errors_of(launch, capsys)
     assert f"{file}: holds {len(content) - 1} bytes and must hold {len(content)} bytes" in error
-    assert f"remove {run / CHECKPOINT / saved.tag} to resume from {whole[0]}" in error
+    assert f"remove {run / CHECKPOINT / saved.tag} to resume from {complete[0]}" in error
     file.write_bytes(content)
 
     assert run_cli([*launch, "--dry-run"]) == 0
@@ -221,14 +219,14 @@ def test_a_launch_that_is_killed_goes_on_from_its_last_checkpoint(
     assert checkpoint_tags(run / CHECKPOINT) == [saved.tag, f"step_{step + 3}"]
 
 
-def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_and_earlier_checkpoints_stay(tmp_path: Path) -> None:
     folder = write_plan(tmp_path / "plan", 2, steps=100_000, model=TINY, checkpoint_steps=15, keep_checkpoints=2)
     run = folder / "runs" / "001"
     process = run_until_step(folder, 16)
     statuses = [read_status(run, rank) for rank in (0, 1)]
     for status in statuses:
         assert status is not None
-        # No file may grow beyond this, as if the disk were full; a rank's part of a checkpoint is larger.
+        # Limit the size of files as a full disk would; a rank's checkpoint file is larger.
         resource.prlimit(status.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1

@@ -1,4 +1,4 @@
-"""Real runs: real processes, gloo, DeepSpeed's engine and launcher."""
+"""Runs with real processes, gloo, DeepSpeed's engine and launcher."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from translution.planner.common.machine import usable_cores
 from translution.planner.config.model import parse_model_spec
 from translution.planner.hardware.cluster import local_cpu_cluster
 
-# Two ranks share one core where there is only one; the launcher's own check is tested elsewhere.
+# The launcher's check of the number of cores is tested elsewhere.
 pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_ops(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """DeepSpeed's communication op, compiled before ranks would race for it."""
+    """Compile DeepSpeed's communication op before several ranks need it at once."""
     prepare_ops(
         ["ShareMemCommBuilder"], launch_environment(local_cpu_cluster(2)), tmp_path_factory.mktemp("ops") / "log"
     )
@@ -50,7 +50,7 @@ def metrics(run: Path, event: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("ranks", "checkpointing"), [(1, "none"), (2, "none"), (2, "block"), (2, "offload")])
-def test_one_tile_is_whole_at_a_time_and_gradients_are_those_of_one_process(
+def test_one_tile_is_gathered_at_a_time_and_gradients_are_those_of_one_process(
     tmp_path: Path, ranks: int, checkpointing: str, root: Path
 ) -> None:
     model = TINY | {"checkpointing": checkpointing}
@@ -61,10 +61,10 @@ def test_one_tile_is_whole_at_a_time_and_gradients_are_those_of_one_process(
     counts = json.loads(out.read_text())
     # 52 relations in tiles of 13, a tile of logits and one of values each, in 2 layers.
     assert counts["tiles"] == 2 * 2 * 4
-    # Softmax runs between the tiles, with none gathered; everything else sees its own tile alone.
+    # Softmax runs between the tiles, with none gathered; every other operation has only its own tile gathered.
     assert sorted(set(counts["forward"])) == sorted(set(counts["backward"])) == [0, 1]
     assert len(counts["backward"]) == 3 * (counts["tiles"] + 2)
-    # Checkpointing runs every tile a second time, in backward.
+    # Activation checkpointing runs the forward of every tile again in backward.
     assert len(counts["forward"]) == len(counts["backward"]) * (1 if checkpointing == "none" else 2)
 
     spec = parse_model_spec(TINY)
@@ -75,7 +75,7 @@ def test_one_tile_is_whole_at_a_time_and_gradients_are_those_of_one_process(
     torch.nn.functional.cross_entropy(network(batch.inputs), batch.targets).backward()
     for name, grad in torch.load(out.with_suffix(".pt")).items():
         expected = network.get_parameter(name).grad
-        # fp32: the mean over two halves is rounded once more than the mean over the whole.
+        # In fp32 the mean over two halves is rounded once more than the mean over all samples.
         torch.testing.assert_close(
             grad, expected, rtol=1e-4, atol=1e-6 if ranks == 2 else 1e-7, msg=lambda m, n=name: f"{n}: {m}"
         )
@@ -128,7 +128,7 @@ def test_the_command_line_runs_a_plan_and_verifies_it(
 
 
 def test_token_files_train_a_gpt_model_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Their tokens lie in no tensor, so that the measured memory is the predicted one all the same."""
+    """Token files are memory-mapped, not tensors, so the measured memory equals the predicted one."""
     (tmp_path / "text").write_text("abcdefghijklmnopqrstuvwxyz\n" * 400)
     assert run_cli(["prepare", str(tmp_path / "text"), "--out", str(tmp_path / "data")]) == 0
     model = {"family": "gpt", "context": 27, "vocabulary": 256, "dim": 16, "depth": 2, "heads": 2}
@@ -148,7 +148,7 @@ def test_token_files_train_a_gpt_model_on_two_ranks(tmp_path: Path, capsys: pyte
 
 
 def test_a_killed_launcher_fails_the_launch_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    """DeepSpeed's own, of which ours is the parent; that of ranks is in test_kills.py."""
+    """Kills DeepSpeed's launcher, a child of ours; test_kills.py kills ranks."""
     folder = write_plan(tmp_path / "plan", 2, steps=100_000)
     run = folder / "runs" / "001"
     command = [sys.executable, "-m", "translution.cli", "launch", str(folder)]
@@ -170,7 +170,7 @@ def test_a_killed_launcher_fails_the_launch_and_leaves_nothing_behind(tmp_path: 
         process.wait()
     assert process.returncode == 1
     assert errors.count("\n") == 1
-    # Ranks that outlive their launcher are asked to end, and save.
+    # Ranks that outlive their launcher are asked to save and end.
     assert "translution: error: stopped by SIGTERM; saved" in errors
     assert not any(process_is_alive(pid) for pid in pids)
 
@@ -187,7 +187,7 @@ def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) 
         while not (run / METRICS).exists() or not metrics(run, "step"):
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        time.sleep(0.5)  # The first step is over; both ranks say so.
+        time.sleep(0.5)  # Wait until both ranks have reported the first step.
         pids = [status.pid for rank in (0, 1) if (status := read_status(run, rank)) is not None]
         process.send_signal(end)
         _, errors = process.communicate(timeout=120)
@@ -197,10 +197,10 @@ def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) 
     assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}.get(end, 1)
     if end != signal.SIGKILL:
         # The ranks have saved before they ended.
-        said = "interrupted" if end == signal.SIGINT else f"ended by {end.name}"
+        reason = "interrupted" if end == signal.SIGINT else f"ended by {end.name}"
         assert re.fullmatch(
-            rf"translution: error: {said}; saved at step (\d+): translution launch PLAN_FOLDER --resume --run \S+ goes "
-            r"on\n",
+            rf"translution: error: {reason}; saved at step (\d+): resume it with "
+            r"translution launch PLAN_FOLDER --resume --run \S+\n",
             errors,
         )
         saved = newest_checkpoint(run / CHECKPOINT)
@@ -228,7 +228,7 @@ def test_the_printed_command_runs_a_plan_by_itself(tmp_path: Path, capsys: pytes
     [('{"event": "evaluation", "accuracy": 0.5}\n{"event": "st', 0.5), ("", None), (None, None)],
     ids=["torn", "empty", "missing"],
 )
-def test_verify_reads_what_a_killed_run_left(
+def test_verify_reads_the_files_of_a_killed_run(
     tmp_path: Path, text: str | None, accuracy: float | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_plan(tmp_path / "plan", 1)
@@ -251,12 +251,12 @@ def test_verify_reads_what_a_killed_run_left(
     ("learning_rate", "said"),
     [
         (1e30, r"step 2: loss is nan: first not finite: (\S+) \(output\)"),
-        # Weights that leave the loss finite, and not its gradients.
+        # Here the loss stays finite and its gradients do not.
         (1e5, r"step 2: the norm of the gradients is not finite: first not finite, from the loss backwards: (\S+) "),
     ],
     ids=["loss", "gradient"],
 )
-def test_a_diverged_run_stops_and_its_step_and_layer_are_named(
+def test_a_diverged_run_stops_and_names_its_step_and_layer(
     tmp_path: Path, learning_rate: float, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_plan(tmp_path / "plan", 1, learning_rate=learning_rate, gradient_clipping=0.0, steps=30)

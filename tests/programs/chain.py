@@ -1,7 +1,7 @@
-"""One process: engine after engine, each of another layout, goes on from the checkpoint of the one before.
+"""One process: a chain of engines, each of another layout, that resumes from the checkpoint of the one before.
 
-What each engine holds is asked of DeepSpeed itself and compared with what the one before held when it saved; then both
-take the same step, and are compared again.
+DeepSpeed's own getters return the values of each engine. They are compared with those of the engine before at its save,
+and again after both have done the same step.
 
 usage: chain.py FOLDER CHAIN...
 """
@@ -32,7 +32,7 @@ from translution.distributed.training.trainer import Trainer
 from translution.planner.plans.plan import load_plan
 
 WIDE = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, "dim": 112, "depth": 1, "heads": 2}
-"""A whole table of it reaches NVMe in bf16, and the states of a quarter do in pairs; nothing smaller does."""
+"""Large enough for NVMe are only a full table in bf16, and the states of a quarter of a table in pairs."""
 Layout = dict[str, Any]
 NONE: Layout = {"tile": 30}
 NVME: Layout = {"offload": "nvme", "tile": 52}
@@ -69,7 +69,7 @@ NAMES = {
 
 
 def holdings(engine: Any, optimizer: str, momentum: float) -> dict[str, Tensor]:
-    """Every value of an engine by name, in fp32: the parameters, the master copy, the moments and the step."""
+    """All values of an engine by name, in fp32: parameters, master copy, moments and step."""
     from deepspeed import zero
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -84,11 +84,11 @@ def holdings(engine: Any, optimizer: str, momentum: float) -> dict[str, Tensor]:
     for number, (name, parameter) in enumerate(engine.module.named_parameters()):
         with zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             found[f"{name} parameter"] = parameter.detach().float().clone()
-        whole = not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
-        master = masters[number] if whole else safe_get_full_fp32_param(parameter)
+        unpartitioned = not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
+        master = masters[number] if unpartitioned else safe_get_full_fp32_param(parameter)
         found[f"{name} master"] = master.detach().float().clone()
         for moment, state in enumerate(names):
-            value = inner.state[master][state] if whole else safe_get_full_optimizer_state(parameter, state)
+            value = inner.state[master][state] if unpartitioned else safe_get_full_optimizer_state(parameter, state)
             found[f"{name} moment {moment}"] = value.detach().float().clone()
     steps = {int(state["step"]) for state in inner.state.values() if "step" in state}
     found["step"] = torch.tensor(sorted(steps))
@@ -96,7 +96,7 @@ def holdings(engine: Any, optimizer: str, momentum: float) -> dict[str, Tensor]:
 
 
 def joined(found: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The same with the tiles of each table put together."""
+    """The same values with the tiles of each table concatenated."""
     tiles: dict[str, dict[int, Tensor]] = {}
     for name, value in found.items():
         match = re.fullmatch(r"(.*_tiles)\.(\d+)\.(.*)", name)
@@ -109,7 +109,7 @@ def joined(found: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
-    """The largest difference between two engines by kind of value; infinite where they hold different names."""
+    """The largest difference between two engines by kind of value; infinite if their names differ."""
     result: dict[str, float] = {}
     for name in {*one, *other}:
         kind = name.split(" ")[-1]
@@ -150,7 +150,7 @@ class Engines:
 
 
 def run_chain(folder: Path, name: str) -> list[dict[str, Any]]:
-    """What every link of a chain showed."""
+    """Return the results of every pair of consecutive engines of a chain."""
     training, layouts = CHAINS[name]
     engines, results = Engines(folder / name, training), []
     saved_path = folder / name / "checkpoint"

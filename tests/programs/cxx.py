@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Compiles as g++ does, but parses torch's headers once for the many files of an op instead of once for each.
+"""A compiler like g++ that parses torch's headers once for all files of an op, instead of once per file.
 
-The tests name it as CXX. What it makes beside the ops, hundreds of MB, goes when they are compiled.
+The tests set it as CXX. Its precompiled headers, hundreds of MB, are removed when the ops are compiled.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 COMPILER = "g++"
 FOLDER = "precompiled"
 MANY_FILES = "-DTORCH_EXTENSION_NAME=async_io"
-"""Only this op has so many that it pays."""
+"""Flag of the only op with enough files to gain time."""
 _OWN = ("-MF", "-c", "-o")
-"""Flags of one file, each with a word that follows."""
+"""Flags of a single file, each followed by an argument."""
 
 
 def shared_flags(arguments: list[str]) -> list[str]:
-    """What all files of an op, and mostly of several, are compiled with."""
+    """Flags with which all files of an op are compiled, and often those of several ops."""
     flags, skipped = [], False
     for word in arguments:
         if skipped or word in _OWN:
@@ -33,7 +33,7 @@ def shared_flags(arguments: list[str]) -> list[str]:
 
 
 def precompiled(flags: list[str]) -> Path:
-    """torch's headers as these flags compile them, made by whoever needs them first."""
+    """Return torch's headers precompiled with these flags; the first process that needs them compiles them."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     own = [word for word in flags if not word.startswith("-I")]
     header = root / FOLDER / hashlib.sha256(repr(own).encode()).hexdigest()[:16] / "all.h"
@@ -50,7 +50,7 @@ def precompiled(flags: list[str]) -> Path:
 
 
 def main(arguments: list[str]) -> int:
-    arguments = [*arguments, "-g0"]  # Nobody debugs them, and it takes a third of the time.
+    arguments = [*arguments, "-g0"]  # Debug information takes a third of the time, and nobody needs it.
     if "-c" in arguments and MANY_FILES in arguments:
         arguments = ["-include", str(precompiled(shared_flags(arguments))), *arguments]
     return subprocess.run([COMPILER, *arguments]).returncode

@@ -1,4 +1,4 @@
-"""Run by every rank: trains one plan after another, each to its end, in the same processes.
+"""Run by every rank: trains several plans one after another in the same processes.
 
 usage: offloads.py PLAN_FOLDER...; each gets the run folder ``run``
 """

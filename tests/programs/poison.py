@@ -1,6 +1,6 @@
-"""Run by every rank: two steps, of which the second has one image on the last rank that is not finite.
+"""Run by every rank: two steps; in the second, one image of the last rank is not finite.
 
-Every rank writes what it raised.
+Every rank writes the error that it raised.
 
 usage: poison.py PLAN_FOLDER RUN_FOLDER OUT
 """

@@ -1,6 +1,6 @@
-"""Run by every rank: three steps under ZeRO-3, counting the tiles that are whole at any moment.
+"""Run by every rank: three steps under ZeRO-3, counting the tiles that are gathered at the same time.
 
-DeepSpeed records the order of modules in the first pass and prefetches and reuses from the second on.
+DeepSpeed records the order of modules in the first pass, and prefetches and reuses parameters from the second on.
 
 usage: tiles.py PLAN_FOLDER RUN_FOLDER OUT
 """
@@ -32,11 +32,11 @@ def main(plan_folder: Path, run: Path, out: Path) -> None:
     import deepspeed
 
     tiles = [module for module in engine.module.modules() if isinstance(module, Tile)]
-    whole: dict[str, list[int]] = {"forward": [], "backward": []}
+    gathered: dict[str, list[int]] = {"forward": [], "backward": []}
 
     def count(direction: str) -> None:
         # ZeRO-3 leaves a released parameter with no elements.
-        whole[direction].append(sum(any(p.numel() for p in tile.parameters()) for tile in tiles))
+        gathered[direction].append(sum(any(p.numel() for p in tile.parameters()) for tile in tiles))
 
     def watch(function: type[Any]) -> None:
         for direction in ("forward", "backward"):
@@ -71,7 +71,7 @@ def main(plan_folder: Path, run: Path, out: Path) -> None:
         engine.backward(engine.loss(next(stream)[0]))
     if engine.rank == 0:
         torch.save(grads, out.with_suffix(".pt"))
-        out.write_text(json.dumps({"tiles": len(tiles), **whole}))
+        out.write_text(json.dumps({"tiles": len(tiles), **gathered}))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

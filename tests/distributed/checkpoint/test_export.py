@@ -1,4 +1,4 @@
-"""One file of a checkpoint: what it holds, how much memory it takes, and how it is read."""
+"""Exporting a checkpoint to one file: its content, the memory that it takes, and loading it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALPHA: dict[str, Any] = TINY | {"operator": "alpha", "rotary": True, "c1": 2, "c
 
 
 def trained(folder: Path, model: dict[str, Any] = TINY, *, ranks: int = 2) -> tuple[Path, torch.nn.Module]:
-    """A run folder with a checkpoint of tiles, and the network that it is of."""
+    """A run folder with a checkpoint of a tiled network, and the network."""
     network = build(parse_model_spec(model), tile_relations=TILE).eval()
     values = {name: value.detach() for name, value in network.named_parameters()}
     tensors = dict.fromkeys(KINDS, values)
@@ -45,20 +45,20 @@ def test_an_exported_network_computes_what_the_trained_one_does(tmp_path: Path, 
     made = export(run, tmp_path / "model.safetensors")
     loaded = load_network(made.out)
     assert not loaded.training
-    whole = build(parse_model_spec(model))
-    shapes = {name: tuple(value.shape) for name, value in whole.state_dict().items()}
+    untiled = build(parse_model_spec(model))
+    shapes = {name: tuple(value.shape) for name, value in untiled.state_dict().items()}
     assert {name: tuple(value.shape) for name, value in loaded.state_dict().items()} == shapes
-    parameters, size = sum(value.numel() for value in whole.parameters()), made.out.stat().st_size
+    parameters, size = sum(value.numel() for value in untiled.parameters()), made.out.stat().st_size
     assert made == ExportedFile(
         out=made.out, run=run, step=7, dtype="fp32", tensors=len(shapes), parameters=parameters, file_bytes=size
     )
     images = samples()
     with torch.no_grad():
-        # Tiles are added up one after another.
+        # Tiles are summed one after another, so the rounding differs.
         torch.testing.assert_close(loaded(images), network(images), rtol=1e-5, atol=1e-6)
 
 
-def test_the_file_is_one_that_safetensors_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_safetensors_reads_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, network = trained(tmp_path / "plan", ranks=3)
     out = tmp_path / "model.safetensors"
     command = ["export", str(run), "--out", str(out)]
@@ -80,7 +80,7 @@ def test_the_file_is_one_that_safetensors_reads(tmp_path: Path, capsys: pytest.C
     assert load_network(out)(samples().bfloat16()).dtype == torch.bfloat16
 
 
-def test_the_header_says_where_every_tensor_lies() -> None:
+def test_the_header_gives_the_position_of_every_tensor() -> None:
     text = safetensors_header({"a": (2, 3), "b": ()}, "bf16", {"k": "v"})
     (length,) = struct.unpack("<Q", text[:8])
     assert len(text) == 8 + length
@@ -107,7 +107,7 @@ print(max(own for own, _ in seen) - seen[0][0], max(written for _, written in se
 """
 
 
-def test_no_more_than_a_piece_is_in_memory(tmp_path: Path) -> None:
+def test_only_one_piece_is_in_memory(tmp_path: Path) -> None:
     model = TINY | {"dim": 384, "depth": 1}
     run, network = trained(tmp_path / "plan", model)
     total = sum(4 * value.numel() for value in network.parameters())
@@ -122,19 +122,19 @@ def test_no_more_than_a_piece_is_in_memory(tmp_path: Path) -> None:
 
 
 def resaved(path: Path, change: dict[str, Tensor | None], metadata: dict[str, str] | None = None) -> None:
-    """Write an exported file anew, with some tensors otherwise or without them."""
+    """Rewrite an exported file with some tensors changed or removed."""
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
-    kept = json.loads(content[8 : 8 + length])["__metadata__"]
+    before = json.loads(content[8 : 8 + length])["__metadata__"]
     tensors: dict[str, Any] = {**load_file(path), **change}
     path.unlink()
-    save_file({n: v for n, v in tensors.items() if v is not None}, path, kept if metadata is None else metadata)
+    save_file({n: v for n, v in tensors.items() if v is not None}, path, before if metadata is None else metadata)
 
 
-def test_a_file_that_does_not_suit_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_the_model_is_refused_in_one_line(tmp_path: Path) -> None:
     run, _ = trained(tmp_path / "plan")
     out = tmp_path / "model.safetensors"
-    whole = export(run, out).out.read_bytes()
+    complete = export(run, out).out.read_bytes()
     cases: dict[str, tuple[dict[str, Tensor | None], dict[str, str] | None]] = {
         "tensor head.bias of the model is missing": ({"head.bias": None}, None),
         "tensor tail is not in the model": ({"tail": torch.zeros(1)}, None),
@@ -144,12 +144,12 @@ def test_a_file_that_does_not_suit_is_refused_in_one_line(tmp_path: Path) -> Non
         "model_spec: dim: ": ({}, {"model_spec": json.dumps(TINY | {"dim": 0})}),
     }
     for text, (change, metadata) in cases.items():
-        out.write_bytes(whole)
+        out.write_bytes(complete)
         resaved(out, change, metadata)
         with pytest.raises(InputError, match=text) as error:
             load_network(out)
         assert "\n" not in str(error.value)
-    for content in (whole[:-1], whole[:100], b""):
+    for content in (complete[:-1], complete[:100], b""):
         out.write_bytes(content)
         with pytest.raises(InputError, match="not a complete safetensors file: "):
             load_network(out)
@@ -158,9 +158,7 @@ def test_a_file_that_does_not_suit_is_refused_in_one_line(tmp_path: Path) -> Non
         load_network(out)
 
 
-def test_what_cannot_be_exported_is_refused_and_leaves_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_export_that_fails_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, _ = trained(tmp_path / "plan")
     folder = tmp_path / "out"
     folder.mkdir()

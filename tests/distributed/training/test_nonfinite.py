@@ -1,4 +1,4 @@
-"""Where a forward or backward pass stops being finite, and when a run is given up."""
+"""Finding the first non-finite value or gradient, and deciding when a run has diverged."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_healthy_network_is_finite_and_a_bad_weight_is_found(
 ) -> None:
     network, forward = network_of(model, operator=operator, checkpointing=checkpointing)
     assert first_nonfinite_value(network, forward) is None
-    # One of each kind: tiles have a number in their names.
+    # One parameter of each kind: names of tiles differ only in a number.
     kinds = {re.sub(r"\d+", "", name): name for name, _ in network.named_parameters() if "blocks.1" in name}
     for name in kinds.values():
         parameter = network.get_parameter(name)
@@ -74,7 +74,7 @@ class Between(nn.Module):
         return result
 
 
-def test_what_overflows_between_layers_is_an_input_of_the_next() -> None:
+def test_an_overflow_between_layers_is_an_input_of_the_next_layer() -> None:
     network, x = Between(), torch.ones(3, 2)
     assert first_nonfinite_value(network, lambda: network(x).sum()) == "two (input)"
     assert first_nonfinite_value(network.one, lambda: network.one(x).sum()) is None
@@ -83,7 +83,7 @@ def test_what_overflows_between_layers_is_an_input_of_the_next() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
-def test_the_gradient_nearest_to_the_loss_is_named() -> None:
+def test_the_first_nonfinite_gradient_in_backward_is_named() -> None:
     network, forward = network_of(TINY)
     forward().backward()
 
@@ -98,7 +98,7 @@ def test_the_gradient_nearest_to_the_loss_is_named() -> None:
         assert first_nonfinite_gradient(network, gradient) == name
 
 
-def test_norms_that_deepspeed_gives_for_bad_gradients_are_known() -> None:
+def test_the_norms_that_deepspeed_returns_for_nonfinite_gradients_are_recognized() -> None:
     assert [is_finite_norm(norm) for norm in (None, 0.0, 2.5)] == [True] * 3
     assert [is_finite_norm(norm) for norm in (torch.inf, torch.nan, -1.0)] == [False] * 3
 

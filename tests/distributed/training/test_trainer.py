@@ -1,4 +1,4 @@
-"""Around the steps: monitors, what is shown, the packages a plan needs, and what a resumed run may change."""
+"""Monitors, the progress display, the packages that a plan needs, and the settings that a resumed run may change."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from translution.planner.plans.plan import Plan
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed's monitors ask for the rank, without which they write nothing."""
+    """DeepSpeed's monitors write only on rank 0, so give them a rank."""
     import deepspeed.comm
 
     monkeypatch.setattr(deepspeed.comm, "get_rank", lambda: 0)
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_run_that_goes_on_appends_to_its_files(tmp_path: Path) -> None:
+def test_a_resumed_run_appends_to_its_files(tmp_path: Path) -> None:
     for step in (1, 2):
         monitor = RunMonitor("csv", tmp_path)
         monitor.write("Train", step, {"loss": 0.5 * step, "grad_norm": None})
@@ -50,10 +50,10 @@ def test_a_run_that_goes_on_appends_to_its_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_run_that_goes_on_keeps_its_number_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[Any] = []
+def test_a_resumed_run_keeps_its_wandb_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
     fake = SimpleNamespace(
-        init=lambda **options: said.append(options), log=lambda data, step, commit: said.append((data, step))
+        init=lambda **options: calls.append(options), log=lambda data, step, commit: calls.append((data, step))
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     numbers = []
@@ -65,8 +65,8 @@ def test_a_run_that_goes_on_keeps_its_number_at_wandb(tmp_path: Path, monkeypatc
         numbers.append(os.environ["WANDB_RUN_ID"])
         assert os.environ["WANDB_DIR"] == str(tmp_path / "monitor")
         assert os.environ["WANDB_RESUME"] == "allow"
-    assert said[0] == {"project": "translution", "group": None, "entity": None}
-    assert [said[1], said[3]] == [({"Train/loss": 0.5}, 1), ({"Train/loss": 0.5}, 2)]
+    assert calls[0] == {"project": "translution", "group": None, "entity": None}
+    assert [calls[1], calls[3]] == [({"Train/loss": 0.5}, 1), ({"Train/loss": 0.5}, 2)]
     assert numbers[0] == numbers[1] != ""
 
 
@@ -76,7 +76,7 @@ def test_no_monitor_makes_no_folder(tmp_path: Path) -> None:
 
 
 def without(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine that lacks a package."""
+    """Let a package appear not to be installed."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more))
 
@@ -113,13 +113,13 @@ def test_a_missing_package_is_named_before_ranks_start(
 
 
 def test_a_plans_monitor_is_not_in_deepspeeds_configuration() -> None:
-    """Its output path is the run folder's, which no plan knows."""
+    """A monitor writes to the run folder, which is not known when a plan is made."""
     spec, cluster = parse_model_spec(TINY), local_cpu_cluster(1)
     plans = [make_plan(spec, cluster, TrainingSpec(monitor=name)) for name in ("none", "tensorboard")]
     assert plans[0].deepspeed_config() == plans[1].deepspeed_config()
 
 
-def test_a_resumed_run_may_be_watched_otherwise_and_not_augmented_otherwise() -> None:
+def test_a_resumed_run_may_change_its_monitor_but_not_its_augmentation() -> None:
     spec, cluster = parse_model_spec(TINY), local_cpu_cluster(1)
     before = make_plan(spec, cluster, TrainingSpec())
     check_same_training(make_plan(spec, cluster, TrainingSpec(monitor="csv", evaluation_steps=5)), before)
@@ -139,7 +139,7 @@ def step(number: int, seconds: float) -> dict[str, Any]:
 
 
 def shown(plan: Plan, lines: list[dict[str, Any]], *, terminal: bool = False) -> tuple[str, _Display]:
-    """What a display prints for lines of the metrics file."""
+    """Text that a display prints for lines of the metrics file."""
     file = io.StringIO()
     with _Display(
         Console(file=file, width=200, force_terminal=terminal, highlight=False, markup=False), plan
@@ -149,7 +149,7 @@ def shown(plan: Plan, lines: list[dict[str, Any]], *, terminal: bool = False) ->
     return file.getvalue(), display
 
 
-def test_lines_show_measured_beside_predicted(timed: Plan) -> None:
+def test_lines_show_measured_and_predicted_values(timed: Plan) -> None:
     assert timed.time is not None
     lines = [step(number, 0.5 if number > 3 else 4.0) for number in range(1, 41)]
     lines.insert(3, {"event": "memory", "step": 3, "peak_bytes": 3 * 2**30})
