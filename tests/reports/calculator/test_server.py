@@ -339,6 +339,7 @@ def test_taken_port_is_one_error_line(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "translution.reports.calculator.server", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert run(["serve"]) == 2
     assert "uvicorn is missing: pip install 'translution-scale[serve]'" in capsys.readouterr().err
