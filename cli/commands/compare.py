@@ -76,7 +76,7 @@ def _cells(row: planner.ComparisonRow) -> tuple[str, ...]:
 
 def _print(comparison: planner.Comparison, outs: Sequence[Path]) -> None:
     rows, limits, to = comparison.rows, comparison.thresholds, console()
-    columns = ("operator", "parameters", "train / sample", "states", "saved", "smallest", "with offload", "time")
+    columns = ("operator", "parameters", "train / sample", "states", "saved", "smallest", "offloaded", "time")
     for model in dict.fromkeys(row.model for row in rows):
         cells = [_cells(row) for row in rows if row.model == model]
         title = f"{model}: cost per sample, and the smallest cluster (nodes x GPUs of {comparison.gpu}) that trains it"
@@ -86,7 +86,7 @@ def _print(comparison: planner.Comparison, outs: Sequence[Path]) -> None:
         (axis, *(str(limit.largest or "none") for limit in limits if limit.axis == axis))
         for axis in dict.fromkeys(limit.axis for limit in limits)
     ]
-    title = f"{rows[0].model}: largest full Translution without offload"
+    title = f"{rows[0].model}, full: largest without offload"
     to.print(make_table(title, ("axis", *(f"{count} node(s)" for count in nodes)), lines))
     for path in outs:
         to.print(f"wrote {path}")

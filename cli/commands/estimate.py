@@ -91,7 +91,7 @@ def _operators_table(costs: planner.ModelCosts) -> Table:
 def _parameters_table(costs: planner.ModelCosts) -> Table:
     rows = [(name, f"{count:,}") for name, count in costs.parameters.components.items()]
     rows.append(("total", f"{costs.parameters.total:,}"))
-    title = f"Parameters of {OPERATOR_LABELS[costs.model.operator]}, exact"
+    title = f"Parameters of {OPERATOR_LABELS[costs.model.operator]}"
     return make_table(title, ("component", "parameters"), rows)
 
 

@@ -160,7 +160,7 @@ def _print_result(result: planner.SearchResult, out: Path) -> None:
     if plan.time is not None and plan.run_cost is not None:
         to.print(time_table(plan, plan.time))
         to.print(format_run_cost(plan.run_cost, plan.time))
-    to.print(phase_table("Predicted peak memory per rank and phase", plan.prediction))
+    to.print(phase_table("Predicted peak memory per rank", plan.prediction))
     for table in peak_tables(plan.prediction):
         to.print(table)
     for remark in config_warnings(plan.training, plan.zero):
