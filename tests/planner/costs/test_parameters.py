@@ -1,4 +1,4 @@
-"""Closed-form counts against the paper's figures and against built networks."""
+"""Closed-form parameter counts compared with the paper's figures and with built networks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from translution.models import build
+from translution.planner.config.loading import preset
 from translution.planner.config.model import ModelSpec, override, parse_model_spec
-from translution.planner.config.presets import preset
 from translution.planner.costs.parameters import count_parameters, parameter_groups, table_tiles
 
 GOLDEN = list(csv.DictReader((Path(__file__).parents[2] / "data" / "parameters.csv").read_text().splitlines()))
@@ -29,12 +29,12 @@ def golden_spec(row: dict[str, str]) -> ModelSpec:
     )
 
 
-def test_the_golden_file_is_whole() -> None:
+def test_the_golden_file_is_complete() -> None:
     assert len(GOLDEN) == 125
 
 
 @pytest.mark.parametrize("row", GOLDEN, ids=lambda row: "-".join(filter(None, list(row.values())[:-1])))
-def test_count_equals_the_papers_figure(row: dict[str, str]) -> None:
+def test_the_count_equals_the_figure_of_the_paper(row: dict[str, str]) -> None:
     # Source: golden figures of the project, from the sizes and tables of arXiv 2510.10060.
     assert count_parameters(golden_spec(row)).total == int(row["params"])
 

@@ -1,4 +1,4 @@
-"""GPUs, nodes and clusters: vendors' figures, names, files, and what a file may replace."""
+"""GPUs, nodes and clusters: vendors' figures, names, cluster files and the fields that they replace."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def entry(name: str) -> BaseModel:
 
 
 def test_figures_are_what_vendors_print(root: Path) -> None:
-    """Halved where the vendor prints both directions, or operations that sparsity leaves out."""
+    """Figures that a vendor prints for both directions or with sparsity are halved."""
     rows = published(root)
     assert len(rows) > 90
     for row in rows:
         value = figures(entry(row["name"]))[row["figure"]].value
         expected = float(row["published"]) * UNITS[row["unit"]]
         if row["note"] == "nominal":
-            # The driver keeps some for itself and for error correction.
+            # The driver reserves some memory, also for error correction.
             assert 0.93 * expected < value <= expected, row
         else:
             assert value == pytest.approx(expected / (2 if row["note"] in ("sparse", "both ways") else 1), rel=1e-3), (
@@ -57,7 +57,7 @@ def test_figures_are_what_vendors_print(root: Path) -> None:
 def test_every_peak_of_a_gpu_has_a_published_figure(root: Path) -> None:
     known = {(row["name"], row["figure"]) for row in published(root)}
     missing = {(name, figure) for name, gpu in load_catalog().gpus.items() for figure in figures(gpu)} - known
-    assert missing == {("RTX4090", "link_bytes_per_s")}  # an estimate: it has no link
+    assert missing == {("RTX4090", "link_bytes_per_s")}  # an estimate: the GPU has no link
 
 
 def test_every_figure_is_positive_and_names_a_source_with_a_page() -> None:
@@ -73,27 +73,27 @@ def test_every_figure_is_positive_and_names_a_source_with_a_page() -> None:
     assert all("estimate, not measured" in known.sources[key].title for key in ("estimate", "pm9a3"))
 
 
-def test_a_node_is_of_a_known_gpu_and_as_fast_as_its_link() -> None:
+def test_a_node_has_a_known_gpu_and_the_bandwidth_of_its_link() -> None:
     known = load_catalog()
     for gpu in known.gpus.values():
         node = known.nodes[gpu.node]
         assert node.intra_node_bytes_per_s == gpu.link_bytes_per_s
-        # 16 lanes of 16 or 32 GT/s, of which 128 bits in 130 are data.
+        # 16 lanes of 16 or 32 GT/s; 128 of every 130 bits are data.
         lanes = 16 * {4: 16e9, 5: 32e9}[int(gpu.pcie_generation.value)] * 128 / 130 / 8
         assert node.pcie_bytes_per_s.value == pytest.approx(lanes, rel=1e-3)
     assert {node.gpu for node in known.nodes.values()} <= set(known.gpus)
 
 
-def test_the_catalogue_survives_json() -> None:
+def test_the_catalog_survives_json() -> None:
     assert Catalog.model_validate_json(load_catalog().model_dump_json()) == load_catalog()
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_a_named_cluster_is_whole_and_survives_json(name: str) -> None:
+def test_a_named_cluster_is_complete_and_survives_json(name: str) -> None:
     cluster = load_cluster(name)
     values = cluster.model_dump()
-    unsaid = {field for field, value in values.items() if value is None}
-    assert unsaid == {"price_per_gpu_hour", "gpu_constants", "measured"}
+    missing = {field for field, value in values.items() if value is None}
+    assert missing == {"price_per_gpu_hour", "gpu_constants", "measured"}
     assert all(value > 0 for value in values.values() if isinstance(value, int | float))
     assert ClusterSpec.model_validate_json(cluster.model_dump_json()) == cluster
 
@@ -109,8 +109,8 @@ def test_a_cluster_has_the_figures_of_its_gpu_and_node() -> None:
     assert load_cluster("g6e.48xlarge").gpu == "L40S"
 
 
-def test_a_smaller_node_is_a_share_of_the_catalogues() -> None:
-    """One of a tower's four GPUs goes with 64 GB, 8 cores, a quarter of the drive and no less than one adapter."""
+def test_a_smaller_node_is_a_share_of_the_catalogs_node() -> None:
+    """One of a tower's four GPUs gets 64 GiB, 8 cores, a quarter of the drive and one adapter."""
     one, four = load_cluster("1xRTX4090"), load_cluster("rtx4090-tower")
     assert (one.host_memory_bytes, one.host_cores, one.nics) == (64 * GIB, 8, 1)
     assert one.nvme_bytes == 10**12
@@ -149,7 +149,7 @@ def test_a_file_may_start_from_this_machine(tmp_path: Path) -> None:
 
 
 def test_a_cluster_of_an_older_plan_is_read() -> None:
-    """Version 0.1 knew six fields."""
+    """Version 0.1 had six fields."""
     old = {"name": "8xH100", "device": "cuda", "nodes": 1, "ranks_per_node": 8, "device_memory_bytes": 9}
     cluster = ClusterSpec.model_validate(old | {"host_memory_bytes": 8})
     assert (cluster.world_size, cluster.gpu, cluster.bf16_flops_per_s) == (8, None, None)
@@ -183,12 +183,12 @@ def test_a_bad_file_is_one_line(text: str, message: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["0xdgx-h100", "2x4xdgx-h100", "xH100", "8xH100x", "dgx", "x" * 5000, ""])
-def test_a_name_of_no_cluster_is_refused(name: str) -> None:
+def test_a_name_of_no_cluster_is_rejected(name: str) -> None:
     with pytest.raises(InputError, match="is not allowed"):
         load_cluster(name)
 
 
-def test_an_unknown_name_gets_the_nearest() -> None:
+def test_an_unknown_name_gets_a_hint_with_the_closest_names() -> None:
     with pytest.raises(InputError, match=r"GPU 'A100' is not allowed.*\(did you mean 'A100-40' or 'A100-80'\?\)"):
         load_cluster("8xA100")
     with pytest.raises(InputError, match=r"\(did you mean 'dgx-h100'\?\)"):

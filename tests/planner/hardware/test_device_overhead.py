@@ -1,4 +1,4 @@
-"""What a GPU holds beside torch's tensors: rounding, workspaces, communicators, intervals, overrides."""
+"""Device overhead of a GPU: rounding, workspaces, communicators, intervals, overrides."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_block_holds_its_storage_and_less_than_one_unit_more(size: int) -> Non
 
 
 def test_workspaces_are_those_of_torch() -> None:
-    """cuBLAS: 8519680 bytes, from Hopper on 32 MiB; rocBLAS and hipBLASLt on MI300X: 128 and 76 MiB."""
+    """cuBLAS has 8519680 bytes, from Hopper on 32 MiB; rocBLAS and hipBLASLt on MI300X have 128 and 76 MiB."""
     sizes = {gpu: estimate_overhead(gpu, 8, 1).item("blas_workspace") for gpu in GPUS}
     for gpu in ("A100-40", "A100-80", "L40S", "RTX4090"):
         assert (sizes[gpu].low_bytes, sizes[gpu].likely_bytes) == (8_519_680, 2 * 8_519_680)
@@ -50,7 +50,7 @@ def test_workspaces_are_those_of_torch() -> None:
     assert all(entry.in_torch for entry in sizes.values())
 
 
-def test_a_connection_is_what_nccl_was_seen_to_map() -> None:
+def test_a_connection_has_the_size_that_nccl_was_seen_to_map() -> None:
     """9641984 bytes, with two pages of 4 KiB: github.com/tonyd2wild/DeepSeek-V4.1-Flash-vLLM-DGX-Spark/issues/8."""
     assert CONNECTION_BYTES + 2 * 4096 == 9_641_984
 
@@ -61,7 +61,7 @@ def test_communicators_of_eight_h100_by_hand() -> None:
     assert entry.low_bytes == 16 * 12 * MIB
     assert entry.likely_bytes == (2 * (24 * 12 + 64) + 24 * 12 + 16 * 2 * 8) * MIB
     assert entry.high_bytes == 2 * (2 * 32 * 12 + 24 * 2 * 8 + 224) * MIB
-    # Two nodes: 3 of the 24 channels leave at each GPU, 8 MiB for a ring and 60 for a tree.
+    # Two nodes: 3 of the 24 channels leave the node at each GPU, with 8 MiB for a ring and 60 MiB for a tree.
     assert estimate_overhead("H100", 16, 2).item("nccl").likely_bytes == entry.likely_bytes + 3 * (2 * 8 + 60) * MIB
 
 
@@ -70,13 +70,13 @@ def test_communicators_of_eight_h100_by_hand() -> None:
     # One communicator: github.com/NVIDIA/nccl/issues/964, github.com/vllm-project/vllm/pull/46234 and issues/864.
     [("A100-80", 4, 688), ("H100", 8, 958), ("H100", 8, 1526)],
 )
-def test_what_others_measured_lies_within(gpu: str, ranks: int, mebibytes: int) -> None:
+def test_measurements_of_others_are_within_the_interval(gpu: str, ranks: int, mebibytes: int) -> None:
     entry = estimate_overhead(gpu, ranks, 1).item("nccl")
     assert entry.low_bytes < mebibytes * MIB < entry.high_bytes
 
 
 def test_communicators_need_no_more_beyond_two_nodes() -> None:
-    """github.com/NVIDIA/nccl/issues/986"""
+    """Source: github.com/NVIDIA/nccl/issues/986."""
     for gpu in GPUS:
         alone, two, many = (estimate_overhead(gpu, 8 * nodes, nodes).total("likely") for nodes in (1, 2, 64))
         assert alone <= two == many
@@ -109,7 +109,7 @@ def test_every_entry_is_an_interval_with_a_source(gpu: str, ranks: int, nodes: i
     assert DeviceOverhead.model_validate_json(overhead.model_dump_json()) == overhead
 
 
-def test_a_source_is_a_page_a_file_or_said_to_be_a_guess() -> None:
+def test_a_source_is_a_page_a_file_or_marked_as_an_estimate() -> None:
     shape: TypeAdapter[dict[str, dict[str, dict[str, Any]]]] = TypeAdapter(dict[str, dict[str, dict[str, Any]]])
     observed = [
         figure["source"] for group in read_data("device_overhead.yaml", shape).values() for figure in group.values()
@@ -128,7 +128,7 @@ def test_a_lone_rank_makes_no_connection() -> None:
         assert overhead.total("high", "host") == 0
 
 
-def test_without_a_gpus_name_the_interval_spans_all() -> None:
+def test_without_a_gpu_the_interval_spans_all_gpus() -> None:
     spanned = estimate_overhead(None, 8, 1)
     for name in ("driver_reserve", "context", "blas_workspace", "nccl", "nccl_host"):
         entries = [estimate_overhead(gpu, 8, 1).item(name) for gpu in GPUS]
@@ -138,8 +138,8 @@ def test_without_a_gpus_name_the_interval_spans_all() -> None:
         assert entry.high_bytes == max(other.high_bytes for other in entries)
 
 
-def test_the_whole_device_by_hand() -> None:
-    """70 of tensors and 30 of workspace are half of what torch reserves; 10, 20 and 40 lie outside of it."""
+def test_the_device_total_computed_by_hand() -> None:
+    """Tensors (70) and workspace (30) are half of what torch reserves; 10, 20 and 40 are outside of torch."""
     given_figures = {"driver_reserve": 10, "context": 20, "blas_workspace": 30, "nccl": 40, "fragmentation": 0.5}
     overhead = estimate_overhead("H100", 8, 1, given_figures)
     assert overhead.total() == 100
@@ -196,7 +196,7 @@ def test_a_bad_override_is_one_line(overrides: dict[str, object], message: str) 
         estimate_overhead("H100", 8, 1, overrides)
 
 
-def test_an_entry_out_of_order_is_refused() -> None:
+def test_an_item_out_of_order_is_rejected() -> None:
     with pytest.raises(ValueError, match="must be in ascending order"):
         OverheadItem(name="x", low_bytes=2, likely_bytes=1, high_bytes=3, formula="", source="")
 
@@ -209,6 +209,6 @@ def test_an_entry_out_of_order_is_refused() -> None:
         ("H100", 2, 0, "nodes: 0 is not allowed"),
     ],
 )
-def test_an_impossible_question_is_refused(gpu: str, ranks: int, nodes: int, message: str) -> None:
+def test_an_impossible_request_is_rejected(gpu: str, ranks: int, nodes: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         estimate_overhead(gpu, ranks, nodes)

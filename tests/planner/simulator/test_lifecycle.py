@@ -1,4 +1,4 @@
-"""The peak of a training step as the replay says, against what torch's allocator counted."""
+"""The simulated peaks of a training step compared with those of torch's allocator."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ CASES: list[dict[str, Any]] = [
     WIDE | {"operator": "translution", "window": 2},
     WIDE | LOW | {"rotary": True},
 ]
-# A plain role beside a relative one, whose rows are wider than the model: at the peak in half precision alone.
+# A plain role and a relative one whose rows are wider than the model: they set the peak only in half precision.
 WIDER: dict[str, Any] = GPT | {"operator": "translution", "roles": "k", "dim": 32, "head_dim": 32, "depth": 1}
 WIDER |= {"context": 40, "vocabulary": 53, "ffn_dim": 32}
 
 SMALL: dict[str, Any] = {"dim": 32, "heads": 2, "ffn_dim": 48}
-GATHERED: list[dict[str, Any]] = [
+PUBLISHED: list[dict[str, Any]] = [
     VIT | SMALL | {"image": [24, 16], "operator": "translution"},
     VIT | SMALL | {"image": [24, 16], "operator": "translution", "roles": "kv", "dropout": 0.2},
     VIT | SMALL | {"image": [24, 16], "operator": "translution", "roles": "q", "checkpointing": "block"},
@@ -92,7 +92,7 @@ AUTOCAST: list[dict[str, Any]] = [
 
 
 STRAY_BYTES = 128
-"""Scalars and padding that the replay leaves out."""
+"""Bytes of scalars and padding that the simulation leaves out."""
 
 
 def check_peaks(
@@ -102,9 +102,9 @@ def check_peaks(
     implementation: Implementation = "grouped",
     autocast: torch.dtype | None = None,
 ) -> None:
-    """Compare predicted with measured peaks, oneDNN switched off.
+    """Compare predicted with measured peaks with oneDNN switched off.
 
-    oneDNN's scratch for half-precision products depends on the processor: `test_product_scratch` bounds it.
+    oneDNN's scratch for half-precision products depends on the processor; network/test_ops_scratch.py bounds it.
     """
     count_every_allocation()
     sizes = DtypeSizes.of(dtype.itemsize, "cpu", packs=False)
@@ -128,8 +128,8 @@ def test_the_peak_of_forward_and_backward_is_predicted(case: dict[str, Any], dty
 
 
 @pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.float32, 8), (torch.bfloat16, 2)], ids=str)
-@pytest.mark.parametrize("case", GATHERED, ids=str)
-def test_the_published_ways_peak_is_predicted(case: dict[str, Any], dtype: torch.dtype, batch: int) -> None:
+@pytest.mark.parametrize("case", PUBLISHED, ids=str)
+def test_the_peak_of_the_published_operator_is_predicted(case: dict[str, Any], dtype: torch.dtype, batch: int) -> None:
     check_peaks(parse_model_spec(case), batch, dtype, implementation="gather")
 
 
@@ -138,15 +138,13 @@ def test_the_published_ways_peak_is_predicted(case: dict[str, Any], dtype: torch
 @pytest.mark.parametrize(
     "operator", [{"operator": "translution"}, {"operator": "translution", "roles": "kv"}, LOW], ids=str
 )
-def test_the_scratch_of_many_relations_at_a_time_is_bounded_from_above(
-    base: dict[str, Any], operator: dict[str, Any]
-) -> None:
-    """A GPU's way, on a CPU in fp32: in bf16 a CPU widens what it sums, which a GPU does not."""
+def test_the_scratch_of_batched_relations_has_an_upper_bound(base: dict[str, Any], operator: dict[str, Any]) -> None:
+    """The GPU implementation runs on a CPU in fp32: in bf16 a CPU widens sums, which a GPU does not."""
     count_every_allocation()
     spec = parse_model_spec(base | operator)
-    widths = replace(DtypeSizes.of(4, "cuda"), copies_products=False)
+    sizes = replace(DtypeSizes.of(4, "cuda"), copies_products=False)
     for tile in (9, 200):
-        predicted = replay(spec, 8, widths, tile).memory.peaks
+        predicted = replay(spec, 8, sizes, tile).memory.peaks
         for phase, measured in measure_passes(spec, 8, torch.float32, tile, "batched").items():
             ours = predicted[phase].total_bytes - predicted[phase].live_bytes[MICRO_BATCHES]
             assert 0.998 * measured <= ours <= 1.25 * measured
@@ -158,12 +156,12 @@ def test_the_peak_under_autocast_is_predicted(base: dict[str, Any], case: dict[s
     check_peaks(parse_model_spec(base | case), 16, torch.float32, autocast=torch.bfloat16)
 
 
-@pytest.mark.parametrize("case", GATHERED[1:4], ids=str)
-def test_the_published_ways_peak_under_autocast_is_predicted(case: dict[str, Any]) -> None:
+@pytest.mark.parametrize("case", PUBLISHED[1:4], ids=str)
+def test_the_peak_of_the_published_operator_under_autocast_is_predicted(case: dict[str, Any]) -> None:
     check_peaks(parse_model_spec(case), 8, torch.float32, "gather", torch.bfloat16)
 
 
-def test_offload_is_refused_under_autocast() -> None:
+def test_offload_is_rejected_under_autocast() -> None:
     spec = parse_model_spec(VIT | {"checkpointing": "offload"})
     with pytest.raises(InputError, match="checkpointing: offload is not allowed: must be none or block under autocast"):
         replay(spec, 2, DtypeSizes.autocast("cpu"))

@@ -1,4 +1,4 @@
-"""Times of a step: what they are made of, and what always holds of them."""
+"""Predicted step times: their parts, hand-computed values and invariants."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from translution.planner.config.loading import PRESET_NAMES, preset
 from translution.planner.config.model import override
-from translution.planner.config.presets import PRESET_NAMES, preset
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import RunConfig, TrainingSpec
 from translution.planner.costs.flops import count_flops
 from translution.planner.costs.parameters import count_parameters
 from translution.planner.costs.workload import count_work, pair_counts
 from translution.planner.hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer, interpolate
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 from translution.planner.plans.defaults import choose_tile, choose_zero, override_zero
-from translution.planner.run_config import RunConfig
-from translution.planner.search.constraints import SearchConstraints
 from translution.planner.search.plan_search import steps_for_epochs
+from translution.planner.search.space import SearchConstraints
 from translution.planner.timing.rates import Rates
 from translution.planner.timing.run_cost import run_cost
 from translution.planner.timing.step_time import StepTime, estimate_step_time
@@ -41,13 +40,13 @@ def time_of(
     **training: Any,
 ) -> StepTime:
     spec = override(preset(model), checkpointing=mode)
-    where = load_cluster(cluster) if isinstance(cluster, str) else cluster
-    tile = choose_tile(spec, where.world_size)
+    spec_of_cluster = load_cluster(cluster)
+    tile = choose_tile(spec, spec_of_cluster.world_size)
     path = "/nvme" if "nvme" in offload else None
-    zero = choose_zero(spec, tile, stage, where.world_size, offload=offload, nvme_path=path)
+    zero = choose_zero(spec, tile, stage, spec_of_cluster.world_size, offload=offload, nvme_path=path)
     values = {"precision": "bf16", "micro_batch": 8, "data": "synthetic"} | training
     zero = override_zero(zero, zero_overrides or {})
-    return estimate_step_time(RunConfig(spec, where, TrainingSpec(**values), zero, tile))
+    return estimate_step_time(RunConfig(spec, spec_of_cluster, TrainingSpec(**values), zero, tile))
 
 
 def seconds(time: StepTime, name: str) -> float:
@@ -56,7 +55,7 @@ def seconds(time: StepTime, name: str) -> float:
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 @pytest.mark.parametrize("name", ["vit-tiny/56", "vit-base/16", "gpt-mini/160"])
-def test_the_products_add_up_to_the_operations(name: str, changes: dict[str, Any]) -> None:
+def test_the_flops_of_all_products_add_up(name: str, changes: dict[str, Any]) -> None:
     spec = override(preset(name), **changes)
     work, flops = count_work(spec), count_flops(spec)
     forward = sum(product.flops * product.copies * product.forward for product in work.products)
@@ -72,14 +71,14 @@ def test_every_row_of_a_table_is_counted(name: str) -> None:
     assert sum(rows * relations for rows, relations in counts) == geometry.table_rows
 
 
-def test_a_step_by_hand() -> None:
-    """An H100 that reaches 65% of 989.5 TFLOP/s on plain products, one large product alone."""
+def test_rates_computed_by_hand() -> None:
+    """An H100 reaches 65% of 989.5 TFLOP/s on one large plain product."""
     rates = Rates(load_cluster("1xH100"), "bf16")
     assert rates.matmul_seconds(8192, 8192, 8192) == pytest.approx(2 * 8192**3 / (0.65 * 989.5e12))
-    # One row with its own matrix reads the matrix: 2 x 768 x 768 bytes at 75% of 3.35 TB/s.
+    # A product of one row is bound by reading the matrix: 2 x 768 x 768 bytes at 75% of 3.35 TB/s.
     read = 2 * (768 * 768 + 2 * 768) / (0.75 * 3.35e12)
     assert rates.matmul_seconds(1, 768, 768, grouped=True) == pytest.approx(read)
-    # Two towers with an adapter of 1.25 GB/s each: half of a tensor comes from the other one.
+    # Two towers with one adapter of 1.25 GB/s each: half of a tensor comes from the other tower.
     both = Rates(load_cluster("2x4xRTX4090"), "bf16").collective("all_gather")
     assert both.bytes_per_s == pytest.approx(2 * 1.25e9 * 0.7)
     one = Rates(load_cluster("8xH100"), "bf16").collective("all_gather")
@@ -89,7 +88,7 @@ def test_a_step_by_hand() -> None:
 @settings(max_examples=30)
 @given(st.sampled_from(["8xA100-80", "2x8xH100", "4xRTX4090", "1xH200"]), st.sampled_from([0, 1, 2, 3]),
        st.sampled_from(["none", "block"]), st.integers(1, 16), st.integers(1, 4))  # fmt: skip
-def test_an_interval_holds_what_is_likely(cluster: str, stage: Any, mode: str, batch: int, times: int) -> None:
+def test_an_interval_contains_the_likely_time(cluster: str, stage: Any, mode: str, batch: int, times: int) -> None:
     time = time_of(
         "vit-small/32", cluster, stage=stage, mode=mode, micro_batch=batch, gradient_accumulation_steps=times
     )
@@ -98,7 +97,7 @@ def test_an_interval_holds_what_is_likely(cluster: str, stage: Any, mode: str, b
     assert 0 < time.mfu < 1
 
 
-def test_more_work_takes_longer_and_checkpointing_does_too() -> None:
+def test_larger_batches_and_checkpointing_take_longer() -> None:
     one, two = time_of(micro_batch=8), time_of(micro_batch=16)
     assert one.likely_s < two.likely_s < 2 * one.likely_s
     assert two.samples_per_s > one.samples_per_s
@@ -109,7 +108,7 @@ def test_more_work_takes_longer_and_checkpointing_does_too() -> None:
     assert seconds(again, "parameter gathers") == pytest.approx(1.5 * seconds(one, "parameter gathers"))
 
 
-def test_what_overlaps_costs_only_what_is_left_of_it() -> None:
+def test_an_overlapping_part_adds_only_what_exceeds_compute() -> None:
     alone = time_of()
     beside = time_of(zero_overrides={"overlap_comm": True, "prefetch_bucket_elements": 1})
     moving = seconds(alone, "parameter gathers") + seconds(alone, "gradient reduction")
@@ -119,7 +118,7 @@ def test_what_overlaps_costs_only_what_is_left_of_it() -> None:
     assert {entry.name for entry in beside.breakdown if entry.overlaps} >= {"parameter gathers", "gradient reduction"}
 
 
-def test_each_tier_adds_its_own_waiting() -> None:
+def test_each_offload_tier_adds_its_own_parts() -> None:
     names = {
         offload: {entry.name for entry in time_of(offload=offload).breakdown}
         for offload in ("none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme")
@@ -133,7 +132,7 @@ def test_each_tier_adds_its_own_waiting() -> None:
     assert times == sorted(times)
 
 
-def test_swapping_ahead_hides_the_drive() -> None:
+def test_pipelined_swapping_hides_the_drive() -> None:
     ahead = {"offload_optimizer.pipeline_read": True, "offload_optimizer.pipeline_write": True,
              "offload_optimizer.buffer_count": 12}  # fmt: skip
     slow, fast = (time_of(offload="nvme-optimizer", zero_overrides=zero_overrides) for zero_overrides in ({}, ahead))
@@ -142,8 +141,8 @@ def test_swapping_ahead_hides_the_drive() -> None:
     assert slow.likely_s - fast.likely_s < update
 
 
-def test_gradients_are_reduced_when_the_stage_does() -> None:
-    """Stage 2 and 3 with every micro-batch, stage 0 and 1 once a step."""
+def test_gradients_are_reduced_as_often_as_the_stage_requires() -> None:
+    """Stages 2 and 3 reduce gradients with every micro-batch, stages 0 and 1 once per step."""
     for stage, times in ((0, 1), (1, 1), (2, 4), (3, 4)):
         times_of = [time_of("vit-small/32", stage=stage, gradient_accumulation_steps=count) for count in (1, 4)]
         one, four = (seconds(time, "gradient reduction") for time in times_of)
@@ -176,7 +175,7 @@ def test_measured_rates_replace_the_estimates() -> None:
     assert seconds(time, "optimizer update") == pytest.approx(2 * parameters / 1e8, rel=1e-3)
 
 
-def test_a_run_takes_its_steps() -> None:
+def test_the_cost_of_a_run_is_that_of_its_steps() -> None:
     time, cluster = time_of(), load_cluster("8xA100-80").model_copy(update={"price_per_gpu_hour": 2.0})
     training = TrainingSpec(precision="bf16", micro_batch=8, steps=1000, data="synthetic")
     cost = run_cost(time, cluster, training)

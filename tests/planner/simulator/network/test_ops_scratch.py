@@ -1,4 +1,4 @@
-"""The scratch that this processor's library allocates for products in bf16, compared with the replay's upper bound."""
+"""The scratch that oneDNN allocates for bf16 products on this processor, compared with the simulator's upper bound."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BF16 = torch.bfloat16
 SIZES = DtypeSizes.of(2, "cpu")
 PROBE_BYTES = 1
-"""The trace's own allocation, which finds the bytes allocated at its start."""
+"""Bytes that the trace itself allocates at its start."""
 
 
 def scratch_bytes(left: Tensor, right: Tensor) -> int:
     """Return the bytes that a product allocates in addition to its result."""
-    left @ right  # What the library allocates once and keeps exists from here on.
-    kept: list[Tensor] = []
-    begin, highest = trace_allocations(lambda: kept.append(left @ right))
-    return highest - begin - PROBE_BYTES - kept[0].nbytes
+    left @ right  # The first call makes the library's permanent allocations.
+    results: list[Tensor] = []
+    begin, highest = trace_allocations(lambda: results.append(left @ right))
+    return highest - begin - PROBE_BYTES - results[0].nbytes
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100, 1000])
