@@ -248,7 +248,7 @@ def test_verify_reads_the_files_of_a_killed_run(
 
 
 @pytest.mark.parametrize(
-    ("learning_rate", "said"),
+    ("learning_rate", "message"),
     [
         (1e30, r"step 2: loss is nan: first not finite: (\S+) \(output\)"),
         # Here the loss stays finite and its gradients do not.
@@ -257,13 +257,13 @@ def test_verify_reads_the_files_of_a_killed_run(
     ids=["loss", "gradient"],
 )
 def test_a_diverged_run_stops_and_names_its_step_and_layer(
-    tmp_path: Path, learning_rate: float, said: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, learning_rate: float, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_plan(tmp_path / "plan", 1, learning_rate=learning_rate, gradient_clipping=0.0, steps=30)
     assert run_cli(["launch", str(folder)]) == 1
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
-    named = re.search(f"FloatingPointError: {said}", errors)
+    named = re.search(f"FloatingPointError: {message}", errors)
     assert named is not None, errors
     network = build(parse_model_spec(TINY))
     assert named[1] in {name for name, _ in (*network.named_modules(), *network.named_parameters())}
@@ -272,7 +272,7 @@ def test_a_diverged_run_stops_and_names_its_step_and_layer(
 def test_ranks_stop_together_when_one_of_them_is_not_finite(tmp_path: Path, root: Path) -> None:
     folder = write_plan(tmp_path / "plan", 2, gradient_accumulation_steps=2)
     make_run_folders(tmp_path / "run", folder)
-    out = tmp_path / "said"
+    out = tmp_path / "message"
     run_ranks_of([root / "tests" / "programs" / "poison.py", folder, tmp_path / "run", out], 2, tmp_path / "log")
-    said = [out.with_suffix(f".{rank}").read_text() for rank in (0, 1)]
-    assert said == ["step 2: loss is nan: first not finite: network (input), on rank 1"] * 2
+    messages = [out.with_suffix(f".{rank}").read_text() for rank in (0, 1)]
+    assert messages == ["step 2: loss is nan: first not finite: network (input), on rank 1"] * 2

@@ -17,12 +17,13 @@ from rich.console import Console
 from translution.cli.commands.launch import _Display
 from translution.cli.main import run as run_cli
 from translution.distributed.checkpoint.resume import check_same_training
+from translution.distributed.runs.mode import RunMode
 from translution.distributed.system.packages import check_training_packages
 from translution.distributed.training.monitor import RunMonitor
 from translution.planner.common.errors import InputError, MissingPackageError
+from translution.planner.config.loading import preset
 from translution.planner.config.model import parse_model_spec
-from translution.planner.config.presets import preset
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster, local_cpu_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.plan import Plan
@@ -183,3 +184,9 @@ def test_a_plan_without_rates_shows_no_predicted_time() -> None:
     )
     text, _ = shown(plan, [step(1, 0.25)])
     assert text == "step 1/5: loss 2.5000, 32 samples/s, 0.25 s per step\n"
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    assert RunMode("resume") is RunMode.MEASURE_RESUME
+    with pytest.raises(InputError, match=r"mode: 'later' is not allowed: must be one of train, continue, measure, "):
+        RunMode("later")
