@@ -31,16 +31,15 @@ from translution.distributed.verification.rehearsal import predict_rehearsal, re
 from translution.models import build
 from translution.planner.common.phases import Phase, Tier
 from translution.planner.common.units import format_bytes
+from translution.planner.config.loading import preset
 from translution.planner.config.model import ModelSpec, parse_model_spec
-from translution.planner.config.presets import preset
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import RunConfig, TrainingSpec
 from translution.planner.costs.parameters import count_parameters
 from translution.planner.hardware.cluster import load_cluster, local_cpu_cluster
 from translution.planner.memory.estimate import MemoryEstimate, estimate_memory
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.defaults import choose_tile, choose_zero
 from translution.planner.plans.plan import Plan, load_plan
-from translution.planner.run_config import RunConfig
 from translution.planner.simulator.network.model import MICRO_BATCHES, replay
 from translution.planner.simulator.network.ops import DtypeSizes
 from translution.reports.inputs.run_accuracy import (

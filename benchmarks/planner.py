@@ -16,11 +16,11 @@ from typing import Any
 
 from common import describe_run, write_report
 
-from translution.planner.config.presets import preset
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.loading import preset
+from translution.planner.config.run_config import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
-from translution.planner.search.constraints import SearchConstraints
 from translution.planner.search.searcher import Searcher
+from translution.planner.search.space import SearchConstraints
 
 COMMANDS = {
     "estimate vit-base/16": 0.4,

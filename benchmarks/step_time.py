@@ -22,7 +22,7 @@ from translution.distributed.calibration.run import calibrate
 from translution.distributed.launcher.launch import launch
 from translution.distributed.runs.folder import METRICS
 from translution.planner.config.model import parse_model_spec
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import TrainingSpec
 from translution.planner.hardware.cluster import ClusterSpec, local_cpu_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.folder import write_plan_folder

@@ -16,8 +16,9 @@ from .config.loading import save_model as save_model
 from .config.model import GptSpec as GptSpec
 from .config.model import ModelSpec as ModelSpec
 from .config.model import VitSpec as VitSpec
-from .config.training import TrainingSpec as TrainingSpec
-from .config.zero import ZeroSpec as ZeroSpec
+from .config.run_config import RunConfig as RunConfig
+from .config.run_config import TrainingSpec as TrainingSpec
+from .config.run_config import ZeroSpec as ZeroSpec
 from .hardware.cluster import ClusterSpec as ClusterSpec
 from .hardware.cluster import load_cluster as load_cluster
 from .memory.estimate import BreakdownItem as BreakdownItem
@@ -26,10 +27,9 @@ from .memory.estimate import PhasePeak as PhasePeak
 from .plans.build import make_plan as make_plan
 from .plans.plan import Plan as Plan
 from .plans.plan import load_plan as load_plan
-from .run_config import RunConfig as RunConfig
-from .search.constraints import SearchConstraints as SearchConstraints
-from .search.explain import SearchResult as SearchResult
 from .search.plan_search import NoPlanFits as NoPlanFits
+from .search.plan_search import SearchResult as SearchResult
 from .search.plan_search import plan as plan
+from .search.space import SearchConstraints as SearchConstraints
 from .timing.run_cost import RunCost as RunCost
 from .timing.step_time import StepTime as StepTime

@@ -15,7 +15,7 @@ from translution.planner.common.provenance import Provenance, make_provenance
 from translution.planner.common.types import Precision
 from translution.planner.config.loading import load_model
 from translution.planner.config.model import ModelSpec
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import TrainingSpec
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 
 from .inputs.benchmark_records import Accuracy, StepTimes, load_record

@@ -10,7 +10,7 @@ from translution.planner import Comparison, ModelSpec
 from translution.planner.analysis.comparison import scale_points
 from translution.planner.common.errors import InputError
 from translution.planner.common.files import check_new_folder, new_folder, write_bytes, write_text
-from translution.planner.config.training import parse_training
+from translution.planner.config.run_config import parse_training
 
 from .render.vega import png, svg
 from .sections.comparison import comparison_frame, comparison_markdown, comparison_picture

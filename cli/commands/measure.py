@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 
 from translution import planner
-from translution.planner.config.training import parse_training
-from translution.planner.search.constraints import Stage
+from translution.planner.config.run_config import parse_training
+from translution.planner.search.space import Stage
 
 from ..extras import requires_extra
 from ..options import (

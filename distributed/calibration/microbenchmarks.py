@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from translution.planner.common.types import DTYPE_BYTES, Precision
-from translution.planner.config.training import TrainingSpec
-from translution.planner.config.zero import ZeroSpec
+from translution.planner.config.run_config import TrainingSpec, ZeroSpec
 from translution.planner.deepspeed.config import deepspeed_config
 from translution.planner.hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer
 

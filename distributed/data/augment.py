@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from translution.planner.config.model import ModelSpec, VitSpec
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import TrainingSpec
 
 from .base import Samples
 

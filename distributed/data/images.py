@@ -185,7 +185,7 @@ class FolderImages:
             names += found
             labels += [label] * len(found)
         if not names:
-            raise InputError(f"{folder}: holds no image: must hold CLASS/*{', CLASS/*'.join(SUFFIXES[:3])} or alike")
+            raise InputError(f"{folder}: holds no image: must hold CLASS/*{', CLASS/*'.join(SUFFIXES[:3])} or similar")
         # A numpy array of bytes is smaller: a Python string takes about 100 bytes per name.
         self._names, self._labels = np.array(names), np.array(labels, dtype=np.int32)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from translution.planner.config.datasets import PLACED_DIGITS, DataKind, check_kind, digit_size
 from translution.planner.config.model import ModelSpec, VitSpec
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import TrainingSpec
 
 from .base import DataSource
 from .synthetic import make_synthetic

@@ -19,7 +19,7 @@ from translution.planner.common.machine import usable_cores
 from translution.planner.common.provenance import Provenance, make_provenance
 from translution.planner.common.schema import Schema
 from translution.planner.config.datasets import DataKind
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import TrainingSpec
 from translution.planner.costs.parameters import count_parameters
 
 from .definitions import BATCH, Experiment, ModelVariant, Task

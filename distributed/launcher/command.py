@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from translution.planner.plans.launch_scripts import PORT
+from translution.planner.plans.folder import PORT
 from translution.planner.plans.plan import Plan
 
 from ..remote.hostfile import read_hostfile

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from translution.planner.common.errors import InputError
-from translution.planner.plans.launch_scripts import PORT
+from translution.planner.plans.folder import PORT
 from translution.planner.plans.plan import Plan, load_plan
 
 from ..checkpoint.resume import describe_resharding, find_resumable, prepare_resume

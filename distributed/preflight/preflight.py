@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from translution.planner.plans.launch_scripts import PORT
+from translution.planner.plans.folder import PORT
 from translution.planner.plans.plan import Plan, load_plan
 
 from ..remote.target import THIS_MACHINE, LaunchTarget

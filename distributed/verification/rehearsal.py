@@ -27,7 +27,7 @@ from translution.planner.common.provenance import Provenance, make_provenance
 from translution.planner.common.schema import Schema, parse_json
 from translution.planner.common.units import GIB, format_bytes
 from translution.planner.config.model import override
-from translution.planner.config.zero import ZeroSpec
+from translution.planner.config.run_config import ZeroSpec
 from translution.planner.deepspeed.config import check_training_state
 from translution.planner.hardware.cluster import local_cpu_cluster
 from translution.planner.memory.estimate import MemoryEstimate, summarize_simulation

@@ -11,18 +11,17 @@ from ..common.schema import Schema, stored_as
 from ..common.types import DTYPE_BYTES
 from ..config.loading import load_model
 from ..config.model import ModelSpec, VitSpec, override
-from ..config.training import TrainingSpec, parse_training
+from ..config.run_config import TrainingSpec, parse_training
 from ..costs.flops import count_flops
 from ..costs.optimizer_state import state_tensors, widths
 from ..costs.parameters import count_parameters
 from ..hardware.catalog import find_gpu, load_catalog
 from ..hardware.cluster import ClusterSpec, named_cluster
-from ..memory.activations import saved_bytes
-from ..memory.estimate import gathered_floor_bytes
+from ..memory.estimate import gathered_floor_bytes, saved_bytes
 from ..plans.defaults import choose_tile
 from ..search.advice import largest_that_fits, min_utilization
-from ..search.constraints import SearchConstraints
 from ..search.searcher import Searcher
+from ..search.space import SearchConstraints
 from ..simulator.network.ops import DtypeSizes
 
 ALPHA_RANKS = (4, 8, 16, 32, 64)

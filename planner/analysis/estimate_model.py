@@ -14,14 +14,12 @@ from ..common.errors import InputError
 from ..common.schema import Schema, stored_as
 from ..config.loading import load_model
 from ..config.model import OPERATORS, ModelSpec, Operator, parse_model_spec
-from ..config.training import TrainingSpec, parse_training
+from ..config.run_config import RunConfig, TrainingSpec, parse_training
 from ..costs.flops import FlopCount, count_flops
 from ..costs.parameters import ParameterCount, count_parameters
 from ..hardware.cluster import ClusterSpec, load_cluster
-from ..memory.activations import saved_bytes
-from ..memory.estimate import MemoryEstimate, estimate_memory
+from ..memory.estimate import MemoryEstimate, estimate_memory, saved_bytes
 from ..plans.defaults import choose_tile, choose_zero
-from ..run_config import RunConfig
 from ..simulator.network.ops import DtypeSizes
 
 ADAMW_STATE_BYTES = 16

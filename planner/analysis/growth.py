@@ -12,14 +12,13 @@ from ..common.phases import Tier
 from ..common.schema import Schema, validate
 from ..config.loading import load_model
 from ..config.model import ModelSpec, VitSpec
-from ..config.training import TrainingSpec
+from ..config.run_config import TrainingSpec
 from ..costs.parameters import count_parameters
 from ..hardware.cluster import ClusterSpec, load_cluster
 from ..memory.estimate import estimate_memory
-from ..search.candidate import Candidate, with_nodes
-from ..search.constraints import SearchConstraints
-from ..search.explain import shortage
-from ..search.searcher import Searcher
+from ..search.plan_search import shortage
+from ..search.searcher import Candidate, Searcher, with_nodes
+from ..search.space import SearchConstraints
 from ..timing.step_time import estimate_step_time
 from .comparison import Axis, compared_models, scaled
 

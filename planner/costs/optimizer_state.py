@@ -7,7 +7,7 @@ update in place on the host.
 from __future__ import annotations
 
 from ..common.types import DTYPE_BYTES
-from ..config.training import TrainingSpec
+from ..config.run_config import TrainingSpec
 
 
 def state_tensors(training: TrainingSpec) -> int:

@@ -1,7 +1,7 @@
-"""Predicted memory of a rank: for each phase and tier, the peak and what it consists of.
+"""Predicted memory of a rank: for each phase and tier, the peak and its breakdown into items.
 
-The simulator replays the rank's lifecycle (simulator/lifecycle.py) and gives the bytes; breakdown_text.py gives each
-item's formula in words and its source.
+`estimate_memory` simulates the rank's lifecycle (simulator/lifecycle.py), which gives the bytes; `describe_item` gives
+each item's formula in words and its source. `saved_bytes` counts the activations of one micro-batch.
 """
 
 from __future__ import annotations
@@ -13,14 +13,26 @@ from ..common.phases import Phase, Tier
 from ..common.schema import Schema, stored_as
 from ..common.units import format_bytes
 from ..config.model import ModelSpec
-from ..config.training import TrainingSpec
+from ..config.run_config import RunConfig, TrainingSpec
+from ..costs.optimizer_state import state_name
 from ..costs.parameters import TABLES, parameter_groups
 from ..hardware.device_overhead import DeviceOverhead
-from ..run_config import RunConfig
-from ..simulator.core.storage import Peak
+from ..simulator.core.storage import MemoryTracker, Peak
+from ..simulator.engine import base as names
 from ..simulator.engine.base import EngineConfig
 from ..simulator.lifecycle import Simulation, simulate
-from .breakdown_text import describe_item
+from ..simulator.network.model import MICRO_BATCHES, OFFLOADED, Replay, replay
+from ..simulator.network.ops import (
+    ACTIVATIONS,
+    ATTENTION_WEIGHTS,
+    CASTS,
+    GRADIENTS,
+    TEMPORARY,
+    WEIGHT_GRADIENTS,
+    DtypeSizes,
+)
+from ..simulator.network.relation_ops import WORKSPACE
+from ..simulator.network.relation_shape import Implementation
 
 BOOKKEEPING = "bookkeeping"
 BOOKKEEPING_BYTES = 2**16
@@ -204,3 +216,122 @@ def gathered_floor_bytes(spec: ModelSpec, training: TrainingSpec, tile_relations
     groups = parameter_groups(spec, tile_relations)
     largest = max(group.numel * (both if group.component == TABLES else 1) for group in groups)
     return 2 * largest * training.dtype_bytes
+
+
+_ZERO3, _ZERO12 = "runtime/zero/stage3.py", "runtime/zero/stage_1_and_2.py"
+_PARTITION, _SWAP = "runtime/zero/partition_parameters.py", "runtime/swap_tensor"
+_FIXED: dict[str, tuple[str, str]] = {
+    ACTIVATIONS: ("outputs that are in use or kept for backward, layer by layer", "planner/simulator/network/block.py"),
+    GRADIENTS: ("gradients of activations on their way back", "planner/simulator/core/autograd.py"),
+    ATTENTION_WEIGHTS: ("weights of every pair of tokens, B·h·N² a layer, and their logits", "models/ops/grouped.py"),
+    WORKSPACE: ("rows of one relation's pairs and their products, bounded by workspace_bytes", "models/ops/context.py"),
+    TEMPORARY: ("what one operation makes and drops", "planner/simulator/network/ops.py"),
+    CASTS: ("parameters as products take them, held by autocast or kept for backward", "torch.autocast"),
+    MICRO_BATCHES: ("inputs and targets of the step's micro-batches", "distributed/data/batching.py"),
+    OFFLOADED: ("inputs of checkpointed blocks, kept on the host", "fairscale nn/checkpoint"),
+    "random states": ("of torch's generator, kept by each checkpointed block", "torch/utils/checkpoint.py"),
+    names.BUFFERS: ("cosines and sines of rotary layers; index lists of pairs on a GPU", "models/ops/rotary.py"),
+    names.GATHERED: ("parameters of the modules that run, whole", f"{_PARTITION}:1329"),
+    names.GATHER_COPIES: ("a rank's shares on their way to the gather", f"{_PARTITION}:1329"),
+    names.BACKEND_COPIES: (
+        "gloo reduces and gathers in tensors of its own; nothing on a GPU",
+        "c10d, ProcessGroupGloo",
+    ),
+    names.NORM: ("a share of a gradient in fp64, to be squared", f"{_ZERO3}:1960"),
+    names.STAGING: ("copies on the way between host and device", "runtime/zero/utils.py:205"),
+    names.OPTIMIZER_SWAP_BUFFERS: (
+        "buffer_count · the largest sub-group in fp32, aligned",
+        f"{_SWAP}/optimizer_utils.py:185",
+    ),
+    names.PARAM_SWAP_BUFFERS: ("buffer_count · buffer_size, aligned", f"{_SWAP}/partitioned_param_swapper.py:104"),
+    names.SUB_GROUP_BUFFER: ("the largest sub-group's whole tensors, for all ranks' shares", f"{_ZERO3}:1009"),
+    names.STREAMS: ("two gathers and two reductions that wait for another stream; an upper bound", f"{_ZERO3}:462"),
+    names.FIRST_COPIES: ("pinned shares that the flat buffer replaced, kept by the allocator", f"{_ZERO3}:906"),
+    names.LOADED: ("a rank's own file, read whole", "runtime/engine.py:4816"),
+}
+
+
+def describe_item(name: str, config: EngineConfig) -> tuple[str, str]:
+    """Formula in words and source of an entry.
+
+    Args:
+        name: of the entry.
+        setting: stage, dtypes and knobs, which formulas mention.
+    """
+    if name in _FIXED:
+        return _FIXED[name]
+    training, zero = config.training, config.zero
+    optimizer = _ZERO3 if zero.stage == 3 else _ZERO12
+
+    def shared(stage: int) -> str:
+        return "1/ranks of each tensor, padded" if zero.stage >= stage else "whole"
+
+    texts = {
+        names.PARAMETERS: (f"{training.precision}, {shared(3)}", f"{_ZERO3}:906"),
+        names.PERSISTENT: ("tensors up to the persistence threshold stay whole", _PARTITION),
+        names.MASTER_PARAMETERS: (f"{training.master_dtype} copy, {shared(1)}", f"{optimizer}:1162"),
+        names.OPTIMIZER_STATES: (
+            f"{training.states_dtype} {state_name(training)} of {training.optimizer}, {shared(1)}",
+            "torch/optim, ops/adam",
+        ),
+        names.SHARED_GRADIENTS: (f"{training.accumulation_dtype} accumulator, {shared(2)}", f"{_ZERO3}:791"),
+        names.STEP_GRADIENTS: (f"a sub-group's gradients in {training.master_dtype} for the update", f"{_ZERO3}:2683"),
+        names.BUCKET: (f"reduce_bucket_size in {training.precision}", f"{optimizer}:780"),
+        WEIGHT_GRADIENTS: (f"{training.precision} gradients of parameters that are not yet reduced", "torch autograd"),
+        names.REDUCE_COPIES: (
+            "gradients side by side as they are reduced, and casts",
+            "runtime/comm/coalesced_collectives.py:102",
+        ),
+        names.OPTIMIZER_TEMPORARIES: (f"tensors that {training.optimizer} makes to update a sub-group", "torch/optim"),
+        names.CONSTRUCTION_TENSORS: (
+            "tensors in fp32 as they are made, and copies that become states",
+            f"{_PARTITION}:266",
+        ),
+        names.OFFLOAD_COPIES: ("the share of parameters, and the largest gradient twice", f"{_ZERO12}:700"),
+    }
+    return texts.get(name, (name, "planner/simulator"))
+
+
+_SHALLOW = 3
+"""Depth of the deeper of the two networks from which other depths are extrapolated."""
+
+
+def _replay(spec: ModelSpec, batch: int, sizes: DtypeSizes, implementation: Implementation) -> Replay:
+    tables = {"translution", "alpha"} & set(spec.layer_operators)
+    return _replay_tables(spec, batch, sizes, implementation if tables else "grouped")
+
+
+@lru_cache(maxsize=64)
+def _replay_tables(spec: ModelSpec, batch: int, sizes: DtypeSizes, implementation: Implementation) -> Replay:
+    # Full tables: tiles would change only the gradients, which are excluded.
+    memory = MemoryTracker(ignored=frozenset({WEIGHT_GRADIENTS, MICRO_BATCHES}))
+    return replay(spec, batch, sizes, memory=memory, implementation=implementation)
+
+
+def saved_bytes(spec: ModelSpec, batch: int, sizes: DtypeSizes, implementation: Implementation = "grouped") -> int:
+    """Bytes that one forward pass keeps for backward on the device, parameters left out.
+
+    Args:
+        spec: the model.
+        batch: samples of one micro-batch.
+        sizes: bytes per value.
+        implementation: "grouped", or "gather" for the published code.
+    """
+    if spec.depth <= _SHALLOW or spec.relative_layers != "all":
+        return _replay(spec, batch, sizes, implementation).saved_bytes
+    # Equal layers save equal bytes, so that two depths determine all others.
+    low, high = (
+        _replay(spec.model_copy(update={"depth": depth}), batch, sizes, implementation).saved_bytes
+        for depth in (_SHALLOW - 1, _SHALLOW)
+    )
+    return high + (high - low) * (spec.depth - _SHALLOW)
+
+
+def peak_bytes(spec: ModelSpec, batch: int, sizes: DtypeSizes, implementation: Implementation = "grouped") -> int:
+    """Peak bytes of activations, their gradients and scratch in one forward and backward pass.
+
+    Args:
+        spec, batch, sizes, implementation: as in `saved_bytes`.
+    """
+    peaks = _replay(spec, batch, sizes, implementation).memory.peaks
+    return max(peaks[phase].total_bytes for phase in ("forward", "backward"))

@@ -13,13 +13,11 @@ from math import ceil
 from ..common.types import DTYPE_BYTES
 from ..common.units import FP32_BYTES
 from ..config.model import ModelSpec
-from ..config.training import TrainingSpec
-from ..config.zero import ZeroSpec
+from ..config.run_config import RunConfig, TrainingSpec, ZeroSpec
 from ..costs.comm_volume import Volumes, volumes
 from ..costs.optimizer_state import state_tensors, temporary_tensors, widths
 from ..costs.parameters import TABLES, parameter_groups
 from ..deepspeed.config import NVME_BLOCK_BYTES
-from ..run_config import RunConfig
 from ..simulator.core.storage import MemoryTracker
 from ..simulator.core.tiers import next_power_of_two
 from ..simulator.engine.base import NORM_BYTES, SIMULATED_MICRO_BATCHES

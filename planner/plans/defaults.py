@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from ..common.schema import validate
 from ..config.model import ModelSpec
-from ..config.zero import OffloadDevice, ZeroSpec
+from ..config.run_config import OffloadDevice, ZeroSpec
 from ..costs.parameters import TABLES, parameter_groups, table_entries
 from ..simulator.engine.partition import partitioned_numel
 

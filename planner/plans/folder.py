@@ -1,8 +1,15 @@
-"""Writes the plan folder: ``plan.json``, ``ds_config.json``, launch scripts and a README."""
+"""Writes the plan folder: ``plan.json``, ``ds_config.json``, a README, and scripts that launch the plan.
+
+The scripts start ranks on one node, on ssh hosts, through torchrun or in a Slurm job. All values of a plan are quoted.
+Sources: DeepSpeed 0.19.8, launcher/runner.py (hostfile, exported variables). Slurm's srun sets its own task numbers,
+from which job.sbatch sets the variables that DeepSpeed reads.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 from ..common.files import new_folder
@@ -10,7 +17,7 @@ from ..common.phases import Phase
 from ..common.units import format_bytes, format_count, format_flops
 from ..costs.flops import count_flops
 from ..costs.parameters import count_parameters
-from .launch_scripts import launch_files
+from ..hardware.cluster import ClusterSpec
 from .plan import PLAN_FILE, Plan
 
 RUNS = "runs"
@@ -125,3 +132,131 @@ def write_plan_folder(plan: Plan, target: Path, *, force: bool = False) -> None:
             (folder / name).write_text(text, encoding="utf-8")
             if name.endswith((".sh", ".sbatch")) and name != "environment.sh":
                 (folder / name).chmod(0o755)
+
+
+PORT = 29500
+_HEAD = """#!/bin/sh
+# {what}
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+. "$here/environment.sh"
+"""
+_RUN = """# The run folder, visible to all nodes: the argument, or the next runs/NNN of this plan.
+run=${1:-}
+if [ -z "$run" ]; then
+    number=1
+    while [ -e "$here/runs/$(printf %03d "$number")" ]; do number=$((number + 1)); done
+    run=$here/runs/$(printf %03d "$number")
+fi
+"""
+
+
+def environment_variables(cluster: ClusterSpec) -> dict[str, str]:
+    """Environment variables that every rank needs, whatever starts it."""
+    cores = cluster.host_cores or cluster.ranks_per_node
+    # torchrun would set one thread, and the CPU optimizer would be slower by the number of cores.
+    variables = {"OMP_NUM_THREADS": str(max(1, cores // cluster.ranks_per_node))}
+    if cluster.device == "cpu":
+        return {"DS_ACCELERATOR": "cpu"} | variables
+    return variables | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False", "DEEPSPEED_TIMEOUT": "60"}
+
+
+def environment_script(cluster: ClusterSpec) -> str:
+    """Return ``environment.sh``, which every other script reads; it keeps variables that are already set."""
+    lines = ["# The scripts of this folder read this file. Variables that are already set keep their values."]
+    for name, value in environment_variables(cluster).items():
+        lines.append(f"export {name}=${{{name}:-{shlex.quote(value)}}}")
+    lines += [
+        "# Network interface of the ranks, if the default is wrong:",
+        "# export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0",
+        "# Folder of DeepSpeed's compiled ops, on each node's own disk:",
+        "# export TORCH_EXTENSIONS_DIR=/tmp/torch_extensions",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def hostfile(cluster: ClusterSpec) -> str:
+    """Return a hostfile with a placeholder name for every node."""
+    lines = ["# One line per node; all nodes connect to the first one. Replace the names by your hosts' names."]
+    lines += [f"node{number} slots={cluster.ranks_per_node}" for number in range(1, cluster.nodes + 1)]
+    return "\n".join(lines) + "\n"
+
+
+_SSH = (
+    _HEAD.format(
+        what="Run this on one node, with your hosts' names in hostfile. It starts all ranks through ssh and pdsh."
+    )
+    + """exec translution launch "$here" --hostfile "$here/hostfile" "$@"
+"""
+)
+
+
+def torchrun_script(cluster: ClusterSpec) -> str:
+    """Return ``launch-torchrun.sh``, which runs once on every node."""
+    what = "Run this on every node: NODE_RANK=0 MASTER_ADDR=first-host ./launch-torchrun.sh RUN_FOLDER; ranks from 0."
+    if cluster.nodes == 1:
+        what = "Starts all ranks of this node through torchrun."
+    needed = "" if cluster.nodes == 1 else ': "${NODE_RANK:?is required}" "${MASTER_ADDR:?is required}"\n'
+    return (
+        _HEAD.format(what=what)
+        + _RUN
+        + needed
+        + f"""exec torchrun --nnodes {cluster.nodes} --nproc_per_node {cluster.ranks_per_node} \\
+    --node_rank "${{NODE_RANK:-0}}" --master_addr "${{MASTER_ADDR:-127.0.0.1}}" \\
+    --master_port "${{MASTER_PORT:-{PORT}}}" --module translution.cli train "$here" "$run"
+"""
+    )
+
+
+def slurm_script(plan: Plan) -> str:
+    """Return ``job.sbatch``, with one task per rank."""
+    cluster = plan.cluster
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plan.model.name)[:60]
+    cores = max(1, (cluster.host_cores or cluster.ranks_per_node) // cluster.ranks_per_node)
+    gpus = f"#SBATCH --gpus-per-node={cluster.ranks_per_node}\n" if cluster.device == "cuda" else ""
+    return f"""#!/bin/bash
+# Submit from this folder: sbatch job.sbatch. Add your account, partition and time.
+# Before the job's time limit the ranks save and end; sbatch job.sbatch RUN_FOLDER resumes that run.
+# TRANSLUTION_FORCE=1 starts the ranks even if preflight finds a problem on a node.
+#SBATCH --job-name={name}
+#SBATCH --nodes={cluster.nodes}
+#SBATCH --ntasks-per-node={cluster.ranks_per_node}
+#SBATCH --cpus-per-task={cores}
+{gpus}#SBATCH --signal=USR1@120
+#SBATCH --output=slurm-%j.log
+set -eu
+here=${{SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")" && pwd)}}
+. "$here/environment.sh"
+run=${{1:-$here/runs/slurm-$SLURM_JOB_ID}}
+MASTER_ADDR=${{MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}}
+# Two jobs can share a node, so each gets its own port.
+export MASTER_ADDR MASTER_PORT=${{MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}}
+
+# Before the ranks start, every node reports its state and compiles missing ops.
+reports=$(mktemp -d "$here/.preflight-XXXXXX")
+trap 'rm -rf "$reports"' EXIT
+srun --ntasks={cluster.nodes} --ntasks-per-node=1 translution preflight-node "$here" --out "$reports"
+translution preflight "$here" --reports "$reports" ${{TRANSLUTION_FORCE:+--force}}
+srun --ntasks={cluster.nodes} --ntasks-per-node=1 translution preflight-node "$here" --compile
+
+# DeepSpeed reads these variables; srun sets only its own.
+# shellcheck disable=SC2016
+srun --kill-on-bad-exit=1 sh -c '
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+    exec translution train "$1" "$2"' rank "$here" "$run" || echo "srun ended with $?"
+# The job has succeeded if every rank has finished.
+translution status "$run"
+"""
+
+
+def launch_files(plan: Plan) -> dict[str, str]:
+    """Return the launch files by name; those that end in .sh or .sbatch are executable."""
+    cluster = plan.cluster
+    files = {
+        "environment.sh": environment_script(cluster),
+        "launch-torchrun.sh": torchrun_script(cluster),
+        "job.sbatch": slurm_script(plan),
+    }
+    if cluster.nodes > 1:
+        files |= {"hostfile": hostfile(cluster), "launch-ssh.sh": _SSH}
+    return files

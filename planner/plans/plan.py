@@ -13,12 +13,10 @@ from ..common.errors import InputError
 from ..common.schema import Schema, parse_json
 from ..common.types import Positive
 from ..config.model import ModelSpec
-from ..config.training import TrainingSpec
-from ..config.zero import ZeroSpec
+from ..config.run_config import RunConfig, TrainingSpec, ZeroSpec
 from ..deepspeed.config import deepspeed_config
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import MemoryEstimate
-from ..run_config import RunConfig
 from ..timing.run_cost import RunCost, run_cost
 from ..timing.step_time import StepTime
 

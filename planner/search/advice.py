@@ -12,17 +12,14 @@ from ..common.schema import Schema
 from ..common.units import format_bytes, format_count
 from ..config.loading import save_model
 from ..config.model import GptSpec, ModelSpec, VitSpec, override
-from ..config.training import TrainingSpec
+from ..config.run_config import RunConfig, TrainingSpec
 from ..costs.parameters import TABLES, count_parameters, table_entries
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import estimate_memory
 from ..memory.upper_bound import bound_memory
 from ..plans.defaults import choose_zero
-from ..run_config import RunConfig
-from .candidate import Capacity, with_nodes, writes_to_nvme
-from .constraints import SearchConstraints
-from .searcher import REPLAY_TOLERANCE, REPLAYS, Searcher
-from .space import list_strategies, tiles
+from .searcher import REPLAY_TOLERANCE, REPLAYS, Capacity, Searcher, with_nodes, writes_to_nvme
+from .space import SearchConstraints, list_strategies, tiles
 
 MAX_ADVISED_NODES = 4096
 HYBRID_RANKS = (64, 32, 16, 8, 4)

@@ -1,18 +1,24 @@
-"""The search space: strategies, node counts, batch splits, tile sizes and knob sets that the constraints allow."""
+"""What the user fixes (`SearchConstraints`), and the search space that remains.
+
+The space has strategies (ZeRO stage and offload mode), node counts, batch splits, tile sizes and knob sets.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+
+from pydantic import Field
 
 from ..common.errors import InputError, nearest
+from ..common.schema import Schema, stored_as
+from ..common.types import Positive
 from ..config.model import ModelSpec
-from ..config.zero import ZeroSpec, min_buffers
+from ..config.run_config import ZeroSpec, min_buffers
 from ..costs.parameters import table_entries
 from ..hardware.cluster import ClusterSpec
 from ..plans.defaults import OFFLOAD, choose_tile, choose_zero, override_zero
-from .constraints import SearchConstraints, Stage
 
 RATIOS = (0.25, 0.5, 0.75)
 """Offload ratios to try."""
@@ -196,3 +202,52 @@ def knob_sets(
 def _swap(base: ZeroSpec, *, read: bool, write: bool) -> dict[str, Any]:
     buffers = {"pipeline_read": read, "pipeline_write": write, "buffer_count": min_buffers(read, write)}
     return {"offload_optimizer": base.offload_optimizer.model_copy(update=buffers)}
+
+
+Stage: TypeAlias = Literal[0, 1, 2, 3]
+Objective: TypeAlias = Literal["time", "nodes", "cost", "memory"]
+Checkpointing: TypeAlias = Literal["none", "block", "offload"]
+
+HEADROOM = 0.08
+"""Default fraction of every memory that stays free."""
+SAMPLES_PER_RANK = 8
+"""Default samples per rank and optimizer step."""
+
+
+class SearchConstraints(Schema):
+    """What the user fixes; None leaves a choice to the search."""
+
+    global_batch: Positive | None = None
+    """Samples of an optimizer step over all ranks; None is micro-batch times accumulation, or 8 per rank."""
+    micro_batch: Positive | None = None
+    """Samples per rank and forward pass."""
+    gradient_accumulation_steps: Positive | None = stored_as("accumulation", None)
+    """Micro-batches per optimizer step."""
+    stage: Stage | None = None
+    """ZeRO stage."""
+    offload: str | None = None
+    """Offload mode: none, cpu-optimizer, cpu, nvme-optimizer or nvme."""
+    offload_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Fraction of the optimizer's sub-groups that are offloaded."""
+    nvme_path: str | None = None
+    """A folder on every node's NVMe drive; None rules out the nvme modes."""
+    checkpointing: Checkpointing | None = None
+    """Activation checkpointing."""
+    tile_relations: Positive | None = None
+    """Relations per tile."""
+    all_nodes: bool = False
+    """Use every node of the cluster instead of the best number."""
+    headroom: Annotated[float, Field(ge=0, lt=1)] = HEADROOM
+    """Fraction of every memory that stays free."""
+    minimize: Objective = "time"
+    """What the search minimizes: the time of a sample, the nodes, the cost of a sample, or device memory."""
+    zero_overrides: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `ZeroSpec` that replace the search's choice, as in `make_plan`."""
+
+
+def resolve_global_batch(constraints: SearchConstraints, cluster: ClusterSpec) -> int:
+    """Samples of an optimizer step: as given, or micro-batch times accumulation times ranks, or 8 per rank."""
+    if constraints.global_batch is not None:
+        return constraints.global_batch
+    micro_batch = constraints.micro_batch or SAMPLES_PER_RANK
+    return micro_batch * (constraints.gradient_accumulation_steps or 1) * cluster.world_size

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..common.phases import Phase, Tier
-from ..run_config import RunConfig
+from ..config.run_config import RunConfig
 from .core.autograd import ModuleParams, ParameterHooks
 from .core.storage import MemoryTracker, Peak, Storage
 from .core.tiers import RankMemory

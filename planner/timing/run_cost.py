@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..common.schema import Schema
-from ..config.training import TrainingSpec
+from ..config.run_config import TrainingSpec
 from ..hardware.cluster import ClusterSpec
 from .step_time import StepTime
 

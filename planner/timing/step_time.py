@@ -13,13 +13,11 @@ from typing import Literal, NamedTuple, TypeAlias
 from ..common.schema import Schema, stored_as
 from ..common.types import DTYPE_BYTES
 from ..config.model import ModelSpec
-from ..config.training import TrainingSpec
-from ..config.zero import ZeroSpec
+from ..config.run_config import RunConfig, TrainingSpec, ZeroSpec
 from ..costs.comm_volume import Volumes, volumes
 from ..costs.flops import count_flops
 from ..costs.optimizer_state import state_tensors, widths
 from ..costs.workload import count_work
-from ..run_config import RunConfig
 from .rates import RATE_LEVELS, RateLevel, Rates
 
 Bound: TypeAlias = Literal["compute", "network", "host link", "host", "NVMe", "engine"]

@@ -14,20 +14,23 @@ from translution.planner.common.errors import InputError
 from translution.planner.common.schema import Schema, validate
 from translution.planner.common.types import Precision
 from translution.planner.common.units import GIB
+from translution.planner.config.loading import preset, preset_name
 from translution.planner.config.model import ModelSpec, Operator, override
-from translution.planner.config.presets import preset, preset_name
-from translution.planner.config.training import Optimizer, TrainingSpec
+from translution.planner.config.run_config import Optimizer, TrainingSpec
 from translution.planner.hardware.catalog import find_gpu
 from translution.planner.hardware.cluster import ClusterSpec, named_cluster
-from translution.planner.search.constraints import (
+from translution.planner.search.space import (
     HEADROOM,
     Checkpointing,
     Objective,
     SearchConstraints,
     Stage,
+    batches,
+    list_strategies,
+    node_counts,
     resolve_global_batch,
+    tiles,
 )
-from translution.planner.search.space import batches, list_strategies, node_counts, tiles
 
 MAX_TOKENS = 8192
 MAX_LAYERS, MAX_WIDTH, MAX_HEADS = 128, 16384, 128

@@ -22,8 +22,14 @@ from translution.planner.memory.estimate import BreakdownItem, MemoryEstimate
 from translution.planner.plans.folder import write_plan_folder
 from translution.planner.plans.plan import PLAN_FILE, Plan
 from translution.planner.search.advice import Advice, describe_hybrid
-from translution.planner.search.explain import KnobReason, ParetoPoint, SearchResult, StrategyVerdict
-from translution.planner.search.plan_search import NoPlanFits, search_plan
+from translution.planner.search.plan_search import (
+    KnobReason,
+    NoPlanFits,
+    ParetoPoint,
+    SearchResult,
+    StrategyVerdict,
+    search_plan,
+)
 from translution.planner.simulator.network.ops import DtypeSizes
 from translution.planner.timing.run_cost import RunCost
 from translution.planner.timing.step_time import StepTime

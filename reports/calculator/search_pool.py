@@ -21,8 +21,8 @@ from pebble import ProcessPool
 from pydantic import TypeAdapter
 
 from translution.planner.common.schema import parse_json
+from translution.planner.config.loading import PRESET_NAMES
 from translution.planner.config.model import OPERATORS
-from translution.planner.config.presets import PRESET_NAMES
 
 from .choice import Choice
 from .result import Outcome, WorkerResult, search_choice

@@ -6,9 +6,9 @@ import shlex
 from typing import Any
 
 from translution.planner.common.errors import InputError
+from translution.planner.config.loading import preset
 from translution.planner.config.model import ModelSpec, override
-from translution.planner.config.presets import preset
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import TrainingSpec
 from translution.planner.hardware.cluster import named_cluster
 from translution.planner.plans.plan import Plan
 

@@ -12,7 +12,7 @@ from translution.planner.analysis.growth import PlanPoint, best_points
 from translution.planner.common.provenance import Provenance
 from translution.planner.common.units import GIB, format_bytes, format_count
 from translution.planner.config.model import OPERATORS, ModelSpec
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import TrainingSpec
 from translution.planner.costs.parameters import TABLES
 from translution.planner.hardware.cluster import ClusterSpec
 from translution.planner.simulator.network.ops import DtypeSizes

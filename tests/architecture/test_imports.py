@@ -1,4 +1,4 @@
-"""The planner stays light, and imports go one way."""
+"""The planner loads no heavy package, and imports between folders and packages go one way."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+LINT_IMPORTS = Path(sys.executable).with_name("lint-imports")
 HEAVY = (
     "torch",
     "pandas",
@@ -33,7 +34,7 @@ ALLOWED = {
 
 
 def loaded_by(program: str) -> list[str]:
-    """Heavy packages that a fresh interpreter has loaded after a program."""
+    """Return the heavy packages that a fresh interpreter has loaded after a program."""
     check = f"{program}\nimport sys\nprint('loaded:', *[name for name in {HEAVY} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     return result.stdout.rsplit("loaded:", 1)[1].split()
@@ -41,6 +42,11 @@ def loaded_by(program: str) -> list[str]:
 
 def test_the_check_itself_sees_a_heavy_package() -> None:
     assert "numpy" in loaded_by("import numpy")
+
+
+def test_importing_the_public_face_loads_no_heavy_package() -> None:
+    assert loaded_by("import translution.planner") == []
+    assert loaded_by("from translution.planner import *") == []
 
 
 def test_no_module_of_the_planner_loads_a_heavy_package(root: Path) -> None:
@@ -87,8 +93,15 @@ def test_imports_go_one_way(folder: str, root: Path) -> None:
                     assert other != folder, f"{path}: {name} should be a relative import"
 
 
+def test_packages_import_downward(root: Path, tmp_path: Path) -> None:
+    """The contracts in pyproject.toml hold; each lists all packages of its folder."""
+    command = [LINT_IMPORTS, "--no-logo", "--cache-dir", tmp_path]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
 def test_planning_and_comparing_import_no_torch(root: Path, tmp_path: Path) -> None:
-    """Nor pandas or DeepSpeed: the whole command answers in a second or two."""
+    """Without torch, pandas and DeepSpeed a command answers in a second or two."""
     plan = ["plan", "vit-tiny/56", "--cluster", "8xH100", "--data", "synthetic", "--out", str(tmp_path / "plan")]
     code = (
         "import sys\n"

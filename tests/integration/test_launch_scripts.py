@@ -15,16 +15,13 @@ from helpers.runs import write_plan
 from translution.distributed.runs.status import raise_unless_finished
 from translution.distributed.system.environment import free_port, version_warnings
 from translution.planner.common.errors import InputError
-from translution.planner.config.presets import preset
-from translution.planner.config.training import TrainingSpec
-from translution.planner.config.zero import OffloadOptimizer, ZeroSpec
+from translution.planner.config.loading import preset
+from translution.planner.config.run_config import OffloadOptimizer, TrainingSpec, ZeroSpec
 from translution.planner.hardware.cluster import load_cluster, local_cpu_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.defaults import OFFLOAD, choose_tile, choose_zero
-from translution.planner.plans.folder import write_plan_folder
-from translution.planner.plans.launch_scripts import environment_variables, hostfile, launch_files
-from translution.planner.search.constraints import SearchConstraints
-from translution.planner.search.space import knob_sets, list_strategies
+from translution.planner.plans.folder import environment_variables, hostfile, launch_files, write_plan_folder
+from translution.planner.search.space import SearchConstraints, knob_sets, list_strategies
 
 BF16 = TrainingSpec(precision="bf16", data="synthetic", micro_batch=1)
 CLUSTERS = ("1xH100", "8xH100", "2x8xH100")

@@ -34,9 +34,9 @@ from translution.models.ops.grouped_mm import GroupedProducts
 from translution.planner.common.machine import usable_cores
 from translution.planner.common.phases import TRAINING_PHASES, Phase
 from translution.planner.common.units import GIB
+from translution.planner.config.loading import preset
 from translution.planner.config.model import parse_model_spec
-from translution.planner.config.presets import preset
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import TrainingSpec
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster, local_cpu_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.folder import write_plan_folder

@@ -17,13 +17,13 @@ from helpers.report_folders import MALICIOUS, experiment_folder, plan_folder
 from translution.cli.main import run
 from translution.planner.analysis.growth import GrowthPoint, best_point, best_points, growth_points
 from translution.planner.common.provenance import make_provenance
+from translution.planner.config.loading import preset
 from translution.planner.config.model import override
-from translution.planner.config.presets import preset
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
 from translution.planner.plans.plan import load_plan
-from translution.planner.search.constraints import SearchConstraints
 from translution.planner.search.plan_search import search_plan
+from translution.planner.search.space import SearchConstraints
 from translution.reports.builder import ReportBuilder, ReportRequest
 from translution.reports.inputs.plan_command import plan_command
 from translution.reports.render import markdown

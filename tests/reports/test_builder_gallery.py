@@ -19,8 +19,8 @@ from translution.planner.analysis.comparison import comparison_rows
 from translution.planner.analysis.estimate_model import OPERATOR_LABELS, operator_costs, with_operator
 from translution.planner.analysis.growth import PlanPoint, best_points
 from translution.planner.common.provenance import make_provenance
-from translution.planner.config.presets import preset
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.loading import preset
+from translution.planner.config.run_config import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
 from translution.planner.plans.plan import load_plan
 from translution.planner.simulator.network.ops import DtypeSizes

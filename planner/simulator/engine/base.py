@@ -11,10 +11,8 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 from ...common.types import DTYPE_BYTES
-from ...config.training import TrainingSpec
-from ...config.zero import ZeroSpec
+from ...config.run_config import RunConfig, TrainingSpec, ZeroSpec
 from ...costs.optimizer_state import state_tensors, temporary_tensors, widths
-from ...run_config import RunConfig
 from ..core.autograd import ParameterHooks
 from ..core.storage import MemoryTracker, Storage
 from ..core.tiers import RankMemory

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from ...config.zero import ZeroSpec
+from ...config.run_config import ZeroSpec
 from ..core.storage import Storage
 from ..core.tiers import RankMemory
 from .base import BACKEND_COPIES, GATHER_COPIES, GATHERED, PERSISTENT

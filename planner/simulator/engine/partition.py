@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...config.zero import ZeroSpec
+from ...config.run_config import ZeroSpec
 from ...costs.parameters import ParameterGroup
 from ...deepspeed.config import NVME_BLOCK_BYTES
 from ..core.autograd import ModuleParams

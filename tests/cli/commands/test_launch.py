@@ -1,14 +1,21 @@
-"""`translution launch --dry-run`: the command on one machine and on several hosts."""
+"""`translution launch`: the command on one machine and on several hosts, and the progress display."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers.runs import TINY
+from rich.console import Console
 
+from translution import planner
+from translution.cli.commands.launch import LaunchProgress
 from translution.cli.main import run
 from translution.distributed.remote.rank_command import RankCommand
+from translution.planner.hardware.cluster import local_cpu_cluster
 
 Captured = pytest.CaptureFixture[str]
 
@@ -56,3 +63,61 @@ def test_a_plan_for_several_nodes_needs_a_hostfile(tmp_path: Path, capsys: Captu
     assert (decoded.plan_folder, decoded.run) == (tmp_path / "plan", tmp_path / "plan" / "runs" / "001")
     assert decoded.environment["OMP_NUM_THREADS"] == "14"
     assert not (tmp_path / "plan" / "runs").exists()
+
+
+@pytest.fixture
+def timed() -> planner.Plan:
+    """A plan whose step has a predicted time."""
+    training = planner.TrainingSpec(precision="bf16", data="synthetic", micro_batch=1, steps=40)
+    return planner.make_plan(planner.load_model("vit-tiny/56"), planner.load_cluster("8xH100"), training)
+
+
+def step_line(number: int, seconds: float) -> dict[str, Any]:
+    return {"event": "step", "step": number, "loss": 2.5, "seconds": seconds, "samples_per_s": 8 / seconds}
+
+
+def shown(plan: planner.Plan, lines: list[dict[str, Any]], *, terminal: bool = False) -> tuple[str, LaunchProgress]:
+    """Return what the progress display prints for lines of the metrics file."""
+    file = io.StringIO()
+    with LaunchProgress(
+        Console(file=file, width=200, force_terminal=terminal, highlight=False, markup=False), plan
+    ) as display:
+        for line in lines:
+            display.show(line)
+    return file.getvalue(), display
+
+
+def test_lines_show_measured_and_predicted_values(timed: planner.Plan) -> None:
+    assert timed.time is not None
+    lines = [step_line(number, 0.5 if number > 3 else 4.0) for number in range(1, 41)]
+    lines.insert(3, {"event": "memory", "step": 3, "peak_bytes": 3 * 2**30})
+    lines.insert(11, {"event": "evaluation", "step": 10, "loss": 2.25, "accuracy": 0.125, "samples": 48})
+    text, _ = shown(timed, lines)
+    predicted = f"(predicted {timed.time.likely_s:.3g} s)"
+    assert text.splitlines() == [
+        f"step 1/40: loss 2.5000, 2 samples/s, 4 s per step {predicted}",
+        f"step 3/40, memory 3.00 GiB (predicted {timed.prediction.peak_bytes / 2**30:.2f} GiB) of rank 0",
+        "step 10/40, held-out: accuracy 12.50%, loss 2.2500 (48 samples)",
+        f"step 20/40: loss 2.5000, 16 samples/s, 0.5 s per step {predicted}",
+        f"step 40/40: loss 2.5000, 16 samples/s, 0.5 s per step {predicted}",
+    ]
+
+
+def test_a_resumed_run_is_shown_from_its_step(timed: planner.Plan) -> None:
+    lines = [{"event": "resume", "step": 25}, step_line(26, 0.5), step_line(27, 0.5)]
+    text, display = shown(timed, lines)
+    assert [line.split(":")[0] for line in text.splitlines()] == ["step 26/40"]
+    text, display = shown(
+        timed, [*lines, {"event": "memory", "step": 3, "peak_bytes": 2**30}, step_line(28, 0.5)], terminal=True
+    )
+    task = display._progress.tasks[0]
+    assert task.completed == 28
+    assert task.fields["text"].endswith(f"memory 1.00 GiB (predicted {timed.prediction.peak_bytes / 2**30:.2f} GiB)")
+
+
+def test_a_plan_without_rates_shows_no_predicted_time() -> None:
+    plan = planner.make_plan(planner.load_model(TINY), local_cpu_cluster(1), planner.TrainingSpec(steps=5)).model_copy(
+        update={"time": None}
+    )
+    text, _ = shown(plan, [step_line(1, 0.25)])
+    assert text == "step 1/5: loss 2.5000, 32 samples/s, 0.25 s per step\n"

@@ -13,10 +13,10 @@ from translution.distributed.data.augment import Augmenter, soft_targets
 from translution.distributed.data.base import Samples
 from translution.distributed.training.engine import smoothed_cross_entropy
 from translution.planner.common.errors import InputError
+from translution.planner.config.loading import preset
 from translution.planner.config.model import parse_model_spec
-from translution.planner.config.presets import preset
-from translution.planner.config.training import TrainingSpec
-from translution.planner.plans.validation import check_data
+from translution.planner.config.run_config import TrainingSpec
+from translution.planner.plans.build import check_data
 
 SPEC = parse_model_spec(
     {"family": "vit", "image": [6, 8], "patch": 2, "channels": 2, "classes": 10, "dim": 8, "depth": 1, "heads": 1}

@@ -20,7 +20,7 @@ from translution.distributed.data.tokens import load_stdlib, stdlib_files
 from translution.distributed.preflight.checks import check_node
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import parse_model_spec
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import TrainingSpec
 from translution.planner.plans.plan import load_plan
 
 MODEL = {"family": "gpt", "context": 8, "vocabulary": 256, "dim": 8, "depth": 1, "heads": 1}
@@ -94,7 +94,7 @@ def test_damaged_token_files_are_named(tmp_path: Path) -> None:
         load(tmp_path / "absent")
     path = write(tmp_path, list(range(50))) / "train.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"train.bin: 99 bytes are cut off: must be a multiple of 2, for uint16"):
+    with pytest.raises(InputError, match=r"train.bin: 99 bytes are not allowed: must be a multiple of 2, for uint16"):
         load(tmp_path)
     write(tmp_path, list(range(50)), vocabulary=256, training_tokens=51)
     with pytest.raises(InputError, match=r"train.bin: holds 50 tokens, must hold 51 as meta.json says"):

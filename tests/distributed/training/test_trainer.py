@@ -1,9 +1,8 @@
-"""Monitors, the progress display, the packages that a plan needs, and the settings that a resumed run may change."""
+"""Monitors, the packages that a plan needs, and the settings that a resumed run may change."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
 import sys
 from pathlib import Path
@@ -12,21 +11,17 @@ from typing import Any
 
 import pytest
 from helpers.runs import TINY, write_plan
-from rich.console import Console
 
-from translution.cli.commands.launch import _Display
 from translution.cli.main import run as run_cli
 from translution.distributed.checkpoint.resume import check_same_training
 from translution.distributed.runs.mode import RunMode
 from translution.distributed.system.packages import check_training_packages
 from translution.distributed.training.monitor import RunMonitor
 from translution.planner.common.errors import InputError, MissingPackageError
-from translution.planner.config.loading import preset
 from translution.planner.config.model import parse_model_spec
 from translution.planner.config.run_config import TrainingSpec
-from translution.planner.hardware.cluster import load_cluster, local_cpu_cluster
+from translution.planner.hardware.cluster import local_cpu_cluster
 from translution.planner.plans.build import make_plan
-from translution.planner.plans.plan import Plan
 
 
 @pytest.fixture
@@ -126,64 +121,6 @@ def test_a_resumed_run_may_change_its_monitor_but_not_its_augmentation() -> None
     check_same_training(make_plan(spec, cluster, TrainingSpec(monitor="csv", evaluation_steps=5)), before)
     with pytest.raises(InputError, match=r"training.mixup: 0.5 is not allowed: must be 0.0, as in the run to resume"):
         check_same_training(make_plan(spec, cluster, TrainingSpec(mixup=0.5)), before)
-
-
-@pytest.fixture
-def timed() -> Plan:
-    """A plan whose step has a predicted time."""
-    training = TrainingSpec(precision="bf16", data="synthetic", micro_batch=1, steps=40)
-    return make_plan(preset("vit-tiny/56"), load_cluster("8xH100"), training)
-
-
-def step(number: int, seconds: float) -> dict[str, Any]:
-    return {"event": "step", "step": number, "loss": 2.5, "seconds": seconds, "samples_per_s": 8 / seconds}
-
-
-def shown(plan: Plan, lines: list[dict[str, Any]], *, terminal: bool = False) -> tuple[str, _Display]:
-    """Text that a display prints for lines of the metrics file."""
-    file = io.StringIO()
-    with _Display(
-        Console(file=file, width=200, force_terminal=terminal, highlight=False, markup=False), plan
-    ) as display:
-        for line in lines:
-            display.show(line)
-    return file.getvalue(), display
-
-
-def test_lines_show_measured_and_predicted_values(timed: Plan) -> None:
-    assert timed.time is not None
-    lines = [step(number, 0.5 if number > 3 else 4.0) for number in range(1, 41)]
-    lines.insert(3, {"event": "memory", "step": 3, "peak_bytes": 3 * 2**30})
-    lines.insert(11, {"event": "evaluation", "step": 10, "loss": 2.25, "accuracy": 0.125, "samples": 48})
-    text, _ = shown(timed, lines)
-    predicted = f"(predicted {timed.time.likely_s:.3g} s)"
-    assert text.splitlines() == [
-        f"step 1/40: loss 2.5000, 2 samples/s, 4 s per step {predicted}",
-        f"step 3/40, memory 3.00 GiB (predicted {timed.prediction.peak_bytes / 2**30:.2f} GiB) of rank 0",
-        "step 10/40, held-out: accuracy 12.50%, loss 2.2500 (48 samples)",
-        f"step 20/40: loss 2.5000, 16 samples/s, 0.5 s per step {predicted}",
-        f"step 40/40: loss 2.5000, 16 samples/s, 0.5 s per step {predicted}",
-    ]
-
-
-def test_a_resumed_run_is_shown_from_its_step(timed: Plan) -> None:
-    lines = [{"event": "resume", "step": 25}, step(26, 0.5), step(27, 0.5)]
-    text, display = shown(timed, lines)
-    assert [line.split(":")[0] for line in text.splitlines()] == ["step 26/40"]
-    text, display = shown(
-        timed, [*lines, {"event": "memory", "step": 3, "peak_bytes": 2**30}, step(28, 0.5)], terminal=True
-    )
-    task = display._progress.tasks[0]
-    assert task.completed == 28
-    assert task.fields["text"].endswith(f"memory 1.00 GiB (predicted {timed.prediction.peak_bytes / 2**30:.2f} GiB)")
-
-
-def test_a_plan_without_rates_shows_no_predicted_time() -> None:
-    plan = make_plan(parse_model_spec(TINY), local_cpu_cluster(1), TrainingSpec(steps=5)).model_copy(
-        update={"time": None}
-    )
-    text, _ = shown(plan, [step(1, 0.25)])
-    assert text == "step 1/5: loss 2.5000, 32 samples/s, 0.25 s per step\n"
 
 
 def test_an_unknown_mode_is_refused() -> None:

@@ -12,7 +12,7 @@ from translution.distributed.profiling.allocation_tracer import count_every_allo
 from translution.models import build
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import ModelSpec, VitSpec, parse_model_spec
-from translution.planner.memory.activations import peak_bytes, saved_bytes
+from translution.planner.memory.estimate import peak_bytes, saved_bytes
 from translution.planner.simulator.network.ops import DtypeSizes
 
 VIT: dict[str, Any] = {"family": "vit", "image": [12, 8], "patch": 4, "channels": 2, "classes": 7, "dim": 24}

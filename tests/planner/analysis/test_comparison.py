@@ -17,11 +17,11 @@ from translution.planner.analysis.comparison import (
     smallest_cluster,
     thresholds,
 )
-from translution.planner.config.presets import preset
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.loading import preset
+from translution.planner.config.run_config import TrainingSpec
 from translution.planner.costs.flops import count_flops
 from translution.planner.costs.parameters import count_parameters
-from translution.planner.search.constraints import SearchConstraints
+from translution.planner.search.space import SearchConstraints
 
 BF16 = TrainingSpec(precision="bf16", data="synthetic")
 

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from translution.planner.common.errors import InputError
-from translution.planner.config.loading import load_model, save_model
+from translution.planner.config.loading import PRESET_NAMES, load_model, preset, save_model
 from translution.planner.config.model import GptSpec, VitSpec, override, parse_model_spec
-from translution.planner.config.presets import PRESET_NAMES, preset
 
 VIT: dict[str, Any] = {"family": "vit", "image": 32, "patch": 8, "classes": 10, "dim": 48, "depth": 4, "heads": 3}
 

@@ -10,15 +10,13 @@ import torch
 from translution.models import build
 from translution.planner.common.errors import DoesNotFitError
 from translution.planner.common.phases import Phase, Tier
+from translution.planner.config.loading import preset
 from translution.planner.config.model import ModelSpec, parse_model_spec
-from translution.planner.config.presets import preset
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import RunConfig, TrainingSpec
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster
-from translution.planner.memory.activations import saved_bytes
-from translution.planner.memory.estimate import MemoryEstimate, estimate_memory, gathered_floor_bytes
+from translution.planner.memory.estimate import MemoryEstimate, estimate_memory, gathered_floor_bytes, saved_bytes
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.defaults import choose_tile, choose_zero, override_zero
-from translution.planner.run_config import RunConfig
 from translution.planner.simulator.lifecycle import simulate
 from translution.planner.simulator.network.model import SimulatedNetwork, replay
 from translution.planner.simulator.network.ops import DtypeSizes

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from translution.planner.common.errors import InputError
 from translution.planner.common.schema import parse_json
-from translution.planner.config.presets import preset
+from translution.planner.config.loading import preset
 from translution.planner.memory.timeline import Timeline, make_timeline
 from translution.planner.simulator.core.storage import Event, MemoryTracker
 from translution.planner.simulator.network.model import replay

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from translution.planner.common.errors import DoesNotFitError, InputError
 from translution.planner.common.machine import usable_cores
 from translution.planner.common.units import format_bytes, format_count, format_flops
-from translution.planner.config.loading import load_model
+from translution.planner.config.loading import load_model, preset
 from translution.planner.config.model import override
-from translution.planner.config.presets import preset
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import RunConfig, TrainingSpec
 from translution.planner.costs.parameters import ParameterGroup, parameter_groups
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 from translution.planner.memory.estimate import estimate_memory
@@ -27,7 +26,6 @@ from translution.planner.plans.build import make_plan
 from translution.planner.plans.defaults import choose_tile, choose_zero
 from translution.planner.plans.folder import write_plan_folder
 from translution.planner.plans.plan import Plan, load_plan
-from translution.planner.run_config import RunConfig
 from translution.planner.simulator.engine.partition import partitioned_numel
 
 

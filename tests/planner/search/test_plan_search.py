@@ -15,20 +15,17 @@ from translution.cli.main import run
 from translution.planner.common.errors import InputError
 from translution.planner.common.phases import Tier
 from translution.planner.common.units import GIB
-from translution.planner.config.loading import load_model
+from translution.planner.config.loading import load_model, preset
 from translution.planner.config.model import override
-from translution.planner.config.presets import preset
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.run_config import RunConfig, TrainingSpec
 from translution.planner.costs.parameters import count_parameters
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 from translution.planner.memory.estimate import estimate_memory
 from translution.planner.memory.upper_bound import bound_memory
 from translution.planner.plans.defaults import choose_tile, choose_zero
-from translution.planner.run_config import RunConfig
-from translution.planner.search.constraints import SearchConstraints
-from translution.planner.search.explain import SearchResult
-from translution.planner.search.plan_search import NoPlanFits, search_plan
+from translution.planner.search.plan_search import NoPlanFits, SearchResult, search_plan
 from translution.planner.search.searcher import Searcher
+from translution.planner.search.space import SearchConstraints
 
 BF16 = TrainingSpec(precision="bf16", data="synthetic")
 

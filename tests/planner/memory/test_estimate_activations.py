@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from translution.models import Translution, build
+from translution.planner.config.loading import preset
 from translution.planner.config.model import ModelSpec, VitSpec, parse_model_spec
-from translution.planner.config.presets import preset
 from translution.planner.costs.flops import count_flops
-from translution.planner.memory.activations import saved_bytes
+from translution.planner.memory.estimate import saved_bytes
 from translution.planner.simulator.network.ops import DtypeSizes
 from translution.planner.simulator.network.relation_shape import Implementation
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from translution.planner.config.presets import preset
-from translution.planner.config.training import TrainingSpec
+from translution.planner.config.loading import preset
+from translution.planner.config.run_config import RunConfig, TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
-from translution.planner.memory.breakdown_text import describe_item
+from translution.planner.memory.estimate import describe_item
 from translution.planner.plans.defaults import choose_zero
-from translution.planner.run_config import RunConfig
 from translution.planner.simulator.engine import base
 from translution.planner.simulator.engine.base import EngineConfig
 from translution.planner.simulator.network import model, ops, relation_ops

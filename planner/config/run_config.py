@@ -1,15 +1,21 @@
-"""`TrainingSpec`: precision, batch, optimizer, schedule, data, augmentation and checkpoints of a training run."""
+"""How a model is trained: `TrainingSpec`, `ZeroSpec` (stage, knobs and offload), and `RunConfig`, which joins them with
+model and cluster. Every prediction is made for one `RunConfig`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, TypeAdapter, model_validator
 
 from ..common.schema import Schema, stored_as, validate
-from ..common.types import DTYPE_BYTES, UnitFraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Precision
+from ..common.types import DTYPE_BYTES, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Precision, UnitFraction
+from ..hardware.cluster import ClusterSpec
 from .datasets import PLACED_DIGITS, READ_FROM_PATH, DataKind
+from .model import ModelSpec
 
 Optimizer: TypeAlias = Literal["adamw", "lion", "adagrad", "sgd"]
 
@@ -170,3 +176,144 @@ def parse_training(fields: Mapping[str, object], what: str) -> TrainingSpec:
         InputError: for an unknown field or a bad value.
     """
     return validate(_TRAINING, dict(fields), what, tuple(TrainingSpec.model_fields))
+
+
+OffloadDevice: TypeAlias = Literal["none", "cpu", "nvme"]
+
+
+def _check_path(offload: OffloadOptimizer | OffloadParam) -> None:
+    if offload.device == "nvme" and not offload.nvme_path:
+        raise ValueError("nvme_path: is required with device nvme")
+
+
+class OffloadOptimizer(Schema):
+    """Offload of the optimizer states, the master copy and the step's gradients."""
+
+    device: OffloadDevice = "none"
+    ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of the sub-groups whose states are offloaded; the first sub-groups stay on the device."""
+    pin_memory: bool = True
+    """Pin the host's gradient buffers."""
+    buffer_count: Positive = 4
+    """Number of pinned buffers for swapping states to NVMe, each of the largest sub-group's size."""
+    pipeline_read: bool = False
+    """Read the next sub-group from NVMe during an update."""
+    pipeline_write: bool = False
+    """Write the last sub-group to NVMe during an update."""
+    nvme_path: str | None = None
+    """A folder on every node's NVMe drive."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OffloadOptimizer:
+        _check_path(self)
+        if self.device == "nvme":
+            least = min_buffers(self.pipeline_read, self.pipeline_write)
+            if self.buffer_count < least:
+                raise ValueError(f"buffer_count: {self.buffer_count} is not allowed: must be at least {least}")
+        if self.ratio < 1 and self.device != "cpu":
+            raise ValueError(f"ratio: {self.ratio} is not allowed: must be 1 unless the device is cpu")
+        return self
+
+
+def min_buffers(pipeline_read: bool, pipeline_write: bool) -> int:
+    """Minimum number of buffers for swapping the optimizer to NVMe.
+
+    A sub-group's parameters, gradients and two moments take one buffer each. Pipelined reading and pipelined writing
+    need four more each. Source: runs of DeepSpeed 0.19.8 with AdamW.
+    """
+    return 4 * (1 + pipeline_read + pipeline_write)
+
+
+class OffloadParam(Schema):
+    """Offload of a rank's partitions of the parameters."""
+
+    device: OffloadDevice = "none"
+    pin_memory: bool = False
+    """Pin each partition before it is copied into the flat buffer, which is always pinned."""
+    buffer_count: Positive = 5
+    """Number of pinned buffers for partitions read from NVMe; every gathered parameter holds one."""
+    buffer_elements: Positive = 100_000_000
+    """Elements of one buffer, at least those of the largest partition."""
+    max_in_cpu_elements: NonNegative = 0
+    """Elements of a rank's partitions that stay on the host before NVMe is used."""
+    nvme_path: str | None = None
+    """A folder on every node's NVMe drive."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OffloadParam:
+        _check_path(self)
+        return self
+
+
+class ZeroSpec(Schema):
+    """The ZeRO stage and the knobs that determine its memory; sizes are in elements, as in DeepSpeed."""
+
+    stage: Literal[0, 1, 2, 3] = 3
+    reduce_bucket_elements: Positive = 500_000_000
+    prefetch_bucket_elements: NonNegative = 0
+    max_live_elements: Positive = 1_000_000_000
+    max_reuse_distance_elements: NonNegative = 0
+    persistence_threshold_elements: NonNegative = 100_000
+    sub_group_elements: Positive = 100_000_000
+    overlap_comm: bool = False
+    """Overlap reductions and prefetched gathers with computation, on other GPU streams."""
+    offload_optimizer: OffloadOptimizer = OffloadOptimizer()
+    offload_param: OffloadParam = OffloadParam()
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> ZeroSpec:
+        optimizer, param = self.offload_optimizer, self.offload_param
+        # DeepSpeed accepts each of these and then ignores it, or fails in the first step.
+        if self.stage < 3 and param.device != "none":
+            raise ValueError(f"offload_param: {param.device!r} is not allowed: must be none below stage 3")
+        if self.stage < 3 and optimizer.device == "nvme":
+            raise ValueError("offload_optimizer: 'nvme' is not allowed: must be none or cpu below stage 3")
+        if self.stage == 0 and optimizer.device != "none":
+            raise ValueError(f"offload_optimizer: {optimizer.device!r} is not allowed: must be none at stage 0")
+        if self.stage < 3 and optimizer.ratio < 1:
+            raise ValueError(f"offload_optimizer.ratio: {optimizer.ratio} is not allowed: must be 1 below stage 3")
+        return self
+
+    @property
+    def offloads(self) -> bool:
+        """True if anything is offloaded."""
+        return self.offload_optimizer.device != "none" or self.offload_param.device != "none"
+
+    @property
+    def uses_nvme(self) -> bool:
+        """True if anything is offloaded to NVMe."""
+        return "nvme" in (self.offload_optimizer.device, self.offload_param.device)
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """One way to train one model on one cluster.
+
+    Memory, time and plans are all predicted for a `RunConfig`. It is hashable, so predictions can be cached by it.
+    """
+
+    model: ModelSpec
+    cluster: ClusterSpec
+    training: TrainingSpec
+    zero: ZeroSpec
+    tile_relations: int | None = None
+    """Relations per tile of a table; None keeps tables whole."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.cluster.world_size
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one optimizer step over all ranks."""
+        return self.training.global_batch(self.world_size)
+
+    @property
+    def on_cpu(self) -> bool:
+        """True if ranks compute on the CPU, so that a rank's device memory is host memory."""
+        return self.cluster.device == "cpu"
+
+    def replace(self, **changes: Any) -> RunConfig:
+        """Return a copy with some fields replaced."""
+        return dataclasses.replace(self, **changes)
