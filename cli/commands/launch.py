@@ -33,7 +33,7 @@ _RECENT_STEPS = 20
 """Number of recent steps whose median is the time of a step."""
 
 
-class _Display:
+class LaunchProgress:
     """Shows progress and predictions: a progress bar on a terminal, otherwise a line every few steps."""
 
     def __init__(self, console: Console, plan: Plan) -> None:
@@ -52,7 +52,7 @@ class _Display:
         )
         self._task = self._progress.add_task("train", total=self._steps, text="")
 
-    def __enter__(self) -> _Display:
+    def __enter__(self) -> LaunchProgress:
         self._progress.start()
         return self
 
@@ -123,7 +123,7 @@ def launch_cli(
         print(planned.shell_line())
         return
     console = Console(highlight=False, markup=False)
-    with _Display(console, load_plan(plan_folder)) as display:
+    with LaunchProgress(console, load_plan(plan_folder)) as display:
         launched = launch(
             plan_folder,
             run=run,

@@ -35,7 +35,7 @@ from ..options import (
 )
 from ..output import console, print_json
 from ..tables.memory import peak_tables, phase_table
-from ..tables.search import advice_table, format_run_cost, knobs_table, pareto_table, strategies_table, time_table
+from ..tables.search import advice_table, format_run_cost, knobs_table, pareto_table, step_time_table, strategies_table
 from . import app
 
 
@@ -158,7 +158,7 @@ def _print_result(result: planner.SearchResult, out: Path) -> None:
     for table in (strategies_table(result.strategies), knobs_table(result), pareto_table(result)):
         to.print(table)
     if plan.time is not None and plan.run_cost is not None:
-        to.print(time_table(plan, plan.time))
+        to.print(step_time_table(plan, plan.time))
         to.print(format_run_cost(plan.run_cost, plan.time))
     to.print(phase_table("Predicted peak memory per rank", plan.prediction))
     for table in peak_tables(plan.prediction):

@@ -22,7 +22,7 @@ from . import app
 MEANINGLESS = "REHEARSAL: every value was meaningless; only memory was real."
 
 
-class _Display:
+class RehearsalProgress:
     """Prints the running phase on stderr: a live line on a terminal, otherwise one line per phase."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class _Display:
         )
         self._task = self._progress.add_task("")
 
-    def __enter__(self) -> _Display:
+    def __enter__(self) -> RehearsalProgress:
         self._progress.start()
         return self
 
@@ -80,7 +80,7 @@ def rehearse_cli(
     as_json: JsonOption = False,
 ) -> None:
     """Run one rank of a plan alone on this machine to measure its memory; its values are meaningless."""
-    with _Display() as display:
+    with RehearsalProgress() as display:
         rehearsal, made = rehearse(
             plan_folder,
             rank,

@@ -10,7 +10,7 @@ from rich.table import Table
 from translution import planner
 from translution.planner.common.units import format_bytes
 from translution.planner.search.advice import Advice, HybridRow, describe_hybrid
-from translution.planner.search.explain import StrategyVerdict
+from translution.planner.search.plan_search import StrategyVerdict
 
 from ..output import make_table
 
@@ -45,7 +45,7 @@ def pareto_table(result: planner.SearchResult) -> Table:
     return make_table("Pareto set: nothing faster needs less memory or fewer nodes", columns, rows)
 
 
-def time_table(plan: planner.Plan, time: planner.StepTime) -> Table:
+def step_time_table(plan: planner.Plan, time: planner.StepTime) -> Table:
     """Return the predicted time of a step by part."""
     rows = [
         (
