@@ -23,7 +23,7 @@
   };
 
   // Only values that differ from the default; the server fills in the rest.
-  const query = () => {
+  const formQuery = () => {
     const pairs = new URLSearchParams();
     for (const field of form.elements) {
       if (!field.name) continue;
@@ -72,13 +72,13 @@
   };
 
   // Polls the search; the server holds each request for several seconds.
-  const follow = async (asked, signal) => {
+  const follow = async (query, signal) => {
     for (;;) {
       const plan = document.getElementById("plan");
       announce(plan.dataset.status);
       if (plan.dataset.state !== "searching" && plan.dataset.state !== "busy") return;
       if (plan.dataset.state === "busy") await later(2000, signal);
-      const response = await fetch(`plan${asked}`, { signal });
+      const response = await fetch(`plan${query}`, { signal });
       if (response.status === 503) {
         announce((await response.json()).error.message);
         await later(1000 * Number(response.headers.get("Retry-After") ?? 2), signal);
@@ -108,17 +108,17 @@
     asking.abort();
     asking = new AbortController();
     const { signal } = asking;
-    const asked = query();
-    history.replaceState(null, "", asked || location.pathname);
+    const query = formQuery();
+    history.replaceState(null, "", query || location.pathname);
     answer.classList.add("stale");
     return guarded(async () => {
-      const response = await fetch(`answer${asked}`, { signal });
+      const response = await fetch(`answer${query}`, { signal });
       if (!response.ok) return fail(response);
       const html = await response.text();
       showError(null);
       replace(() => (answer.innerHTML = html));
       answer.classList.remove("stale");
-      await follow(asked, signal);
+      await follow(query, signal);
     });
   };
 

@@ -112,12 +112,12 @@ def _training() -> FormSection:
     )
     offloads = (
         ("none", "none"),
-        ("cpu-optimizer", "optimizer to host memory"),
-        ("cpu", "optimizer and parameters to host memory"),
-        ("nvme-optimizer", "optimizer to NVMe"),
-        ("nvme", "optimizer and parameters to NVMe"),
+        ("cpu-optimizer", "optimizer on the host"),
+        ("cpu", "optimizer and parameters on the host"),
+        ("nvme-optimizer", "optimizer on NVMe"),
+        ("nvme", "optimizer and parameters on NVMe"),
     )
-    modes = (("none", "none"), ("block", "per block"), ("offload", "per block, inputs in host memory"))
+    modes = (("none", "none"), ("block", "per block"), ("offload", "per block, inputs on the host"))
     more = (
         _select("optimizer", "Optimizer", _same("adamw", "lion", "adagrad", "sgd")),
         _number("steps", "Steps", 10**9, "", "for the total time"),

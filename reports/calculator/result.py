@@ -80,7 +80,7 @@ class TierUse(Schema):
     """Display name of the tier."""
     peak_bytes: int
     capacity_bytes: int | None
-    """A rank's share of the node's capacity; null if unknown. Pageable and pinned host memory have one in common."""
+    """A rank's share of the node's capacity; null if unknown. Pageable and pinned host memory share one capacity."""
     low_bytes: int | None
     high_bytes: int | None
     """Interval of the peak from uncertain GPU constants; for the device only."""
@@ -179,8 +179,8 @@ def costs_of(choice: Choice) -> Costs:
 def _capacity(tier: Tier, cluster: ClusterSpec) -> int | None:
     if tier == "device":
         return cluster.device_memory_bytes
-    whole = cluster.nvme_bytes if tier == "nvme" else cluster.host_memory_bytes
-    return None if whole is None else whole // cluster.ranks_per_node
+    node_bytes = cluster.nvme_bytes if tier == "nvme" else cluster.host_memory_bytes
+    return None if node_bytes is None else node_bytes // cluster.ranks_per_node
 
 
 def _tiers(prediction: MemoryEstimate, cluster: ClusterSpec) -> tuple[TierUse, ...]:

@@ -61,11 +61,11 @@ class SearchEntry:
 
     choice: Choice
     state: Literal["queued", "running", "done"] = "queued"
-    wanted: bool = True
+    requested: bool = True
     """True if a user requested the search; False if it was started in idle time."""
     waiting: int = 0
     """Number of requests that wait for the search."""
-    asked_at: float = field(default_factory=time.monotonic)
+    requested_at: float = field(default_factory=time.monotonic)
     """Time of the last request."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
     packed_outcome: bytes = b""
@@ -177,7 +177,7 @@ class SearchPool:
             if self._warm:
                 self._next.clear()
                 self._next.extend(neighbour_choices(choice))
-        found.wanted, found.asked_at = True, time.monotonic()
+        found.requested, found.requested_at = True, time.monotonic()
         self._pump()
         return found
 
@@ -198,13 +198,13 @@ class SearchPool:
             pass
         finally:
             entry.waiting -= 1
-            entry.asked_at = time.monotonic()
+            entry.requested_at = time.monotonic()
         return entry.state == "done"
 
     def _drop_abandoned(self) -> None:
         now = time.monotonic()
         for entry in list(self._queued.values()):
-            if not entry.waiting and now - entry.asked_at > ABANDONED_S:
+            if not entry.waiting and now - entry.requested_at > ABANDONED_S:
                 del self._queued[entry.choice]
                 entry.finish(_stopped("no request waited for it"))
 
@@ -220,7 +220,7 @@ class SearchPool:
         # Idle searches leave one of several workers free for the next request.
         spare = max(1, self.workers - 1)
         while not self._queued and len(self._running) < spare and (choice := self._next_idle_choice()) is not None:
-            self._start(SearchEntry(choice, wanted=False))
+            self._start(SearchEntry(choice, requested=False))
 
     def _next_idle_choice(self) -> Choice | None:
         candidates: Iterable[Choice] = (self._next.popleft() for _ in range(len(self._next)))
@@ -234,7 +234,7 @@ class SearchPool:
         entry.state = "running"
         self._running[entry.choice] = entry
         began = time.monotonic()
-        limit = self._limit_s if entry.wanted else min(self._limit_s, IDLE_LIMIT_S)
+        limit = self._limit_s if entry.requested else min(self._limit_s, IDLE_LIMIT_S)
         future = self._pool.schedule(search_choice, args=(entry.choice,), timeout=limit)
 
         def notify(done: Future[WorkerResult]) -> None:
@@ -263,7 +263,7 @@ class SearchPool:
 
     def _give_up(self, entry: SearchEntry) -> None:
         """Queue an idle search that reached its time limit again if a user has requested it in the meantime."""
-        if entry.wanted:
+        if entry.requested:
             entry.state = "queued"
             self._queued[entry.choice] = entry
         self._pump()

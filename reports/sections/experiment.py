@@ -135,14 +135,14 @@ def load_results(folder: Path) -> tuple[ExperimentResult, ...]:
 
 def _table(result: ExperimentResult, summaries: list[Summary]) -> Table:
     """Return the table with a row for each variant and a column for each training and test set."""
-    asked, key = result.experiment, result.experiment.name
+    experiment = result.experiment
     tests = list(dict.fromkeys((row.train, row.test) for row in summaries))
     found = {(row.variant, (row.train, row.test)): row for row in summaries}
     rows: list[tuple[CellValue, ...]] = []
-    for variant in asked.variants:
+    for variant in experiment.variants:
         own = [found[variant.name, test] for test in tests]
         rows.append((variant.name, own[0].parameters, *((row.mean, row.deviation) for row in own)))
-    kind = "share" if asked.metric == "accuracy" else "number"
+    kind = "share" if experiment.metric == "accuracy" else "number"
     columns = [
         Column.model_validate({"title": f"trained {kind_name(train)}, tested {kind_name(test)}", "kind": kind})
         for train, test in tests
@@ -150,8 +150,8 @@ def _table(result: ExperimentResult, summaries: list[Summary]) -> Table:
     seeds = max(row.seeds for row in summaries)
     spread = f"mean ± sample standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     return Table(
-        key=f"experiment-{key}-table",
-        caption=f"{asked.metric[0].upper()}{asked.metric[1:]} of held-out samples, {spread}",
+        key=f"experiment-{experiment.name}-table",
+        caption=f"{experiment.metric[0].upper()}{experiment.metric[1:]} of held-out samples, {spread}",
         columns=(Column(title="model"), Column(title="parameters", kind="count"), *columns),
         rows=tuple(rows),
         how="Measured by",
@@ -161,20 +161,20 @@ def _table(result: ExperimentResult, summaries: list[Summary]) -> Table:
 
 def experiment_section(result: ExperimentResult) -> Section:
     """Return the section of an experiment: a table of means and deviations, and a chart of all trials."""
-    asked, summaries = result.experiment, result.summaries()
-    text = [asked.question]
+    experiment, summaries = result.experiment, result.summaries()
+    text = [experiment.question]
     if result.quick:
         text.append("A quick run with too few steps for meaningful results.")
     text.append(f"{result.steps} steps of {result.batch} samples each; {result.seconds:.0f} s in all.")
     means = "; ".join(f"{row.variant}, {kind_name(row.test)}: {row.mean:.3f}" for row in summaries)
     chart = Picture(
-        key=f"experiment-{asked.name}",
+        key=f"experiment-{experiment.name}",
         caption="Each dot is a trial; the bar is the mean.",
-        name=f"Trials of {asked.name}",
-        spec=experiment_picture(result) | {"description": f"{asked.question} Mean {asked.metric}: {means}."},
+        name=f"Trials of {experiment.name}",
+        spec=experiment_picture(result) | {"description": f"{experiment.question} Mean {experiment.metric}: {means}."},
         how="Measured by",
         made=result.made,
     )
-    title = f"Experiment: {asked.name}"
+    title = f"Experiment: {experiment.name}"
     parts = (_table(result, summaries), chart)
-    return Section(key=f"experiment-{asked.name}-section", title=title, text=tuple(text), parts=parts)
+    return Section(key=f"experiment-{experiment.name}-section", title=title, text=tuple(text), parts=parts)

@@ -90,13 +90,13 @@ def assign_colours(charts: Iterable[Sequence[str]]) -> list[dict[str, str]]:
 
 
 def _series(timeline: Timeline, colours: Mapping[str, str]) -> _Series:
-    kept = len(COLOURS)
-    names, others = timeline.categories[:kept], timeline.categories[kept:]
-    sizes = [point.live_bytes[:kept] for point in timeline.points]
+    limit = len(COLOURS)
+    names, others = timeline.categories[:limit], timeline.categories[limit:]
+    sizes = [point.live_bytes[:limit] for point in timeline.points]
     shades = tuple(colours[name] for name in names)
     if others:
         names, shades = (*names, f"{len(others)} others"), (*shades, REST_COLOUR)
-        rest = [sum(point.live_bytes[kept:]) for point in timeline.points]
+        rest = [sum(point.live_bytes[limit:]) for point in timeline.points]
         sizes = [(*row, size) for row, size in zip(sizes, rest, strict=True)]
     return _Series(names, tuple(sizes), shades)
 

@@ -369,7 +369,7 @@ def test_queue_is_bounded_and_a_choice_is_searched_once() -> None:
             with pytest.raises(QueueFullError, match="2 searches are waiting"):
                 searches.ask(Choice(model="vit-tiny/56", gpus=4))
             for entry in queued:
-                entry.asked_at -= 60
+                entry.requested_at -= 60
             later = searches.ask(Choice(model="vit-tiny/56", gpus=4))  # No request waits for the two.
             assert [entry.outcome.state for entry in queued] == ["stopped", "stopped"]
             assert later.outcome.state == "searching"
