@@ -1,11 +1,11 @@
-# make demo | make test | make check | make docs | make reports: each creates the environment if there is none.
+# make demo | make test | make quick | make check | make docs | make reports: each creates the environment if there is none.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := planner models distributed reports cli
 
-.PHONY: demo test check format docs reports clean
+.PHONY: demo test quick check format docs reports clean
 
 demo: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
@@ -13,9 +13,16 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+# Without the tests that start ranks or a browser, or build the documentation.
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest --ignore tests/integration --ignore tests/browser --ignore tests/docs \
+		--ignore tests/distributed/calibration
+
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
+	$(BIN)/python scripts/check_wording.py
 	$(BIN)/lint-imports --no-logo --cache-dir build/import_linter
 	PATH="$(abspath $(BIN)):$$PATH" sh scripts/check_types.sh
 
