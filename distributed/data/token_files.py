@@ -78,10 +78,14 @@ def open_tokens(path: Path, dtype: str, expected: int | None) -> np.ndarray:
     try:
         size = path.stat().st_size
         if size % item.itemsize:
-            raise InputError(f"{path}: {size} bytes are not allowed: must be a multiple of {item.itemsize}, for {dtype}")
+            raise InputError(
+                f"{path}: {size} bytes are not allowed: must be a multiple of {item.itemsize}, for {dtype}"
+            )
         count = size // item.itemsize
         if expected is not None and count != expected:
-            raise InputError(f"{path}: holds {count} tokens, must hold {expected} as {META_FILE} says: is the file truncated?")
+            raise InputError(
+                f"{path}: holds {count} tokens, must hold {expected} as {META_FILE} says: is the file truncated?"
+            )
         # An empty file cannot be memory-mapped.
         return np.memmap(path, dtype=item, mode="r") if count else np.zeros(0, dtype=item)
     except OSError as error:

@@ -64,9 +64,9 @@ class LaunchResult:
 
 
 def launch(
-    plan_folder: Path,
+    plan_folder: Path | str,
     *,
-    run: Path | None = None,
+    run: Path | str | None = None,
     target: LaunchTarget = THIS_MACHINE,
     mode: RunMode = RunMode.TRAIN,
     resume: bool = False,
@@ -103,6 +103,7 @@ def launch(
         RunFailedError: if a rank did not finish, or a signal ended the launch.
         InterruptedRunError: if the user interrupted the launch.
     """
+    plan_folder, run = Path(plan_folder), None if run is None else Path(run)
     plan = load_plan(plan_folder)
     hosts = target.hosts(plan)
     if hosts and target.no_ssh and run is None:

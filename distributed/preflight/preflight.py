@@ -31,7 +31,7 @@ class PreflightReport:
 
 
 def preflight(
-    plan_folder: Path, *, target: LaunchTarget = THIS_MACHINE, reports: Path | None = None
+    plan_folder: Path | str, *, target: LaunchTarget = THIS_MACHINE, reports: Path | None = None
 ) -> PreflightReport:
     """Check the machines of a plan: memory, drives, ports, data, packages and versions.
 
@@ -47,6 +47,7 @@ def preflight(
             toolkit, a machine has too few cores or GPUs, or `reports` does not hold one report per node.
         MissingPackageError: if a package or program that the run needs is not installed.
     """
+    plan_folder = Path(plan_folder)
     plan = load_plan(plan_folder)
     if reports is not None:
         checks = compare_reports(reports, plan.cluster.nodes)

@@ -1,0 +1,12 @@
+from .data.token_files import TokenMeta as TokenMeta
+from .data.tokenize import prepare_tokens as prepare_tokens
+from .experiments.definitions import find_experiment as find_experiment
+from .experiments.runner import ExperimentResult as ExperimentResult
+from .experiments.runner import run_experiment as run_experiment
+from .launcher.launch import LaunchResult as LaunchResult
+from .launcher.launch import launch as launch
+from .remote.target import LaunchTarget as LaunchTarget
+from .runs.mode import RunMode as RunMode
+from .runs.status import RankStatus as RankStatus
+from .runs.status import RunStatus as RunStatus
+from .runs.status import read_run_status as read_run_status
