@@ -54,7 +54,17 @@ def pages() -> dict[str, str]:
 def _page(folder: str, below: list[str]) -> str:
     """Return one package's page: its docstring, links to the packages below it, and its modules."""
     name = "translution." + folder.replace("/", ".")
-    lines = [f"# {name}", "", f"::: {name}", "    options: {show_root_heading: false, show_root_toc_entry: false}", ""]
+    # Written pages come first in the results of a search.
+    lines = [
+        "---",
+        "search: {boost: 0.2}",
+        "---",
+        f"# {name}",
+        "",
+        f"::: {name}",
+        "    options: {show_root_heading: false, show_root_toc_entry: false}",
+        "",
+    ]
     lines += [f"- [{Path(other).name}]({Path(folder).name}/{Path(other).name}.md)" for other in below]
     lines.append("")
     for path in sorted((ROOT / folder).glob("*.py")):

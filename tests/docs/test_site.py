@@ -110,7 +110,7 @@ def test_the_search_works_from_disk(site: Path, browser: Browser) -> None:
     browser.wait("document.querySelector('[data-md-component=search] form') !== null")
     browser.evaluate(
         "(() => { const field = document.querySelector('[data-md-component=search-query]'); field.focus();"
-        " field.value = 'tile_relations'; field.dispatchEvent(new Event('input', {bubbles: true}));"
+        " field.value = 'micro-batch'; field.dispatchEvent(new Event('input', {bubbles: true}));"
         " field.dispatchEvent(new KeyboardEvent('keyup', {bubbles: true})); })()"
     )
     found = browser.wait("[...document.querySelectorAll('.md-search-result__link')].map(link => link.href).join(' ')")
