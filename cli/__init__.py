@@ -1,15 +1,20 @@
-"""The ``translution`` command."""
+"""The ``translution`` command: options, help and printing. The packages below do the work.
+
+`main` runs one command line. Each command is one module of `commands`.
+"""
 
 from __future__ import annotations
 
 import gc
 import sys
 
+__all__ = ["main"]
+
 
 def main() -> None:
-    """Run the command line and exit: 0, or 1 for a failed run, 2 for bad input, 3 for no room."""
-    # A command makes many objects that live to its end. Looking for garbage among them, then and at the
-    # interpreter's end, takes a tenth of a short command's time.
+    """Run the command line and exit: 0, or 1 after a failed run, 2 for bad input, 3 if no plan fits."""
+    # Most objects of a command live until it ends. Garbage collection, now and at exit, would take a tenth of a short
+    # command's time.
     gc.set_threshold(50_000, 20, 20)
     from .main import run
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+__all__ = ["app"]
+
 app = typer.Typer(
     name="translution",
     help="Plan and train full Translution models.",

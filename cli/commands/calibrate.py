@@ -12,7 +12,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from translution.distributed.calibration.run import calibrate_to_file
-from translution.planner.hardware.calibrated_rates import MeasuredRates, Transfer
+from translution.planner.hardware.cluster import MeasuredRates, Transfer
 
 from ..options import JsonOption
 from ..output import console, make_table, print_json

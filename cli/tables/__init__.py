@@ -1,1 +1,3 @@
-"""Tables that several commands print."""
+"""Tables that several commands print, or that one command prints several of."""
+
+__all__: list[str] = []
