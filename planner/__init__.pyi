@@ -31,5 +31,5 @@ from .search.plan_search import NoPlanFits as NoPlanFits
 from .search.plan_search import SearchResult as SearchResult
 from .search.plan_search import plan as plan
 from .search.space import SearchConstraints as SearchConstraints
-from .timing.run_cost import RunCost as RunCost
+from .timing.step_time import RunCost as RunCost
 from .timing.step_time import StepTime as StepTime

@@ -20,21 +20,21 @@ from translution.distributed.system.compiled_ops import extensions_folder, prepa
 from translution.distributed.system.environment import launch_environment
 from translution.planner.hardware.cluster import local_cpu_cluster
 
-# A machine with other work to do is no slower for being right.
+# Examples have no deadline: on a busy machine a correct one may be slow.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 os.environ["CXX"] = str(Path(__file__).parent / "programs" / "cxx.py")
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and so would the launches that they interrupt.
+# Programs that a shell starts in the background ignore Ctrl-C, and launches that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The tests' tensors are tiny: with a second thread their kernels mostly wait for each other.
+# The tests' tensors are tiny: two threads would mostly wait for each other.
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTS_RANKS = ("tests/integration", "tests/docs/test_pages.py", "tests/distributed/calibration")
-"""Tests that start ranks. They run last: DeepSpeed's ops compile for minutes, beside the others."""
+"""Tests that start ranks. They run last: DeepSpeed's ops compile for minutes while the other tests run."""
 _compiling: list[threading.Thread] = []
 
 
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin to compile what the ranks will load; whoever needs it sooner waits for it."""
+    """Start to compile the ops that the ranks load; the first test that starts ranks waits for them."""
     if session.config.option.collectonly or not any(map(starts_ranks, session.items)):
         return
     ops = ["ShareMemCommBuilder", "CPUAdamBuilder"]
@@ -73,7 +73,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def root() -> Path:
-    """The repository."""
+    """Root folder of the repository."""
     return ROOT
 
 
@@ -91,7 +91,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """torch's CPU kernels work in one thread: each has blocks of its own, and on tiny tensors they mostly wait."""
+    """torch's CPU kernels use one thread: each thread allocates its own blocks."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -108,7 +108,7 @@ def double() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report beside its plan folder: a malicious name, and three runs of which the second is the newest measured."""
+    """A report next to its plan folder: a malicious name and three runs; the second is the newest measured one."""
     folder = tmp_path_factory.mktemp("report")
     plan_folder(folder / "plan", name=MALICIOUS)
     for number, name in enumerate(("001", "002", "003")):
@@ -135,7 +135,7 @@ def browser(chromium: Browser) -> Browser:
 
 @pytest.fixture(scope="session")
 def gallery_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of everything at once, as page, Markdown and JSON, of models small enough to be searched in seconds."""
+    """A report with all sections, as page, Markdown and JSON, about models that are searched in seconds."""
     from translution.reports import builder
 
     folder = tmp_path_factory.mktemp("gallery")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from translution.planner.common.types import DTYPE_BYTES, Precision
 from translution.planner.config.run_config import TrainingSpec, ZeroSpec
 from translution.planner.deepspeed.config import deepspeed_config
-from translution.planner.hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer
+from translution.planner.hardware.cluster import MatmulRate, MeasuredRates, Transfer
 
 from ..system.nvme_swap import io_handle
 

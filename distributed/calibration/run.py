@@ -17,8 +17,7 @@ from translution.planner.common.errors import InputError, RunFailedError
 from translution.planner.common.files import SPEC_SUFFIXES, write_text
 from translution.planner.common.provenance import make_provenance
 from translution.planner.common.schema import parse_json
-from translution.planner.hardware.calibrated_rates import MeasuredRates
-from translution.planner.hardware.cluster import ClusterSpec, load_cluster
+from translution.planner.hardware.cluster import ClusterSpec, MeasuredRates, load_cluster
 
 from ..launcher.local_processes import run_processes
 from ..runs.watchdog import end_with_launcher

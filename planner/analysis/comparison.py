@@ -12,9 +12,8 @@ from ..common.types import DTYPE_BYTES
 from ..config.loading import load_model
 from ..config.model import ModelSpec, VitSpec, override
 from ..config.run_config import TrainingSpec, parse_training
-from ..costs.flops import count_flops
-from ..costs.optimizer_state import state_tensors, widths
-from ..costs.parameters import count_parameters
+from ..costs.parameters import count_parameters, state_tensors, widths
+from ..costs.workload import count_flops
 from ..hardware.catalog import find_gpu, load_catalog
 from ..hardware.cluster import ClusterSpec, named_cluster
 from ..memory.estimate import gathered_floor_bytes, saved_bytes

@@ -15,8 +15,8 @@ from ..common.schema import Schema, stored_as
 from ..config.loading import load_model
 from ..config.model import OPERATORS, ModelSpec, Operator, parse_model_spec
 from ..config.run_config import RunConfig, TrainingSpec, parse_training
-from ..costs.flops import FlopCount, count_flops
 from ..costs.parameters import ParameterCount, count_parameters
+from ..costs.workload import FlopCount, count_flops
 from ..hardware.cluster import ClusterSpec, load_cluster
 from ..memory.estimate import MemoryEstimate, estimate_memory, saved_bytes
 from ..plans.defaults import choose_tile, choose_zero

@@ -1,6 +1,9 @@
-"""Work of a training step: every matrix product by shape, and the elements that elementwise operations move.
+"""Work of a training step: FLOPs, every matrix product by shape, elementwise work, and what ZeRO moves.
 
-Source: models/. The FLOPs of the products add up to the count in flops.py; a test compares them.
+The FLOPs of the products add up to `count_flops`; a test compares them. `volumes` counts the tensors and elements that
+ZeRO gathers, reduces and moves between tiers.
+
+Sources: models/; arXiv 2510.10060, section 3: a relative role costs 2·ΣP(r)·C·C' FLOPs, however its pairs are grouped.
 """
 
 from __future__ import annotations
@@ -11,8 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from ..common.schema import Schema
 from ..config.geometry import RelationGeometry
 from ..config.model import GptSpec, ModelSpec, Operator, VitSpec
+from ..deepspeed.config import NVME_BLOCK_BYTES
+from .parameters import TABLES, parameter_groups
 
 
 class Product(NamedTuple):
@@ -152,3 +158,114 @@ def count_work(spec: ModelSpec) -> Work:
         forward, backward = forward + 5 * tokens * spec.vocabulary, backward + 3 * tokens * spec.vocabulary
     total = sum(product.flops * product.copies for product in products)
     return Work(tuple(products), forward, backward, calls, visits, blocks / total)
+
+
+class FlopCount(Schema):
+    """FLOPs per sample; a multiply-add counts as two."""
+
+    forward: int
+    """FLOPs of a forward pass."""
+    training_step: int
+    """FLOPs of forward and backward; grouped operators recompute their rows in backward."""
+
+
+def _operator_forward(spec: ModelSpec, operator: Operator) -> tuple[int, int]:
+    """Return (plain, grouped) forward FLOPs of one operator with its output projection."""
+    tokens, dim, inner = spec.tokens, spec.dim, spec.inner_dim
+    pairs_product = 2 * tokens * tokens * inner
+    rows = spec.geometry.table_rows
+    relative = len(spec.roles)
+    plain = 2 * tokens * inner * dim if spec.has_output_projection else 0
+    grouped = 0
+    logits_relative = bool({"q", "k"} & set(spec.roles))
+    if operator in ("attention", "bias", "shaw", "absolute"):
+        # A matrix per position costs as much as one for all; shaw multiplies vectors with every pair twice.
+        plain += 2 * tokens * dim * 3 * inner + (4 if operator == "shaw" else 2) * pairs_product
+    elif operator == "translution":
+        plain += 2 * tokens * dim * inner * (3 - relative)
+        plain += pairs_product * ((not logits_relative) + ("v" not in spec.roles))
+        grouped = relative * 2 * rows * dim * inner
+    else:
+        low1, low2 = spec.heads * spec.c1, spec.heads * spec.c2
+        plain += 2 * tokens * dim * (3 * inner + relative * low1) + 2 * pairs_product
+        if len({"q", "k"} & set(spec.roles)) == 1:
+            plain += 2 * tokens * dim * low2
+        if "v" in spec.roles:
+            plain += 2 * tokens * low2 * inner
+        grouped = relative * 2 * rows * low1 * low2
+    return plain, grouped
+
+
+def count_flops(spec: ModelSpec) -> FlopCount:
+    """Count the FLOPs of the matrix products of one sample.
+
+    The backward of a plain product is two products of the same size; that of a grouped product is three, because
+    queries, keys and values are recomputed. Softmax, norms and activation functions are not counted.
+    """
+    tokens, dim = spec.tokens, spec.dim
+    plain = spec.depth * 4 * tokens * dim * spec.ffn_dim
+    grouped = 0
+    if isinstance(spec, VitSpec):
+        plain += 2 * spec.geometry.patches * spec.patch_dim * dim + 2 * dim * spec.classes
+    else:
+        assert isinstance(spec, GptSpec)
+        plain += 2 * tokens * dim * spec.vocabulary
+    for operator in spec.layer_operators:
+        more_plain, more_grouped = _operator_forward(spec, operator)
+        plain, grouped = plain + more_plain, grouped + more_grouped
+    return FlopCount(forward=plain + grouped, training_step=3 * plain + 4 * grouped)
+
+
+@dataclass(frozen=True, slots=True)
+class Volumes:
+    """Tensors and elements of a model, by how ZeRO moves them."""
+
+    elements: int
+    """Elements of all tensors."""
+    partition_numel: int
+    """Elements of a rank's partitions, every tensor padded to a multiple of the world size."""
+    tensors: int
+    """Number of tensors."""
+    gathered: int
+    """Elements that are gathered again for every use."""
+    gathers: int
+    """Number of gathers that gather them once."""
+    persistent: int
+    """Elements that stay gathered."""
+    largest: int
+    """Elements of the largest tensor."""
+    tiles: int
+    """Tile modules called in one forward pass."""
+    small: tuple[int, int]
+    """Elements of a rank's partitions that are too small for a file on NVMe, at 2 and at 4 bytes per element."""
+
+
+@lru_cache(maxsize=512)
+def volumes(spec: ModelSpec, tile_relations: int | None, world_size: int, persistence: int) -> Volumes:
+    """Count a model's tensors and elements.
+
+    Args:
+        spec: the model.
+        tile_relations: relations per tile; None for one tile per table.
+        world_size: number of partitions of a tensor.
+        persistence: maximum elements of a tensor that stays gathered.
+    """
+    both = len({"q", "k"} & set(spec.roles)) == 2
+    elements = partition_numel = tensors = gathered = gathers = persistent = largest = tiles = half = full = 0
+    for group in parameter_groups(spec, tile_relations):
+        elements, tensors = elements + group.total, tensors + group.copies
+        part = -(-group.numel // world_size)
+        partition_numel += part * group.copies
+        half += part * group.copies * (part * 2 < NVME_BLOCK_BYTES)
+        full += part * group.copies * (part * 4 < NVME_BLOCK_BYTES)
+        largest = max(largest, group.numel)
+        calls = group.copies
+        if group.component == TABLES:
+            # A tile of logits gathers the matrices of queries and keys in one call.
+            calls = calls * (len(spec.roles) - both) // len(spec.roles)
+            tiles += calls
+        if group.numel <= persistence:
+            persistent += group.total
+        else:
+            gathered, gathers = gathered + group.total, gathers + calls
+    return Volumes(elements, partition_numel, tensors, gathered, gathers, persistent, largest, tiles, (half, full))

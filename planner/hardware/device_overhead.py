@@ -21,9 +21,20 @@ from ..common.errors import InputError
 from ..common.phases import Tier
 from ..common.schema import Schema, stored_as
 from ..common.units import KIB, MIB
-from .caching_allocator import block_bytes
-from .catalog import Entry, Generation, find_gpu, load_catalog, read_data
-from .intervals import ESTIMATE, Bytes, FractionInterval, Level, OverheadItem, OverheadOverrides, read_overrides
+from .catalog import (
+    ESTIMATE,
+    Bytes,
+    Entry,
+    FractionInterval,
+    Generation,
+    Level,
+    OverheadItem,
+    OverheadOverrides,
+    find_gpu,
+    load_catalog,
+    read_data,
+    read_overrides,
+)
 from .nccl import Channels, alone, by_host_memory, by_nvlink, rccl
 
 __all__ = ["DeviceOverhead", "OverheadItem", "OverheadOverrides", "estimate_overhead", "read_overrides"]
@@ -203,3 +214,15 @@ def estimate_overhead(
         replaced.append(item)
     fragmentation = FRAGMENTATION_EXPANDABLE if expandable_segments else FRAGMENTATION
     return DeviceOverhead(gpu=gpu, breakdown=tuple(replaced), fragmentation=given.fragmentation or fragmentation)
+
+
+MIN_BLOCK_BYTES = 512
+"""kMinBlockSize: torch's caching allocator rounds the size of every block up to a multiple of it.
+
+Source: torch 2.13, ``c10/core/AllocatorConfig.h`` and ``c10/cuda/CUDACachingAllocator.cpp``.
+"""
+
+
+def block_bytes(size: int) -> int:
+    """Return the bytes that torch counts as allocated for a storage of ``size`` bytes."""
+    return -(-size // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES

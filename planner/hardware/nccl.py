@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 from ..common.phases import Tier
 from ..common.units import MIB
-from .catalog import Generation
-from .intervals import ESTIMATE, OverheadItem
+from .catalog import ESTIMATE, Generation, OverheadItem
 
 COMMUNICATORS = 2
 """Communicators of a DeepSpeed rank: torch's default group for barriers, its clone for the rest (groups.py:723)."""

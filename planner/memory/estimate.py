@@ -14,10 +14,9 @@ from ..common.schema import Schema, stored_as
 from ..common.units import format_bytes
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig, TrainingSpec
-from ..costs.optimizer_state import state_name
-from ..costs.parameters import TABLES, parameter_groups
+from ..costs.parameters import TABLES, parameter_groups, state_name
 from ..hardware.device_overhead import DeviceOverhead
-from ..simulator.core.storage import MemoryTracker, Peak
+from ..simulator.core import MemoryTracker, Peak
 from ..simulator.engine import base as names
 from ..simulator.engine.base import EngineConfig
 from ..simulator.lifecycle import Simulation, simulate
@@ -222,7 +221,7 @@ _ZERO3, _ZERO12 = "runtime/zero/stage3.py", "runtime/zero/stage_1_and_2.py"
 _PARTITION, _SWAP = "runtime/zero/partition_parameters.py", "runtime/swap_tensor"
 _FIXED: dict[str, tuple[str, str]] = {
     ACTIVATIONS: ("outputs that are in use or kept for backward, layer by layer", "planner/simulator/network/block.py"),
-    GRADIENTS: ("gradients of activations on their way back", "planner/simulator/core/autograd.py"),
+    GRADIENTS: ("gradients of activations on their way back", "planner/simulator/core.py"),
     ATTENTION_WEIGHTS: ("weights of every pair of tokens, B·h·N² a layer, and their logits", "models/ops/grouped.py"),
     WORKSPACE: ("rows of one relation's pairs and their products, bounded by workspace_bytes", "models/ops/context.py"),
     TEMPORARY: ("what one operation makes and drops", "planner/simulator/network/ops.py"),

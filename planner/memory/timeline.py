@@ -12,7 +12,7 @@ from itertools import pairwise
 from pydantic import model_validator
 
 from ..common.schema import Schema, stored_as
-from ..simulator.core.storage import Event
+from ..simulator.core import Event
 
 POINTS = 1000
 """Default number of points: about the number of pixels of a picture."""

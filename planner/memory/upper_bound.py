@@ -14,14 +14,12 @@ from ..common.types import DTYPE_BYTES
 from ..common.units import FP32_BYTES
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig, TrainingSpec, ZeroSpec
-from ..costs.comm_volume import Volumes, volumes
-from ..costs.optimizer_state import state_tensors, temporary_tensors, widths
-from ..costs.parameters import TABLES, parameter_groups
+from ..costs.parameters import TABLES, parameter_groups, state_tensors, temporary_tensors, widths
+from ..costs.workload import Volumes, volumes
 from ..deepspeed.config import NVME_BLOCK_BYTES
-from ..simulator.core.storage import MemoryTracker
-from ..simulator.core.tiers import next_power_of_two
+from ..simulator.core import MemoryTracker, next_power_of_two
 from ..simulator.engine.base import NORM_BYTES, SIMULATED_MICRO_BATCHES
-from ..simulator.engine.partition import ALIGNMENT_BYTES, ceil_div
+from ..simulator.engine.coordinator import ALIGNMENT_BYTES, ceil_div
 from ..simulator.engine.stage3 import NORM_ELEMENTS
 from ..simulator.network.model import MICRO_BATCHES, SimulatedNetwork, replay, sample_bytes
 from ..simulator.network.ops import WEIGHT_GRADIENTS, DtypeSizes

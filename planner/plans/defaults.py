@@ -11,7 +11,7 @@ from ..common.schema import validate
 from ..config.model import ModelSpec
 from ..config.run_config import OffloadDevice, ZeroSpec
 from ..costs.parameters import TABLES, parameter_groups, table_entries
-from ..simulator.engine.partition import partitioned_numel
+from ..simulator.engine.coordinator import partitioned_numel
 
 TILE_ELEMENTS = 2**26
 """Elements of the largest default tile: 128 MiB in bf16."""

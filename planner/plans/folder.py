@@ -15,8 +15,8 @@ from pathlib import Path
 from ..common.files import new_folder
 from ..common.phases import Phase
 from ..common.units import format_bytes, format_count, format_flops
-from ..costs.flops import count_flops
 from ..costs.parameters import count_parameters
+from ..costs.workload import count_flops
 from ..hardware.cluster import ClusterSpec
 from .plan import PLAN_FILE, Plan
 

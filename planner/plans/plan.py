@@ -17,8 +17,7 @@ from ..config.run_config import RunConfig, TrainingSpec, ZeroSpec
 from ..deepspeed.config import deepspeed_config
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import MemoryEstimate
-from ..timing.run_cost import RunCost, run_cost
-from ..timing.step_time import StepTime
+from ..timing.step_time import RunCost, StepTime, run_cost
 
 SCHEMA_VERSION: Literal[2] = 2
 PLAN_FILE = "plan.json"

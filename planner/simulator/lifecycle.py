@@ -10,12 +10,9 @@ from dataclasses import dataclass, replace
 
 from ..common.phases import Phase, Tier
 from ..config.run_config import RunConfig
-from .core.autograd import ModuleParams, ParameterHooks
-from .core.storage import MemoryTracker, Peak, Storage
-from .core.tiers import RankMemory
+from .core import MemoryTracker, ModuleParams, ParameterHooks, Peak, RankMemory, Storage
 from .engine.base import SIMULATED_MICRO_BATCHES, EngineConfig, SimulatedEngine
-from .engine.stage0 import Stage0Engine
-from .engine.stage1_2 import Stage12Engine
+from .engine.stage0_1_2 import Stage0Engine, Stage12Engine
 from .engine.stage3 import Stage3Engine
 from .network.model import MICRO_BATCHES, SimulatedNetwork, run_micro_batch, sample_bytes
 from .network.ops import DtypeSizes

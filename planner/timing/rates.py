@@ -11,8 +11,7 @@ from typing import Literal, TypeAlias
 
 from ..common.errors import InputError
 from ..common.types import DTYPE_BYTES, Precision
-from ..hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer, interpolate
-from ..hardware.cluster import ClusterSpec
+from ..hardware.cluster import ClusterSpec, MatmulRate, MeasuredRates, Transfer, interpolate
 
 RateLevel: TypeAlias = Literal["slow", "likely", "fast"]
 RATE_LEVELS: tuple[RateLevel, ...] = ("slow", "likely", "fast")

@@ -1,4 +1,4 @@
-"""Predicted time of an optimizer step: what each part takes, what overlaps, and what bounds it.
+"""Predicted time of an optimizer step: what each part takes, what overlaps, and what bounds it; and the cost of a run.
 
 Compute time is the model's matrix products and elementwise work (costs/workload.py) at the cluster's rates (rates.py).
 What ZeRO transfers and when follows DeepSpeed 0.19.8: runtime/zero/stage3.py, stage_1_and_2.py and runtime/engine.py.
@@ -14,10 +14,9 @@ from ..common.schema import Schema, stored_as
 from ..common.types import DTYPE_BYTES
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig, TrainingSpec, ZeroSpec
-from ..costs.comm_volume import Volumes, volumes
-from ..costs.flops import count_flops
-from ..costs.optimizer_state import state_tensors, widths
-from ..costs.workload import count_work
+from ..costs.parameters import state_tensors, widths
+from ..costs.workload import Volumes, count_flops, count_work, volumes
+from ..hardware.cluster import ClusterSpec
 from .rates import RATE_LEVELS, RateLevel, Rates
 
 Bound: TypeAlias = Literal["compute", "network", "host link", "host", "NVMe", "engine"]
@@ -268,4 +267,41 @@ def estimate_step_time(run: RunConfig) -> StepTime:
         samples_per_s=batch / middle,
         model_flops=flops,
         mfu=flops / (middle * peak),
+    )
+
+
+class RunCost(Schema):
+    """Cost of all steps of a run."""
+
+    steps: int
+    """Optimizer steps."""
+    samples: int
+    """Samples of all steps over all ranks."""
+    low_s: float
+    likely_s: float
+    high_s: float
+    """Seconds of all steps: low, likely and high prediction."""
+    gpu_hours: float
+    price: float | None
+    """Price at the cluster's price per GPU-hour; null if the cluster has none."""
+
+
+def run_cost(time: StepTime, cluster: ClusterSpec, training: TrainingSpec) -> RunCost:
+    """Multiply the predicted time of one step by the number of steps.
+
+    Args:
+        time: predicted time of one step.
+        cluster: gives the number of ranks and the price.
+        training: gives the number of steps and the batch.
+    """
+    hours = time.likely_s * training.steps * cluster.world_size / 3600
+    price = cluster.price_per_gpu_hour
+    return RunCost(
+        steps=training.steps,
+        samples=training.steps * training.global_batch(cluster.world_size),
+        low_s=time.low_s * training.steps,
+        likely_s=time.likely_s * training.steps,
+        high_s=time.high_s * training.steps,
+        gpu_hours=hours,
+        price=None if price is None else price * hours,
     )

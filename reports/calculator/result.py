@@ -31,8 +31,7 @@ from translution.planner.search.plan_search import (
     search_plan,
 )
 from translution.planner.simulator.network.ops import DtypeSizes
-from translution.planner.timing.run_cost import RunCost
-from translution.planner.timing.step_time import StepTime
+from translution.planner.timing.step_time import RunCost, StepTime
 
 from ..inputs.prediction import tier_name
 from .choice import Choice, SearchInput, choice_command, choice_error, search_input

@@ -11,7 +11,7 @@ from translution.planner.common.phases import TRAINING_PHASES, Tier
 from translution.planner.memory.estimate import MemoryEstimate
 from translution.planner.memory.timeline import Timeline, make_timeline
 from translution.planner.plans.plan import Plan
-from translution.planner.simulator.core.storage import Event
+from translution.planner.simulator.core import Event
 from translution.planner.simulator.lifecycle import simulate
 
 _TIER_NAMES = {Tier.PINNED: "pinned host", Tier.NVME: "NVMe"}

@@ -11,8 +11,8 @@ from translution.distributed.runs.folder import memory_path
 from translution.planner.common.phases import Tier
 from translution.planner.common.provenance import Provenance
 from translution.planner.common.units import format_bytes, format_count, format_flops
-from translution.planner.costs.flops import count_flops
 from translution.planner.costs.parameters import TABLES, count_parameters
+from translution.planner.costs.workload import count_flops
 from translution.planner.plans.folder import RUNS
 from translution.planner.plans.plan import Plan, load_plan
 

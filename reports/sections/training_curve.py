@@ -20,7 +20,8 @@ def draw_curve(steps: pd.DataFrame, title: str) -> alt.LayerChart:
     """
     stride = -(-len(steps) // _MAX_POINTS)
     table = steps[["step", "loss", "learning_rate", "samples_per_s"]].iloc[::-1].iloc[::stride].iloc[::-1]
-    rows = table.astype({"step": int}).to_dict("records")
+    records = table.astype({"step": int}).to_dict("records")
+    rows = [{str(name): value for name, value in record.items()} for record in records]
     loss = alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=True))
     base = alt.Chart(alt.InlineData(values=rows)).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False)), y=loss

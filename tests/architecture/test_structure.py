@@ -82,7 +82,7 @@ def test_no_public_name_is_defined_twice(root: Path) -> None:
 
 
 def test_every_test_is_where_its_module_is(root: Path) -> None:
-    """`tests/planner/costs/test_flops.py` or `test_flops_<aspect>.py` tests `planner/costs/flops.py`."""
+    """`tests/planner/costs/test_flops.py` or `test_flops_<aspect>.py` tests `planner/costs/workload.py`."""
     lost = []
     for path in modules_in(root, "tests"):
         place = path.relative_to(root / "tests")

@@ -1,4 +1,4 @@
-"""The benchmarks run, check parity before they show results, and name the machine of their figures."""
+"""Benchmarks check parity before they print timings, and name the machine that they ran on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-"""On a busy machine, the threads of torch mostly wait for each other."""
+"""Environment with one thread: on a busy machine torch's threads mostly wait for each other."""
 
 
 def run_script(root: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -44,7 +44,7 @@ def test_the_gpu_benchmark_reports_a_missing_gpu_in_one_line(root: Path) -> None
 
 
 @pytest.mark.parametrize("script", ["gpu.py", "operator.py"])
-def test_no_timings_of_a_wrong_layer_are_shown(script: str, root: Path, tmp_path: Path) -> None:
+def test_timings_of_a_wrong_layer_are_not_printed(script: str, root: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "sitecustomize.py"
     wrong.write_text(
         "import translution.models.layers.tables as tiles\n"

@@ -38,7 +38,7 @@ from translution.distributed.launcher import launch
 from translution.distributed.launcher.local_processes import MetricsReader, OnMetrics
 from translution.distributed.runs.folder import METRICS
 from translution.planner.common.machine import usable_cores
-from translution.planner.hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer
+from translution.planner.hardware.cluster import MatmulRate, MeasuredRates, Transfer
 from translution.planner.plans.plan import load_plan
 
 Captured = pytest.CaptureFixture[str]

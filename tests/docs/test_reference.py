@@ -146,8 +146,31 @@ def test_the_page_on_extending_names_what_knows_the_engine() -> None:
                 assert f"`{path.relative_to(ROOT)}`" in section, path
 
 
-def section_of(heading: str) -> str:
-    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+def test_the_page_on_architecture_names_where_facts_about_deepspeed_are() -> None:
+    section = section_of("Facts about DeepSpeed", "architecture.md")
+    for folder in ("planner", "distributed"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if "0.19.8" in path.read_text(encoding="utf-8"):
+                assert f"`{path.relative_to(ROOT)}`" in section, path
+
+
+def test_the_names_that_the_page_on_architecture_points_to_are_in_their_files() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    pointed = re.findall(r"`([\w/]+\.py)` \((`[\w.]+`(?:, `[\w.]+`)*)\)", text)
+    assert len(pointed) >= 5
+    for path, names_shown in pointed:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        for name in re.findall(r"\w+", names_shown):
+            assert re.search(rf"\b(?:class|def) {name}\b|^{name}\b", source, flags=re.MULTILINE), f"{path}: {name}"
+
+
+def test_the_architecture_page_answers_fifteen_questions() -> None:
+    section = section_of("I want to change", "architecture.md")
+    assert len(re.findall(r"^\| (?!I want|---)", section, flags=re.MULTILINE)) == 15
+
+
+def section_of(heading: str, page: str = "extending.md") -> str:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     return next(part for part in re.split(r"^## ", text, flags=re.MULTILINE) if part.startswith(heading))
 
 

@@ -1,4 +1,4 @@
-"""What the pages have their reader type, what they say is printed, and whether that is what is printed."""
+"""Commands, outputs and programs on documentation pages, and comparison of an output with what was printed."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("translution", "make", "python", "sbatch", "cd", "pip", "export", "sh", "tensorboard", "sudo", "apt-get")
-"""What begins a command in an indented block; in a fence of ``sh`` or ``console`` every line is one."""
+"""First words of commands in indented blocks; in a ``sh`` or ``console`` fence every line is a command."""
 _UNIT = r"(?:[KMGTP]iB|[kMGTP]?FLOP|ms|s|B|k|M|G|T)"
 
 
 def reader_pages() -> list[Path]:
-    """The README and every page of docs that people wrote."""
+    """Return the README and the pages in docs/."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One command of a page."""
+    """A command on a page."""
 
     page: str
     line: int
     text: str
     output: tuple[str, ...] | None
-    """The lines below it, if the page shows any."""
+    """Lines below the command; None if the page shows none."""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}: {self.text}"
 
     @property
     def words(self) -> list[str]:
-        """As a shell splits it, without variables set before it and without ``cd … &&``."""
+        """Words as a shell splits them, without leading variable assignments and ``cd … &&``."""
         words = shlex.split(self.text, comments=True)
         if "&&" in words:
             words = words[len(words) - words[::-1].index("&&") :]
@@ -49,7 +49,7 @@ class Shown:
 
     @property
     def kind(self) -> str:
-        """The subcommand with its options' names, or another program with its first argument."""
+        """Subcommand with the names of its options, or another program with its first argument."""
         words = self.words
         if words[0] == "translution":
             return " ".join([words[1], *self.options])
@@ -64,7 +64,7 @@ class Fence:
 
 
 def fences(text: str) -> Iterator[Fence]:
-    """The fenced blocks of a page, and its indented ones as those of language ``indented``."""
+    """Yield the fenced blocks of a page, and its indented blocks with the language ``indented``."""
     lines = text.splitlines()
     number = 0
     while number < len(lines):
@@ -84,7 +84,7 @@ def fences(text: str) -> Iterator[Fence]:
 
 
 def _joined(fence: Fence) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers; one that ends in a backslash goes on in the next."""
+    """Yield lines with their numbers; lines that end in a backslash are joined with the next one."""
     pending, first = "", 0
     for number, line in enumerate(fence.lines, fence.line):
         first = first if pending else number
@@ -96,7 +96,7 @@ def _joined(fence: Fence) -> Iterator[tuple[int, str]]:
 
 
 def commands(page: Path) -> list[Shown]:
-    """The commands of a page, in its order."""
+    """Return the commands of a page in order."""
     found: list[Shown] = []
     name = str(page.relative_to(ROOT))
     for fence in fences(page.read_text(encoding="utf-8")):
@@ -111,7 +111,7 @@ def commands(page: Path) -> list[Shown]:
 
 
 def _of_console(name: str, fence: Fence) -> list[Shown]:
-    """Commands after a dollar sign, each with the lines below it."""
+    """Return the commands after a dollar sign, each with the lines below it."""
     found: list[Shown] = []
     output: list[str] = []
     for number, line in [*_joined(fence), (0, "$ ")]:
@@ -127,31 +127,31 @@ def _of_console(name: str, fence: Fence) -> list[Shown]:
 
 
 def programs(page: Path) -> list[Fence]:
-    """The Python blocks of a page."""
+    """Return the Python blocks of a page."""
     return [fence for fence in fences(page.read_text(encoding="utf-8")) if fence.language == "python"]
 
 
 def shape(line: str) -> str:
-    """A line without its figures, and without what their width does to a table."""
+    """Return a line without its figures, and with table rules and spaces of any width made equal."""
     line = re.sub(r"[━─═]+", "─", line)
     line = re.sub(rf"-?\d+(?:,\d{{3}})*(?:\.\d+)?(?:e[-+]?\d+)?%?(?: ?{_UNIT}\b)?", "#", line)
     return re.sub(r"\s+", " ", line).strip()
 
 
 def _line_pattern(line: str) -> str:
-    """A line of a page as an expression: ``…`` in it is any text, and alone any lines."""
+    """Return a regular expression for a line: ``…`` in it matches any text; alone, any number of lines."""
     if line.strip() == "…":
         return r"(?:.*\n)*?"
     return ".*".join(re.escape(part) for part in line.split("…")) + r"\n"
 
 
 def first_difference(expected: tuple[str, ...], printed: str, *, only_shape: bool = False) -> str | None:
-    """Where a page's output is not what was printed; None where it is.
+    """Describe the first difference between a page's output and the printed one; None if there is none.
 
     Args:
-        expected: the page's lines; one that is ``…`` alone stands for any lines, or none.
-        printed: the whole output.
-        only_shape: compare all but the figures.
+        expected: lines of the page; a line ``…`` matches any number of lines.
+        printed: complete output.
+        only_shape: ignore figures.
     """
     reduce = shape if only_shape else str.rstrip
     actual = "".join(f"{reduce(line)}\n" for line in printed.rstrip().splitlines())
@@ -163,11 +163,11 @@ def first_difference(expected: tuple[str, ...], printed: str, *, only_shape: boo
         return f"more is printed below {expected[-1]!r}"
     before = re.match("".join(lines[:fits]), actual)
     assert before is not None
-    return f"{expected[fits]!r} is not printed where it should be; there is {actual[before.end() :][:300]!r}"
+    return f"{expected[fits]!r} is not printed where the page shows it, but {actual[before.end() :][:300]!r}"
 
 
 def source_with_helpers(path: Path, function: str) -> str:
-    """A test function with the functions and constants of its file that it uses, as text; empty if there is none."""
+    """Return the source of a test function and of what it uses in its file; empty if there is no such function."""
     text = path.read_text(encoding="utf-8")
     named: dict[str, ast.stmt] = {}
     for node in ast.parse(text).body:
@@ -187,7 +187,7 @@ def source_with_helpers(path: Path, function: str) -> str:
 
 
 def links(page: Path) -> Iterator[str]:
-    """Targets of a page's links within the repository."""
+    """Yield the targets of a page's links within the repository."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not re.match(r"[a-z]+:", target):
@@ -195,7 +195,7 @@ def links(page: Path) -> Iterator[str]:
 
 
 def named_paths(page: Path) -> Iterator[str]:
-    """Files and folders of the repository that a page names in code, such as ``planner/costs/workload.py``."""
+    """Yield the files of the repository that a page names in code, such as ``planner/costs/workload.py``."""
     folders = "planner|models|distributed|reports|cli|tests|benchmarks|examples|scripts|docs"
     for code in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
         yield from re.findall(rf"(?<![\w/.-])(?:{folders})/[\w/.-]*\.(?:py|md|yaml|sh|j2|css|js)\b", code)

@@ -11,8 +11,7 @@ from translution.cli.main import run
 from translution.distributed.calibration import run as calibrating
 from translution.distributed.calibration.run import calibrate, machine_file
 from translution.planner.common.errors import InputError, RunFailedError
-from translution.planner.hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer
-from translution.planner.hardware.cluster import load_cluster, local_cpu_cluster
+from translution.planner.hardware.cluster import MatmulRate, MeasuredRates, Transfer, load_cluster, local_cpu_cluster
 from translution.planner.timing.rates import Rates
 
 

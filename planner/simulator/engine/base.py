@@ -2,7 +2,7 @@
 
 A simulated engine is the `ParameterHooks` of the training step, and simulates the phases around it: build, first step
 (which allocates the optimizer states), later steps, checkpoint save and resume. It decides which tier holds what and
-when. The ZeRO stages are in stage0.py, stage1_2.py and stage3.py.
+when. The ZeRO stages are in stage0_1_2.py and stage3.py.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from dataclasses import dataclass
 
 from ...common.types import DTYPE_BYTES
 from ...config.run_config import RunConfig, TrainingSpec, ZeroSpec
-from ...costs.optimizer_state import state_tensors, temporary_tensors, widths
-from ..core.autograd import ParameterHooks
-from ..core.storage import MemoryTracker, Storage
-from ..core.tiers import RankMemory
+from ...costs.parameters import state_tensors, temporary_tensors, widths
+from ..core import MemoryTracker, ParameterHooks, RankMemory, Storage
 from ..network.model import SimulatedNetwork
 
 PARAMETERS, PERSISTENT, BUFFERS = "parameters", "persistent parameters", "buffers"

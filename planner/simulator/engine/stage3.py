@@ -10,9 +10,7 @@ from collections.abc import Sequence
 
 from ...common.units import FP32_BYTES
 from ...deepspeed.config import NVME_BLOCK_BYTES
-from ..core.autograd import ModuleParams
-from ..core.storage import MemoryTracker, Storage
-from ..core.tiers import RankMemory, next_power_of_two
+from ..core import MemoryTracker, ModuleParams, RankMemory, Storage, next_power_of_two
 from ..network.model import SimulatedNetwork
 from .base import (
     BACKEND_COPIES,
@@ -37,8 +35,7 @@ from .base import (
     EngineConfig,
     SimulatedEngine,
 )
-from .coordinator import ParameterCoordinator
-from .partition import ALIGNMENT_BYTES, Shard, SubGroup, align, make_shards, make_sub_groups
+from .coordinator import ALIGNMENT_BYTES, ParameterCoordinator, Shard, SubGroup, align, make_shards, make_sub_groups
 
 NORM_ELEMENTS = 250_000_000
 """Maximum number of gradient elements that are squared at a time (stage3.py:1960)."""

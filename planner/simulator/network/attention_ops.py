@@ -5,8 +5,7 @@ Source: events of torch 2.13's allocator; models/layers/attention.py, models/ops
 
 from __future__ import annotations
 
-from ..core.autograd import Gradients, ModuleParams, Tape, Tensor
-from ..core.storage import Storage
+from ..core import Gradients, ModuleParams, Storage, Tape, Tensor
 from .ops import GRADIENTS, TEMPORARY, DtypeSizes, cast, cast_parameters, weight_gradients
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from ...config.model import ModelSpec, Operator
 from ...costs.parameters import table_tiles
-from ..core.autograd import ModuleParams, Tape, Tensor
-from ..core.storage import Storage
+from ..core import ModuleParams, Storage, Tape, Tensor
 from .attention_ops import fused_attention, positions, rotate
 from .gather_ops import SimulatedGather
 from .ops import GRADIENTS, DtypeSizes, add, add_narrow, cast, dropout, gelu, layer_norm, linear

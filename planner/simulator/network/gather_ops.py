@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..core.autograd import Gradients, ModuleParams, Tape, Tensor
-from ..core.storage import Storage
+from ..core import Gradients, ModuleParams, Storage, Tape, Tensor
 from .ops import ATTENTION_WEIGHTS, GRADIENTS, INDEX_BYTES, TEMPORARY, WEIGHT_GRADIENTS, cast, product_scratch_bytes
 from .relation_shape import RelationShape, SimulatedTile
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from ...common.errors import InputError
 from ...common.phases import Phase
 from ...config.model import GptSpec, ModelSpec, VitSpec
-from ..core.autograd import ModuleParams, ParameterHooks, Tape, Tensor
-from ..core.storage import MemoryTracker, Storage
+from ..core import MemoryTracker, ModuleParams, ParameterHooks, Storage, Tape, Tensor
 from .block import SimulatedBlock, linear_weights
 from .ops import (
     GRADIENTS,

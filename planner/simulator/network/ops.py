@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..core.autograd import Backward, Gradients, ModuleParams, Tape, Tensor
-from ..core.storage import Storage
+from ..core import Backward, Gradients, ModuleParams, Storage, Tape, Tensor
 
 ACTIVATIONS, GRADIENTS, WEIGHT_GRADIENTS = "activations", "activation gradients", "whole gradients"
 TEMPORARY, CASTS = "temporaries of one operation", "cast parameters"

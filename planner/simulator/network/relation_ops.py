@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..core.autograd import Gradients, Tape, Tensor
-from ..core.storage import Storage
+from ..core import Gradients, Storage, Tape, Tensor
 from .ops import ATTENTION_WEIGHTS, GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS, product_scratch_bytes
 from .relation_shape import RelationShape, SimulatedTerm, SimulatedTile
 

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 from ...config.geometry import RelationGeometry
 from ...config.model import DEFAULT_WORKSPACE_BYTES
-from ..core.autograd import ModuleParams
+from ..core import ModuleParams
 from .ops import DtypeSizes
 
 Implementation: TypeAlias = Literal["grouped", "gather"]

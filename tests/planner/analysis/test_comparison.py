@@ -1,4 +1,4 @@
-"""Comparisons: rows by hand, files that are read back, and what is larger needs no less."""
+"""Comparisons: rows computed by hand, written files, and memory that grows with the model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from translution.planner.analysis.comparison import (
 )
 from translution.planner.config.loading import preset
 from translution.planner.config.run_config import TrainingSpec
-from translution.planner.costs.flops import count_flops
 from translution.planner.costs.parameters import count_parameters
+from translution.planner.costs.workload import count_flops
 from translution.planner.search.space import SearchConstraints
 
 BF16 = TrainingSpec(precision="bf16", data="synthetic")
@@ -32,7 +32,7 @@ def test_every_operator_has_a_row() -> None:
         ("full Translution", None), ("α-Translution", 16), ("attention", None),
     ]  # fmt: skip
     full, low, attention = rows
-    # 16 bytes of each of 15.6 G parameters are 233 GiB: four H100 of 80 GB hold them, two do not.
+    # 16 bytes per parameter x 15.6 G parameters = 233 GiB: four H100 of 80 GB hold them, two do not.
     assert full.parameters == 15_608_200_168
     assert full.states_bytes == 16 * full.parameters
     assert full.cluster == "1x4xH100"
@@ -48,9 +48,9 @@ def test_every_operator_has_a_row() -> None:
 def test_offload_needs_no_more_gpus() -> None:
     for model in ("vit-base/16", "vit-large/32"):
         plain = smallest_cluster(preset(model), "A100-80", BF16, SearchConstraints(offload="none"))
-        away = smallest_cluster(preset(model), "A100-80", BF16, SearchConstraints())
-        assert plain and away
-        assert away.world_size <= plain.world_size
+        offloaded = smallest_cluster(preset(model), "A100-80", BF16, SearchConstraints())
+        assert plain and offloaded
+        assert offloaded.world_size <= plain.world_size
 
 
 def test_more_nodes_hold_larger_models() -> None:
@@ -95,11 +95,11 @@ def test_files_hold_the_same_rows(written: Path) -> None:
     assert "| full Translution up to |" in text
 
 
-def test_pictures_show_three_axes(written: Path) -> None:
+def test_charts_show_three_axes(written: Path) -> None:
     assert (written / "table.png").read_bytes().startswith(b"\x89PNG")
     text = (written / "table.svg").read_text()
-    for words in ("model width", "tokens per sample", "layers", "full Translution", "8 node(s)"):
-        assert words in text
+    for label in ("model width", "tokens per sample", "layers", "full Translution", "8 node(s)"):
+        assert label in text
 
 
 def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:

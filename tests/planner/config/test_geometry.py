@@ -1,4 +1,4 @@
-"""The pairs of every relation, as strided blocks, against the definition pair by pair."""
+"""Strided blocks of the pairs of each relation, compared with the definition pair by pair."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_blocks_list_exactly_the_pairs_of_their_relation(geometry: RelationGeome
 
 
 @given(geometries())
-def test_table_rows_count_each_sides_distinct_tokens(geometry: RelationGeometry) -> None:
+def test_table_rows_count_the_distinct_tokens_of_queries_and_keys(geometry: RelationGeometry) -> None:
     pairs = [geometry.pairs(relation) for relation in range(geometry.relations)]
     assert geometry.table_rows == sum(p.query.size for p in pairs) == sum(p.key.size for p in pairs)
 
@@ -91,11 +91,11 @@ def test_relation_counts_follow_the_definition() -> None:
 
 
 @pytest.mark.parametrize("length", [0, -1, 2.5, True])
-def test_a_bad_length_is_named(length: object) -> None:
+def test_the_error_for_a_bad_length_names_it(length: object) -> None:
     with pytest.raises(InputError, match=r"height|length"):
-        RelationGeometry.sequence(length)  # type: ignore[arg-type]  # the point of the test
+        RelationGeometry.sequence(length)  # type: ignore[arg-type]  # the test passes bad lengths
 
 
-def test_an_absent_relation_is_named() -> None:
+def test_the_error_for_an_absent_relation_names_it() -> None:
     with pytest.raises(InputError, match="relation: 9 is not allowed: must be from 0 to 8"):
         RelationGeometry.grid(2, 2).pairs(9)

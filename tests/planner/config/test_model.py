@@ -1,4 +1,4 @@
-"""Specs: presets, files, overrides, and one clear line for everything that is wrong."""
+"""Model specs: presets, files, overrides, and one-line errors for bad input."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_sizes_follow_the_definition() -> None:
     [{}, {"image": [32, 16], "relative_layers": [0, 3]}, {"operator": "alpha", "c1": 2, "rotary": True}],
     ids=str,
 )
-def test_a_saved_spec_loads_as_it_was(tmp_path: Path, suffix: str, fields: dict[str, Any]) -> None:
+def test_a_saved_spec_loads_unchanged(tmp_path: Path, suffix: str, fields: dict[str, Any]) -> None:
     spec = parse_model_spec(VIT | fields)
     path = tmp_path / f"model{suffix}"
     save_model(spec, path)
@@ -124,7 +124,7 @@ def test_roles_take_any_order() -> None:
     ],
     ids=str,
 )
-def test_a_bad_field_is_named_with_its_value(fields: dict[str, Any], message: str) -> None:
+def test_the_error_for_a_bad_field_names_it_and_its_value(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         parse_model_spec(VIT | fields)
     assert "\n" not in str(caught.value)
@@ -140,7 +140,7 @@ def test_a_bad_field_is_named_with_its_value(fields: dict[str, Any], message: st
         ("nowhere.yaml", "nowhere.yaml: no such file"),
     ],
 )
-def test_a_bad_name_is_one_line(name: str, message: str) -> None:
+def test_a_bad_name_gives_a_one_line_error(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_model(name)
 
@@ -154,7 +154,7 @@ def test_a_bad_name_is_one_line(name: str, message: str) -> None:
         ("family: vit\ndim: 4", "is required"),
     ],
 )
-def test_a_bad_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_a_bad_file_gives_a_one_line_error(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "model.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=message) as caught:
@@ -164,4 +164,4 @@ def test_a_bad_file_is_one_line(tmp_path: Path, text: str, message: str) -> None
 
 def test_a_spec_cannot_be_changed_in_place() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        preset("vit-base/16").dim = 5  # type: ignore[misc]  # the point of the test
+        preset("vit-base/16").dim = 5  # type: ignore[misc]  # the test assigns to a frozen field

@@ -14,11 +14,9 @@ from pydantic import TypeAdapter
 
 from translution.planner.common.errors import InputError
 from translution.planner.common.units import MIB
-from translution.planner.hardware.caching_allocator import MIN_BLOCK_BYTES, block_bytes
-from translution.planner.hardware.catalog import load_catalog, read_data
+from translution.planner.hardware.catalog import Level, OverheadItem, load_catalog, read_data
 from translution.planner.hardware.cluster import load_cluster
-from translution.planner.hardware.device_overhead import DeviceOverhead, estimate_overhead
-from translution.planner.hardware.intervals import Level, OverheadItem
+from translution.planner.hardware.device_overhead import MIN_BLOCK_BYTES, DeviceOverhead, block_bytes, estimate_overhead
 from translution.planner.hardware.nccl import CONNECTION_BYTES
 
 LEVELS: tuple[Level, ...] = ("low", "likely", "high")

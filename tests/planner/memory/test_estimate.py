@@ -1,4 +1,4 @@
-"""The memory ledger: its parameters are torch's, its tiers are DeepSpeed's, and it answers at once."""
+"""The memory estimate: parameters as torch counts them, tiers as DeepSpeed uses them, few simulated events."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OPERATORS: list[dict[str, Any]] = [
 GPUS = ClusterSpec(ranks_per_node=8, gpu="H100", device_memory_bytes=80 * 2**30)
 
 
-def ledger(
+def estimate_of(
     spec: ModelSpec, *, offload: str = "none", zero_overrides: dict[str, object] | None = None
 ) -> MemoryEstimate:
     tile = choose_tile(spec, 8)
@@ -47,7 +47,7 @@ def ledger(
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
 @pytest.mark.parametrize("base", [VIT, VIT | {"pool": "mean", "class_token": False}, GPT], ids=["vit", "mean", "gpt"])
 def test_modules_have_torchs_parameters_in_torchs_order(base: dict[str, Any], operator: dict[str, Any]) -> None:
-    """Sub-groups and buckets are filled in that order."""
+    """DeepSpeed fills sub-groups and buckets in this order."""
     spec = parse_model_spec(base | operator)
     network = SimulatedNetwork(spec, 1, DtypeSizes.of(4, "cpu"), 5)
     modules = [
@@ -58,18 +58,18 @@ def test_modules_have_torchs_parameters_in_torchs_order(base: dict[str, Any], op
 
 
 @pytest.mark.parametrize("offload", ["none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme"])
-def test_entries_add_up_and_every_one_has_words_and_a_source(offload: str) -> None:
-    estimate = ledger(preset("vit-tiny/32"), offload=offload)
+def test_breakdown_items_add_up_and_each_has_a_formula_and_a_source(offload: str) -> None:
+    estimate = estimate_of(preset("vit-tiny/32"), offload=offload)
     assert {peak.phase for peak in estimate.peaks} == set(Phase)
     for peak in estimate.peaks:
-        assert peak.bytes == sum(entry.bytes for entry in peak.breakdown)
-        assert all(entry.bytes > 0 and entry.source and entry.formula != entry.name for entry in peak.breakdown)
+        assert peak.bytes == sum(item.bytes for item in peak.breakdown)
+        assert all(item.bytes > 0 and item.source and item.formula != item.name for item in peak.breakdown)
     assert MemoryEstimate.model_validate_json(estimate.model_dump_json()) == estimate
     assert ("nvme" in estimate.tiers) == ("nvme" in offload)
 
 
-def test_each_tier_holds_what_deepspeed_puts_there() -> None:
-    """Bytes per parameter of a rank's share, from the table of states by mode (deepspeed, stage3.py)."""
+def test_each_tier_holds_the_states_that_deepspeed_puts_there() -> None:
+    """Bytes per parameter of a rank's partition; source: deepspeed, stage3.py."""
     spec = preset("vit-base/16")
     network = SimulatedNetwork(spec, 1, DtypeSizes.of(2, "cuda"), choose_tile(spec, 8))
     share = sum(-(-group // 8) for weights in network.modules for group in weights.numels)
@@ -78,39 +78,41 @@ def test_each_tier_holds_what_deepspeed_puts_there() -> None:
     def per_parameter(estimate: MemoryEstimate, *tiers: Any) -> float:
         return sum(estimate.of(name, Phase.BETWEEN, tier) for name in states for tier in tiers) / share
 
-    assert per_parameter(ledger(spec), Tier.DEVICE) == pytest.approx(16)
-    host = ledger(spec, offload="cpu-optimizer", zero_overrides={"offload_optimizer.pin_memory": False})
+    assert per_parameter(estimate_of(spec), Tier.DEVICE) == pytest.approx(16)
+    host = estimate_of(spec, offload="cpu-optimizer", zero_overrides={"offload_optimizer.pin_memory": False})
     assert (per_parameter(host, Tier.DEVICE), per_parameter(host, Tier.HOST)) == (pytest.approx(2), pytest.approx(18))
-    both = ledger(spec, offload="cpu", zero_overrides={"offload_optimizer.pin_memory": False})
-    assert per_parameter(both, Tier.HOST, Tier.PINNED) == pytest.approx(20, rel=0.1)  # One flat buffer, rounded up.
-    nvme = ledger(spec, offload="nvme")
+    both = estimate_of(spec, offload="cpu", zero_overrides={"offload_optimizer.pin_memory": False})
+    assert per_parameter(both, Tier.HOST, Tier.PINNED) == pytest.approx(
+        20, rel=0.1
+    )  # A flat buffer, rounded up to a power of two.
+    nvme = estimate_of(spec, offload="nvme")
     assert per_parameter(nvme, Tier.NVME) == pytest.approx(18, rel=0.01)
     assert per_parameter(nvme, Tier.HOST) == pytest.approx(2, rel=0.01)
     assert per_parameter(nvme, Tier.DEVICE) < 0.05
 
 
 def test_pinned_tensors_are_as_large_as_torchs_allocator_makes_them() -> None:
-    estimate = ledger(preset("vit-tiny/32"), offload="cpu-optimizer")
-    sizes = [entry.bytes for entry in estimate.peak(Phase.BETWEEN, Tier.PINNED).breakdown]  # type: ignore[union-attr]  # it has
+    estimate = estimate_of(preset("vit-tiny/32"), offload="cpu-optimizer")
+    sizes = [item.bytes for item in estimate.peak(Phase.BETWEEN, Tier.PINNED).breakdown]  # type: ignore[union-attr]  # this plan pins memory
     assert len(sizes) == 2
     assert estimate.of("gradients", Phase.BETWEEN, "pinned").bit_count() == 1
 
 
 def test_reuse_keeps_every_tile_and_prefetch_stays_within_the_live_limit() -> None:
     spec = preset("vit-tiny/32")
-    one = ledger(spec)
-    tile = 2 * choose_tile(spec, 8) * 192 * 192 * 2  # type: ignore[operator]  # tables have tiles
-    # Copied out of the buffer that both matrices of a tile of logits were gathered into.
+    one = estimate_of(spec)
+    tile = 2 * choose_tile(spec, 8) * 192 * 192 * 2  # type: ignore[operator]  # not None: Translution has tiles
+    # Each matrix of a tile of logits is copied out of the buffer that both were gathered into.
     assert one.of("gathered parameters", "forward") == 2 * tile
-    everything = ledger(spec, zero_overrides={"max_reuse_distance_elements": 10**9})
+    everything = estimate_of(spec, zero_overrides={"max_reuse_distance_elements": 10**9})
     tables = 3 * 6 * 172 * 192 * 192 * 2
     assert tables < everything.of("gathered parameters", "backward") < 1.1 * tables
     elements = tile // 2
-    ahead = ledger(spec, zero_overrides={"prefetch_bucket_elements": elements, "max_live_elements": 2 * elements})
+    ahead = estimate_of(spec, zero_overrides={"prefetch_bucket_elements": elements, "max_live_elements": 2 * elements})
     assert 2 * tile < ahead.of("gathered parameters", "forward") <= 4 * tile
 
 
-def test_a_tile_above_the_floor_is_refused_with_one_that_would_do() -> None:
+def test_the_error_for_a_tile_that_does_not_fit_names_one_that_does() -> None:
     spec = preset("vit-large/16")
     training = TrainingSpec(precision="bf16", micro_batch=1, data="synthetic")
     assert gathered_floor_bytes(spec, training, 732) == 4 * 732 * 1024 * 1024 * 2
@@ -119,13 +121,13 @@ def test_a_tile_above_the_floor_is_refused_with_one_that_would_do() -> None:
         make_plan(spec, small, training, tile_relations=732)
 
 
-def test_the_ledger_keeps_what_the_closed_question_says() -> None:
+def test_the_estimate_saves_as_many_bytes_as_the_model_alone() -> None:
     spec = preset("vit-tiny/32")
-    assert ledger(spec).saved_bytes == saved_bytes(spec, 1, DtypeSizes.of(2, "cuda"))
+    assert estimate_of(spec).saved_bytes == saved_bytes(spec, 1, DtypeSizes.of(2, "cuda"))
 
 
 def test_the_largest_preset_is_replayed_in_few_events() -> None:
-    """Some 20,000 take 40 ms; benchmarks/accuracy.py has the times."""
+    """20,000 events take 40 ms; benchmarks/accuracy.py measures the time."""
     spec, cluster = preset("gpt-large/1024"), load_cluster("64x8xH100")
     tile = choose_tile(spec, cluster.world_size)
     training = TrainingSpec(precision="bf16", micro_batch=1, data="synthetic")
@@ -134,7 +136,7 @@ def test_the_largest_preset_is_replayed_in_few_events() -> None:
     assert 5_000 < sum(len(tier.events or []) for tier in memory.tiers.values()) < 20_000
 
 
-def test_a_plan_for_512_ranks_needs_no_gpu_to_be_made() -> None:
+def test_planning_for_512_ranks_needs_no_gpu() -> None:
     plan = make_plan(
         preset("vit-large/16"),
         load_cluster("64x8xH100"),
@@ -147,9 +149,9 @@ def test_a_plan_for_512_ranks_needs_no_gpu_to_be_made() -> None:
 
 @pytest.mark.parametrize("checkpointing", ["none", "block", "offload"])
 @pytest.mark.parametrize("implementation", ["grouped", "gather"])
-def test_what_a_deep_network_keeps_follows_from_shallow_ones(checkpointing: str, implementation: Any) -> None:
+def test_bytes_saved_by_a_deep_network_follow_from_shallow_ones(checkpointing: str, implementation: Any) -> None:
     fields = {"family": "gpt", "context": 12, "vocabulary": 40, "dim": 24, "depth": 9, "heads": 3, "c1": 2, "c2": 3}
     for operator in ("translution", "alpha", "attention", "bias", "shaw", "absolute"):
         spec = parse_model_spec(fields | {"operator": operator, "checkpointing": checkpointing})
-        whole = replay(spec, 3, DtypeSizes.of(2, "cuda"), implementation=implementation).saved_bytes
-        assert saved_bytes(spec, 3, DtypeSizes.of(2, "cuda"), implementation) == whole
+        replayed = replay(spec, 3, DtypeSizes.of(2, "cuda"), implementation=implementation).saved_bytes
+        assert saved_bytes(spec, 3, DtypeSizes.of(2, "cuda"), implementation) == replayed

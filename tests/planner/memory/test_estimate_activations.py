@@ -1,4 +1,4 @@
-"""Bytes kept for backward and operations, predicted against counted, on odd shapes."""
+"""Bytes saved for backward and FLOPs at odd shapes: predictions compared with counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from translution.models import Translution, build
 from translution.planner.config.loading import preset
 from translution.planner.config.model import ModelSpec, VitSpec, parse_model_spec
-from translution.planner.costs.flops import count_flops
+from translution.planner.costs.workload import count_flops
 from translution.planner.memory.estimate import saved_bytes
 from translution.planner.simulator.network.ops import DtypeSizes
 from translution.planner.simulator.network.relation_shape import Implementation
@@ -65,7 +65,7 @@ def counted_bytes(
     implementation: str = "grouped",
     autocast: torch.dtype | None = None,
 ) -> int:
-    """Unique storages that autograd saves in one forward pass and loss, weights and buffers left out."""
+    """Return the bytes of unique storages that autograd saves in forward and loss, without weights and buffers."""
     network = build(spec, implementation=implementation, tile_relations=4).to(dtype)
     own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
     saved: dict[int, Tensor] = {}
@@ -95,7 +95,7 @@ def implementations(operator: dict[str, Any]) -> tuple[Implementation, ...]:
     [*((base, "none") for base in BASES), *((base, kind) for base in (VIT, GPT) for kind in ("block", "offload"))],
     ids=["vit", "mean", "no-class", "one-head", "gpt", "vit-block", "vit-offload", "gpt-block", "gpt-offload"],
 )
-def test_kept_for_backward_is_exact(base: dict[str, Any], operator: dict[str, Any], checkpointing: str) -> None:
+def test_bytes_saved_for_backward_are_exact(base: dict[str, Any], operator: dict[str, Any], checkpointing: str) -> None:
     spec = spec_of(base, operator | {"checkpointing": checkpointing})
     for implementation in implementations(operator):
         for dtype, batch in ((torch.float32, 3), (torch.bfloat16, 2), (torch.float16, 1)):
@@ -109,7 +109,9 @@ def test_kept_for_backward_is_exact(base: dict[str, Any], operator: dict[str, An
     [*((base, "none") for base in BASES), (VIT, "block"), (GPT, "block")],
     ids=["vit", "mean", "no-class", "one-head", "gpt", "vit-block", "gpt-block"],
 )
-def test_kept_under_autocast_is_exact(base: dict[str, Any], operator: dict[str, Any], checkpointing: str) -> None:
+def test_bytes_saved_under_autocast_are_exact(
+    base: dict[str, Any], operator: dict[str, Any], checkpointing: str
+) -> None:
     spec = spec_of(base, operator | {"checkpointing": checkpointing})
     for implementation in implementations(operator):
         predicted = saved_bytes(spec, 2, DtypeSizes.autocast("cpu"), implementation)
@@ -117,7 +119,7 @@ def test_kept_under_autocast_is_exact(base: dict[str, Any], operator: dict[str, 
         assert predicted == counted, implementation
 
 
-def test_a_layer_keeps_its_input_and_the_attention_weights_and_nothing_else() -> None:
+def test_a_layer_saves_its_input_and_the_attention_weights_and_nothing_else() -> None:
     layer = Translution(24, 2, head_dim=12, grid=(3, 4), class_token=True, tile_relations=5)
     x = torch.randn(3, 13, 24, requires_grad=True)
     own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
@@ -139,10 +141,10 @@ def test_a_layer_keeps_its_input_and_the_attention_weights_and_nothing_else() ->
     # Source: the costs table of the operator's specification, one layer of one sample in fp32.
     [("vit-base/16", 256), ("gpt-base/160", 169), ("vit-large/16", 455), ("gpt-base/1024", 6.8 * 1024)],
 )
-def test_the_published_way_keeps_what_the_paper_says(name: str, gibibytes: float) -> None:
+def test_the_published_implementation_saves_as_many_bytes_as_the_paper_states(name: str, gibibytes: float) -> None:
     spec = preset(name)
-    kept = saved_bytes(spec, 1, DtypeSizes.of(4, "cuda"), "gather") / spec.depth / 2**30
-    assert kept == pytest.approx(gibibytes, rel=0.01)
+    saved = saved_bytes(spec, 1, DtypeSizes.of(4, "cuda"), "gather") / spec.depth / 2**30
+    assert saved == pytest.approx(gibibytes, rel=0.01)
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
@@ -151,7 +153,7 @@ def test_operations_equal_a_counted_run(base: dict[str, Any], operator: dict[str
     spec = spec_of(base, operator)
     network = build(spec, tile_relations=4)
     inputs, _ = random_samples(spec, 1, torch.float32)
-    # The counter does not know the CPU's fused attention; the plain one has the same products.
+    # torch's counter misses the fused attention of a CPU; the plain one has the same products.
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
             out = network(inputs)

@@ -1,4 +1,4 @@
-"""A timeline keeps the peaks of the events it sums up, and says when and of what they were."""
+"""Timelines: peaks of the summarized events, with their site and categories."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from translution.planner.common.errors import InputError
 from translution.planner.common.schema import parse_json
 from translution.planner.config.loading import preset
 from translution.planner.memory.timeline import Timeline, make_timeline
-from translution.planner.simulator.core.storage import Event, MemoryTracker
+from translution.planner.simulator.core import Event, MemoryTracker
 from translution.planner.simulator.network.model import replay
 from translution.planner.simulator.network.ops import DtypeSizes
 
 
-def test_the_peak_its_place_and_its_parts() -> None:
+def test_a_timeline_has_the_peak_with_its_site_and_categories() -> None:
     events = [
         ("forward", "embedding", "activations", 30),
         ("forward", "head", "temporaries", 50),
@@ -42,7 +42,7 @@ def test_the_peak_its_place_and_its_parts() -> None:
     assert phases == [("forward", 0, 4, 180), ("backward", 4, 3, 185)]
 
 
-def test_a_point_shows_the_highest_moment_of_its_events() -> None:
+def test_a_point_has_the_highest_total_of_its_events() -> None:
     events = [("step", str(number), "x", size) for number, size in enumerate([1, 9, -8, 1, 1, -3, 2, -2])]
     timeline = make_timeline(events, points=3)
     assert [(point.first_event, point.site, point.live_bytes) for point in timeline.points] == [
@@ -51,42 +51,42 @@ def test_a_point_shows_the_highest_moment_of_its_events() -> None:
     ]
 
 
-def test_what_was_live_before_the_first_event_can_be_the_peak() -> None:
+def test_the_peak_may_be_before_the_first_event() -> None:
     timeline = make_timeline([("step", "end", "gradients", -7)], {"gradients": 7, "parameters": 5})
     assert timeline.peak_bytes == timeline.phases[0].peak_bytes == 12
     assert timeline.peak.live_bytes == (7, 5)
 
 
-def test_a_phase_that_only_frees_peaks_where_it_begins() -> None:
+def test_a_phase_that_only_frees_has_its_peak_at_its_start() -> None:
     timeline = make_timeline([("forward", "", "x", 6), ("backward", "", "x", -2), ("backward", "", "x", 1)])
     assert [phase.peak_bytes for phase in timeline.phases] == [6, 6]
 
 
-def test_a_step_without_events_is_level() -> None:
+def test_a_step_without_events_has_one_point() -> None:
     timeline = make_timeline([], {"parameters": 5})
     assert (timeline.peak_bytes, timeline.event_count, timeline.phases, len(timeline.points)) == (5, 0, (), 1)
 
 
-def test_freeing_more_than_is_live_is_refused() -> None:
+def test_freeing_more_than_is_live_is_an_error() -> None:
     with pytest.raises(ValueError, match="event 1: x: 2 bytes more are freed than are live"):
         make_timeline([("a", "", "x", 3), ("a", "", "x", -5)])
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[dict[str, int], list[Event]]:
-    """Events that free no more than is live, in a few phases."""
+    """Draw events in a few phases that free no more bytes than are live."""
     live = draw(st.dictionaries(st.sampled_from("abcd"), st.integers(0, 50)))
     initial, events = dict(live), []
     for number in range(draw(st.integers(0, 60))):
         what = draw(st.sampled_from("abcde"))
         delta = draw(st.integers(-live.get(what, 0), 40))
         live[what] = live.get(what, 0) + delta
-        events.append((f"phase {draw(st.integers(0, 2))}", f"moment {number}", what, delta))
+        events.append((f"phase {draw(st.integers(0, 2))}", f"site {number}", what, delta))
     return initial, events
 
 
 @given(steps(), st.integers(1, 70))
-def test_no_peak_is_lost_whatever_the_number_of_points(step: tuple[dict[str, int], list[Event]], points: int) -> None:
+def test_every_number_of_points_preserves_the_peaks(step: tuple[dict[str, int], list[Event]], points: int) -> None:
     initial, events = step
     timeline = make_timeline(events, initial, points=points)
     totals = list(accumulate((event[3] for event in events), initial=sum(initial.values())))
@@ -120,9 +120,9 @@ def test_the_live_bytes_of_every_category_are_those_of_the_replay() -> None:
     }
 
 
-def test_a_hundred_thousand_events_take_a_moment() -> None:
+def test_a_hundred_thousand_events_take_half_a_second() -> None:
     events = [
-        ("forward" if number < 60_000 else "backward", "moment", f"category {number % 12}", -7 if number % 3 else 15)
+        ("forward" if number < 60_000 else "backward", "site", f"category {number % 12}", -7 if number % 3 else 15)
         for number in range(100_000)
     ]
     began = time.process_time()
@@ -132,7 +132,7 @@ def test_a_hundred_thousand_events_take_a_moment() -> None:
     assert len(timeline.model_dump_json()) < 250_000
 
 
-def test_a_timeline_is_read_back_and_a_damaged_one_refused() -> None:
+def test_a_timeline_is_read_back_and_a_damaged_one_is_an_error() -> None:
     adapter = TypeAdapter(Timeline)
     timeline = make_timeline([("a", "b", "x", 3), ("a", "b", "y", 4)])
     assert parse_json(adapter, timeline.model_dump_json(), "timeline") == timeline

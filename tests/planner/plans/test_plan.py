@@ -1,4 +1,4 @@
-"""Plans: chosen knobs, predicted memory, and the folder that is whole or absent."""
+"""Plans: chosen knobs, predicted memory, and a folder that is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from translution.planner.plans.build import make_plan
 from translution.planner.plans.defaults import choose_tile, choose_zero
 from translution.planner.plans.folder import write_plan_folder
 from translution.planner.plans.plan import Plan, load_plan
-from translution.planner.simulator.engine.partition import partitioned_numel
+from translution.planner.simulator.engine.coordinator import partitioned_numel
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_tensor_is_padded_to_a_multiple_of_the_ranks() -> None:
 
 
 def test_model_states_of_vit_base_by_hand() -> None:
-    """15,608,200,168 parameters in bf16 on 8 ranks; ZeRO-3 keeps 2 + 2 + 4 + 8 bytes of each share."""
+    """15,608,200,168 parameters in bf16 on 8 ranks; ZeRO-3 stores 2 + 2 + 4 + 8 bytes per parameter of a partition."""
     spec = preset("vit-base/16")
     training = TrainingSpec(precision="bf16", data="synthetic", micro_batch=1)
     tile = choose_tile(spec, 8)
@@ -58,7 +58,7 @@ def test_model_states_of_vit_base_by_hand() -> None:
         4 * share,
         8 * share,
     ]
-    assert all(peak.bytes == sum(entry.bytes for entry in peak.breakdown) for peak in estimate.peaks)
+    assert all(peak.bytes == sum(item.bytes for item in peak.breakdown) for peak in estimate.peaks)
     assert estimate.peak_bytes == max(peak.bytes for peak in estimate.peaks if peak.tier == "device")
 
 
@@ -69,7 +69,7 @@ def test_model_states_of_vit_base_by_hand() -> None:
     stage=st.sampled_from([0, 1, 2, 3]),
     operator=st.sampled_from(["attention", "translution", "alpha"]),
 )
-def test_more_ranks_or_a_higher_stage_never_hold_more_and_a_larger_batch_never_less(
+def test_memory_falls_with_ranks_and_stage_and_grows_with_the_batch(
     ranks: int, micro_batch: int, precision: Any, stage: Literal[0, 1, 2, 3], operator: str
 ) -> None:
     spec = override(preset("vit-tiny/56"), operator=operator)
@@ -105,7 +105,7 @@ def test_the_knobs_hold_one_tile_at_a_time() -> None:
     assert zero.persistence_threshold_elements < elements <= zero.reduce_bucket_elements
 
 
-def test_deepspeeds_silent_defaults_are_set(plan: Plan) -> None:
+def test_the_config_sets_values_that_deepspeed_would_choose_silently(plan: Plan) -> None:
     config = plan.deepspeed_config()
     assert config["gradient_clipping"] == plan.training.gradient_clipping
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
@@ -128,7 +128,7 @@ def test_the_folder_holds_the_plan_and_its_files(plan: Plan, tmp_path: Path) -> 
     assert [path.name for path in target.parent.iterdir()] == ["plan"]
 
 
-def test_an_existing_folder_is_left_alone_unless_forced(plan: Plan, tmp_path: Path) -> None:
+def test_an_existing_folder_is_replaced_only_with_force(plan: Plan, tmp_path: Path) -> None:
     target = tmp_path / "plan"
     write_plan_folder(plan, target)
     (target / "runs" / "001").mkdir(parents=True)
@@ -163,7 +163,7 @@ def test_a_failed_replacement_loses_no_run(plan: Plan, tmp_path: Path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["plan"]
 
 
-def test_force_replaces_nothing_but_a_plan_folder(plan: Plan, tmp_path: Path) -> None:
+def test_force_replaces_only_a_plan_folder(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match=r"--force replaces only a folder that holds plan\.json"):
         write_plan_folder(plan, tmp_path, force=True)
@@ -190,7 +190,7 @@ def test_a_failed_write_leaves_nothing(plan: Plan, tmp_path: Path, monkeypatch: 
         (lambda data: data.update(extra=1), "unknown key 'extra'"),
     ],
 )
-def test_a_damaged_plan_is_one_line(plan: Plan, tmp_path: Path, change: Any, message: str) -> None:
+def test_a_damaged_plan_gives_a_one_line_error(plan: Plan, tmp_path: Path, change: Any, message: str) -> None:
     write_plan_folder(plan, tmp_path / "plan")
     path = tmp_path / "plan" / "plan.json"
     data = json.loads(path.read_text())
@@ -200,7 +200,7 @@ def test_a_damaged_plan_is_one_line(plan: Plan, tmp_path: Path, change: Any, mes
         load_plan(tmp_path / "plan")
 
 
-def test_a_truncated_plan_is_one_line(plan: Plan, tmp_path: Path) -> None:
+def test_a_truncated_plan_gives_a_one_line_error(plan: Plan, tmp_path: Path) -> None:
     write_plan_folder(plan, tmp_path / "plan")
     path = tmp_path / "plan" / "plan.json"
     path.write_text(path.read_text()[:100])
@@ -208,7 +208,7 @@ def test_a_truncated_plan_is_one_line(plan: Plan, tmp_path: Path) -> None:
         load_plan(tmp_path / "plan")
 
 
-def test_what_does_not_fit_is_refused_with_its_size() -> None:
+def test_the_error_for_a_plan_that_does_not_fit_names_its_size() -> None:
     training = TrainingSpec(data="synthetic", precision="bf16", micro_batch=1)
     with pytest.raises(DoesNotFitError, match=r"needs .* GiB per rank, .* a rank has 79.65 GiB") as caught:
         make_plan(preset("vit-large/16"), load_cluster("8xH100"), training)
@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_refused_with_its_size() -> None:
         ("nowhere.yaml", "no such file"),
     ],
 )
-def test_a_bad_cluster_is_one_line(name: str, message: str) -> None:
+def test_a_bad_cluster_gives_a_one_line_error(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_cluster(name)
 
@@ -241,23 +241,23 @@ def test_a_cluster_file_is_read(tmp_path: Path) -> None:
         load_cluster(str(path))
 
 
-def test_data_must_suit_the_model() -> None:
+def test_data_must_match_the_model() -> None:
     with pytest.raises(InputError, match="data: 'digits' is not allowed"):
         make_plan(preset("gpt-tiny/160"), load_cluster("8xH100"), TrainingSpec())
 
 
-def test_a_step_larger_than_the_data_is_named(root: Path) -> None:
+def test_the_error_for_a_global_batch_above_the_data_names_both(root: Path) -> None:
     spec = load_model(str(root / "examples" / "digits.yaml"))
     with pytest.raises(InputError, match=r"global batch: 2000 .* must be at most 1433"):
         make_plan(spec, load_cluster("cpu:1"), TrainingSpec(micro_batch=2000))
 
 
-def test_a_tile_out_of_range_is_named() -> None:
+def test_the_error_for_a_tile_out_of_range_names_it() -> None:
     with pytest.raises(InputError, match="tile_relations: 99 is not allowed: must be from 1 to 52"):
         make_plan(preset("vit-tiny/56"), load_cluster("8xH100"), TrainingSpec(), tile_relations=99)
 
 
-def test_units_are_told_apart() -> None:
+def test_binary_and_decimal_units_differ() -> None:
     assert (format_bytes(2**30), format_bytes(10**9), format_bytes(512)) == ("1.00 GiB", "954 MiB", "512 B")
     assert (format_count(15_608_200_168), format_count(999)) == ("15.61 G", "999")
     assert format_flops(1_400_000_000_000) == "1.40 TFLOP"

@@ -1,4 +1,4 @@
-"""The search: golden scenarios by hand, what always holds, and what it says where nothing fits."""
+"""The search: scenarios computed by hand, properties of every plan, and its advice if nothing fits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def found(model: str, cluster: str, **constraints: Any) -> SearchResult:
 
 
 def fits(result: SearchResult, headroom: float = 0.08) -> None:
-    """The plan leaves the headroom on the device, on the node's host and on its drives."""
+    """Assert that the plan leaves the headroom on the device, on the node's host and on its drives."""
     plan = result.plan
     cluster, memory = plan.cluster, plan.prediction
     assert memory.peak_bytes <= cluster.device_memory_bytes * (1 - headroom)
@@ -45,8 +45,8 @@ def fits(result: SearchResult, headroom: float = 0.08) -> None:
 
 
 def test_vit_base_16_on_eight_a100_needs_no_offload() -> None:
-    # 15,608,200,168 parameters. bf16 parameter 2, bf16 gradient 2, fp32 master 4, m and v 8: 16 bytes each,
-    # a rank's eighth is 31.2 GB = 29.1 GiB of the 80 GiB, and a step's activations fit beside it.
+    # 15,608,200,168 parameters of 16 bytes: bf16 parameter 2, bf16 gradient 2, fp32 master 4, Adam's moments 8.
+    # A rank's eighth is 31.2 GB = 29.1 GiB of 80 GiB, which leaves room for a step's activations.
     result = found("vit-base/16", "8xA100-80", global_batch=512)
     plan = result.plan
     assert (plan.zero.stage, plan.zero.offloads) == (3, False)
@@ -59,8 +59,9 @@ def test_vit_base_16_on_eight_a100_needs_no_offload() -> None:
 
 
 def test_vit_base_16_on_one_h200_needs_more_host_than_its_share_of_a_node() -> None:
-    # 16 bytes x 15.6 G = 233 GiB do not fit on 140 GiB; with the optimizer away the device holds 2 bytes = 29 GiB,
-    # and the host 4 + 4 + 8 and the accumulator's 2, 262 GiB before pinning, of its eighth of 2 TiB: 256 GiB.
+    # 16 bytes x 15.6 G = 233 GiB do not fit in 140 GiB. With the optimizer offloaded, the device holds 2 bytes per
+    # parameter = 29 GiB, and the host 4 + 4 + 8 and 2 in the accumulator: 262 GiB before pinning, but a GPU's share
+    # of the node's 2 TiB is 256 GiB.
     with pytest.raises(NoPlanFits) as error:
         found("vit-base/16", "1xH200")
     reasons = {verdict.strategy: verdict.reason for verdict in error.value.strategies}
@@ -75,12 +76,12 @@ def test_vit_base_16_on_one_h200_trains_with_a_roomy_host() -> None:
     cluster = load_cluster("1xH200").model_copy(update={"host_memory_bytes": 512 * GIB})
     result = search_plan(preset("vit-base/16"), cluster, BF16, SearchConstraints(global_batch=64))
     assert result.plan.zero.offload_optimizer.device == "cpu"
-    assert result.plan.zero.offload_optimizer.ratio < 1  # What the device has room for stays there.
+    assert result.plan.zero.offload_optimizer.ratio < 1  # The part that fits on the device stays there.
     fits(result)
 
 
 def test_vit_large_16_needs_two_nodes_of_eight_h100() -> None:
-    # 55.5 G parameters: 16 bytes over 16 ranks are 51.7 GiB, over 64 ranks 12.9 GiB; over 8 they would be 103 GiB.
+    # 55.5 G parameters of 16 bytes: 51.7 GiB per rank on 16 ranks, 12.9 GiB on 64; on 8 ranks 103 GiB.
     for cluster, states in (("2x8xH100", 51.7), ("8x8xH100", 12.9)):
         result = found("vit-large/16", cluster, global_batch=512, all_nodes=True)
         plan = result.plan
@@ -97,8 +98,8 @@ def test_vit_large_16_needs_two_nodes_of_eight_h100() -> None:
 
 @pytest.mark.parametrize(("model", "cluster"), [("gpt-base/1024", "8xH100"), ("gpt-large/1024", "2x8xH200")])
 def test_language_models_of_1024_tokens(model: str, cluster: str) -> None:
-    # gpt-base/1024: 21.9 G parameters, 16 bytes over 8 ranks are 40.8 GiB. gpt-large/1024: 77.7 G, over 16 ranks
-    # of 140 GiB 72.4 GiB.
+    # gpt-base/1024: 21.9 G parameters of 16 bytes on 8 ranks are 40.8 GiB per rank. gpt-large/1024: 77.7 G on 16
+    # ranks of 140 GiB are 72.4 GiB.
     result = found(model, cluster, global_batch=128)
     assert not result.plan.zero.offloads
     share = 16 * count_parameters(preset(model)).total / result.plan.cluster.world_size
@@ -108,8 +109,8 @@ def test_language_models_of_1024_tokens(model: str, cluster: str) -> None:
 
 
 def test_vit_base_16_on_four_rtx_4090_swaps_to_nvme() -> None:
-    # 2 bytes per parameter and rank's quarter, 7.3 GiB, stay on the device; states of 12 bytes each, 174 GiB, are
-    # files: with an accumulator of 2 bytes the host would hold 14 and more of 15.6 G, 204 GiB, of its 256 GiB.
+    # On the device stay 2 bytes per parameter of a rank's quarter: 7.3 GiB. States of 12 bytes per parameter, 174 GiB,
+    # are files: with 2 bytes of accumulator the host would hold over 14 x 15.6 G = 204 GiB of its 256 GiB.
     result = found("vit-base/16", "4xRTX4090", global_batch=64, nvme_path="/nvme")
     plan = result.plan
     assert "nvme" in (plan.zero.offload_optimizer.device, plan.zero.offload_param.device)
@@ -119,19 +120,19 @@ def test_vit_base_16_on_four_rtx_4090_swaps_to_nvme() -> None:
     fits(result)
 
 
-def test_vit_large_16_on_one_4090_with_little_fits_nowhere_and_says_what_would() -> None:
+def test_vit_large_16_on_one_4090_with_a_small_host_does_not_fit_and_gets_advice() -> None:
     cluster = load_cluster("1xRTX4090").model_copy(update={"host_memory_bytes": 64 * GIB, "nvme_bytes": None})
     with pytest.raises(NoPlanFits) as error:
         search_plan(preset("vit-large/16"), cluster, BF16)
     assert error.value.exit_code == 3
     text = {advice.kind: advice.text for advice in error.value.advice}
-    # 55.5 G parameters: 2 bytes of each over 24 GiB are not enough below 25 nodes without offload.
+    # 55.5 G parameters of 16 bytes in 24 GiB per node need over 34 nodes without offload; with it, fewer.
     assert text["nodes"].endswith("nodes of 1 ranks")
     assert int(text["nodes"].split()[0]) > 4
     assert "rather than 224 x 224" in text["input"]
 
 
-def test_what_is_advised_does() -> None:
+def test_advised_changes_make_a_plan_fit() -> None:
     cluster = load_cluster("1xH200")
     with pytest.raises(NoPlanFits) as error:
         search_plan(preset("vit-base/16"), cluster, BF16)
@@ -152,8 +153,8 @@ def test_what_is_advised_does() -> None:
             )
 
 
-def test_every_advised_hybrid_is_one_that_the_search_takes() -> None:
-    """Of tiles whose closed forms are the same, and above what is usable, some fit when they are replayed."""
+def test_the_search_finds_a_plan_for_every_advised_hybrid() -> None:
+    """Tiles may have the same closed-form bound, above the usable memory, and yet fit when they are replayed."""
     cluster, constraints = (
         load_cluster("1x1xRTX4090"),
         SearchConstraints(headroom=0.9, stage=3, offload="none", global_batch=1),
@@ -167,7 +168,7 @@ def test_every_advised_hybrid_is_one_that_the_search_takes() -> None:
         assert search_plan(override(model, **row.changes), cluster, training, constraints).plan
 
 
-def test_every_family_and_every_knob_has_a_reason() -> None:
+def test_every_strategy_and_every_knob_has_a_reason() -> None:
     result = found("vit-base/16", "2x8xH100", global_batch=256)
     assert sum(verdict.chosen for verdict in result.strategies) == 1
     assert {verdict.strategy for verdict in result.strategies} >= {"ZeRO-0, no offload", "ZeRO-3, all on NVMe"}
@@ -184,19 +185,19 @@ def test_every_family_and_every_knob_has_a_reason() -> None:
         )
 
 
-def test_each_objective_is_the_least_of_its_kind() -> None:
-    plans = {aim: found("vit-base/16", "4x8xH100", global_batch=256, minimize=aim).plan for aim in
+def test_each_objective_is_minimal() -> None:
+    plans = {goal: found("vit-base/16", "4x8xH100", global_batch=256, minimize=goal).plan for goal in
              ("time", "nodes", "cost", "memory")}  # fmt: skip
-    times = {aim: plan.time for aim, plan in plans.items()}
-    seconds = {aim: time.likely_s for aim, time in times.items() if time is not None}
+    times = {goal: plan.time for goal, plan in plans.items()}
+    seconds = {goal: time.likely_s for goal, time in times.items() if time is not None}
     assert seconds["time"] == min(seconds.values())
     assert plans["nodes"].cluster.nodes == 1
-    cost = {aim: seconds[aim] * plan.cluster.nodes for aim, plan in plans.items()}
+    cost = {goal: seconds[goal] * plan.cluster.nodes for goal, plan in plans.items()}
     assert cost["cost"] <= cost["time"]
     assert plans["memory"].prediction.peak_bytes == min(plan.prediction.peak_bytes for plan in plans.values())
 
 
-def test_what_is_fixed_stays() -> None:
+def test_fixed_choices_are_not_changed() -> None:
     constraints = {"stage": 2, "micro_batch": 2, "accumulation": 4, "checkpointing": "block", "all_nodes": True}
     plan = found("vit-small/32", "2x8xH100", **constraints).plan
     assert (plan.zero.stage, plan.training.micro_batch, plan.training.gradient_accumulation_steps) == (2, 2, 4)
@@ -206,12 +207,12 @@ def test_what_is_fixed_stays() -> None:
     assert (tile.tile_relations, tile.zero.sub_group_elements) == (7, 12345)
 
 
-def test_a_batch_that_the_ranks_do_not_share_is_named() -> None:
+def test_a_batch_that_is_no_multiple_of_the_ranks_is_an_error() -> None:
     with pytest.raises(InputError, match="global_batch: 100 is not allowed: must be a multiple of the 8 ranks"):
         found("vit-tiny/56", "8xH100", global_batch=100)
 
 
-def test_nothing_goes_to_nvme_that_would_never_reach_it() -> None:
+def test_nvme_offload_needs_tensors_that_deepspeed_swaps() -> None:
     with pytest.raises(NoPlanFits, match="does not fit"):
         found("vit-tiny/56", "8x8xH100", offload="nvme", nvme_path="/nvme")
     plan = found("vit-base/16", "8xH100", offload="nvme", nvme_path="/nvme", micro_batch=1).plan
@@ -220,7 +221,7 @@ def test_nothing_goes_to_nvme_that_would_never_reach_it() -> None:
 
 
 def test_five_thousand_candidates_are_considered() -> None:
-    """Their seconds are in benchmarks/planner.py; here, that knobs are not left out to be quick."""
+    """The search is fast without dropping candidates; benchmarks/planner.py measures its time."""
     searcher = Searcher(preset("vit-base/16"), load_cluster("2x8xH100"), BF16, SearchConstraints(global_batch=1024))
     assert searcher.considered >= 5000
 
@@ -242,19 +243,21 @@ STRATEGIES += [(3, offload) for offload in ("none", "cpu-optimizer", "cpu", "nvm
     st.sampled_from([1, 3]),
     st.sampled_from(["fp32", "bf16"]),
 )
-def test_closed_forms_are_never_below_the_ledger(
-    model: str, cluster: str, family: Any, mode: str, operator: str, batch: int, times: int, precision: Any
+def test_closed_forms_are_never_below_the_estimate(
+    model: str, cluster: str, strategy: Any, mode: str, operator: str, batch: int, accumulation: int, precision: Any
 ) -> None:
     spec = override(preset(model), checkpointing=mode, operator=operator)
-    where, (stage, offload) = load_cluster(cluster), family
-    training = TrainingSpec(precision=precision, micro_batch=batch, gradient_accumulation_steps=times, data="synthetic")
+    where, (stage, offload) = load_cluster(cluster), strategy
+    training = TrainingSpec(
+        precision=precision, micro_batch=batch, gradient_accumulation_steps=accumulation, data="synthetic"
+    )
     tile = choose_tile(spec, where.world_size)
     path = "/nvme" if "nvme" in offload else None
     zero = choose_zero(spec, tile, stage, where.world_size, offload=offload, nvme_path=path)
     run = RunConfig(spec, where, training, zero, tile)
     bounds, memory = bound_memory(run), estimate_memory(run)
     overhead = where.device_overhead()
-    beside = {entry.name.replace("_", " ") for entry in overhead.breakdown} if overhead else set()
+    runtime = {item.name.replace("_", " ") for item in overhead.breakdown} if overhead else set()
     sizes = {"device": bounds.device, "host": bounds.host, "pinned": bounds.pinned, "nvme": bounds.nvme}
     for tier, size in sizes.items():
         if where.device == "cpu" and tier == "device":
@@ -263,7 +266,7 @@ def test_closed_forms_are_never_below_the_ledger(
             continue
         peaks = [peak for peak in memory.peaks if peak.tier == tier]
         tensors = [
-            sum(entry.bytes for entry in peak.breakdown if entry.name not in {*beside, "fragmentation", "bookkeeping"})
+            sum(item.bytes for item in peak.breakdown if item.name not in {*runtime, "fragmentation", "bookkeeping"})
             for peak in peaks
         ]
         assert size >= max(tensors, default=0), tier
@@ -271,7 +274,7 @@ def test_closed_forms_are_never_below_the_ledger(
 
 @settings(max_examples=10)
 @given(st.sampled_from(MODELS), st.sampled_from(["A100-80", "H100"]), st.integers(1, 3), st.integers(1, 8))
-def test_more_ranks_or_offload_never_need_more_of_a_device_nor_a_larger_batch_less(
+def test_device_memory_falls_with_ranks_and_offload_and_grows_with_the_batch(
     model: str, gpu: str, power: int, batch: int
 ) -> None:
     spec = preset(model)
@@ -279,15 +282,15 @@ def test_more_ranks_or_offload_never_need_more_of_a_device_nor_a_larger_batch_le
     def device(ranks: int, batch: int, offload: str = "none") -> int:
         cluster = load_cluster(f"{ranks}x{gpu}")
         training = TrainingSpec(precision="bf16", micro_batch=batch, data="synthetic")
-        # The same tiles throughout: what is cut otherwise is another model to ZeRO.
+        # The same tiles for all: to ZeRO, another tiling is another model.
         tile = choose_tile(spec, 8)
         zero = choose_zero(spec, tile, 3, ranks, offload=offload)
         memory = estimate_memory(RunConfig(spec, cluster, training, zero, tile))
         overhead = cluster.device_overhead()
         assert overhead is not None
-        names = {entry.name.replace("_", " ") for entry in overhead.breakdown} | {"fragmentation"}
+        names = {item.name.replace("_", " ") for item in overhead.breakdown} | {"fragmentation"}
         return max(
-            sum(entry.bytes for entry in peak.breakdown if entry.name not in names)
+            sum(item.bytes for item in peak.breakdown if item.name not in names)
             for peak in memory.peaks if peak.tier == "device"
         )  # fmt: skip
 
@@ -312,7 +315,7 @@ def test_a_plan_that_fits_is_under_every_capacity(model: str, cluster: str, stag
     assert result.plan.training.global_batch(result.plan.cluster.world_size) == batch * where.world_size
 
 
-def test_the_command_line_says_what_would_do_and_writes_a_spec_for_each(
+def test_the_command_line_prints_advice_and_writes_a_spec_for_each_hybrid(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "plan"
@@ -330,38 +333,38 @@ def test_the_command_line_says_what_would_do_and_writes_a_spec_for_each(
         assert run([*["plan", str(path)], *arguments[2:], "--out", str(tmp_path / path.stem)]) == 0
 
 
-def test_the_json_of_a_plan_has_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_json_of_a_plan_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = tmp_path / "priced.yaml"
     cluster.write_text("base: 8xH100\nprice_per_gpu_hour: 2.5\n")
     arguments = ["plan", "vit-base/32", "--cluster", str(cluster), "--precision", "bf16", "--data", "synthetic"]
     arguments += ["--samples", "1000", "--epochs", "2", "--global-batch", "64", "--out", str(tmp_path / "plan")]
     assert run([*arguments, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["plan"]["training"]["steps"] == 32  # 2000 samples of 64 a step.
+    assert document["plan"]["training"]["steps"] == 32  # 2000 samples, 64 per step.
     assert document["run"]["price"] == pytest.approx(2.5 * document["run"]["gpu_hours"])
     assert document["considered"] > 100
     assert document["plan"]["time"]["mfu"] < 1
 
 
-def test_search_gives_the_plan_alone() -> None:
+def test_the_search_returns_a_plan_that_fits() -> None:
     plan = search_plan(preset("vit-tiny/56"), load_cluster("1xH100"), BF16).plan
     assert plan.prediction.peak_bytes < plan.cluster.device_memory_bytes
 
 
-def test_a_cluster_without_rates_is_named() -> None:
+def test_a_cluster_without_rates_is_an_error() -> None:
     bare = ClusterSpec(ranks_per_node=8, device_memory_bytes=80 * GIB)
     with pytest.raises(InputError, match="bf16_flops_per_s: is required to predict times"):
         search_plan(preset("vit-tiny/56"), bare, BF16)
 
 
-def test_no_estimate_takes_seconds() -> None:
-    """A slip that makes a search slow a hundredfold is no noise of a machine."""
+def test_a_search_takes_less_than_a_minute() -> None:
+    """The bound is far above the usual time: it finds mistakes that make the search a hundred times slower."""
     began = time.process_time()
     found("vit-base/16", "8xA100-80", global_batch=256)
     assert time.process_time() - began < 60
 
 
-def test_a_family_of_which_nothing_can_be_tried_gives_its_reason() -> None:
+def test_a_strategy_without_candidates_gives_its_reason() -> None:
     spec = override(preset("vit-tiny/56"), dim=64, heads=2, depth=1)
     with pytest.raises(NoPlanFits, match="all on NVMe: a rank's partitions are below 1 MiB"):
         search_plan(

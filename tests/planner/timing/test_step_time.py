@@ -11,17 +11,21 @@ from hypothesis import strategies as st
 from translution.planner.config.loading import PRESET_NAMES, preset
 from translution.planner.config.model import override
 from translution.planner.config.run_config import RunConfig, TrainingSpec
-from translution.planner.costs.flops import count_flops
 from translution.planner.costs.parameters import count_parameters
-from translution.planner.costs.workload import count_work, pair_counts
-from translution.planner.hardware.calibrated_rates import MatmulRate, MeasuredRates, Transfer, interpolate
-from translution.planner.hardware.cluster import ClusterSpec, load_cluster
+from translution.planner.costs.workload import count_flops, count_work, pair_counts
+from translution.planner.hardware.cluster import (
+    ClusterSpec,
+    MatmulRate,
+    MeasuredRates,
+    Transfer,
+    interpolate,
+    load_cluster,
+)
 from translution.planner.plans.defaults import choose_tile, choose_zero, override_zero
 from translution.planner.search.plan_search import steps_for_epochs
 from translution.planner.search.space import SearchConstraints
 from translution.planner.timing.rates import Rates
-from translution.planner.timing.run_cost import run_cost
-from translution.planner.timing.step_time import StepTime, estimate_step_time
+from translution.planner.timing.step_time import StepTime, estimate_step_time, run_cost
 
 CHANGES: list[dict[str, Any]] = [
     {}, {"roles": "kv"}, {"roles": "q"}, {"window": 2}, {"relative_layers": "first:2"},

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from translution.planner.common.units import GIB
 from translution.planner.memory.timeline import Timeline, make_timeline
-from translution.planner.simulator.core.storage import Event
+from translution.planner.simulator.core import Event
 from translution.reports.render import vega
 from translution.reports.render.vega import COLOURS, REST_COLOUR
 from translution.reports.sections.memory_timeline import (
