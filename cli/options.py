@@ -32,7 +32,7 @@ TileOption = Annotated[int | None, typer.Option(help="Relations per tile of a ta
 OffloadOption = Annotated[
     str, typer.Option(help="What is offloaded: none, cpu-optimizer, cpu, nvme-optimizer or nvme.")
 ]
-NvmePathOption = Annotated[str | None, typer.Option(help="Folder on every node's NVMe drive, for nvme.")]
+NvmePathOption = Annotated[str | None, typer.Option(help="Folder on every node's NVMe drive, for offload to NVMe.")]
 OffloadRatioOption = Annotated[
     float, typer.Option(help="Fraction of the optimizer state to offload, for cpu-optimizer.")
 ]
@@ -45,7 +45,9 @@ ZeroOption = Annotated[
 ]
 MicroBatchOption = Annotated[int, typer.Option(help="Samples per rank and forward pass.")]
 
-PlanFolderArgument = Annotated[Path, typer.Argument(help="Folder that `translution plan` wrote.")]
+PlanFolderArgument = Annotated[
+    Path, typer.Argument(metavar="PLAN_FOLDER", help="Folder that `translution plan` wrote.")
+]
 RunFolderOption = Annotated[
     Path | None, typer.Option(help="Run folder to create; the plan's next runs/NNN by default.")
 ]

@@ -32,7 +32,7 @@ def experiment_cli(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in that folder.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train small models of every operator to answer one of the paper's questions at desk size."""
+    """Train small models of every operator to answer one of the paper's questions."""
     with requires_extra("report"):
         from translution.reports import result_files
         from translution.reports.sections.experiment import experiment_cells

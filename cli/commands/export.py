@@ -22,7 +22,9 @@ from . import app
     "**translution export plans/small/runs/001 --out small.safetensors --dtype bf16**",
 )
 def export_cli(
-    run_folder: Annotated[Path, typer.Argument(help="Run folder whose newest checkpoint is exported.")],
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN_FOLDER", help="Run folder whose newest checkpoint is exported.")
+    ],
     out: Annotated[Path, typer.Option(help="File to write (safetensors).")],
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,

@@ -98,7 +98,8 @@ def plan_cli(
         typer.Option(help="Fraction of the optimizer state to offload, for cpu-optimizer; chosen by default."),
     ] = None,
     checkpointing: Annotated[
-        str | None, typer.Option(help="none, block or offload; the model's by default, chosen if that is none.")
+        str | None,
+        typer.Option(help="none, block or offload; by default the model's, or chosen if the model has none."),
     ] = None,
     minimize: Annotated[str, typer.Option(help="time, nodes, cost or memory.")] = "time",
     headroom: Annotated[float, typer.Option(help="Fraction of every memory that must stay free.")] = 0.08,

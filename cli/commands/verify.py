@@ -23,7 +23,7 @@ from .rehearse import print_rehearsal
 )
 def verify_cli(
     folder: Annotated[
-        Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder, or a plan folder: its newest run.")
+        Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder, or a plan folder whose newest run is used.")
     ],
     as_json: JsonOption = False,
 ) -> None:
