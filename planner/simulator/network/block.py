@@ -8,9 +8,20 @@ from __future__ import annotations
 from ...config.model import ModelSpec, Operator
 from ...costs.parameters import table_tiles
 from ..core import ModuleParams, Storage, Tape, Tensor
-from .attention_ops import fused_attention, positions, rotate
-from .gather_ops import SimulatedGather
-from .ops import GRADIENTS, DtypeSizes, add, add_narrow, cast, dropout, gelu, layer_norm, linear
+from .gather_ops import SimulatedGather, positions
+from .ops import (
+    GRADIENTS,
+    DtypeSizes,
+    add,
+    add_narrow,
+    cast,
+    dropout,
+    fused_attention,
+    gelu,
+    layer_norm,
+    linear,
+    rotate,
+)
 from .relation_ops import SimulatedRelations
 from .relation_shape import Implementation, RelationShape, SimulatedTerm, SimulatedTile, largest_rectangle, pairs_of
 

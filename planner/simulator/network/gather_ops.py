@@ -1,4 +1,5 @@
-"""Simulation of the published relation operator, which gathers a matrix for every pair and sample.
+"""Simulation of the published relation operator, which gathers a matrix for every pair and sample; and of matrices per
+position (operator absolute).
 
 The methods follow torch's operations in the order in which `gather_attention` calls them. An operand that a product
 broadcasts is copied, and the copy is saved for backward with the other operand.
@@ -11,7 +12,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..core import Gradients, ModuleParams, Storage, Tape, Tensor
-from .ops import ATTENTION_WEIGHTS, GRADIENTS, INDEX_BYTES, TEMPORARY, WEIGHT_GRADIENTS, cast, product_scratch_bytes
+from .ops import (
+    ATTENTION_WEIGHTS,
+    GRADIENTS,
+    INDEX_BYTES,
+    TEMPORARY,
+    WEIGHT_GRADIENTS,
+    DtypeSizes,
+    cast,
+    cast_parameters,
+    product_scratch_bytes,
+    weight_gradients,
+)
 from .relation_shape import RelationShape, SimulatedTile
 
 GATHERED_MATRICES, JOINED_TABLES = "gathered matrices", "joined tables"
@@ -217,3 +229,58 @@ class SimulatedGather:
         if self.shape.heads == 1:
             return product
         return tape.result(tape.new(size), (product,), lambda grad: (tape.new(size, GRADIENTS),))
+
+
+def positions(
+    tape: Tape,
+    x: Tensor,
+    batch: int,
+    d_in: int,
+    d_out: int,
+    tiles: list[tuple[int, ModuleParams]],
+    sizes: DtypeSizes,
+    given: DtypeSizes,
+) -> Tensor:
+    """Multiply every token by the matrix of its position, tile by tile, and join the results; saves its input.
+
+    Args:
+        tape, x, d_in, d_out, sizes: as in `linear`.
+        batch: samples of the micro-batch.
+        tiles: number of positions and parameters of each tile.
+        given: sizes of x.
+    """
+    total = batch * sum(count for count, _ in tiles)
+    parts = []
+    for count, weights in tiles:
+        part = x if len(tiles) == 1 else _slice(tape, x, total * d_in * given.value)
+        parts.append(_position_tile(tape, part, batch * count, d_in, d_out, weights, sizes, given))
+        del part
+    return tape.result(tape.new(total * d_out * sizes.value), parts, lambda grad: [grad] * len(tiles))
+
+
+def _slice(tape: Tape, x: Tensor, size: int) -> Tensor:
+    """Return a view of some rows; its gradient has the size of the full input and is zero elsewhere."""
+    return tape.result(x.storage, (x,), lambda grad: (tape.new(size, GRADIENTS),))
+
+
+def _position_tile(
+    tape: Tape, x: Tensor, rows: int, d_in: int, d_out: int, weights: ModuleParams, sizes: DtypeSizes, given: DtypeSizes
+) -> Tensor:
+    tape.hooks.fetch(weights, backward=False)
+    casts = cast_parameters(tape, weights, sizes)
+    x = cast(tape, x, rows * d_in, given, sizes)
+    out = tape.new(rows * d_out * sizes.value)
+    tape.hooks.release(weights, backward=False)
+
+    def backward(grad: Storage) -> Gradients:
+        tape.hooks.fetch(weights, backward=True)
+        part = tape.new(rows * d_in * sizes.value, GRADIENTS)
+        if casts_back:
+            tape.hooks.release(weights, backward=True)
+            return (part, tape.new(weights.numels[0] * sizes.value, GRADIENTS))
+        weight_gradients(tape, weights, sizes.parameter)
+        tape.hooks.release(weights, backward=True)
+        return (part,)
+
+    casts_back = len(casts)
+    return tape.result(out, (x, *casts), backward, (x.storage, *(copy.storage for copy in casts)))

@@ -334,3 +334,55 @@ def dropout(tape: Tape, x: Tensor, sizes: DtypeSizes, *, last: bool = False) -> 
     mask = tape.new(size if sizes.device == "cpu" else size // sizes.value)
     tape.stopped |= last
     return tape.result(tape.new(size), (x,), lambda grad: (tape.new(size, GRADIENTS),), (mask,))
+
+
+def flash_block_bytes(tokens: int, head_dim: int, sizes: DtypeSizes) -> int:
+    """Return the scratch bytes of fused attention on a CPU: per thread a block of scores, two rows, an output block.
+
+    Source: torch 2.13, aten/src/ATen/native/cpu/FlashAttentionKernel.cpp.
+    """
+    if sizes.device != "cpu":
+        return 0
+    queries = min(tokens, 256 if tokens >= 768 else 64 if tokens >= 192 else 32)
+    keys = min(tokens, 512)
+    block = (queries * keys + 2 * queries + queries * head_dim) * sizes.accumulator
+    return sizes.threads * (block + (queries * keys * sizes.value if sizes.value < sizes.accumulator else 0))
+
+
+def rotate(tape: Tape, x: Tensor, numel: int, sizes: DtypeSizes) -> Tensor:
+    """Rotate queries or keys by rotary embedding, in the parameter dtype; nothing is saved for backward."""
+    size, wide = numel * sizes.value, numel * sizes.parameter
+    halves, joined = tape.new(wide, TEMPORARY), tape.new(wide)
+    out = tape.new(size) if sizes.casts else joined
+    del halves, joined
+
+    def backward(grad: Storage) -> Gradients:
+        tape.new((3 if sizes.casts else 2) * wide, TEMPORARY)
+        return (tape.new(size, GRADIENTS),)
+
+    return tape.result(out, (x,), backward)
+
+
+def fused_attention(
+    tape: Tape, rows: list[Tensor], batch: int, tokens: int, heads: int, head_dim: int, sizes: DtypeSizes
+) -> Tensor:
+    """Run queries, keys and values through one fused kernel; saves them, the output and a logsumexp per row.
+
+    Args:
+        tape, sizes: as in `linear`.
+        rows: queries, keys and values, each with its own storage or as parts of one storage.
+        batch, tokens, heads, head_dim: shape of each of them.
+    """
+    one = batch * tokens * heads * head_dim * sizes.value
+    out = tape.new(one)
+    sums = tape.new(batch * heads * tokens * sizes.accumulator)
+    block = flash_block_bytes(tokens, head_dim, sizes)
+    tape.new(block, TEMPORARY)
+    count = len(rows)
+
+    def backward(grad: Storage) -> Gradients:
+        grads = [tape.new(one, GRADIENTS) for _ in range(count)]
+        tape.new(2 * block, TEMPORARY)
+        return grads
+
+    return tape.result(out, rows, backward, (*(row.storage for row in rows), out, sums))
