@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 from common import describe_run, write_report
 
+from translution.planner.config.loading import PRESET_NAMES
 from translution.planner.config.model import OPERATORS
-from translution.planner.config.presets import PRESET_NAMES
 from translution.planner.hardware.catalog import load_catalog
 from translution.reports.calculator.choice import Choice
 from translution.reports.calculator.pages import query_of
@@ -80,7 +80,7 @@ class Reader(threading.Thread):
         if self._known:
             return self._random.choice(self._known)
         names = self._random.sample(list(FIELDS), self._random.choice((1, 2)))
-        return self._choice.but(**{name: self._random.choice(FIELDS[name]) for name in names})
+        return self._choice.replacing(**{name: self._random.choice(FIELDS[name]) for name in names})
 
     def _wait(self, query: str, began: float, body: str) -> None:
         if 'data-state="searching"' not in body and 'data-state="busy"' not in body:

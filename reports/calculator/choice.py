@@ -106,7 +106,7 @@ class Choice(Schema):
         """Fields that differ from their default, in the order of the form."""
         return {name: value for name, value in self.model_dump().items() if value != _DEFAULTS[name]}
 
-    def but(self, **values: object) -> Choice:
+    def replacing(self, **values: object) -> Choice:
         """Return a copy with some fields replaced, without validation: the values must come from a valid choice."""
         return self.model_copy(update=values)
 

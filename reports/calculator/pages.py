@@ -33,7 +33,7 @@ def _with(choice: Choice, changes: dict[str, object]) -> str | None:
     fields = {name: value[0] if isinstance(value, list) else value for name, value in changes.items()}
     if not fields or not set(fields) <= set(Choice.model_fields):
         return None
-    return query_of(choice.but(**fields))
+    return query_of(choice.replacing(**fields))
 
 
 def _seconds(value: float) -> str:

@@ -24,7 +24,7 @@ from translution.planner.common.schema import parse_json
 from translution.planner.config.loading import PRESET_NAMES
 from translution.planner.config.model import OPERATORS
 
-from .choice import Choice
+from .choice import MAX_NODES, Choice
 from .result import Outcome, WorkerResult, search_choice
 
 LIMIT_S = 60.0
@@ -97,22 +97,26 @@ def popular_choices() -> Iterator[Choice]:
     for gpu, gpus, nodes in POPULAR_CLUSTERS:
         for operator in OPERATORS:
             for model in PRESET_NAMES:
-                yield start.but(model=model, operator=operator, gpu=gpu, gpus=gpus, nodes=nodes)
+                yield start.replacing(model=model, operator=operator, gpu=gpu, gpus=gpus, nodes=nodes)
 
 
 def neighbour_choices(choice: Choice) -> Iterator[Choice]:
     """Yield choices that a user may request next: the choice with one of its main fields changed."""
     # A window or other layers may not be valid with another operator.
     if {"window", "other_layers"}.isdisjoint(choice.changed):
-        yield from (choice.but(operator=operator) for operator in OPERATORS if operator != choice.operator)
-    yield from (choice.but(nodes=nodes) for nodes in (2 * choice.nodes, choice.nodes // 2) if 1 <= nodes <= 512)
+        yield from (choice.replacing(operator=operator) for operator in OPERATORS if operator != choice.operator)
+    yield from (
+        choice.replacing(nodes=nodes) for nodes in (2 * choice.nodes, choice.nodes // 2) if 1 <= nodes <= MAX_NODES
+    )
     if {"dim", "depth", "heads", "image", "patch", "context"}.isdisjoint(choice.changed):
         kind, _, cut = choice.model.partition("/")
         family = kind.partition("-")[0]
         for model in PRESET_NAMES:
             if model != choice.model and (model.startswith(f"{kind}/") or _same_cut(model, family, cut)):
-                yield choice.but(model=model)
-    yield from (choice.but(minimize=what) for what in ("time", "nodes", "cost", "memory") if what != choice.minimize)
+                yield choice.replacing(model=model)
+    yield from (
+        choice.replacing(minimize=what) for what in ("time", "nodes", "cost", "memory") if what != choice.minimize
+    )
 
 
 def _same_cut(model: str, family: str, cut: str) -> bool:

@@ -177,7 +177,7 @@ def test_page_links_to_advice_when_nothing_fits() -> None:
     html = render_plan(choice, outcome)
     assert "does not fit" in html
     changed = next(advice for advice in outcome.no_plan.advice if advice.kind == "hybrid")
-    better = choice.but(**changed.changes)
+    better = choice.replacing(**changed.changes)
     assert f'href="./?{query_of(better).replace("&", "&amp;")}"' in html
     assert search_choice(choice_of(query_of(better))).plan is not None
 

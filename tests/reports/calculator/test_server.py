@@ -354,7 +354,7 @@ def test_committed_figures_match_the_benchmark(root: Path, monkeypatch: pytest.M
     assert document["users"] == 20
     for name, values in benchmark["FIELDS"].items():
         for value in values:
-            choice = Choice().but(**{name: value})
+            choice = Choice().replacing(**{name: value})
             assert parse_choice(parse_qsl(query_of(choice))) == choice
 
 
