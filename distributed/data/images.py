@@ -313,7 +313,7 @@ def load_images(spec: VitSpec, path: Path, corrupt_limit: int) -> tuple[Images, 
         MissingPackageError: if Pillow is not installed, or `datasets` where it is needed.
     """
     try:
-        import PIL.Image  # noqa: F401
+        import PIL.Image  # noqa: F401 - checks that it is installed
     except ImportError:
         raise MissingPackageError("Pillow is missing: pip install 'translution-scale[train]'") from None
     if spec.channels not in (1, 3):

@@ -177,7 +177,7 @@ def prepare_tokens(
     if not 0 < held_out < 1:
         raise InputError(f"held-out: {held_out} is not allowed: must be above 0 and below 1")
     try:
-        import numpy as np  # noqa: F401
+        import numpy as np  # noqa: F401 - checks that it is installed
     except ImportError:
         raise MissingPackageError("numpy is missing: pip install 'translution-scale[train]'") from None
     for text in texts:

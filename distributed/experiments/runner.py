@@ -222,7 +222,7 @@ def _end_with_parent() -> None:
 
 
 def _ignore_trial(_: Trial, __: int, ___: int) -> None:
-    """Trials that nobody asked for are not shown."""
+    """Default of `on_trial`: do nothing."""
 
 
 def run_experiment(

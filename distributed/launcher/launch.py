@@ -34,11 +34,11 @@ OnMessage = Callable[[str], None]
 
 
 def _ignore_metrics(_: Mapping[str, Any]) -> None:
-    """Metrics that nobody asked for are not shown."""
+    """Default of `on_metrics`: do nothing."""
 
 
 def _ignore_message(_: str) -> None:
-    """Messages that nobody asked for are not shown."""
+    """Default of `on_message` and `on_warning`: do nothing."""
 
 
 @dataclass(frozen=True)
