@@ -32,7 +32,7 @@ format: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python scripts/import_graph.py
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo wrote build/site/index.html
 
 # The committed gallery. Commands stand on its pages as they are here.
