@@ -1,5 +1,5 @@
 #!/bin/sh
-# The main job, end to end, on this machine: cost, plan, run, prediction beside measurement, report.
+# The main job, end to end, on this machine: cost, plan, run, prediction next to measurement, report.
 set -eu
 cd "$(dirname "$0")/.."
 

@@ -49,6 +49,7 @@ ALLOWED = {
     ("CHANGELOG.md", "NetworkTwin"),
     ("CHANGELOG.md", "Zero3Twin"),
     ("CHANGELOG.md", "Wishes"),
+    ("distributed/checkpoint/reader.py", "oment"),
     ("distributed/runs/heartbeat.py", "control/beat"),
     ("distributed/runs/heartbeat.py", '"beat"'),
     ("docs/clusters.md", "control/beat"),

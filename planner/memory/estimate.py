@@ -220,12 +220,15 @@ def gathered_floor_bytes(spec: ModelSpec, training: TrainingSpec, tile_relations
 _ZERO3, _ZERO12 = "runtime/zero/stage3.py", "runtime/zero/stage_1_and_2.py"
 _PARTITION, _SWAP = "runtime/zero/partition_parameters.py", "runtime/swap_tensor"
 _FIXED: dict[str, tuple[str, str]] = {
-    ACTIVATIONS: ("outputs that are in use or kept for backward, layer by layer", "planner/simulator/network/block.py"),
+    ACTIVATIONS: (
+        "outputs that are in use or saved for backward, layer by layer",
+        "planner/simulator/network/block.py",
+    ),
     GRADIENTS: ("gradients of activations on their way back", "planner/simulator/core.py"),
     ATTENTION_WEIGHTS: ("weights of every pair of tokens, B·h·N² a layer, and their logits", "models/ops/grouped.py"),
     WORKSPACE: ("rows of one relation's pairs and their products, bounded by workspace_bytes", "models/ops/context.py"),
     TEMPORARY: ("what one operation makes and drops", "planner/simulator/network/ops.py"),
-    CASTS: ("parameters as products take them, held by autocast or kept for backward", "torch.autocast"),
+    CASTS: ("parameters as products take them, held by autocast or saved for backward", "torch.autocast"),
     MICRO_BATCHES: ("inputs and targets of the step's micro-batches", "distributed/data/batching.py"),
     OFFLOADED: ("inputs of checkpointed blocks, kept on the host", "fairscale nn/checkpoint"),
     "random states": ("of torch's generator, kept by each checkpointed block", "torch/utils/checkpoint.py"),

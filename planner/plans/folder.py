@@ -62,9 +62,9 @@ def time_table(plan: Plan) -> str:
         "|---|--:|--:|--:|---|",
     ]
     for entry in time.breakdown:
-        beside = ", overlaps computation" if entry.overlaps else ""
+        overlap = ", overlaps computation" if entry.overlaps else ""
         figures = f"{entry.likely_s:.3g} | {entry.low_s:.3g} | {entry.high_s:.3g}"
-        lines.append(f"| {entry.name} | {figures} | {entry.bound}{beside} |")
+        lines.append(f"| {entry.name} | {figures} | {entry.bound}{overlap} |")
     lines.append(f"| **step** | {time.likely_s:.3g} | {time.low_s:.3g} | {time.high_s:.3g} | {time.bound} |")
     lines += ["", f"{time.samples_per_s:.3g} samples per second, {time.mfu:.1%} of the devices' peak."]
     return "\n".join(lines) + "\n"

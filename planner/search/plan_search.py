@@ -178,7 +178,7 @@ class KnobReason(Schema):
 
 
 class ParetoPoint(Schema):
-    """A plan that no other beats in time, nodes and memory at once."""
+    """A plan on the Pareto front: no other plan is better in time, nodes and memory together."""
 
     nodes: Positive
     strategy: str = stored_as("family")

@@ -67,8 +67,8 @@ def measured(folder: Path, *modes: RunMode, **options: Any) -> pd.DataFrame:
 
 
 def is_late(row: dict[str, Any]) -> bool:
-    """True if a peak is up to half a percent above the prediction, as when gloo's thread frees a tensor late."""
-    return row["what"].startswith("peak of") and 0.995 <= row["ratio"] < 1.0
+    """True if a peak is up to one percent above the prediction, as when gloo's thread frees a tensor late."""
+    return row["what"].startswith("peak of") and 0.99 <= row["ratio"] < 1.0
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -114,12 +114,15 @@ def test_larger_batches_and_checkpointing_take_longer() -> None:
 
 def test_an_overlapping_part_adds_only_what_exceeds_compute() -> None:
     alone = time_of()
-    beside = time_of(zero_overrides={"overlap_comm": True, "prefetch_bucket_elements": 1})
+    overlapped = time_of(zero_overrides={"overlap_comm": True, "prefetch_bucket_elements": 1})
     moving = seconds(alone, "parameter gathers") + seconds(alone, "gradient reduction")
-    assert alone.likely_s - beside.likely_s == pytest.approx(
+    assert alone.likely_s - overlapped.likely_s == pytest.approx(
         min(moving, seconds(alone, "forward") + seconds(alone, "backward")), rel=0.1
     )
-    assert {entry.name for entry in beside.breakdown if entry.overlaps} >= {"parameter gathers", "gradient reduction"}
+    assert {entry.name for entry in overlapped.breakdown if entry.overlaps} >= {
+        "parameter gathers",
+        "gradient reduction",
+    }
 
 
 def test_each_offload_tier_adds_its_own_parts() -> None:
