@@ -45,30 +45,31 @@ Captured = pytest.CaptureFixture[str]
 LIVE = "docs/commands.md"
 needs_two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
 
+RANKS, HOSTS, SERVER = "integration", "integration/test_hosts.py", "reports/calculator/test_server.py"
 ELSEWHERE = {
-    "launch": "test_runs.py::test_the_command_line_runs_a_plan_and_verifies_it",
-    "launch --resume": "test_reshard.py::test_a_run_goes_on_on_fewer_ranks_and_then_on_more_with_other_offload",
-    "launch --hostfile": "test_hosts.py::test_a_launch_trains_on_two_hosts_is_stopped_and_resumes",
-    "launch --hostfile --resume": "test_hosts.py::test_a_launch_trains_on_two_hosts_is_stopped_and_resumes",
-    "launch --hostfile --no-ssh --node-rank --run": "test_hosts.py::test_every_node_starts_its_own_ranks_without_ssh",
-    "preflight --hostfile": "test_hosts.py::test_preflight_checks_every_host",
-    "measure --cluster --micro-batch --precision": "test_docs_pages.py::test_the_commands_of_a_page_work",
-    "compare --gpu --out": "test_docs_pages.py::test_the_commands_of_a_page_work",
-    "rehearse --layers --rank": "test_rehearse.py::test_a_rank_of_a_larger_world_holds_what_is_predicted",
-    "calibrate --cluster --out": "test_calibrate.py::test_a_machine_is_measured_and_planned_for",
-    "experiment": "test_experiment.py::test_a_quick_experiment_writes_figures_table_and_picture",
+    "launch": f"{RANKS}/test_runs.py::test_the_command_line_runs_a_plan_and_verifies_it",
+    "launch --resume": f"{RANKS}/test_reshard.py::test_a_run_goes_on_on_fewer_ranks_and_then_on_more_with_other_offload",
+    "launch --hostfile": f"{HOSTS}::test_a_launch_trains_on_two_hosts_is_stopped_and_resumes",
+    "launch --hostfile --resume": f"{HOSTS}::test_a_launch_trains_on_two_hosts_is_stopped_and_resumes",
+    "launch --hostfile --no-ssh --node-rank --run": f"{HOSTS}::test_every_node_starts_its_own_ranks_without_ssh",
+    "preflight --hostfile": f"{HOSTS}::test_preflight_checks_every_host",
+    "measure --cluster --micro-batch --precision": "docs/test_pages.py::test_the_commands_of_a_page_work",
+    "compare --gpu --out": "docs/test_pages.py::test_the_commands_of_a_page_work",
+    "rehearse --layers --rank": f"{RANKS}/test_rehearse.py::test_a_rank_of_a_larger_world_holds_what_is_predicted",
+    "calibrate --cluster --out": f"{RANKS}/test_calibrate.py::test_a_machine_is_measured_and_planned_for",
+    "experiment": "distributed/experiments/test_runner.py::test_a_quick_experiment_writes_figures_table_and_picture",
     "report --cluster --model --out": "conftest.py::gallery_folder",
     "report --cluster --out --scaling": "conftest.py::gallery_folder",
-    "serve": "test_serve.py::test_costs_come_at_once_and_the_plan_follows",
-    "serve --port": "test_serve.py::test_a_choice_in_the_browser_changes_plan_and_address",
-    "serve --open --port": "test_serve.py::test_the_page_is_opened_in_the_readers_browser",
-    "serve --host --workers": "test_serve.py::test_a_server_that_others_reach_warns_and_its_workers_end_with_it",
-    "sbatch job.sbatch": "test_slurm.py::test_a_job_saves_before_its_limit_and_resumes_when_submitted_again",
-    "python benchmarks/accuracy.py": "test_docs_pages.py::test_the_comparison_of_memory_is_made",
-    "make demo": "test_docs_pages.py::test_the_demo_is_made_of_commands_that_are_tested",
+    "serve": f"{SERVER}::test_costs_are_immediate_and_the_plan_follows",
+    "serve --port": f"{SERVER}::test_changing_the_form_updates_plan_and_url",
+    "serve --open --port": f"{SERVER}::test_open_shows_the_page_in_the_default_browser",
+    "serve --host --workers": f"{SERVER}::test_public_server_warns_and_its_workers_end_with_it",
+    "sbatch job.sbatch": f"{RANKS}/test_slurm.py::test_a_job_saves_before_its_limit_and_resumes_when_submitted_again",
+    "python benchmarks/accuracy.py": "docs/test_pages.py::test_the_comparison_of_memory_is_made",
+    "make demo": "docs/test_pages.py::test_the_demo_is_made_of_commands_that_are_tested",
     "make test": ".ci/run",
 }
-"""By `Shown.kind`: what is not run with its page, and the test that runs it."""
+"""By `Shown.kind`: what is not run with its page, and the test that runs it, as a path in tests/."""
 SHAPED = (
     "launch",
     "status",
