@@ -19,7 +19,7 @@ from typing import Any
 from common import describe_run, write_report
 
 from translution.distributed.calibration.run import calibrate
-from translution.distributed.launcher.launch import launch
+from translution.distributed.launcher.launcher import launch
 from translution.distributed.runs.folder import METRICS
 from translution.planner.config.model import parse_model_spec
 from translution.planner.config.run_config import TrainingSpec

@@ -3,8 +3,8 @@ from .data.tokenize import prepare_tokens as prepare_tokens
 from .experiments.definitions import find_experiment as find_experiment
 from .experiments.runner import ExperimentResult as ExperimentResult
 from .experiments.runner import run_experiment as run_experiment
-from .launcher.launch import LaunchResult as LaunchResult
-from .launcher.launch import launch as launch
+from .launcher.launcher import LaunchResult as LaunchResult
+from .launcher.launcher import launch as launch
 from .remote.target import LaunchTarget as LaunchTarget
 from .runs.mode import RunMode as RunMode
 from .runs.status import RankStatus as RankStatus

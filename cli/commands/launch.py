@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from translution.distributed.launcher.launch import launch
+from translution.distributed.launcher.launcher import launch
 from translution.distributed.remote.target import LaunchTarget
 from translution.planner.common.units import format_bytes
 from translution.planner.plans.plan import Plan, load_plan

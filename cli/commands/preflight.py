@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from translution.distributed.preflight.preflight import compile_plan_ops, preflight
+from translution.distributed.preflight.runner import compile_plan_ops, preflight
 from translution.distributed.remote.target import LaunchTarget
 
 from ..options import (

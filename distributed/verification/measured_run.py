@@ -10,7 +10,7 @@ from pathlib import Path
 from translution.planner.plans.folder import write_plan_folder
 from translution.planner.plans.plan import Plan
 
-from ..launcher.launch import launch, start_ranks
+from ..launcher.launcher import launch, start_ranks
 from ..runs.mode import RunMode
 
 MEASURED_RUN_STEPS = 4

@@ -35,7 +35,7 @@ from translution.planner.plans.plan import PLAN_FILE, Plan, load_plan
 from translution.planner.simulator.engine.base import EngineConfig
 from translution.planner.simulator.lifecycle import simulate
 
-from ..launcher.launch import OnMessage
+from ..launcher.launcher import OnMessage
 from ..launcher.local_processes import OnMetrics, run_ranks
 from ..runs.folder import LOG, make_run_folders, new_run_folder
 from ..runs.measurement import MemoryMeasurement, read_memory

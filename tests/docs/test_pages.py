@@ -1,9 +1,8 @@
-"""Every command and every Python block of the README and of docs is run, in the order of its page.
+"""Run every command and every Python block of the README and of docs, in the order of the page.
 
-What trains, runs in-process too where a page shows its output (docs/commands.md); elsewhere the run of that page
-stands in for it, and the table below names the test that runs the same command. So it does for what needs other
-hosts or Slurm.
-
+Training commands run in this process if a page shows their output (docs/commands.md). On other pages that run stands in
+for theirs, and the table below names the test that runs the same command; so it does for commands that need other hosts
+or Slurm.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ needs_two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores
 RANKS, HOSTS, SERVER = "integration", "integration/test_hosts.py", "reports/calculator/test_server.py"
 ELSEWHERE = {
     "launch": f"{RANKS}/test_runs.py::test_the_command_line_runs_a_plan_and_verifies_it",
-    "launch --resume": f"{RANKS}/test_reshard.py::test_a_run_goes_on_on_fewer_ranks_and_then_on_more_with_other_offload",
+    "launch --resume": f"{RANKS}/test_reshard.py::test_a_run_resumes_on_fewer_ranks_then_on_more_with_other_offload",
     "launch --hostfile": f"{HOSTS}::test_a_launch_trains_on_two_hosts_is_stopped_and_resumes",
     "launch --hostfile --resume": f"{HOSTS}::test_a_launch_trains_on_two_hosts_is_stopped_and_resumes",
     "launch --hostfile --no-ssh --node-rank --run": f"{HOSTS}::test_every_node_starts_its_own_ranks_without_ssh",
@@ -82,7 +81,7 @@ SHAPED = (
     "export",
     "report",
 )
-"""Commands whose figures are the machine's or a run's: the page's are compared in all but those."""
+"""Commands whose figures depend on the machine or the run: their output is compared without its figures."""
 PREPARED = {
     "docs/clusters.md": [
         "plan vit-large/16 --cluster 8x8xH100 --precision bf16 --data synthetic --stage 3 --offload none "
@@ -90,11 +89,11 @@ PREPARED = {
     ],
     "docs/reports.md": ["plan examples/digits.yaml --cluster cpu:2 --out plans/small"],
 }
-"""What a page takes for granted."""
+"""Commands to run before a page, which needs their files."""
 
 
 class SerialExecutor:
-    """What an experiment's processes do, one after the other in this one: importing torch takes each five seconds."""
+    """Runs an experiment's trials one after the other in this process; a new process imports torch for 5 seconds."""
 
     def __init__(self, **_: object) -> None:
         pass
@@ -112,7 +111,7 @@ class SerialExecutor:
 
 
 def forked_ranks(command: Sequence[str], environment: Mapping[str, str], folder: Path, on_metrics: OnMetrics) -> int:
-    """`run_ranks` without DeepSpeed's launcher: the ranks themselves, forked from a process that has imported all."""
+    """`run_ranks` without DeepSpeed's launcher: ranks forked from a process that has imported everything."""
     reader = MetricsReader(folder / METRICS, on_metrics)
     words = command[command.index("translution.cli") + 1 :]
     ranks = load_plan(folder).cluster.world_size
@@ -122,7 +121,7 @@ def forked_ranks(command: Sequence[str], environment: Mapping[str, str], folder:
 
 
 def write_rates(_: object, nvme_path: str | None, folder: Path, __: object) -> None:
-    """What two ranks of `calibrate` would have measured."""
+    """Write rates as two ranks of `calibrate` do."""
     transfer = Transfer(latency_s=1e-4, bytes_per_s=1e9)
     rates = MeasuredRates(
         machine="", command="", time_utc="", ranks=2,
@@ -137,7 +136,7 @@ def write_rates(_: object, nvme_path: str | None, folder: Path, __: object) -> N
 
 
 def prepare(folder: Path, page: str) -> None:
-    """The files that pages name."""
+    """Make the files that a page names."""
     (folder / "examples").symlink_to(ROOT / "examples")
     for name in ("book.txt", "more.txt"):
         (folder / name).write_text("a line of a book\n" * 200)
@@ -159,14 +158,14 @@ def prepare(folder: Path, page: str) -> None:
 
 
 class Reader:
-    """Someone who types what a page shows, in a folder of their own."""
+    """Runs the commands of a page in an empty folder."""
 
     def __init__(self, page: str, folder: Path, capsys: Captured, trained: Path | None) -> None:
         self.page, self.folder, self.capsys, self.trained = page, folder, capsys, trained
         self.last = ""
 
     def follow(self, shown: Shown) -> None:
-        """Run a command, or what stands in for it, and compare what it prints."""
+        """Run a command or its stand-in, and compare its output with the page."""
         words = shown.words
         if words[0] == "cat":
             self.last = (self.folder / words[1]).read_text()
@@ -190,7 +189,7 @@ class Reader:
         self.last = printed.out + (printed.err if code else "")
 
     def _stand_in(self, shown: Shown) -> None:
-        """Look whether the command could be run, and leave what it would."""
+        """Check that the command could run, and leave the files that it would leave."""
         words = shown.words
         if words[:2] == ["translution", "calibrate"]:
             self._type(shown)

@@ -1,4 +1,4 @@
-"""The figures that the README shows are the ones that its commands give; test_docs_pages.py runs the commands."""
+"""The figures in the README are those that its commands print; test_pages.py runs the commands."""
 
 from __future__ import annotations
 

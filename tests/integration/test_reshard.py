@@ -254,7 +254,7 @@ def losses(run: Path) -> dict[object, float]:
 
 
 @two_cores
-def test_a_run_goes_on_on_fewer_ranks_and_then_on_more_with_other_offload(
+def test_a_run_resumes_on_fewer_ranks_then_on_more_with_other_offload(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options: dict[str, Any] = {

@@ -16,7 +16,7 @@ from translution.planner.plans.plan import Plan, load_plan
 from ..checkpoint.resume import describe_resharding, find_resumable, prepare_resume
 from ..preflight.checks import require_passed
 from ..preflight.hosts import compile_on_hosts
-from ..preflight.preflight import check_target
+from ..preflight.runner import check_target
 from ..remote.rank_command import RankCommand, make_rank_command, runner_environment
 from ..remote.target import THIS_MACHINE, LaunchTarget
 from ..runs.folder import LOG, new_run_folder, next_run_folder
