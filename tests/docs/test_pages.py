@@ -33,7 +33,7 @@ from helpers.runs import run_ranks_of
 from translution.cli.main import run
 from translution.distributed.calibration import run as calibrate
 from translution.distributed.experiments import runner as experiment
-from translution.distributed.launcher import launch
+from translution.distributed.launcher import launcher
 from translution.distributed.launcher.local_processes import MetricsReader, OnMetrics
 from translution.distributed.runs.folder import METRICS
 from translution.planner.common.machine import usable_cores
@@ -205,7 +205,7 @@ class Reader:
 
 @pytest.fixture
 def quick_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "run_ranks", forked_ranks)
+    monkeypatch.setattr(launcher, "run_ranks", forked_ranks)
     monkeypatch.setattr(calibrate, "_run", write_rates)
     monkeypatch.setattr(experiment, "ProcessPoolExecutor", SerialExecutor)
     monkeypatch.setattr(calibrate, "prepare_ops", lambda *_: None)
