@@ -169,6 +169,15 @@ def test_the_architecture_page_answers_fifteen_questions() -> None:
     assert len(re.findall(r"^\| (?!I want|---)", section, flags=re.MULTILINE)) == 15
 
 
+def test_the_classes_of_the_glossary_exist() -> None:
+    named = set(re.findall(r"`([A-Z]\w*[a-z]\w*)`", section_of("Glossary", "architecture.md")))
+    sources = "\n".join(
+        path.read_text(encoding="utf-8") for top in ("planner", "distributed") for path in (ROOT / top).rglob("*.py")
+    )
+    assert len(named) >= 20
+    assert named <= set(re.findall(r"^class (\w+)", sources, flags=re.MULTILINE))
+
+
 def section_of(heading: str, page: str = "extending.md") -> str:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     return next(part for part in re.split(r"^## ", text, flags=re.MULTILINE) if part.startswith(heading))
