@@ -26,7 +26,6 @@ from ..options import (
     RelativeLayersOption,
     RolesOption,
     SetOption,
-    resolve_model,
 )
 from ..output import console, make_table, note, print_json
 from . import app
@@ -51,7 +50,8 @@ def estimate_cli(
     as_json: JsonOption = False,
 ) -> None:
     """Print what a model costs: parameters, activations, operations, and memory per rank."""
-    spec = resolve_model(model, operator, roles, c1, c2, relative_layers, settings)
+    flags = {"operator": operator, "roles": roles, "c1": c1, "c2": c2, "relative_layers": relative_layers}
+    spec = planner.load_model(model, **(flags | dict(settings or ())))
     # One node of H100s with unlimited memory: every stage is shown, whether it fits or not.
     cluster = planner.ClusterSpec(name="any", gpu="H100", ranks_per_node=ranks, device_memory_bytes=2**60)
     costs = planner.estimate(spec, cluster=cluster, precision=precision, micro_batch=micro_batch)

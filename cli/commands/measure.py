@@ -27,9 +27,6 @@ from ..options import (
     TileOption,
     TrainOption,
     ZeroOption,
-    parse_settings,
-    parse_training_settings,
-    resolve_model,
 )
 from . import app
 from .verify import print_verification
@@ -65,15 +62,15 @@ def measure_cli(
     else:
         training = {"precision": precision, "micro_batch": micro_batch, "data": "synthetic"}
         plan = planner.make_plan(
-            resolve_model(target, None, None, None, None, None, settings),
+            planner.load_model(target, **dict(settings or ())),
             planner.load_cluster(cluster),
-            parse_training(training | parse_training_settings(training_settings), "measure"),
+            parse_training(training | dict(training_settings or ()), "measure"),
             stage=cast(Stage, stage),
             tile_relations=tile_relations,
             offload=offload,
             nvme_path=nvme_path,
             offload_ratio=offload_ratio,
-            zero_overrides=parse_settings(zero_settings, "--zero"),
+            zero_overrides=dict(zero_settings or ()),
         )
     _measure(plan, out, resume=resume, as_json=as_json)
 

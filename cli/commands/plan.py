@@ -29,13 +29,18 @@ from ..options import (
     TileOption,
     TrainOption,
     ZeroOption,
-    parse_settings,
-    parse_training_settings,
-    resolve_model,
 )
 from ..output import console, print_json
-from ..tables.memory import peak_tables, phase_table
-from ..tables.search import advice_table, format_run_cost, knobs_table, pareto_table, step_time_table, strategies_table
+from ..tables import (
+    advice_table,
+    format_run_cost,
+    knobs_table,
+    pareto_table,
+    peak_tables,
+    phase_table,
+    step_time_table,
+    strategies_table,
+)
 from . import app
 
 
@@ -110,7 +115,8 @@ def plan_cli(
     as_json: JsonOption = False,
 ) -> None:
     """Search for the best plan for a cluster, explain the choice and write the plan folder."""
-    spec = resolve_model(model, operator, roles, c1, c2, relative_layers, settings)
+    flags = {"operator": operator, "roles": roles, "c1": c1, "c2": c2, "relative_layers": relative_layers}
+    spec = planner.load_model(model, **(flags | dict(settings or ())))
     given = {
         "global_batch": global_batch,
         "micro_batch": micro_batch,
@@ -132,8 +138,8 @@ def plan_cli(
         "minimize": minimize,
         "headroom": headroom,
         "all_nodes": all_nodes,
-        "zero_overrides": parse_settings(zero_settings, "--zero"),
-    } | parse_training_settings(training_settings)
+        "zero_overrides": dict(zero_settings or ()),
+    } | dict(training_settings or ())
     check_new_folder(out.absolute(), marker=PLAN_FILE, force=force)
     try:
         result = planner.plan(spec, cluster, samples=samples, epochs=epochs, **given)

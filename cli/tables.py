@@ -1,18 +1,20 @@
-"""The result of a search as tables: strategies, knobs, Pareto set, time of a step, and changes that make a plan fit."""
+"""Tables that several commands print: memory, and the result of a search."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
 from translution import planner
+from translution.planner.common.phases import Phase, Tier
 from translution.planner.common.units import format_bytes
+from translution.planner.memory.estimate import MemoryEstimate
 from translution.planner.search.advice import Advice, HybridRow, describe_hybrid
 from translution.planner.search.plan_search import StrategyVerdict
 
-from ..output import make_table
+from .output import make_table
 
 
 def strategies_table(strategies: Sequence[StrategyVerdict]) -> Table:
@@ -82,3 +84,28 @@ def advice_table(advice: Sequence[Advice], hybrids: Mapping[Path, HybridRow]) ->
     rows = [(entry.kind, entry.text) for entry in advice]
     rows += [("hybrid", f"{describe_hybrid(row)} ({path})") for path, row in hybrids.items()]
     return make_table("Any one of these changes makes a plan fit", ("change", "to"), rows, text_columns=2)
+
+
+def phase_table(title: str, prediction: MemoryEstimate) -> Table:
+    """Return the peak of each tier in each phase."""
+    tiers = prediction.tiers
+    rows = [
+        (
+            phase,
+            *(format_bytes(prediction.bytes_of(phase, tier)) if prediction.peak(phase, tier) else "" for tier in tiers),
+        )
+        for phase in Phase
+    ]
+    return make_table(title, ("phase", *tiers), rows)
+
+
+def peak_tables(prediction: MemoryEstimate, tiers: tuple[Tier, ...] = ()) -> Iterator[Table]:
+    """Yield one table per tier with the items of its highest peak."""
+    for tier in tiers or prediction.tiers:
+        worst = max((peak for peak in prediction.peaks if peak.tier == tier), key=lambda peak: peak.bytes)
+        rows = [(entry.name, entry.formula, entry.source, format_bytes(entry.bytes)) for entry in worst.breakdown]
+        where = f"{tier}: {format_bytes(worst.bytes)} in {worst.phase}, at {worst.site}"
+        if tier == "device" and prediction.device_interval_bytes:
+            low, high = map(format_bytes, prediction.device_interval_bytes)
+            where += f"; {low} to {high} depending on the device overhead"
+        yield make_table(where, ("item", "formula", "source", "size"), rows, text_columns=3)
