@@ -15,6 +15,7 @@ CHECKED_FOLDERS = (*TOP_FOLDERS, "tests", "benchmarks", "scripts")
 MODULES_PER_FOLDER = 12
 LINES_PER_MODULE = 400
 LINES_PER_FUNCTION = 60
+"""Without signature and docstring."""
 ANY_NUMBER_OF_MODULES = {"cli/commands"}
 """Folders that may exceed `MODULES_PER_FOLDER`: `cli/commands` has a module for each command."""
 TESTS_WITHOUT_A_MODULE = {"architecture", "benchmarks", "browser", "docs", "helpers", "integration", "programs"}
@@ -64,11 +65,11 @@ def test_modules_and_functions_are_short(folder: str, root: Path) -> None:
             long.append(f"{name}: {lines} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
-                # A command's signature holds its options and their help texts.
-                start = node.body[0] if name.startswith("cli/commands/") else node
-                lines = node.end_lineno - start.lineno + 1
+                # The signature and the docstring are its interface: a command's holds all options and their help texts.
+                first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+                lines = node.end_lineno - first.lineno + 1
                 if lines >= LINES_PER_FUNCTION:
-                    long.append(f"{name}: {node.name} has {lines} lines")
+                    long.append(f"{name}: {node.name} has {lines} lines of statements")
     assert long == []
 
 
