@@ -8,6 +8,7 @@ replaces with signatures and docstrings when the site is built (scripts/site_hoo
 
 from __future__ import annotations
 
+import ast
 import logging
 import sys
 from collections.abc import Iterator
@@ -66,11 +67,25 @@ def _page(folder: str, below: list[str]) -> str:
         "",
     ]
     lines += [f"- [{Path(other).name}]({Path(folder).name}/{Path(other).name}.md)" for other in below]
-    lines.append("")
+    exported = [f"[`{symbol}`][{path}]" for symbol, path in _exports(folder)]
+    lines += ["", *(["Public names: " + ", ".join(exported) + "."] if exported else []), ""]
     for path in sorted((ROOT / folder).glob("*.py")):
         if not path.name.startswith("_"):
             lines += [f"::: {name}.{path.stem}", ""]
     return "\n".join(lines)
+
+
+def _exports(folder: str) -> list[tuple[str, str]]:
+    """Return the names that a package exports from its modules, each with its path, from ``__init__``'s imports."""
+    stub = ROOT / folder / "__init__.pyi"
+    source = stub if stub.exists() else stub.with_suffix(".py")
+    package = "translution." + folder.replace("/", ".")
+    return [
+        (alias.name, f"{package}.{node.module}.{alias.name}")
+        for node in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module is not None
+        for alias in node.names
+    ]
 
 
 def navigation() -> list[object]:
