@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import io
 import json
@@ -25,10 +24,10 @@ from helpers.browser import Browser
 
 from translution.cli.main import run
 from translution.planner.plans.plan import load_plan
+from translution.reports import calculator
 from translution.reports.calculator.choice import Choice, parse_choice
 from translution.reports.calculator.pages import query_of
 from translution.reports.calculator.result import search_choice
-from translution.reports.calculator.search_pool import QueueFullError, SearchPool
 
 SMALL = "model=vit-tiny%2F56&gpus=2"
 OTHER = "model=vit-tiny%2F56&operator=attention&gpus=2"
@@ -339,7 +338,10 @@ def test_taken_port_is_one_error_line(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    # An earlier test may have loaded the module, and the package caches names that were used.
     monkeypatch.delitem(sys.modules, "translution.reports.calculator.server", raising=False)
+    for name in ("serve", "is_loopback"):
+        monkeypatch.delitem(vars(calculator), name, raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert run(["serve"]) == 2
     assert "uvicorn is missing: pip install 'translution-scale[serve]'" in capsys.readouterr().err
@@ -356,66 +358,3 @@ def test_committed_figures_match_the_benchmark(root: Path, monkeypatch: pytest.M
         for value in values:
             choice = Choice().replacing(**{name: value})
             assert parse_choice(parse_qsl(query_of(choice))) == choice
-
-
-def test_queue_is_bounded_and_a_choice_is_searched_once() -> None:
-    async def body() -> None:
-        searches = SearchPool(1, warm=False, queue=2, limit_s=PATIENCE_S)
-        searches.open()
-        try:
-            long = searches.ask(Choice(model="gpt-large/1024", nodes=64, minimize="nodes"))
-            assert searches.ask(Choice(model="gpt-large/1024", nodes=64, minimize="nodes")) is long
-            queued = [searches.ask(Choice(model="vit-tiny/56", gpus=gpus)) for gpus in (1, 2)]
-            with pytest.raises(QueueFullError, match="2 searches are waiting"):
-                searches.ask(Choice(model="vit-tiny/56", gpus=4))
-            for entry in queued:
-                entry.requested_at -= 60
-            later = searches.ask(Choice(model="vit-tiny/56", gpus=4))  # No request waits for the two.
-            assert [entry.outcome.state for entry in queued] == ["stopped", "stopped"]
-            assert later.outcome.state == "searching"
-        finally:
-            searches.close()
-        assert long.outcome.state == later.outcome.state == "stopped"
-
-    asyncio.run(body())
-
-
-def test_search_beyond_its_time_limit_is_stopped_and_the_next_one_runs() -> None:
-    async def body() -> None:
-        searches = SearchPool(1, warm=False, limit_s=0.2)
-        searches.open()
-        try:
-            # The search over 512 nodes takes seconds.
-            long = searches.ask(Choice(model="gpt-large/1024", nodes=512, minimize="nodes"))
-            assert await searches.wait(long, PATIENCE_S)
-            assert long.outcome.state == "stopped"
-            assert "stopped after 0.2 s" in long.outcome.message
-            searches._limit_s = PATIENCE_S
-            entry = searches.ask(Choice(model="vit-tiny/56", gpus=1))
-            assert await searches.wait(entry, PATIENCE_S)
-            assert entry.outcome.state == "found"
-        finally:
-            searches.close()
-
-    asyncio.run(body())
-
-
-def test_idle_searches_cover_likely_choices_and_give_way_to_requests() -> None:
-    async def body() -> None:
-        searches = SearchPool(1, warm=True)
-        searches._popular = iter([Choice(model="vit-tiny/56", gpus=1)])
-        searches.open()
-        try:
-            warmed = next(iter(searches._running.values()))
-            asked = searches.ask(Choice(model="vit-tiny/56", operator="attention", gpus=1))
-            assert await searches.wait(asked, PATIENCE_S)
-            assert warmed.state == "done"
-            neighbour = Choice(model="vit-tiny/56", operator="attention", gpus=1, nodes=2)
-            deadline = time.monotonic() + PATIENCE_S
-            while neighbour not in searches._known:
-                assert time.monotonic() < deadline
-                await asyncio.sleep(0.05)
-        finally:
-            searches.close()
-
-    asyncio.run(body())
