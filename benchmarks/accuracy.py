@@ -24,25 +24,17 @@ import pandas as pd
 import torch
 from common import describe_run, write_report
 
-from translution.distributed.profiling.allocation_tracer import count_every_allocation
-from translution.distributed.profiling.single_process import measure_passes
-from translution.distributed.verification.measured_run import few_steps, measure_plan
-from translution.distributed.verification.rehearsal import predict_rehearsal, read_rehearsal
+from translution.distributed.profiling import count_every_allocation, measure_passes
+from translution.distributed.verification import few_steps, measure_plan, predict_rehearsal, read_rehearsal
 from translution.models import build
-from translution.planner.common.phases import Phase, Tier
-from translution.planner.common.units import format_bytes
-from translution.planner.config.loading import preset
-from translution.planner.config.model import ModelSpec, parse_model_spec
-from translution.planner.config.run_config import RunConfig, TrainingSpec
-from translution.planner.costs.parameters import count_parameters
-from translution.planner.hardware.cluster import load_cluster, local_cpu_cluster
-from translution.planner.memory.estimate import MemoryEstimate, estimate_memory
-from translution.planner.plans.build import make_plan
-from translution.planner.plans.defaults import choose_tile, choose_zero
-from translution.planner.plans.plan import Plan, load_plan
-from translution.planner.simulator.network.model import MICRO_BATCHES, replay
-from translution.planner.simulator.network.ops import DtypeSizes
-from translution.reports.inputs.run_accuracy import (
+from translution.planner.common import Phase, Tier, format_bytes
+from translution.planner.config import ModelSpec, RunConfig, TrainingSpec, parse_model_spec, preset
+from translution.planner.costs import count_parameters
+from translution.planner.hardware import load_cluster, local_cpu_cluster
+from translution.planner.memory import MemoryEstimate, estimate_memory
+from translution.planner.plans import Plan, choose_tile, choose_zero, load_plan, make_plan
+from translution.planner.simulator.network import MICRO_BATCHES, DtypeSizes, replay
+from translution.reports.inputs import (
     PROCESS_PREFIX,
     RESIDENT,
     SAVED,

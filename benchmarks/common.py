@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 from translution.models import Translution
-from translution.planner.common.machine import usable_cores
-from translution.planner.common.provenance import processor
-from translution.planner.config.geometry import RelationGeometry
+from translution.planner.common import processor, usable_cores
+from translution.planner.config import RelationGeometry
 
 TOLERANCE = 1e-10
 """Allowed difference from the reference in float64."""

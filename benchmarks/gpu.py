@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from common import Case, check_parity, count_operations, describe_run, make, seconds, step, write_report
 
-from translution.distributed.profiling.allocation_tracer import count_every_allocation, trace_allocations
+from translution.distributed.profiling import count_every_allocation, trace_allocations
 from translution.models.ops import choose_products
 
 CASES = {

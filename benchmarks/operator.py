@@ -19,10 +19,10 @@ import torch
 from common import Case, alternate, check_parity, count_operations, describe_run, make, step, write_report
 from torch import nn
 
-from translution.distributed.profiling.allocation_tracer import count_every_allocation, trace_allocations
+from translution.distributed.profiling import count_every_allocation, trace_allocations
 from translution.models import AlphaTranslution, SelfAttention, Translution
-from translution.planner.common.machine import usable_cores
-from translution.planner.config.geometry import RelationGeometry
+from translution.planner.common import usable_cores
+from translution.planner.config import RelationGeometry
 
 CASES = {
     "ViT-A/56": Case({"grid": (4, 4), "class_token": True}, 192, 3, 32, True),

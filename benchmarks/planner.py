@@ -16,11 +16,9 @@ from typing import Any
 
 from common import describe_run, write_report
 
-from translution.planner.config.loading import preset
-from translution.planner.config.run_config import TrainingSpec
-from translution.planner.hardware.cluster import load_cluster
-from translution.planner.search.searcher import Searcher
-from translution.planner.search.space import SearchConstraints
+from translution.planner.config import TrainingSpec, preset
+from translution.planner.hardware import load_cluster
+from translution.planner.search import SearchConstraints, Searcher
 
 COMMANDS = {
     "estimate vit-base/16": 0.4,

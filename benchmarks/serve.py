@@ -25,12 +25,9 @@ from typing import Any, NamedTuple
 
 from common import describe_run, write_report
 
-from translution.planner.config.loading import PRESET_NAMES
-from translution.planner.config.model import OPERATORS
-from translution.planner.hardware.catalog import load_catalog
-from translution.reports.calculator.choice import Choice
-from translution.reports.calculator.pages import query_of
-from translution.reports.calculator.search_pool import popular_choices
+from translution.planner.config import OPERATORS, PRESET_NAMES
+from translution.planner.hardware import load_catalog
+from translution.reports.calculator import Choice, popular_choices, query_of
 
 PATIENCE_S, THINK_S = 10.0, 1.0
 """Maximum wait of a reader for a plan, and mean pause after it."""

@@ -18,14 +18,12 @@ from typing import Any
 
 from common import describe_run, write_report
 
-from translution.distributed.calibration.run import calibrate
-from translution.distributed.launcher.launcher import launch
-from translution.distributed.runs.folder import METRICS
-from translution.planner.config.model import parse_model_spec
-from translution.planner.config.run_config import TrainingSpec
-from translution.planner.hardware.cluster import ClusterSpec, local_cpu_cluster
-from translution.planner.plans.build import make_plan
-from translution.planner.plans.folder import write_plan_folder
+from translution.distributed.calibration import calibrate
+from translution.distributed.launcher import launch
+from translution.distributed.runs import METRICS
+from translution.planner.config import TrainingSpec, parse_model_spec
+from translution.planner.hardware import ClusterSpec, local_cpu_cluster
+from translution.planner.plans import make_plan, write_plan_folder
 
 MODEL: dict[str, Any] = {"family": "vit", "image": 56, "patch": 8, "channels": 3, "classes": 100}
 MODEL |= {"dim": 192, "depth": 4, "heads": 3}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from translution.planner.common.errors import MissingPackageError
+from translution.planner.common import MissingPackageError
 
 
 @contextmanager

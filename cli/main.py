@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from translution.planner.common.errors import TranslutionError
+from translution.planner.common import TranslutionError
 
 from .commands import app
 
@@ -42,7 +42,7 @@ MODULES = {
 
 def _print_version(requested: bool) -> None:
     if requested:
-        from translution.planner.plans.plan import version
+        from translution.planner.plans import version
 
         typer.echo(f"translution-scale {version()}")
         raise typer.Exit

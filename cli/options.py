@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from translution.planner import TrainingSpec
-from translution.planner.common.errors import InputError, nearest
-from translution.planner.common.files import read_yaml
+from translution.planner.common import InputError, nearest, read_yaml
 
 
 def parse_setting(text: str, flag: str = "--set") -> tuple[str, object]:

@@ -8,11 +8,9 @@ from pathlib import Path
 from rich.table import Table
 
 from translution import planner
-from translution.planner.common.phases import Phase, Tier
-from translution.planner.common.units import format_bytes
-from translution.planner.memory.estimate import MemoryEstimate
-from translution.planner.search.advice import Advice, HybridRow, describe_hybrid
-from translution.planner.search.plan_search import StrategyVerdict
+from translution.planner.common import Phase, Tier, format_bytes
+from translution.planner.memory import MemoryEstimate
+from translution.planner.search import Advice, HybridRow, StrategyVerdict, describe_hybrid
 
 from .output import make_table
 

@@ -7,16 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from translution.planner.analysis.comparison import comparison_rows, scale_points, thresholds
-from translution.planner.analysis.growth import growth_points
-from translution.planner.common.errors import InputError
-from translution.planner.common.files import write_bytes
-from translution.planner.common.provenance import Provenance, make_provenance
-from translution.planner.common.types import Precision
-from translution.planner.config.loading import load_model
-from translution.planner.config.model import ModelSpec
-from translution.planner.config.run_config import TrainingSpec
-from translution.planner.hardware.cluster import ClusterSpec, load_cluster
+from translution.planner.analysis import comparison_rows, growth_points, scale_points, thresholds
+from translution.planner.common import InputError, Precision, Provenance, make_provenance, write_bytes
+from translution.planner.config import ModelSpec, TrainingSpec, load_model
+from translution.planner.hardware import ClusterSpec, load_cluster
 
 from .inputs.benchmark_records import Accuracy, StepTimes, load_record
 from .render.document import Document, Section

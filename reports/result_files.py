@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from translution.distributed.experiments.runner import ExperimentResult
+from translution.distributed.experiments import ExperimentResult
 from translution.planner import Comparison, ModelSpec
-from translution.planner.analysis.comparison import scale_points
-from translution.planner.common.errors import InputError
-from translution.planner.common.files import check_new_folder, new_folder, write_bytes, write_text
-from translution.planner.config.run_config import parse_training
+from translution.planner.analysis import scale_points
+from translution.planner.common import InputError, check_new_folder, new_folder, write_bytes, write_text
+from translution.planner.config import parse_training
 
 from .render.vega import png, svg
 from .sections.comparison import comparison_frame, comparison_markdown, comparison_picture

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from translution.distributed.calibration.run import calibrate_to_file
-from translution.planner.hardware.cluster import MeasuredRates, Transfer
+from translution.distributed.calibration import calibrate_to_file
+from translution.planner.hardware import MeasuredRates, Transfer
 
 from ..options import JsonOption
 from ..output import console, make_table, print_json

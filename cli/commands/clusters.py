@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from translution.planner.common.units import format_bytes
-from translution.planner.hardware.catalog import Catalog, Figure, GpuSpec, Level, NodeSpec, load_catalog
-from translution.planner.hardware.device_overhead import DeviceOverhead, estimate_overhead
+from translution.planner.common import format_bytes
+from translution.planner.hardware import (
+    Catalog,
+    DeviceOverhead,
+    Figure,
+    GpuSpec,
+    Level,
+    NodeSpec,
+    estimate_overhead,
+    load_catalog,
+)
 
 from ..options import JsonOption
 from ..output import console, make_table, print_json

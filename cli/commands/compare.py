@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 
 from translution import planner
-from translution.planner.analysis.comparison import ALPHA_RANKS
-from translution.planner.common.errors import InputError
-from translution.planner.common.units import format_bytes, format_count, format_flops
+from translution.planner.analysis import ALPHA_RANKS
+from translution.planner.common import InputError, format_bytes, format_count, format_flops
 
 from ..extras import requires_extra
 from ..options import JsonOption
@@ -46,7 +45,7 @@ def compare_cli(
     comparison = planner.compare(specs, gpu=gpu, precision=precision, alpha_ranks=alpha_rank or ALPHA_RANKS)
     if outs:
         with requires_extra("report"):
-            from translution.reports.result_files import write_comparison
+            from translution.reports import write_comparison
         for path in outs:
             write_comparison(comparison, specs, path)
     if as_json:

@@ -10,10 +10,9 @@ import typer
 from rich.table import Table
 
 from translution import planner
-from translution.planner.analysis.estimate_model import OPERATOR_LABELS
-from translution.planner.common.phases import Phase
-from translution.planner.common.units import format_bytes, format_count, format_flops
-from translution.planner.costs.parameters import TABLES
+from translution.planner.analysis import OPERATOR_LABELS
+from translution.planner.common import Phase, format_bytes, format_count, format_flops
+from translution.planner.costs import TABLES
 
 from ..options import (
     C1Option,

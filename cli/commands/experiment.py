@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from translution.distributed.experiments.definitions import find_experiment
-from translution.distributed.experiments.runner import Trial, run_experiment
+from translution.distributed.experiments import Trial, find_experiment, run_experiment
 
 from ..extras import requires_extra
 from ..options import JsonOption
@@ -34,22 +33,22 @@ def experiment_cli(
 ) -> None:
     """Train small models of every operator to answer one of the paper's questions."""
     with requires_extra("report"):
-        from translution.reports import result_files
-        from translution.reports.sections.experiment import experiment_cells
+        from translution import reports
+        from translution.reports.sections import experiment_cells
     experiment = find_experiment(name)
     out = Path("experiments", name) if out is None else out
-    result_files.check_experiment_folder(out, force=force)
+    reports.check_experiment_folder(out, force=force)
 
     def show(trial: Trial, number: int, count: int) -> None:
         note(f"{number}/{count}: {trial.variant}, {trial.train}, seed {trial.seed}: {trial.seconds:.0f} s")
 
     result = run_experiment(experiment, quick=quick, seeds=seeds, steps=steps, on_trial=show)
-    result_files.write_experiment(result, out, force=force)
+    reports.write_experiment(result, out, force=force)
     if as_json:
         print_json({"summaries": [row.model_dump() for row in result.summaries()], "seconds": result.seconds})
         return
     headings, cells = experiment_cells(result)
     console().print(make_table(experiment.question, headings, cells))
-    picture = result_files.EXPERIMENT_PICTURE
-    names = f"{result_files.EXPERIMENT_FILE}, {result_files.EXPERIMENT_TABLE}, {picture}.svg and .png"
+    picture = reports.EXPERIMENT_PICTURE
+    names = f"{reports.EXPERIMENT_FILE}, {reports.EXPERIMENT_TABLE}, {picture}.svg and .png"
     console().print(f"wrote {out}: {names}")

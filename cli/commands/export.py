@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from translution.planner.common.units import format_bytes
+from translution.planner.common import format_bytes
 
 from ..extras import requires_extra
 from ..options import JsonOption
@@ -32,7 +32,7 @@ def export_cli(
 ) -> None:
     """Write the network of a run as one file with full tables, for inference in one process."""
     with requires_extra("train"):
-        from translution.distributed.checkpoint.export import export
+        from translution.distributed.checkpoint import export
     made = export(run_folder, out, dtype=dtype, force=force)  # type: ignore[arg-type]  # export checks it
     if as_json:
         print_json(json.loads(made.model_dump_json()))

@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from translution.distributed.launcher.launcher import launch
-from translution.distributed.remote.target import LaunchTarget
-from translution.planner.common.units import format_bytes
-from translution.planner.plans.plan import Plan, load_plan
+from translution.distributed.launcher import launch
+from translution.distributed.remote import LaunchTarget
+from translution.planner.common import format_bytes
+from translution.planner.plans import Plan, load_plan
 
 from ..options import (
     HostfileOption,

@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 
 from translution import planner
-from translution.planner.config.run_config import parse_training
-from translution.planner.search.space import Stage
+from translution.planner.config import parse_training
+from translution.planner.search import Stage
 
 from ..extras import requires_extra
 from ..options import (
@@ -85,7 +85,7 @@ def _measure(plan: planner.Plan, out: Path | None, *, resume: bool, as_json: boo
         as_json: print JSON instead of a table.
     """
     with requires_extra("train"):
-        from translution.distributed.verification.measured_run import few_steps, measure_plan
+        from translution.distributed.verification import few_steps, measure_plan
     console = Console(stderr=True, highlight=False, markup=False)
     temporary = Path(tempfile.mkdtemp(prefix="translution-measure-")) if out is None else None
     try:

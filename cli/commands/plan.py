@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from translution import planner
-from translution.planner.common.files import check_new_folder
-from translution.planner.common.units import format_count
-from translution.planner.costs.parameters import count_parameters
-from translution.planner.deepspeed.config import config_warnings
-from translution.planner.plans.plan import PLAN_FILE
-from translution.planner.search.advice import save_hybrids
+from translution.planner.common import check_new_folder, format_count
+from translution.planner.costs import count_parameters
+from translution.planner.deepspeed import config_warnings
+from translution.planner.plans import PLAN_FILE
+from translution.planner.search import save_hybrids
 
 from ..options import (
     C1Option,

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from translution.distributed.preflight.runner import compile_plan_ops, preflight
-from translution.distributed.remote.target import LaunchTarget
+from translution.distributed.preflight import compile_plan_ops, preflight
+from translution.distributed.remote import LaunchTarget
 
 from ..options import (
     HostfileOption,

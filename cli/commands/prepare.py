@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from translution.distributed.data.tokenize import prepare_tokens
+from translution.distributed.data import prepare_tokens
 
 from ..options import JsonOption
 from ..output import console, print_json

@@ -14,8 +14,8 @@ from . import app
 @app.command("train", hidden=True)
 def train_cli(plan_folder: Path, run: Path, mode: str = "train") -> None:
     """Run one rank of a plan; DeepSpeed's launcher or torchrun starts it on every rank."""
-    from translution.distributed.runs.mode import RunMode
-    from translution.distributed.training.trainer import train
+    from translution.distributed.runs import RunMode
+    from translution.distributed.training import train
 
     train(plan_folder, run, RunMode(mode))
 
@@ -23,11 +23,11 @@ def train_cli(plan_folder: Path, run: Path, mode: str = "train") -> None:
 @app.command("rank", hidden=True)
 def rank_cli(word: str) -> None:
     """Run one rank of a plan as the encoded payload says; `launch` starts it on every host."""
-    from translution.distributed.remote.rank_command import RankCommand
+    from translution.distributed.remote import RankCommand
 
     command = RankCommand.from_payload(word)
     os.environ.update(command.environment)
-    from translution.distributed.training.trainer import train
+    from translution.distributed.training import train
 
     train(command.plan_folder, command.run, command.mode)
 
@@ -35,7 +35,7 @@ def rank_cli(word: str) -> None:
 @app.command("calibrate-rank", hidden=True)
 def calibrate_rank_cli(folder: Path, device: str, nvme_path: Annotated[Path | None, typer.Argument()] = None) -> None:
     """Measure rates as one rank; `calibrate` starts it."""
-    from translution.distributed.calibration.run import calibrate_rank
+    from translution.distributed.calibration import calibrate_rank
 
     calibrate_rank(folder, device, nvme_path)
 
@@ -49,7 +49,7 @@ def preflight_node_cli(
     compile_ops: Annotated[bool, typer.Option("--compile")] = False,
 ) -> None:
     """Report the state of this node, or compile ops on it; `launch` and Slurm jobs run it on every node."""
-    from translution.distributed.preflight.node_report import compile_on_node, report_node
+    from translution.distributed.preflight import compile_on_node, report_node
 
     if compile_ops:
         compile_on_node(plan_folder)
@@ -60,6 +60,6 @@ def preflight_node_cli(
 @app.command("rehearse-rank", hidden=True)
 def rehearse_rank_cli(run: Path, compute: Annotated[bool, typer.Option("--compute")] = False) -> None:
     """Run the single rank of a rehearsal; `rehearse` starts it."""
-    from translution.distributed.verification.rehearsal_rank import rehearse_rank
+    from translution.distributed.verification import rehearse_rank
 
     rehearse_rank(run, compute=compute)

@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from translution.distributed.verification.rehearsal import Rehearsal, format_layers, rehearse
-from translution.planner.common.units import format_bytes
+from translution.distributed.verification import Rehearsal, format_layers, rehearse
+from translution.planner.common import format_bytes
 
 from ..extras import requires_extra
 from ..options import JsonOption, PlanFolderArgument, RunFolderOption
@@ -97,7 +97,7 @@ def rehearse_cli(
 def print_rehearsal(rehearsal: Rehearsal, run: Path, *, as_json: bool) -> None:
     """Print predicted and measured memory of a rehearsal."""
     with requires_extra("train"):
-        from translution.reports.inputs.run_accuracy import predicted_and_measured
+        from translution.reports.inputs import predicted_and_measured
     rows = [row for row in predicted_and_measured(rehearsal.prediction, rehearsal.measurement) if row[2] or row[3]]
     if as_json:
         names = ("tier", "what", "predicted_bytes", "measured_bytes")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from translution.planner.common.units import format_bytes
+from translution.planner.common import format_bytes
 
 from ..extras import requires_extra
 from ..options import JsonOption
@@ -52,7 +52,7 @@ def report_cli(
 ) -> None:
     """Write a page about plans, runs, models, experiments and benchmarks."""
     with requires_extra("report"):
-        from translution.reports.builder import ReportFiles, ReportRequest, write_report
+        from translution.reports import ReportFiles, ReportRequest, write_report
     request = ReportRequest.load(
         plans=folders or (),
         models=model or (),

@@ -28,7 +28,7 @@ def serve_cli(
 ) -> None:
     """Serve a page where you choose a model, operator, cluster and batch, and see costs and the best plan."""
     with requires_extra("serve"):
-        from translution.reports.calculator.server import is_loopback, serve
+        from translution.reports.calculator import is_loopback, serve
 
     def on_start(url: str) -> None:
         if not is_loopback(host):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from translution.distributed.runs.status import read_run_status
+from translution.distributed.runs import read_run_status
 
 from ..options import JsonOption
 from ..output import print_json

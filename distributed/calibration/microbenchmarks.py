@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from translution.planner.common.types import DTYPE_BYTES, Precision
-from translution.planner.config.run_config import TrainingSpec, ZeroSpec
-from translution.planner.deepspeed.config import deepspeed_config
-from translution.planner.hardware.cluster import MatmulRate, MeasuredRates, Transfer
+from translution.planner.common import DTYPE_BYTES, Precision
+from translution.planner.config import TrainingSpec, ZeroSpec
+from translution.planner.deepspeed import deepspeed_config
+from translution.planner.hardware import MatmulRate, MeasuredRates, Transfer
 
 from ..system.nvme_swap import io_handle
 

@@ -13,11 +13,15 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from translution.planner.common.errors import InputError, RunFailedError
-from translution.planner.common.files import SPEC_SUFFIXES, write_text
-from translution.planner.common.provenance import make_provenance
-from translution.planner.common.schema import parse_json
-from translution.planner.hardware.cluster import ClusterSpec, MeasuredRates, load_cluster
+from translution.planner.common import (
+    SPEC_SUFFIXES,
+    InputError,
+    RunFailedError,
+    make_provenance,
+    parse_json,
+    write_text,
+)
+from translution.planner.hardware import ClusterSpec, MeasuredRates, load_cluster
 
 from ..launcher.local_processes import run_processes
 from ..runs.watchdog import end_with_launcher

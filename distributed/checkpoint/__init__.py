@@ -9,3 +9,7 @@ shard_layout       positions of parameters in the ranks' flat vectors, and of ti
 unpickle           reads torch's files without DeepSpeed's classes
 export             writes the network as one safetensors file
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from translution.planner.common.errors import InputError
-from translution.planner.common.schema import Schema, parse_json
-from translution.planner.plans.plan import PLAN_FILE, Plan, load_plan
+from translution.planner.common import InputError, Schema, parse_json
+from translution.planner.plans import PLAN_FILE, Plan, load_plan
 
 MANIFEST = "manifest.json"
 _TAG = re.compile(r"step_(\d+)")

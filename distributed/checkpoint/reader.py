@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from translution.planner.common.errors import InputError
+from translution.planner.common import InputError
 
 from .manifest import CheckpointRef
 from .shard_layout import Fragment, sub_group_fragments, successive_fragments, untiled_numels, untiled_positions

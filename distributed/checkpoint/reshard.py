@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from translution.planner.common.errors import InputError
+from translution.planner.common import InputError
 
 from .manifest import CheckpointRef
 from .reader import MASTER_COPY, CheckpointReader

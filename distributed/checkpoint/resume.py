@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from translution.planner.common.errors import InputError
-from translution.planner.common.files import write_text
-from translution.planner.plans.folder import RUNS
-from translution.planner.plans.plan import PLAN_FILE, Plan
+from translution.planner.common import InputError, write_text
+from translution.planner.plans import PLAN_FILE, RUNS, Plan
 
 from ..runs.folder import CHECKPOINT, require_run
 from ..runs.measurement import remove_measurements

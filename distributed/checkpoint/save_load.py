@@ -26,9 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from translution.planner.common.errors import TranslutionError
-from translution.planner.common.files import write_text
-from translution.planner.plans.plan import PLAN_FILE, Plan
+from translution.planner.common import TranslutionError, write_text
+from translution.planner.plans import PLAN_FILE, Plan
 
 from .manifest import MANIFEST, Manifest, checkpoint_tags
 from .reader import DEVICE_FOLDER

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from translution.planner.common.errors import InputError
+from translution.planner.common import InputError
 
 _KNOWN = {
     "collections.OrderedDict", "torch.Size", "torch.Tensor", "torch.device", "torch.nn.parameter.Parameter",

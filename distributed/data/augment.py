@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from translution.planner.config.model import ModelSpec, VitSpec
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.config import ModelSpec, TrainingSpec, VitSpec
 
 from .base import Samples
 

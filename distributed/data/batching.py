@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from translution.planner.common.errors import InputError
+from translution.planner.common import InputError
 
 from .base import DataSource, Samples
 

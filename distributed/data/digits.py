@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from translution.planner.common.errors import MissingPackageError
-from translution.planner.config.datasets import DIGITS_CLASSES, DataKind
-from translution.planner.config.model import VitSpec
+from translution.planner.common import MissingPackageError
+from translution.planner.config import DIGITS_CLASSES, DataKind, VitSpec
 
 from .base import DataSource, Samples
 

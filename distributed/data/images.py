@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from translution.planner.common.errors import InputError, MissingPackageError
-from translution.planner.config.model import VitSpec
+from translution.planner.common import InputError, MissingPackageError
+from translution.planner.config import VitSpec
 
 from .base import DataSource, Samples
 

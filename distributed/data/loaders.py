@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from translution.planner.config.datasets import PLACED_DIGITS, DataKind, check_kind, digit_size
-from translution.planner.config.model import ModelSpec, VitSpec
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.config import PLACED_DIGITS, DataKind, ModelSpec, TrainingSpec, VitSpec, check_kind, digit_size
 
 from .base import DataSource
 from .synthetic import make_synthetic

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from translution.planner.config.model import GptSpec, ModelSpec, VitSpec
+from translution.planner.config import GptSpec, ModelSpec, VitSpec
 
 from .base import Samples
 

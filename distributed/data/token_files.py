@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import TypeAdapter
 
-from translution.planner.common.errors import InputError, MissingPackageError
-from translution.planner.common.schema import Schema, parse_json
-from translution.planner.common.types import Positive
+from translution.planner.common import InputError, MissingPackageError, Positive, Schema, parse_json
 
 if TYPE_CHECKING:
     import numpy as np

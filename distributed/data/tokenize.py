@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from translution.planner.common.errors import InputError, MissingPackageError
-from translution.planner.common.files import new_folder, write_text
-from translution.planner.config.datasets import BYTES_VOCABULARY
+from translution.planner.common import InputError, MissingPackageError, new_folder, write_text
+from translution.planner.config import BYTES_VOCABULARY
 
 from .token_files import HELD_OUT_FILE, META_FILE, TOKENIZER_FILE, TRAINING_FILE, TokenMeta
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from translution.planner.common.errors import InputError
-from translution.planner.config.model import GptSpec
+from translution.planner.common import InputError
+from translution.planner.config import GptSpec
 
 from .base import DataSource, Samples
 from .token_files import HELD_OUT_FILE, META_FILE, TRAINING_FILE, open_tokens, read_meta

@@ -10,11 +10,9 @@ from typing import Any
 
 from pydantic import Field
 
-from translution.planner.common.errors import InputError, nearest
-from translution.planner.common.schema import Schema
-from translution.planner.config.datasets import DataKind
-from translution.planner.config.model import ModelSpec, override, parse_model_spec
-from translution.planner.costs.parameters import count_parameters
+from translution.planner.common import InputError, Schema, nearest
+from translution.planner.config import DataKind, ModelSpec, override, parse_model_spec
+from translution.planner.costs import count_parameters
 
 BATCH = 64
 """Samples per step."""

@@ -15,12 +15,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
-from translution.planner.common.machine import usable_cores
-from translution.planner.common.provenance import Provenance, make_provenance
-from translution.planner.common.schema import Schema
-from translution.planner.config.datasets import DataKind
-from translution.planner.config.run_config import TrainingSpec
-from translution.planner.costs.parameters import count_parameters
+from translution.planner.common import Provenance, Schema, make_provenance, usable_cores
+from translution.planner.config import DataKind, TrainingSpec
+from translution.planner.costs import count_parameters
 
 from .definitions import BATCH, Experiment, ModelVariant, Task
 

@@ -8,8 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from translution.planner.plans.folder import PORT
-from translution.planner.plans.plan import Plan
+from translution.planner.plans import PORT, Plan
 
 from ..remote.hostfile import read_hostfile
 from ..remote.rank_command import make_rank_command

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from translution.planner.common.errors import InputError
-from translution.planner.plans.folder import PORT
-from translution.planner.plans.plan import Plan, load_plan
+from translution.planner.common import InputError
+from translution.planner.plans import PORT, Plan, load_plan
 
 from ..checkpoint.resume import describe_resharding, find_resumable, prepare_resume
 from ..preflight.checks import require_passed

@@ -10,13 +10,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from translution.planner.common.errors import InputError, TranslutionError
-from translution.planner.common.machine import available_memory_bytes
-from translution.planner.common.phases import Tier
-from translution.planner.common.schema import Schema
-from translution.planner.common.units import format_bytes
-from translution.planner.costs.parameters import count_parameters
-from translution.planner.plans.plan import Plan
+from translution.planner.common import InputError, Schema, Tier, TranslutionError, available_memory_bytes, format_bytes
+from translution.planner.costs import count_parameters
+from translution.planner.plans import Plan
 
 from ..system.compiled_ops import remove_stale_locks
 from ..system.filesystem import file_system

@@ -9,8 +9,8 @@ import sys
 import threading
 from pathlib import Path
 
-from translution.planner.common.errors import InputError, MissingPackageError, RunFailedError
-from translution.planner.plans.plan import Plan
+from translution.planner.common import InputError, MissingPackageError, RunFailedError
+from translution.planner.plans import Plan
 
 from ..remote.rank_command import PDSH_SAFE, forwarded_variables, runner_environment
 from ..remote.ssh import RemoteResult, Ssh, run_on_hosts, wait_for_host

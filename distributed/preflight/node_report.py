@@ -15,10 +15,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from translution.planner.common.errors import InputError
-from translution.planner.common.files import write_text
-from translution.planner.common.schema import Schema, parse_json
-from translution.planner.plans.plan import PLAN_FILE, Plan, load_plan
+from translution.planner.common import InputError, Schema, parse_json, write_text
+from translution.planner.plans import PLAN_FILE, Plan, load_plan
 
 from ..system.compiled_ops import needed_ops, prepare_ops
 from ..system.environment import check_machine, check_packages, launch_environment

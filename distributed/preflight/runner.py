@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from translution.planner.plans.folder import PORT
-from translution.planner.plans.plan import Plan, load_plan
+from translution.planner.plans import PORT, Plan, load_plan
 
 from ..remote.target import THIS_MACHINE, LaunchTarget
 from ..system.environment import check_machine, free_port, version_warnings

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from translution.planner.common.phases import TRAINING_PHASES, Phase
-from translution.planner.plans.plan import Plan
+from translution.planner.common import TRAINING_PHASES, Phase
+from translution.planner.plans import Plan
 
 from ..data.base import Samples
 from ..runs.measurement import MemoryMeasurement

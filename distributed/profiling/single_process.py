@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from translution.models import build
-from translution.planner.common.phases import Phase
-from translution.planner.config.model import ModelSpec, VitSpec
+from translution.planner.common import Phase
+from translution.planner.config import ModelSpec, VitSpec
 
 from .allocation_tracer import trace_allocations
 

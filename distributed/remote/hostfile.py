@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from translution.planner.common.errors import InputError
-from translution.planner.hardware.cluster import ClusterSpec
+from translution.planner.common import InputError
+from translution.planner.hardware import ClusterSpec
 
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9@._-]*")
 

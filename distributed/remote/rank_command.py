@@ -17,10 +17,9 @@ from pathlib import Path
 
 from pydantic import Field, TypeAdapter
 
-from translution.planner.common.errors import InputError
-from translution.planner.common.schema import Schema, parse_json
-from translution.planner.hardware.cluster import ClusterSpec
-from translution.planner.plans.folder import environment_variables
+from translution.planner.common import InputError, Schema, parse_json
+from translution.planner.hardware import ClusterSpec
+from translution.planner.plans import environment_variables
 
 from ..runs.heartbeat import FOLLOW_HEARTBEAT
 from ..runs.mode import RunMode

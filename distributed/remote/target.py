@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from translution.planner.common.errors import InputError
-from translution.planner.plans.plan import Plan
+from translution.planner.common import InputError
+from translution.planner.plans import Plan
 
 from .hostfile import read_hostfile
 

@@ -19,9 +19,8 @@ import os
 import shutil
 from pathlib import Path
 
-from translution.planner.common.errors import InputError
-from translution.planner.plans.folder import RUNS
-from translution.planner.plans.plan import PLAN_FILE
+from translution.planner.common import InputError
+from translution.planner.plans import PLAN_FILE, RUNS
 
 METRICS, LOG, CHECKPOINT = "metrics.jsonl", "launcher.log", "checkpoint"
 

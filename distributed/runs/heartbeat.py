@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from translution.planner.common.errors import InputError
+from translution.planner.common import InputError
 
 from ..system.filesystem import remove_shared_buffers
 from ..system.signals import StopRequest

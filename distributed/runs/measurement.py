@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, TypeAdapter
 
-from translution.planner.common.schema import Schema, parse_json
+from translution.planner.common import Schema, parse_json
 
 from .folder import memory_path
 

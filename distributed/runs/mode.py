@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from translution.planner.common.errors import InputError
+from translution.planner.common import InputError
 
 
 class RunMode(StrEnum):

@@ -9,10 +9,8 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from translution.planner.common.errors import RunFailedError
-from translution.planner.common.files import write_text
-from translution.planner.common.schema import Schema, parse_json
-from translution.planner.plans.plan import load_plan
+from translution.planner.common import RunFailedError, Schema, parse_json, write_text
+from translution.planner.plans import load_plan
 
 from .folder import LOG, log_path, require_run, status_path
 

@@ -18,10 +18,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from translution.planner.common.errors import InputError, RunFailedError, TranslutionError
-from translution.planner.common.files import write_text
-from translution.planner.common.schema import Schema, parse_json
-from translution.planner.plans.plan import Plan
+from translution.planner.common import InputError, RunFailedError, Schema, TranslutionError, parse_json, write_text
+from translution.planner.plans import Plan
 
 from .filesystem import file_system
 from .signals import ending_signals_raise

@@ -9,10 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from translution.planner.common.errors import InputError, MissingPackageError
-from translution.planner.common.machine import usable_cores
-from translution.planner.hardware.cluster import ClusterSpec
-from translution.planner.plans.plan import Plan
+from translution.planner.common import InputError, MissingPackageError, usable_cores
+from translution.planner.hardware import ClusterSpec
+from translution.planner.plans import Plan
 
 from .compiled_ops import needed_ops
 from .packages import check_training_packages

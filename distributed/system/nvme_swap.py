@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from translution.planner.deepspeed.config import aio_section
+from translution.planner.deepspeed import aio_section
 
 SWAP_FOLDER = "zero_stage_3"
 """Folder that DeepSpeed creates under an NVMe path."""

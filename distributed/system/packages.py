@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 
-from translution.planner.common.errors import MissingPackageError
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.common import MissingPackageError
+from translution.planner.config import TrainingSpec
 
 _INSTALL_COMMANDS = {
     "kornia": "pip install 'translution-scale[train]'",

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from translution.planner.common.errors import InterruptedRunError, RunFailedError
+from translution.planner.common import InterruptedRunError, RunFailedError
 
 SECONDS_TO_STEP_END = 20.0
 """Seconds after SIGTERM in which a rank must reach the end of its step, or it exits without saving.

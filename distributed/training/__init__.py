@@ -8,3 +8,7 @@ lr_schedule        warm-up and cosine
 nonfinite          finds the first value or gradient that is not finite
 deepspeed_fixes    all patches of DeepSpeed for training
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from translution.models import build
-from translution.planner.common.errors import InputError
-from translution.planner.plans.plan import Plan
+from translution.planner.common import InputError
+from translution.planner.plans import Plan
 
 from ..data.base import DataSource, Samples
 from ..system.network import interface_towards

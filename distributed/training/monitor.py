@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from translution.planner.common.files import write_text
+from translution.planner.common import write_text
 
 MONITOR = "monitor"
 """Name of the monitor's folder in a run folder."""

@@ -9,8 +9,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from translution.planner.common.provenance import make_provenance
-from translution.planner.plans.plan import Plan
+from translution.planner.common import make_provenance
+from translution.planner.plans import Plan
 
 from ..runs.folder import METRICS, trim_metrics
 from ..runs.status import RankStatus, write_status

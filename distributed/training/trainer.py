@@ -17,10 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from translution.planner.common.errors import InputError
-from translution.planner.common.files import write_text
-from translution.planner.common.phases import Phase
-from translution.planner.plans.plan import Plan, load_plan
+from translution.planner.common import InputError, Phase, write_text
+from translution.planner.plans import Plan, load_plan
 
 from ..checkpoint.manifest import checkpoint_tags, newest_checkpoint
 from ..checkpoint.reshard import load_resharded

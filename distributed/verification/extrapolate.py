@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from translution.planner.common.phases import TRAINING_PHASES, Phase
-from translution.planner.plans.plan import Plan
-from translution.planner.simulator.engine.base import OPTIMIZER_SWAP_BUFFERS, SUB_GROUP_BUFFER
-from translution.planner.simulator.engine.coordinator import make_shards, make_sub_groups
-from translution.planner.simulator.network.model import SimulatedNetwork
-from translution.planner.simulator.network.ops import DtypeSizes
+from translution.planner.common import TRAINING_PHASES, Phase
+from translution.planner.plans import Plan
+from translution.planner.simulator.engine import OPTIMIZER_SWAP_BUFFERS, SUB_GROUP_BUFFER, make_shards, make_sub_groups
+from translution.planner.simulator.network import DtypeSizes, SimulatedNetwork
 
 from ..runs.measurement import MemoryMeasurement
 

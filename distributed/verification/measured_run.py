@@ -7,8 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from translution.planner.plans.folder import write_plan_folder
-from translution.planner.plans.plan import Plan
+from translution.planner.plans import Plan, write_plan_folder
 
 from ..launcher.launcher import launch, start_ranks
 from ..runs.mode import RunMode

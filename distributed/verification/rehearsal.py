@@ -19,21 +19,26 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from translution.planner.common.errors import InputError, RunFailedError
-from translution.planner.common.files import write_text
-from translution.planner.common.machine import available_memory_bytes
-from translution.planner.common.phases import Tier
-from translution.planner.common.provenance import Provenance, make_provenance
-from translution.planner.common.schema import Schema, parse_json
-from translution.planner.common.units import GIB, format_bytes
-from translution.planner.config.model import override
-from translution.planner.config.run_config import ZeroSpec
-from translution.planner.deepspeed.config import check_training_state
-from translution.planner.hardware.cluster import local_cpu_cluster
-from translution.planner.memory.estimate import MemoryEstimate, summarize_simulation
-from translution.planner.plans.plan import PLAN_FILE, Plan, load_plan
-from translution.planner.simulator.engine.base import EngineConfig
-from translution.planner.simulator.lifecycle import simulate
+from translution.planner.common import (
+    GIB,
+    InputError,
+    Provenance,
+    RunFailedError,
+    Schema,
+    Tier,
+    available_memory_bytes,
+    format_bytes,
+    make_provenance,
+    parse_json,
+    write_text,
+)
+from translution.planner.config import ZeroSpec, override
+from translution.planner.deepspeed import check_training_state
+from translution.planner.hardware import local_cpu_cluster
+from translution.planner.memory import MemoryEstimate, summarize_simulation
+from translution.planner.plans import PLAN_FILE, Plan, load_plan
+from translution.planner.simulator import simulate
+from translution.planner.simulator.engine import EngineConfig
 
 from ..launcher.launcher import OnMessage
 from ..launcher.local_processes import OnMetrics, run_ranks

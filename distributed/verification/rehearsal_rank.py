@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
-from translution.models import build
-from translution.models.ops import GroupedProducts, batched
-from translution.planner.common.errors import RunFailedError
-from translution.planner.common.phases import Phase
-from translution.planner.plans.plan import Plan, load_plan
+from translution.models import build, ops
+from translution.planner.common import Phase, RunFailedError
+from translution.planner.plans import Plan, load_plan
 
 from ..data.base import Samples
 from ..data.batching import micro_batches
@@ -88,7 +86,7 @@ class RehearsalTrainer(Trainer):
         with contextlib.ExitStack() as stack:
             stack.enter_context(without_rank_comparison())
             if self.for_gpu and hasattr(torch.nn.functional, "grouped_mm"):
-                stack.enter_context(replaced(batched, "choose_products", lambda *_: GroupedProducts()))
+                stack.enter_context(replaced(ops.batched, "choose_products", lambda *_: ops.GroupedProducts()))
             if not self.compute:
                 stack.enter_context(FakeCompute())
             yield

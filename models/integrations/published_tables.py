@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from translution.planner.common.errors import InputError
+from translution.planner.common import InputError
 
 from ..layers.tables import ROLE_NAMES
 from ..layers.translution import AlphaTranslution, Translution

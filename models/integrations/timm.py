@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from translution.planner.common.errors import InputError
+from translution.planner.common import InputError
 
 from ..layers.tables import ROLE_NAMES
 from ..layers.translution import Translution

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from translution.planner.common.errors import InputError
-from translution.planner.config.geometry import RelationGeometry
-from translution.planner.config.model import DEFAULT_WORKSPACE_BYTES
-from translution.planner.costs.parameters import table_tiles
+from translution.planner.common import InputError
+from translution.planner.config import DEFAULT_WORKSPACE_BYTES, RelationGeometry
+from translution.planner.costs import table_tiles
 
 from ..ops.context import missing_pairs
 from ..ops.relative_terms import RelationBias, RelationVectors

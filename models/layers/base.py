@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from translution.planner.common.errors import InputError
-from translution.planner.config.geometry import RelationGeometry
-from translution.planner.config.model import canonical_roles
+from translution.planner.common import InputError
+from translution.planner.config import RelationGeometry, canonical_roles
 
 IMPLEMENTATIONS = ("grouped", "batched", "gather")
 

@@ -12,9 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from translution.planner.config.geometry import RelationGeometry
-from translution.planner.config.model import DEFAULT_WORKSPACE_BYTES
-from translution.planner.costs.parameters import table_tiles
+from translution.planner.config import DEFAULT_WORKSPACE_BYTES, RelationGeometry
+from translution.planner.costs import table_tiles
 
 from ..ops import grouped
 from ..ops.context import RelationContext, dropout_noise

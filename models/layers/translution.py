@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from translution.planner.common.errors import InputError
-from translution.planner.config.model import DEFAULT_WORKSPACE_BYTES
+from translution.planner.common import InputError
+from translution.planner.config import DEFAULT_WORKSPACE_BYTES
 
 from .attention import RotaryEmbedding
 from .base import OperatorLayer, check_operator_options, check_roles

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from translution.planner.common.errors import MissingPackageError
+from translution.planner.common import MissingPackageError
 
 
 class LearnedTokens(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from translution.planner.config.model import DEFAULT_WORKSPACE_BYTES, ModelSpec, Operator, VitSpec
+from translution.planner.config import DEFAULT_WORKSPACE_BYTES, ModelSpec, Operator, VitSpec
 
 from ..layers.attention import AbsoluteTranslution, BiasAttention, SelfAttention, ShawAttention
 from ..layers.translution import AlphaTranslution, Translution

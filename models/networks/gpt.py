@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from translution.planner.common.errors import InputError
-from translution.planner.config.model import GptSpec
+from translution.planner.common import InputError
+from translution.planner.config import GptSpec
 
 from .blocks import Block, LearnedTokens, apply_checkpointing
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from translution.planner.common.errors import InputError, MissingPackageError
-from translution.planner.config.model import ModelSpec, parse_model_spec
+from translution.planner.common import InputError, MissingPackageError
+from translution.planner.config import ModelSpec, parse_model_spec
 
 from ..layers.attention import RotaryEmbedding
 from .build import build

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from translution.planner.common.errors import InputError
-from translution.planner.config.model import VitSpec
+from translution.planner.common import InputError
+from translution.planner.config import VitSpec
 
 from .blocks import Block, LearnedTokens, apply_checkpointing
 

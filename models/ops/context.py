@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from translution.planner.config.geometry import RelationGeometry, RelationPairs, TokenBlock
+from translution.planner.config import RelationGeometry, RelationPairs, TokenBlock
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from translution.planner.config.geometry import RelationPairs, TokenBlock
+from translution.planner.config import RelationPairs, TokenBlock
 
 from .batched import BatchedTile
 from .context import RelationContext, accumulation_dtype, dropout_noise, missing_pairs, pair_values, token_rows

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from translution.planner.config.geometry import RelationGeometry
+from translution.planner.config import RelationGeometry
 
 
 def naive_relation_index(geometry: RelationGeometry) -> Tensor:

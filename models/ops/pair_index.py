@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from translution.planner.config.geometry import RelationGeometry
+from translution.planner.config import RelationGeometry
 
 from .context import relation_index
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from translution.planner.config.geometry import RelationGeometry
+from translution.planner.config import RelationGeometry
 
 
 def _angles(positions: Tensor, width: int, base: float) -> Tensor:

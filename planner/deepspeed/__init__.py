@@ -1,1 +1,5 @@
 """DeepSpeed's configuration, and the combinations of settings that DeepSpeed does not run."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

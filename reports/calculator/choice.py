@@ -10,16 +10,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, TypeAdapter
 
-from translution.planner.common.errors import InputError
-from translution.planner.common.schema import Schema, validate
-from translution.planner.common.types import Precision
-from translution.planner.common.units import GIB
-from translution.planner.config.loading import preset, preset_name
-from translution.planner.config.model import ModelSpec, Operator, override
-from translution.planner.config.run_config import Optimizer, TrainingSpec
-from translution.planner.hardware.catalog import find_gpu
-from translution.planner.hardware.cluster import ClusterSpec, named_cluster
-from translution.planner.search.space import (
+from translution.planner.common import GIB, InputError, Precision, Schema, validate
+from translution.planner.config import ModelSpec, Operator, Optimizer, TrainingSpec, override, preset, preset_name
+from translution.planner.hardware import ClusterSpec, find_gpu, named_cluster
+from translution.planner.search import (
     HEADROOM,
     Checkpointing,
     Objective,

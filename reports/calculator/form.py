@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from translution.planner.analysis.estimate_model import OPERATOR_LABELS
-from translution.planner.config.loading import PRESET_NAMES
-from translution.planner.hardware.catalog import load_catalog
+from translution.planner.analysis import OPERATOR_LABELS
+from translution.planner.config import PRESET_NAMES
+from translution.planner.hardware import load_catalog
 
 from .choice import MAX_GPUS, MAX_HEADS, MAX_LAYERS, MAX_NODES, MAX_TOKENS, MAX_WIDTH, Choice
 

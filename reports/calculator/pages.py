@@ -9,8 +9,8 @@ from urllib.parse import urlencode
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from translution.planner.common.units import format_bytes, format_count, format_flops
-from translution.planner.plans.plan import version
+from translution.planner.common import format_bytes, format_count, format_flops
+from translution.planner.plans import version
 
 from .choice import Choice, ChoiceError
 from .form import form_sections, value_text

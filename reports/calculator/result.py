@@ -11,27 +11,25 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter
 
-from translution.planner.analysis.estimate_model import OPERATOR_LABELS, compare_operators
-from translution.planner.common.errors import InputError
-from translution.planner.common.phases import Tier
-from translution.planner.common.schema import Schema, parse_json, stored_as
-from translution.planner.costs.parameters import TABLES
-from translution.planner.deepspeed.config import config_warnings
-from translution.planner.hardware.cluster import ClusterSpec
-from translution.planner.memory.estimate import BreakdownItem, MemoryEstimate
-from translution.planner.plans.folder import write_plan_folder
-from translution.planner.plans.plan import PLAN_FILE, Plan
-from translution.planner.search.advice import Advice, describe_hybrid
-from translution.planner.search.plan_search import (
+from translution.planner.analysis import OPERATOR_LABELS, compare_operators
+from translution.planner.common import InputError, Schema, Tier, parse_json, stored_as
+from translution.planner.costs import TABLES
+from translution.planner.deepspeed import config_warnings
+from translution.planner.hardware import ClusterSpec
+from translution.planner.memory import BreakdownItem, MemoryEstimate
+from translution.planner.plans import PLAN_FILE, Plan, write_plan_folder
+from translution.planner.search import (
+    Advice,
     KnobReason,
     NoPlanFits,
     ParetoPoint,
     SearchResult,
     StrategyVerdict,
+    describe_hybrid,
     search_plan,
 )
-from translution.planner.simulator.network.ops import DtypeSizes
-from translution.planner.timing.step_time import RunCost, StepTime
+from translution.planner.simulator.network import DtypeSizes
+from translution.planner.timing import RunCost, StepTime
 
 from ..inputs.prediction import tier_name
 from .choice import Choice, SearchInput, choice_command, choice_error, search_input

@@ -20,9 +20,8 @@ from cachetools import LRUCache
 from pebble import ProcessPool
 from pydantic import TypeAdapter
 
-from translution.planner.common.schema import parse_json
-from translution.planner.config.loading import PRESET_NAMES
-from translution.planner.config.model import OPERATORS
+from translution.planner.common import parse_json
+from translution.planner.config import OPERATORS, PRESET_NAMES
 
 from .choice import MAX_NODES, Choice
 from .result import Outcome, WorkerResult, search_choice

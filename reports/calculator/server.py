@@ -22,8 +22,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from translution.planner.common.errors import InputError
-from translution.planner.common.machine import usable_cores
+from translution.planner.common import InputError, usable_cores
 
 from .choice import Choice, ChoiceError, parse_choice
 from .pages import asset, render_answer, render_page, render_plan

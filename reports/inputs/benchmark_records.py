@@ -7,8 +7,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, TypeAdapter
 
-from translution.planner.common.provenance import DISTRIBUTION, Provenance
-from translution.planner.common.schema import Schema, parse_json
+from translution.planner.common import DISTRIBUTION, Provenance, Schema, parse_json
 
 from ..render.document import read_input
 from .run_accuracy import current_label

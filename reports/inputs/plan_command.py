@@ -5,12 +5,10 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from translution.planner.common.errors import InputError
-from translution.planner.config.loading import preset
-from translution.planner.config.model import ModelSpec, override
-from translution.planner.config.run_config import TrainingSpec
-from translution.planner.hardware.cluster import named_cluster
-from translution.planner.plans.plan import Plan
+from translution.planner.common import InputError
+from translution.planner.config import ModelSpec, TrainingSpec, override, preset
+from translution.planner.hardware import named_cluster
+from translution.planner.plans import Plan
 
 
 def _model_flags(model: ModelSpec) -> dict[str, object]:

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from translution.planner.common.phases import TRAINING_PHASES, Tier
-from translution.planner.memory.estimate import MemoryEstimate
-from translution.planner.memory.timeline import Timeline, make_timeline
-from translution.planner.plans.plan import Plan
-from translution.planner.simulator.core import Event
-from translution.planner.simulator.lifecycle import simulate
+from translution.planner.common import TRAINING_PHASES, Tier
+from translution.planner.memory import MemoryEstimate, Timeline, make_timeline
+from translution.planner.plans import Plan
+from translution.planner.simulator import Event, simulate
 
 _TIER_NAMES = {Tier.PINNED: "pinned host", Tier.NVME: "NVMe"}
 """Display names of tiers that differ from the tier's own name."""

@@ -9,14 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from translution.distributed.runs.folder import CHECKPOINT, METRICS, require_run, status_path
-from translution.distributed.runs.measurement import MemoryMeasurement, read_memory
-from translution.planner.common.errors import InputError
-from translution.planner.common.phases import Phase, Tier
-from translution.planner.memory.estimate import MemoryEstimate, estimate_memory
-from translution.planner.plans.folder import RUNS
-from translution.planner.plans.plan import Plan, load_plan
-from translution.planner.simulator.engine.base import OPTIMIZER_STATES
+from translution.distributed.runs import CHECKPOINT, METRICS, MemoryMeasurement, read_memory, require_run, status_path
+from translution.planner.common import InputError, Phase, Tier
+from translution.planner.memory import MemoryEstimate, estimate_memory
+from translution.planner.plans import RUNS, Plan, load_plan
+from translution.planner.simulator.engine import OPTIMIZER_STATES
 
 _COLUMNS = ("rank", "tier", "what", "predicted_bytes", "measured_bytes", "ratio")
 RESIDENT, SAVED, PROCESS_PREFIX = "between steps", "saved for backward", "process"

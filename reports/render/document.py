@@ -11,10 +11,15 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, TypeAdapter
 
-from translution.planner.common.errors import InputError
-from translution.planner.common.provenance import Provenance
-from translution.planner.common.schema import Schema, parse_json
-from translution.planner.common.units import format_bytes, format_count, format_flops
+from translution.planner.common import (
+    InputError,
+    Provenance,
+    Schema,
+    format_bytes,
+    format_count,
+    format_flops,
+    parse_json,
+)
 
 ColumnKind: TypeAlias = Literal[
     "text", "sentence", "code", "integer", "count", "bytes", "flops", "seconds", "ratio", "times", "share", "number",

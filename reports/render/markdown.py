@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 
-from translution.planner.common.provenance import Provenance
+from translution.planner.common import Provenance
 
 from . import vega
 from .document import TEXT_KINDS, CellValue, Column, ColumnKind, Document, Picture, Table, format_value

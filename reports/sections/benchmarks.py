@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from translution.planner.common.errors import InputError
+from translution.planner.common import InputError
 
 from ..inputs.benchmark_records import OperatorBenchmark, PlannerBenchmark, load_record
 from ..render.document import CellValue, Column, Section, SectionPart, Table

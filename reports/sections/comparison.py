@@ -8,9 +8,8 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from translution.planner.analysis.comparison import AXES, ComparisonRow, ScalePoint, Threshold
-from translution.planner.common.provenance import Provenance
-from translution.planner.common.units import GIB, format_bytes, format_count, format_flops
+from translution.planner.analysis import AXES, ComparisonRow, ScalePoint, Threshold
+from translution.planner.common import GIB, Provenance, format_bytes, format_count, format_flops
 
 from ..render.document import CellValue, Column, Picture, Section, SectionPart, Table
 from ..render.vega import COLOURS

@@ -9,10 +9,8 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from translution.distributed.experiments.runner import EXPERIMENT_RESULT, ExperimentResult, Summary
-from translution.planner.common.errors import InputError
-from translution.planner.common.schema import parse_json
-from translution.planner.common.units import format_count
+from translution.distributed.experiments import EXPERIMENT_RESULT, ExperimentResult, Summary
+from translution.planner.common import InputError, format_count, parse_json
 
 from ..render.document import CellValue, Column, Picture, Section, Table, read_input
 from ..render.vega import COLOURS, REST_COLOUR

@@ -15,8 +15,8 @@ from typing import Any
 
 import altair as alt
 
-from translution.planner.common.units import GIB, KIB, MIB, TIB, format_bytes
-from translution.planner.memory.timeline import Timeline, TimelinePoint
+from translution.planner.common import GIB, KIB, MIB, TIB, format_bytes
+from translution.planner.memory import Timeline, TimelinePoint
 
 from ..render.vega import COLOURS, REST_COLOUR
 

@@ -7,15 +7,12 @@ from typing import Any
 
 import altair as alt
 
-from translution.planner.analysis.estimate_model import OPERATOR_LABELS, operator_costs, with_operator
-from translution.planner.analysis.growth import PlanPoint, best_points
-from translution.planner.common.provenance import Provenance
-from translution.planner.common.units import GIB, format_bytes, format_count
-from translution.planner.config.model import OPERATORS, ModelSpec
-from translution.planner.config.run_config import TrainingSpec
-from translution.planner.costs.parameters import TABLES
-from translution.planner.hardware.cluster import ClusterSpec
-from translution.planner.simulator.network.ops import DtypeSizes
+from translution.planner.analysis import OPERATOR_LABELS, PlanPoint, best_points, operator_costs, with_operator
+from translution.planner.common import GIB, Provenance, format_bytes, format_count
+from translution.planner.config import OPERATORS, ModelSpec, TrainingSpec
+from translution.planner.costs import TABLES
+from translution.planner.hardware import ClusterSpec
+from translution.planner.simulator.network import DtypeSizes
 
 from ..render.document import CellValue, Column, Picture, Section, Table, format_value
 from ..render.vega import COLOURS

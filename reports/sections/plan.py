@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from translution.distributed.runs.folder import memory_path
-from translution.planner.common.phases import Tier
-from translution.planner.common.provenance import Provenance
-from translution.planner.common.units import format_bytes, format_count, format_flops
-from translution.planner.costs.parameters import TABLES, count_parameters
-from translution.planner.costs.workload import count_flops
-from translution.planner.plans.folder import RUNS
-from translution.planner.plans.plan import Plan, load_plan
+from translution.distributed.runs import memory_path
+from translution.planner.common import Provenance, Tier, format_bytes, format_count, format_flops
+from translution.planner.costs import TABLES, count_flops, count_parameters
+from translution.planner.plans import RUNS, Plan, load_plan
 
 from ..inputs.plan_command import plan_command
 from ..inputs.prediction import breakdown_rows, tier_name, timelines_of

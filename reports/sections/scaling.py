@@ -7,10 +7,9 @@ from typing import Any
 
 import altair as alt
 
-from translution.planner.analysis.growth import GROWTH_AXES, GrowthAxis, GrowthPoint, PlanPoint
-from translution.planner.common.provenance import Provenance
-from translution.planner.common.units import GIB, format_bytes
-from translution.planner.hardware.cluster import ClusterSpec
+from translution.planner.analysis import GROWTH_AXES, GrowthAxis, GrowthPoint, PlanPoint
+from translution.planner.common import GIB, Provenance, format_bytes
+from translution.planner.hardware import ClusterSpec
 
 from ..render.document import Column, Picture, Section, SectionPart, Table, format_value
 from ..render.vega import COLOURS

@@ -66,7 +66,31 @@ PUBLIC: dict[str, list[str]] = {
         "replace_attention",
         "tables_from_state_dict",
     ],
-    "translution.distributed": ["launch"],
+    "translution.distributed": [
+        "ExperimentResult",
+        "LaunchResult",
+        "LaunchTarget",
+        "RankStatus",
+        "RunMode",
+        "RunStatus",
+        "TokenMeta",
+        "find_experiment",
+        "launch",
+        "prepare_tokens",
+        "read_run_status",
+        "run_experiment",
+    ],
+    "translution.reports": [
+        "EXPERIMENT_FILE",
+        "EXPERIMENT_PICTURE",
+        "EXPERIMENT_TABLE",
+        "ReportFiles",
+        "ReportRequest",
+        "check_experiment_folder",
+        "write_comparison",
+        "write_experiment",
+        "write_report",
+    ],
 }
 
 

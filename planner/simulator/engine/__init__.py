@@ -1,1 +1,5 @@
 """Simulation of DeepSpeed's engine: what it allocates at each ZeRO stage."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

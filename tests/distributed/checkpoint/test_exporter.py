@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from translution.cli.main import run as run_cli
-from translution.distributed.checkpoint.export import ExportedFile, export, safetensors_header
+from translution.distributed.checkpoint.exporter import ExportedFile, export, safetensors_header
 from translution.models import build, load_network
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import parse_model_spec
@@ -95,7 +95,7 @@ def test_the_header_gives_the_position_of_every_tensor() -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from translution.distributed.checkpoint.export import PIECE_ELEMENTS, export
+from translution.distributed.checkpoint.exporter import PIECE_ELEMENTS, export
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

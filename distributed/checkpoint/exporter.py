@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from translution.models.networks import SPEC_KEY, empty_network
-from translution.planner.common.errors import InputError
-from translution.planner.common.schema import Schema
-from translution.planner.plans.plan import version
+from translution.planner.common import InputError, Schema
+from translution.planner.plans import version
 
 from ..runs.folder import CHECKPOINT, require_run
 from .manifest import newest_checkpoint

@@ -1,0 +1,1 @@
+from .tokenize import prepare_tokens as prepare_tokens

@@ -1,0 +1,1 @@
+from .launcher import launch as launch

@@ -1,0 +1,3 @@
+from .allocation_tracer import count_every_allocation as count_every_allocation
+from .allocation_tracer import trace_allocations as trace_allocations
+from .single_process import measure_passes as measure_passes

@@ -1,0 +1,2 @@
+from .rank_command import RankCommand as RankCommand
+from .target import LaunchTarget as LaunchTarget

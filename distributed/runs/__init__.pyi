@@ -1,0 +1,9 @@
+from .folder import CHECKPOINT as CHECKPOINT
+from .folder import METRICS as METRICS
+from .folder import memory_path as memory_path
+from .folder import require_run as require_run
+from .folder import status_path as status_path
+from .measurement import MemoryMeasurement as MemoryMeasurement
+from .measurement import read_memory as read_memory
+from .mode import RunMode as RunMode
+from .status import read_run_status as read_run_status

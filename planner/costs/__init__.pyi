@@ -1,0 +1,4 @@
+from .parameters import TABLES as TABLES
+from .parameters import count_parameters as count_parameters
+from .parameters import table_tiles as table_tiles
+from .workload import count_flops as count_flops

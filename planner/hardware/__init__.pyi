@@ -1,0 +1,16 @@
+from .catalog import Catalog as Catalog
+from .catalog import Figure as Figure
+from .catalog import GpuSpec as GpuSpec
+from .catalog import Level as Level
+from .catalog import NodeSpec as NodeSpec
+from .catalog import find_gpu as find_gpu
+from .catalog import load_catalog as load_catalog
+from .cluster import ClusterSpec as ClusterSpec
+from .cluster import MatmulRate as MatmulRate
+from .cluster import MeasuredRates as MeasuredRates
+from .cluster import Transfer as Transfer
+from .cluster import load_cluster as load_cluster
+from .cluster import local_cpu_cluster as local_cpu_cluster
+from .cluster import named_cluster as named_cluster
+from .device_overhead import DeviceOverhead as DeviceOverhead
+from .device_overhead import estimate_overhead as estimate_overhead

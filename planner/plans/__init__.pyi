@@ -1,0 +1,11 @@
+from .build import make_plan as make_plan
+from .defaults import choose_tile as choose_tile
+from .defaults import choose_zero as choose_zero
+from .folder import PORT as PORT
+from .folder import RUNS as RUNS
+from .folder import environment_variables as environment_variables
+from .folder import write_plan_folder as write_plan_folder
+from .plan import PLAN_FILE as PLAN_FILE
+from .plan import Plan as Plan
+from .plan import load_plan as load_plan
+from .plan import version as version

@@ -1,0 +1,2 @@
+from .core import Event as Event
+from .lifecycle import simulate as simulate

@@ -1,0 +1,4 @@
+from .model import MICRO_BATCHES as MICRO_BATCHES
+from .model import SimulatedNetwork as SimulatedNetwork
+from .model import replay as replay
+from .ops import DtypeSizes as DtypeSizes

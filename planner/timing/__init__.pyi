@@ -1,0 +1,2 @@
+from .step_time import RunCost as RunCost
+from .step_time import StepTime as StepTime

@@ -1,0 +1,9 @@
+from .builder import ReportFiles as ReportFiles
+from .builder import ReportRequest as ReportRequest
+from .builder import write_report as write_report
+from .result_files import EXPERIMENT_FILE as EXPERIMENT_FILE
+from .result_files import EXPERIMENT_PICTURE as EXPERIMENT_PICTURE
+from .result_files import EXPERIMENT_TABLE as EXPERIMENT_TABLE
+from .result_files import check_experiment_folder as check_experiment_folder
+from .result_files import write_comparison as write_comparison
+from .result_files import write_experiment as write_experiment

@@ -1,0 +1,1 @@
+from .experiment import experiment_cells as experiment_cells
