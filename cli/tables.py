@@ -100,7 +100,8 @@ def phase_table(title: str, prediction: MemoryEstimate) -> Table:
 def peak_tables(prediction: MemoryEstimate, tiers: tuple[Tier, ...] = ()) -> Iterator[Table]:
     """Yield one table per tier with the items of its highest peak."""
     for tier in tiers or prediction.tiers:
-        worst = max((peak for peak in prediction.peaks if peak.tier == tier), key=lambda peak: peak.bytes)
+        worst = prediction.worst(tier)
+        assert worst is not None  # `tiers` are those that hold anything.
         rows = [(entry.name, entry.formula, entry.source, format_bytes(entry.bytes)) for entry in worst.breakdown]
         where = f"{tier}: {format_bytes(worst.bytes)} in {worst.phase}, at {worst.site}"
         if tier == "device" and prediction.device_interval_bytes:

@@ -7,10 +7,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, TypeAdapter, model_validator
 
+from ..common.errors import InputError, nearest
 from ..common.schema import Schema, stored_as, validate
 from ..common.types import DTYPE_BYTES, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Precision, UnitFraction
 from ..hardware.cluster import ClusterSpec
@@ -179,6 +181,45 @@ def parse_training(fields: Mapping[str, object], what: str) -> TrainingSpec:
 
 
 OffloadDevice: TypeAlias = Literal["none", "cpu", "nvme"]
+
+
+class OffloadMode(StrEnum):
+    """What is offloaded from the device (nothing, the optimizer, or optimizer and parameters), and where to."""
+
+    NONE = "none"
+    CPU_OPTIMIZER = "cpu-optimizer"
+    CPU = "cpu"
+    NVME_OPTIMIZER = "nvme-optimizer"
+    NVME = "nvme"
+
+    @property
+    def optimizer_device(self) -> OffloadDevice:
+        """Device of the optimizer states: ``offload_optimizer.device`` of DeepSpeed."""
+        return "none" if self is OffloadMode.NONE else "nvme" if self.uses_nvme else "cpu"
+
+    @property
+    def param_device(self) -> OffloadDevice:
+        """Device of the parameters: ``offload_param.device`` of DeepSpeed."""
+        return "cpu" if self is OffloadMode.CPU else "nvme" if self is OffloadMode.NVME else "none"
+
+    @property
+    def uses_nvme(self) -> bool:
+        """True if anything is offloaded to NVMe."""
+        return self in (OffloadMode.NVME, OffloadMode.NVME_OPTIMIZER)
+
+    @classmethod
+    def parse(cls, text: str) -> OffloadMode:
+        """Return the mode of a name.
+
+        Raises:
+            InputError: for an unknown name.
+        """
+        try:
+            return cls(text)
+        except ValueError:
+            names = [mode.value for mode in cls]
+            allowed = f"{', '.join(names)}{nearest(text, names)}"
+            raise InputError(f"offload: {text!r} is not allowed: must be one of {allowed}") from None
 
 
 def _check_path(offload: OffloadOptimizer | OffloadParam) -> None:

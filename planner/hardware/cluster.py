@@ -252,11 +252,6 @@ def load_cluster(source: ClusterSpec | Mapping[str, object] | str | Path) -> Clu
     return named_cluster(str(source))
 
 
-def unbounded_cluster(ranks: int, gpu: str = "H100") -> ClusterSpec:
-    """One node of ``ranks`` GPUs with unlimited memory, to estimate memory before a cluster is chosen."""
-    return ClusterSpec(name="any", gpu=gpu, ranks_per_node=ranks, device_memory_bytes=2**60)
-
-
 Rate: TypeAlias = Annotated[float, Field(gt=0)]
 """Units per second."""
 Seconds: TypeAlias = Annotated[float, Field(ge=0)]

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from ..common.errors import DoesNotFitError, InputError, nearest
+from ..common.errors import DoesNotFitError, InputError
 from ..common.units import format_bytes
 from ..config.datasets import DIGITS, DIGITS_TRAINING_SAMPLES, check_kind
 from ..config.model import ModelSpec, VitSpec
-from ..config.run_config import RunConfig, TrainingSpec
+from ..config.run_config import OffloadMode, RunConfig, TrainingSpec
 from ..costs.parameters import table_entries
 from ..deepspeed.config import check_training_state
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import estimate_memory, gathered_floor_bytes
 from ..timing.step_time import estimate_step_time
-from .defaults import OFFLOAD, choose_tile, choose_zero, override_zero
+from .defaults import choose_tile, choose_zero, override_zero
 from .plan import Plan, version
 
 
@@ -39,7 +39,7 @@ def make_plan(
         training: how it trains.
         stage: the ZeRO stage.
         tile_relations: relations per tile; None chooses a size.
-        offload: offload mode, one of `OFFLOAD`.
+        offload: offload mode, one of `OffloadMode`.
         nvme_path: a folder on every node's NVMe drive, for the nvme modes.
         offload_ratio: fraction of the optimizer's sub-groups that are offloaded.
         zero_overrides: fields of `ZeroSpec` that replace the default knobs; a field of an offload section is written
@@ -51,9 +51,7 @@ def make_plan(
         DoesNotFitError: if the prediction exceeds the memory of a rank's device or of a node's host.
     """
     check_data(spec, training, training.global_batch(cluster.world_size))
-    if offload not in OFFLOAD:
-        allowed = ", ".join(OFFLOAD)
-        raise InputError(f"offload: {offload!r} is not allowed: must be one of {allowed}{nearest(offload, OFFLOAD)}")
+    OffloadMode.parse(offload)
     relations = table_entries(spec)
     if tile_relations is None:
         tile_relations = choose_tile(spec, cluster.world_size)

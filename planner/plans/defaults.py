@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from ..common.schema import validate
 from ..config.model import ModelSpec
-from ..config.run_config import OffloadDevice, ZeroSpec
+from ..config.run_config import OffloadMode, ZeroSpec
 from ..costs.parameters import TABLES, parameter_groups, table_entries
 from ..simulator.engine.coordinator import partitioned_numel
 
@@ -18,15 +18,6 @@ TILE_ELEMENTS = 2**26
 
 SUB_GROUP_ELEMENTS = 2**24
 """Elements of the largest default sub-group, which the optimizer updates at once."""
-
-OFFLOAD: dict[str, tuple[OffloadDevice, OffloadDevice]] = {
-    "none": ("none", "none"),
-    "cpu-optimizer": ("cpu", "none"),
-    "cpu": ("cpu", "cpu"),
-    "nvme-optimizer": ("nvme", "none"),
-    "nvme": ("nvme", "nvme"),
-}
-"""Offload modes: the devices of the optimizer states and of the parameters."""
 
 PARAM_BUFFERS = 3
 """Default number of buffers for parameters read from NVMe: two for a tile of logits, and one spare."""
@@ -75,7 +66,7 @@ def choose_zero(
         tile_relations: relations per tile; None keeps tables whole.
         stage: the ZeRO stage.
         world_size: number of ranks.
-        offload: offload mode, one of `OFFLOAD`.
+        offload: offload mode, one of `OffloadMode`.
         nvme_path: a folder on every node's NVMe drive, for the nvme modes.
         ratio: fraction of the sub-groups whose states are offloaded.
 
@@ -91,7 +82,8 @@ def choose_zero(
     # An eighth of a rank's share bounds the optimizer step's copies; above 16 Mi elements a
     # sub-group gains nothing, and below the largest tensor's share it cannot shrink.
     sub_group = max(largest_share, min(SUB_GROUP_ELEMENTS, share // 8))
-    optimizer, param = OFFLOAD[offload]
+    mode = OffloadMode.parse(offload)
+    optimizer, param = mode.optimizer_device, mode.param_device
     if param == "nvme":
         # DeepSpeed pins the full tensors of the largest sub-group, not a rank's partitions of them.
         sub_group = largest_share

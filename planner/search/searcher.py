@@ -13,7 +13,7 @@ from functools import lru_cache
 from ..common.errors import InputError
 from ..common.phases import Tier
 from ..config.model import ModelSpec
-from ..config.run_config import RunConfig, TrainingSpec, ZeroSpec
+from ..config.run_config import OffloadMode, RunConfig, TrainingSpec, ZeroSpec
 from ..costs.parameters import TABLES, parameter_groups
 from ..deepspeed.config import NVME_BLOCK_BYTES, check_training_state
 from ..hardware.cluster import ClusterSpec
@@ -290,9 +290,9 @@ def writes_to_nvme(spec: ModelSpec, tile: int | None, world_size: int, dtype_byt
 
     DeepSpeed writes no tensor below `NVME_BLOCK_BYTES` to NVMe.
     """
-    if "nvme" not in strategy.offload:
+    if not strategy.offload.uses_nvme:
         return True
-    bytes_each = dtype_bytes if strategy.offload == "nvme" else 4
+    bytes_each = dtype_bytes if strategy.offload is OffloadMode.NVME else 4
     sizes = [group.numel for group in parameter_groups(spec, tile) if group.component == TABLES]
     largest = max(sizes or [group.numel for group in parameter_groups(spec, tile)])
     return -(-largest // world_size) * bytes_each >= NVME_BLOCK_BYTES

@@ -11,14 +11,14 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field
 
-from ..common.errors import InputError, nearest
+from ..common.errors import InputError
 from ..common.schema import Schema, stored_as
 from ..common.types import Positive
 from ..config.model import ModelSpec
-from ..config.run_config import ZeroSpec, min_buffers
+from ..config.run_config import OffloadMode, ZeroSpec, min_buffers
 from ..costs.parameters import table_entries
 from ..hardware.cluster import ClusterSpec
-from ..plans.defaults import OFFLOAD, choose_tile, choose_zero, override_zero
+from ..plans.defaults import choose_tile, choose_zero, override_zero
 
 RATIOS = (0.25, 0.5, 0.75)
 """Offload ratios to try."""
@@ -28,7 +28,7 @@ class Strategy(NamedTuple):
     """A ZeRO stage with an offload mode."""
 
     stage: Stage
-    offload: str
+    offload: OffloadMode
     ratio: float = 1.0
 
     @property
@@ -51,21 +51,20 @@ def list_strategies(constraints: SearchConstraints, cluster: ClusterSpec) -> tup
     Raises:
         InputError: for an unknown offload mode.
     """
-    if constraints.offload is not None and constraints.offload not in OFFLOAD:
-        allowed, hint = ", ".join(OFFLOAD), nearest(constraints.offload, OFFLOAD)
-        raise InputError(f"offload: {constraints.offload!r} is not allowed: must be one of {allowed}{hint}")
-    every = [Strategy(0, "none")]
-    every += [Strategy(stage, offload) for stage in (1, 2) for offload in ("none", "cpu-optimizer")]
-    every += [Strategy(3, offload) for offload in OFFLOAD]
+    if constraints.offload is not None:
+        OffloadMode.parse(constraints.offload)
+    every = [Strategy(0, OffloadMode.NONE)]
+    every += [Strategy(stage, offload) for stage in (1, 2) for offload in (OffloadMode.NONE, OffloadMode.CPU_OPTIMIZER)]
+    every += [Strategy(3, offload) for offload in OffloadMode]
     ratios = RATIOS if constraints.offload_ratio in (None, 1.0) else (constraints.offload_ratio,)
-    every += [Strategy(3, "cpu-optimizer", ratio) for ratio in ratios]
+    every += [Strategy(3, OffloadMode.CPU_OPTIMIZER, ratio) for ratio in ratios]
     chosen, infeasible = [], {}
     for strategy in every:
         if constraints.stage not in (None, strategy.stage) or constraints.offload not in (None, strategy.offload):
             continue
         if constraints.offload_ratio not in (None, strategy.ratio):
             continue
-        if "nvme" in strategy.offload and constraints.nvme_path is None:
+        if strategy.offload.uses_nvme and constraints.nvme_path is None:
             if constraints.offload is None:
                 infeasible[strategy] = "no path on an NVMe drive was given (--nvme-path)"
                 continue
@@ -180,17 +179,17 @@ def knob_sets(
         streams: list[dict[str, Any]] = [{}]
         if on_gpu:
             streams.append({"overlap_comm": True})
-            if strategy.offload != "nvme":
+            if strategy.offload is not OffloadMode.NVME:
                 # DeepSpeed prefetches at least one full module, and no parameters that lie on NVMe.
                 streams += [
                     {"overlap_comm": True, "prefetch_bucket_elements": count * largest, "max_live_elements": live}
                     for count, live in ((1, 4 * largest), (2, 6 * largest))
                 ]
         swaps: list[dict[str, Any]] = [{}]
-        if "nvme" in strategy.offload:
+        if strategy.offload.uses_nvme:
             swaps += [_swap(base, read=True, write=False), _swap(base, read=True, write=True)]
         larger: list[dict[str, Any]] = [{}, {"reduce_bucket_elements": 4 * largest}]
-        if strategy.offload != "nvme":
+        if strategy.offload is not OffloadMode.NVME:
             larger.append(larger[1] | {"sub_group_elements": 4 * base.sub_group_elements})
         changes += [stream | swap | more for stream in streams for swap in swaps for more in larger]
     fixed = {name.partition(".")[0] for name in constraints.zero_overrides}

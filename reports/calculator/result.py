@@ -183,7 +183,8 @@ def _capacity(tier: Tier, cluster: ClusterSpec) -> int | None:
 def _tiers(prediction: MemoryEstimate, cluster: ClusterSpec) -> tuple[TierUse, ...]:
     uses = []
     for tier in prediction.tiers:
-        worst = max((peak for peak in prediction.peaks if peak.tier == tier), key=lambda peak: peak.bytes)
+        worst = prediction.worst(tier)
+        assert worst is not None  # `tiers` are those that hold anything.
         low, high = (prediction.device_interval_bytes or (None, None)) if tier == "device" else (None, None)
         uses.append(
             TierUse(

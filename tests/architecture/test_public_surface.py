@@ -27,6 +27,7 @@ PUBLIC: dict[str, list[str]] = {
         "ModelCosts",
         "ModelSpec",
         "NoPlanFits",
+        "OffloadMode",
         "OperatorCosts",
         "Phase",
         "PhasePeak",

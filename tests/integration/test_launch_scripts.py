@@ -19,7 +19,7 @@ from translution.planner.config.loading import preset
 from translution.planner.config.run_config import OffloadOptimizer, TrainingSpec, ZeroSpec
 from translution.planner.hardware.cluster import load_cluster, local_cpu_cluster
 from translution.planner.plans.build import make_plan
-from translution.planner.plans.defaults import OFFLOAD, choose_tile, choose_zero
+from translution.planner.plans.defaults import choose_tile, choose_zero
 from translution.planner.plans.folder import environment_variables, hostfile, launch_files, write_plan_folder
 from translution.planner.search.space import SearchConstraints, knob_sets, list_strategies
 
@@ -50,7 +50,7 @@ def test_deepspeed_reads_the_config_of_every_knob_set_and_strategy(cluster: str)
                 assert read.prefetch_bucket_size == knob_set.zero.prefetch_bucket_elements
                 assert read.sub_group_size == knob_set.zero.sub_group_elements
                 assert read.max_reuse_distance == 0
-            optimizer, param = OFFLOAD[strategy.offload]
+            optimizer, param = strategy.offload.optimizer_device, strategy.offload.param_device
             assert (read.offload_optimizer is None) == (optimizer == "none")
             assert (read.offload_param is None) == (param == "none")
             if optimizer == "cpu" and strategy.stage == 3:
