@@ -88,6 +88,7 @@ PUBLIC: dict[str, list[str]] = {
         "ReportFiles",
         "ReportRequest",
         "check_experiment_folder",
+        "load_document",
         "write_comparison",
         "write_experiment",
         "write_report",
