@@ -1,4 +1,6 @@
 from .parameters import TABLES as TABLES
 from .parameters import count_parameters as count_parameters
+from .parameters import operator_groups as operator_groups
+from .parameters import sum_parameters as sum_parameters
 from .parameters import table_tiles as table_tiles
 from .workload import count_flops as count_flops
