@@ -61,7 +61,7 @@ SetOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="fp32, or bf16 with an fp32 master copy.")]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="fp32, or bf16 or fp16 with an fp32 master copy.")]
 StageOption = Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.")]
 TileOption = Annotated[int | None, typer.Option(help="Relations per tile of a table; chosen by default.")]
 OffloadOption = Annotated[

@@ -1,4 +1,4 @@
-"""Saves and loads checkpoints: a checkpoint is complete or absent, and a resumed run is bitwise the same.
+"""Saves checkpoints atomically and loads them; a resumed run is bitwise identical.
 
     checkpoint/step_N/              the files of DeepSpeed 0.19.8, one set per rank
     checkpoint/step_N/plan.json     the plan with which it was saved: ranks, stage, offload, tiles
@@ -41,7 +41,7 @@ class CheckpointError(TranslutionError):
 
 
 def save_checkpoint(engine: Any, folder: Path, step: int, plan: Plan, *, tag: str | None = None) -> None:
-    """Save a complete checkpoint or none; called on every rank.
+    """Save a checkpoint atomically. Collective: every rank must call it.
 
     Args:
         engine: DeepSpeed's engine.

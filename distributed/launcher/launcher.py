@@ -86,7 +86,7 @@ def launch(
         target: the machines that run the ranks.
         mode: what the ranks do, unless a run is resumed.
         resume: resume the run from its newest checkpoint.
-        force: start even if preflight finds too little memory or disk space.
+        force: start even if preflight finds a problem.
         dry_run: only find out what would be started.
         on_metrics: called with each line of the metrics file.
         on_message: called with a line of text before each slow step, and for each check that failed.

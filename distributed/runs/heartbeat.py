@@ -24,7 +24,7 @@ from ..system.signals import StopRequest
 HEARTBEAT, STOP_REQUEST = "beat", "stop"
 """Names of the control files."""
 FOLLOW_HEARTBEAT = "TRANSLUTION_FOLLOW_HEARTBEAT"
-"""Environment variable of ranks that must end when the heartbeat of their run folder stops."""
+"""Environment variable that is set for ranks that must exit when the heartbeat in their run folder stops."""
 SILENT_SECONDS = 60.0
 """Seconds without a change of the heartbeat after which the launcher counts as dead."""
 _HEARTBEAT_SECONDS = 2.0

@@ -1,4 +1,4 @@
-"""A rank watches its launcher, and ends when the launcher dies."""
+"""A rank watches its launcher's process and exits when it dies; heartbeat.py does the same across hosts."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ MEASURED_STEP = 3
 
 
 def is_due(step: int, interval: int) -> bool:
-    """True if what happens every `interval` steps happens after this one; an interval of 0 means never."""
+    """True if an action that is due every `interval` steps is due after this step; an interval of 0 means never."""
     return interval > 0 and step % interval == 0
 
 

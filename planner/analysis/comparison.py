@@ -106,8 +106,8 @@ class ScalePoint(Schema):
 
 def state_bytes_per_parameter(training: TrainingSpec) -> int:
     """Bytes per parameter of the parameter, accumulated gradient, master copy and moments."""
-    wide, site = widths(training)
-    return training.dtype_bytes + DTYPE_BYTES[training.accumulation_dtype] + wide + site * state_tensors(training)
+    wide, moment = widths(training)
+    return training.dtype_bytes + DTYPE_BYTES[training.accumulation_dtype] + wide + moment * state_tensors(training)
 
 
 def compared_models(

@@ -145,7 +145,7 @@ def best_points(spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -
 
 
 def _sizes(spec: ModelSpec, axis: Axis, factors: Sequence[float]) -> list[int]:
-    """Steps along an axis, as `compare.scaled` takes them."""
+    """Steps along an axis, as `comparison.scaled` takes them."""
     own = {
         "width": spec.heads,
         "depth": spec.depth,

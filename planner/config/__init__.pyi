@@ -1,7 +1,7 @@
 from .datasets import BYTES_VOCABULARY as BYTES_VOCABULARY
 from .datasets import DIGITS_CLASSES as DIGITS_CLASSES
-from .datasets import DataKind as DataKind
 from .datasets import PLACED_DIGITS as PLACED_DIGITS
+from .datasets import DataKind as DataKind
 from .datasets import check_kind as check_kind
 from .datasets import digit_size as digit_size
 from .geometry import RelationGeometry as RelationGeometry
@@ -12,9 +12,9 @@ from .loading import load_model as load_model
 from .loading import preset as preset
 from .loading import preset_name as preset_name
 from .model import DEFAULT_WORKSPACE_BYTES as DEFAULT_WORKSPACE_BYTES
+from .model import OPERATORS as OPERATORS
 from .model import GptSpec as GptSpec
 from .model import ModelSpec as ModelSpec
-from .model import OPERATORS as OPERATORS
 from .model import Operator as Operator
 from .model import VitSpec as VitSpec
 from .model import canonical_roles as canonical_roles

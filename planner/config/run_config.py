@@ -73,7 +73,7 @@ class TrainingSpec(Schema):
     keep_checkpoints: Positive = 2
     """Number of newest checkpoints that are kept."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """UnitFraction of a target that is spread evenly over all classes, or over the vocabulary."""
+    """Fraction of a target that is spread evenly over all classes, or over the vocabulary."""
     crop_padding: NonNegative = 0
     """Zero pixels added to every side of an image before a random crop of the original size; 0 disables it."""
     crop_scale: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -36,13 +36,6 @@ from ..simulator.network.relation_shape import Implementation
 BOOKKEEPING = "bookkeeping"
 BOOKKEEPING_BYTES = 2**16
 """Upper bound of scalars, step counters and the sample order, measured on CPU ranks of small runs."""
-__all__ = [
-    "BreakdownItem",
-    "MemoryEstimate",
-    "PhasePeak",
-    "estimate_memory",
-    "gathered_floor_bytes",
-]  # fmt: skip
 
 
 class BreakdownItem(Schema):
@@ -201,7 +194,7 @@ def estimate_memory(run: RunConfig, rank: int | None = None) -> MemoryEstimate:
 
 
 def gathered_floor_bytes(spec: ModelSpec, training: TrainingSpec, tile_relations: int | None) -> int:
-    """Device bytes that ZeRO-3 needs at least, however many ranks share the model.
+    """Lower bound of the device bytes of a ZeRO-3 rank, independent of the world size.
 
     The largest module is gathered in full, with its full gradients. A tile of logits holds the matrices of queries
     and of keys.
@@ -224,41 +217,41 @@ _FIXED: dict[str, tuple[str, str]] = {
         "outputs that are in use or saved for backward, layer by layer",
         "planner/simulator/network/block.py",
     ),
-    GRADIENTS: ("gradients of activations on their way back", "planner/simulator/core.py"),
+    GRADIENTS: ("gradients of activations during backward", "planner/simulator/core.py"),
     ATTENTION_WEIGHTS: ("weights of every pair of tokens, B·h·N² a layer, and their logits", "models/ops/grouped.py"),
     WORKSPACE: ("rows of one relation's pairs and their products, bounded by workspace_bytes", "models/ops/context.py"),
-    TEMPORARY: ("what one operation makes and drops", "planner/simulator/network/ops.py"),
+    TEMPORARY: ("tensors that live during one operation only", "planner/simulator/network/ops.py"),
     CASTS: ("parameters as products take them, held by autocast or saved for backward", "torch.autocast"),
     MICRO_BATCHES: ("inputs and targets of the step's micro-batches", "distributed/data/batching.py"),
-    OFFLOADED: ("inputs of checkpointed blocks, kept on the host", "fairscale nn/checkpoint"),
-    "random states": ("of torch's generator, kept by each checkpointed block", "torch/utils/checkpoint.py"),
+    OFFLOADED: ("inputs of checkpointed blocks, saved on the host", "fairscale nn/checkpoint"),
+    "random states": ("states of torch's generator, saved by each checkpointed block", "torch/utils/checkpoint.py"),
     names.BUFFERS: ("cosines and sines of rotary layers; index lists of pairs on a GPU", "models/ops/rotary.py"),
-    names.GATHERED: ("parameters of the modules that run, whole", f"{_PARTITION}:1329"),
-    names.GATHER_COPIES: ("a rank's shares on their way to the gather", f"{_PARTITION}:1329"),
+    names.GATHERED: ("full parameters of the modules that run", f"{_PARTITION}:1329"),
+    names.GATHER_COPIES: ("a rank's partitions, copied before the gather", f"{_PARTITION}:1329"),
     names.BACKEND_COPIES: (
         "gloo reduces and gathers in tensors of its own; nothing on a GPU",
         "c10d, ProcessGroupGloo",
     ),
-    names.NORM: ("a share of a gradient in fp64, to be squared", f"{_ZERO3}:1960"),
-    names.STAGING: ("copies on the way between host and device", "runtime/zero/utils.py:205"),
+    names.NORM: ("a partition of a gradient in fp64, to be squared", f"{_ZERO3}:1960"),
+    names.STAGING: ("copies between host and device", "runtime/zero/utils.py:205"),
     names.OPTIMIZER_SWAP_BUFFERS: (
         "buffer_count · the largest sub-group in fp32, aligned",
         f"{_SWAP}/optimizer_utils.py:185",
     ),
     names.PARAM_SWAP_BUFFERS: ("buffer_count · buffer_size, aligned", f"{_SWAP}/partitioned_param_swapper.py:104"),
-    names.SUB_GROUP_BUFFER: ("the largest sub-group's whole tensors, for all ranks' shares", f"{_ZERO3}:1009"),
+    names.SUB_GROUP_BUFFER: ("the full tensors of the largest sub-group, all ranks' partitions", f"{_ZERO3}:1009"),
     names.STREAMS: ("two gathers and two reductions that wait for another stream; an upper bound", f"{_ZERO3}:462"),
-    names.FIRST_COPIES: ("pinned shares that the flat buffer replaced, kept by the allocator", f"{_ZERO3}:906"),
-    names.LOADED: ("a rank's own file, read whole", "runtime/engine.py:4816"),
+    names.FIRST_COPIES: ("pinned partitions that the flat buffer replaced, held by the allocator", f"{_ZERO3}:906"),
+    names.LOADED: ("the complete file of a rank", "runtime/engine.py:4816"),
 }
 
 
 def describe_item(name: str, config: EngineConfig) -> tuple[str, str]:
-    """Formula in words and source of an entry.
+    """Return the formula in words and the source of a breakdown item.
 
     Args:
-        name: of the entry.
-        setting: stage, dtypes and knobs, which formulas mention.
+        name: name of the item.
+        config: stage, dtypes and knobs, which formulas mention.
     """
     if name in _FIXED:
         return _FIXED[name]
@@ -266,11 +259,11 @@ def describe_item(name: str, config: EngineConfig) -> tuple[str, str]:
     optimizer = _ZERO3 if zero.stage == 3 else _ZERO12
 
     def shared(stage: int) -> str:
-        return "1/ranks of each tensor, padded" if zero.stage >= stage else "whole"
+        return "1/ranks of each tensor, padded" if zero.stage >= stage else "full"
 
     texts = {
         names.PARAMETERS: (f"{training.precision}, {shared(3)}", f"{_ZERO3}:906"),
-        names.PERSISTENT: ("tensors up to the persistence threshold stay whole", _PARTITION),
+        names.PERSISTENT: ("tensors up to the persistence threshold stay full", _PARTITION),
         names.MASTER_PARAMETERS: (f"{training.master_dtype} copy, {shared(1)}", f"{optimizer}:1162"),
         names.OPTIMIZER_STATES: (
             f"{training.states_dtype} {state_name(training)} of {training.optimizer}, {shared(1)}",
@@ -281,12 +274,12 @@ def describe_item(name: str, config: EngineConfig) -> tuple[str, str]:
         names.BUCKET: (f"reduce_bucket_size in {training.precision}", f"{optimizer}:780"),
         WEIGHT_GRADIENTS: (f"{training.precision} gradients of parameters that are not yet reduced", "torch autograd"),
         names.REDUCE_COPIES: (
-            "gradients side by side as they are reduced, and casts",
+            "contiguous copies of gradients while they are reduced, and casts",
             "runtime/comm/coalesced_collectives.py:102",
         ),
         names.OPTIMIZER_TEMPORARIES: (f"tensors that {training.optimizer} makes to update a sub-group", "torch/optim"),
         names.CONSTRUCTION_TENSORS: (
-            "tensors in fp32 as they are made, and copies that become states",
+            "tensors in fp32 while the model is built, and copies that become states",
             f"{_PARTITION}:266",
         ),
         names.OFFLOAD_COPIES: ("the share of parameters, and the largest gradient twice", f"{_ZERO12}:700"),

@@ -1,4 +1,4 @@
-"""Advice where no plan fits, cheapest fix first: more nodes, host memory or NVMe, a smaller input, a hybrid model."""
+"""Advice where no plan fits, cheapest fix first: a smaller tile, host memory or NVMe, nodes, input, width, a hybrid."""
 
 from __future__ import annotations
 
@@ -266,8 +266,8 @@ class FixAdvisor:
         spec = self.spec
 
         def changes(layers: int) -> dict[str, object]:
-            world_size: dict[str, object] = {} if rank is None else {"c1": rank, "c2": rank}
-            return {"relative_layers": f"first:{layers}", "other_layers": rest, **world_size}
+            low_ranks: dict[str, object] = {} if rank is None else {"c1": rank, "c2": rank}
+            return {"relative_layers": f"first:{layers}", "other_layers": rest, **low_ranks}
 
         try:
             layers = largest_that_fits(lambda count: self._fits(override(spec, **changes(count))), 1, spec.depth - 1)

@@ -202,7 +202,7 @@ class SearchResult(Schema):
 
 
 def shortage(candidate: Candidate, capacity: Capacity) -> str:
-    """Say which memory a candidate overflows, by how much, and what takes most of it, by the upper bound."""
+    """Describe which memory a candidate exceeds, by how much, and what takes most of it, by the upper bound."""
     bounds, ranks = candidate.bounds, candidate.run.cluster.ranks_per_node
     device, host = capacity.device_of(bounds), capacity.host_of(bounds)
     if device > capacity.device:

@@ -39,7 +39,7 @@ from .space import (
 REPLAY_TOLERANCE = 1.25
 """Highest utilization by the upper bound at which a simulation may still fit: bounds are at most 25% too high."""
 REPLAYS = 4
-"""Simulations of candidates that the upper bound rejects; each takes up to some hundredths of a second."""
+"""Maximum number of simulations of candidates that the upper bound rejects; each takes some hundredths of a second."""
 
 
 class Searcher:

@@ -1,4 +1,4 @@
-"""The user's choice in the calculator: model, cluster and training, and its conversion to the planner's input."""
+"""The calculator's form values, which are the URL's query parameters, and their conversion to the planner's input."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _form_field(name: str) -> str:
 
 
 def parse_choice(pairs: Iterable[tuple[str, str]]) -> Choice:
-    """Return the choice of a query; empty values are ignored, because forms send them.
+    """Parse the URL's query parameters into a `Choice`; empty values are ignored, because forms send them.
 
     Raises:
         ChoiceError: if a field is invalid; names the first one, its value and what is allowed.
