@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from ..common.types import DTYPE_BYTES
 from ..common.units import FP32_BYTES
 from ..config.model import ModelSpec
-from ..config.run_config import RunConfig, TrainingSpec, ZeroSpec
-from ..costs.parameters import TABLES, parameter_groups, state_tensors, temporary_tensors, widths
+from ..config.run_config import RunConfig
+from ..costs.parameters import TABLES, parameter_groups, temporary_tensors
 from ..costs.workload import Volumes, volumes
 from ..deepspeed.config import NVME_BLOCK_BYTES
 from ..simulator.core import MemoryTracker, next_power_of_two
-from ..simulator.engine.base import NORM_BYTES, SIMULATED_MICRO_BATCHES
+from ..simulator.engine.base import NORM_BYTES, SIMULATED_MICRO_BATCHES, EngineConfig
 from ..simulator.engine.coordinator import ALIGNMENT_BYTES, ceil_div
 from ..simulator.engine.stage3 import NORM_ELEMENTS
 from ..simulator.network.model import MICRO_BATCHES, SimulatedNetwork, replay, sample_bytes
@@ -57,11 +56,10 @@ class MemoryUpperBound:
         return self
 
 
-@dataclass(frozen=True, slots=True)
-class _Terms:
-    """The run that is bounded, and the sizes that several terms need."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Terms(EngineConfig):
+    """The engine configuration that is bounded, and the sizes that several terms need."""
 
-    run: RunConfig
     volumes: Volumes
     module: int
     """Elements of the largest group of parameters that is gathered together."""
@@ -69,34 +67,6 @@ class _Terms:
     """Elements of the largest tensor."""
     activations: tuple[int, int]
     """Bytes of a micro-batch's activations on the device and on the host."""
-
-    @property
-    def zero(self) -> ZeroSpec:
-        return self.run.zero
-
-    @property
-    def training(self) -> TrainingSpec:
-        return self.run.training
-
-    @property
-    def world_size(self) -> int:
-        return self.run.world_size
-
-    @property
-    def width(self) -> int:
-        return self.training.dtype_bytes
-
-    @property
-    def wide(self) -> int:
-        return widths(self.training)[0]
-
-    @property
-    def state(self) -> int:
-        return widths(self.training)[1] * state_tensors(self.training)
-
-    @property
-    def accumulated(self) -> int:
-        return DTYPE_BYTES[self.training.accumulation_dtype]
 
     @property
     def on_cpu(self) -> bool:
@@ -207,7 +177,8 @@ def bound_memory(run: RunConfig) -> MemoryUpperBound:
         on_host + samples * training.gradient_accumulation_steps,
     )
     v = volumes(model, run.tile_relations, run.world_size, zero.persistence_threshold_elements)
-    terms = _Terms(run, v, *_modules(model, run.tile_relations), activations)
+    module, largest = _modules(model, run.tile_relations)
+    terms = _Terms(run, volumes=v, module=module, largest=largest, activations=activations)
     bounds = MemoryUpperBound(activations=activations[0], host=activations[1])
     if zero.stage == 0:
         return _stage_0(terms, bounds)
@@ -243,19 +214,19 @@ def _parameters(terms: _Terms, bounds: MemoryUpperBound) -> None:
 
 def _states(terms: _Terms, bounds: MemoryUpperBound) -> None:
     """Master copy, moments, accumulated gradients and the step's gradients, on their tiers."""
-    wide, share, staying, optimizer = terms.wide, terms.share, terms.staying, terms.zero.offload_optimizer
-    held, group = terms.wide + terms.state, terms.group
+    wide, share, staying, optimizer = terms.master_width, terms.share, terms.staying, terms.zero.offload_optimizer
+    held, group = terms.master_width + terms.state_width, terms.group
     if not terms.offloaded:
-        bounds.device += share * (held + terms.accumulated)
+        bounds.device += share * (held + terms.accumulation_width)
         bounds.add_transient(share * held)
         bounds.add_transient(0 if terms.on_cpu else group * FP32_BYTES)
         return
-    accumulated, steps = share * terms.accumulated, share * wide
+    accumulated, steps = share * terms.accumulation_width, share * wide
     if optimizer.device == "nvme":
         bounds.pinned += optimizer.buffer_count * (group * FP32_BYTES + ALIGNMENT_BYTES)
         bounds.nvme += share * (held + FP32_BYTES)
         bounds.host += accumulated
-        bounds.add_transient(group * max(terms.state, terms.width + wide))
+        bounds.add_transient(group * max(terms.state_width, terms.width + wide))
         # Tensors too small for a file stay: small gradients on the device, small sub-groups on the host.
         times = min(terms.training.gradient_accumulation_steps, SIMULATED_MICRO_BATCHES)
         bounds.device += terms.volumes.small[1] * wide * times
@@ -273,7 +244,7 @@ def _states(terms: _Terms, bounds: MemoryUpperBound) -> None:
     # The part that stays on the device is rounded down to whole sub-groups.
     away = share if optimizer.ratio == 1 else min(share, round(share * optimizer.ratio) + group)
     bounds.host += away * held
-    bounds.add_transient(share * held - (0 if optimizer.ratio < 1 else share * terms.state))
+    bounds.add_transient(share * held - (0 if optimizer.ratio < 1 else share * terms.state_width))
     bounds.add_transient(group * (terms.width + wide))
 
 
@@ -289,7 +260,7 @@ def _running(terms: _Terms) -> int:
     # The two tensors of a tile of logits are gathered into one buffer and copied out of it.
     coordinator = (module + (module if terms.on_cpu else ceil_div(module, world_size))) * width
     reduced = max(zero.reduce_bucket_elements, terms.largest)
-    share = ceil_div(reduced, world_size) * (terms.accumulated + terms.wide)
+    share = ceil_div(reduced, world_size) * (terms.accumulation_width + terms.master_width)
     share += min(ceil_div(terms.largest, world_size), NORM_ELEMENTS) * NORM_BYTES if terms.offloaded else 0
     reducing = module * width + reduced * width * (2 if terms.on_cpu else 1) + share
     return terms.activations[0] + whole + max(coordinator, reducing)
@@ -298,27 +269,27 @@ def _running(terms: _Terms) -> int:
 def _updating(terms: _Terms) -> int:
     """The update of a sub-group, or the construction of a module, whichever is larger."""
     temporary = temporary_tensors(terms.training, offloaded=terms.offloaded and terms.zero.offload_optimizer.ratio == 1)
-    gradients = 0 if terms.offloaded else terms.accumulated + terms.wide
-    update = terms.group * (temporary * terms.wide + gradients)
+    gradients = 0 if terms.offloaded else terms.accumulation_width + terms.master_width
+    update = terms.group * (temporary * terms.master_width + gradients)
     update += ceil_div(terms.largest, terms.world_size) * NORM_BYTES
     return max(update, terms.largest * FP32_BYTES + terms.module * terms.width)
 
 
 def _stage_0(terms: _Terms, bounds: MemoryUpperBound) -> MemoryUpperBound:
-    elements, width, wide = terms.volumes.elements, terms.width, terms.wide
+    elements, width, wide = terms.volumes.elements, terms.width, terms.master_width
     master = wide if width != wide else 0
     temporary = temporary_tensors(terms.training, offloaded=False, one_by_one=True)
-    bounds.device += elements * (width + master + terms.state)
+    bounds.device += elements * (width + master + terms.state_width)
     gradients = elements * width
     reducing = terms.activations[0] + 2 * gradients
     updating = gradients + elements * wide + temporary * terms.largest * wide if master else gradients
-    bounds.add_transient(elements * max(FP32_BYTES + width, width + wide + terms.state))
+    bounds.add_transient(elements * max(FP32_BYTES + width, width + wide + terms.state_width))
     return bounds.close(max(reducing, updating + temporary * terms.largest * wide), on_cpu=terms.on_cpu)
 
 
 def _stages_1_and_2(terms: _Terms, bounds: MemoryUpperBound) -> MemoryUpperBound:
     zero, training, world_size, largest = terms.zero, terms.training, terms.world_size, terms.largest
-    width, wide, elements = terms.width, terms.wide, terms.volumes.elements
+    width, wide, elements = terms.width, terms.master_width, terms.volumes.elements
     share = ceil_div(elements, 2 * world_size) * 2
     # Elements of all parameters that the rank owns at least a part of.
     own = min(elements, share + 2 * largest)
@@ -329,17 +300,17 @@ def _stages_1_and_2(terms: _Terms, bounds: MemoryUpperBound) -> MemoryUpperBound
     if terms.offloaded:
         pieces = [share * wide, share * wide, share * width, largest * width, own * width * several]
         bounds.pinned += sum(map(next_power_of_two, pieces)) if terms.locks else 0
-        bounds.host += share * terms.state + (0 if terms.locks else sum(pieces))
+        bounds.host += share * terms.state_width + (0 if terms.locks else sum(pieces))
         bounds.device += largest * width
         parts, update = largest * NORM_BYTES, 0
         bounds.add_transient(2 * share * wide)
     else:
         temporary = temporary_tensors(training, offloaded=False)
-        bounds.device += share * (wide + terms.state)
-        added = terms.accumulated if several or terms.accumulated != width else 0
+        bounds.device += share * (wide + terms.state_width)
+        added = terms.accumulation_width if several or terms.accumulation_width != width else 0
         parts = own * (width + added)
-        update = share * (terms.accumulated + wide + temporary * wide)
-        bounds.add_transient(share * (2 * wide + terms.state))
+        update = share * (terms.accumulation_width + wide + temporary * wide)
+        bounds.add_transient(share * (2 * wide + terms.state_width))
     gathered = world_size * share * width if terms.on_cpu else 0
     worst = max(terms.activations[0] + gradients + bucket + parts, parts + update, gathered, share * (width + wide))
     # The full model is built on the host before anything else exists.
