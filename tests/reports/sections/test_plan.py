@@ -202,7 +202,7 @@ def test_missing_package_is_named_with_its_install_command(
     tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan_folder(tmp_path / "plan")
-    for name in [name for name in sys.modules if name.startswith("translution.reports.")]:
+    for name in [name for name in sys.modules if name.startswith("translution.reports")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "altair", None)
     assert run(["report", str(tmp_path / "plan"), "--out", str(tmp_path / "x.html")]) == 2
