@@ -19,9 +19,13 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import api_pages  # noqa: E402 -- MkDocs runs hooks by path, without their folder in sys.path
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Link the packages under their installed names for griffe, and add the reference to the navigation."""
+def on_startup(**_: object) -> None:
+    """Link the packages under their installed names, before mkdocstrings looks for the folder of links."""
     api_pages.link_packages(ROOT / "build" / "packages")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add the API reference to the navigation."""
     assert config.nav is not None
     config.nav.append({"API reference": api_pages.navigation()})
     return config
