@@ -1,4 +1,7 @@
-"""The commands, one module each: the signature with its help and examples, and a thin body that prints the result."""
+"""The commands, one module each, in folders by use.
+
+A module has the signature with its help and examples, and a thin body that prints the result.
+"""
 
 from __future__ import annotations
 

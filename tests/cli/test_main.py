@@ -101,9 +101,10 @@ def test_bad_input_is_a_one_line_error_and_writes_nothing(
 def test_every_module_of_a_command_has_its_commands(capsys: Captured) -> None:
     program = typer.main.get_command(full_app())
     assert list(program.commands) == list(MODULES)
-    modules = {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - {"__init__"}
+    folder = Path(commands.__file__).parent
+    modules = {f"{path.parent.name}.{path.stem}" for path in folder.glob("*/*.py") if path.stem != "__init__"}
     assert modules == set(MODULES.values())
-    assert all(MODULES[name] == name for name, command in program.commands.items() if not command.hidden)
+    assert all(MODULES[name].endswith(f".{name}") for name, command in program.commands.items() if not command.hidden)
 
 
 def test_a_command_imports_no_other_command() -> None:
@@ -112,7 +113,7 @@ def test_a_command_imports_no_other_command() -> None:
         "print(*sorted(name for name in sys.modules if name.startswith('translution.cli.commands.')), file=sys.stderr)"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stderr.split() == ["translution.cli.commands.clusters"]
+    assert result.stderr.split() == ["translution.cli.commands.planning", "translution.cli.commands.planning.clusters"]
 
 
 def test_an_unknown_key_of_training_is_an_error_with_the_nearest_name(capsys: Captured) -> None:

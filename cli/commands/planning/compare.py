@@ -12,10 +12,10 @@ from translution import planner
 from translution.planner.analysis import ALPHA_RANKS
 from translution.planner.common import InputError, format_bytes, format_count, format_flops
 
-from ..extras import requires_extra
-from ..options import JsonOption
-from ..output import console, make_table, print_json
-from . import app
+from ...extras import requires_extra
+from ...options import JsonOption
+from ...output import console, make_table, print_json
+from .. import app
 
 FORMATS = (".md", ".csv", ".json", ".png", ".svg")
 

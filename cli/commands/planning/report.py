@@ -9,10 +9,10 @@ import typer
 
 from translution.planner.common import format_bytes
 
-from ..extras import requires_extra
-from ..options import JsonOption
-from ..output import print_json
-from . import app
+from ...extras import requires_extra
+from ...options import JsonOption
+from ...output import print_json
+from .. import app
 
 
 @app.command(

@@ -11,10 +11,10 @@ import typer
 from translution.distributed.verification import read_rehearsal
 from translution.planner.common import format_bytes
 
-from ..extras import requires_extra
-from ..options import JsonOption
-from ..output import console, make_table, print_json
-from . import app
+from ...extras import requires_extra
+from ...options import JsonOption
+from ...output import console, make_table, print_json
+from .. import app
 from .rehearse import print_rehearsal
 
 

@@ -14,8 +14,8 @@ from translution import planner
 from translution.planner.config import parse_training
 from translution.planner.search import Stage
 
-from ..extras import requires_extra
-from ..options import (
+from ...extras import requires_extra
+from ...options import (
     JsonOption,
     MicroBatchOption,
     NvmePathOption,
@@ -28,7 +28,7 @@ from ..options import (
     TrainOption,
     ZeroOption,
 )
-from . import app
+from .. import app
 from .verify import print_verification
 
 

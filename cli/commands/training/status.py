@@ -9,9 +9,9 @@ import typer
 
 from translution.distributed.runs import read_run_status
 
-from ..options import JsonOption
-from ..output import print_json
-from . import app
+from ...options import JsonOption
+from ...output import print_json
+from .. import app
 
 
 @app.command("status", epilog="Example: **translution status plans/small/runs/001**")

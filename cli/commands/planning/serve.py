@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ..extras import requires_extra
-from ..output import note
-from . import app
+from ...extras import requires_extra
+from ...output import note
+from .. import app
 
 
 @app.command(

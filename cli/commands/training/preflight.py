@@ -10,7 +10,7 @@ import typer
 from translution.distributed.preflight import compile_plan_ops, preflight
 from translution.distributed.remote import LaunchTarget
 
-from ..options import (
+from ...options import (
     HostfileOption,
     JsonOption,
     MasterAddressOption,
@@ -18,8 +18,8 @@ from ..options import (
     PlanFolderArgument,
     SshPortOption,
 )
-from ..output import note, print_json
-from . import app
+from ...output import note, print_json
+from .. import app
 
 
 @app.command(

@@ -14,7 +14,7 @@ from translution.planner.deepspeed import config_warnings
 from translution.planner.plans import PLAN_FILE
 from translution.planner.search import save_hybrids
 
-from ..options import (
+from ...options import (
     C1Option,
     C2Option,
     JsonOption,
@@ -29,8 +29,8 @@ from ..options import (
     TrainOption,
     ZeroOption,
 )
-from ..output import console, print_json
-from ..tables import (
+from ...output import console, print_json
+from ...tables import (
     advice_table,
     format_run_cost,
     knobs_table,
@@ -40,7 +40,7 @@ from ..tables import (
     step_time_table,
     strategies_table,
 )
-from . import app
+from .. import app
 
 
 @app.command(

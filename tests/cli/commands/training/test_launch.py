@@ -12,7 +12,7 @@ from helpers.runs import TINY
 from rich.console import Console
 
 from translution import planner
-from translution.cli.commands.launch import LaunchProgress
+from translution.cli.commands.training.launch import LaunchProgress
 from translution.cli.main import run
 from translution.distributed.remote.rank_command import RankCommand
 from translution.planner.hardware.cluster import local_cpu_cluster

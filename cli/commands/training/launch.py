@@ -16,7 +16,7 @@ from translution.distributed.remote import LaunchTarget
 from translution.planner.common import format_bytes
 from translution.planner.plans import Plan, load_plan
 
-from ..options import (
+from ...options import (
     HostfileOption,
     MasterAddressOption,
     MasterPortOption,
@@ -24,8 +24,8 @@ from ..options import (
     RunFolderOption,
     SshPortOption,
 )
-from ..output import note
-from . import app
+from ...output import note
+from .. import app
 
 _STEPS_PER_LINE = 20
 """Steps between two printed lines if the output is not a terminal."""

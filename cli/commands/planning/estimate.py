@@ -14,7 +14,7 @@ from translution.planner.analysis import OPERATOR_LABELS
 from translution.planner.common import Phase, format_bytes, format_count, format_flops
 from translution.planner.costs import TABLES
 
-from ..options import (
+from ...options import (
     C1Option,
     C2Option,
     JsonOption,
@@ -26,8 +26,8 @@ from ..options import (
     RolesOption,
     SetOption,
 )
-from ..output import console, make_table, note, print_json
-from . import app
+from ...output import console, make_table, note, print_json
+from .. import app
 
 
 @app.command(

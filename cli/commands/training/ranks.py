@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import app
+from .. import app
 
 
 @app.command("train", hidden=True)

@@ -10,10 +10,10 @@ import typer
 
 from translution.planner.common import format_bytes
 
-from ..extras import requires_extra
-from ..options import JsonOption
-from ..output import console, print_json
-from . import app
+from ...extras import requires_extra
+from ...options import JsonOption
+from ...output import console, print_json
+from .. import app
 
 
 @app.command(

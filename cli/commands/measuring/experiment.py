@@ -9,10 +9,10 @@ import typer
 
 from translution.distributed.experiments import Trial, find_experiment, run_experiment
 
-from ..extras import requires_extra
-from ..options import JsonOption
-from ..output import console, make_table, note, print_json
-from . import app
+from ...extras import requires_extra
+from ...options import JsonOption
+from ...output import console, make_table, note, print_json
+from .. import app
 
 
 @app.command(

@@ -16,9 +16,9 @@ from translution.planner.hardware import (
     load_catalog,
 )
 
-from ..options import JsonOption
-from ..output import console, make_table, print_json
-from . import app
+from ...options import JsonOption
+from ...output import console, make_table, print_json
+from .. import app
 
 _LEVELS: tuple[Level, ...] = ("low", "likely", "high")
 

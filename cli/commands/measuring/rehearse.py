@@ -14,10 +14,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from translution.distributed.verification import Rehearsal, format_layers, rehearse
 from translution.planner.common import format_bytes
 
-from ..extras import requires_extra
-from ..options import JsonOption, PlanFolderArgument, RunFolderOption
-from ..output import console, make_table, print_json
-from . import app
+from ...extras import requires_extra
+from ...options import JsonOption, PlanFolderArgument, RunFolderOption
+from ...output import console, make_table, print_json
+from .. import app
 
 MEANINGLESS = "REHEARSAL: every value was meaningless; only memory was real."
 

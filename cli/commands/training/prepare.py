@@ -9,9 +9,9 @@ import typer
 
 from translution.distributed.data import prepare_tokens
 
-from ..options import JsonOption
-from ..output import console, print_json
-from . import app
+from ...options import JsonOption
+from ...output import console, print_json
+from .. import app
 
 
 @app.command(

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from translution.distributed.calibration import calibrate_to_file
 from translution.planner.hardware import MeasuredRates, Transfer
 
-from ..options import JsonOption
-from ..output import console, make_table, print_json
-from . import app
+from ...options import JsonOption
+from ...output import console, make_table, print_json
+from .. import app
 
 
 def _rows(rates: MeasuredRates) -> list[tuple[str, str]]:
