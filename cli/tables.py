@@ -72,6 +72,23 @@ def format_run_cost(cost: planner.RunCost, time: planner.StepTime) -> str:
     )
 
 
+def format_evaluation(plan: planner.Plan) -> str:
+    """Return how a plan evaluates held-out samples, as one line."""
+    evaluation = plan.evaluation
+    if evaluation is None:
+        return "no evaluation: evaluation_samples is none, or the data is synthetic"
+    memory = format_bytes(plan.prediction.bytes_of(Phase.EVALUATION))
+    limit = "all held-out samples" if evaluation.max_samples is None else f"at most {evaluation.max_samples:,} samples"
+    text = f"evaluation of {limit}: {evaluation.micro_batch} at once on a rank, {memory}"
+    if evaluation.likely_s is None:
+        return text
+    text += f", {evaluation.likely_s:.3g} s ({evaluation.low_s:.3g} to {evaluation.high_s:.3g}) a pass"
+    if evaluation.max_samples is None:
+        return text
+    passes = evaluation.passes(evaluation.max_samples, plan.world_size)
+    return f"{text}, {passes * evaluation.likely_s:.3g} s in all"
+
+
 def advice_table(advice: Sequence[Advice], hybrids: Mapping[Path, HybridRow]) -> Table:
     """Return the changes that each make a plan fit.
 
@@ -93,6 +110,7 @@ def phase_table(title: str, prediction: MemoryEstimate) -> Table:
             *(format_bytes(prediction.bytes_of(phase, tier)) if prediction.peak(phase, tier) else "" for tier in tiers),
         )
         for phase in Phase
+        if any(prediction.peak(phase, tier) for tier in tiers)
     ]
     return make_table(title, ("phase", *tiers), rows)
 

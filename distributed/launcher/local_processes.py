@@ -121,7 +121,7 @@ def _let_ranks_save(process: subprocess.Popen[bytes], run: Path) -> None:
     for status in read_statuses(run):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             # The process id may belong to another process by now, but not to one of this group.
-            if status.state == "training" and os.getpgid(status.pid) == process.pid:
+            if status.state in ("training", "evaluating") and os.getpgid(status.pid) == process.pid:
                 os.kill(status.pid, signal.SIGUSR1)
                 asked = True
     if asked:

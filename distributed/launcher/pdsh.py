@@ -87,7 +87,7 @@ def _failed(run: Path, offset: int) -> int:
 
 def _let_ranks_save(process: subprocess.Popen[bytes], run: Path) -> None:
     """Ask training ranks to save and end, and wait for them; a second signal ends the wait."""
-    if any(status.state == "training" for status in read_statuses(run)):
+    if any(status.state in ("training", "evaluating") for status in read_statuses(run)):
         request_stop(run)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(SAVE_SECONDS)

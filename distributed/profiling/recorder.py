@@ -155,7 +155,8 @@ class Recorder:
         """Return an earlier measurement with the phases of this process added or replaced."""
         changes: dict[str, Any] = {"phase_peak_bytes": measurement.phase_peak_bytes | self._peaks_above_base()}
         if self.memory_kind == "process":
-            changes |= {"process_start_bytes": self._process_start, "process_phase_peak_bytes": self._process_peaks}
+            peaks = measurement.process_phase_peak_bytes | self._process_peaks
+            changes |= {"process_start_bytes": self._process_start, "process_phase_peak_bytes": peaks}
         return measurement.model_copy(update=changes)
 
     def measurement(self, step: int, snapshot: StateSnapshot) -> MemoryMeasurement:

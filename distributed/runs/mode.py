@@ -19,7 +19,19 @@ class RunMode(StrEnum):
     MEASURE_RESUME = "resume"
     """Only read the newest checkpoint and trace allocations."""
     MEASURE_PROCESS = "process"
-    """Read the newest checkpoint, train from the first step and record the process's resident memory."""
+    """Train a few steps and record the process's resident memory, without evaluation."""
+    MEASURE_RESUME_PROCESS = "resume-process"
+    """Only read the newest checkpoint and record the process's resident memory."""
+
+    @property
+    def only_resumes(self) -> bool:
+        """Whether the ranks end when they have read the checkpoint."""
+        return self in (RunMode.MEASURE_RESUME, RunMode.MEASURE_RESUME_PROCESS)
+
+    @property
+    def records_process(self) -> bool:
+        """Whether the process's resident memory is recorded, not torch's allocations."""
+        return self in (RunMode.MEASURE_PROCESS, RunMode.MEASURE_RESUME_PROCESS)
 
     @classmethod
     def _missing_(cls, value: object) -> RunMode:

@@ -19,7 +19,7 @@ class RankStatus(Schema):
     """Last status that a rank reported."""
 
     rank: int
-    state: Literal["started", "training", "failed", "stopped", "finished"]
+    state: Literal["started", "training", "evaluating", "failed", "stopped", "finished"]
     step: int = 0
     """Steps done."""
     message: str = ""

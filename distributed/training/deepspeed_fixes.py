@@ -1,9 +1,16 @@
 """All patches that training makes to DeepSpeed 0.19.8; no other module of training or checkpoints makes any.
 
-`patch_gradient_reads`: DeepSpeed reads some gradients back wrong from NVMe. A gradient of 1 MiB or more has a file of
+`patch_nvme_optimizers` mends two faults of optimizers on NVMe.
+
+Gradient reads: DeepSpeed reads some gradients back wrong from NVMe. A gradient of 1 MiB or more has a file of
 its own and is read into its place in the buffer of its sub-group. Where that place is not a multiple of the drive's
 block size, because smaller tensors precede it, the direct read fails. DeepSpeed counts it as done, and the step uses
 stale values. The patch reads these gradients through the page cache.
+
+State release: the optimizer states of a sub-group are made in pageable memory, by its first update or by loading a
+checkpoint. The pipelined swapper copies them to locked buffers, writes those, and still references the originals until
+it reads the states again, in the next step: the states of all sub-groups are then in memory at once, 8 bytes per
+element of the rank with AdamW. The patch releases them as soon as they are copied.
 
 `settled_collectives`: gloo frees a collective's tensors in its own thread at a random later time. While memory is
 traced, the patch waits for it.
@@ -67,15 +74,21 @@ def _without_unaligned(info: Any, buffer: Tensor) -> Iterator[None]:
         info.swapped_gradients = every
 
 
-def patch_gradient_reads() -> None:
-    """Make DeepSpeed's NVMe optimizers read every gradient correctly, for the rest of this process."""
+def patch_nvme_optimizers() -> None:
+    """Make DeepSpeed's NVMe optimizers read every gradient and release every state, for the rest of this process."""
+    from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
+
+    if not getattr(OptimizerSwapper, _PATCHED, False):
+        setattr(OptimizerSwapper, _PATCHED, True)
+        _patch_gradient_reads()
+        _patch_state_release()
+
+
+def _patch_gradient_reads() -> None:
     from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
     from deepspeed.runtime.swap_tensor.partitioned_optimizer_swapper import PartitionedOptimizerSwapper
     from deepspeed.runtime.swap_tensor.pipelined_optimizer_swapper import PipelinedOptimizerSwapper
 
-    if getattr(OptimizerSwapper, _PATCHED, False):
-        return
-    setattr(OptimizerSwapper, _PATCHED, True)
     read_all = PartitionedOptimizerSwapper._swap_in_pinned_gradients
     swap_in = PipelinedOptimizerSwapper._swap_in_optimizer_state
 
@@ -97,6 +110,20 @@ def patch_gradient_reads() -> None:
 
     PartitionedOptimizerSwapper._swap_in_pinned_gradients = swap_in_pinned_gradients
     PipelinedOptimizerSwapper._swap_in_optimizer_state = swap_in_optimizer_state
+
+
+def _patch_state_release() -> None:
+    from deepspeed.runtime.swap_tensor.pipelined_optimizer_swapper import PipelinedOptimizerSwapper
+
+    swap_out = PipelinedOptimizerSwapper._swap_out_optimizer_state
+
+    def swap_out_optimizer_state(self: Any, aio_handle: Any, parameter: Any, swap_in_op: Any) -> Any:
+        operation = swap_out(self, aio_handle, parameter, swap_in_op)
+        # The operation references the buffers that are written; the parameter and its states need no memory.
+        swap_in_op.param_info.release_memory()
+        return operation
+
+    PipelinedOptimizerSwapper._swap_out_optimizer_state = swap_out_optimizer_state
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from translution.planner.plans import Plan
 
 from ..data.base import DataSource, Samples
 from ..system.network import interface_towards
-from .deepspeed_fixes import patch_gradient_reads
+from .deepspeed_fixes import patch_nvme_optimizers
 
 MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,7 +94,7 @@ class Engine:
         model, self.model = self.model, None
         assert model is not None
         if self.plan.zero.offload_optimizer.device == "nvme":
-            patch_gradient_reads()
+            patch_nvme_optimizers()
         self.deepspeed_engine, *_ = deepspeed.initialize(
             model=model, model_parameters=model.parameters(), config=self.deepspeed_config()
         )
@@ -169,26 +170,49 @@ class Engine:
         return [value / self.world_size for value in sums.tolist()]
 
     @torch.no_grad()
-    def evaluate(self, held_out: DataSource) -> tuple[float, float, int]:
-        """Mean loss, accuracy and number of held-out samples; each sample counts once.
+    def evaluate(
+        self, held_out: DataSource, count: int, micro_batch: int, on_pass: Callable[[int], bool]
+    ) -> tuple[float, float] | None:
+        """Return mean loss and accuracy of held-out samples; each sample counts once.
 
-        Every rank runs the same number of batches, because ZeRO-3 gathers parameters on all ranks at once. A rank
+        Every rank runs the same number of passes, because ZeRO-3 gathers parameters on all ranks at once. A rank
         that has no sample left repeats one and does not count it.
+
+        Args:
+            held_out: the samples.
+            count: number of samples to evaluate, evenly spaced.
+            micro_batch: samples that a rank evaluates in a pass.
+            on_pass: called with the number of samples done before each pass; False ends the evaluation, and must be
+                returned on all ranks.
+
+        Returns:
+            None if the evaluation was ended.
         """
         self.deepspeed_engine.eval()
-        device, micro = self.deepspeed_engine.device, self.plan.training.micro_batch
-        totals = torch.zeros(3, dtype=torch.float64, device=device)
-        count = min(self.plan.training.evaluation_samples or len(held_out), len(held_out))
-        for start in range(0, count, micro * self.world_size):
-            index = torch.arange(start + self.rank * micro, start + (self.rank + 1) * micro)
-            valid = index < count
-            # Spread over the whole set: its samples may be sorted by class.
-            batch = held_out.select(index.clamp(max=count - 1) * len(held_out) // count)
-            logits = self.forward(batch).float()[valid]
-            targets = batch.targets.to(device)[valid]
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
-            right = (logits.argmax(-1) == targets).sum()
-            totals += torch.stack([losses.double(), right.double(), torch.full_like(right, targets.numel()).double()])
-        self.deepspeed_engine.train()
+        totals = torch.zeros(3, dtype=torch.float64, device=self.deepspeed_engine.device)
+        try:
+            for start in range(0, count, micro_batch * self.world_size):
+                if not on_pass(start):
+                    return None
+                index = torch.arange(micro_batch) + start + self.rank * micro_batch
+                # Spread over the whole set: its samples may be sorted by class.
+                batch = held_out.select(index.clamp(max=count - 1) * len(held_out) // count)
+                totals += self._evaluate_pass(batch, index < count)
+        finally:
+            self.deepspeed_engine.train()
         torch.distributed.all_reduce(totals)
-        return float(totals[0] / totals[2]), float(totals[1] / totals[2]), count
+        return float(totals[0] / totals[2]), float(totals[1] / totals[2])
+
+    def _evaluate_pass(self, batch: Samples, counted: Tensor) -> Tensor:
+        """Return the sum of losses, the number of right predictions and the number of all, of the counted samples.
+
+        Args:
+            batch: B samples.
+            counted: which samples count (B,).
+        """
+        logits = self.forward(batch).flatten(0, -2).float()
+        targets = batch.targets.to(logits.device)
+        counts = counted.to(logits.device).repeat_interleave(targets.numel() // len(counted))
+        losses = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="none")
+        right = (logits.argmax(-1) == targets.flatten()) & counts
+        return torch.stack([(losses.double() * counts).sum(), right.sum().double(), counts.sum().double()])

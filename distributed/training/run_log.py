@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 
 from translution.planner.common import make_provenance
@@ -16,6 +17,10 @@ from ..runs.folder import METRICS, trim_metrics
 from ..runs.status import RankStatus, write_status
 from .engine import Engine
 from .monitor import RunMonitor
+
+
+PROGRESS_SECONDS = 2.0
+"""Seconds between two reports of progress."""
 
 
 class RunLog:
@@ -31,11 +36,13 @@ class RunLog:
     def __init__(self, plan: Plan, run: Path, rank: int, *, writes_metrics: bool) -> None:
         self.plan, self.run, self.rank, self.writes_metrics = plan, run, rank, writes_metrics
         self.monitor = RunMonitor("none", run)
+        self._progress_time = self._status_time = -math.inf
 
     def report_status(self, state: str, step: int, message: str = "") -> None:
         """Write the rank's status file."""
         status = {"rank": self.rank, "state": state, "step": step, "message": message, "pid": os.getpid()}
         write_status(self.run, RankStatus.model_validate(status))
+        self._status_time = time.monotonic()
 
     def write(self, **values: object) -> None:
         """Append a line to the metrics file if this rank writes it."""
@@ -78,6 +85,17 @@ class RunLog:
         }
         self.write(event="step", step=step, seconds=seconds, **values)
         self.monitor.write("Train", step, values)
+
+    def write_progress(self, step: int, done: int, samples: int) -> None:
+        """Write how many samples of an evaluation are done, at its start and every few seconds."""
+        now = time.monotonic()
+        if done == 0 or now - self._progress_time >= PROGRESS_SECONDS:
+            self._progress_time = now
+            self.write(event="evaluating", step=step, done=done, samples=samples)
+
+    def is_status_old(self) -> bool:
+        """Return True if the status was written more than `PROGRESS_SECONDS` ago."""
+        return time.monotonic() - self._status_time >= PROGRESS_SECONDS
 
     def write_evaluation(self, step: int, loss: float, accuracy: float, samples: int) -> None:
         """Write the result of an evaluation after a number of steps."""

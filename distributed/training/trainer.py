@@ -35,7 +35,7 @@ from ..runs.heartbeat import follow_heartbeat, require_heartbeat
 from ..runs.measurement import MemoryMeasurement, read_memory
 from ..runs.mode import RunMode
 from ..runs.watchdog import end_with_launcher
-from ..system import filesystem, nvme_swap
+from ..system import filesystem, nvme_swap, process_memory
 from ..system.environment import own_path
 from ..system.packages import check_training_packages
 from ..system.signals import IntervalTimer, StopRequest
@@ -70,7 +70,7 @@ class Trainer:
     def __init__(self, plan: Plan, run: Path, mode: RunMode = RunMode.TRAIN, engine: Engine | None = None) -> None:
         self.plan, self.run, self.mode = plan, run, mode
         self.engine = engine or Engine(plan)
-        self.memory_kind: MemoryKind = "process" if mode is RunMode.MEASURE_PROCESS else "allocations"
+        self.memory_kind: MemoryKind = "process" if mode.records_process else "allocations"
         self.step = 0
         """Number of the step, from 0; after the last one, the number of steps."""
         self.data_tensors: list[Tensor] = []
@@ -159,10 +159,16 @@ class Trainer:
             raise FloatingPointError(f"step {self.step + 1}: {self.skipped.describe(scale)}{where}")
 
     def recorded_step(self, batches: list[Samples], measured: int | None) -> float:
-        """Do one step, with memory recorded in the measured step and saved activations in the one before."""
+        """Do one step and record memory.
+
+        A process is recorded in every phase. Allocations are recorded in the measured step, saved activations in the
+        one before, and of the first step only the update, which creates the optimizer states.
+        """
         recorder = self.recorder
+        if self.step == 0 and (recorder.memory_kind == "process" or measured is not None):
+            return self.train_step(batches, self._record_first_step)
         if recorder.memory_kind == "process":
-            return self.train_step(batches, recorder.record if self.step else run_phase)
+            return self.train_step(batches, recorder.record)
         if measured is None or self.step not in (measured - 1, measured):
             return self.train_step(batches)
         if self.step == measured - 1:
@@ -172,6 +178,12 @@ class Trainer:
         loss = self.train_step(batches, recorder.record)
         self.log.write(event="memory", step=self.step + 1, peak_bytes=self.write_measurement(measured).peak_bytes)
         return loss
+
+    def _record_first_step(self, name: str, work: Callable[[], None]) -> None:
+        if name == Phase.STEP:
+            self.recorder.record(Phase.FIRST_STEP, work)
+        else:
+            work()
 
     def write_measurement(self, step: int) -> MemoryMeasurement:
         """Write everything measured so far."""
@@ -227,8 +239,7 @@ class Trainer:
     def train(self) -> None:
         """Train all steps, save and, unless only memory is measured, evaluate.
 
-        CONTINUE starts at the step of the newest checkpoint. MEASURE_PROCESS loads it too, to measure that, and starts
-        at the first step.
+        CONTINUE starts at the step of the newest checkpoint.
         """
         training, resume = self.plan.training, self.mode is RunMode.CONTINUE
         evaluates = self.mode in (RunMode.TRAIN, RunMode.CONTINUE)
@@ -238,8 +249,7 @@ class Trainer:
         # Before the engine: kornia cannot be imported after DeepSpeed has made a model under ZeRO-3.
         self.augment = Augmenter(self.plan.model, training, self.engine.rank, self.engine.world_size)
         self.start()
-        loaded = self.load_checkpoint() if resume or self.mode is RunMode.MEASURE_PROCESS else 0
-        first = loaded if resume else 0
+        first = self.load_checkpoint() if resume else 0
         batches: Iterator[list[Samples]] = micro_batches(
             training_samples,
             micro_batch=training.micro_batch,
@@ -258,9 +268,12 @@ class Trainer:
             self.report_status("stopped", stopped)
             return
         self.step = training.steps
+        if not evaluates:
+            self.measure_evaluation(held_out)
         self.save_checkpoint(measured)
         if evaluates:
-            self.evaluate(held_out, self.step)
+            with self.stop.watching():
+                self.evaluate(held_out, self.step)
         self.report_status("finished")
 
     def train_steps(
@@ -285,13 +298,14 @@ class Trainer:
             wanted = float(self.stop.name is not None), float(self.engine.rank == 0 and timer.due())
             stop, due = self.engine.mean_over_ranks(*wanted)
             self.log.write_step(self.step + 1, loss, time.perf_counter() - began, self.engine)
-            if self.step % 20 == 0:
-                self.report_status("training")
             done = self.step + 1
+            if self.step % 20 == 0 or self.log.is_status_old():
+                self.log.report_status("training", done)
             if stop:
                 self.stop.notice()
             elif held_out is not None and done < training.steps and is_due(done, training.evaluation_steps):
                 self.evaluate(held_out, done)
+                self.log.report_status("training", done)
             if done < training.steps and (stop or due or is_due(done, training.checkpoint_steps)):
                 self.step = done
                 self.save_checkpoint(None)
@@ -308,8 +322,47 @@ class Trainer:
         return loss
 
     def evaluate(self, held_out: DataSource, step: int) -> None:
-        """Evaluate after a number of steps, and write the result."""
-        self.log.write_evaluation(step, *self.engine.evaluate(held_out))
+        """Evaluate after a number of steps, and write the progress and the result.
+
+        A signal to any rank ends the evaluation without a result.
+        """
+        count, micro_batch = evaluation_size(self.plan, len(held_out))
+        if not count:
+            return
+        self.log.report_status("evaluating", step, f"{count} held-out samples")
+        result = self.engine.evaluate(held_out, count, micro_batch, partial(self._goes_on, step, count))
+        if result is not None:
+            self.log.write_evaluation(step, *result, count)
+
+    def _goes_on(self, step: int, count: int, done: int) -> bool:
+        """Write the progress of an evaluation; return whether it goes on, the same on every rank."""
+        self.log.write_progress(step, done, count)
+        (stop,) = self.engine.mean_over_ranks(float(self.stop.name is not None))
+        return not stop
+
+    def measure_evaluation(self, held_out: DataSource) -> None:
+        """Evaluate two passes and record their memory."""
+        count, micro_batch = evaluation_size(self.plan, len(held_out))
+        if count:
+            count = min(count, 2 * micro_batch * self.engine.world_size)
+            evaluate = partial(self.engine.evaluate, held_out, count, micro_batch, lambda _: True)
+            self.recorder.record(Phase.EVALUATION, evaluate)
+
+
+def evaluation_size(plan: Plan, available: int) -> tuple[int, int]:
+    """Return the number of samples that a run evaluates, and the samples of a rank in one pass.
+
+    Args:
+        plan: the plan.
+        available: number of held-out samples.
+    """
+    planned, training = plan.evaluation, plan.training
+    if planned is None:
+        # A plan of an earlier version has no planned evaluation.
+        given = training.evaluation_samples
+        limit = given if isinstance(given, int) else 0
+        return (min(limit or available, available) if training.evaluates else 0), training.micro_batch
+    return min(available, available if planned.max_samples is None else planned.max_samples), planned.micro_batch
 
 
 def train(plan_folder: Path, run: Path, mode: RunMode = RunMode.TRAIN) -> None:
@@ -337,13 +390,14 @@ def train(plan_folder: Path, run: Path, mode: RunMode = RunMode.TRAIN) -> None:
         check_resumable(plan, run)
         mode = RunMode.CONTINUE
     trainer = Trainer(plan, run, mode)
-    run_rank(trainer, trainer.measure_resume if mode is RunMode.MEASURE_RESUME else trainer.train)
+    run_rank(trainer, trainer.measure_resume if mode.only_resumes else trainer.train)
 
 
 def run_rank(trainer: Trainer, work: Callable[[], None]) -> None:
     """Do a rank's work; report a failure in its status; remove its swap files and shared buffers afterwards."""
     # DeepSpeed 0.19.8 calls functions that torch 2.13 has renamed, and torch warns at every call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+    process_memory.return_freed_blocks()
     trainer.stop.expect()
     end_with_launcher()
     rank, plan = trainer.engine.rank, trainer.plan

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from translution.planner.plans import Plan, write_plan_folder
@@ -39,24 +37,9 @@ def measure_plan(plan: Plan, folder: Path, on_message: Callable[[str], None], *,
         on_message("restarting the ranks to measure loading the checkpoint")
         start_ranks(plan, folder, run, mode=RunMode.MEASURE_RESUME)
         on_message("restarting the ranks to measure the processes instead of torch's allocator")
-        with _returning_freed_memory():
-            start_ranks(plan, folder, run, mode=RunMode.MEASURE_PROCESS)
+        start_ranks(plan, folder, run, mode=RunMode.MEASURE_PROCESS)
+        start_ranks(plan, folder, run, mode=RunMode.MEASURE_RESUME_PROCESS)
     return run
-
-
-@contextlib.contextmanager
-def _returning_freed_memory() -> Iterator[None]:
-    """Make glibc return freed tensors to the system; otherwise what it holds depends on the order of frees."""
-    name = "MALLOC_MMAP_THRESHOLD_"
-    before = os.environ.get(name)
-    os.environ[name] = str(2**17)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def few_steps(plan: Plan) -> Plan:

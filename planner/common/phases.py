@@ -15,6 +15,7 @@ class Phase(StrEnum):
     BACKWARD = "backward"
     STEP = "optimizer step"
     SAVE = "checkpoint save"
+    EVALUATION = "evaluation"
     RESUME = "resume"
 
 

@@ -87,8 +87,9 @@ class TrainingSpec(Schema):
     random. Source: arXiv 1905.04899."""
     evaluation_steps: NonNegative = 0
     """Steps between two evaluations; 0 evaluates only at the end."""
-    evaluation_samples: NonNegative = 0
-    """Number of held-out samples to evaluate, evenly spaced; 0 evaluates all."""
+    evaluation_samples: NonNegative | Literal["auto", "none"] = "auto"
+    """Number of held-out samples to evaluate, evenly spaced; 0 evaluates all, none does not evaluate. auto evaluates
+    no synthetic data, and otherwise as many samples as take a tenth of the training's predicted time."""
     monitor: Literal["none", "csv", "tensorboard", "wandb"] = "none"
     """Additional output of the metrics, by DeepSpeed's monitor."""
 
@@ -158,6 +159,13 @@ class TrainingSpec(Schema):
     def states_dtype(self) -> Precision:
         """Dtype of the optimizer's moments."""
         return "bf16" if self.bf16_states else "fp32"
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether a run evaluates held-out samples."""
+        if self.evaluation_samples == "auto":
+            return (self.evaluation_data or self.data) != "synthetic"
+        return self.evaluation_samples != "none"
 
     def global_batch(self, world_size: int) -> int:
         """Samples of an optimizer step over all ranks."""

@@ -19,7 +19,7 @@ from ..hardware.device_overhead import DeviceOverhead
 from ..simulator.core import MemoryTracker, Peak
 from ..simulator.engine import base as names
 from ..simulator.engine.base import EngineConfig
-from ..simulator.lifecycle import Simulation, simulate
+from ..simulator.lifecycle import Simulation, simulate, simulate_evaluation
 from ..simulator.network.model import MICRO_BATCHES, OFFLOADED, Replay, replay
 from ..simulator.network.ops import (
     ACTIVATIONS,
@@ -165,6 +165,8 @@ def summarize_simulation(
     peaks = []
     for phase in Phase:
         for tier in simulation.memory.tiers:
+            if (phase, tier) not in simulation.peaks:
+                continue
             peak = simulation.peaks[phase, tier]
             entries = [*_tensor_items(peak, config), *([extra] if tier == own else [])]
             if overhead is not None:
@@ -172,7 +174,7 @@ def summarize_simulation(
             size = sum(entry.bytes for entry in entries)
             if size:
                 peaks.append(PhasePeak(phase=phase, tier=tier, bytes=size, site=peak.site, breakdown=tuple(entries)))
-    worst = max(simulation.peaks[phase, own].total_bytes for phase in Phase)
+    worst = max(peak.total_bytes for (_, tier), peak in simulation.peaks.items() if tier == own)
     interval = None
     if overhead is not None:
         interval = overhead.device_bytes(worst, "low"), overhead.device_bytes(worst, "high")
@@ -191,6 +193,19 @@ def estimate_memory(run: RunConfig, rank: int | None = None) -> MemoryEstimate:
     """
     config = EngineConfig(run, rank)
     return summarize_simulation(simulate(run, rank=rank), config, run.cluster.device_overhead())
+
+
+@lru_cache(maxsize=32)
+def evaluation_peaks(run: RunConfig, batch: int, rank: int | None = None) -> tuple[PhasePeak, ...]:
+    """Predict the peak of an evaluation on each tier.
+
+    Args:
+        run: what is trained, where and how.
+        batch: samples of the rank in one pass.
+        rank: number of the rank; None is the rank that holds the most.
+    """
+    simulation = simulate_evaluation(run, batch, rank)
+    return summarize_simulation(simulation, EngineConfig(run, rank), run.cluster.device_overhead()).peaks
 
 
 def gathered_floor_bytes(spec: ModelSpec, training: TrainingSpec, tile_relations: int | None) -> int:

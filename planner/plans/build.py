@@ -16,6 +16,7 @@ from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import estimate_memory, gathered_floor_bytes
 from ..timing.step_time import estimate_step_time
 from .defaults import choose_tile, choose_zero, override_zero
+from .evaluation import plan_evaluation, with_evaluation
 from .plan import Plan, version
 
 
@@ -77,6 +78,8 @@ def predict_plan(run: RunConfig) -> Plan:
         time = estimate_step_time(run)
     except InputError:
         time = None
+    prediction = estimate_memory(run)
+    evaluation = plan_evaluation(run, prediction, time)
     return Plan(
         made_by=f"translution-scale {version()}",
         model=run.model,
@@ -84,8 +87,9 @@ def predict_plan(run: RunConfig) -> Plan:
         training=run.training,
         zero=run.zero,
         tile_relations=run.tile_relations,
-        prediction=estimate_memory(run),
+        prediction=with_evaluation(run, prediction, evaluation),
         time=time,
+        evaluation=evaluation,
     )
 
 

@@ -35,7 +35,7 @@ def memory_table(plan: Plan) -> str:
     prediction = plan.prediction
     tiers = prediction.tiers
     lines = [f"| phase | {' | '.join(tiers)} |", f"|---|{'--:|' * len(tiers)}"]
-    for phase in Phase:
+    for phase in dict.fromkeys(peak.phase for peak in prediction.peaks):
         lines.append(f"| {phase} | {' | '.join(format_bytes(prediction.bytes_of(phase, tier)) for tier in tiers)} |")
     for tier in tiers:
         worst = prediction.worst(tier)

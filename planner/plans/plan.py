@@ -18,6 +18,7 @@ from ..deepspeed.config import deepspeed_config
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import MemoryEstimate
 from ..timing.step_time import RunCost, StepTime, run_cost
+from .evaluation import EvaluationPlan
 
 SCHEMA_VERSION: Literal[2] = 2
 PLAN_FILE = "plan.json"
@@ -39,6 +40,8 @@ class Plan(Schema):
     prediction: MemoryEstimate
     time: StepTime | None = None
     """Predicted time of a step; null if the cluster lacks a rate."""
+    evaluation: EvaluationPlan | None = None
+    """How held-out samples are evaluated; null if they are not, or in the plan of an earlier version."""
     deepspeed_version: str = DEEPSPEED_VERSION
     torch_version: str = TORCH_VERSION
     """Versions that the knobs and predictions were made for."""

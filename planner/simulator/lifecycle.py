@@ -14,7 +14,13 @@ from .core import MemoryTracker, ModuleParams, ParameterHooks, Peak, RankMemory,
 from .engine.base import SIMULATED_MICRO_BATCHES, EngineConfig, SimulatedEngine
 from .engine.stage0_1_2 import Stage0Engine, Stage12Engine
 from .engine.stage3 import Stage3Engine
-from .network.model import MICRO_BATCHES, SimulatedNetwork, run_micro_batch, sample_bytes
+from .network.model import (
+    MICRO_BATCHES,
+    SimulatedNetwork,
+    run_evaluation_pass,
+    run_micro_batch,
+    sample_bytes,
+)
 from .network.ops import DtypeSizes
 
 
@@ -92,11 +98,10 @@ def simulate(
     engine = _engine(memory, config, network)
     with memory.phase(Phase.INIT):
         engine.build()
-    # Loading allocates the optimizer states, so the first step finds them, as every later step does.
+    # Loading allocates the optimizer states, so every step finds them.
     with memory.phase(Phase.RESUME):
         engine.load()
-    with memory.phase(Phase.FIRST_STEP):
-        engine.step(first=True)
+    engine.start_training()
     samples = training.micro_batch * training.gradient_accumulation_steps * sample_bytes(run.model)
     batches = Storage(memory.host, MICRO_BATCHES, samples)
     with memory.phase(Phase.BETWEEN):
@@ -104,14 +109,44 @@ def simulate(
     saved_bytes = 0
     for _ in range(min(training.gradient_accumulation_steps, SIMULATED_MICRO_BATCHES)):
         saved_bytes = run_micro_batch(network, memory.device, engine, memory.phase)
+    if engine.creates_states_aside:
+        with memory.phase(Phase.FIRST_STEP):
+            engine.step(first=True)
     with memory.phase(Phase.STEP):
         engine.step()
     del batches
     with memory.phase(Phase.SAVE):
         engine.save()
     peaks = {(Phase(phase), tier): peak for tier, m in memory.tiers.items() for phase, peak in m.peaks.items() if phase}
-    # A resumed run builds its engine too: its peak is the higher of the two.
     for tier in memory.tiers:
-        built, resumed = peaks[Phase.INIT, tier], peaks[Phase.RESUME, tier]
-        peaks[Phase.RESUME, tier] = max(built, resumed, key=lambda peak: peak.total_bytes)
+        # A resumed run builds its engine too: its peak is the higher of the two. The first step is a step.
+        for phase, included in ((Phase.RESUME, Phase.INIT), (Phase.FIRST_STEP, Phase.STEP)):
+            both = [peaks[name, tier] for name in (included, phase) if (name, tier) in peaks]
+            peaks[phase, tier] = max(both, key=lambda peak: peak.total_bytes)
     return Simulation(memory, peaks, saved_bytes)
+
+
+def simulate_evaluation(run: RunConfig, batch: int, rank: int | None = None) -> Simulation:
+    """Simulate the evaluation of one batch by a rank that has trained a step.
+
+    Args:
+        run: what is trained, where and how.
+        batch: samples of the rank in one pass.
+        rank: number of the rank; None is the rank that holds the most.
+    """
+    device = run.cluster.device
+    sizes = DtypeSizes.of(run.training.dtype_bytes, device, 1)
+    network = SimulatedNetwork(run.model, batch, sizes, run.tile_relations)
+    memory = RankMemory(device)
+    network.host = memory.host
+    engine = _engine(memory, EngineConfig(run, rank), network)
+    engine.build()
+    engine.load()
+    engine.start_training()
+    engine.step()
+    with memory.phase(Phase.EVALUATION):
+        samples = Storage(memory.host, MICRO_BATCHES, batch * sample_bytes(run.model))
+        run_evaluation_pass(network, memory.device, engine)
+        del samples
+    peaks = {(Phase.EVALUATION, tier): tracker.peaks[Phase.EVALUATION] for tier, tracker in memory.tiers.items()}
+    return Simulation(memory, peaks, 0)

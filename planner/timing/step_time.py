@@ -213,6 +213,35 @@ def step_parts(run: RunConfig, rates: Rates) -> dict[str, PartTime]:
     return parts
 
 
+def evaluation_seconds(run: RunConfig, batch: int) -> tuple[float, float, float]:
+    """Predict the seconds of one evaluation pass: low, likely and high.
+
+    A pass is one forward pass, which gathers every parameter once.
+
+    Args:
+        run: what is trained, where and how.
+        batch: samples of each rank in the pass.
+
+    Raises:
+        InputError: if the cluster lacks a rate that the prediction needs.
+    """
+    model, zero = run.model, run.zero
+    training = run.training.model_copy(update={"micro_batch": batch, "gradient_accumulation_steps": 1})
+    seconds = []
+    for level in RATE_LEVELS:
+        rates = Rates(run.cluster, training.precision, level)
+        v = volumes(model, run.tile_relations, rates.cluster.world_size, zero.persistence_threshold_elements)
+        forward, _ = compute_seconds(model, batch, v.tiles, rates)
+        parts = {_FORWARD: PartTime(forward, "compute")}
+        transfers = _transfers(training, zero, v, 1, rates)
+        parts |= {name: part for name, part in transfers.items() if name in (_GATHER, _FROM_HOST, _FROM_NVME)}
+        if zero.stage == 3:
+            parts[_ENGINE] = PartTime(v.gathers * rates.overhead("module_s"), "engine", not rates.on_cpu)
+        seconds.append(total_seconds(parts.values()))
+    low, likely, high = sorted(seconds)
+    return low, likely, high
+
+
 def total_seconds(parts: Iterable[PartTime]) -> float:
     """Add up parts; overlapping parts add only the time by which they exceed the compute time."""
     alone = overlapped = compute = 0.0

@@ -12,7 +12,7 @@ import pandas as pd
 from translution.distributed.runs import CHECKPOINT, METRICS, MemoryMeasurement, read_memory, require_run, status_path
 from translution.planner.common import InputError, Phase, Tier
 from translution.planner.memory import MemoryEstimate, estimate_memory
-from translution.planner.plans import RUNS, Plan, load_plan
+from translution.planner.plans import RUNS, Plan, load_plan, with_evaluation
 from translution.planner.simulator.engine import OPTIMIZER_STATES
 
 _COLUMNS = ("rank", "tier", "what", "predicted_bytes", "measured_bytes", "ratio")
@@ -88,7 +88,7 @@ def predict_rank(plan: Plan, rank: int) -> MemoryEstimate:
     """Return the prediction for a rank: its own at stages 1 and 2, else the plan's, which is for the largest rank."""
     if plan.zero.stage not in (1, 2):
         return plan.prediction
-    return estimate_memory(plan.run_config, rank)
+    return with_evaluation(plan.run_config, estimate_memory(plan.run_config, rank), plan.evaluation, rank)
 
 
 def compare_run(run: Path) -> pd.DataFrame:

@@ -32,6 +32,7 @@ from ...options import (
 from ...output import console, print_json
 from ...tables import (
     advice_table,
+    format_evaluation,
     format_run_cost,
     knobs_table,
     pareto_table,
@@ -166,6 +167,7 @@ def _print_result(result: planner.SearchResult, out: Path) -> None:
     if plan.time is not None and plan.run_cost is not None:
         to.print(step_time_table(plan, plan.time))
         to.print(format_run_cost(plan.run_cost, plan.time))
+    to.print(format_evaluation(plan))
     to.print(phase_table("Predicted peak memory per rank", plan.prediction))
     for table in peak_tables(plan.prediction):
         to.print(table)

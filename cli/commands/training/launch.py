@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Mapping
 from statistics import median
@@ -29,6 +30,8 @@ from .. import app
 
 _STEPS_PER_LINE = 20
 """Steps between two printed lines if the output is not a terminal."""
+_EVALUATION_SECONDS_PER_LINE = 20.0
+"""Seconds between two printed lines of an evaluation if the output is not a terminal."""
 _RECENT_STEPS = 20
 """Number of recent steps whose median is the time of a step."""
 
@@ -41,6 +44,7 @@ class LaunchProgress:
         self._first = 0
         self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._memory = ""
+        self._printed = 0.0
         self._progress = Progress(
             TextColumn("step"),
             BarColumn(),
@@ -71,12 +75,23 @@ class LaunchProgress:
             self._memory = f", memory {format_bytes(measured)} (predicted {format_bytes(predicted)})"
             if not self._console.is_terminal:
                 self._console.print(f"step {metrics['step']}/{self._steps}{self._memory} of rank 0", soft_wrap=True)
+        elif metrics["event"] == "evaluating":
+            self._show_evaluating(metrics)
         elif metrics["event"] == "evaluation":
             self._console.print(
                 f"step {metrics['step']}/{self._steps}, held-out: accuracy {metrics['accuracy']:.2%}, "
                 f"loss {metrics['loss']:.4f} ({metrics['samples']} samples)",
                 soft_wrap=True,
             )
+
+    def _show_evaluating(self, metrics: Mapping[str, Any]) -> None:
+        text = f"evaluating, {metrics['done']} of {metrics['samples']} samples"
+        self._progress.update(self._task, completed=metrics["step"], text=text + self._memory)
+        if metrics["done"] == 0:
+            self._printed = time.monotonic()
+        elif not self._console.is_terminal and time.monotonic() - self._printed >= _EVALUATION_SECONDS_PER_LINE:
+            self._printed = time.monotonic()
+            self._console.print(f"step {metrics['step']}/{self._steps}: {text}", soft_wrap=True)
 
     def _show_step(self, metrics: Mapping[str, Any]) -> None:
         step, plan = metrics["step"], self._plan

@@ -124,9 +124,15 @@ class SimulatedEngine(ParameterHooks):
     def build(self) -> None:
         """Build the model and the engine."""
 
+    def start_training(self) -> None:
+        """Allocate what the first backward pass creates for the rest of the run."""
+
+    creates_states_aside: bool = False
+    """Whether the first step creates the optimizer states in a memory other than the one that keeps them."""
+
     @abstractmethod
     def step(self, *, first: bool = False) -> None:
-        """Run the optimizer step, whose states exist; the first step also makes the allocations that create them."""
+        """Run the optimizer step, whose states exist; `first` adds what creates them aside, and keeps the gradients."""
 
     @abstractmethod
     def save(self) -> None:

@@ -202,6 +202,11 @@ class Stage12Engine(SimulatedEngine):
             self.accumulated = Storage(self.memory.device, SHARED_GRADIENTS, size)
         self.part = None
 
+    def start_training(self) -> None:
+        """Allocate the host buffer that accumulates micro-batches."""
+        if self.offloaded and self.config.training.gradient_accumulation_steps > 1:
+            self._keep_pinned(SHARED_GRADIENTS, self.overlapping * self.config.width)
+
     # The optimizer step, and checkpoints.
 
     def step(self, *, first: bool = False) -> None:
@@ -210,9 +215,6 @@ class Stage12Engine(SimulatedEngine):
         self.passes = 0
         config = self.config
         if self.offloaded:
-            if first and config.training.gradient_accumulation_steps > 1:
-                # The first backward pass creates the host buffer that accumulates micro-batches.
-                self._keep_pinned(SHARED_GRADIENTS, self.overlapping * config.width)
             self.update(self.partition_numel, offloaded=True)
             self._gather_parameters()
             return

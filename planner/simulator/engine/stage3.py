@@ -73,6 +73,7 @@ class Stage3Engine(SimulatedEngine):
         self.parts: list[Storage] = []
         """Partitions that `zero.Init` made, until they move into the flat buffer."""
         self.has_states = False
+        self.creates_states_aside = any(group.swapped for group in self.groups)
 
     # Building.
 
@@ -318,9 +319,11 @@ class Stage3Engine(SimulatedEngine):
         for group in self.groups:
             self._update_group(group)
             if first and group.swapped:
-                # The first update creates the states in pageable memory, then writes them to NVMe.
+                # The first update creates the states in pageable memory; they are released when they are copied to
+                # the buffers that are written (distributed/training/deepspeed_fixes.py).
                 self.memory.add_transient((self.memory.host, OPTIMIZER_STATES, group.numel * self.config.state_width))
-        self.unswapped.clear()
+        if not first:
+            self.unswapped.clear()
         self.begin_step()
 
     def _make_states(self) -> None:

@@ -257,6 +257,24 @@ def run_micro_batch(
     return saved_bytes
 
 
+def run_evaluation_pass(network: SimulatedNetwork, memory: MemoryTracker, hooks: ParameterHooks | None) -> None:
+    """Simulate the forward pass and the losses of one batch that is evaluated; nothing is saved for backward.
+
+    Args:
+        network: the model.
+        memory: the device's memory; what it holds already counts.
+        hooks: the engine; None is a network without ZeRO.
+    """
+    tape, spec = Tape(memory, hooks), network.spec
+    inputs = tape.new(network.input_bytes, MICRO_BATCHES)
+    outputs = network.batch * (spec.tokens if isinstance(spec, GptSpec) else 1)
+    targets = tape.new(outputs * INDEX_BYTES, MICRO_BATCHES)
+    with tape.no_grad():
+        loss = network.loss(tape, inputs, targets)
+    del loss
+    network.states.clear()
+
+
 def replay(
     spec: ModelSpec,
     batch: int,

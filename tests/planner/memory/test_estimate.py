@@ -60,7 +60,7 @@ def test_modules_have_torchs_parameters_in_torchs_order(base: dict[str, Any], op
 @pytest.mark.parametrize("offload", ["none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme"])
 def test_breakdown_items_add_up_and_each_has_a_formula_and_a_source(offload: str) -> None:
     estimate = estimate_of(preset("vit-tiny/32"), offload=offload)
-    assert {peak.phase for peak in estimate.peaks} == set(Phase)
+    assert {peak.phase for peak in estimate.peaks} == set(Phase) - {Phase.EVALUATION}
     for peak in estimate.peaks:
         assert peak.bytes == sum(item.bytes for item in peak.breakdown)
         assert all(item.bytes > 0 and item.source and item.formula != item.name for item in peak.breakdown)
