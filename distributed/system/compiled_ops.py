@@ -22,7 +22,7 @@ from pydantic import Field, TypeAdapter
 from translution.planner.common import InputError, RunFailedError, Schema, TranslutionError, parse_json, write_text
 from translution.planner.plans import Plan
 
-from .compile_times import OPS, CompileTime, compile_jobs, estimate_seconds, format_seconds
+from .compile_times import OPS, OpDuration, compile_jobs, estimate_seconds, format_seconds
 from .filesystem import file_system
 from .signals import ending_signals_raise
 
@@ -149,7 +149,7 @@ def _prepare(missing: MissingOp, number: str, environment: Mapping[str, str], lo
     seconds = time.monotonic() - began
     compiled = _own(_libraries(environment), missing.op) != before
     progress.end(seconds, compiled=compiled)
-    took = CompileTime(seconds=seconds, jobs=int(environment["MAX_JOBS"])) if compiled else None
+    took = OpDuration(seconds=seconds, jobs=int(environment["MAX_JOBS"])) if compiled else None
     _note_prepared(missing.op, environment, took)
 
 
@@ -225,7 +225,7 @@ class _Prepared(Schema):
     """Versions and paths that compiled ops depend on."""
     libraries: dict[str, int]
     """Modification time of each compiled file in ns, by its path."""
-    seconds: dict[str, CompileTime] = Field(default_factory=dict)
+    seconds: dict[str, OpDuration] = Field(default_factory=dict)
     """Time that this machine took to compile each op when it last did, by builder name."""
 
 
@@ -258,7 +258,7 @@ def _read_note(environment: Mapping[str, str]) -> _Prepared | None:
     return None
 
 
-def _note_prepared(op: str, environment: Mapping[str, str], took: CompileTime | None) -> None:
+def _note_prepared(op: str, environment: Mapping[str, str], took: OpDuration | None) -> None:
     """Add an op to the record; those whose libraries have changed since, or that are of other versions, leave it."""
     libraries, made_with, noted = _libraries(environment), _made_with(environment), _read_note(environment)
     ops, seconds = {op}, {}

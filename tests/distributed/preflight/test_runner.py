@@ -39,6 +39,13 @@ def test_preflight_tells_what_is_not_compiled_yet(tmp_path: Path, fake_ops: Fake
     assert ops_line(capsys) == (
         f"ShareMemComm, CPUAdam are not compiled yet; {command} compiles them in about {both}, {into}"
     )
+    plain = write_plan(tmp_path / "plain", 1)
+    assert run(["preflight", str(plain)]) == 0
+    one = estimate("ShareMemCommBuilder")
+    assert (
+        f"ShareMemComm is not compiled yet; `translution preflight {plain} --compile` compiles it in about {one}"
+        in (ops_line(capsys))
+    )
     fake_ops.library("CPUAdamBuilder").parent.mkdir()
     fake_ops.library("CPUAdamBuilder").touch()
     assert run(["preflight", str(folder)]) == 0

@@ -20,7 +20,7 @@ from helpers.runs import write_plan
 from torch.utils.file_baton import FileBaton
 
 from translution.distributed.system import compiled_ops as ops
-from translution.distributed.system.compile_times import OPS, CompileTime, estimate_seconds
+from translution.distributed.system.compile_times import OPS, OpDuration, estimate_seconds
 from translution.distributed.system.compiled_ops import (
     COMPILE_SECONDS,
     extensions_folder,
@@ -221,6 +221,7 @@ def test_a_long_compilation_is_reported_again_and_again(
     prepare: Compiled, fake_ops: FakeOps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "MESSAGE_SECONDS", 0.05)
+    monkeypatch.setattr(ops, "COMPILE_SECONDS", 60.0)
     fifo = fake_ops.block("CPUAdamBuilder")
 
     def release(_: str) -> None:
@@ -237,6 +238,7 @@ def test_an_op_whose_library_exists_is_announced_only_when_it_takes_long(
     prepare: Compiled, fake_ops: FakeOps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "UNANNOUNCED_SECONDS", 0.05)
+    monkeypatch.setattr(ops, "COMPILE_SECONDS", 60.0)
     fake_ops.library("CPUAdamBuilder").parent.mkdir()
     fake_ops.library("CPUAdamBuilder").touch()
     fifo = fake_ops.block("CPUAdamBuilder")
@@ -313,15 +315,16 @@ def test_more_jobs_take_less_time_until_the_longest_file() -> None:
     for op, source in OPS.items():
         if source.total_s is None:
             assert estimate_seconds(op, 2) is None
-            assert estimate_seconds(op, 2, CompileTime(seconds=300, jobs=8)) == 300
+            assert estimate_seconds(op, 2, OpDuration(seconds=300, jobs=8)) == 300
             continue
         assert 0 < source.longest_s <= source.total_s
         one, many = estimate_seconds(op, 1), estimate_seconds(op, 64)
         assert one is not None
         assert many is not None
-        assert source.longest_s < many < one
-        assert estimate_seconds(op, 1, CompileTime(seconds=2 * many, jobs=64)) == pytest.approx(2 * one)
-        assert estimate_seconds(op, 64, CompileTime(seconds=2 * many, jobs=64)) == pytest.approx(2 * many)
+        assert source.longest_s < many <= one
+        assert (many < one) == (source.longest_s < source.total_s)
+        assert estimate_seconds(op, 1, OpDuration(seconds=2 * many, jobs=64)) == pytest.approx(2 * one)
+        assert estimate_seconds(op, 64, OpDuration(seconds=2 * many, jobs=64)) == pytest.approx(2 * many)
 
 
 def test_the_folder_is_torchs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
