@@ -158,7 +158,8 @@ class _Progress:
 
     def __init__(self, missing: MissingOp, number: str, environment: Mapping[str, str], on_message: OnMessage) -> None:
         self._name, self._on_message = op_name(missing.op), on_message
-        place = "as before on this machine" if missing.measured_here else f"on {environment['MAX_JOBS']} cores"
+        cores = f"{environment['MAX_JOBS']} idle core{'s' * (environment['MAX_JOBS'] != '1')}"
+        place = "as before on this machine" if missing.measured_here else f"on {cores}"
         self._first = (
             f"compiling DeepSpeed's {self._name} ({number}): {missing.duration} {place}; "
             f"kept in {shown_folder(environment)}"
@@ -183,7 +184,7 @@ class _Progress:
             seconds: time since the start.
         """
         if self._said:
-            self._on_message(f"still compiling {self._name} after {format_seconds(seconds)}")
+            self._on_message(f"still compiling {self._name} after {seconds:.0f} s")
         else:
             self._begin()
 
