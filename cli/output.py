@@ -42,4 +42,4 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 def note(text: str) -> None:
     """Print a note on stderr, so that stdout holds results only."""
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {text}", file=sys.stderr, flush=True)

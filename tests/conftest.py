@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.browser import Browser
+from helpers.fake_ops import FakeOps
 from helpers.report_folders import MALICIOUS, experiment_folder, plan_folder, run_folder
 from hypothesis import settings
 
@@ -104,6 +105,16 @@ def double() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def fake_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeOps:
+    """Processes that the test starts find a stand-in for DeepSpeed, and an empty folder of ops."""
+    made = FakeOps(tmp_path / "fake")
+    monkeypatch.setenv("PYTHONPATH", str(made.python))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(made.extensions))
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from translution.planner.hardware import ClusterSpec, MeasuredRates, load_cluste
 
 from ..launcher.local_processes import run_processes
 from ..runs.watchdog import end_with_launcher
-from ..system.compiled_ops import prepare_ops
+from ..system.compiled_ops import NVME_OPS, prepare_ops
 from ..system.environment import check_packages, free_port, launch_environment
 
 _RATES: TypeAdapter[MeasuredRates] = TypeAdapter(MeasuredRates)
@@ -85,12 +85,11 @@ def calibrate(cluster: ClusterSpec, nvme_path: str | None, command: str, on_line
     if nvme_path is not None and not os.access(nvme_path, os.W_OK):
         raise InputError(f"nvme_path: {nvme_path!r} is not allowed: must be a folder that can be written")
     ops = ["ShareMemCommBuilder"] if cluster.device == "cpu" else []
-    ops += ["CPUAdamBuilder"] + (["AsyncIOBuilder"] if nvme_path else [])
+    ops += ["CPUAdamBuilder", *(NVME_OPS if nvme_path else ())]
     check_packages(ops)
     with tempfile.TemporaryDirectory(prefix="translution-calibrate-") as folder:
         log = Path(folder) / _LOG
-        on_line("preparing DeepSpeed's ops; the first time compiles them, which takes minutes")
-        prepare_ops(ops, launch_environment(cluster), log)
+        prepare_ops(ops, launch_environment(cluster), log, on_line)
         _run(cluster, nvme_path, Path(folder), on_line)
         paths = sorted(Path(folder).glob("rates_*.json"))
         found = [parse_json(_RATES, path.read_bytes(), str(path)) for path in paths]

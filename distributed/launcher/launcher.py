@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,12 @@ from ..remote.target import THIS_MACHINE, LaunchTarget
 from ..runs.folder import LOG, new_run_folder, next_run_folder
 from ..runs.mode import RunMode
 from ..runs.status import clear_statuses, raise_unless_finished
-from ..system.compiled_ops import needed_ops, prepare_ops
+from ..system.compiled_ops import OnMessage, needed_ops, prepare_ops
 from ..system.environment import free_port, launch_environment, version_warnings
 from ..system.filesystem import remove_shared_buffers
 from .command import launch_command
 from .local_processes import OnMetrics, run_ranks
 from .pdsh import run_remote_ranks
-
-OnMessage = Callable[[str], None]
-"""Called with a line of text for the user."""
 
 
 def _ignore_metrics(_: Mapping[str, Any]) -> None:
@@ -124,11 +121,10 @@ def launch(
         run = new_run_folder(plan_folder, run, shared=target.no_ssh)
     ops = needed_ops(plan)
     if ops:
-        on_message(f"preparing {len(ops)} of DeepSpeed's ops, which the first run compiles in a minute or more each")
         if target.over_ssh:
-            compile_on_hosts(plan, plan_folder, target)
+            compile_on_hosts(plan, plan_folder, target, on_message)
         else:
-            prepare_ops(ops, launch_environment(plan.cluster), run / LOG)
+            prepare_ops(ops, launch_environment(plan.cluster), run / LOG, on_message)
     places = f" on {', '.join(hosts)}" if target.over_ssh else ""
     on_message(f"starting {plan.cluster.world_size} ranks{places}; they log to {run / LOG}")
     return start_ranks(plan, plan_folder, run, on_metrics=on_metrics, mode=mode, target=target, port=port)

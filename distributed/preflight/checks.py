@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import shutil
 import tempfile
 import time
@@ -14,7 +15,9 @@ from translution.planner.common import InputError, Schema, Tier, TranslutionErro
 from translution.planner.costs import count_parameters
 from translution.planner.plans import Plan
 
-from ..system.compiled_ops import remove_stale_locks
+from ..system.compile_times import format_seconds
+from ..system.compiled_ops import missing_ops, needed_ops, op_name, remove_stale_locks, shown_folder
+from ..system.environment import launch_environment
 from ..system.filesystem import file_system
 
 SHARED_BUFFER_BYTES = 69_206_024
@@ -132,6 +135,29 @@ def _data(plan: Plan) -> Check:
     return Check(name="data", passed=True, text=f"{len(training)} samples to train on, {len(held_out)} held out")
 
 
+def _are(ops: Sequence[str]) -> str:
+    """Return the names of ops and a verb: ``CPUAdam is``, ``ShareMemComm, CPUAdam are``."""
+    return f"{', '.join(map(op_name, ops))} {'is' if len(ops) == 1 else 'are'}"
+
+
+def _ops(plan: Plan, plan_folder: Path) -> Check:
+    """Tell which of the plan's ops are compiled; this check always passes, because `launch` compiles the others."""
+    ops, environment = needed_ops(plan), {**os.environ, **launch_environment(plan.cluster)}
+    missing, folder = missing_ops(ops, environment), shown_folder(environment)
+    if not missing:
+        text = f"{_are(ops)} compiled, in {folder}" if ops else "the plan needs none"
+        return Check(name="ops", passed=True, text=text)
+    new, old = ([op.op for op in missing if op.has_library is has_library] for has_library in (False, True))
+    found = [f"{_are(new)} not compiled yet"] if new else []
+    found += [f"{_are(old)} compiled, but perhaps with other versions"] if old else []
+    estimates = [op.seconds for op in missing if op.seconds is not None]
+    duration = f"about {format_seconds(sum(estimates))}" if len(estimates) == len(missing) else "minutes"
+    command = f"translution preflight {shlex.quote(str(plan_folder))}"
+    command += " --hostfile HOSTFILE --compile" if plan.cluster.nodes > 1 else " --compile"
+    advice = f"`{command}` compiles {'it' if len(missing) == 1 else 'them'} in {duration}, into {folder}"
+    return Check(name="ops", passed=True, text=f"{', '.join(found)}; {advice}")
+
+
 def check_node(plan: Plan, plan_folder: Path) -> list[Check]:
     """Check this machine's memory, drives, data and compiled ops for the ranks of one node.
 
@@ -159,6 +185,7 @@ def check_node(plan: Plan, plan_folder: Path) -> list[Check]:
     removed = remove_stale_locks()
     text = f"removed {len(removed)} that killed compilations left" if removed else "none is stale"
     checks.append(Check(name="locks of compiled ops", passed=True, text=text))
+    checks.append(_ops(plan, plan_folder))
     return checks
 
 

@@ -15,7 +15,7 @@ from translution.planner.plans import Plan
 from ..remote.rank_command import PDSH_SAFE, forwarded_variables, runner_environment
 from ..remote.ssh import RemoteResult, Ssh, run_on_hosts, wait_for_host
 from ..remote.target import LaunchTarget
-from ..system.compiled_ops import COMPILE_SECONDS, needed_ops
+from ..system.compiled_ops import COMPILE_SECONDS, OnMessage, needed_ops
 from .checks import Check
 from .node_report import NodeReport, compare_nodes, read_report
 
@@ -110,13 +110,14 @@ def check_hosts(plan: Plan, plan_folder: Path, target: LaunchTarget) -> tuple[li
     return compare_nodes(hosts, reports), found
 
 
-def compile_on_hosts(plan: Plan, plan_folder: Path, target: LaunchTarget) -> None:
-    """Compile the plan's DeepSpeed ops on every host, in one process on each.
+def compile_on_hosts(plan: Plan, plan_folder: Path, target: LaunchTarget, on_message: OnMessage) -> None:
+    """Compile the plan's DeepSpeed ops on every host, on all hosts at the same time.
 
     Args:
         plan: the plan to run.
         plan_folder: its folder, which all hosts see at the same path.
         target: the hosts.
+        on_message: called with each line that a host says about its ops, after the host's name.
 
     Raises:
         RunFailedError: names a host on which an op does not compile.
@@ -124,6 +125,10 @@ def compile_on_hosts(plan: Plan, plan_folder: Path, target: LaunchTarget) -> Non
     hosts, ssh = target.hosts(plan), Ssh(target.ssh_port)
     timeout_s = COMPILE_SECONDS * len(needed_ops(plan)) + 60
     commands = [_command(plan_folder, "--compile")] * len(hosts)
-    for result in run_on_hosts(hosts, commands, ssh, _environment(plan), timeout_s):
+
+    def show(host: str, line: str) -> None:
+        on_message(f"{host}: {line}")
+
+    for result in run_on_hosts(hosts, commands, ssh, _environment(plan), timeout_s, show):
         if result.exit_code:
             raise RunFailedError(f"host {result.host}: {result.last_error.removeprefix('translution: error: ')}")

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from translution.planner.common import InputError, Schema, parse_json, write_text
 from translution.planner.plans import PLAN_FILE, Plan, load_plan
 
-from ..system.compiled_ops import needed_ops, prepare_ops
+from ..system.compiled_ops import OnMessage, needed_ops, prepare_ops
 from ..system.environment import check_machine, check_packages, launch_environment
 from .checks import Check, check_node
 
@@ -182,8 +182,12 @@ def compare_reports(folder: Path, nodes: int) -> list[Check]:
     return compare_nodes([report.host for report in reports], reports)
 
 
-def compile_on_node(plan_folder: Path) -> None:
+def compile_on_node(plan_folder: Path, on_message: OnMessage) -> None:
     """Compile the DeepSpeed ops of a plan on this node.
+
+    Args:
+        plan_folder: folder with plan.json.
+        on_message: called with a line of text before and after each op is compiled, and while it takes long.
 
     Raises:
         MissingPackageError: if DeepSpeed or a compiler is not installed.
@@ -193,4 +197,4 @@ def compile_on_node(plan_folder: Path) -> None:
     ops = needed_ops(plan)
     check_packages(ops)
     log = Path(tempfile.gettempdir()) / f"translution-ops-{os.getuid()}.log"
-    prepare_ops(ops, launch_environment(plan.cluster), log)
+    prepare_ops(ops, launch_environment(plan.cluster), log, on_message)

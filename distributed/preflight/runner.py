@@ -8,6 +8,7 @@ from pathlib import Path
 from translution.planner.plans import PORT, Plan, load_plan
 
 from ..remote.target import THIS_MACHINE, LaunchTarget
+from ..system.compiled_ops import OnMessage
 from ..system.environment import check_machine, free_port, version_warnings
 from .checks import Check, check_node
 from .hosts import check_hosts, compile_on_hosts
@@ -77,14 +78,17 @@ def check_target(plan: Plan, plan_folder: Path, target: LaunchTarget) -> tuple[l
     return check_node(plan, plan_folder), port
 
 
-def compile_plan_ops(plan_folder: Path, *, target: LaunchTarget = THIS_MACHINE) -> None:
+def compile_plan_ops(
+    plan_folder: Path, *, target: LaunchTarget = THIS_MACHINE, on_message: OnMessage = lambda _: None
+) -> None:
     """Compile the DeepSpeed ops of a plan on every host of a target, or on this machine.
 
-    An op takes a minute or more, unless it is already compiled.
+    Ops that are compiled already are left as they are.
 
     Args:
         plan_folder: folder that `translution plan` wrote.
         target: the hosts to compile on.
+        on_message: called with a line of text before and after each op is compiled, and while it takes long.
 
     Raises:
         InputError: if there is no plan, or the hostfile does not match it.
@@ -92,6 +96,6 @@ def compile_plan_ops(plan_folder: Path, *, target: LaunchTarget = THIS_MACHINE) 
         RunFailedError: if an op does not compile.
     """
     if target.over_ssh:
-        compile_on_hosts(load_plan(plan_folder), plan_folder, target)
+        compile_on_hosts(load_plan(plan_folder), plan_folder, target, on_message)
     else:
-        compile_on_node(plan_folder)
+        compile_on_node(plan_folder, on_message)

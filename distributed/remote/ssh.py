@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -72,8 +73,49 @@ def wait_for_host(host: str, process: subprocess.Popen[str], timeout_s: float) -
     return RemoteResult(host, process.returncode, output, errors)
 
 
+OnHostLine = Callable[[str, str], None]
+"""Called with a host and a line that its command printed."""
+
+
+def follow_host(host: str, process: subprocess.Popen[str], timeout_s: float, on_line: OnHostLine) -> RemoteResult:
+    """Do what `wait_for_host` does, and report each line of output as soon as the command has printed it."""
+    output, errors = process.stdout, process.stderr
+    assert output is not None
+    assert errors is not None
+    told: list[str] = []
+    reader = threading.Thread(target=lambda: told.append(errors.read()), daemon=True)
+    reader.start()
+    late = threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(timeout_s, give_up)
+    timer.start()
+    lines = []
+    with process:  # Closes the pipes.
+        try:
+            for line in output:
+                lines.append(line)
+                on_line(host, line.rstrip())
+            code = process.wait()
+            reader.join()
+        finally:
+            timer.cancel()
+            process.kill()
+    if late.is_set():
+        return RemoteResult(host, 255, "", f"no answer within {timeout_s:.0f} s")
+    return RemoteResult(host, code, "".join(lines), "".join(told))
+
+
 def run_on_hosts(
-    hosts: Sequence[str], commands: Sequence[Sequence[str]], ssh: Ssh, environment: Mapping[str, str], timeout_s: float
+    hosts: Sequence[str],
+    commands: Sequence[Sequence[str]],
+    ssh: Ssh,
+    environment: Mapping[str, str],
+    timeout_s: float,
+    on_line: OnHostLine | None = None,
 ) -> list[RemoteResult]:
     """Run one command per host in parallel and return the results in the same order.
 
@@ -83,7 +125,20 @@ def run_on_hosts(
         ssh: connection settings.
         environment: variables to set on every host.
         timeout_s: seconds until a command is killed.
+        on_line: called with each line of output, for one host at a time; None reports nothing before the end.
     """
+    lock = threading.Lock()
+
+    def report(host: str, line: str) -> None:
+        assert on_line is not None
+        with lock:
+            on_line(host, line)
+
+    def wait(host: str, process: subprocess.Popen[str]) -> RemoteResult:
+        if on_line is None:
+            return wait_for_host(host, process, timeout_s)
+        return follow_host(host, process, timeout_s, report)
+
     started = [ssh.start(host, command, environment) for host, command in zip(hosts, commands, strict=True)]
     with ThreadPoolExecutor(max_workers=max(1, len(hosts))) as pool:
-        return list(pool.map(wait_for_host, hosts, started, [timeout_s] * len(hosts)))
+        return list(pool.map(wait, hosts, started))

@@ -13,76 +13,204 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from translution.planner.common import InputError, RunFailedError, Schema, TranslutionError, parse_json, write_text
 from translution.planner.plans import Plan
 
+from .compile_times import OPS, OpDuration, compile_jobs, estimate_seconds, format_seconds
 from .filesystem import file_system
 from .signals import ending_signals_raise
 
 _COMPILE = """
 import sys
 from deepspeed.accelerator import get_accelerator
-for name in sys.argv[1:]:
-    builder = get_accelerator().create_op_builder(name)
-    if builder is not None:
-        builder.load()
+builder = get_accelerator().create_op_builder(sys.argv[1])
+if builder is not None:
+    builder.load()
 """
 COMPILE_SECONDS = 900.0
 """Seconds allowed to compile one op; the slowest, for NVMe, takes four minutes on two idle cores."""
+MESSAGE_SECONDS = 30.0
+"""Seconds between two messages about the same compilation."""
+UNANNOUNCED_SECONDS = 10.0
+"""Seconds without a message for an op whose library exists: loading it takes less, compiling it again takes more."""
 _PREPARED = "translution-prepared.json"
-_OPTIMIZERS = {"adamw": "CPUAdamBuilder", "lion": "CPULionBuilder", "adagrad": "CPUAdagradBuilder"}
+_HOST_OPTIMIZERS = {"adamw": "CPUAdamBuilder", "lion": "CPULionBuilder", "adagrad": "CPUAdagradBuilder"}
+NVME_OPS = ("PinMemoryBuilder", "AsyncIOBuilder")
+"""The ops for NVMe: AsyncIO loads PinMemory first."""
+
+OnMessage = Callable[[str], None]
+"""Called with a line of text for the user."""
 
 
 def needed_ops(plan: Plan) -> tuple[str, ...]:
-    """Return the builder names of the ops that a plan's ranks load."""
-    zero = plan.zero
+    """Return the builder names of the ops that a plan's ranks load.
+
+    CPU ranks load the communication op for any number of ranks, one included. An optimizer that is not offloaded is
+    torch's, except Lion on GPUs; one that is offloaded is DeepSpeed's, except SGD.
+
+    Source: DeepSpeed 0.19.8, comm/torch.py, runtime/engine.py (`_configure_basic_optimizer`), runtime/swap_tensor/,
+    ops/op_builder/async_io.py.
+    """
+    zero, optimizer = plan.zero, plan.training.optimizer
     ops = ["ShareMemCommBuilder"] if plan.cluster.device == "cpu" else []
-    if zero.offload_optimizer.device != "none" and plan.training.optimizer in _OPTIMIZERS:
-        ops.append(_OPTIMIZERS[plan.training.optimizer])
-    if zero.uses_nvme:
-        ops.append("AsyncIOBuilder")
-    return tuple(ops)
+    if zero.offload_optimizer.device != "none":
+        ops += [_HOST_OPTIMIZERS[optimizer]] if optimizer in _HOST_OPTIMIZERS else []
+    elif optimizer == "lion" and plan.cluster.device == "cuda":
+        ops.append("FusedLionBuilder")
+    return (*ops, *(NVME_OPS if zero.uses_nvme else ()))
 
 
-def prepare_ops(ops: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-    """Compile ops in one separate process, unless they are compiled already.
+def op_name(op: str) -> str:
+    """Return the name of a builder's op for messages, such as ``CPUAdam``."""
+    return op.removesuffix("Builder")
+
+
+def _no_message(_: str) -> None:
+    """Default of `on_message`: do nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class MissingOp:
+    """An op that is not known to be compiled for this Python, torch and DeepSpeed."""
+
+    op: str
+    """Name of its builder."""
+    has_library: bool
+    """True if there is a library, which may be current, or of other versions."""
+    seconds: float | None
+    """Estimated seconds to compile it; None if nobody has measured them."""
+    measured_here: bool
+    """True if the estimate is the time that this machine took before."""
+
+    @property
+    def duration(self) -> str:
+        """The estimated time, for messages."""
+        if self.seconds is None:
+            return "minutes (never measured)"
+        return f"about {format_seconds(self.seconds)}"
+
+
+def missing_ops(ops: Sequence[str], environment: Mapping[str, str]) -> list[MissingOp]:
+    """Return those of some ops that are not known to be compiled, with the time that each will take.
+
+    Args:
+        ops: builder names.
+        environment: the environment that the ops are compiled and loaded in.
+    """
+    noted, libraries = _read_note(environment), _libraries(environment)
+    current = noted is not None and noted.made_with == _made_with(environment)
+    jobs, missing = compile_jobs(environment), []
+    for op in ops:
+        own = _own(libraries, op)
+        if noted is not None and current and op in noted.ops and own == _own(noted.libraries, op):
+            continue
+        # The times of another machine may be in a folder that both see.
+        here = noted is not None and noted.made_with.get("node") == platform.node()
+        before = noted.seconds.get(op) if noted is not None and here else None
+        missing.append(MissingOp(op, bool(own), estimate_seconds(op, jobs, before), before is not None))
+    return missing
+
+
+def prepare_ops(
+    ops: Sequence[str], environment: Mapping[str, str], log: Path, on_message: OnMessage = _no_message
+) -> None:
+    """Compile ops one after the other, each in a separate process, unless they are compiled already.
+
+    Nothing is said about ops that are compiled.
 
     Args:
         ops: builder names.
         environment: variables added to this process's environment.
         log: file for the compiler's output.
+        on_message: called with a line of text before an op is compiled, every `MESSAGE_SECONDS`, and after it.
 
     Raises:
-        RunFailedError: if an op does not compile, or waits for the lock of a killed compilation.
+        RunFailedError: names the op that does not compile, or waits for the lock of a killed compilation.
     """
     environment = {**os.environ, **environment}
+    environment["MAX_JOBS"] = str(compile_jobs(environment))
     remove_stale_locks(environment)
-    if _are_prepared(ops, environment):
-        return
-    if _compile(ops, environment, log):
-        raise RunFailedError(f"DeepSpeed's ops do not compile: {', '.join(ops)} (log: {log})")
-    _note_prepared(ops, environment)
+    missing = missing_ops(ops, environment)
+    for number, op in enumerate(missing, start=1):
+        _prepare(op, f"{number} of {len(missing)}", environment, log, on_message)
 
 
-def _compile(ops: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
-    """Load ops in a separate process and return its exit code; no compiler outlives the call."""
-    seconds = COMPILE_SECONDS * len(ops)
+def _prepare(missing: MissingOp, number: str, environment: Mapping[str, str], log: Path, on_message: OnMessage) -> None:
+    progress = _Progress(missing, number, environment, on_message)
+    before, began = _own(_libraries(environment), missing.op), time.monotonic()
+    if _compile(missing.op, environment, log, progress):
+        raise RunFailedError(f"DeepSpeed's ops do not compile: {missing.op} (log: {log})")
+    seconds = time.monotonic() - began
+    compiled = _own(_libraries(environment), missing.op) != before
+    progress.end(seconds, compiled=compiled)
+    took = OpDuration(seconds=seconds, jobs=int(environment["MAX_JOBS"])) if compiled else None
+    _note_prepared(missing.op, environment, took)
+
+
+class _Progress:
+    """The messages about one op; without a library it is certainly compiled, otherwise only if it takes long."""
+
+    def __init__(self, missing: MissingOp, number: str, environment: Mapping[str, str], on_message: OnMessage) -> None:
+        self._name, self._on_message = op_name(missing.op), on_message
+        cores = f"{environment['MAX_JOBS']} idle core{'s' * (environment['MAX_JOBS'] != '1')}"
+        place = "as before on this machine" if missing.measured_here else f"on {cores}"
+        self._first = (
+            f"compiling DeepSpeed's {self._name} ({number}): {missing.duration} {place}; "
+            f"kept in {shown_folder(environment)}"
+        )
+        self._said = False
+        if not missing.has_library:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._said = True
+        self._on_message(self._first)
+
+    @property
+    def interval_s(self) -> float:
+        """Seconds until the next message."""
+        return MESSAGE_SECONDS if self._said else UNANNOUNCED_SECONDS
+
+    def wait(self, seconds: float) -> None:
+        """Report that the op takes longer than the last interval.
+
+        Args:
+            seconds: time since the start.
+        """
+        if self._said:
+            self._on_message(f"still compiling {self._name} after {seconds:.0f} s")
+        else:
+            self._begin()
+
+    def end(self, seconds: float, *, compiled: bool) -> None:
+        """Report that the op is loaded, if anything was said about it."""
+        if self._said:
+            done = f"compiled {self._name}" if compiled else f"{self._name} was compiled already; it was loaded"
+            self._on_message(f"{done} in {format_seconds(seconds)}")
+
+
+def _compile(op: str, environment: Mapping[str, str], log: Path, progress: _Progress) -> int:
+    """Load an op in a separate process and return its exit code; no compiler outlives the call."""
+    began = time.monotonic()
     with log.open("ab") as file, ending_signals_raise():
         process = subprocess.Popen(
-            [sys.executable, "-c", _COMPILE, *ops], env=environment, stdout=file, stderr=file, start_new_session=True
+            [sys.executable, "-c", _COMPILE, op], env=environment, stdout=file, stderr=file, start_new_session=True
         )
         try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
+            while (left := began + COMPILE_SECONDS - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(min(left, progress.interval_s))
+                progress.wait(time.monotonic() - began)
             raise RunFailedError(
-                f"DeepSpeed's ops did not compile in {seconds:.0f} s: if nothing else is "
-                f"compiling, remove the stale file named lock under {extensions_folder(environment)} (log: {log})"
-            ) from None
+                f"DeepSpeed's ops did not compile in {COMPILE_SECONDS:.0f} s: {op}: if nothing else is compiling, "
+                f"remove the stale file named lock under {extensions_folder(environment)} (log: {log})"
+            )
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -98,6 +226,11 @@ class _Prepared(Schema):
     """Versions and paths that compiled ops depend on."""
     libraries: dict[str, int]
     """Modification time of each compiled file in ns, by its path."""
+    seconds: dict[str, OpDuration] = Field(default_factory=dict)
+    """Time that this machine took to compile each op when it last did, by builder name."""
+
+
+_NOTE: TypeAdapter[_Prepared] = TypeAdapter(_Prepared)
 
 
 def _made_with(environment: Mapping[str, str]) -> dict[str, str]:
@@ -114,34 +247,47 @@ def _libraries(environment: Mapping[str, str]) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("**/*.so")}
 
 
-def _are_prepared(ops: Sequence[str], environment: Mapping[str, str]) -> bool:
-    path = extensions_folder(environment) / _PREPARED
-    try:
-        noted = parse_json(_NOTE, path.read_bytes(), str(path))
-    except (OSError, InputError):
-        return False
-    same = noted.made_with == _made_with(environment) and noted.libraries == _libraries(environment)
-    return same and set(ops) <= set(noted.ops)
+def _own(libraries: Mapping[str, int], op: str) -> dict[str, int]:
+    """Return those of all libraries that belong to an op."""
+    return {path: time_ns for path, time_ns in libraries.items() if Path(path).stem == OPS[op].library}
 
 
-def _note_prepared(ops: Sequence[str], environment: Mapping[str, str]) -> None:
-    libraries, made_with = _libraries(environment), _made_with(environment)
+def _read_note(environment: Mapping[str, str]) -> _Prepared | None:
     path = extensions_folder(environment) / _PREPARED
     with contextlib.suppress(OSError, InputError):
-        noted = parse_json(_NOTE, path.read_bytes(), str(path))
-        if noted.made_with == made_with and noted.libraries.items() <= libraries.items():
-            ops = sorted({*ops, *noted.ops})
+        return parse_json(_NOTE, path.read_bytes(), str(path))
+    return None
+
+
+def _note_prepared(op: str, environment: Mapping[str, str], took: OpDuration | None) -> None:
+    """Add an op to the record; those whose libraries have changed since, or that are of other versions, leave it."""
+    libraries, made_with, noted = _libraries(environment), _made_with(environment), _read_note(environment)
+    ops, seconds = {op}, {}
+    if noted is not None and noted.made_with.get("node") == made_with["node"]:
+        seconds = dict(noted.seconds)
+    if noted is not None and noted.made_with == made_with:
+        known = [name for name in noted.ops if name in OPS]
+        ops |= {name for name in known if _own(noted.libraries, name) == _own(libraries, name)}
+    if took is not None:
+        seconds[op] = took
     with contextlib.suppress(OSError, TranslutionError):
-        note = _Prepared(ops=tuple(ops), made_with=made_with, libraries=libraries)
-        write_text(path, note.model_dump_json(indent=2) + "\n")
-
-
-_NOTE: TypeAdapter[_Prepared] = TypeAdapter(_Prepared)
+        note = _Prepared(ops=tuple(sorted(ops)), made_with=made_with, libraries=libraries, seconds=seconds)
+        write_text(extensions_folder(environment) / _PREPARED, note.model_dump_json(indent=2) + "\n")
 
 
 def extensions_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder where torch stores compiled ops."""
-    return Path(environment.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    """Return the folder where torch stores compiled ops.
+
+    Source: torch 2.13, utils/cpp_extension.py and _appdirs.py.
+    """
+    cache = Path(environment.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(environment.get("TORCH_EXTENSIONS_DIR", cache / "torch_extensions"))
+
+
+def shown_folder(environment: Mapping[str, str]) -> str:
+    """Return the folder of compiled ops for messages, with ``~`` for the home folder."""
+    folder = extensions_folder(environment)
+    return f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else str(folder)
 
 
 def _held_files() -> set[Path]:

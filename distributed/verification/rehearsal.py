@@ -40,12 +40,11 @@ from translution.planner.plans import PLAN_FILE, Plan, load_plan
 from translution.planner.simulator import simulate
 from translution.planner.simulator.engine import EngineConfig
 
-from ..launcher.launcher import OnMessage
 from ..launcher.local_processes import OnMetrics, run_ranks
 from ..runs.folder import LOG, make_run_folders, new_run_folder
 from ..runs.measurement import MemoryMeasurement, read_memory
 from ..runs.status import raise_unless_finished
-from ..system.compiled_ops import needed_ops, prepare_ops
+from ..system.compiled_ops import OnMessage, needed_ops, prepare_ops
 from ..system.environment import check_packages, launch_environment
 from .extrapolate import extrapolate, join_init, largest_sub_group
 
@@ -259,8 +258,7 @@ def rehearse(
     check_rehearsal(shown, rank)
     run = new_run_folder(plan_folder, run)
     if rehearsal_ops(plan):
-        on_message("preparing DeepSpeed's ops for offload; the first run compiles them, which takes minutes")
-        prepare_ops(rehearsal_ops(plan), rank_environment(plan, rank, compute=compute), run / LOG)
+        prepare_ops(rehearsal_ops(plan), rank_environment(plan, rank, compute=compute), run / LOG, on_message)
     measured: dict[int, MemoryMeasurement] = {}
     seconds: dict[int, dict[str, float]] = {}
     for part in [shown] if all_layers else [shown, _change_depth(plan, shown.model.depth - 1)]:

@@ -24,7 +24,8 @@ from .. import app
 
 @app.command(
     "preflight",
-    epilog="Examples: **translution preflight plans/small** · **translution preflight plans/large --hostfile hosts**",
+    epilog="Examples: **translution preflight plans/small** · **translution preflight plans/large --hostfile hosts** · "
+    "**translution preflight plans/small --compile**",
 )
 def preflight_cli(
     plan_folder: PlanFolderArgument,
@@ -33,7 +34,8 @@ def preflight_cli(
     master_port: MasterPortOption = None,
     ssh_port: SshPortOption = None,
     compile_ops: Annotated[
-        bool, typer.Option("--compile", help="Also compile the DeepSpeed ops that the ranks need.")
+        bool,
+        typer.Option("--compile", help="Also compile the DeepSpeed ops that the ranks need, so that launch need not."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Exit with 0 even if a check fails.")] = False,
     reports: Annotated[
@@ -54,5 +56,5 @@ def preflight_cli(
     if not force and not report.passed:
         raise typer.Exit(1)
     if compile_ops:
-        note("compiling the DeepSpeed ops that the ranks need, a minute or more for each unless it is compiled already")
-        compile_plan_ops(plan_folder, target=target)
+        compile_plan_ops(plan_folder, target=target, on_message=note)
+        note("the DeepSpeed ops that the ranks need are compiled")

@@ -52,7 +52,9 @@ def preflight_node_cli(
     from translution.distributed.preflight import compile_on_node, report_node
 
     if compile_ops:
-        compile_on_node(plan_folder)
+        # In a Slurm job the lines of all nodes are in one file; over ssh the other end adds the host's name.
+        node = os.environ.get("SLURMD_NODENAME")
+        compile_on_node(plan_folder, lambda text: print(f"{node}: {text}" if node else text, flush=True))
     else:
         report_node(plan_folder, listen=listen, reach=reach, out=out)
 
