@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -154,11 +155,17 @@ def _compile(order: Order, lines: Sequence[str], excluded: Iterable[str], wheels
         left_out.write_text("\n".join(sorted(excluded)))
         printed = _run(
             [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--no-build",
-             "--no-python-downloads", "--python-version", order.python, "--python-platform", "x86_64-manylinux_2_28",
-             "--constraint", order.project / "constraints.txt", "--excludes", left_out, "--find-links", wheels, asked],
+             "--python", sys.executable, "--python-version", order.python, "--python-platform", "x86_64-manylinux_2_28",
+             "--constraint", order.project / "constraints.txt", "--excludes", left_out, *_links(wheels), asked],
             "choosing versions",
         )  # fmt: skip
     return [line.partition(" ")[0] for line in printed.splitlines() if "==" in line]
+
+
+def _links(wheels: Path) -> list[str]:
+    """Return uv's options for packages in folders; the option alone would replace the user's variable."""
+    folders = [str(wheels), *filter(None, os.environ.get("UV_FIND_LINKS", "").split(","))]
+    return [word for folder in folders for word in ("--find-links", folder)]
 
 
 def download(order: Order, pinned: Sequence[str], out: Path) -> None:
@@ -268,8 +275,9 @@ def _order(arguments: argparse.Namespace) -> Order:
     left_out = read_names(arguments.without)
     if unknown := sorted(included - left_out):
         raise InputError(f"--include: {unknown[0]!r} is not allowed; the names in {arguments.without} are")
-    limit_bytes = int(arguments.limit_mib * MIB)
-    return Order(arguments.project, arguments.python, extras, left_out - included, limit_bytes)
+    if not 0 < arguments.limit_mib < math.inf:
+        raise InputError(f"--limit-mib: {arguments.limit_mib:g} is not allowed; a number above 0 is")
+    return Order(arguments.project, arguments.python, extras, left_out - included, int(arguments.limit_mib * MIB))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -292,6 +300,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except TranslutionError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     wheels = distributions(arguments.out)
     print(f"wrote {arguments.out}: {len(wheels)} wheels for Python {order.python}, {size_bytes / MIB:.1f} MiB")
     print(f"left out, the machine must have: {', '.join(expected(order, arguments.out)) or 'nothing'}")
