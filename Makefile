@@ -1,11 +1,12 @@
-# make demo | make test | make quick | make check | make docs | make reports: each creates the environment if there is none.
+# make demo | make test | make quick | make check | make docs | make reports | make offline-bundle:
+# each creates the environment if there is none.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := planner models distributed reports cli
 
-.PHONY: demo test quick check format docs reports clean
+.PHONY: demo test quick check format docs reports offline-bundle clean
 
 demo: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
@@ -51,6 +52,10 @@ reports: $(VENV)/.demo
 		--accuracy reports/accuracy.json --step-time reports/step_time.json $(EXPERIMENTS) \
 		--benchmarks benchmarks/results \
 		--out $(GALLERY)/index.html --markdown $(GALLERY)/README.md --data $(GALLERY)/gallery.json
+
+# The wheels that a machine with torch and without a network needs; BUNDLE has options of the script, such as --python.
+offline-bundle: $(VENV)/.dev
+	$(BIN)/python scripts/offline_bundle.py --out build/offline $(BUNDLE)
 
 $(VENV)/.demo: pyproject.toml constraints.txt scripts/check_system.sh
 	sh scripts/check_system.sh $(PYTHON)

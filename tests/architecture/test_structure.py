@@ -90,7 +90,9 @@ def test_every_test_is_where_its_module_is(root: Path) -> None:
         stem = path.stem.removeprefix("test_")
         siblings = (root / place.parent).glob("*")
         modules = {
-            sibling.stem for sibling in siblings if sibling.suffix == ".py" or (sibling / "__init__.py").exists()
+            sibling.stem
+            for sibling in siblings
+            if sibling.suffix in (".py", ".sh") or (sibling / "__init__.py").exists()
         }
         if not any(stem == module or stem.startswith(f"{module}_") for module in modules):
             lost.append(place.as_posix())
@@ -98,7 +100,7 @@ def test_every_test_is_where_its_module_is(root: Path) -> None:
 
 
 def test_tests_that_mirror_nothing_are_in_known_folders(root: Path) -> None:
-    known = {*TOP_FOLDERS, *TESTS_WITHOUT_A_MODULE, "data"}
+    known = {*TOP_FOLDERS, *TESTS_WITHOUT_A_MODULE, "data", "scripts"}
     assert {path.name for path in (root / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"} <= known
 
 

@@ -67,6 +67,10 @@ ELSEWHERE = {
     "python benchmarks/accuracy.py": "docs/test_pages.py::test_the_comparison_of_memory_is_made",
     "make demo": "docs/test_pages.py::test_the_demo_is_made_of_commands_that_are_tested",
     "make test": ".ci/run",
+    "make offline-bundle": "scripts/conftest.py::made_bundle",
+    "sh offline/install_offline.sh": (
+        "scripts/test_install_offline.py::test_the_packages_are_installed_and_what_is_missing_is_named"
+    ),
 }
 """By `Shown.kind`: what is not run with its page, and the test that runs it, as a path in tests/."""
 SHAPED = (
@@ -268,6 +272,8 @@ def test_what_a_page_leaves_to_another_test_is_run_there(kind: str) -> None:
     if function.endswith("of_a_page_work"):
         live = [shown.words for shown in commands(ROOT / LIVE)]
         assert any(shown[1] == words[0] for shown in live)
+    elif words[0] == "sh":
+        assert f'"{Path(words[1]).name}"' in source, f"{place} does not run {words[1]}"
     elif words[0] not in ("make", "python"):
         subcommand = words[1] if words[0] == "sbatch" else words[0]
         assert f'"{subcommand}"' in source, f"{place} runs no {subcommand}"
