@@ -102,6 +102,8 @@ class OperatorChain(nn.Module):
         self.geometry, self.heads, self.scale, self.widths = geometry, heads, scale, widths
         self.dropout, self.workspace_bytes, self.relative = dropout, workspace_bytes, relative
         self.batched = False
+        self.batches_on_gpu = True
+        """False multiplies one relation at a time on a GPU too, to compare the two."""
         self.logit_tiles = nn.ModuleList()
         self.value_tiles = nn.ModuleList()
 
@@ -138,7 +140,8 @@ class OperatorChain(nn.Module):
         context.widths, context.relative = self.widths, self.relative
         context.adds_logits = "plain_query" in sources
         context.key_padding = key_padding
-        context.batched = self.batched or next(iter(sources.values())).device.type == "cuda"
+        on_gpu = next(iter(sources.values())).device.type == "cuda"
+        context.batched = self.batched or (on_gpu and self.batches_on_gpu)
         context.dropout = self.dropout if self.training else 0.0
         context.seed = self.draw_seed()
         ordered = [sources[name].contiguous() if name in sources else None for name in grouped.SOURCES]

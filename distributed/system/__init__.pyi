@@ -1,0 +1,4 @@
+from .compiled_ops import prepare_ops as prepare_ops
+from .environment import free_port as free_port
+from .environment import launch_environment as launch_environment
+from .nvme_swap import io_handle as io_handle
