@@ -283,9 +283,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    document: dict[str, Any] = {}
-    for document in measure_all(device, arguments.repeats, _print_row, small=arguments.small):
-        pass
+    *_, document = measure_all(device, arguments.repeats, _print_row, small=arguments.small)
     write_report(arguments.out, "gpu", document, markdown(document))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import os
 import shlex
 import signal
 import sys
@@ -94,6 +96,24 @@ def run_part(name: str, arguments: argparse.Namespace) -> None:
     result.put()
 
 
+def _preload() -> None:
+    """Import what the parts of a rehearsal need, once: they are forks. A part on a GPU has its own process."""
+    import deepspeed
+    import deepspeed.runtime.engine  # noqa: F401
+
+    from . import largest, memory, operators, parity, times, transfers  # noqa: F401
+
+    importlib.import_module("translution.distributed.training").Trainer  # noqa: B018 - loads it
+
+
+def _forked_part(name: str, arguments: argparse.Namespace, seconds: float) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    arguments.seconds = seconds
+    run_part(name, arguments)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run the check; return 0 if all parts ended well, 1 otherwise."""
     parser = make_parser()
@@ -112,13 +132,18 @@ def main(words: Sequence[str] | None = None) -> int:
     names = _check(arguments, parser)
     scale = arguments.minutes / MINUTES
     own = _own_words(arguments)
-    parts = [
-        Part(name, PARTS[name][0] * scale, (*own, "--run-part", name), background=name == BACKGROUND) for name in names
-    ]
+    environment = environment_of_parts(arguments.device)
+    if arguments.device == "cpu":
+        os.environ.update(environment)
+        _preload()
+    parts = []
+    for name in names:
+        work = functools.partial(_forked_part, name, arguments) if arguments.device == "cpu" else None
+        command = (*own, "--run-part", name)
+        parts.append(Part(name, PARTS[name][0] * scale, command, work, background=name == BACKGROUND))
     signal.signal(signal.SIGTERM, _raise_exit)
     given = sys.argv[1:] if words is None else words
     about = describe(shlex.join(["python", "scripts/gpu_check.py", *given]), arguments.device, small=arguments.small)
-    environment = environment_of_parts(arguments.device)
     runner = Runner(arguments.out, about, arguments.minutes * 60, environment, lambda line: print(line, flush=True))
     good = runner.run(parts)
     print(f"wrote {arguments.out / SUMMARY}")

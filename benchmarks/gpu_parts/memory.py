@@ -7,6 +7,7 @@ says is in use. Their differences are fragmentation, and the context with what N
 from __future__ import annotations
 
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from .rank import RankRun, run_plan
 
 COUNTED_FROM = 3
 """Steps before this one, counted from 0, are slower: kernels load, and memory is measured."""
+
+_OVERHEAD_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,6 @@ def measure_memory(context: Context) -> None:
     _measure_overhead(context)
     cluster, failed, ratios = this_machine(context.device), [], []
     context.result.put(cluster=cluster.model_dump(exclude_none=True, mode="json"))
-    if context.device == "cpu":
-        # The forks that run the plans share it.
-        import deepspeed  # noqa: F401
-
-        import translution.distributed.training as training
-
-        assert training.Trainer
     for case in cases(context):
         row = measure_case(case, cluster, context)
         context.result.add("plans", row)
@@ -168,17 +164,29 @@ overhead_steps(sys.argv[2], lambda row: print("row " + json.dumps(row), flush=Tr
 """
 
 
+def _overhead_rows(context: Context) -> tuple[list[dict[str, Any]], str]:
+    """Return the rows of `overhead_steps` in a process that has used nothing yet, and its error."""
+    if context.device == "cpu":
+        queue = multiprocessing.get_context("fork").SimpleQueue()
+        forked = multiprocessing.get_context("fork").Process(target=overhead_steps, args=("cpu", queue.put))
+        forked.start()
+        forked.join(_OVERHEAD_SECONDS)
+        rows = []
+        while not queue.empty():
+            rows.append(queue.get())
+        return rows, f"exit code {forked.exitcode}" if forked.exitcode else ""
+    command = [sys.executable, "-c", _FRESH, str(context.script.parents[1] / "benchmarks"), context.device]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_OVERHEAD_SECONDS, check=False)
+    found = [json.loads(line.removeprefix("row ")) for line in done.stdout.splitlines() if line.startswith("row ")]
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return found, lines[-1][:300] if done.returncode else ""
+
+
 def _measure_overhead(context: Context) -> None:
     """Measure in a fresh process what a context, the first products and a process group hold."""
-    command = [sys.executable, "-c", _FRESH, str(context.script.parents[1] / "benchmarks"), context.device]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith("row "):
-            context.result.add("overhead", json.loads(line.removeprefix("row ")))
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        context.result.put(overhead_error=lines[-1][:300])
-    for row in context.result.data.get("overhead", []):
+    rows, error = _overhead_rows(context)
+    context.result.put(overhead=rows, overhead_error=error)
+    for row in rows:
         size = row["device_bytes"]
         context.result.note(f"{row['what']}: {'unknown' if size is None else format_bytes(size)} on the device")
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +29,46 @@ def versions(device: str) -> dict[str, Any]:
     return found
 
 
+class _Counts:
+    """A plugin of pytest that counts the results of the tests."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.by_outcome: dict[str, int] = {}
+        self.failures: list[str] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Count a test when it has run, or when it could not be set up."""
+        if report.when != "call" and report.passed:
+            return
+        self.by_outcome[report.outcome] = self.by_outcome.get(report.outcome, 0) + 1
+        if report.failed:
+            text = str(report.longrepr).strip().splitlines() or [""]
+            self.failures.append(f"{report.nodeid.rpartition('::')[2]}: {text[-1]}"[:300])
+        self._context.result.put(tests=self.by_outcome, failures=self.failures[:20])
+        self._context.result.say(", ".join(f"{number} {name}" for name, number in self.by_outcome.items()))
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """Note a file that cannot be imported."""
+        if report.failed:
+            self.failures.append(str(report.longrepr).strip().splitlines()[-1][:300])
+
+
 def check_parity(context: Context) -> None:
-    """Run the tests of the operators on the device in a process of their own, and count them.
+    """Run the tests of the operators on the device, and count them; a rehearsal runs some.
 
     Raises:
         SystemExit: if a test fails, or none ran.
     """
+    import pytest
+
     context.result.put(versions=versions(context.device))
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rf", "--tb=short", TESTS]
+    words = ["-m", "gpu", "-q", "-rf", "--tb=short", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     # The tests need neither the fixtures of the others nor their packages, and a new driver may warn.
-    command += ["--noconftest", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            context.result.note(line.rstrip())
-            lines.append(line.rstrip())
-    counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|errors?|skipped)", lines[-1])}
-    failures = [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))][:20]
-    context.result.put(tests=counts, failures=failures)
-    context.result.say(", ".join(f"{number} {name}" for name, number in counts.items()))
-    if process.returncode or not counts.get("passed"):
-        raise SystemExit(failures[0] if failures else f"pytest ended with {process.returncode}: {lines[-1]}")
+    words += ["--noconftest", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+    words += ["-k", "products_equal or a_gpu_is_used"] if context.small else []
+    counts = _Counts(context)
+    code = pytest.main([*words, str(ROOT / TESTS)], plugins=[counts])
+    context.result.put(tests=counts.by_outcome, failures=counts.failures[:20])
+    if code or not counts.by_outcome.get("passed"):
+        raise SystemExit(counts.failures[0] if counts.failures else f"pytest ended with {code}")

@@ -7,11 +7,14 @@ its output. The summary is written again after each part.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,13 +39,84 @@ class Part:
 
     name: str
     limit_seconds: float
-    command: tuple[str, ...]
+    command: tuple[str, ...] = ()
     """The program; `Runner` appends ``--seconds N``, the time that it has."""
+    work: Callable[[float], None] | None = None
+    """Instead of a program: a function of the seconds that it has, called in a fork of this process."""
     background: bool = False
     """Run next to the parts after it, at a low priority."""
 
 
-def _end_all(process: subprocess.Popen[bytes], mark: str) -> None:
+class _Fork:
+    """A fork of this process that calls a function, with the methods of `subprocess.Popen` that are used here."""
+
+    def __init__(self, work: Callable[[], None], environment: Mapping[str, str], log: Path) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os._exit(self._run(work, environment, log))
+
+    @staticmethod
+    def _run(work: Callable[[], None], environment: Mapping[str, str], log: Path) -> int:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.environ.update(environment)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        for stream in (1, 2):
+            os.dup2(file, stream)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        try:
+            work()
+        except SystemExit as ended:
+            if isinstance(ended.code, str):
+                print(ended.code)
+            return 0 if ended.code in (None, 0) else 1
+        except BaseException:
+            traceback.print_exc()
+            return 1
+        return 0
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while the fork runs."""
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code once the fork has ended.
+
+        Raises:
+            TimeoutExpired: if it runs longer than the timeout.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("fork", timeout or 0.0)
+            time.sleep(_POLL_SECONDS / 4)
+        return code
+
+
+def _start(part: Part, seconds: float, environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes] | _Fork:
+    """Start a part as the leader of a process group, with its output in a log."""
+    if part.work is not None:
+        return _Fork(functools.partial(part.work, seconds), environment, log)
+    command = [*(["nice", "-n", "10"] if part.background else []), *part.command, "--seconds", f"{seconds:.1f}"]
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+def _end_all(process: subprocess.Popen[bytes] | _Fork, mark: str) -> None:
     """End a part's processes: ask its group, and after the grace period kill the group and what has left it.
 
     Args:
@@ -74,16 +148,7 @@ class _Running:
         self.seconds = 0.0
         self.state = "running"
         self._mark = uuid.uuid4().hex
-        command = [*(["nice", "-n", "10"] if part.background else []), *part.command, "--seconds", f"{seconds:.1f}"]
-        with log.open("wb") as file:
-            self._process = subprocess.Popen(
-                command,
-                env={**os.environ, **environment, _MARK: self._mark},
-                stdout=file,
-                stderr=file,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        self._process = _start(part, seconds, {**environment, _MARK: self._mark}, log)
 
     def poll(self) -> bool:
         """Return True once the part has ended; end it if its time is over."""
