@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from translution.distributed.system import own_path
 from translution.planner.common import MIB, available_memory_bytes, make_provenance, usable_cores
 from translution.planner.hardware import ClusterSpec, load_catalog, load_cluster, local_cpu_cluster
 
@@ -82,10 +83,12 @@ def describe(command: str, device: str, *, small: bool) -> dict[str, Any]:
 
 def environment_of_parts(device: str) -> dict[str, str]:
     """Return the variables that the parts need in addition to this process's own."""
+    # All parts compile with the same ninja: another version would compile all ops again.
+    variables = {"PATH": own_path(), "PYTHONUNBUFFERED": "1"}
     if device == "cuda":
         # A compiler of another CUDA version than torch's builds the host's ops well.
-        return {"DS_SKIP_CUDA_CHECK": "1", "PYTHONUNBUFFERED": "1"}
-    variables = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        return variables | {"DS_SKIP_CUDA_CHECK": "1"}
+    variables |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return variables | {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
 
 

@@ -185,4 +185,7 @@ def test_this_machines_cluster_has_its_card_and_its_host(parts: Any, monkeypatch
 
 
 def test_figures_without_a_form_in_json_become_null(parts: Any) -> None:
-    assert parts.results.finite({"a": [float("nan"), (1.0, float("inf"))], 2: "x"}) == {"a": [None, [1.0, None]], "2": "x"}
+    assert parts.results.finite({"a": [float("nan"), (1.0, float("inf"))], 2: "x"}) == {
+        "a": [None, [1.0, None]],
+        "2": "x",
+    }

