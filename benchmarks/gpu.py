@@ -12,7 +12,6 @@ usage: python benchmarks/gpu.py [--out FOLDER] [--repeats N] [--small]
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import statistics
 import sys
@@ -27,7 +26,7 @@ from torch import nn
 
 from translution.distributed.profiling import count_every_allocation, trace_allocations
 from translution.models import SelfAttention, Translution
-from translution.models.ops import SeparateProducts, batched, choose_products
+from translution.models.ops import SeparateProducts, choose_products
 
 CASES = {
     "ViT-B/16": Case({"grid": (14, 14), "class_token": True}, 768, 12, 32, False),
@@ -92,27 +91,20 @@ def matmul_rate(device: str, size: int, repeats: int) -> float:
     return 2 * size**3 / seconds(lambda: torch.mm(a, b, out=out), repeats, lambda: wait(device))
 
 
-@contextlib.contextmanager
-def _made(case: Case, way: str, device: str) -> Iterator[tuple[nn.Module, torch.Tensor]]:
-    """Yield a bf16 layer that is computed in one of the ways, and an input (batch, tokens, dim)."""
+def _make(case: Case, way: str, device: str) -> tuple[nn.Module, torch.Tensor]:
+    """Return a bf16 layer that is computed in one of the ways, and an input (batch, tokens, dim)."""
     factory: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     layer: nn.Module
     if way == ATTENTION:
         torch.manual_seed(0)
         layer = SelfAttention(case.dim, case.heads, **case.layout).to(**factory)
         tokens = layer.geometry.tokens
-        yield layer, torch.randn(case.batch, tokens, case.dim).to(**factory).requires_grad_()
-        return
+        return layer, torch.randn(case.batch, tokens, case.dim).to(**factory).requires_grad_()
     implementation = {GATHERED: "gather", SINGLE: "grouped"}.get(way, "batched")
     own, x = make(case, implementation, **factory)
     own.tables.batches_on_gpu = way != SINGLE
-    choose = batched.choose_products
-    if way == SEPARATE:
-        batched.choose_products = lambda *_: SeparateProducts()  # type: ignore[assignment]
-    try:
-        yield own, x
-    finally:
-        batched.choose_products = choose
+    own.tables.products = SeparateProducts() if way == SEPARATE else None
+    return own, x
 
 
 def _peak_bytes(layer: nn.Module, x: torch.Tensor) -> int:
@@ -153,10 +145,10 @@ def _passes(layer: nn.Module, x: torch.Tensor, repeats: int) -> tuple[float, flo
 def measure_way(case: Case, way: str, device: str, repeats: int) -> dict[str, Any]:
     """Return seconds of a step, of forward and of backward, and the peak bytes of one way; or the error."""
     try:
-        with _made(case, way, device) as (layer, x):
-            whole = seconds(functools.partial(step, layer, x), repeats, lambda: wait(device))
-            forward, backward = _passes(layer, x, repeats)
-            sizes = {"peak_bytes": _peak_bytes(layer, x)}
+        layer, x = _make(case, way, device)
+        whole = seconds(functools.partial(step, layer, x), repeats, lambda: wait(device))
+        forward, backward = _passes(layer, x, repeats)
+        sizes = {"peak_bytes": _peak_bytes(layer, x)}
     except (RuntimeError, ValueError) as error:  # Out of memory, or a product that this version does not support.
         return {"way": way, "error": " ".join(str(error).split())[:300]}
     return {"way": way, "seconds": whole, "forward_seconds": forward, "backward_seconds": backward, **sizes}

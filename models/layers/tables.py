@@ -17,6 +17,7 @@ from translution.planner.costs import table_tiles
 
 from ..ops import grouped
 from ..ops.context import RelationContext, dropout_noise
+from ..ops.grouped_mm import Products
 from ..ops.naive import gather_attention
 
 ROLE_NAMES = {"q": "query", "k": "key", "v": "value"}
@@ -104,6 +105,8 @@ class OperatorChain(nn.Module):
         self.batched = False
         self.batches_on_gpu = True
         """False multiplies one relation at a time on a GPU too, to compare the two."""
+        self.products: Products | None = None
+        """Products of many relations at a time; None chooses the fastest that proves correct on the device."""
         self.logit_tiles = nn.ModuleList()
         self.value_tiles = nn.ModuleList()
 
@@ -142,6 +145,7 @@ class OperatorChain(nn.Module):
         context.key_padding = key_padding
         on_gpu = next(iter(sources.values())).device.type == "cuda"
         context.batched = self.batched or (on_gpu and self.batches_on_gpu)
+        context.products = self.products
         context.dropout = self.dropout if self.training else 0.0
         context.seed = self.draw_seed()
         ordered = [sources[name].contiguous() if name in sources else None for name in grouped.SOURCES]

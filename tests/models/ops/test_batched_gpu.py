@@ -38,11 +38,9 @@ GROUPED_DTYPES = [dtype for dtype in DTYPES if grouped_mm_is_correct(DEVICE, dty
 """Dtypes that torch's grouped product supports on this device."""
 
 
-def way_of(name: str, layer: type[Any], options: dict[str, Any], patch: pytest.MonkeyPatch, **more: Any) -> nn.Module:
+def way_of(name: str, layer: type[Any], options: dict[str, Any], **more: Any) -> nn.Module:
     """A layer that is computed in one of the ways, with several tiles and several chunks."""
     products: dict[str, Products] = {"grouped products": GroupedProducts(), "separate products": SeparateProducts()}
-    if name in products:
-        patch.setattr(batched, "choose_products", lambda *_: products[name])
     implementation = {"gathered": "gather", "one relation at a time": "grouped"}.get(name, "batched")
     torch.manual_seed(0)
     own: nn.Module = layer(
@@ -51,6 +49,7 @@ def way_of(name: str, layer: type[Any], options: dict[str, Any], patch: pytest.M
     for module in own.modules():
         if hasattr(module, "batches_on_gpu"):
             module.batches_on_gpu = name != "one relation at a time"
+            module.products = products.get(name)
     return own
 
 
@@ -98,11 +97,10 @@ def test_output_and_gradients_equal_the_float64_reference(
     layout: dict[str, Any],
     way: str,
     dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if way == "grouped products" and dtype not in GROUPED_DTYPES:
         way = "separate products"  # What a layer uses then.
-    ours = way_of(way, layer, options, monkeypatch, **layout).to(dtype)
+    ours = way_of(way, layer, options, **layout).to(dtype)
     exact = truth(layer, options, ours.state_dict(), **layout, tile_relations=7, implementation="gather")
     assert max(errors(run(ours, dtype), exact)) <= LIMITS[dtype]
 
@@ -131,11 +129,11 @@ def test_the_other_layers_equal_themselves_in_float64_on_the_cpu(
 @pytest.mark.parametrize("way", WAYS[:3])
 @pytest.mark.parametrize(("layer", "options"), LAYERS, ids=["qkv", "kv", "alpha"])
 def test_results_are_the_same_bit_for_bit(
-    layer: type[Any], options: dict[str, Any], way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    layer: type[Any], options: dict[str, Any], way: str, dtype: torch.dtype
 ) -> None:
     if way == "grouped products" and dtype not in GROUPED_DTYPES:
         way = "separate products"
-    ours = way_of(way, layer, options, monkeypatch, **LAYOUTS[0])
+    ours = way_of(way, layer, options, **LAYOUTS[0])
     first, second = run(ours, dtype), run(ours, dtype)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -211,3 +209,22 @@ def test_a_gpu_is_used_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = FullTranslution(DIM, HEADS, **LAYOUTS[0])
     run(layer, torch.float32)
     assert bool(calls) == (DEVICE.type == "cuda")
+
+
+@pytest.mark.parametrize("name", ["GroupedProducts", "SeparateProducts"])
+def test_the_given_products_are_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: dict[str, type[Any]] = {"GroupedProducts": GroupedProducts, "SeparateProducts": SeparateProducts}
+    calls: list[str] = []
+    for other, kind in kinds.items():
+        true = kind.multiply
+
+        def spy(self: Any, *arguments: Any, other: str = other, true: Any = true) -> Tensor:
+            calls.append(other)
+            result: Tensor = true(self, *arguments)
+            return result
+
+        monkeypatch.setattr(kind, "multiply", spy)
+    layer = FullTranslution(DIM, HEADS, **LAYOUTS[0], implementation="batched")
+    layer.tables.products = kinds[name]()
+    run(layer, GROUPED_DTYPES[0])
+    assert set(calls) == {name}
