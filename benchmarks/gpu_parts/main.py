@@ -89,6 +89,8 @@ def _raise_exit(number: int, _: FrameType | None) -> None:
 
 def run_part(name: str, arguments: argparse.Namespace) -> None:
     """Run one part in this process."""
+    # Folders of temporary files are removed when the part is ended at its limit.
+    signal.signal(signal.SIGTERM, _raise_exit)
     module, function = PARTS[name][1].split(":")
     result = Result(arguments.out / f"{name}.json", name)
     context = Context(arguments.device, arguments.small, arguments.seconds, arguments.out, result)

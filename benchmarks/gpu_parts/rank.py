@@ -29,7 +29,7 @@ from translution.distributed.runs import (
     make_run_folders,
     read_memory,
 )
-from translution.distributed.system import free_port, launch_environment
+from translution.distributed.system import free_port, launch_environment, remove_stale_locks
 from translution.planner.plans import Plan, load_plan, write_plan_folder
 
 from .machine import Context, device_used_bytes
@@ -140,6 +140,7 @@ def run_plan(plan: Plan, context: Context, *, fixed: bool = False, seconds: floa
         fixed: train on the samples of one step, again and again.
         seconds: time limit; None sets none.
     """
+    remove_stale_locks()  # A rank would wait for the lock of a compilation that was ended at its limit.
     folder = Path(tempfile.mkdtemp(prefix="translution-rank-"))
     try:
         write_plan_folder(plan, folder / "plan")

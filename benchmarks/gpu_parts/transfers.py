@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from translution.distributed.system import remove_stale_locks
 from translution.planner.common import GIB, MIB
 
 from .machine import Context
@@ -34,6 +35,7 @@ def measure_transfers(context: Context) -> None:
     Raises:
         SystemExit: if nothing could be measured, or the host's Adam could not.
     """
+    remove_stale_locks()
     rows = [*_optimizers(context), *_copies(context), *_drive(context)]
     for what, unit, work in rows:
         row: dict[str, Any] = {"what": what, "unit": unit, "per_second": None, "error": ""}
@@ -121,7 +123,7 @@ def _copies(context: Context) -> Iterator[Rate]:
 
 
 def _drive(context: Context) -> Iterator[Rate]:
-    size = MIB if context.small else 2 * GIB
+    size = MIB if context.small else GIB
     builds = is_compiled(read_json(context.out / "ops.json").get("data", {}), "AsyncIOBuilder")
 
     def write(path: Path) -> float:
