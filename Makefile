@@ -50,7 +50,7 @@ reports: $(VENV)/.demo
 		--model gpt-small/160 --model gpt-base/1024 --model gpt-large/1024 \
 		--compare vit-base/16 --compare vit-large/16 --compare gpt-base/1024 --scaling vit-small/16 --cluster 8xH100 \
 		--accuracy reports/accuracy.json --step-time reports/step_time.json $(EXPERIMENTS) \
-		--benchmarks benchmarks/results \
+		--benchmarks benchmarks/results --gpu reports/gpu \
 		--out $(GALLERY)/index.html --markdown $(GALLERY)/README.md --data $(GALLERY)/gallery.json
 
 # The wheels that a machine with torch and without a network needs; BUNDLE has options of the script, such as --python.

@@ -1,7 +1,9 @@
 """Speed and memory of a Translution layer on a CUDA GPU in bf16, as fractions of the GPU's matmul rate.
 
-The layer is compared with the rate of one large square torch.mm in the same run, and with the gathered
-(published) implementation where that fits in memory. Nothing is printed unless the layer agrees with its
+Every way to compute the layer is measured, forward and backward apart: many relations in one grouped product, many
+relations in separate products, one relation at a time, and, where it fits in memory, the gathered (published)
+implementation. They are compared with attention that has the same projections, through torch's fused attention, and
+with the rate of one large square torch.mm in the same run. Nothing is printed unless the layer agrees with its
 reference: in float64, and in bf16 about as closely as the reference itself.
 
 usage: python benchmarks/gpu.py [--out FOLDER] [--repeats N] [--small]
@@ -11,15 +13,20 @@ from __future__ import annotations
 
 import argparse
 import functools
+import statistics
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import Case, check_parity, count_operations, describe_run, make, seconds, step, write_report
+from torch import nn
 
 from translution.distributed.profiling import count_every_allocation, trace_allocations
-from translution.models.ops import choose_products
+from translution.models import SelfAttention, Translution
+from translution.models.ops import SeparateProducts, choose_products
 
 CASES = {
     "ViT-B/16": Case({"grid": (14, 14), "class_token": True}, 768, 12, 32, False),
@@ -31,6 +38,15 @@ SMALL = {
     "small ViT": Case({"grid": (4, 4), "class_token": True}, 32, 2, 2, True),
     "small GPT": Case({"length": 24, "causal": True}, 32, 2, 2, True),
 }
+CHOSEN, SEPARATE, SINGLE, GATHERED, ATTENTION = (
+    "many relations, chosen products",
+    "many relations, separate products",
+    "one relation at a time",
+    "gathered",
+    "fused attention",
+)
+"""Ways to compute a layer. The first is what a GPU uses."""
+Notice = Callable[[str], None]
 
 
 def wait(device: str) -> None:
@@ -75,46 +91,115 @@ def matmul_rate(device: str, size: int, repeats: int) -> float:
     return 2 * size**3 / seconds(lambda: torch.mm(a, b, out=out), repeats, lambda: wait(device))
 
 
-def peak_bytes(case: Case, implementation: str, device: str) -> int:
+def _make(case: Case, way: str, device: str) -> tuple[nn.Module, torch.Tensor]:
+    """Return a bf16 layer that is computed in one of the ways, and an input (batch, tokens, dim)."""
+    factory: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+    layer: nn.Module
+    if way == ATTENTION:
+        torch.manual_seed(0)
+        layer = SelfAttention(case.dim, case.heads, **case.layout).to(**factory)
+        tokens = layer.geometry.tokens
+        return layer, torch.randn(case.batch, tokens, case.dim).to(**factory).requires_grad_()
+    implementation = {GATHERED: "gather", SINGLE: "grouped"}.get(way, "batched")
+    own, x = make(case, implementation, **factory)
+    own.tables.batches_on_gpu = way != SINGLE
+    own.tables.products = SeparateProducts() if way == SEPARATE else None
+    return own, x
+
+
+def _peak_bytes(layer: nn.Module, x: torch.Tensor) -> int:
     """Return the peak bytes of a step beyond weights and input, including the gradients that it allocates."""
-    layer, x = make(case, implementation, device=device, dtype=torch.bfloat16)
-    step(layer, x)
     layer.zero_grad(set_to_none=True)
     x.grad = None
-    if device == "cpu":
+    if x.device.type == "cpu":
         begin, peak = trace_allocations(lambda: step(layer, x))
         return peak - begin
-    wait(device)
+    wait("cuda")
     begin = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step(layer, x)
-    wait(device)
+    wait("cuda")
     return torch.cuda.max_memory_allocated() - begin
 
 
-def measure(name: str, case: Case, device: str, rate: float, repeats: int) -> dict[str, Any]:
-    """Measure time, fraction of the matmul rate and memory of one case, and of the gathered layer if it fits."""
-    fast, x = make(case, "batched", device=device, dtype=torch.bfloat16)
-    operations = count_operations(fast.geometry, case.batch, case.dim)
-    ours = seconds(functools.partial(step, fast, x), repeats, lambda: wait(device))
+def _passes(layer: nn.Module, x: torch.Tensor, repeats: int) -> tuple[float, float]:
+    """Return the median seconds of forward and of backward, after one step that is not counted."""
+    device, times = x.device.type, []
+    step(layer, x)
+    for _ in range(repeats):
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        wait(device)
+        marks = [time.perf_counter()]
+        out = layer(x).sum()
+        wait(device)
+        marks.append(time.perf_counter())
+        out.backward()
+        wait(device)
+        marks.append(time.perf_counter())
+        times.append((marks[1] - marks[0], marks[2] - marks[1]))
+    forward, backward = (statistics.median(column) for column in zip(*times, strict=True))
+    return forward, backward
+
+
+def measure_way(case: Case, way: str, device: str, repeats: int) -> dict[str, Any]:
+    """Return seconds of a step, of forward and of backward, and the peak bytes of one way; or the error."""
+    try:
+        layer, x = _make(case, way, device)
+        whole = seconds(functools.partial(step, layer, x), repeats, lambda: wait(device))
+        forward, backward = _passes(layer, x, repeats)
+        sizes = {"peak_bytes": _peak_bytes(layer, x)}
+    except (RuntimeError, ValueError) as error:  # Out of memory, or a product that this version does not support.
+        return {"way": way, "error": " ".join(str(error).split())[:300]}
+    return {"way": way, "seconds": whole, "forward_seconds": forward, "backward_seconds": backward, **sizes}
+
+
+def measure(name: str, case: Case, device: str, rate: float, repeats: int, notice: Notice) -> dict[str, Any]:
+    """Measure every way to compute one case; the first gives its time, fraction of the matmul rate and memory."""
+    ways: list[dict[str, Any]] = []
+    for way in (CHOSEN, SEPARATE, SINGLE, *([GATHERED] if case.gather else []), ATTENTION):
+        count = max(1, repeats // 3) if way in (GATHERED, SINGLE) else repeats
+        ways.append(measure_way(case, way, device, count))
+        notice(f"{name}, {ways[-1]}")
+    found = {row["way"]: row for row in ways}
+    chosen = found[CHOSEN]
+    if "error" in chosen:
+        return {"case": name, "batch": case.batch, "ways": ways, "error": chosen["error"]}
+    probe = torch.empty(0, device=device)
+    operations = count_operations(_geometry(case), case.batch, case.dim)
     result: dict[str, Any] = {
         "case": name,
         "batch": case.batch,
-        "products": type(choose_products(x.device, x.dtype, case.dim, case.dim)).__name__,
-        "seconds": ours,
+        "products": type(choose_products(probe.device, torch.bfloat16, case.dim, case.dim)).__name__,
+        "seconds": chosen["seconds"],
         "operations": operations,
-        "matmul_rate_share": operations / ours / rate,
+        "matmul_rate_share": operations / chosen["seconds"] / rate,
+        "peak_bytes": chosen["peak_bytes"],
+        "ways": ways,
     }
-    del fast, x
-    result["peak_bytes"] = peak_bytes(case, "batched", device)
-    if case.gather:
-        slow, x = make(case, "gather", device=device, dtype=torch.bfloat16)
-        result["gather_seconds"] = seconds(functools.partial(step, slow, x), max(1, repeats // 3), lambda: wait(device))
-        del slow, x
-        result["gather_peak_bytes"] = peak_bytes(case, "gather", device)
-        result["times_faster"] = result["gather_seconds"] / ours
-        result["times_smaller"] = result["gather_peak_bytes"] / result["peak_bytes"]
+    gathered = found.get(GATHERED, {})
+    if "seconds" in gathered:
+        result["gather_seconds"], result["gather_peak_bytes"] = gathered["seconds"], gathered["peak_bytes"]
+        result["times_faster"] = gathered["seconds"] / chosen["seconds"]
+        result["times_smaller"] = gathered["peak_bytes"] / chosen["peak_bytes"]
     return result
+
+
+def _geometry(case: Case) -> Any:
+    with torch.device("meta"):
+        return Translution(case.dim, case.heads, **case.layout).geometry
+
+
+def _ways_table(document: dict[str, Any]) -> list[str]:
+    lines = ["", "| layer | way | forward | backward | peak |", "|---|---|--:|--:|--:|"]
+    for row in document["results"]:
+        for way in row["ways"]:
+            if "error" in way:
+                lines.append(f"| {row['case']} | {way['way']} | {way['error'].replace('|', '/')} | | |")
+                continue
+            passes = f"{way['forward_seconds'] * 1e3:.3f} ms | {way['backward_seconds'] * 1e3:.3f} ms"
+            lines.append(f"| {row['case']} | {way['way']} | {passes} | {way['peak_bytes'] / 2**20:.1f} MiB |")
+    return lines
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -133,6 +218,8 @@ def markdown(document: dict[str, Any]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in document["results"]:
+        if "error" in row:
+            continue
         cells = [row["case"], row["batch"], f"{row['seconds'] * 1e3:.2f} ms", f"{row['peak_bytes'] / 2**20:.1f} MiB"]
         if "gather_seconds" in row:
             cells += [f"{row['gather_seconds'] * 1e3:.2f} ms", f"{row['gather_peak_bytes'] / 2**20:.0f} MiB"]
@@ -141,7 +228,37 @@ def markdown(document: dict[str, Any]) -> str:
             cells += ["", "", "", ""]
         cells += [f"{row['matmul_rate_share']:.1%}", row["products"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + _ways_table(document)) + "\n"
+
+
+def measure_all(device: str, repeats: int, notice: Notice, *, small: bool) -> Iterator[dict[str, Any]]:
+    """Check parity and measure every case; yield the document again with each case.
+
+    Args:
+        device: "cuda" or "cpu".
+        repeats: number of counted runs of each way.
+        notice: called with a line as each way has been measured.
+        small: tiny layers.
+
+    Raises:
+        SystemExit: if the layer does not agree with its reference.
+    """
+    if device == "cpu":
+        count_every_allocation()
+    document: dict[str, Any] = {
+        **describe_run("gpu"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "no GPU",
+        "cuda": torch.version.cuda,
+        "parity": check_parity("batched", device),
+        "half_parity": check_half_parity(device),
+        "matmul_size": 256 if small else 8192,
+    }
+    rate = matmul_rate(device, document["matmul_size"], repeats)
+    document |= {"matmul_flop_per_s": rate, "results": []}
+    yield document
+    for name, case in (SMALL if small else CASES).items():
+        document["results"].append(measure(name, case, device, rate, repeats, notice))
+        yield document
 
 
 def main() -> None:
@@ -158,20 +275,12 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    count_every_allocation()
-    document = {
-        **describe_run("gpu"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "no GPU",
-        "cuda": torch.version.cuda,
-        "parity": check_parity("batched", device),
-        "half_parity": check_half_parity(device),
-        "matmul_size": 256 if arguments.small else 8192,
-    }
-    rate = matmul_rate(device, document["matmul_size"], arguments.repeats)
-    document["matmul_flop_per_s"] = rate
-    cases = SMALL if arguments.small else CASES
-    document["results"] = [measure(name, case, device, rate, arguments.repeats) for name, case in cases.items()]
+    *_, document = measure_all(device, arguments.repeats, _print_row, small=arguments.small)
     write_report(arguments.out, "gpu", document, markdown(document))
+
+
+def _print_row(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from translution.planner.config import ModelSpec, TrainingSpec, load_model
 from translution.planner.hardware import ClusterSpec, load_cluster
 
 from .inputs.benchmark_records import Accuracy, StepTimes, load_record
+from .inputs.gpu_record import load_gpu_check
 from .render.document import Document, Section
 from .render.html import render_html
 from .render.markdown import picture_files, render_markdown
@@ -21,6 +22,7 @@ from .sections.accuracy import accuracy_section, step_time_section
 from .sections.benchmarks import benchmark_sections
 from .sections.comparison import comparison_section
 from .sections.experiment import experiment_section, load_results
+from .sections.gpu import gpu_section
 from .sections.model_costs import costs_section, overview_section
 from .sections.plan import PlanReport, report_plan
 from .sections.scaling import scaling_section
@@ -44,6 +46,7 @@ class ReportRequest:
     accuracy: Path | None = None
     step_time: Path | None = None
     benchmarks: Path | None = None
+    gpu: Path | None = None
 
     @property
     def of_one_plan(self) -> bool:
@@ -68,6 +71,7 @@ class ReportRequest:
         accuracy: Path | None,
         step_time: Path | None,
         benchmarks: Path | None,
+        gpu: Path | None = None,
     ) -> ReportRequest:
         """Return the request with its models and cluster read.
 
@@ -81,6 +85,7 @@ class ReportRequest:
             accuracy: file with measured accuracy of the predictions.
             step_time: file with measured step times.
             benchmarks: folder of benchmark results.
+            gpu: folder of the results of ``scripts/gpu_check.py``.
 
         Raises:
             InputError: if a name is unknown, or a file is invalid.
@@ -96,6 +101,7 @@ class ReportRequest:
             accuracy=accuracy,
             step_time=step_time,
             benchmarks=benchmarks,
+            gpu=gpu,
         )
 
     def arguments(self) -> Iterator[str]:
@@ -113,6 +119,7 @@ class ReportRequest:
             "--step-time": self.step_time,
             "--experiments": self.experiments,
             "--benchmarks": self.benchmarks,
+            "--gpu": self.gpu,
         }
         for option, path in files.items():
             if path is not None:
@@ -220,6 +227,8 @@ class ReportBuilder:
             sections += map(experiment_section, load_results(request.experiments))
         if request.benchmarks is not None:
             sections += benchmark_sections(request.benchmarks)
+        if request.gpu is not None:
+            sections.append(gpu_section(load_gpu_check(request.gpu)))
         return sections
 
     def document(self, plans: list[PlanReport]) -> Document:

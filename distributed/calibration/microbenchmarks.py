@@ -28,11 +28,13 @@ _WIDTHS = (64, 192, 384, 768)
 _MIN_SECONDS = 0.04
 """Minimum duration of a measurement, which repeats short work."""
 _LONG_SECONDS = 0.25
-"""Work that takes longer than this is timed once after a warm-up, and not repeated."""
+"""Work that takes longer than this is timed once after a warm-up, unless all ranks must call it equally often."""
 _SMALL, _LARGE = 2**14, 2**22
 """Numbers of elements that collectives and copies move."""
 _ROWS_ELEMENTS, _TILE_ELEMENTS, _GROUP_ELEMENTS = 2**18, 2**21, 2**24
 """Numbers of elements of a relation's rows, of a tile, and of an optimizer's sub-group, which no cache holds."""
+_QUICK_ROWS, _QUICK_WIDTHS, _QUICK_GROUP_ELEMENTS = (1, 64), (64,), 2**18
+"""Sizes of a rehearsal of the measurements, whose rates mean little."""
 _MODULES = 24
 """Number of modules of the network that measures the engine's overhead."""
 _MODULE_WIDTH = 64
@@ -62,9 +64,11 @@ class Stopwatch:
             times: number of calls per repetition, the same on every rank; None lets each rank choose a number that
                 takes long enough.
         """
+        # The first call may load kernels or set up a communicator, however short the work itself is.
+        self._once(work, 1)
         first = self._once(work, 1)
-        if first > _LONG_SECONDS:
-            return self._once(work, 1)
+        if times is None and first > _LONG_SECONDS:
+            return first
         count = times or 1
         while times is None:
             elapsed = self._once(work, count)
@@ -81,14 +85,16 @@ class Stopwatch:
         return time.perf_counter() - began
 
 
-def measure_matmul(stopwatch: Stopwatch, precisions: tuple[Precision, ...]) -> Iterator[MatmulRate]:
+def measure_matmul(
+    stopwatch: Stopwatch, precisions: tuple[Precision, ...], *, quick: bool = False
+) -> Iterator[MatmulRate]:
     """Rates of products (rows, width) by (width, width), as the operator computes them for a relation."""
     for precision in precisions:
-        for width in _WIDTHS:
+        for width in _QUICK_WIDTHS if quick else _WIDTHS:
             # Use more matrices than fit a cache, because every relation has its own.
             count = max(2, 2**25 // (width * width * DTYPE_BYTES[precision]))
             weights = torch.randn(count, width, width, device=stopwatch.device).to(_DTYPES[precision])
-            for rows in _ROWS:
+            for rows in _QUICK_ROWS if quick else _ROWS:
                 x = torch.randn(rows, width, device=stopwatch.device).to(_DTYPES[precision])
                 out, turn = torch.empty_like(x), [0]
 
@@ -162,22 +168,23 @@ def measure_copies(stopwatch: Stopwatch) -> dict[str, Transfer]:
     }
 
 
-def _adam_rate(stopwatch: Stopwatch, device: str, make: Callable[[list[Tensor]], Any]) -> float:
-    parameter = nn.Parameter(torch.ones(_GROUP_ELEMENTS, device=device))
+def _adam_rate(stopwatch: Stopwatch, device: str, size: int, make: Callable[[list[Tensor]], Any]) -> float:
+    parameter = nn.Parameter(torch.ones(size, device=device))
     parameter.grad = torch.ones_like(parameter)
     optimizer = make([parameter])
-    return _GROUP_ELEMENTS / stopwatch.seconds(optimizer.step, times=1)
+    return size / stopwatch.seconds(optimizer.step, times=1)
 
 
-def measure_optimizers(stopwatch: Stopwatch) -> dict[str, float]:
+def measure_optimizers(stopwatch: Stopwatch, *, quick: bool = False) -> dict[str, float]:
     """Elements that AdamW updates per second: torch's on the device, DeepSpeed's on the host."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+    size = _QUICK_GROUP_ELEMENTS if quick else _GROUP_ELEMENTS
     return {
         "device_adam_elements_per_s": _adam_rate(
-            stopwatch, stopwatch.device, lambda parameters: torch.optim.AdamW(parameters, foreach=False)
+            stopwatch, stopwatch.device, size, lambda parameters: torch.optim.AdamW(parameters, foreach=False)
         ),
-        "host_adam_elements_per_s": _adam_rate(stopwatch, "cpu", lambda parameters: DeepSpeedCPUAdam(parameters)),
+        "host_adam_elements_per_s": _adam_rate(stopwatch, "cpu", size, lambda parameters: DeepSpeedCPUAdam(parameters)),
     }
 
 
@@ -265,13 +272,16 @@ def _mark(stopwatch: Stopwatch) -> float:
     return time.perf_counter()
 
 
-def measure_rates(device: str, nvme_path: Path | None, on_line: Callable[[str], None]) -> MeasuredRates:
+def measure_rates(
+    device: str, nvme_path: Path | None, on_line: Callable[[str], None], *, quick: bool = False
+) -> MeasuredRates:
     """Measure all rates as one rank.
 
     Args:
         device: "cpu" or "cuda".
         nvme_path: folder on the NVMe drive to measure; None leaves it out.
         on_line: called with a line of text as each measurement begins.
+        quick: measure few and small sizes, as a rehearsal.
     """
     import deepspeed.comm as dist
 
@@ -279,7 +289,8 @@ def measure_rates(device: str, nvme_path: Path | None, on_line: Callable[[str], 
     stopwatch = Stopwatch(device)
     precisions: tuple[Precision, ...] = ("fp32", "bf16") if device == "cpu" else ("fp32", "bf16", "fp16")
     on_line("matrix products")
-    found: dict[str, Any] = {"ranks": world_size, "matmul": tuple(measure_matmul(stopwatch, precisions))}
+    matmul = tuple(measure_matmul(stopwatch, precisions, quick=quick))
+    found: dict[str, Any] = {"ranks": world_size, "matmul": matmul}
     on_line("elementwise operations")
     found |= measure_elementwise(stopwatch)
     on_line("collectives")
@@ -290,7 +301,7 @@ def measure_rates(device: str, nvme_path: Path | None, on_line: Callable[[str], 
         found |= measure_copies(stopwatch)
     on_line("optimizers")
     dist.barrier()
-    found |= measure_optimizers(stopwatch)
+    found |= measure_optimizers(stopwatch, quick=quick)
     if nvme_path is not None:
         on_line("NVMe")
         dist.barrier()

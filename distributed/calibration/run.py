@@ -64,7 +64,9 @@ def calibrate_to_file(
     return rates
 
 
-def calibrate(cluster: ClusterSpec, nvme_path: str | None, command: str, on_line: OnLine) -> MeasuredRates:
+def calibrate(
+    cluster: ClusterSpec, nvme_path: str | None, command: str, on_line: OnLine, *, quick: bool = False
+) -> MeasuredRates:
     """Measure the rates of this machine with one process per rank of the cluster.
 
     Args:
@@ -72,6 +74,7 @@ def calibrate(cluster: ClusterSpec, nvme_path: str | None, command: str, on_line
         nvme_path: folder on the NVMe drive to measure; None leaves it out.
         command: the command line, recorded in the result.
         on_line: called with a line of text as each measurement begins.
+        quick: measure few and small sizes, to rehearse the command; the rates mean little.
 
     Returns:
         Medians of the ranks' measurements.
@@ -90,7 +93,7 @@ def calibrate(cluster: ClusterSpec, nvme_path: str | None, command: str, on_line
     with tempfile.TemporaryDirectory(prefix="translution-calibrate-") as folder:
         log = Path(folder) / _LOG
         prepare_ops(ops, launch_environment(cluster), log, on_line)
-        _run(cluster, nvme_path, Path(folder), on_line)
+        _run(cluster, nvme_path, Path(folder), on_line, *(["--quick"] if quick else []))
         paths = sorted(Path(folder).glob("rates_*.json"))
         found = [parse_json(_RATES, path.read_bytes(), str(path)) for path in paths]
     made = make_provenance(command, ("torch", "deepspeed"))
@@ -103,14 +106,14 @@ def calibrate(cluster: ClusterSpec, nvme_path: str | None, command: str, on_line
     )
 
 
-def _run(cluster: ClusterSpec, nvme_path: str | None, folder: Path, on_line: OnLine) -> None:
+def _run(cluster: ClusterSpec, nvme_path: str | None, folder: Path, on_line: OnLine, *options: str) -> None:
     port = str(free_port())
     environments = []
     for rank in range(cluster.world_size):
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": cluster.world_size, "MASTER_PORT": port}
         environments.append({**launch_environment(cluster), "MASTER_ADDR": "127.0.0.1"})
         environments[-1] |= {name: str(value) for name, value in world.items()}
-    command = [sys.executable, "-m", "translution.cli", "calibrate-rank", str(folder), cluster.device]
+    command = [sys.executable, "-m", "translution.cli", "calibrate-rank", *options, str(folder), cluster.device]
     command += [nvme_path] if nvme_path else []
     code = run_processes(command, environments, folder / _LOG, _lines(folder, on_line))
     if code:
@@ -160,13 +163,14 @@ def machine_file(cluster_name: str, rates: MeasuredRates, nvme_path: str | None)
     return str(yaml.safe_dump(data, sort_keys=False))
 
 
-def calibrate_rank(folder: Path, device: str, nvme_path: Path | None) -> None:
+def calibrate_rank(folder: Path, device: str, nvme_path: Path | None, *, quick: bool = False) -> None:
     """Measure as one rank, and write the result to the folder.
 
     Args:
         folder: folder shared by the ranks.
         device: "cpu" or "cuda".
         nvme_path: folder on the NVMe drive to measure; None leaves it out.
+        quick: measure few and small sizes, as a rehearsal.
     """
     end_with_launcher()
     import deepspeed
@@ -185,7 +189,7 @@ def calibrate_rank(folder: Path, device: str, nvme_path: Path | None) -> None:
                 file.write(line + "\n")
 
     try:
-        rates = measure_rates(device, nvme_path, report)
+        rates = measure_rates(device, nvme_path, report, quick=quick)
         write_text(folder / f"rates_{rank}.json", rates.model_dump_json())
         torch.distributed.barrier()
     finally:

@@ -6,6 +6,8 @@ import os
 import resource
 import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -53,11 +55,28 @@ def _memory(plan: Plan) -> Iterator[Check]:
         needed = SHARED_BUFFER_BYTES * cluster.ranks_per_node
         yield _room("/dev/shm", needed, shutil.disk_usage("/dev/shm").free, "enlarge it, or remove files from it")
         return
-    import torch
-
-    for number in range(min(cluster.ranks_per_node, torch.cuda.device_count())):
-        free, _ = torch.cuda.mem_get_info(number)
+    for number, free in enumerate(_free_gpu_bytes(cluster.ranks_per_node)):
         yield _room(f"GPU {number}", prediction.peak_bytes, free, "end other programs on it, or plan with less memory")
+
+
+_FREE_BYTES = """
+import sys, torch
+for number in range(min(int(sys.argv[1]), torch.cuda.device_count())):
+    print(torch.cuda.mem_get_info(number)[0])
+"""
+
+
+def _free_gpu_bytes(count: int) -> list[int]:
+    """Return the free bytes of the first GPUs, at most ``count``.
+
+    A process that asks the driver holds a context of some 500 MiB on each GPU until it ends. The launcher stays while
+    its ranks run, so another process asks.
+    """
+    done = subprocess.run([sys.executable, "-c", _FREE_BYTES, str(count)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise InputError(f"GPUs: their free memory cannot be read: {lines[-1][:300]}")
+    return [int(line) for line in done.stdout.split()]
 
 
 def _locked(plan: Plan) -> Iterator[Check]:

@@ -71,6 +71,8 @@ class Recorder:
         self._rank = rank
         self._peaks: dict[str, int] = {}
         self._process_peaks: dict[str, int] = {}
+        self._reserved: dict[str, int] = {}
+        self._device_used: dict[str, int] = {}
         if memory_kind == "process":
             load_libraries()
         self._process_start = process_memory.process_bytes().get("resident", 0)
@@ -99,11 +101,18 @@ class Recorder:
             before = torch.cuda.memory_allocated()
             work()
             peak = torch.cuda.max_memory_allocated()
+            self._record_device(name)
         if self._base is None:
             self._base = before
         if self._before is None:
             self._before = before
         self._peaks[name] = max(self._peaks.get(name, 0), peak)
+
+    def _record_device(self, name: str) -> None:
+        """Record what torch has reserved and what the driver says is in use; torch returns nothing between phases."""
+        free, total = torch.cuda.mem_get_info()
+        for highest, size in ((self._reserved, torch.cuda.max_memory_reserved()), (self._device_used, total - free)):
+            highest[name] = max(highest.get(name, 0), size)
 
     def expect_saved_tensors(self, network: torch.nn.Module) -> None:
         """Let the next forward pass under `count_saved_tensors` count what it saves for backward."""
@@ -171,6 +180,8 @@ class Recorder:
             resident_bytes=resident,
             phase_peak_bytes=peaks,
             peak_bytes=max(peaks[name] for name in TRAINING_PHASES),
+            reserved_bytes=max(self._reserved.get(name, 0) for name in TRAINING_PHASES) or None,
+            device_used_bytes=max(self._device_used.get(name, 0) for name in TRAINING_PHASES) or None,
             process_peak_bytes=snapshot.process["peak"],
             host_entries_bytes=snapshot.host_entries,
             swap_buffers_bytes={name: size for name, size in snapshot.swap_buffers.items() if size},

@@ -1,5 +1,8 @@
 from .folder import CHECKPOINT as CHECKPOINT
 from .folder import METRICS as METRICS
+from .folder import log_path as log_path
+from .folder import log_to_own_file as log_to_own_file
+from .folder import make_run_folders as make_run_folders
 from .folder import memory_path as memory_path
 from .folder import require_run as require_run
 from .folder import status_path as status_path

@@ -40,6 +40,11 @@ class MemoryMeasurement(Schema):
     """Bytes of this rank's files on NVMe between two steps, by kind."""
     saved_bytes: int | None = None
     """Bytes that one micro-batch's forward pass saves for backward, without parameters."""
+    reserved_bytes: int | None = None
+    """Peak bytes that torch had reserved from the driver in the step; None on a CPU."""
+    device_used_bytes: int | None = None
+    """Highest bytes of the device in use by all processes, as the driver reports them after each phase; None on a
+    CPU."""
     process_start_bytes: int = 0
     """Resident bytes of the process before the model is built: libraries, data and the process group."""
     process_phase_peak_bytes: dict[str, int] = Field(default_factory=dict)

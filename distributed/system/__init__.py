@@ -1,3 +1,5 @@
 """This machine: environment, packages, compiled ops, memory, file systems, network, signals."""
 
-__all__: list[str] = []
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -90,6 +90,17 @@ class Trainer:
         """Return a recorder of this rank's memory, which starts to count at the memory in use now."""
         return Recorder(self.plan, self.engine.rank, self.memory_kind, while_tracing=settled_collectives)
 
+    def load_data(self, global_batch: int) -> tuple[DataSource, DataSource]:
+        """Return the training and the held-out samples.
+
+        Args:
+            global_batch: samples per step.
+
+        Raises:
+            InputError: as `load_samples` does.
+        """
+        return load_samples(self.plan.model, self.plan.training, global_batch)
+
     def start(self) -> None:
         """Join the process group and build the engine.
 
@@ -244,7 +255,7 @@ class Trainer:
         training, resume = self.plan.training, self.mode is RunMode.CONTINUE
         evaluates = self.mode in (RunMode.TRAIN, RunMode.CONTINUE)
         global_batch = training.global_batch(self.engine.world_size)
-        training_samples, held_out = load_samples(self.plan.model, training, global_batch)
+        training_samples, held_out = self.load_data(global_batch)
         self.data_tensors = [*training_samples.resident, *held_out.resident]
         # Before the engine: kornia cannot be imported after DeepSpeed has made a model under ZeRO-3.
         self.augment = Augmenter(self.plan.model, training, self.engine.rank, self.engine.world_size)

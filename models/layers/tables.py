@@ -17,6 +17,7 @@ from translution.planner.costs import table_tiles
 
 from ..ops import grouped
 from ..ops.context import RelationContext, dropout_noise
+from ..ops.grouped_mm import Products
 from ..ops.naive import gather_attention
 
 ROLE_NAMES = {"q": "query", "k": "key", "v": "value"}
@@ -102,6 +103,10 @@ class OperatorChain(nn.Module):
         self.geometry, self.heads, self.scale, self.widths = geometry, heads, scale, widths
         self.dropout, self.workspace_bytes, self.relative = dropout, workspace_bytes, relative
         self.batched = False
+        self.batches_on_gpu = True
+        """False multiplies one relation at a time on a GPU too, to compare the two."""
+        self.products: Products | None = None
+        """Products of many relations at a time; None chooses the fastest that proves correct on the device."""
         self.logit_tiles = nn.ModuleList()
         self.value_tiles = nn.ModuleList()
 
@@ -138,7 +143,9 @@ class OperatorChain(nn.Module):
         context.widths, context.relative = self.widths, self.relative
         context.adds_logits = "plain_query" in sources
         context.key_padding = key_padding
-        context.batched = self.batched or next(iter(sources.values())).device.type == "cuda"
+        on_gpu = next(iter(sources.values())).device.type == "cuda"
+        context.batched = self.batched or (on_gpu and self.batches_on_gpu)
+        context.products = self.products
         context.dropout = self.dropout if self.training else 0.0
         context.seed = self.draw_seed()
         ordered = [sources[name].contiguous() if name in sources else None for name in grouped.SOURCES]

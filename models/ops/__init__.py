@@ -12,7 +12,15 @@ rotary            rotary position embedding
 
 from . import batched
 from .context import missing_pairs
-from .grouped_mm import GroupedProducts, choose_products
+from .grouped_mm import GroupedProducts, SeparateProducts, choose_products
 from .relative_terms import RelationBias, RelationVectors
 
-__all__ = ["GroupedProducts", "RelationBias", "RelationVectors", "batched", "choose_products", "missing_pairs"]
+__all__ = [
+    "GroupedProducts",
+    "RelationBias",
+    "RelationVectors",
+    "SeparateProducts",
+    "batched",
+    "choose_products",
+    "missing_pairs",
+]

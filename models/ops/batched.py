@@ -37,7 +37,8 @@ class BatchedTile:
         row_bytes = (3 * d_in + 2 * d_out + 2 * max(d_in, d_out)) * like.element_size()
         max_pairs = context.workspace_bytes * 3 // 4 // (row_bytes * self.batch)
         self.chunks, self.leftover = cut_tile(context.geometry, first, count, max_pairs, like.device)
-        self.products: Products = choose_products(like.device, like.dtype, d_in, d_out)
+        chosen = context.products or choose_products(like.device, like.dtype, d_in, d_out)
+        self.products: Products = chosen
 
     def add_logits(self, query_kce: Tensor | None, key_kce: Tensor | None) -> None:
         """Write the logits of the chunks' pairs into the context, or add them.

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from translution.planner.config import RelationGeometry, RelationPairs, TokenBlock
 
+from .grouped_mm import Products
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of sums over relations: fp32 for bf16 and fp16, otherwise the dtype itself."""
@@ -176,6 +178,8 @@ class RelationContext:
         """Output of the relative values, (b, n, e)."""
         self.batched = False
         """True if many relations are multiplied at a time."""
+        self.products: Products | None = None
+        """Implementation of their products; None chooses the fastest that proves correct."""
         self._workspace: Workspace | None = None
         self.grad_out: Tensor | None = None
         """Gradient of `out`, (b, n, e)."""

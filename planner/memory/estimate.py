@@ -38,6 +38,11 @@ BOOKKEEPING_BYTES = 2**16
 """Upper bound of scalars, step counters and the sample order, measured on CPU ranks of small runs."""
 
 
+OUTSIDE_TORCH = ("driver reserve", "context", "nccl")
+"""Items of a GPU's memory that torch's allocator does not hold."""
+FRAGMENTED = "fragmentation"
+
+
 class BreakdownItem(Schema):
     """One item of a memory breakdown."""
 
@@ -62,6 +67,16 @@ class PhasePeak(Schema):
     def of(self, name: str) -> int:
         """Bytes of the item called ``name``, 0 if there is none."""
         return sum(item.bytes for item in self.breakdown if item.name == name)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes that torch has reserved on a GPU; without what the driver and NCCL hold."""
+        return self.bytes - sum(self.of(name) for name in OUTSIDE_TORCH)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes that torch counts as allocated: without what the driver and NCCL hold, and without fragmentation."""
+        return self.reserved_bytes - self.of(FRAGMENTED)
 
 
 class MemoryEstimate(Schema):
@@ -89,6 +104,11 @@ class MemoryEstimate(Schema):
         """Peak bytes of a phase on a tier, 0 if the tier is empty then."""
         peak = self.peak(phase, tier)
         return 0 if peak is None else peak.bytes
+
+    def allocated_bytes_of(self, phase: str) -> int:
+        """Peak bytes of a phase on the rank's own tier that torch counts as allocated, as a run measures them."""
+        peak = self.peak(phase)
+        return 0 if peak is None else peak.allocated_bytes
 
     def of(self, name: str, phase: str = Phase.BETWEEN, tier: Tier | None = None) -> int:
         """Bytes of the item called ``name`` at the peak of a phase, by default on the rank's own tier."""
@@ -146,7 +166,7 @@ def _overhead_items(overhead: DeviceOverhead, tier: Tier, tensor_bytes: int) -> 
         waste = overhead.reserved_bytes(allocated) - allocated
         shares = overhead.fragmentation
         formula = f"{shares.likely:.0%} of what torch reserves; {shares.low:.0%} to {shares.high:.0%}"
-        yield BreakdownItem(name="fragmentation", bytes=waste, formula=formula, source=shares.source)
+        yield BreakdownItem(name=FRAGMENTED, bytes=waste, formula=formula, source=shares.source)
 
 
 def summarize_simulation(

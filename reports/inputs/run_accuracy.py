@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from translution.distributed.runs import CHECKPOINT, METRICS, MemoryMeasurement, read_memory, require_run, status_path
-from translution.planner.common import InputError, Phase, Tier
+from translution.planner.common import TRAINING_PHASES, InputError, Phase, Tier
 from translution.planner.memory import MemoryEstimate, estimate_memory
 from translution.planner.plans import RUNS, Plan, load_plan, with_evaluation
 from translution.planner.simulator.engine import OPTIMIZER_STATES
@@ -18,6 +18,8 @@ from translution.planner.simulator.engine import OPTIMIZER_STATES
 _COLUMNS = ("rank", "tier", "what", "predicted_bytes", "measured_bytes", "ratio")
 RESIDENT, SAVED, PROCESS_PREFIX = "between steps", "saved for backward", "process"
 """Labels of rows: total live bytes between steps, bytes saved for backward, and the prefix for the process's memory."""
+RESERVED, DEVICE_USED = "reserved by torch", "in use on the device"
+"""Labels of rows of a GPU: what torch reserved from the driver, and what the driver reports for all processes."""
 _OLD_LABELS = {"kept for backward": SAVED}
 PROCESS_GROWTH_BYTES = 40 * 2**20
 """Bytes that a process loads after its first measurement: DeepSpeed's engine, gloo's threads, kernels. Measured."""
@@ -62,11 +64,12 @@ def predicted_and_measured(
         files[entry] = files.get(entry, 0) + size
     for name, size in files.items():
         yield Tier.NVME, name, prediction.of(name, RESIDENT, Tier.NVME), size
-    yield own, RESIDENT, prediction.resident_bytes, measured.resident_bytes
+    yield own, RESIDENT, prediction.allocated_bytes_of(Phase.BETWEEN), measured.resident_bytes
     if measured.saved_bytes is not None:
         yield own, SAVED, prediction.saved_bytes, measured.saved_bytes
     for phase, size in _with_building(measured.phase_peak_bytes).items():
-        yield own, f"peak of {phase}", prediction.bytes_of(phase), size
+        yield own, f"peak of {phase}", prediction.allocated_bytes_of(phase), size
+    yield from _device_totals(prediction, measured)
     for phase, size in _with_building(measured.process_phase_peak_bytes).items():
         held = prediction.bytes_of(phase, Tier.HOST) + prediction.bytes_of(phase, Tier.PINNED)
         yield (
@@ -75,6 +78,17 @@ def predicted_and_measured(
             measured.process_start_bytes + PROCESS_GROWTH_BYTES + held,
             size,
         )
+
+
+def _device_totals(prediction: MemoryEstimate, measured: MemoryMeasurement) -> Iterator[tuple[Tier, str, int, int]]:
+    """Yield the highest bytes that torch reserved, and that the driver reports as in use, in a step on a GPU."""
+    peaks = [peak for phase in TRAINING_PHASES if (peak := prediction.peak(phase)) is not None]
+    if measured.reserved_bytes is not None:
+        yield Tier.DEVICE, RESERVED, max(peak.reserved_bytes for peak in peaks), measured.reserved_bytes
+    if measured.device_used_bytes is not None:
+        # The driver's own reserve is not in the total that it reports to a process.
+        predicted = max(peak.bytes - peak.of("driver reserve") for peak in peaks)
+        yield Tier.DEVICE, DEVICE_USED, predicted, measured.device_used_bytes
 
 
 def _with_building(peaks: Mapping[str, int]) -> dict[str, int]:

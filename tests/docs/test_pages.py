@@ -65,6 +65,7 @@ ELSEWHERE = {
     "serve --host --workers": f"{SERVER}::test_public_server_warns_and_its_workers_end_with_it",
     "sbatch job.sbatch": f"{RANKS}/test_slurm.py::test_a_job_saves_before_its_limit_and_resumes_when_submitted_again",
     "python benchmarks/accuracy.py": "docs/test_pages.py::test_the_comparison_of_memory_is_made",
+    "python scripts/gpu_check.py": f"{RANKS}/test_gpu_check.py::test_a_rehearsal_runs_every_part",
     "make demo": "docs/test_pages.py::test_the_demo_is_made_of_commands_that_are_tested",
     "make test": ".ci/run",
     "make offline-bundle": "scripts/conftest.py::made_bundle",

@@ -42,6 +42,7 @@ def report_cli(
     accuracy: Annotated[Path | None, typer.Option(help="accuracy.json of benchmarks/accuracy.py.")] = None,
     step_time: Annotated[Path | None, typer.Option(help="step_time.json of benchmarks/step_time.py.")] = None,
     benchmarks: Annotated[Path | None, typer.Option(help="Folder with operator.json and planner.json.")] = None,
+    gpu: Annotated[Path | None, typer.Option(help="Folder of scripts/gpu_check.py's results, if any yet.")] = None,
     png: Annotated[Path | None, typer.Option(help="Also write a plan's memory timeline as PNG.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Also write a plan's memory timeline as SVG.")] = None,
     markdown: Annotated[
@@ -63,6 +64,7 @@ def report_cli(
         accuracy=accuracy,
         step_time=step_time,
         benchmarks=benchmarks,
+        gpu=gpu,
     )
     sizes = write_report(request, ReportFiles(out, png, svg, markdown, data))
     if as_json:

@@ -33,11 +33,16 @@ def rank_cli(word: str) -> None:
 
 
 @app.command("calibrate-rank", hidden=True)
-def calibrate_rank_cli(folder: Path, device: str, nvme_path: Annotated[Path | None, typer.Argument()] = None) -> None:
+def calibrate_rank_cli(
+    folder: Path,
+    device: str,
+    nvme_path: Annotated[Path | None, typer.Argument()] = None,
+    quick: Annotated[bool, typer.Option("--quick")] = False,
+) -> None:
     """Measure rates as one rank; `calibrate` starts it."""
     from translution.distributed.calibration import calibrate_rank
 
-    calibrate_rank(folder, device, nvme_path)
+    calibrate_rank(folder, device, nvme_path, quick=quick)
 
 
 @app.command("preflight-node", hidden=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from helpers.runs import TINY, write_plan
 
 from translution.cli.main import run
+from translution.distributed.preflight import checks
+from translution.planner.common.errors import InputError
 from translution.planner.common.machine import usable_cores
 from translution.planner.config.model import parse_model_spec
 from translution.planner.plans.folder import write_plan_folder
@@ -81,3 +84,21 @@ def test_a_usable_nvme_folder_passes_with_its_speed(tmp_path: Path, capsys: pyte
     assert "written per second (planned with 1.00 GiB), " in printed
     assert "read per second\n" in printed
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_another_process_asks_a_gpu_for_its_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The asking process holds a context, which the launcher must not hold while its ranks run."""
+    asked = tmp_path / "asked"
+    (tmp_path / "torch.py").write_text(
+        "import os\n"
+        "class cuda:\n"
+        "    def device_count(): return 2\n"
+        f"    def mem_get_info(n): open({str(asked)!r}, 'w').write(str(os.getpid())); return 100 + n, 1000\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert checks._free_gpu_bytes(1) == [100]
+    assert checks._free_gpu_bytes(8) == [100, 101]
+    assert int(asked.read_text()) != os.getpid()
+    (tmp_path / "torch.py").write_text("raise RuntimeError('no driver')")
+    with pytest.raises(InputError, match="GPUs: their free memory cannot be read: RuntimeError: no driver"):
+        checks._free_gpu_bytes(1)
