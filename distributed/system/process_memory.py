@@ -12,7 +12,7 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 MMAP_THRESHOLD_BYTES = 2**17
-"""Smallest block that glibc maps on its own and gives back when it is freed: its initial value, see `return_freed_blocks`."""
+"""Smallest block that `return_freed_blocks` makes glibc map on its own: the value that a process starts with."""
 _M_MMAP_THRESHOLD = -3
 """Number of the option, from glibc's malloc.h."""
 _FIELDS = {"resident": "VmRSS", "peak": "VmHWM", "locked": "VmLck", "pinned": "VmPin"}

@@ -1,6 +1,6 @@
 """All patches that training makes to DeepSpeed 0.19.8; no other module of training or checkpoints makes any.
 
-`patch_nvme_optimizers` mends two faults of optimizers on NVMe.
+`patch_nvme_optimizers` fixes two faults of optimizers on NVMe.
 
 Gradient reads: DeepSpeed reads some gradients back wrong from NVMe. A gradient of 1 MiB or more has a file of
 its own and is read into its place in the buffer of its sub-group. Where that place is not a multiple of the drive's

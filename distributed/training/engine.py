@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from translution.models import build
 from translution.planner.common import InputError
 from translution.planner.plans import Plan
 
-from ..data.base import DataSource, Samples
+from ..data.base import Samples
 from ..system.network import interface_towards
 from .deepspeed_fixes import patch_nvme_optimizers
 
@@ -168,51 +167,3 @@ class Engine:
         sums.copy_(torch.tensor(values, dtype=torch.float64))
         torch.distributed.all_reduce(sums)
         return [value / self.world_size for value in sums.tolist()]
-
-    @torch.no_grad()
-    def evaluate(
-        self, held_out: DataSource, count: int, micro_batch: int, on_pass: Callable[[int], bool]
-    ) -> tuple[float, float] | None:
-        """Return mean loss and accuracy of held-out samples; each sample counts once.
-
-        Every rank runs the same number of passes, because ZeRO-3 gathers parameters on all ranks at once. A rank
-        that has no sample left repeats one and does not count it.
-
-        Args:
-            held_out: the samples.
-            count: number of samples to evaluate, evenly spaced.
-            micro_batch: samples that a rank evaluates in a pass.
-            on_pass: called with the number of samples done before each pass; False ends the evaluation, and must be
-                returned on all ranks.
-
-        Returns:
-            None if the evaluation was ended.
-        """
-        self.deepspeed_engine.eval()
-        totals = torch.zeros(3, dtype=torch.float64, device=self.deepspeed_engine.device)
-        try:
-            for start in range(0, count, micro_batch * self.world_size):
-                if not on_pass(start):
-                    return None
-                index = torch.arange(micro_batch) + start + self.rank * micro_batch
-                # Spread over the whole set: its samples may be sorted by class.
-                batch = held_out.select(index.clamp(max=count - 1) * len(held_out) // count)
-                totals += self._evaluate_pass(batch, index < count)
-        finally:
-            self.deepspeed_engine.train()
-        torch.distributed.all_reduce(totals)
-        return float(totals[0] / totals[2]), float(totals[1] / totals[2])
-
-    def _evaluate_pass(self, batch: Samples, counted: Tensor) -> Tensor:
-        """Return the sum of losses, the number of right predictions and the number of all, of the counted samples.
-
-        Args:
-            batch: B samples.
-            counted: which samples count (B,).
-        """
-        logits = self.forward(batch).flatten(0, -2).float()
-        targets = batch.targets.to(logits.device)
-        counts = counted.to(logits.device).repeat_interleave(targets.numel() // len(counted))
-        losses = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="none")
-        right = (logits.argmax(-1) == targets.flatten()) & counts
-        return torch.stack([(losses.double() * counts).sum(), right.sum().double(), counts.sum().double()])

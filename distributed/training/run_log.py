@@ -18,7 +18,6 @@ from ..runs.status import RankStatus, write_status
 from .engine import Engine
 from .monitor import RunMonitor
 
-
 PROGRESS_SECONDS = 2.0
 """Seconds between two reports of progress."""
 

@@ -41,6 +41,7 @@ from ..system.packages import check_training_packages
 from ..system.signals import IntervalTimer, StopRequest
 from .deepspeed_fixes import settled_collectives
 from .engine import MODEL_DTYPES, Engine
+from .evaluation import Evaluator
 from .lr_schedule import learning_rate_factor
 from .nonfinite import SkippedSteps, find_nonfinite_gradient, find_nonfinite_layer, is_finite_norm
 from .run_log import RunLog
@@ -80,6 +81,7 @@ class Trainer:
         # A second launch that measures the run's processes leaves the metrics of the first launch alone.
         writes_metrics = self.engine.rank == 0 and self.memory_kind == "allocations"
         self.log = RunLog(plan, run, self.engine.rank, writes_metrics=writes_metrics)
+        self.evaluator = Evaluator(plan, self.engine, self.log, self.stop)
         self.skipped = SkippedSteps(scaled=plan.training.precision == "fp16")
 
     def report_status(self, state: str, message: str = "") -> None:
@@ -280,11 +282,11 @@ class Trainer:
             return
         self.step = training.steps
         if not evaluates:
-            self.measure_evaluation(held_out)
+            self.recorder.record(Phase.EVALUATION, partial(self.evaluator.evaluate_few, held_out))
         self.save_checkpoint(measured)
         if evaluates:
             with self.stop.watching():
-                self.evaluate(held_out, self.step)
+                self.evaluator.evaluate(held_out, self.step)
         self.report_status("finished")
 
     def train_steps(
@@ -315,7 +317,7 @@ class Trainer:
             if stop:
                 self.stop.notice()
             elif held_out is not None and done < training.steps and is_due(done, training.evaluation_steps):
-                self.evaluate(held_out, done)
+                self.evaluator.evaluate(held_out, done)
                 self.log.report_status("training", done)
             if done < training.steps and (stop or due or is_due(done, training.checkpoint_steps)):
                 self.step = done
@@ -331,49 +333,6 @@ class Trainer:
         loss = self.recorded_step(batches, measured)
         self.check_gradients(batches)
         return loss
-
-    def evaluate(self, held_out: DataSource, step: int) -> None:
-        """Evaluate after a number of steps, and write the progress and the result.
-
-        A signal to any rank ends the evaluation without a result.
-        """
-        count, micro_batch = evaluation_size(self.plan, len(held_out))
-        if not count:
-            return
-        self.log.report_status("evaluating", step, f"{count} held-out samples")
-        result = self.engine.evaluate(held_out, count, micro_batch, partial(self._goes_on, step, count))
-        if result is not None:
-            self.log.write_evaluation(step, *result, count)
-
-    def _goes_on(self, step: int, count: int, done: int) -> bool:
-        """Write the progress of an evaluation; return whether it goes on, the same on every rank."""
-        self.log.write_progress(step, done, count)
-        (stop,) = self.engine.mean_over_ranks(float(self.stop.name is not None))
-        return not stop
-
-    def measure_evaluation(self, held_out: DataSource) -> None:
-        """Evaluate two passes and record their memory."""
-        count, micro_batch = evaluation_size(self.plan, len(held_out))
-        if count:
-            count = min(count, 2 * micro_batch * self.engine.world_size)
-            evaluate = partial(self.engine.evaluate, held_out, count, micro_batch, lambda _: True)
-            self.recorder.record(Phase.EVALUATION, evaluate)
-
-
-def evaluation_size(plan: Plan, available: int) -> tuple[int, int]:
-    """Return the number of samples that a run evaluates, and the samples of a rank in one pass.
-
-    Args:
-        plan: the plan.
-        available: number of held-out samples.
-    """
-    planned, training = plan.evaluation, plan.training
-    if planned is None:
-        # A plan of an earlier version has no planned evaluation.
-        given = training.evaluation_samples
-        limit = given if isinstance(given, int) else 0
-        return (min(limit or available, available) if training.evaluates else 0), training.micro_batch
-    return min(available, available if planned.max_samples is None else planned.max_samples), planned.micro_batch
 
 
 def train(plan_folder: Path, run: Path, mode: RunMode = RunMode.TRAIN) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..common.errors import InputError
+from ..common.phases import Tier
 from ..common.schema import Schema
 from ..common.types import NonNegative, Positive
 from ..config.run_config import RunConfig
@@ -56,7 +57,7 @@ def _fitting_batch(run: RunConfig, prediction: MemoryEstimate, wanted: int) -> i
 
 
 def _extrapolated_fits(
-    first: tuple[PhasePeak, ...], second: tuple[PhasePeak, ...], factor: int, limits: dict[str, int]
+    first: tuple[PhasePeak, ...], second: tuple[PhasePeak, ...], factor: int, limits: dict[Tier, int]
 ) -> bool:
     slopes = {peak.tier: peak.bytes for peak in second}
     return all(

@@ -13,7 +13,6 @@ import shlex
 from pathlib import Path
 
 from ..common.files import new_folder
-from ..common.phases import Phase
 from ..common.units import format_bytes, format_count, format_flops
 from ..costs.parameters import count_parameters
 from ..costs.workload import count_flops

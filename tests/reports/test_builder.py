@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.gallery_tables import cells, table
-from helpers.html_page import Page
+from helpers.html_page import Page, cells, table
 from helpers.report_folders import MALICIOUS, experiment_folder, plan_folder
 
 from translution.cli.main import run

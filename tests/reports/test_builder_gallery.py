@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import typer
-from helpers.gallery_tables import cells, table
+from helpers.html_page import cells, table
 
 from translution.cli.main import full_app, run
 from translution.planner.analysis.comparison import comparison_rows

@@ -226,6 +226,10 @@ class Stage3Engine(SimulatedEngine):
 
     # One training step.
 
+    def start_training(self) -> None:
+        """Gather the persistent parameters."""
+        self.begin_step()
+
     def begin_step(self) -> None:
         """Gather the persistent parameters for the next training step."""
         self.coordinator.begin()
