@@ -18,6 +18,7 @@ _CHANGEABLE = {
         "checkpoint_steps",
         "checkpoint_minutes",
         "keep_checkpoints",
+        "final_checkpoint",
         "micro_batch",
         "accumulation",
         "evaluation_data",

@@ -164,7 +164,8 @@ class Recorder:
         """Return an earlier measurement with the phases of this process added or replaced."""
         changes: dict[str, Any] = {"phase_peak_bytes": measurement.phase_peak_bytes | self._peaks_above_base()}
         if self.memory_kind == "process":
-            peaks = measurement.process_phase_peak_bytes | self._process_peaks
+            earlier, own = measurement.process_phase_peak_bytes, self._process_peaks
+            peaks = {name: max(earlier.get(name, 0), own.get(name, 0)) for name in {**earlier, **own}}
             changes |= {"process_start_bytes": self._process_start, "process_phase_peak_bytes": peaks}
         return measurement.model_copy(update=changes)
 
@@ -172,14 +173,16 @@ class Recorder:
         """Return everything measured, as a run folder stores it."""
         resident = (self._before or 0) - (self._base or 0)
         peaks = self._peaks_above_base()
+        # The total is unknown where only the process is recorded.
+        other = {} if self._before is None else {"other": resident - sum(snapshot.entries.values())}
         return MemoryMeasurement(
             rank=self._rank,
             device=self.device,
             step=step,
-            entries_bytes=snapshot.entries | {"other": resident - sum(snapshot.entries.values())},
+            entries_bytes=snapshot.entries | other,
             resident_bytes=resident,
             phase_peak_bytes=peaks,
-            peak_bytes=max(peaks[name] for name in TRAINING_PHASES),
+            peak_bytes=max(peaks.get(name, 0) for name in TRAINING_PHASES),
             reserved_bytes=max(self._reserved.get(name, 0) for name in TRAINING_PHASES) or None,
             device_used_bytes=max(self._device_used.get(name, 0) for name in TRAINING_PHASES) or None,
             process_peak_bytes=snapshot.process["peak"],

@@ -21,7 +21,7 @@ class MemoryMeasurement(Schema):
     entries_bytes: dict[str, int]
     """Bytes of live device tensors between two steps, by kind."""
     resident_bytes: int
-    """Bytes of all live device tensors between two steps."""
+    """Bytes of all live device tensors between two steps; 0 if only the process was recorded."""
     phase_peak_bytes: dict[str, int]
     """Peak bytes of live device tensors in each phase of the step."""
     peak_bytes: int

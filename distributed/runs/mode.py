@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 
 from translution.planner.common import InputError
+
+MEMORY_VARIABLE = "TRANSLUTION_MEMORY"
+"""Environment variable that chooses what training ranks record: "process", or by default torch's allocations."""
 
 
 class RunMode(StrEnum):
@@ -30,7 +34,12 @@ class RunMode(StrEnum):
 
     @property
     def records_process(self) -> bool:
-        """Whether the process's resident memory is recorded, not torch's allocations."""
+        """Whether the process's resident memory is recorded, not torch's allocations.
+
+        A run that trains records it if the environment variable `MEMORY_VARIABLE` is "process".
+        """
+        if self in (RunMode.TRAIN, RunMode.CONTINUE):
+            return os.environ.get(MEMORY_VARIABLE) == "process"
         return self in (RunMode.MEASURE_PROCESS, RunMode.MEASURE_RESUME_PROCESS)
 
     @classmethod

@@ -1,7 +1,9 @@
 """Training on one rank.
 
-engine             the model under DeepSpeed's engine: process group, construction, loss, gradients, evaluation
-trainer            the training loop, its measurement and checkpoints; `train`, the entry point of every rank
+rank               the process of a rank: `train`, the entry point of every rank
+trainer            the training loop, its measurement and checkpoints
+engine             the model under DeepSpeed's engine: process group, construction, loss, gradients
+evaluation         held-out samples: how many, in passes of which size
 run_log            the rank's status and the metrics of the run
 monitor            metrics to CSV files, TensorBoard or Weights & Biases
 lr_schedule        warm-up and cosine

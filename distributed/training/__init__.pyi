@@ -1,3 +1,3 @@
+from .rank import run_rank as run_rank
+from .rank import train as train
 from .trainer import Trainer as Trainer
-from .trainer import run_rank as run_rank
-from .trainer import train as train

@@ -1,15 +1,9 @@
-"""Training on one rank: the steps, their measurement, checkpoints, evaluations, metrics and status.
-
-`train` is what every rank of a run executes, with one process or many. The launcher's environment variables (RANK,
-LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) give the rank's place.
-"""
+"""Training on one rank: the steps, their measurement, checkpoints, evaluations, metrics and status."""
 
 from __future__ import annotations
 
 import math
-import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,26 +12,20 @@ import torch
 from torch import Tensor
 
 from translution.planner.common import InputError, Phase, write_text
-from translution.planner.plans import Plan, load_plan
+from translution.planner.plans import Plan
 
-from ..checkpoint.manifest import checkpoint_tags, newest_checkpoint
+from ..checkpoint.manifest import newest_checkpoint
 from ..checkpoint.reshard import load_resharded
-from ..checkpoint.resume import check_resumable, layout_changes
+from ..checkpoint.resume import layout_changes
 from ..checkpoint.save_load import load_checkpoint, save_checkpoint
 from ..data.augment import Augmenter
 from ..data.base import DataSource, Samples
 from ..data.batching import micro_batches
 from ..data.loaders import load_samples
-from ..profiling.allocation_tracer import count_every_allocation
 from ..profiling.recorder import MemoryKind, Recorder, RunPhase, StateSnapshot, run_phase
-from ..runs.folder import CHECKPOINT, log_to_own_file, make_run_folders, memory_path
-from ..runs.heartbeat import follow_heartbeat, require_heartbeat
+from ..runs.folder import CHECKPOINT, memory_path
 from ..runs.measurement import MemoryMeasurement, read_memory
 from ..runs.mode import RunMode
-from ..runs.watchdog import end_with_launcher
-from ..system import filesystem, nvme_swap, process_memory
-from ..system.environment import own_path
-from ..system.packages import check_training_packages
 from ..system.signals import IntervalTimer, StopRequest
 from .deepspeed_fixes import settled_collectives
 from .engine import MODEL_DTYPES, Engine
@@ -79,7 +67,7 @@ class Trainer:
         self.snapshot: StateSnapshot | None = None
         self.stop = StopRequest()
         # A second launch that measures the run's processes leaves the metrics of the first launch alone.
-        writes_metrics = self.engine.rank == 0 and self.memory_kind == "allocations"
+        writes_metrics = self.engine.rank == 0 and mode is not RunMode.MEASURE_PROCESS
         self.log = RunLog(plan, run, self.engine.rank, writes_metrics=writes_metrics)
         self.evaluator = Evaluator(plan, self.engine, self.log, self.stop)
         self.skipped = SkippedSteps(scaled=plan.training.precision == "fp16")
@@ -181,6 +169,8 @@ class Trainer:
         if self.step == 0 and (recorder.memory_kind == "process" or measured is not None):
             return self.train_step(batches, self._record_first_step)
         if recorder.memory_kind == "process":
+            if self.step == measured:
+                self.snapshot = recorder.take_snapshot(self.engine.deepspeed_engine, self.data_tensors, batches)
             return self.train_step(batches, recorder.record)
         if measured is None or self.step not in (measured - 1, measured):
             return self.train_step(batches)
@@ -206,8 +196,10 @@ class Trainer:
         return measurement
 
     def add_measurement(self) -> None:
-        """Add this process's measurement to that of an earlier process of the run."""
+        """Add this process's measurement to that of an earlier process of the run, if there is one."""
         before = read_memory(self.run, self.engine.rank)
+        if before is None and self.snapshot is not None:
+            before = self.recorder.measurement(self.step, self.snapshot)
         if before is not None:
             self._write(self.recorder.add_to(before))
 
@@ -217,7 +209,7 @@ class Trainer:
     def save_checkpoint(self, measured: int | None) -> None:
         """Save a checkpoint and record its memory."""
         # A second launch that measures the run's processes saves next to the first launch's checkpoint.
-        tag = None if self.memory_kind == "allocations" else f"{self.memory_kind}_{self.step}"
+        tag = f"process_{self.step}" if self.mode is RunMode.MEASURE_PROCESS else None
         folder, engine = self.run / CHECKPOINT, self.engine.deepspeed_engine
         self.recorder.record(Phase.SAVE, lambda: save_checkpoint(engine, folder, self.step, self.plan, tag=tag))
         if self.memory_kind == "process":
@@ -283,7 +275,10 @@ class Trainer:
         self.step = training.steps
         if not evaluates:
             self.recorder.record(Phase.EVALUATION, partial(self.evaluator.evaluate_few, held_out))
-        self.save_checkpoint(measured)
+        if training.final_checkpoint or not evaluates:
+            self.save_checkpoint(measured)
+        elif self.memory_kind == "process":
+            self.add_measurement()
         if evaluates:
             with self.stop.watching():
                 self.evaluator.evaluate(held_out, self.step)
@@ -319,7 +314,8 @@ class Trainer:
             elif held_out is not None and done < training.steps and is_due(done, training.evaluation_steps):
                 self.evaluator.evaluate(held_out, done)
                 self.log.report_status("training", done)
-            if done < training.steps and (stop or due or is_due(done, training.checkpoint_steps)):
+            wanted_now = stop or due or is_due(done, training.checkpoint_steps)
+            if wanted_now and (done < training.steps or not training.final_checkpoint):
                 self.step = done
                 self.save_checkpoint(None)
                 timer.restart()
@@ -333,57 +329,3 @@ class Trainer:
         loss = self.recorded_step(batches, measured)
         self.check_gradients(batches)
         return loss
-
-
-def train(plan_folder: Path, run: Path, mode: RunMode = RunMode.TRAIN) -> None:
-    """Run one rank of a plan; called on every rank.
-
-    Args:
-        plan_folder: holds plan.json.
-        run: the run folder, made by the launcher.
-        mode: what the ranks do; under TRAIN, a run folder that already has a checkpoint is resumed.
-
-    Raises:
-        TranslutionError: if the plan is invalid, its data does not fit the model, a package is missing, or this node
-            does not see the launcher's run folder.
-    """
-    plan = load_plan(plan_folder)
-    require_heartbeat(run)
-    # A shell on another host, or Slurm's, does not have this environment's PATH.
-    os.environ["PATH"] = own_path()
-    check_training_packages(plan.training)
-    # Without a launcher, for instance under torchrun, nobody has made the run folder.
-    make_run_folders(run, plan_folder)
-    log_to_own_file(run, int(os.environ.get("RANK", "0")))
-    if mode is RunMode.TRAIN and checkpoint_tags(run / CHECKPOINT):
-        # For instance a Slurm job that was submitted again.
-        check_resumable(plan, run)
-        mode = RunMode.CONTINUE
-    trainer = Trainer(plan, run, mode)
-    run_rank(trainer, trainer.measure_resume if mode.only_resumes else trainer.train)
-
-
-def run_rank(trainer: Trainer, work: Callable[[], None]) -> None:
-    """Do a rank's work; report a failure in its status; remove its swap files and shared buffers afterwards."""
-    # DeepSpeed 0.19.8 calls functions that torch 2.13 has renamed, and torch warns at every call.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
-    process_memory.return_freed_blocks()
-    trainer.stop.expect()
-    end_with_launcher()
-    rank, plan = trainer.engine.rank, trainer.plan
-    follow_heartbeat(trainer.run, rank, trainer.stop)
-    if plan.cluster.device == "cpu":
-        count_every_allocation()
-    try:
-        work()
-        torch.distributed.barrier()
-    except BaseException as error:
-        trainer.report_status("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
-        raise
-    finally:
-        for path in {plan.zero.offload_optimizer.nvme_path, plan.zero.offload_param.nvme_path}:
-            nvme_swap.remove_swap_files(path, rank)
-        filesystem.remove_shared_buffers(os.environ.get("MASTER_PORT", ""), rank)
-        # Otherwise a gloo process may abort at exit after success.
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()

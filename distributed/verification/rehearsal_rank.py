@@ -23,8 +23,9 @@ from ..data.batching import micro_batches
 from ..data.synthetic import make_synthetic
 from ..profiling.recorder import RunPhase, run_phase
 from ..training.engine import Engine
+from ..training.rank import run_rank
 from ..training.run_log import RunLog
-from ..training.trainer import Trainer, run_rank
+from ..training.trainer import Trainer
 from .extrapolate import INIT_ENGINE, INIT_MODEL
 from .fake_compute import FakeCompute
 from .fake_process_group import join_fake_process_group, replaced, without_rank_comparison

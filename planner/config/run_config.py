@@ -70,6 +70,8 @@ class TrainingSpec(Schema):
     """Steps between two checkpoints; 0 saves only at the end."""
     checkpoint_minutes: NonNegativeFloat = 0.0
     """Minutes between two checkpoints; 0 disables saving by time."""
+    final_checkpoint: bool = True
+    """Whether to save after the last step."""
     keep_checkpoints: Positive = 2
     """Number of newest checkpoints that are kept."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -84,15 +84,21 @@ def plan_evaluation(run: RunConfig, prediction: MemoryEstimate, time: StepTime |
     batch = _fitting_batch(run, prediction, max(wanted, 1))
     if batch > wanted > training.micro_batch:
         batch = wanted
+    if training.evaluation_samples != "auto" or time is None:
+        return _timed(run, batch, given or None)
+    count = 1 + ((training.steps - 1) // training.evaluation_steps if training.evaluation_steps else 0)
+    allowed = TRAINING_FRACTION * time.likely_s * training.steps / count
+    while batch > training.micro_batch and evaluation_seconds(run, batch)[1] > allowed:
+        batch = max(training.micro_batch, batch // 2)
+    passes = max(1, int(allowed / evaluation_seconds(run, batch)[1]))
+    return _timed(run, batch, passes * batch * ranks)
+
+
+def _timed(run: RunConfig, batch: int, limit: int | None) -> EvaluationPlan:
     try:
         low, likely, high = evaluation_seconds(run, batch)
     except InputError:
-        return EvaluationPlan(micro_batch=batch, max_samples=given or None)
-    limit = given or None
-    if training.evaluation_samples == "auto" and time is not None:
-        count = 1 + ((training.steps - 1) // training.evaluation_steps if training.evaluation_steps else 0)
-        allowed = TRAINING_FRACTION * time.likely_s * training.steps / count
-        limit = max(1, int(allowed / likely)) * batch * ranks
+        return EvaluationPlan(micro_batch=batch, max_samples=limit)
     return EvaluationPlan(micro_batch=batch, max_samples=limit, low_s=low, likely_s=likely, high_s=high)
 
 

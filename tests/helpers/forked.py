@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 PRELOADED = [
-    "translution.distributed.training.trainer",
+    "translution.distributed.training.rank",
     "deepspeed.runtime.engine",
     "deepspeed.runtime.zero.muon.original_muon",
 ]
