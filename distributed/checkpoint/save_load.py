@@ -152,6 +152,28 @@ def load_checkpoint(engine: Any, folder: Path, tag: str) -> None:
     if getattr(engine.optimizer, "swap_optimizer", False):
         _load_swapped_moments(engine, folder, tag)
     _load_device_moments(engine, folder / tag)
+    replay_bias_correction(engine)
+
+
+def replay_bias_correction(engine: Any) -> None:
+    """Give DeepSpeed's CPU Adam the powers of its betas that it had when the checkpoint was saved.
+
+    It multiplies them by the betas in every step, and no checkpoint holds them. A new process would compute them anew
+    with ``pow``, which rounds differently, and the resumed run would differ in the last bit. Updates of a single value
+    repeat the products.
+
+    Source: DeepSpeed 0.19.8, csrc/includes/cpu_adam.h, Adam_Optimizer::IncrementStep.
+    """
+    outer = getattr(engine, "optimizer", None)
+    adam = getattr(outer, "optimizer", outer)
+    if not hasattr(adam, "ds_opt_adam"):
+        return
+    steps = max((int(state.get("step", 0)) for state in adam.state.values()), default=0)
+    value, gradient, first, second = (torch.zeros(1) for _ in range(4))
+    group = adam.param_groups[0]
+    settings = (*group["betas"], group["eps"], group["weight_decay"], group["bias_correction"])
+    for step in range(1, steps + 1):
+        adam.ds_opt_adam.adam_update(adam.opt_id, step, 0.0, *settings, value, gradient, first, second)
 
 
 def _load_swapped_moments(engine: Any, folder: Path, tag: str) -> None:

@@ -177,6 +177,30 @@ def _ops(plan: Plan, plan_folder: Path) -> Check:
     return Check(name="ops", passed=True, text=f"{', '.join(found)}; {advice}")
 
 
+def _count_checkpoints(plan: Plan) -> int:
+    """Return how many checkpoints exist at once: the newest is complete before the oldest is removed."""
+    training = plan.training
+    if training.checkpoint_minutes:
+        return training.keep_checkpoints + 1
+    saved = (training.steps - 1) // training.checkpoint_steps if training.checkpoint_steps else 0
+    # A run that is stopped saves once more.
+    return min(training.keep_checkpoints + 1, saved + training.final_checkpoint or 1)
+
+
+def _checkpoints(plan: Plan, plan_folder: Path) -> Check:
+    """Check the room for checkpoints, together with swap files that lie on the same drive."""
+    count, zero = _count_checkpoints(plan), plan.zero
+    needed = count_parameters(plan.model).total * _STATE_BYTES * count
+    name = f"disk for {count} checkpoint{'s' if count > 1 else ''}"
+    paths = [Path(str(path)) for path in {zero.offload_optimizer.nvme_path, zero.offload_param.nvme_path} - {None}]
+    device = plan_folder.stat().st_dev
+    if any(path.is_dir() and path.stat().st_dev == device for path in paths):
+        needed += plan.prediction.highest(Tier.NVME) * plan.cluster.ranks_per_node
+        name += " and the NVMe folder, which are on one drive"
+    advice = "free space, use another drive, or save less (keep_checkpoints, checkpoint_steps, final_checkpoint)"
+    return _room(name, needed, shutil.disk_usage(plan_folder).free, advice)
+
+
 def check_node(plan: Plan, plan_folder: Path) -> list[Check]:
     """Check this machine's memory, drives, data and compiled ops for the ranks of one node.
 
@@ -194,13 +218,7 @@ def check_node(plan: Plan, plan_folder: Path) -> list[Check]:
         checks += _locked(plan)
     for path in {zero.offload_optimizer.nvme_path, zero.offload_param.nvme_path} - {None}:
         checks += _nvme(plan, Path(str(path)))
-    # The newest checkpoint is complete before the oldest is removed.
-    checkpoints = plan.training.keep_checkpoints + 1
-    needed = count_parameters(plan.model).total * _STATE_BYTES * checkpoints
-    free = shutil.disk_usage(plan_folder).free
-    checks.append(
-        _room(f"disk for {checkpoints} checkpoints", needed, free, "free space, or keep fewer (keep_checkpoints)")
-    )
+    checks.append(_checkpoints(plan, plan_folder))
     removed = remove_stale_locks()
     text = f"removed {len(removed)} that killed compilations left" if removed else "none is stale"
     checks.append(Check(name="locks of compiled ops", passed=True, text=text))

@@ -10,3 +10,4 @@ from .measurement import MemoryMeasurement as MemoryMeasurement
 from .measurement import read_memory as read_memory
 from .mode import RunMode as RunMode
 from .status import read_run_status as read_run_status
+from .status import read_statuses as read_statuses

@@ -17,7 +17,7 @@ from translution.planner.plans import Plan
 from ..checkpoint.manifest import newest_checkpoint
 from ..checkpoint.reshard import load_resharded
 from ..checkpoint.resume import layout_changes
-from ..checkpoint.save_load import load_checkpoint, save_checkpoint
+from ..checkpoint.save_load import load_checkpoint, replay_bias_correction, save_checkpoint
 from ..data.augment import Augmenter
 from ..data.base import DataSource, Samples
 from ..data.batching import micro_batches
@@ -230,6 +230,7 @@ class Trainer:
         if layout_changes(self.plan, ref.plan()):
             dtype = MODEL_DTYPES[self.plan.training.states_dtype]
             self.recorder.record(Phase.RESUME, lambda: load_resharded(engine, ref, dtype))
+            replay_bias_correction(engine)
         else:
             self.recorder.record(Phase.RESUME, lambda: load_checkpoint(engine, folder, ref.tag))
         return ref.manifest.step
@@ -314,8 +315,7 @@ class Trainer:
             elif held_out is not None and done < training.steps and is_due(done, training.evaluation_steps):
                 self.evaluator.evaluate(held_out, done)
                 self.log.report_status("training", done)
-            wanted_now = stop or due or is_due(done, training.checkpoint_steps)
-            if wanted_now and (done < training.steps or not training.final_checkpoint):
+            if done < training.steps and (stop or due or is_due(done, training.checkpoint_steps)):
                 self.step = done
                 self.save_checkpoint(None)
                 timer.restart()

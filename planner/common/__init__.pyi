@@ -11,6 +11,7 @@ from .files import read_yaml as read_yaml
 from .files import write_bytes as write_bytes
 from .files import write_text as write_text
 from .machine import available_memory_bytes as available_memory_bytes
+from .machine import total_memory_bytes as total_memory_bytes
 from .machine import usable_cores as usable_cores
 from .phases import TRAINING_PHASES as TRAINING_PHASES
 from .phases import Phase as Phase
