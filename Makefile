@@ -1,4 +1,5 @@
-# make demo | make test | make quick | make check | make docs | make reports | make offline-bundle:
+# make demo | make test | make quick | make check | make docs | make reports | make offline-bundle |
+# make bigger-than-memory:
 # each creates the environment if there is none.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := planner models distributed reports cli
 
-.PHONY: demo test quick check format docs reports offline-bundle clean
+.PHONY: demo test quick check format docs reports offline-bundle bigger-than-memory clean
 
 demo: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
@@ -52,6 +53,11 @@ reports: $(VENV)/.demo
 		--accuracy reports/accuracy.json --step-time reports/step_time.json $(EXPERIMENTS) \
 		--benchmarks benchmarks/results --gpu reports/gpu \
 		--out $(GALLERY)/index.html --markdown $(GALLERY)/README.md --data $(GALLERY)/gallery.json
+
+# Trains a model whose training state exceeds this machine's memory, for half an hour or more; BIGGER has options of the
+# script, such as --nvme-path.
+bigger-than-memory: $(VENV)/.demo
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/bigger_than_memory.py $(BIGGER)
 
 # The wheels that a machine with torch and without a network needs; BUNDLE has options of the script, such as --python.
 offline-bundle: $(VENV)/.dev

@@ -55,6 +55,17 @@ TILE_RELATIONS = 92
 """Relations per tile: a tile has 54 MiB and a layer 24 tiles, each a sub-group of its own."""
 
 
+def measured_cluster(folder: Path, nvme_path: Path) -> str:
+    """Measure this machine, drive included, and return the file with its rates."""
+    path = folder / "cluster.yaml"
+    path.unlink(missing_ok=True)
+    options = ["--cluster", f"cpu:{RANKS}", "--nvme-path", str(nvme_path), "--out", str(path)]
+    done = subprocess.run([sys.executable, "-m", "translution.cli", "calibrate", *options], check=False)
+    if done.returncode:
+        sys.exit("bigger_than_memory.py: this machine could not be measured")
+    return str(path)
+
+
 def write_images(folder: Path) -> None:
     """Write two training and two held-out images of noise, one of each class."""
     generator = np.random.default_rng(0)
@@ -265,13 +276,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("reports"), help="folder for the report")
     parser.add_argument("--model", default=MODEL, help="preset of the model")
     parser.add_argument("--depth", type=int, help="layers; by default as many as exceed the memory")
-    parser.add_argument("--cluster", default=f"cpu:{RANKS}", help="cpu:2, or a file that `translution calibrate` wrote")
+    parser.add_argument("--cluster", help=f"cpu:{RANKS}, or a cluster file; by default this machine is measured first")
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
     nvme_path = (arguments.nvme_path or folder / "swap").absolute()
     nvme_path.mkdir(parents=True, exist_ok=True)
     write_images(folder / "images")
-    cluster = planner.load_cluster(arguments.cluster)
+    cluster = planner.load_cluster(arguments.cluster or measured_cluster(folder, nvme_path))
     plan = choose_plan(arguments.model, cluster, arguments.depth, nvme_path, folder / "images")
     plan.write(folder / "plan", force=True)
     print(

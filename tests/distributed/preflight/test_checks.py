@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.runs import TINY, write_plan
@@ -14,7 +16,9 @@ from translution.cli.main import run
 from translution.distributed.preflight import checks
 from translution.planner.common.errors import InputError
 from translution.planner.common.machine import usable_cores
+from translution.planner.common.phases import Tier
 from translution.planner.config.model import parse_model_spec
+from translution.planner.costs.parameters import count_parameters
 from translution.planner.plans.folder import write_plan_folder
 from translution.planner.plans.plan import load_plan
 
@@ -38,7 +42,7 @@ def test_a_plan_that_can_run_here_passes(tmp_path: Path, capsys: pytest.CaptureF
     folder = write_plan(tmp_path / "plan", 2)
     assert run(["preflight", str(folder), "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)["checks"]
-    names = {"host memory", "/dev/shm", "disk for 3 checkpoints", "locks of compiled ops", "ops"}
+    names = {"host memory", "/dev/shm", "disk for 1 checkpoint", "locks of compiled ops", "ops"}
     assert names == {check["name"] for check in checks}
     assert all(check["passed"] for check in checks)
 
@@ -84,6 +88,42 @@ def test_a_usable_nvme_folder_passes_with_its_speed(tmp_path: Path, capsys: pyte
     assert "written per second (planned with 1.00 GiB), " in printed
     assert "read per second\n" in printed
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    ("training", "count"),
+    [
+        ({}, 1),
+        ({"checkpoint_steps": 2}, 2),
+        ({"checkpoint_steps": 1}, 3),
+        ({"checkpoint_steps": 1, "keep_checkpoints": 1}, 2),
+        ({"checkpoint_steps": 2, "final_checkpoint": False}, 1),
+        ({"checkpoint_minutes": 5.0}, 3),
+    ],
+)
+def test_the_disk_must_hold_the_checkpoints_that_exist_at_once(
+    training: dict[str, Any], count: int, tmp_path: Path
+) -> None:
+    check = checks._checkpoints(load_plan(write_plan(tmp_path / "plan", 2, **training)), tmp_path)
+    assert check.name == f"disk for {count} checkpoint{'s' if count > 1 else ''}"
+
+
+def test_swap_files_on_the_drive_of_the_checkpoints_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_plan(tmp_path / "plan", 2, model=SWAPPED, tile=16, offload="nvme", nvme_path=tmp_path)
+    plan = load_plan(folder)
+    files = 2 * plan.prediction.highest(Tier.NVME)
+    states = 12 * count_parameters(plan.model).total
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage._replace(free=files + states))
+    assert checks._checkpoints(plan, tmp_path).passed
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage._replace(free=files + states - 1))
+    check = checks._checkpoints(plan, tmp_path)
+    assert not check.passed
+    assert check.name == "disk for 1 checkpoint and the NVMe folder, which are on one drive"
+    assert check.text.endswith("free space, use another drive, or save less (keep_checkpoints, checkpoint_steps, "
+                               "final_checkpoint)")  # fmt: skip
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        assert checks._checkpoints(plan, Path(other)).name == "disk for 1 checkpoint"
 
 
 def test_another_process_asks_a_gpu_for_its_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,3 +155,13 @@ def test_bytes_saved_by_a_deep_network_follow_from_shallow_ones(checkpointing: s
         spec = parse_model_spec(fields | {"operator": operator, "checkpointing": checkpointing})
         replayed = replay(spec, 3, DtypeSizes.of(2, "cuda"), implementation=implementation).saved_bytes
         assert saved_bytes(spec, 3, DtypeSizes.of(2, "cuda"), implementation) == replayed
+
+
+def test_the_first_step_on_nvme_also_holds_one_sub_groups_states() -> None:
+    """Not those of all sub-groups: the training patch releases each when it is copied."""
+    spec = preset("vit-small/16")
+    estimate = estimate_of(spec, offload="nvme")
+    first, later = (estimate.bytes_of(phase, Tier.HOST) for phase in (Phase.FIRST_STEP, Phase.STEP))
+    zero = choose_zero(spec, choose_tile(spec, 8), 3, 8, offload="nvme", nvme_path="/nvme")
+    assert 0 < first - later <= 8 * zero.sub_group_elements
+    assert estimate_of(spec).bytes_of(Phase.FIRST_STEP) == estimate_of(spec).bytes_of(Phase.STEP)

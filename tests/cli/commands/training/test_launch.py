@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from helpers.runs import TINY
 from rich.console import Console
 
 from translution import planner
+from translution.cli.commands.training import launch
 from translution.cli.commands.training.launch import LaunchProgress
 from translution.cli.main import run
 from translution.distributed.remote.rank_command import RankCommand
@@ -101,6 +103,15 @@ def test_lines_show_measured_and_predicted_values(timed: planner.Plan) -> None:
         f"step 20/40: loss 2.5000, 16 samples/s, 0.5 s per step {predicted}",
         f"step 40/40: loss 2.5000, 16 samples/s, 0.5 s per step {predicted}",
     ]
+
+
+def test_a_long_evaluation_shows_its_progress(timed: planner.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([100.0, 105.0, 121.0, 121.0, 130.0])
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    lines = [{"event": "evaluating", "step": 40, "done": done, "samples": 900} for done in (0, 100, 400, 500)]
+    assert shown(timed, lines)[0].splitlines() == ["step 40/40: evaluating, 400 of 900 samples"]
+    monkeypatch.undo()
+    assert "evaluating, 500 of 900 samples" in shown(timed, lines, terminal=True)[0]
 
 
 def test_a_resumed_run_is_shown_from_its_step(timed: planner.Plan) -> None:
