@@ -12,13 +12,16 @@ SOURCES := planner models distributed reports cli
 demo: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
 
+# Tests that start ranks run alone and last; DeepSpeed's ops compile while the others run, which takes minutes.
+STARTS_RANKS := tests/integration tests/docs/test_pages.py
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile --compile-ops $(addprefix --ignore ,$(STARTS_RANKS))
+	$(BIN)/python -m pytest $(STARTS_RANKS)
 
 # Without the tests that start ranks or a browser, or build the documentation.
 quick: $(VENV)/.dev
-	$(BIN)/python -m pytest --ignore tests/integration --ignore tests/browser --ignore tests/docs \
-		--ignore tests/distributed/calibration
+	$(BIN)/python -m pytest -n logical --dist loadfile --ignore tests/integration --ignore tests/browser --ignore tests/docs
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -34,7 +34,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
-STARTS_RANKS = ("tests/integration", "tests/docs/test_pages.py", "tests/distributed/calibration")
+STARTS_RANKS = ("tests/integration", "tests/docs/test_pages.py")
 """Tests that start ranks. They run last: DeepSpeed's ops compile for minutes while the other tests run."""
 _compiling: list[threading.Thread] = []
 
@@ -48,10 +48,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=starts_ranks)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "compile DeepSpeed's ops meanwhile, for tests that start ranks in a later session"
+    parser.addoption("--compile-ops", action="store_true", help=text)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.getoption("--compile-ops") and not hasattr(session.config, "workerinput"):
+        start_to_compile()
+
+
+def pytest_sessionfinish() -> None:
+    for thread in _compiling:
+        thread.join()
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start to compile the ops that the ranks load; the first test that starts ranks waits for them."""
-    if session.config.option.collectonly or not any(map(starts_ranks, session.items)):
-        return
+    if not session.config.option.collectonly and any(map(starts_ranks, session.items)):
+        start_to_compile()
+
+
+def start_to_compile() -> None:
     ops = ["ShareMemCommBuilder", "CPUAdamBuilder"]
     if Path("/usr/include/libaio.h").exists():
         ops.append("AsyncIOBuilder")

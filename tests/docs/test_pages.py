@@ -68,6 +68,7 @@ ELSEWHERE = {
     "python scripts/gpu_check.py": f"{RANKS}/test_gpu_check.py::test_a_rehearsal_runs_every_part",
     "make demo": "docs/test_pages.py::test_the_demo_is_made_of_commands_that_are_tested",
     "make test": ".ci/run",
+    "make bigger-than-memory": f"{RANKS}/test_accuracy.py::test_a_process_holds_what_is_predicted",
     "make offline-bundle": "scripts/conftest.py::made_bundle",
     "sh offline/install_offline.sh": (
         "scripts/test_install_offline.py::test_the_packages_are_installed_and_what_is_missing_is_named"

@@ -1,4 +1,8 @@
-"""Predicted memory against the measurements of two real ranks, for every stage and offload."""
+"""Predicted memory against the measurements of two real ranks, for every stage and offload.
+
+Torch's allocations are compared for small models. The resident sets of processes are compared for a model with many
+sub-groups and tiles, whose optimizer states are most of what a rank holds: one copy of them too many would show.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,9 @@ from translution.distributed.runs.mode import RunMode
 from translution.distributed.system.compiled_ops import prepare_ops
 from translution.distributed.system.environment import launch_environment
 from translution.planner.common.machine import usable_cores
+from translution.planner.common.phases import Phase
 from translution.planner.hardware.cluster import local_cpu_cluster
-from translution.reports.inputs.run_accuracy import RESIDENT, SAVED, compare_run
+from translution.reports.inputs.run_accuracy import PROCESS_PREFIX, RESIDENT, SAVED, compare_run
 
 pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
 
@@ -107,3 +112,37 @@ def test_the_memory_of_resuming_is_predicted(tmp_path: Path) -> None:
     resume = table[table["what"] == "peak of resume"]
     assert len(resume) == 2
     assert resume["ratio"].between(1.0, 1.05).all()
+
+
+MANY_TILES = TINY | {"image": 112, "patch": 16, "channels": 3, "dim": 256, "heads": 4}
+SMALL_TILE = 8
+"""Relations per tile: a rank's partition of a tile has 1 MiB, and it has 126 of them."""
+PHASES = (
+    Phase.INIT, Phase.FIRST_STEP, Phase.FORWARD, Phase.BACKWARD, Phase.STEP, Phase.SAVE, Phase.EVALUATION, Phase.RESUME,
+)  # fmt: skip
+OFFLOADS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "cpu-optimizer": {"offload": "cpu-optimizer"},
+    "cpu": {"offload": "cpu", "precision": "bf16"},
+    "nvme-optimizer": {"offload": "nvme-optimizer"},
+    "nvme": {"offload": "nvme", "precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("name", OFFLOADS)
+def test_a_process_holds_what_is_predicted(name: str, tmp_path: Path) -> None:
+    nvme = tmp_path / "nvme" if "nvme" in name else None
+    if nvme:
+        nvme.mkdir()
+    values = {"micro_batch": 2, "data": "synthetic", "steps": 3, "evaluation_samples": 16} | OFFLOADS[name]
+    folder = write_plan(tmp_path / "plan", 2, model=MANY_TILES, tile=SMALL_TILE, nvme_path=nvme, **values)
+    run_plan(folder, 2, RunMode.MEASURE_PROCESS)
+    # Only a run that trains makes checkpoints that can be resumed.
+    (folder / "runs/by-hand/checkpoint/process_3").rename(folder / "runs/by-hand/checkpoint/step_3")
+    table = compare_run(run_plan(folder, 2, RunMode.MEASURE_RESUME_PROCESS))
+    process = table[table["what"].str.startswith(PROCESS_PREFIX)]
+    assert set(process["what"]) == {f"{PROCESS_PREFIX} in {phase}" for phase in PHASES}
+    assert len(process) == 2 * len(PHASES)
+    assert process["ratio"].between(1.0, 1.1).all(), process[["what", "ratio"]].to_string()
+    # What is wrong by the optimizer states of a rank would be found.
+    assert (0.1 * process["measured_bytes"]).max() < 8 * 33e6

@@ -39,5 +39,6 @@ def prepare_cli(
     console().print(
         f"wrote {out}: {meta.training_tokens:,} tokens to train on, {meta.held_out_tokens:,} held out, {meta.dtype}, "
         f"vocabulary {meta.vocabulary:,} ({made}); plan with them: translution plan MODEL --data tokens "
-        f"--train data_path={out}"
+        f"--train data_path={out}",
+        soft_wrap=True,
     )

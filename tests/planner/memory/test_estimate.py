@@ -13,6 +13,7 @@ from translution.planner.common.phases import Phase, Tier
 from translution.planner.config.loading import preset
 from translution.planner.config.model import ModelSpec, parse_model_spec
 from translution.planner.config.run_config import RunConfig, TrainingSpec
+from translution.planner.costs.parameters import count_parameters
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 from translution.planner.memory.estimate import MemoryEstimate, estimate_memory, gathered_floor_bytes, saved_bytes
 from translution.planner.plans.build import make_plan
@@ -162,6 +163,6 @@ def test_the_first_step_on_nvme_also_holds_one_sub_groups_states() -> None:
     spec = preset("vit-small/16")
     estimate = estimate_of(spec, offload="nvme")
     first, later = (estimate.bytes_of(phase, Tier.HOST) for phase in (Phase.FIRST_STEP, Phase.STEP))
-    zero = choose_zero(spec, choose_tile(spec, 8), 3, 8, offload="nvme", nvme_path="/nvme")
-    assert 0 < first - later <= 8 * zero.sub_group_elements
+    states = 8 * count_parameters(spec).total // 8
+    assert 0 < first - later < states / 20
     assert estimate_of(spec).bytes_of(Phase.FIRST_STEP) == estimate_of(spec).bytes_of(Phase.STEP)
