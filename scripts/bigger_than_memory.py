@@ -92,7 +92,7 @@ def make_plan(model: str, cluster: planner.ClusterSpec, depth: int, nvme_path: P
         "learning_rate": 1e-4,
         "checkpoint_steps": SAVED_STEP,
         "keep_checkpoints": 1,
-        # The drive may hold only one checkpoint beside the swap files.
+        # The drive may hold only one checkpoint and the swap files.
         "final_checkpoint": False,
         "evaluation_samples": "none",
     }
