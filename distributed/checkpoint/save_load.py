@@ -165,7 +165,7 @@ def replay_bias_correction(engine: Any) -> None:
     Source: DeepSpeed 0.19.8, csrc/includes/cpu_adam.h, Adam_Optimizer::IncrementStep.
     """
     outer = getattr(engine, "optimizer", None)
-    adam = getattr(outer, "optimizer", outer)
+    adam: Any = getattr(outer, "optimizer", outer)
     if not hasattr(adam, "ds_opt_adam"):
         return
     steps = max((int(state.get("step", 0)) for state in adam.state.values()), default=0)
