@@ -89,7 +89,8 @@ def make_plan(model: str, cluster: planner.ClusterSpec, depth: int, nvme_path: P
         "micro_batch": 1,
         "steps": STEPS,
         "warmup_steps": 2,
-        "learning_rate": 1e-4,
+        # At 1e-4 the first steps of a model of this width overshoot.
+        "learning_rate": 1e-5,
         "checkpoint_steps": SAVED_STEP,
         "keep_checkpoints": 1,
         # The drive may hold only one checkpoint and the swap files.
@@ -307,6 +308,7 @@ def main() -> None:
     (arguments.out / "bigger_than_memory.json").write_text(json.dumps(document, indent=2) + "\n")
     (arguments.out / "bigger_than_memory.md").write_text(text)
     print(text)
+    print(f"{folder} holds the run and its checkpoint; remove it when you have seen them")
     losses = [line["loss"] for line in document["steps"]]
     if document["differences"] or not losses[-1] < losses[0]:
         sys.exit("bigger_than_memory.py: the repeated steps differ, or the loss did not fall")

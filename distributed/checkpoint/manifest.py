@@ -24,6 +24,11 @@ class Manifest(Schema):
     files: dict[str, int]
     """Size of every file in bytes, by its path within the checkpoint."""
 
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self.files.values())
+
 
 class CheckpointRef(Schema):
     """Names a complete checkpoint of a run."""

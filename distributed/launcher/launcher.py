@@ -108,7 +108,8 @@ def launch(
         return _dry_run(plan, plan_folder, run, target, RunMode.CONTINUE if resume else mode)
     for text in version_warnings(plan):
         on_warning(text)
-    checks, port = check_target(plan, plan_folder, target)
+    saved_bytes = find_resumable(plan, plan_folder, run)[1].manifest.total_bytes if resume else 0
+    checks, port = check_target(plan, plan_folder, target, saved_bytes=saved_bytes)
     for check in require_passed(checks, plan_folder, force=force):
         on_message(f"{check.name}: {check.text}")
     if resume:

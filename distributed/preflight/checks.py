@@ -17,6 +17,7 @@ from translution.planner.common import InputError, Schema, Tier, TranslutionErro
 from translution.planner.costs import count_parameters
 from translution.planner.plans import Plan
 
+from ..system import nvme_swap
 from ..system.compile_times import format_seconds
 from ..system.compiled_ops import missing_ops, needed_ops, op_name, remove_stale_locks, shown_folder
 from ..system.environment import launch_environment
@@ -86,6 +87,12 @@ def _locked(plan: Plan) -> Iterator[Check]:
         yield _room("locked memory", needed, limit, "raise it: ulimit -l unlimited")
 
 
+def _new_swap_bytes(plan: Plan, path: Path) -> int:
+    """Return the bytes of swap files that are new: a run writes over those that a killed run has left."""
+    needed = plan.prediction.highest(Tier.NVME) * plan.cluster.ranks_per_node
+    return max(0, needed - nvme_swap.all_bytes(path))
+
+
 def _nvme(plan: Plan, path: Path) -> Iterator[Check]:
     name = f"NVMe folder {path}"
     if not path.is_dir():
@@ -101,7 +108,7 @@ def _nvme(plan: Plan, path: Path) -> Iterator[Check]:
     if kind in _MEMORY_SYSTEMS:
         yield Check(name=name, passed=False, text=f"is in memory ({kind}): plan with a folder on a drive")
         return
-    needed = plan.prediction.highest(Tier.NVME) * plan.cluster.ranks_per_node
+    needed = _new_swap_bytes(plan, path)
     room = _room(name, needed, shutil.disk_usage(path).free, "free space, or plan with another drive")
     yield room
     if room.passed:
@@ -187,21 +194,22 @@ def _count_checkpoints(plan: Plan) -> int:
     return min(training.keep_checkpoints + 1, saved + training.final_checkpoint or 1)
 
 
-def _checkpoints(plan: Plan, plan_folder: Path) -> Check:
-    """Check the room for checkpoints, together with swap files that lie on the same drive."""
+def _checkpoints(plan: Plan, plan_folder: Path, saved_bytes: int) -> Check:
+    """Check the room for checkpoints besides one that exists, together with swap files that lie on the same drive."""
     count, zero = _count_checkpoints(plan), plan.zero
-    needed = count_parameters(plan.model).total * _STATE_BYTES * count
+    needed = max(0, count_parameters(plan.model).total * _STATE_BYTES * count - saved_bytes)
     name = f"disk for {count} checkpoint{'s' if count > 1 else ''}"
     paths = [Path(str(path)) for path in {zero.offload_optimizer.nvme_path, zero.offload_param.nvme_path} - {None}]
     device = plan_folder.stat().st_dev
-    if any(path.is_dir() and path.stat().st_dev == device for path in paths):
-        needed += plan.prediction.highest(Tier.NVME) * plan.cluster.ranks_per_node
+    same = [path for path in paths if path.is_dir() and path.stat().st_dev == device]
+    if same:
+        needed += _new_swap_bytes(plan, same[0])
         name += " and the NVMe folder, which are on one drive"
     advice = "free space, use another drive, or save less (keep_checkpoints, checkpoint_steps, final_checkpoint)"
     return _room(name, needed, shutil.disk_usage(plan_folder).free, advice)
 
 
-def check_node(plan: Plan, plan_folder: Path) -> list[Check]:
+def check_node(plan: Plan, plan_folder: Path, saved_bytes: int = 0) -> list[Check]:
     """Check this machine's memory, drives, data and compiled ops for the ranks of one node.
 
     Stale locks of compiled ops are removed.
@@ -209,6 +217,7 @@ def check_node(plan: Plan, plan_folder: Path) -> list[Check]:
     Args:
         plan: the plan to run.
         plan_folder: its folder, where its runs and their checkpoints will be written.
+        saved_bytes: bytes of the checkpoint that the run resumes from, which the disk holds already.
     """
     checks = list(_memory(plan))
     if plan.training.data_path is not None:
@@ -218,7 +227,7 @@ def check_node(plan: Plan, plan_folder: Path) -> list[Check]:
         checks += _locked(plan)
     for path in {zero.offload_optimizer.nvme_path, zero.offload_param.nvme_path} - {None}:
         checks += _nvme(plan, Path(str(path)))
-    checks.append(_checkpoints(plan, plan_folder))
+    checks.append(_checkpoints(plan, plan_folder, saved_bytes))
     removed = remove_stale_locks()
     text = f"removed {len(removed)} that killed compilations left" if removed else "none is stale"
     checks.append(Check(name="locks of compiled ops", passed=True, text=text))

@@ -56,13 +56,16 @@ def preflight(
     return PreflightReport(tuple(checks), tuple(version_warnings(plan)))
 
 
-def check_target(plan: Plan, plan_folder: Path, target: LaunchTarget) -> tuple[list[Check], int]:
+def check_target(
+    plan: Plan, plan_folder: Path, target: LaunchTarget, *, saved_bytes: int = 0
+) -> tuple[list[Check], int]:
     """Check the hosts of a target, or this machine.
 
     Args:
         plan: the plan to run.
         plan_folder: its folder.
         target: the machines.
+        saved_bytes: bytes of the checkpoint that this machine's run resumes from, which the disk holds already.
 
     Returns:
         The checks, and the port at which the ranks will meet.
@@ -75,7 +78,7 @@ def check_target(plan: Plan, plan_folder: Path, target: LaunchTarget) -> tuple[l
         return check_hosts(plan, plan_folder, target)
     check_machine(plan)
     port = target.master_port or (PORT if target.no_ssh else free_port())
-    return check_node(plan, plan_folder), port
+    return check_node(plan, plan_folder, saved_bytes), port
 
 
 def compile_plan_ops(

@@ -28,6 +28,12 @@ def _kind(path: Path) -> str:
     return "master parameters"
 
 
+def all_bytes(nvme_path: Path | str) -> int:
+    """Return the bytes of all ranks' swap files under an NVMe path."""
+    files = (path for path in (Path(nvme_path) / SWAP_FOLDER).glob("**/*.swp"))
+    return sum(path.stat().st_size for path in files)
+
+
 def disk_bytes(nvme_path: str | None, rank: int) -> dict[str, int]:
     """Return the bytes of a rank's swap files under an NVMe path, by kind of tensor."""
     result: dict[str, int] = {}

@@ -104,7 +104,7 @@ def test_a_usable_nvme_folder_passes_with_its_speed(tmp_path: Path, capsys: pyte
 def test_the_disk_must_hold_the_checkpoints_that_exist_at_once(
     training: dict[str, Any], count: int, tmp_path: Path
 ) -> None:
-    check = checks._checkpoints(load_plan(write_plan(tmp_path / "plan", 2, **training)), tmp_path)
+    check = checks._checkpoints(load_plan(write_plan(tmp_path / "plan", 2, **training)), tmp_path, 0)
     assert check.name == f"disk for {count} checkpoint{'s' if count > 1 else ''}"
 
 
@@ -115,15 +115,30 @@ def test_swap_files_on_the_drive_of_the_checkpoints_are_added(tmp_path: Path, mo
     states = 12 * count_parameters(plan.model).total
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage._replace(free=files + states))
-    assert checks._checkpoints(plan, tmp_path).passed
+    assert checks._checkpoints(plan, tmp_path, 0).passed
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage._replace(free=files + states - 1))
-    check = checks._checkpoints(plan, tmp_path)
+    check = checks._checkpoints(plan, tmp_path, 0)
     assert not check.passed
     assert check.name == "disk for 1 checkpoint and the NVMe folder, which are on one drive"
     assert check.text.endswith("free space, use another drive, or save less (keep_checkpoints, checkpoint_steps, "
                                "final_checkpoint)")  # fmt: skip
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
-        assert checks._checkpoints(plan, Path(other)).name == "disk for 1 checkpoint"
+        assert checks._checkpoints(plan, Path(other), 0).name == "disk for 1 checkpoint"
+
+
+def test_what_a_killed_run_left_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its swap files are written over, and the checkpoint that is resumed exists."""
+    folder = write_plan(tmp_path / "plan", 2, model=SWAPPED, tile=16, offload="nvme", nvme_path=tmp_path)
+    plan = load_plan(folder)
+    files, states = 2 * plan.prediction.highest(Tier.NVME), 12 * count_parameters(plan.model).total
+    left = tmp_path / "zero_stage_3" / "optimizer" / "rank0" / "1.tensor.swp"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(bytes(1000))
+    usage = shutil.disk_usage(tmp_path)
+    for free, fits in ((files - 1000, True), (files - 1001, False)):
+        monkeypatch.setattr(checks.shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        assert checks._checkpoints(plan, tmp_path, states).passed is fits
+        assert next(check for check in checks._nvme(plan, tmp_path) if "folder" in check.name).passed is fits
 
 
 def test_another_process_asks_a_gpu_for_its_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
