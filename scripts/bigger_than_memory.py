@@ -11,7 +11,6 @@ usage: python scripts/bigger_than_memory.py [--folder FOLDER] [--nvme-path FOLDE
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -22,9 +21,7 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +34,6 @@ from translution.planner.common import (
     Phase,
     Tier,
     TranslutionError,
-    available_memory_bytes,
     format_bytes,
     processor,
     total_memory_bytes,
@@ -118,30 +114,6 @@ def choose_plan(
     return make_plan(model, cluster, 2 + max(0, math.ceil(missing / (second - first))), nvme_path, data)
 
 
-class MemoryWatch:
-    """Notes the lowest available memory of the machine while a block runs."""
-
-    def __init__(self) -> None:
-        self.before = self.lowest = available_memory_bytes()
-        self._ended = threading.Event()
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Look every half second."""
-
-        def look() -> None:
-            while not self._ended.wait(0.5):
-                self.lowest = min(self.lowest, available_memory_bytes())
-
-        thread = threading.Thread(target=look, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._ended.set()
-            thread.join()
-
-
 def launch(plan: Path, run: Path, *, resume: bool, kill_after: int | None) -> int:
     """Run ``translution launch`` and return its exit code.
 
@@ -190,11 +162,12 @@ def find_differences(steps: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def describe(plan: planner.Plan, run: Path, watch: MemoryWatch, seconds: float) -> dict[str, Any]:
+def describe(plan: planner.Plan, run: Path) -> dict[str, Any]:
     """Return everything that the report shows."""
     steps = steps_of(run)
     table = compare_run(run)
-    rows = table[table["what"].str.startswith(PROCESS_PREFIX) | (table["tier"] == Tier.NVME)]
+    processes = table[table["what"].str.startswith(PROCESS_PREFIX)]
+    rows = table[table.index.isin(processes.index) | (table["tier"] == Tier.NVME)]
     assert plan.time is not None
     return {
         "command": "make bigger-than-memory",
@@ -209,9 +182,8 @@ def describe(plan: planner.Plan, run: Path, watch: MemoryWatch, seconds: float) 
         "model": {"name": plan.model.name, "depth": plan.model.depth, "parameters": count_parameters(plan.model).total},
         "state_bytes": state_bytes(plan),
         "sub_groups": sub_groups(plan),
-        "memory_used_bytes": watch.before - watch.lowest,
+        "resident_bytes": int(processes.groupby("rank")["measured_bytes"].max().sum()),
         "predicted_step_s": [plan.time.low_s, plan.time.likely_s, plan.time.high_s],
-        "seconds": seconds,
         "steps": [{name: line[name] for name in ("step", "loss", "grad_norm", "seconds")} for line in steps],
         "differences": find_differences(steps),
         "memory": json.loads(rows.to_json(orient="records")),
@@ -228,7 +200,7 @@ def markdown(document: dict[str, Any]) -> str:
     """Return the report as Markdown."""
     machine, model = document["machine"], document["model"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "deepspeed", "python", "translution-scale"))
-    state, used = format_bytes(document["state_bytes"]), format_bytes(document["memory_used_bytes"])
+    state, used = format_bytes(document["state_bytes"]), format_bytes(document["resident_bytes"])
     low, likely, high = document["predicted_step_s"]
     usual = statistics.median(line["seconds"] for line in document["steps"])
     repeated = "The repeated steps have the same losses and gradient norms, bit for bit."
@@ -242,8 +214,8 @@ def markdown(document: dict[str, Any]) -> str:
         "",
         f"{model['name']} with {model['depth']} layers, {model['parameters'] / 1e9:.2f} G parameters, ZeRO-3, {RANKS} "
         f"ranks, everything on NVMe, about {document['sub_groups']} sub-groups a rank. Its training state has {state}, "
-        f"{document['state_bytes'] / machine['memory_bytes']:.2f} times the machine's memory. While it trained, the "
-        f"machine used at most {used} more memory than before.",
+        f"{document['state_bytes'] / machine['memory_bytes']:.2f} times the machine's memory. Both ranks' resident "
+        f"sets together had at most {used}.",
         "",
         f"All ranks were killed after step {KILLED_STEP}; the run was resumed from the checkpoint of step "
         f"{SAVED_STEP}. {repeated}",
@@ -295,14 +267,12 @@ def main() -> None:
     while (run := folder / "plan" / "runs" / f"{number:03d}").exists():
         number += 1
     os.environ["TRANSLUTION_MEMORY"] = "process"
-    watch, began = MemoryWatch(), time.monotonic()
-    with watch.watching():
-        if launch(folder / "plan", run, resume=False, kill_after=KILLED_STEP) == 0 or not steps_of(run):
-            sys.exit("bigger_than_memory.py: the ranks could not be killed: no step was done, or all were")
-        print("all ranks were killed; resuming", flush=True)
-        if launch(folder / "plan", run, resume=True, kill_after=None):
-            sys.exit(f"bigger_than_memory.py: the resumed run failed: see {run}")
-    document = describe(plan, run, watch, time.monotonic() - began)
+    if launch(folder / "plan", run, resume=False, kill_after=KILLED_STEP) == 0 or not steps_of(run):
+        sys.exit("bigger_than_memory.py: the ranks could not be killed: no step was done, or all were")
+    print("all ranks were killed; resuming", flush=True)
+    if launch(folder / "plan", run, resume=True, kill_after=None):
+        sys.exit(f"bigger_than_memory.py: the resumed run failed: see {run}")
+    document = describe(plan, run)
     text = markdown(document)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "bigger_than_memory.json").write_text(json.dumps(document, indent=2) + "\n")

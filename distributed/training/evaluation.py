@@ -48,6 +48,10 @@ class Evaluator:
     def __init__(self, plan: Plan, engine: Engine, log: RunLog, stop: StopRequest) -> None:
         self.plan, self.engine, self.log, self.stop = plan, engine, log, stop
 
+    def count(self, held_out: DataSource) -> int:
+        """Return the number of samples that are evaluated."""
+        return evaluation_size(self.plan, len(held_out))[0]
+
     def evaluate(self, held_out: DataSource, step: int) -> None:
         """Evaluate after a number of steps, and write the progress and the result.
 

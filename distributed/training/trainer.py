@@ -167,6 +167,8 @@ class Trainer:
         """
         recorder = self.recorder
         if self.step == 0 and (recorder.memory_kind == "process" or measured is not None):
+            if measured == 1:
+                recorder.expect_saved_tensors(self.engine.module)
             return self.train_step(batches, self._record_first_step)
         if recorder.memory_kind == "process":
             if self.step == measured:
@@ -186,7 +188,7 @@ class Trainer:
         if name == Phase.STEP:
             self.recorder.record(Phase.FIRST_STEP, work)
         else:
-            work()
+            self.recorder.count_saved_tensors(name, work)
 
     def write_measurement(self, step: int) -> MemoryMeasurement:
         """Write everything measured so far."""
@@ -274,7 +276,7 @@ class Trainer:
             self.report_status("stopped", stopped)
             return
         self.step = training.steps
-        if not evaluates:
+        if not evaluates and self.evaluator.count(held_out):
             self.recorder.record(Phase.EVALUATION, partial(self.evaluator.evaluate_few, held_out))
         if training.final_checkpoint or not evaluates:
             self.save_checkpoint(measured)
