@@ -16,8 +16,8 @@ demo: $(VENV)/.demo
 STARTS_RANKS := tests/integration tests/docs/test_pages.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n logical --dist loadfile --compile-ops $(addprefix --ignore ,$(STARTS_RANKS))
-	$(BIN)/python -m pytest $(STARTS_RANKS)
+	$(BIN)/python -m pytest -n logical --dist loadfile --compile-ops $(addprefix --ignore ,$(STARTS_RANKS)); \
+		first=$$?; $(BIN)/python -m pytest $(STARTS_RANKS) && exit $$first
 
 # Without the tests that start ranks or a browser, or build the documentation.
 quick: $(VENV)/.dev

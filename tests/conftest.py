@@ -21,8 +21,8 @@ from translution.distributed.system.compiled_ops import extensions_folder, prepa
 from translution.distributed.system.environment import launch_environment
 from translution.planner.hardware.cluster import local_cpu_cluster
 
-# Examples have no deadline: on a busy machine a correct one may be slow.
-settings.register_profile("any machine", deadline=None)
+# Examples have no deadline: on a busy machine a correct one may be slow. They are the same in every run.
+settings.register_profile("any machine", deadline=None, derandomize=True)
 settings.load_profile("any machine")
 
 os.environ["CXX"] = str(Path(__file__).parent / "programs" / "cxx.py")

@@ -158,7 +158,9 @@ def parse_choice(pairs: Iterable[tuple[str, str]]) -> Choice:
     values: dict[str, str] = {}
     for name, value in pairs:
         if name in values:
-            raise ChoiceError(f"{name[:60]}: is given twice", name if name in FIELDS else None)
+            # A name that is no field may hold anything, line breaks included.
+            shown = name if name in FIELDS else repr(name[:60])
+            raise ChoiceError(f"{shown}: is given twice", name if name in FIELDS else None)
         values[name] = value.strip()
     try:
         data: Mapping[str, object] = {name[:60]: value for name, value in values.items() if value or name not in FIELDS}

@@ -137,6 +137,13 @@ VALUES = st.one_of(
 )
 
 
+def test_a_strange_name_that_is_given_twice_is_shown_on_one_line() -> None:
+    with pytest.raises(ChoiceError) as caught:
+        parse_choice([("a\n", "1"), ("a\n", "2")])
+    assert caught.value.message == "'a\\n': is given twice"
+    assert caught.value.field is None
+
+
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.one_of(st.sampled_from(FIELDS), st.text(max_size=6)), VALUES), max_size=5))
 def test_any_query_is_parsed_or_rejected(pairs: list[tuple[str, str]]) -> None:
