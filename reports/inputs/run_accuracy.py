@@ -21,10 +21,10 @@ RESIDENT, SAVED, PROCESS_PREFIX = "between steps", "saved for backward", "proces
 RESERVED, DEVICE_USED = "reserved by torch", "in use on the device"
 """Labels of rows of a GPU: what torch reserved from the driver, and what the driver reports for all processes."""
 _OLD_LABELS = {"kept for backward": SAVED}
-PROCESS_GROWTH_BYTES = 76 * 2**20
-"""Bytes by which a process grows after its first measurement, besides tensors and buffers: DeepSpeed's engine and ops,
-threads, kernels, and what Python and glibc keep of small blocks. Measured: 40 MiB without offload, and with 130
-sub-groups on NVMe 53 MiB at the start and 72 MiB after four steps."""
+PROCESS_START_GROWTH_BYTES, PROCESS_GROWTH_BYTES, PROCESS_OFFLOAD_GROWTH_BYTES = 60 * 2**20, 88 * 2**20, 104 * 2**20
+"""Bytes by which a process grows after its first measurement, besides tensors and buffers: until the engine is built or
+has loaded a checkpoint; later; and later with offloaded parameters. They are DeepSpeed's engine and ops, threads, kernels,
+and what Python and glibc keep of small blocks. Upper bounds, measured with 130 sub-groups: 55, 84 and 100 MiB."""
 _SWAP_ITEMS = {"exp_avg": OPTIMIZER_STATES, "exp_avg_sq": OPTIMIZER_STATES}
 """Item of the memory breakdown that a file on NVMe belongs to, for files of another name."""
 
@@ -49,9 +49,10 @@ def find_run(folder: Path) -> Path:
 
 
 def predicted_and_measured(
-    prediction: MemoryEstimate, measured: MemoryMeasurement
+    prediction: MemoryEstimate, measured: MemoryMeasurement, *, offloads_parameters: bool = False
 ) -> Iterator[tuple[Tier, str, int, int]]:
     """Yield tier, label, predicted bytes and measured bytes: items measured separately, then totals."""
+    later = PROCESS_OFFLOAD_GROWTH_BYTES if offloads_parameters else PROCESS_GROWTH_BYTES
     own = prediction.own_tier
     for name, size in measured.entries_bytes.items():
         yield own, name, prediction.of(name), size
@@ -75,12 +76,8 @@ def predicted_and_measured(
     yield from _device_totals(prediction, measured)
     for phase, size in _with_building(measured.process_phase_peak_bytes).items():
         held = prediction.bytes_of(phase, Tier.HOST) + prediction.bytes_of(phase, Tier.PINNED)
-        yield (
-            Tier.HOST,
-            f"{PROCESS_PREFIX} in {phase}",
-            measured.process_start_bytes + PROCESS_GROWTH_BYTES + held,
-            size,
-        )
+        held += PROCESS_START_GROWTH_BYTES if phase in (Phase.INIT, Phase.RESUME) else later
+        yield Tier.HOST, f"{PROCESS_PREFIX} in {phase}", measured.process_start_bytes + held, size
 
 
 def _device_totals(prediction: MemoryEstimate, measured: MemoryMeasurement) -> Iterator[tuple[Tier, str, int, int]]:
@@ -125,7 +122,9 @@ def compare_run(run: Path) -> pd.DataFrame:
         measured = read_memory(run, rank)
         if measured is None:
             continue
-        for tier, what, predicted, size in predicted_and_measured(predict_rank(plan, rank), measured):
+        offloads = plan.zero.offload_param.device != "none"
+        rows_of_rank = predicted_and_measured(predict_rank(plan, rank), measured, offloads_parameters=offloads)
+        for tier, what, predicted, size in rows_of_rank:
             if predicted or size:
                 values = (rank, tier, what, predicted, size, predicted / (size or float("nan")))
                 rows.append(dict(zip(_COLUMNS, values, strict=True)))
