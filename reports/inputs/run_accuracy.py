@@ -23,8 +23,9 @@ RESERVED, DEVICE_USED = "reserved by torch", "in use on the device"
 _OLD_LABELS = {"kept for backward": SAVED}
 PROCESS_START_GROWTH_BYTES, PROCESS_GROWTH_BYTES, PROCESS_OFFLOAD_GROWTH_BYTES = 60 * 2**20, 88 * 2**20, 104 * 2**20
 """Bytes by which a process grows after its first measurement, besides tensors and buffers: until the engine is built or
-has loaded a checkpoint; later; and later with offloaded parameters. They are DeepSpeed's engine and ops, threads, kernels,
-and what Python and glibc keep of small blocks. Upper bounds, measured with 130 sub-groups: 55, 84 and 100 MiB."""
+has loaded a checkpoint; later; and later with offloaded parameters. They are DeepSpeed's engine and ops, threads,
+kernels, and what Python and glibc keep of small blocks. Upper bounds; with 130 sub-groups 55, 84 and 100
+MiB were measured."""
 _SWAP_ITEMS = {"exp_avg": OPTIMIZER_STATES, "exp_avg_sq": OPTIMIZER_STATES}
 """Item of the memory breakdown that a file on NVMe belongs to, for files of another name."""
 
