@@ -100,12 +100,10 @@ def run_part(name: str, arguments: argparse.Namespace) -> None:
 
 def _preload() -> None:
     """Import what the parts of a rehearsal need, once: they are forks. A part on a GPU has its own process."""
-    import deepspeed
-    import deepspeed.runtime.engine  # noqa: F401
-
-    from . import largest, memory, operators, parity, times, transfers  # noqa: F401
-
-    importlib.import_module("translution.distributed.training").Trainer  # noqa: B018 - loads it
+    for name in ("deepspeed.runtime.engine", "translution.distributed.training.trainer"):
+        importlib.import_module(name)
+    for name in ("largest", "memory", "operators", "parity", "times", "transfers"):
+        importlib.import_module(f".{name}", __package__)
 
 
 def _forked_part(name: str, arguments: argparse.Namespace, seconds: float) -> None:

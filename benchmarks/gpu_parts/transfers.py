@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -119,7 +120,7 @@ def _copies(context: Context) -> Iterator[Rate]:
     for pinned in kinds:
         for to_host in (False, True):
             name = f"{'device to host' if to_host else 'host to device'}, {'pinned' if pinned else 'pageable'}"
-            yield name, "B", lambda pinned=pinned, to_host=to_host: copy(pinned=pinned, to_host=to_host)  # type: ignore[misc]
+            yield name, "B", functools.partial(copy, pinned=pinned, to_host=to_host)
 
 
 def _drive(context: Context) -> Iterator[Rate]:

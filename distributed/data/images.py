@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import sys
@@ -312,10 +313,8 @@ def load_images(spec: VitSpec, path: Path, corrupt_limit: int) -> tuple[Images, 
         InputError: if the layout is unknown, there are more classes than the model has, or no images.
         MissingPackageError: if Pillow is not installed, or `datasets` where it is needed.
     """
-    try:
-        import PIL.Image  # noqa: F401 - checks that it is installed
-    except ImportError:
-        raise MissingPackageError("Pillow is missing: pip install 'translution-scale[train]'") from None
+    if importlib.util.find_spec("PIL") is None:
+        raise MissingPackageError("Pillow is missing: pip install 'translution-scale[train]'")
     if spec.channels not in (1, 3):
         raise InputError(f"channels: {spec.channels} is not allowed: must be 1 or 3 with data images")
     training: ImageFiles
