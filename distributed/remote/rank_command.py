@@ -26,7 +26,7 @@ from ..runs.mode import RunMode
 
 FORWARDED_PREFIXES = (
     "NCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "MKL_", "DS_", "DEEPSPEED_", "TORCH_", "PYTORCH_", "CUDA_", "TRITON_",
-    "HF_", "WANDB_", "XDG_CACHE_HOME", "TMPDIR", "MAX_JOBS", "CC", "CXX",
+    "THP_", "HF_", "WANDB_", "XDG_CACHE_HOME", "TMPDIR", "MAX_JOBS", "CC", "CXX",
 )  # fmt: skip
 """Prefixes of the launcher's environment variables that are forwarded to ranks on other hosts."""
 _PER_NODE = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from translution.planner.common import InputError, MissingPackageError, usable_cores
 from translution.planner.hardware import ClusterSpec
-from translution.planner.plans import Plan
+from translution.planner.plans import HUGE_PAGES, Plan
 
 from .compiled_ops import needed_ops
 from .packages import check_training_packages
@@ -36,15 +36,11 @@ def own_path() -> str:
 
 def launch_environment(cluster: ClusterSpec) -> dict[str, str]:
     """Return the environment variables that the ranks need in addition to this process's own."""
-    path = own_path()
+    variables = {"PATH": own_path()} | {name: os.environ.get(name, value) for name, value in HUGE_PAGES.items()}
     if cluster.device == "cuda":
-        return {"PATH": path}
+        return variables
     threads = max(1, usable_cores() // cluster.ranks_per_node)
-    variables = {
-        "PATH": path,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-    }
+    variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     if cluster.nodes == 1:
         # Ranks of one machine use the loopback, whatever the host name resolves to.
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")

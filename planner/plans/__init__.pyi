@@ -3,6 +3,7 @@ from .defaults import choose_tile as choose_tile
 from .defaults import choose_zero as choose_zero
 from .evaluation import EvaluationPlan as EvaluationPlan
 from .evaluation import with_evaluation as with_evaluation
+from .folder import HUGE_PAGES as HUGE_PAGES
 from .folder import PORT as PORT
 from .folder import RUNS as RUNS
 from .folder import environment_variables as environment_variables

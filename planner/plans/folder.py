@@ -150,11 +150,19 @@ fi
 """
 
 
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+"""Makes torch ask for huge pages for tensors of 2 MiB or more in host memory: a tile's blocks are mapped anew at every use,
+and with huge pages that takes a fraction of the page faults.
+
+Source: torch 2.13, c10/core/impl/alloc_cpu.cpp.
+"""
+
+
 def environment_variables(cluster: ClusterSpec) -> dict[str, str]:
     """Environment variables that every rank needs, whatever starts it."""
     cores = cluster.host_cores or cluster.ranks_per_node
     # torchrun would set one thread, and the CPU optimizer would be slower by the number of cores.
-    variables = {"OMP_NUM_THREADS": str(max(1, cores // cluster.ranks_per_node))}
+    variables = {"OMP_NUM_THREADS": str(max(1, cores // cluster.ranks_per_node)), **HUGE_PAGES}
     if cluster.device == "cpu":
         return {"DS_ACCELERATOR": "cpu"} | variables
     return variables | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False", "DEEPSPEED_TIMEOUT": "60"}

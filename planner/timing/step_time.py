@@ -32,6 +32,9 @@ of a layer on a CPU."""
 TILE_OPERATIONS = 40
 """Small operations per tile in forward on a GPU, which computes the relations of a tile together."""
 
+_HIDDEN_SHARE = 0.9
+"""Largest share of pipelined swapping that the update can hide."""
+
 
 class PartTime(NamedTuple):
     """Time of one part of a step."""
@@ -165,11 +168,12 @@ def _update_parts(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rat
         write = (own * held + gradients * training.gradient_accumulation_steps) / rates.nvme_bytes_per_s("write")
         if zero.offload_param.device == "nvme":
             write += own * training.dtype_bytes / rates.nvme_bytes_per_s("write")
-        shared = max(read, write, seconds)
-        if optimizer.pipeline_read:
-            read = max(0.0, shared - seconds) if read >= write else read * 0.1
-        if optimizer.pipeline_write:
-            write = max(0.0, shared - seconds) if write > read else write * 0.1
+        # A drive that reads and writes at the same time does each more slowly: the two add up, pipelined or not. The
+        # update hides what is pipelined, except for the first read and the last write.
+        pipelined = read * optimizer.pipeline_read + write * optimizer.pipeline_write
+        shown = 1 - min(seconds, _HIDDEN_SHARE * pipelined) / pipelined if pipelined else 1.0
+        read *= shown if optimizer.pipeline_read else 1.0
+        write *= shown if optimizer.pipeline_write else 1.0
         parts[_STATES_IN], parts[_STATES_OUT] = PartTime(read, "NVMe"), PartTime(write, "NVMe")
     return parts
 

@@ -190,7 +190,7 @@ def test_the_command_of_a_rank_is_one_payload_that_no_shell_changes(tmp_path: Pa
             RankCommand.from_payload(bad)
     environment = {"NCCL_SOCKET_IFNAME": "ib0", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "3"}
     assert forwarded_variables(local_cpu_cluster(1), environment) == {
-        "DS_ACCELERATOR": "cpu", "NCCL_SOCKET_IFNAME": "ib0", "OMP_NUM_THREADS": "3",
+        "DS_ACCELERATOR": "cpu", "NCCL_SOCKET_IFNAME": "ib0", "OMP_NUM_THREADS": "3", "THP_MEM_ALLOC_ENABLE": "1",
     }  # fmt: skip
     # DeepSpeed would put these in double quotes.
     assert runner_environment({"NCCL_X": "$(id)", "PYTHONPATH": "/a:/b", "PATH": "/bin"}) == {

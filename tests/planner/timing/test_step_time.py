@@ -148,6 +148,19 @@ def test_pipelined_swapping_hides_the_drive() -> None:
     assert slow.likely_s - fast.likely_s < update
 
 
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_reading_and_writing_one_drive_add_up(pipelined: bool) -> None:
+    """Two CPU ranks of another machine read 1.29 GB/s or wrote 2.07 GB/s; at once, 0.98 and 0.50 GB/s."""
+    options = {"offload_optimizer.pipeline_read": True, "offload_optimizer.pipeline_write": True,
+               "offload_optimizer.buffer_count": 12} if pipelined else {}  # fmt: skip
+    time = time_of(offload="nvme-optimizer", zero_overrides=options)
+    names = ("optimizer states from NVMe", "optimizer states to NVMe", "optimizer update")
+    read, write, update = (seconds(time, name) for name in names)
+    alone = time_of(offload="nvme-optimizer")
+    drive = seconds(alone, names[0]) + seconds(alone, names[1])
+    assert read + write + (update if pipelined else 0.0) == pytest.approx(drive)
+
+
 def test_gradients_are_reduced_as_often_as_the_stage_requires() -> None:
     """Stages 2 and 3 reduce gradients with every micro-batch, stages 0 and 1 once per step."""
     for stage, times in ((0, 1), (1, 1), (2, 4), (3, 4)):
