@@ -151,8 +151,9 @@ fi
 
 
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""Makes torch ask for huge pages for tensors of 2 MiB or more in host memory: a tile's blocks are mapped anew at every use,
-and with huge pages that takes a fraction of the page faults.
+"""Makes torch ask for huge pages for tensors of 2 MiB or more in host memory.
+
+A tile's blocks are mapped anew at every use, and with huge pages that takes a fraction of the page faults.
 
 Source: torch 2.13, c10/core/impl/alloc_cpu.cpp.
 """
