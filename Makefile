@@ -1,5 +1,5 @@
-# make demo | make test | make quick | make check | make docs | make reports | make offline-bundle |
-# make bigger-than-memory:
+# make demo | make test | make quick | make fuzz | make test-matrix | make check | make docs | make reports |
+# make dist | make offline-bundle | make bigger-than-memory:
 # each creates the environment if there is none.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,26 +7,42 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := planner models distributed reports cli
 
-.PHONY: demo test quick check format docs reports offline-bundle bigger-than-memory clean
+.PHONY: demo test quick fuzz test-matrix system-packages check format docs reports dist offline-bundle bigger-than-memory clean
+.NOTPARALLEL:
 
 demo: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
 
-# Tests that start ranks run alone and last; DeepSpeed's ops compile while the others run, which takes minutes.
-STARTS_RANKS := tests/integration tests/docs/test_pages.py
+# Tests that start ranks run last; DeepSpeed's ops compile while the others run, which takes minutes.
+PYTEST := $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
+FAST := --ignore tests/integration --ignore tests/browser --ignore tests/docs --ignore tests/architecture/test_dist.py
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n logical --dist loadfile --compile-ops $(addprefix --ignore ,$(STARTS_RANKS)); \
-		first=$$?; $(BIN)/python -m pytest $(STARTS_RANKS) && exit $$first
+test: system-packages $(VENV)/.dev
+	$(PYTEST) --compile-ops
 
-# Without the tests that start ranks or a browser, or build the documentation.
+# Without the tests that start ranks or a browser, build the documentation, or build packages.
 quick: $(VENV)/.dev
-	$(BIN)/python -m pytest -n logical --dist loadfile --ignore tests/integration --ignore tests/browser --ignore tests/docs
+	$(PYTEST) $(FAST)
+
+# The tests that draw their cases at random, with a new seed and many more cases.
+SEED ?= $(shell date +%s)
+fuzz: system-packages $(VENV)/.dev
+	@echo "seed $(SEED); the same cases again: make fuzz SEED=$(SEED)"
+	TRANSLUTION_FUZZ_SEED=$(SEED) $(PYTEST) --compile-ops -m "hypothesis or fuzz" --hypothesis-seed=$(SEED) || \
+		{ echo "the same cases again: make fuzz SEED=$(SEED)"; exit 1; }
+
+# The fast tests with the oldest allowed Python and packages, and with the newest.
+test-matrix: $(VENV)/.dev
+	sh scripts/test_matrix.sh $(abspath $(BIN)/uv) -n logical --dist loadfile $(FAST)
+
+system-packages:
+	@sh scripts/install_system_packages.sh
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/python scripts/check_wording.py
 	$(BIN)/lint-imports --no-logo --cache-dir build/import_linter
 	PATH="$(abspath $(BIN)):$$PATH" sh scripts/check_types.sh
@@ -62,6 +78,13 @@ reports: $(VENV)/.demo
 bigger-than-memory: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/bigger_than_memory.py $(BIGGER)
 
+# The wheel and the sdist of a release, checked; TAG is the release's tag, for the last step of CONTRIBUTING.md.
+dist: $(VENV)/.dev
+	$(BIN)/python scripts/check_release.py $(TAG)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+
 # The wheels that a machine with torch and without a network needs; BUNDLE has options of the script, such as --python.
 offline-bundle: $(VENV)/.dev
 	$(BIN)/python scripts/offline_bundle.py --out build/offline $(BUNDLE)
@@ -77,4 +100,4 @@ $(VENV)/.dev: $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info
+	rm -rf $(VENV) build demo dist *.egg-info

@@ -28,10 +28,4 @@ fi
 if [ ! -e /usr/include/libaio.h ]; then
     echo "note: libaio is missing; only offload to NVMe needs it: sudo apt-get install --yes libaio-dev" >&2
 fi
-for browser in chromium chromium-browser google-chrome google-chrome-stable none; do
-    command -v "$browser" >/dev/null 2>&1 && break
-done
-if [ "$browser" = none ]; then
-    echo "note: chromium is missing; only the tests of reports need it: sudo apt-get install --yes chromium" >&2
-fi
 exit 0

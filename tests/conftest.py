@@ -6,24 +6,25 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.browser import Browser
+from helpers import chance
+from helpers.browser import Browser, find_browser
 from helpers.fake_ops import FakeOps
 from helpers.report_folders import MALICIOUS, experiment_folder, plan_folder, run_folder
-from hypothesis import settings
+from helpers.runs import has_libaio
 
 from translution.cli.main import run
 from translution.distributed.system.compiled_ops import extensions_folder, prepare_ops
 from translution.distributed.system.environment import launch_environment
 from translution.planner.hardware.cluster import local_cpu_cluster
 
-# Examples have no deadline: on a busy machine a correct one may be slow. They are the same in every run.
-settings.register_profile("any machine", deadline=None, derandomize=True)
-settings.load_profile("any machine")
+chance.load_profile()
 
 os.environ["CXX"] = str(Path(__file__).parent / "programs" / "cxx.py")
 
@@ -36,6 +37,10 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 STARTS_RANKS = ("tests/integration", "tests/docs/test_pages.py")
 """Tests that start ranks. They run last: DeepSpeed's ops compile for minutes while the other tests run."""
+COMPILING = "TRANSLUTION_TESTS_COMPILING"
+"""Environment variable: a file that exists while ops compile."""
+COMPLETE = "TRANSLUTION_TESTS_COMPLETE"
+"""Environment variable: if it is set, a test that is left out fails the session."""
 _compiling: list[threading.Thread] = []
 
 
@@ -49,45 +54,72 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "compile DeepSpeed's ops meanwhile, for tests that start ranks in a later session"
+    text = "compile DeepSpeed's ops at the start; with pytest-xdist its workers cannot"
     parser.addoption("--compile-ops", action="store_true", help=text)
 
 
+def is_worker(config: pytest.Config) -> bool:
+    """Return whether this process is one of pytest-xdist's workers."""
+    return hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(tryfirst=True)  # Workers inherit the environment.
 def pytest_sessionstart(session: pytest.Session) -> None:
-    if session.config.getoption("--compile-ops") and not hasattr(session.config, "workerinput"):
+    if session.config.getoption("--compile-ops") and not is_worker(session.config):
         start_to_compile()
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     for thread in _compiling:
         thread.join()
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if COMPLETE in os.environ and reporter is not None and reporter.stats.get("skipped") and not session.exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count the tests that were left out, by reason."""
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} test{'s' * (count > 1)} left out: {reason}", yellow=True)
+    if reasons and COMPLETE in os.environ:
+        terminalreporter.write_line(f"{COMPLETE} is set: no test may be left out", red=True)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start to compile the ops that the ranks load; the first test that starts ranks waits for them."""
-    if not session.config.option.collectonly and any(map(starts_ranks, session.items)):
+    config = session.config
+    if not (config.option.collectonly or is_worker(config) or _compiling) and any(map(starts_ranks, session.items)):
         start_to_compile()
 
 
 def start_to_compile() -> None:
-    ops = ["ShareMemCommBuilder", "CPUAdamBuilder"]
-    if Path("/usr/include/libaio.h").exists():
-        ops.append("AsyncIOBuilder")
-    _compiling.append(threading.Thread(target=compile_ops, args=(ops,)))
+    handle, marker = tempfile.mkstemp(prefix="translution-tests-compiling-")
+    os.close(handle)
+    os.environ[COMPILING] = marker
+    _compiling.append(threading.Thread(target=compile_ops, args=(Path(marker),)))
     _compiling[0].start()
 
 
-def compile_ops(ops: list[str]) -> None:
+def compile_ops(marker: Path) -> None:
+    ops = ["ShareMemCommBuilder", "CPUAdamBuilder"]
+    if has_libaio():
+        ops.append("AsyncIOBuilder")
     environment = launch_environment(local_cpu_cluster(1)) | {"MAX_JOBS": "2"}
     log = Path(tempfile.gettempdir()) / f"translution-ops-{os.getpid()}.log"
-    prepare_ops(ops, environment, log)
-    shutil.rmtree(extensions_folder() / "precompiled", ignore_errors=True)
+    try:
+        prepare_ops(ops, environment, log)
+    finally:
+        shutil.rmtree(extensions_folder() / "precompiled", ignore_errors=True)
+        marker.unlink()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if starts_ranks(item):
-        for thread in _compiling:
-            thread.join()
+    if starts_ranks(item) and COMPILING in os.environ:
+        # However long it takes: the session that compiles removes the file, also when it fails.
+        while Path(os.environ[COMPILING]).exists():
+            time.sleep(0.2)
 
 
 @pytest.fixture
@@ -151,6 +183,8 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if find_browser() is None:
+        pytest.skip("needs chromium")
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.waiting import PATIENCE_S
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 """Environment with one thread: on a busy machine torch's threads mostly wait for each other."""
@@ -17,7 +18,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def run_script(root: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(root / "benchmarks" / name), *arguments]
-    return subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_the_gpu_benchmark_runs_at_small_size_on_a_cpu(root: Path, tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_timings_of_a_wrong_layer_are_not_printed(script: str, root: Path, tmp_p
     command += f"sys.path.insert(0, {str(root / 'benchmarks')!r}); "
     command += f"runpy.run_path({str(root / 'benchmarks' / script)!r}, run_name='__main__')"
     arguments = [sys.executable, "-c", command, script]
-    done = subprocess.run(arguments, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, env=ONE_THREAD, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
     assert "no timings are shown" in done.stderr
     assert "|" not in done.stdout

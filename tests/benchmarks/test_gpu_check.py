@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.waiting import PATIENCE_S, wait_until
 
 from translution.planner.common.units import MIB
 
@@ -52,6 +52,13 @@ def processes_of(marker: str) -> list[int]:
         if marker.encode() in words and state != "Z" and int(path.parent.name) != os.getpid():
             found.append(int(path.parent.name))
     return found
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -119,12 +126,11 @@ def test_a_signal_ends_the_part_and_writes_the_summary(root: Path, tmp_path: Pat
         f"Runner(Path({str(tmp_path)!r}), {{}}, 600.0, {{}}).run([Part('long', 500, sleep)])\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        # The runner's own command line has the marker too.
-        while len(processes_of(marker)) < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        # The runner's own command line has the marker too, and the child's until it has loaded its program.
+        runner = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        wait_until(lambda: any(command_of(pid) not in (b"", runner) for pid in processes_of(marker)))
         process.terminate()
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + 15
     assert "long:" in printed
     assert processes_of(marker) == []

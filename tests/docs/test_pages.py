@@ -42,7 +42,7 @@ from translution.planner.plans.plan import load_plan
 
 Captured = pytest.CaptureFixture[str]
 LIVE = "docs/commands.md"
-needs_two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
+needs_two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
 
 RANKS, HOSTS, SERVER = "integration", "integration/test_hosts.py", "reports/calculator/test_server.py"
 ELSEWHERE = {

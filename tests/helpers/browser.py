@@ -7,10 +7,11 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from helpers.waiting import PATIENCE_S, wait_until
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
@@ -25,7 +26,11 @@ FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--remote-debugging-pipe",
 )
-PATIENCE_S = 60.0
+
+
+def find_browser() -> str | None:
+    """Return the path of a Chromium, or None if there is none."""
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 class Browser:
@@ -36,8 +41,8 @@ class Browser:
     """
 
     def __init__(self, folder: Path) -> None:
-        program = next((path for name in NAMES if (path := shutil.which(name))), None)
-        assert program, "a browser is missing: sudo apt-get install --yes chromium"
+        program = find_browser()
+        assert program is not None
         commands, self._commands = os.pipe()
         self._answers, answers = os.pipe()
         # Chromium reads commands from descriptor 3 and answers on 4.
@@ -109,11 +114,12 @@ class Browser:
 
     def wait(self, what: str, done: Callable[[Any], bool] = bool) -> Any:
         """Evaluate an expression until `done` accepts its value, and return the value."""
-        deadline = time.monotonic() + PATIENCE_S
-        while not done(value := self.evaluate(what)):
-            assert time.monotonic() < deadline, f"{what}: {value}"
-            time.sleep(0.05)
-        return value
+
+        def look() -> list[Any]:
+            value = self.evaluate(what)
+            return [value] if done(value) else []
+
+        return wait_until(look)[0]
 
     def open(self, page: Path | str, *, width: int = 1200, height: int = 900, scheme: str = "light") -> None:
         """Open a file or a URL in a window of this size and colour scheme."""

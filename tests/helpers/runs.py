@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers import forked
+from helpers.waiting import wait_until
 
 from translution.distributed.runs.mode import RunMode
 from translution.distributed.runs.status import raise_unless_finished
@@ -23,6 +24,11 @@ from translution.planner.plans.build import make_plan
 from translution.planner.plans.folder import write_plan_folder
 
 TINY = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, "dim": 16, "depth": 2, "heads": 2}
+
+
+def has_libaio() -> bool:
+    """Return whether DeepSpeed's op for NVMe can be compiled."""
+    return Path("/usr/include/libaio.h").exists()
 
 
 def write_plan(
@@ -40,6 +46,8 @@ def write_plan(
     **training: Any,
 ) -> Path:
     """Plan a model for CPU ranks of this machine, or of several nodes, and write the plan folder."""
+    if nvme_path is not None and not has_libaio():
+        pytest.skip("needs libaio-dev")
     values = {"micro_batch": 8, "steps": 4, "warmup_steps": 1, "evaluation_samples": 64} | training
     plan = make_plan(
         parse_model_spec(model),
@@ -66,11 +74,7 @@ def run_ranks_of(command: Sequence[object], ranks: int, log: Path) -> None:
             environment = {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
             environment = os.environ | launch_environment(local_cpu_cluster(ranks)) | environment
             processes.append(start([*map(str, command)], environment, log))
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline and None in (codes := [exit_code(process) for process in processes]):
-            if any(codes):
-                break
-            time.sleep(0.02)
+        codes = wait_until(lambda: ended(processes), every_s=0.02)
     finally:
         for process in processes:
             process.kill()
@@ -78,6 +82,19 @@ def run_ranks_of(command: Sequence[object], ranks: int, log: Path) -> None:
         remove_shared_buffers(port)
     logs = [log, *log.parent.rglob("rank_*.log")]
     assert codes == [0] * ranks, [path.read_text()[-5000:] for path in logs]
+
+
+def ended(processes: Sequence[forked.ForkServerProcess | subprocess.Popen[bytes]]) -> list[int | None]:
+    """Return the exit codes of all processes once all have ended or one has failed, before that an empty list."""
+    codes = [exit_code(process) for process in processes]
+    return codes if None not in codes or any(codes) else []
+
+
+def shared_buffers(pid: int) -> str:
+    """Return the pattern of the names of the buffers in /dev/shm of the run that a living rank belongs to."""
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    port = dict(variable.split(b"=", 1) for variable in variables if b"=" in variable)[b"MASTER_PORT"].decode()
+    return f"deepspeed_allreduce_buffer_*_{port}_*"
 
 
 def start(

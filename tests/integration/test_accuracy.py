@@ -14,14 +14,11 @@ import pytest
 from helpers.runs import TINY, run_plan, write_plan
 
 from translution.distributed.runs.mode import RunMode
-from translution.distributed.system.compiled_ops import prepare_ops
-from translution.distributed.system.environment import launch_environment
 from translution.planner.common.machine import usable_cores
 from translution.planner.common.phases import Phase
-from translution.planner.hardware.cluster import local_cpu_cluster
 from translution.reports.inputs.run_accuracy import PROCESS_PREFIX, RESIDENT, SAVED, compare_run
 
-pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
+pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
 
 WIDE = TINY | {"dim": 192, "heads": 3}
 GPT = {"family": "gpt", "context": 24, "vocabulary": 300, "dim": 192, "depth": 2, "heads": 3}
@@ -47,21 +44,10 @@ WITHIN_BYTES = 2**16
 """Tolerance for scalars, step counters and padding that the memory breakdown does not list."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_ops(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compile DeepSpeed's ops before several ranks need them at once."""
-    ops = ["ShareMemCommBuilder", "CPUAdamBuilder"]
-    if Path("/usr/include/libaio.h").exists():
-        ops.append("AsyncIOBuilder")
-    prepare_ops(ops, launch_environment(local_cpu_cluster(2)), tmp_path_factory.mktemp("ops") / "log")
-
-
 def measured(folder: Path, *modes: RunMode, **options: Any) -> pd.DataFrame:
     """Compare prediction and measurement of a plan's two ranks after it has run in each mode."""
     nvme = folder / "nvme" if "nvme" in options.get("offload", "none") else None
     if nvme is not None:
-        if not Path("/usr/include/libaio.h").exists():
-            pytest.skip("needs libaio-dev, which the project's CI installs")
         nvme.mkdir()
     values = {"model": WIDE, "tile": 4, "micro_batch": 8, "data": "synthetic"} | options
     plan = write_plan(folder / "plan", 2, nvme_path=nvme, **values)

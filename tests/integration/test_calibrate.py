@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.runs import has_libaio
 
 from translution.cli.main import run
 from translution.distributed.calibration import run as calibrating
@@ -20,7 +21,7 @@ def test_a_machine_is_measured_and_planned_for(tmp_path: Path, capsys: pytest.Ca
     nvme = tmp_path / "nvme"
     nvme.mkdir()
     arguments = ["calibrate", "--cluster", "cpu:1", "--out", str(out), "--json"]
-    if Path("/usr/include/libaio.h").exists():
+    if has_libaio():
         arguments += ["--nvme-path", str(nvme)]
     assert run(arguments) == 0
     captured = capsys.readouterr()

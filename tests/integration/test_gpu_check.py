@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from helpers.waiting import PATIENCE_S
 from pydantic import TypeAdapter
 
 from translution.reports.inputs.gpu_record import (
@@ -26,7 +27,7 @@ from translution.reports.inputs.gpu_record import (
 def test_a_rehearsal_runs_every_part(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "gpu"
     command = [sys.executable, str(root / "scripts" / "gpu_check.py"), "--device", "cpu", "--small", "--out", str(out)]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     text = (out / GPU_RECORD).read_bytes()
     check = TypeAdapter(GpuCheck).validate_json(text)

@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.real_hosts import ADDRESSES, SSH_PORT, Hosts, missing, real_hosts
+from helpers.cluster.real_hosts import ADDRESSES, SSH_PORT, Hosts, missing, real_hosts
 from helpers.runs import write_plan
+from helpers.waiting import PATIENCE_S, wait_until
 
 from translution.distributed.checkpoint.manifest import newest_checkpoint
 from translution.distributed.preflight.checks import Check
@@ -36,7 +36,7 @@ from translution.planner.common.errors import InputError
 from translution.planner.hardware.cluster import local_cpu_cluster
 
 CLI = [sys.executable, "-m", "translution.cli"]
-needs_hosts = pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}; the project's CI has it")
+needs_hosts = pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}")
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,7 @@ def events(run: Path, event: str) -> list[int]:
 
 def wait_for_steps(run: Path, process: subprocess.Popen[str]) -> list[int]:
     """Wait until the ranks train, and return their process ids."""
-    deadline = time.monotonic() + 120
-    while not (run / METRICS).exists() or not events(run, "step"):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(lambda: (run / METRICS).exists() and events(run, "step"), process=process)
     return [status.pid for status in read_statuses(run)]
 
 
@@ -76,22 +72,19 @@ def test_a_launch_trains_on_two_hosts_is_stopped_and_resumes(hosts: Hosts, tmp_p
     pids = wait_for_steps(run, process)
     assert len(pids) == 2
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, errors
     assert errors.startswith("translution: error: interrupted; saved at step ")
     assert errors.count("\n") == 1
     saved = newest_checkpoint(run / CHECKPOINT)
     assert saved is not None
     assert not control_path(run, HEARTBEAT).exists()
-    deadline = time.monotonic() + 20
-    while any(map(process_is_alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not any(map(process_is_alive, pids))
+    wait_until(lambda: not any(map(process_is_alive, pids)))
 
     last = saved.manifest.step + 2
     write_plan(folder, 1, nodes=2, steps=last, force=True)
     process = launch(hosts, folder, "--resume", *ssh)
-    printed, errors = process.communicate(timeout=240)
+    printed, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
     assert f"starting 2 ranks on {', '.join(ADDRESSES)}" in " ".join(printed.split())
     assert events(run, "step")[-3:] == [last - 2, last - 1, last]
@@ -109,7 +102,7 @@ def test_every_node_starts_its_own_ranks_without_ssh(hosts: Hosts, tmp_path: Pat
     options = ("--no-ssh", "--run", folder / "runs" / "own", "--node-rank")
     processes = [launch(hosts, folder, *options, node, host=node) for node in (0, 1)]
     for process in processes:
-        _, errors = process.communicate(timeout=240)
+        _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, errors
     assert [status.state for status in read_statuses(folder / "runs" / "own")] == ["finished", "finished"]
 
@@ -119,7 +112,7 @@ def test_preflight_checks_every_host(hosts: Hosts, tmp_path: Path) -> None:
     folder = write_plan(tmp_path / "plan", 1, nodes=2, steps=2)
     options = ["--hostfile", hosts.hostfile, "--ssh-port", SSH_PORT]
     command = hosts.command(*CLI, "preflight", folder, *options)
-    done = subprocess.run(command, env=hosts.environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=hosts.environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     for address in ADDRESSES:
         assert f"ok      {address}: host memory: " in done.stdout
@@ -148,7 +141,7 @@ def test_a_problem_of_a_host_is_reported_in_one_line(hosts: Hosts, tmp_path: Pat
             env=hosts.environment | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE_S,
         )
         assert result.returncode == 2, result
         assert result.stderr.count("\n") == 1
@@ -222,19 +215,20 @@ def test_a_rank_ends_when_its_launchers_heartbeat_stops(
     assert read_heartbeat(tmp_path) is None
     require_heartbeat(tmp_path)  # This process does not follow a heartbeat.
     monkeypatch.setattr(heartbeat, "_HEARTBEAT_SECONDS", 0.2)
-    command = [sys.executable, "-c", FOLLOWER, str(tmp_path), "1"]
+    command = [sys.executable, "-c", FOLLOWER, str(tmp_path), "3"]
+    beats: set[str] = set()
     with keep_heartbeat(tmp_path):
-        time.sleep(0.1)
         process = subprocess.Popen(command, env=os.environ | {FOLLOW_HEARTBEAT: "1"}, stdout=subprocess.PIPE, text=True)
         control_path(tmp_path, "stop").touch()
         assert process.stdout is not None
         assert process.stdout.readline() == "its launcher\n"
-        time.sleep(2)  # Longer than a heartbeat may be silent; this one is not.
+        # Longer than a heartbeat may be silent; this one is not.
+        wait_until(lambda: beats.add(str(read_heartbeat(tmp_path))) or len(beats) > 20)
         assert process.poll() is None
     if end == "silent":
         # The state that a killed launcher leaves. The rank may have ended already.
         control_path(tmp_path, HEARTBEAT).write_text("7\n")
-    assert process.wait(timeout=20) == -signal.SIGKILL
+    assert process.wait(timeout=PATIENCE_S) == -signal.SIGKILL
     process.stdout.close()
     control_path(tmp_path, HEARTBEAT).unlink(missing_ok=True)
     monkeypatch.setenv(FOLLOW_HEARTBEAT, "1")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.runs import write_plan
+from helpers.waiting import PATIENCE_S
 
 from translution.distributed.runs.status import raise_unless_finished
 from translution.distributed.system.environment import free_port, version_warnings
@@ -127,7 +128,7 @@ def test_no_shell_evaluates_a_model_name(tmp_path: Path) -> None:
 def test_torchrun_runs_the_plan(tmp_path: Path) -> None:
     folder = write_plan(tmp_path / "plan", 1, steps=2)
     command = [str(folder / "launch-torchrun.sh"), str(folder / "runs" / "own")]
-    subprocess.run(command, check=True, env=tools(tmp_path), capture_output=True, timeout=240)
+    subprocess.run(command, check=True, env=tools(tmp_path), capture_output=True, timeout=PATIENCE_S)
     raise_unless_finished(folder / "runs" / "own", 1, exit_code=0)
 
 

@@ -12,7 +12,7 @@ from helpers.runs import run_ranks_of, write_plan
 from translution.distributed.runs.folder import METRICS
 from translution.planner.common.machine import usable_cores
 
-pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
+pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
 
 STEPS = 20
 WIDE = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, "dim": 112, "depth": 1, "heads": 2}

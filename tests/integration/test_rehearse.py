@@ -93,7 +93,7 @@ def test_a_rank_of_a_larger_world_holds_what_is_predicted(tmp_path: Path, capsys
     assert "extrapolated from 2 layers and 1" in shown
 
 
-@pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
+@pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
 def test_a_rehearsed_rank_has_the_memory_of_a_real_one(tmp_path: Path) -> None:
     """Rank 0 of 2 alone, against the same rank in a real run of two ranks with gloo."""
     folder = tmp_path / "plan"

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.chance import examples
 from helpers.checkpoint_files import KINDS, saved_of, write_checkpoint
 from helpers.runs import TINY, run_plan, run_ranks_of, write_plan
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,7 +40,7 @@ from translution.planner.hardware.cluster import local_cpu_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.plan import PLAN_FILE, Plan, load_plan
 
-two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
+two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
 WIDE = TINY | {"dim": 160, "depth": 1}
 """On two ranks, only the tables of this model are large enough for NVMe."""
 numels = st.lists(st.integers(1, 12), min_size=1, max_size=5)
@@ -59,7 +60,7 @@ def read_back(fragments: Sequence[Fragment], flat: list[Any]) -> list[Any]:
     return found
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(numels, st.integers(1, 5))
 def test_fragments_of_sub_groups_name_every_element_of_every_rank(counts: list[int], ranks: int) -> None:
     numel_of = {f"p{number}": numel for number, numel in enumerate(counts)}
@@ -73,7 +74,7 @@ def test_fragments_of_sub_groups_name_every_element_of_every_rank(counts: list[i
         assert read_back(sub_group_fragments(numel_of, ranks, rank), flat) == flat
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(numels, st.integers(1, 5))
 def test_fragments_of_one_vector_are_consecutive_from_rank_to_rank(counts: list[int], ranks: int) -> None:
     numel_of = {f"p{number}": numel for number, numel in enumerate(counts)}
@@ -94,7 +95,7 @@ def test_fragments_of_one_vector_are_consecutive_from_rank_to_rank(counts: list[
         assert read_back(fragments, flat) == flat
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.data())
 def test_overlapping_parts_are_those_that_hold_an_element_of_the_range(counts: list[int], data: st.DataObject) -> None:
     parts = [VectorPart(sum(counts[:number]), numel, number, 0, 0) for number, numel in enumerate(counts)]

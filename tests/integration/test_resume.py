@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,17 @@ from typing import Any
 import pytest
 import torch
 from helpers.runs import run_plan, write_plan
+from helpers.waiting import PATIENCE_S, wait_until
 
 from translution.cli.main import run as run_cli
 from translution.distributed.checkpoint.manifest import MANIFEST, checkpoint_tags, newest_checkpoint
 from translution.distributed.runs.folder import CHECKPOINT, METRICS
 from translution.distributed.runs.mode import RunMode
-from translution.distributed.runs.status import read_status
-from translution.distributed.system.compiled_ops import prepare_ops
-from translution.distributed.system.environment import launch_environment
+from translution.distributed.runs.status import read_status, read_statuses
+from translution.distributed.runs.watchdog import process_is_alive
 from translution.planner.common.machine import usable_cores
-from translution.planner.hardware.cluster import local_cpu_cluster
 
-pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
+pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
 
 WIDE = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, "dim": 160, "depth": 1, "heads": 2}
 """On two ranks, only the tables of this model are large enough for NVMe, in fp32 and bf16."""
@@ -45,13 +43,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 STEPS, SAVED = 8, 5
 """After five steps, the powers of Adam's betas differ between products and ``pow``."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_ops(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compile DeepSpeed's ops before several ranks need them at once."""
-    ops = ["ShareMemCommBuilder", "CPUAdamBuilder", "AsyncIOBuilder"]
-    prepare_ops(ops, launch_environment(local_cpu_cluster(2)), tmp_path_factory.mktemp("ops") / "log")
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -163,11 +154,8 @@ def run_until_step(folder: Path, step: int) -> subprocess.Popen[str]:
     """Launch a plan and return when its first run has reached a step."""
     command = [sys.executable, "-m", "translution.cli", "launch", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    path, deadline = folder / "runs" / "001" / METRICS, time.monotonic() + 120
-    while not path.exists() or path.read_text().count('"event": "step"') < step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    path = folder / "runs" / "001" / METRICS
+    wait_until(lambda: path.exists() and path.read_text().count('"event": "step"') >= step, process=process)
     return process
 
 
@@ -187,9 +175,10 @@ def test_a_killed_launch_resumes_from_its_last_checkpoint(tmp_path: Path, capsys
     launch = ["launch", str(folder), "--resume"]
     assert "holds no run with a complete checkpoint" in errors_of(launch, capsys)
     process = run_until_step(folder, 14)
+    pids = [status.pid for status in read_statuses(run)]
     process.kill()
     process.communicate()
-    time.sleep(3)  # The ranks notice within a second or two.
+    wait_until(lambda: not any(map(process_is_alive, pids)))
     complete = checkpoint_tags(run / CHECKPOINT)
     assert len(complete) == 2
     saved = newest_checkpoint(run / CHECKPOINT)
@@ -231,7 +220,7 @@ def test_a_full_disk_ends_the_run_and_earlier_checkpoints_stay(tmp_path: Path) -
         assert status is not None
         # Limit the size of files as a full disk would; a rank's checkpoint file is larger.
         resource.prlimit(status.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert errors.count("\n") == 1
     assert "could not be written" in errors

@@ -9,13 +9,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.runs import TINY, run_plan, run_ranks_of, write_plan
+from helpers.runs import TINY, run_plan, run_ranks_of, shared_buffers, write_plan
+from helpers.waiting import PATIENCE_S, wait_until
 
 from translution.cli.main import run as run_cli
 from translution.distributed.checkpoint.manifest import newest_checkpoint
@@ -25,28 +25,23 @@ from translution.distributed.runs.folder import CHECKPOINT, METRICS, make_run_fo
 from translution.distributed.runs.measurement import read_memory
 from translution.distributed.runs.status import raise_unless_finished, read_status
 from translution.distributed.runs.watchdog import process_is_alive
-from translution.distributed.system.compiled_ops import prepare_ops
-from translution.distributed.system.environment import free_port, launch_environment
+from translution.distributed.system.environment import free_port
 from translution.models import build
 from translution.planner.common.machine import usable_cores
 from translution.planner.config.model import parse_model_spec
-from translution.planner.hardware.cluster import local_cpu_cluster
 
 # The launcher's check of the number of cores is tested elsewhere.
-pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_ops(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compile DeepSpeed's communication op before several ranks need it at once."""
-    prepare_ops(
-        ["ShareMemCommBuilder"], launch_environment(local_cpu_cluster(2)), tmp_path_factory.mktemp("ops") / "log"
-    )
+pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
 
 
 def metrics(run: Path, event: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     return [line for line in lines if line["event"] == event]
+
+
+def stepping(run: Path) -> bool:
+    """Return whether a run has done a step, which rank 0 notes after all ranks have joined."""
+    return (run / METRICS).exists() and bool(metrics(run, "step"))
 
 
 @pytest.mark.parametrize(("ranks", "checkpointing"), [(1, "none"), (2, "none"), (2, "block"), (2, "offload")])
@@ -154,17 +149,13 @@ def test_a_killed_launcher_fails_the_launch_and_leaves_nothing_behind(tmp_path: 
     command = [sys.executable, "-m", "translution.cli", "launch", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
-        while not (run / METRICS).exists() or not metrics(run, "step"):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_until(lambda: stepping(run), process=process)
         statuses = [read_status(run, rank) for rank in (0, 1)]
         pids = [status.pid for status in statuses if status is not None]
         assert len(pids) == 2
         parent = int(Path(f"/proc/{pids[1]}/stat").read_text().rsplit(")", 1)[1].split()[1])
         os.kill(parent, signal.SIGKILL)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
         process.wait()
@@ -177,20 +168,16 @@ def test_a_killed_launcher_fails_the_launch_and_leaves_nothing_behind(tmp_path: 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGUSR1, signal.SIGKILL], ids=lambda end: end.name)
 def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) -> None:
-    before = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
     folder = write_plan(tmp_path / "plan", 2, steps=100_000)
     run = folder / "runs" / "001"
     command = [sys.executable, "-m", "translution.cli", "launch", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
-        while not (run / METRICS).exists() or not metrics(run, "step"):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        time.sleep(0.5)  # Wait until both ranks have reported the first step.
+        wait_until(lambda: stepping(run), process=process)
         pids = [status.pid for rank in (0, 1) if (status := read_status(run, rank)) is not None]
+        buffers = shared_buffers(pids[0])
         process.send_signal(end)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
         process.wait()
@@ -207,18 +194,15 @@ def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) 
         assert saved is not None
         assert f"saved at step {saved.manifest.step}:" in errors
     assert len(pids) == 2
-    deadline = time.monotonic() + 20
-    while any(process_is_alive(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not any(process_is_alive(pid) for pid in pids)
-    assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= before
+    wait_until(lambda: not any(map(process_is_alive, pids)))
+    assert not any(Path("/dev/shm").glob(buffers))
 
 
 def test_the_printed_command_runs_a_plan_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_plan(tmp_path / "plan", 1, steps=3)
     assert run_cli(["launch", str(folder), "--dry-run"]) == 0
     command = capsys.readouterr().out.strip().replace("29500", str(free_port()))
-    subprocess.run(["sh", "-c", command], check=True, capture_output=True, timeout=240)
+    subprocess.run(["sh", "-c", command], check=True, capture_output=True, timeout=PATIENCE_S)
     raise_unless_finished(folder / "runs" / "001", 1, exit_code=0)
     assert run_cli(["verify", str(folder)]) == 0
 

@@ -6,19 +6,19 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.real_slurm import missing, path, real_slurm
+from helpers.cluster.real_slurm import missing, path, real_slurm
 from helpers.runs import write_plan
+from helpers.waiting import wait_until
 
 from translution.distributed.checkpoint.manifest import newest_checkpoint
 from translution.distributed.runs.folder import CHECKPOINT, METRICS
 from translution.distributed.runs.status import read_statuses
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}; the project's CI has it")
+pytestmark = pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}")
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,13 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 def submit(folder: Path, environment: dict[str, str], *words: str) -> tuple[int, str]:
     """Submit the job, wait for its end, and return its exit code and log."""
     job = ask(["sbatch", "--parsable", *words], folder, environment).strip()
-    deadline = time.monotonic() + 240
+
+    def ended() -> str:
+        text = ask(["scontrol", "--oneliner", "show", "job", job], folder, environment)
+        return text if re.search(r"JobState=(COMPLETED|FAILED|TIMEOUT|CANCELLED)", text) else ""
+
     # sbatch --wait polls only every ten seconds.
-    while (text := ask(["scontrol", "--oneliner", "show", "job", job], folder, environment)) and not re.search(
-        r"JobState=(COMPLETED|FAILED|TIMEOUT|CANCELLED)", text
-    ):
-        assert time.monotonic() < deadline, text
-        time.sleep(0.3)
+    text = wait_until(ended, every_s=0.3)
     match = re.search(r" ExitCode=(\d+):", text)
     assert match is not None
     return int(match[1]), (folder / f"slurm-{job}.log").read_text()
@@ -80,10 +80,8 @@ def test_a_job_does_not_start_if_a_node_fails_its_checks(slurm: dict[str, str], 
     nvme.mkdir()
     folder = write_plan(tmp_path / "plan", 1, nodes=2, offload="nvme-optimizer", nvme_path=nvme)
     nvme.rmdir()
-    began = time.monotonic()
     code, log = submit(folder, slurm, "job.sbatch")
     assert code == 1
-    assert time.monotonic() - began < 60
     assert f"FAILED  n1: NVMe folder {nvme}: is not a folder: create it" in log
     assert f"FAILED  n2: NVMe folder {nvme}: is not a folder: create it" in log
     assert not (folder / "runs").exists()

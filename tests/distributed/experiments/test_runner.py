@@ -6,10 +6,10 @@ import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from helpers.waiting import wait_until
 
 from translution.cli.main import run
 from translution.distributed.experiments import definitions as experiments
@@ -93,15 +93,12 @@ def test_no_trial_outlives_a_killed_experiment(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "translution.cli", "experiment", "shift", "--steps", "100000", "--seeds", "1"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as program:
         try:
-            deadline = time.monotonic() + 60
-            while not (trials := [child for child in _children(program.pid) if "spawn_main" in _command_of(child)]):
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            trials = wait_until(
+                lambda: [child for child in _children(program.pid) if "spawn_main" in _command_of(child)]
+            )
         finally:
             program.kill()
-    while any("spawn_main" in _command_of(child) for child in trials):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not any("spawn_main" in _command_of(child) for child in trials))
 
 
 def _command_of(process: int) -> str:

@@ -22,7 +22,7 @@ from translution.planner.costs.parameters import count_parameters
 from translution.planner.plans.folder import write_plan_folder
 from translution.planner.plans.plan import load_plan
 
-pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores; the project's CI has them")
+pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
 
 SWAPPED = TINY | {"dim": 256, "heads": 4}
 

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 from helpers.fake_ops import FakeOps
 from helpers.runs import write_plan
+from helpers.waiting import PATIENCE_S, wait_until
 from torch.utils.file_baton import FileBaton
 
 from translution.distributed.system import compiled_ops as ops
@@ -64,16 +64,12 @@ def test_a_killed_compilation_leaves_no_lock_that_blocks_the_next(
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(extensions)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
-        while not (locks := list(extensions.glob("**/lock"))):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        locks = wait_until(lambda: list(extensions.glob("**/lock")), process=process)
         (compiling,) = [
             pid for pid in compilers(extensions) if "-c" in arguments_of(pid) and int(parent_of(pid)) == process.pid
         ]
         os.kill(compiling, signal.SIGKILL)
-        printed, errors = process.communicate(timeout=60)
+        printed, errors = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
         process.wait()

@@ -7,8 +7,9 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
+from helpers.chance import examples
 from helpers.operator_pairs import LAYOUTS, naive_term_attention
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -139,7 +140,7 @@ def test_any_subset_of_a_baselines_gradients(kind: Kind, frozen: str) -> None:
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-10)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     kind=st.sampled_from(KINDS),
     layout=st.sampled_from(LAYOUTS),

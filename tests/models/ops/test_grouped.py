@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.chance import examples
 from helpers.operator_pairs import LAYERS, LAYOUTS, ROLES, layer_pair, outputs
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -114,7 +115,7 @@ def test_nothing_is_tracked_when_nothing_is_trained() -> None:
         assert not Translution(6, 2, grid=(2, 2))(torch.randn(1, 4, 6)).requires_grad
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     layout=st.one_of(
         st.builds(lambda n, c, w: {"length": n, "causal": c, "window": w}, st.integers(1, 7), st.booleans(), WINDOWS),

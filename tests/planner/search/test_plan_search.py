@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from helpers.chance import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from translution.cli.main import run
@@ -232,7 +233,7 @@ STRATEGIES = [(0, "none"), (1, "none"), (2, "none"), (2, "cpu-optimizer")]
 STRATEGIES += [(3, offload) for offload in ("none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme")]
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(
     st.sampled_from(MODELS),
     st.sampled_from(CLUSTERS),
@@ -272,7 +273,7 @@ def test_closed_forms_are_never_below_the_estimate(
         assert size >= max(tensors, default=0), tier
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(st.sampled_from(MODELS), st.sampled_from(["A100-80", "H100"]), st.integers(1, 3), st.integers(1, 8))
 def test_device_memory_falls_with_ranks_and_offload_and_grows_with_the_batch(
     model: str, gpu: str, power: int, batch: int
@@ -301,7 +302,7 @@ def test_device_memory_falls_with_ranks_and_offload_and_grows_with_the_batch(
     assert device(ranks, batch, "cpu") <= device(ranks, batch, "cpu-optimizer")
 
 
-@settings(max_examples=6)
+@examples(6)
 @given(st.sampled_from(MODELS), st.sampled_from(CLUSTERS), st.sampled_from([None, 0, 1, 2, 3]), st.integers(1, 4))
 def test_a_plan_that_fits_is_under_every_capacity(model: str, cluster: str, stage: Any, batch: int) -> None:
     where = load_cluster(cluster)

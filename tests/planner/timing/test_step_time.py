@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from helpers.chance import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from translution.planner.config.loading import PRESET_NAMES, preset
@@ -89,7 +90,7 @@ def test_rates_computed_by_hand() -> None:
     assert one.bytes_per_s == pytest.approx(450e9 * 0.75 * 8 / 7)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(st.sampled_from(["8xA100-80", "2x8xH100", "4xRTX4090", "1xH200"]), st.sampled_from([0, 1, 2, 3]),
        st.sampled_from(["none", "block"]), st.integers(1, 16), st.integers(1, 4))  # fmt: skip
 def test_an_interval_contains_the_likely_time(cluster: str, stage: Any, mode: str, batch: int, times: int) -> None:

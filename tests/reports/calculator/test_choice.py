@@ -10,7 +10,8 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 import pytest
-from hypothesis import given, settings
+from helpers.chance import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from translution.cli.main import run
@@ -144,7 +145,7 @@ def test_a_strange_name_that_is_given_twice_is_shown_on_one_line() -> None:
     assert caught.value.field is None
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.lists(st.tuples(st.one_of(st.sampled_from(FIELDS), st.text(max_size=6)), VALUES), max_size=5))
 def test_any_query_is_parsed_or_rejected(pairs: list[tuple[str, str]]) -> None:
     rejected: ChoiceError | None = None

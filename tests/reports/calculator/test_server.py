@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from urllib.parse import parse_qsl
 
 import pytest
 from helpers.browser import Browser
+from helpers.waiting import PATIENCE_S, wait_until
 
 from translution.cli.main import run
 from translution.planner.plans.plan import load_plan
@@ -31,7 +31,6 @@ from translution.reports.calculator.result import search_choice
 
 SMALL = "model=vit-tiny%2F56&gpus=2"
 OTHER = "model=vit-tiny%2F56&operator=attention&gpus=2"
-PATIENCE_S = 60.0
 
 
 class Server(NamedTuple):
@@ -115,9 +114,9 @@ def get(server: Server, path: str, method: str = "GET", **headers: str) -> Answe
 
 
 def plan_of(server: Server, query: str) -> dict[str, object]:
-    deadline = time.monotonic() + PATIENCE_S
-    while (answer := get(server, f"/api/plan?{query}")).status == 202:
-        assert time.monotonic() < deadline
+    answers: list[Answer] = []
+    wait_until(lambda: answers.append(get(server, f"/api/plan?{query}")) or answers[-1].status != 202, every_s=0.0)
+    answer = answers[-1]
     assert answer.status == 200, answer.body
     return dict(json.loads(answer.body))
 
@@ -284,32 +283,21 @@ def test_server_stops_with_its_workers_while_a_request_waits() -> None:
     server = start()  # Idle workers start searching at once.
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(get, server, "/plan?model=gpt-large/1024&nodes=64&minimize=nodes")
-        deadline = time.monotonic() + PATIENCE_S
-        while not (family := children(server.process.pid)):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(0.2)
+        family = wait_until(lambda: children(server.process.pid))
         assert end(server, signal.SIGINT) == (0, "")
         assert waiting.exception() is not None or waiting.result().status in (200, 503), waiting.result()
-    while alive := [pid for pid in family if Path(f"/proc/{pid}/cmdline").exists()]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.05)
+    wait_until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in family))
 
 
 def test_public_server_warns_and_its_workers_end_with_it() -> None:
     server = start("--host", "0.0.0.0")
     assert get(server, "/calculator.css", Host="192.0.2.1:80").status == 200
     assert get(server, "/calculator.css", Host="attacker.example").status == 400
-    deadline = time.monotonic() + PATIENCE_S
-    while not (family := children(server.process.pid)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    family = wait_until(lambda: children(server.process.pid))
     server.process.kill()
     _, errors = server.process.communicate()
     assert errors.splitlines()[0].startswith("note: --host 0.0.0.0: anyone who can reach this machine")
-    while alive := [pid for pid in family if Path(f"/proc/{pid}/cmdline").exists()]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.05)
+    wait_until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in family))
 
 
 def test_open_shows_the_page_in_the_default_browser(tmp_path: Path) -> None:
@@ -317,10 +305,7 @@ def test_open_shows_the_page_in_the_default_browser(tmp_path: Path) -> None:
     browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {told}.part && mv {told}.part {told}\n')
     browser.chmod(0o755)
     server = start("--open", BROWSER=str(browser))
-    deadline = time.monotonic() + PATIENCE_S
-    while not told.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(told.exists)
     assert told.read_text() == f"http://127.0.0.1:{server.port}/"
     assert end(server) == (0, "")
 

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+from helpers.chance import repeats, seed
 
 from translution.cli.main import run
 
@@ -42,13 +43,14 @@ CASES = 100
 
 def cases() -> list[list[str]]:
     """Return pairs of an option and a bad value, each at most once."""
-    chooser = random.Random(20261125)
+    chooser = random.Random(seed(20261125))
     wrong = [[option, value] for option, values in OPTIONS.items() for value in values]
     wrong += [["MODEL", model] for model in MODELS]
     chooser.shuffle(wrong)
-    return wrong[:CASES]
+    return wrong[: repeats(CASES)]
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("wrong", cases(), ids=lambda wrong: f"{wrong[0]}-{wrong[1][:12]!r}")
 def test_a_bad_value_is_a_one_line_error(wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     option, value = wrong

@@ -6,10 +6,11 @@ import contextlib
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from helpers.waiting import wait_until
 
 SSH_PORT = 2222
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
@@ -84,9 +85,6 @@ def real_hosts(folder: Path) -> Iterator[Hosts]:
 
 
 def wait_until_reached(hosts: Hosts, arguments: str) -> None:
-    deadline = time.monotonic() + 30
     for address in ADDRESSES:
         command = hosts.command("ssh", *arguments.split(), "-p", SSH_PORT, address, "true")
-        while subprocess.run(command, capture_output=True).returncode:
-            assert time.monotonic() < deadline, [path.read_text() for path in hosts.folder.glob("*.log")]
-            time.sleep(0.1)
+        wait_until(lambda command=command: subprocess.run(command, capture_output=True).returncode == 0)

@@ -7,9 +7,10 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from helpers.waiting import wait_until
 
 CONFIG = """
 ClusterName=translution
@@ -86,11 +87,8 @@ def real_slurm(folder: Path) -> Iterator[dict[str, str]]:
                 servers.append(
                     subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
                 )
-                deadline = time.monotonic() + 30
-                while not (folder / "munge.socket").exists():
-                    assert time.monotonic() < deadline, (folder / "log").read_text()
-                    time.sleep(0.05)
-        wait_for_nodes(folder, environment)
+                wait_until((folder / "munge.socket").exists)
+        wait_until(lambda: idle_nodes(environment) == ["idle", "2"], every_s=0.2)
         yield environment
     finally:
         for server in reversed(servers):
@@ -101,11 +99,7 @@ def real_slurm(folder: Path) -> Iterator[dict[str, str]]:
             server.wait()
 
 
-def wait_for_nodes(folder: Path, environment: dict[str, str]) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        result = subprocess.run(["sinfo", "-h", "-o", "%t %D"], env=environment, capture_output=True, text=True)
-        if result.stdout.split() == ["idle", "2"]:
-            return
-        assert time.monotonic() < deadline, (result, (folder / "log").read_text())
-        time.sleep(0.2)
+def idle_nodes(environment: dict[str, str]) -> list[str]:
+    """Return the states and numbers of the nodes."""
+    command = ["sinfo", "-h", "-o", "%t %D"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split()
