@@ -216,14 +216,14 @@ def test_a_rank_ends_when_its_launchers_heartbeat_stops(
     require_heartbeat(tmp_path)  # This process does not follow a heartbeat.
     monkeypatch.setattr(heartbeat, "_HEARTBEAT_SECONDS", 0.2)
     command = [sys.executable, "-c", FOLLOWER, str(tmp_path), "3"]
-    beats: set[str] = set()
+    heard: set[str] = set()
     with keep_heartbeat(tmp_path):
         process = subprocess.Popen(command, env=os.environ | {FOLLOW_HEARTBEAT: "1"}, stdout=subprocess.PIPE, text=True)
         control_path(tmp_path, "stop").touch()
         assert process.stdout is not None
         assert process.stdout.readline() == "its launcher\n"
         # Longer than a heartbeat may be silent; this one is not.
-        wait_until(lambda: beats.add(str(read_heartbeat(tmp_path))) or len(beats) > 20)
+        wait_until(lambda: heard.add(str(read_heartbeat(tmp_path))) or len(heard) > 20)
         assert process.poll() is None
     if end == "silent":
         # The state that a killed launcher leaves. The rank may have ended already.
