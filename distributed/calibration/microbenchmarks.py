@@ -6,6 +6,7 @@ All ranks run each of them at the same time, as in training.
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ _ROWS_ELEMENTS, _TILE_ELEMENTS, _GROUP_ELEMENTS = 2**18, 2**21, 2**24
 """Numbers of elements of a relation's rows, of a tile, and of an optimizer's sub-group, which no cache holds."""
 _QUICK_ROWS, _QUICK_WIDTHS, _QUICK_GROUP_ELEMENTS = (1, 64), (64,), 2**18
 """Sizes of a rehearsal of the measurements, whose rates mean little."""
+_PIECE_BYTES, _NVME_BYTES, _NVME_SECONDS = 2**26, 2**32, 8.0
+"""Bytes that a rank writes to the drive or reads at once, and at most; seconds of each."""
 _MODULES = 24
 """Number of modules of the network that measures the engine's overhead."""
 _MODULE_WIDTH = 64
@@ -188,19 +191,53 @@ def measure_optimizers(stopwatch: Stopwatch, *, quick: bool = False) -> dict[str
     }
 
 
-def measure_nvme(stopwatch: Stopwatch, folder: Path, rank: int, world_size: int) -> dict[str, float]:
-    """Bytes per second of all ranks together, with DeepSpeed's I/O library configured as in plans."""
-    size = 2**26
+def measure_nvme(device: str, folder: Path, rank: int, *, quick: bool = False) -> dict[str, float]:
+    """Bytes per second of all ranks together, with DeepSpeed's I/O library configured as in plans.
+
+    Each rank writes for some seconds, writes the same files again, and reads them: a drive or the system that offers it
+    keeps a little data in a cache, and with one small file would be measured too fast.
+
+    Args:
+        device: "cpu" or "cuda".
+        folder: folder on the drive, in which each rank makes files and removes them.
+        rank: this rank.
+        quick: move little, as a rehearsal.
+    """
     handle = io_handle()
-    buffer = handle.new_cpu_locked_tensor(size, torch.empty(0, dtype=torch.uint8))
-    path = str(folder / f"translution-calibrate-{os.getpid()}-{rank}.bin")
+    buffer = handle.new_cpu_locked_tensor(_PIECE_BYTES, torch.empty(0, dtype=torch.uint8))
+    buffer.random_()  # Some drives do not write zeros.
+    files = folder / f"translution-calibrate-{os.getpid()}-{rank}"
+    files.mkdir()
+    room = shutil.disk_usage(folder).free // (4 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    pieces = 1 if quick else max(1, min(_NVME_BYTES, room) // _PIECE_BYTES)
+    found = {}
     try:
-        write = stopwatch.seconds(lambda: handle.sync_pwrite(buffer, path, 0), times=1)
-        read = stopwatch.seconds(lambda: handle.sync_pread(buffer, path, 0), times=1)
+        # The first writes allocate the files; swap files are written in place.
+        for name, move in (("write", handle.sync_pwrite), ("write", handle.sync_pwrite), ("read", handle.sync_pread)):
+            rate, pieces = _drive_rate(lambda piece, move=move: move(buffer, str(files / str(piece)), 0), pieces)
+            found[f"nvme_{name}_bytes_per_s"] = _sum_of_ranks(rate, device)
     finally:
         handle.free_cpu_locked_tensor(buffer)
-        Path(path).unlink(missing_ok=True)
-    return {"nvme_write_bytes_per_s": world_size * size / write, "nvme_read_bytes_per_s": world_size * size / read}
+        shutil.rmtree(files)
+    return found
+
+
+def _drive_rate(move: Callable[[int], object], pieces: int) -> tuple[float, int]:
+    """Move pieces one after the other until all are moved or time is up; return bytes per second and their number."""
+    began, done = time.perf_counter(), 0
+    while done < pieces and time.perf_counter() - began < _NVME_SECONDS:
+        move(done)
+        done += 1
+    return done * _PIECE_BYTES / (time.perf_counter() - began), done
+
+
+def _sum_of_ranks(value: float, device: str) -> float:
+    """Return the sum of all ranks' values."""
+    import deepspeed.comm as dist
+
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total)
 
 
 class _Chain(nn.Module):
@@ -305,7 +342,7 @@ def measure_rates(
     if nvme_path is not None:
         on_line("NVMe")
         dist.barrier()
-        found |= measure_nvme(stopwatch, nvme_path, rank, world_size)
+        found |= measure_nvme(device, nvme_path, rank, quick=quick)
     on_line("DeepSpeed's engine")
     dist.barrier()
     found |= measure_engine(stopwatch, world_size, MeasuredRates.model_validate(found))

@@ -27,7 +27,7 @@ def repeats(usual: int) -> int:
 
 
 def examples(usual: int) -> settings:
-    """Return Hypothesis' settings for a test that usually tries so many examples."""
+    """Return Hypothesis' settings for a test that usually tries `usual` examples."""
     return settings(max_examples=repeats(usual))
 
 
