@@ -214,7 +214,7 @@ def measure_nvme(device: str, folder: Path, rank: int, *, quick: bool = False) -
     try:
         # The first writes allocate the files; swap files are written in place.
         for name, move in (("write", handle.sync_pwrite), ("write", handle.sync_pwrite), ("read", handle.sync_pread)):
-            rate, pieces = _drive_rate(lambda piece, move=move: move(buffer, str(files / str(piece)), 0), pieces)
+            rate, pieces = _drive_rate(move, buffer, files, pieces)
             found[f"nvme_{name}_bytes_per_s"] = _sum_of_ranks(rate, device)
     finally:
         handle.free_cpu_locked_tensor(buffer)
@@ -222,11 +222,13 @@ def measure_nvme(device: str, folder: Path, rank: int, *, quick: bool = False) -
     return found
 
 
-def _drive_rate(move: Callable[[int], object], pieces: int) -> tuple[float, int]:
-    """Move pieces one after the other until all are moved or time is up; return bytes per second and their number."""
+def _drive_rate(
+    move: Callable[[Tensor, str, int], object], buffer: Tensor, folder: Path, pieces: int
+) -> tuple[float, int]:
+    """Write or read files one after the other until all are done or time is up; return bytes per second and the number."""
     began, done = time.perf_counter(), 0
     while done < pieces and time.perf_counter() - began < _NVME_SECONDS:
-        move(done)
+        move(buffer, str(folder / str(done)), 0)
         done += 1
     return done * _PIECE_BYTES / (time.perf_counter() - began), done
 
