@@ -225,7 +225,7 @@ def measure_nvme(device: str, folder: Path, rank: int, *, quick: bool = False) -
 def _drive_rate(
     move: Callable[[Tensor, str, int], object], buffer: Tensor, folder: Path, pieces: int
 ) -> tuple[float, int]:
-    """Write or read files one after the other until all are done or time is up; return bytes per second and the number."""
+    """Write or read files one after the other until all are done or time is up; return bytes per second and files."""
     began, done = time.perf_counter(), 0
     while done < pieces and time.perf_counter() - began < _NVME_SECONDS:
         move(buffer, str(folder / str(done)), 0)
