@@ -37,11 +37,20 @@ class Product(NamedTuple):
     """Whether the product multiplies the rows of one relation by its matrix."""
     joined: bool = True
     """Whether the samples of a micro-batch are rows of one product; otherwise each sample is a product."""
+    fused: bool = False
+    """Whether torch's fused attention computes it; its backward computes the logits once more."""
+    computed: float = 1.0
+    """Fraction of the result that is computed: a causal fused attention leaves out the blocks above the diagonal."""
 
     @property
     def flops(self) -> int:
         """FLOPs of one product."""
         return 2 * self.rows * self.inner * self.cols
+
+
+FUSED_BLOCK = 128
+"""Tokens of a block that fused attention computes or leaves out as a whole. Source: FlashAttention-2, arXiv 2307.08691,
+section 3.1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,14 @@ def pair_counts(geometry: RelationGeometry) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(counts.items()))
 
 
+def is_fused(spec: ModelSpec, operator: Operator) -> bool:
+    """Return whether torch's fused attention computes an operator: it never writes the weights of the pairs.
+
+    Source: models/layers/attention.py; with dropout, weights are computed in blocks by this project's own operator.
+    """
+    return operator == "attention" and not spec.dropout
+
+
 def _tables(spec: ModelSpec, d_in: int, d_out: int) -> Iterator[Product]:
     roles = len(spec.roles)
     for rows, relations in pair_counts(spec.geometry):
@@ -106,7 +123,11 @@ def _operator(spec: ModelSpec, operator: Operator) -> Iterator[Product]:
             yield Product(tokens, low2, inner, 1, 1, 2)
         yield from _tables(spec, low1, low2)
     products = (plain_logits + plain_values) * (2 if operator == "shaw" else 1)
-    if products:
+    if is_fused(spec, operator):
+        blocks = -(-tokens // FUSED_BLOCK)
+        computed = (blocks + 1) / (2 * blocks) if spec.geometry.causal else 1.0
+        yield Product(tokens, spec.head_dim, tokens, spec.heads, 2, 4, joined=False, fused=True, computed=computed)
+    elif products:
         yield Product(tokens, spec.head_dim, tokens, spec.heads * products, 1, 2, joined=False)
     if spec.has_output_projection:
         yield Product(tokens, inner, dim, 1, 1, 2)
@@ -115,7 +136,8 @@ def _operator(spec: ModelSpec, operator: Operator) -> Iterator[Product]:
 def _layer_elements(spec: ModelSpec, operator: Operator) -> tuple[int, int, int, int]:
     """Return the elements of forward and of backward, the torch operations and the relation visits of one layer."""
     tokens, dim, inner = spec.tokens, spec.dim, spec.inner_dim
-    pairs = spec.heads * tokens * tokens
+    # Fused attention reads and writes queries, keys, values and the result only.
+    pairs = 0 if is_fused(spec, operator) else spec.heads * tokens * tokens
     # Two norms, two residual sums, an activation function; then the softmax of all pairs.
     forward = tokens * (10 * dim + 3 * spec.ffn_dim + 6 * inner) + 11 * pairs
     backward = tokens * (18 * dim + 5 * spec.ffn_dim + 9 * inner) + 13 * pairs

@@ -11,12 +11,12 @@ from typing import Literal, TypeAlias
 
 from ..common.errors import InputError
 from ..common.types import DTYPE_BYTES, Precision
+from ..hardware.catalog import load_catalog
 from ..hardware.cluster import ClusterSpec, MatmulRate, MeasuredRates, Transfer, interpolate
 
 RateLevel: TypeAlias = Literal["slow", "likely", "fast"]
 RATE_LEVELS: tuple[RateLevel, ...] = ("slow", "likely", "fast")
 EFFICIENCIES: dict[str, tuple[float, float, float]] = {
-    "matmul": (0.45, 0.65, 0.80),
     "grouped": (0.30, 0.50, 0.70),
     "memory": (0.60, 0.75, 0.90),
     "link": (0.55, 0.75, 0.90),
@@ -26,6 +26,16 @@ EFFICIENCIES: dict[str, tuple[float, float, float]] = {
     "nvme": (0.50, 0.75, 0.95),
 }
 """Fraction of a peak that is reached: slow, likely, fast. Estimates, not measured."""
+MATMUL_SHARES: dict[str | None, tuple[float, float, float]] = {
+    "ampere": (0.58, 0.70, 0.80),
+    "hopper": (0.46, 0.56, 0.70),
+    None: (0.45, 0.65, 0.80),
+}
+ATTENTION_SHARES: dict[str | None, tuple[float, float, float]] = {
+    "ampere": (0.40, 0.55, 0.68),
+    "hopper": (0.25, 0.35, 0.55),
+    None: (0.30, 0.45, 0.60),
+}
 LATENCY_S = (60e-6, 30e-6, 15e-6)
 """Latency of a collective on one node; each doubling of the nodes adds the same again. Estimates, not measured."""
 GPU_OPERATION_S = (12e-6, 6e-6, 4e-6)
@@ -123,8 +133,21 @@ class Rates:
         if self.on_cpu:
             return flops / (CPU_RATES["matmul"][self._index] * self.cores)
         moved = (rows * (inner + cols) + inner * cols) * DTYPE_BYTES[self.precision]
-        flops_per_s = self.peak_flops_per_s * self.efficiency("grouped" if grouped else "matmul")
-        return max(flops / flops_per_s, moved / self.memory_bytes_per_s)
+        share = MATMUL_SHARES.get(self._generation, MATMUL_SHARES[None])[self._index]
+        flops_per_s = self.peak_flops_per_s * (self.efficiency("grouped") if grouped else share)
+        # The first reads and the last writes of a product overlap with nothing.
+        return flops / flops_per_s + moved / self.memory_bytes_per_s
+
+    def attention_seconds(self, rows: float, inner: int, cols: int) -> float:
+        """Return the seconds of one of the two products of fused attention, (rows, inner) by (inner, cols)."""
+        if self.on_cpu:
+            return self.matmul_seconds(rows, inner, cols)
+        shares = ATTENTION_SHARES.get(self._generation, ATTENTION_SHARES[None])
+        return 2.0 * rows * inner * cols / (self.peak_flops_per_s * shares[self._index])
+
+    @cached_property
+    def _generation(self) -> str | None:
+        return load_catalog().gpus[self.cluster.gpu].generation if self.cluster.gpu else None
 
     @cached_property
     def memory_bytes_per_s(self) -> float:

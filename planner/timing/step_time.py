@@ -91,9 +91,15 @@ def compute_seconds(spec: ModelSpec, batch: int, tiles: int, rates: Rates) -> tu
     forward = backward = 0.0
     for product in work.products:
         rows, times = (product.rows * batch, 1) if product.joined else (product.rows, batch)
-        seconds = rates.matmul_seconds(rows, product.inner, product.cols, grouped=product.grouped)
+        if product.fused:
+            seconds = product.computed * rates.attention_seconds(rows, product.inner, product.cols)
+            recomputed = 1 + 1 / product.backward
+        else:
+            seconds = rates.matmul_seconds(rows, product.inner, product.cols, grouped=product.grouped)
+            recomputed = 1.0
         seconds *= times * product.copies
-        forward, backward = forward + seconds * product.forward, backward + seconds * product.backward
+        forward += seconds * product.forward
+        backward += seconds * product.backward * recomputed
     width = DTYPE_BYTES[rates.precision]
     forward += work.forward_elements * batch * width / rates.memory_bytes_per_s
     backward += work.backward_elements * batch * width / rates.memory_bytes_per_s
