@@ -108,15 +108,10 @@ class ClusterSpec(Schema):
 _CLUSTER: TypeAdapter[ClusterSpec] = TypeAdapter(ClusterSpec)
 _FIELDS = tuple(ClusterSpec.model_fields)
 _GPU_RATES = ("bf16_flops_per_s", "fp16_flops_per_s", "tf32_flops_per_s", "fp32_flops_per_s", "memory_bytes_per_s")
-_NODE_SHARES = (
-    "host_memory_bytes",
-    "host_cores",
-    "host_memory_bytes_per_s",
-    "nics",
-    "nvme_bytes",
-    "nvme_read_bytes_per_s",
-    "nvme_write_bytes_per_s",
-)
+_NODE_SHARES = ("host_memory_bytes", "host_cores", "nics", "nvme_bytes")
+"""What a job on some of a node's GPUs gets in proportion; a GPU communicates through its own adapter."""
+_NODE_BANDWIDTHS = ("host_memory_bytes_per_s", "nvme_read_bytes_per_s", "nvme_write_bytes_per_s")
+"""What the ranks in use share among themselves, however many GPUs the node has."""
 _NODE_RATES = ("intra_node_bytes_per_s", "pcie_bytes_per_s", "nic_bytes_per_s")
 _FORMS = "must be cpu:RANKS, GPUSxNAME, NODESxGPUSxNAME, NODE, NODESxNODE or a YAML or JSON file"
 
@@ -149,14 +144,13 @@ def _gpu_fields(name: str, gpu: GpuSpec) -> dict[str, Any]:
 
 
 def _node_fields(node: NodeSpec, ranks_per_node: int) -> dict[str, Any]:
-    """Return the figures of a node with ``ranks_per_node`` GPUs: its proportional share, counts at least 1."""
+    """Return the figures of a node with ``ranks_per_node`` GPUs: a proportional share of its sizes and counts."""
+    gpus = int(node.gpus.value)
     fields: dict[str, Any] = {field: getattr(node, field).value for field in _NODE_RATES}
     for field in _NODE_SHARES:
-        total, gpus = getattr(node, field).value, int(node.gpus.value)
-        if isinstance(total, int):
-            fields[field] = max(1, total * ranks_per_node // gpus)
-        else:
-            fields[field] = total * ranks_per_node / gpus
+        fields[field] = max(1, getattr(node, field).value * ranks_per_node // gpus)
+    for field in _NODE_BANDWIDTHS:
+        fields[field] = getattr(node, field).value * max(1.0, ranks_per_node / gpus)
     return fields
 
 
@@ -187,7 +181,7 @@ def named_cluster(name: str) -> ClusterSpec:
     """Return the cluster with a name.
 
     A node with fewer or more GPUs than the catalog's has a proportional share of its host memory, cores, network
-    adapters and drives.
+    adapters and drives; fewer GPUs share the bandwidths of the whole node's memory and drives.
 
     Raises:
         InputError: if the name has another form, a GPU or node is unknown, or there are more CPU ranks than cores.

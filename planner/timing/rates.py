@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 from ..common.errors import InputError
 from ..common.types import DTYPE_BYTES, Precision
-from ..hardware.catalog import load_catalog
+from ..hardware.catalog import find_gpu
 from ..hardware.cluster import ClusterSpec, MatmulRate, MeasuredRates, Transfer, interpolate
 
 RateLevel: TypeAlias = Literal["slow", "likely", "fast"]
@@ -27,15 +27,19 @@ EFFICIENCIES: dict[str, tuple[float, float, float]] = {
 }
 """Fraction of a peak that is reached: slow, likely, fast. Estimates, not measured."""
 MATMUL_SHARES: dict[str | None, tuple[float, float, float]] = {
-    "ampere": (0.58, 0.70, 0.80),
-    "hopper": (0.46, 0.56, 0.70),
-    None: (0.45, 0.65, 0.80),
+    "ampere": (0.62, 0.76, 0.86),
+    "hopper": (0.48, 0.60, 0.74),
+    None: (0.42, 0.62, 0.78),
 }
+"""Share of a generation's peak that large products reach: slow, likely, fast; None: of generations that nobody has
+published. Source of the likely ones: 104 runs of MPT on A100 and H100 (tests/data/mpt_fsdp.csv)."""
 ATTENTION_SHARES: dict[str | None, tuple[float, float, float]] = {
-    "ampere": (0.40, 0.55, 0.68),
-    "hopper": (0.25, 0.35, 0.55),
-    None: (0.30, 0.45, 0.60),
+    "ampere": (0.25, 0.33, 0.46),
+    "hopper": (0.145, 0.19, 0.29),
+    None: (0.15, 0.25, 0.42),
 }
+"""Share of the peak that fused attention reaches on what it computes. Source of the likely ones: as above, most of it
+from the runs of 16,384 tokens and more."""
 LATENCY_S = (60e-6, 30e-6, 15e-6)
 """Latency of a collective on one node; each doubling of the nodes adds the same again. Estimates, not measured."""
 GPU_OPERATION_S = (12e-6, 6e-6, 4e-6)
@@ -51,9 +55,16 @@ CPU_RATES = {
     "adam": (100e6, 200e6, 400e6),
 }
 """Rates of a CPU that was not measured: of one core, except for the link."""
-HOST_ADAM_BYTES = 30
-"""Bytes per element that CPU AdamW moves: reads master parameter, two moments and gradient; writes the first three
-and the parameter."""
+HOST_ADAM_ELEMENTS_PER_S, HOST_ADAM_BYTES_PER_S = (1.30e9, 1.75e9, 2.20e9), 409.6e9
+"""Parameters that CPU AdamW updates per second on a whole node, and the memory bandwidth of that node.
+
+Published: 1.65e9 on a DGX-2 (DeepSpeed's tutorial of ZeRO-Offload), 1.4e9 (DeepSpeed's pull request 735), 1.8e9 (its
+issue 6834), at most 1.7e9 on a node of A100 (ZenFlow's announcement). They differ less than the bandwidths of these
+nodes do: other nodes are scaled by its square root.
+"""
+PAGEABLE_BYTES_PER_S = (2e9, 5e9, 9e9)
+"""Bytes per second that the driver copies between pageable host memory and a device, by way of its own pinned buffer.
+Estimates, not measured."""
 DEVICE_ADAM_BYTES = 28
 """Bytes per element that one fused AdamW kernel would move on the device."""
 MEASURED_SPREAD = (1.15, 1.0, 0.9)
@@ -147,7 +158,7 @@ class Rates:
 
     @cached_property
     def _generation(self) -> str | None:
-        return load_catalog().gpus[self.cluster.gpu].generation if self.cluster.gpu else None
+        return find_gpu(self.cluster.gpu)[1].generation if self.cluster.gpu else None
 
     @cached_property
     def memory_bytes_per_s(self) -> float:
@@ -215,13 +226,14 @@ class Rates:
             latency *= 1 + math.log2(cluster.nodes)
         return Transfer(latency_s=latency, bytes_per_s=1 / (seconds * passes))
 
-    def host_copy(self, direction: Literal["host_to_device", "device_to_host"]) -> Transfer:
+    def host_copy(self, direction: Literal["host_to_device", "device_to_host"], *, pinned: bool = True) -> Transfer:
         """Return the transfer model of copies between the host and one device while all devices of the node copy."""
-        if direction not in self._transfers:
-            self._transfers[direction] = self._host_copy(direction)
-        return self._transfers[direction]
+        key = f"{direction} {pinned}"
+        if key not in self._transfers:
+            self._transfers[key] = self._host_copy(direction, pinned=pinned)
+        return self._transfers[key]
 
-    def _host_copy(self, direction: str) -> Transfer:
+    def _host_copy(self, direction: str, *, pinned: bool) -> Transfer:
         measured: Transfer | None = getattr(self._measured, direction)
         if measured is not None:
             return Transfer(latency_s=measured.latency_s * self.spread, bytes_per_s=measured.bytes_per_s / self.spread)
@@ -229,11 +241,9 @@ class Rates:
             # The device is the host: a copy reads and writes the same memory.
             return Transfer(latency_s=self.operation_s, bytes_per_s=self.memory_bytes_per_s / 2)
         rate = self._field("pcie_bytes_per_s") * self.efficiency("pcie")
-        shared = self._host_bytes_per_s() / self.cluster.ranks_per_node
+        rate = rate if pinned else min(rate, PAGEABLE_BYTES_PER_S[self._index])
+        shared = self._field("host_memory_bytes_per_s") * self.efficiency("host") / self.cluster.ranks_per_node
         return Transfer(latency_s=10e-6, bytes_per_s=min(rate, shared))
-
-    def _host_bytes_per_s(self) -> float:
-        return self._field("host_memory_bytes_per_s") * self.efficiency("host")
 
     @cached_property
     def host_adam_elements_per_s(self) -> float:
@@ -243,7 +253,8 @@ class Rates:
             return measured / self.spread
         if self.on_cpu:
             return CPU_RATES["adam"][self._index] * self.cores
-        return self._host_bytes_per_s() / self.cluster.ranks_per_node / HOST_ADAM_BYTES
+        faster = math.sqrt(self._field("host_memory_bytes_per_s") / HOST_ADAM_BYTES_PER_S)
+        return HOST_ADAM_ELEMENTS_PER_S[self._index] * faster / self.cluster.ranks_per_node
 
     @cached_property
     def device_adam_elements_per_s(self) -> float:

@@ -127,7 +127,7 @@ def _transfers(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, ra
         parts[_BACK] = PartTime(gather.seconds(v.persistent * width), "network")
         local = v.gathered // rates.cluster.world_size * width
         if param == "cpu":
-            copy = rates.host_copy("host_to_device")
+            copy = rates.host_copy("host_to_device", pinned=zero.offload_param.pin_memory)
             seconds = count * uses * (v.gathers * copy.latency_s + local / copy.bytes_per_s)
             if on_cpu:
                 # Partitions are copied before they are gathered, at the rate of the gather.
@@ -144,7 +144,7 @@ def _transfers(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, ra
         if zero.stage and rates.cluster.world_size > 1:
             parts[_BACK] = PartTime(gather.seconds(v.elements * width), "network")
     if optimizer != "none":
-        copy = rates.host_copy("device_to_host")
+        copy = rates.host_copy("device_to_host", pinned=zero.offload_optimizer.pin_memory)
         seconds = v.tensors * copy.latency_s + v.partition_numel * width / copy.bytes_per_s
         # The norm of each gradient is computed during the transfer.
         seconds = count * (seconds + rates.norm_seconds(v.partition_numel))
@@ -162,7 +162,7 @@ def _update_parts(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rat
         seconds += rates.norm_seconds(own)
     parts[_UPDATE] = PartTime(seconds, "host" if on_host else "compute")
     if on_host and not rates.on_cpu:
-        copy = rates.host_copy("host_to_device")
+        copy = rates.host_copy("host_to_device", pinned=optimizer.pin_memory)
         back = copy.seconds(on_host * training.dtype_bytes)
         parts[_FROM_HOST + " after the update"] = PartTime(back, "host link")
     if optimizer.device == "nvme":

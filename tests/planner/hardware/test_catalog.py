@@ -110,13 +110,15 @@ def test_a_cluster_has_the_figures_of_its_gpu_and_node() -> None:
 
 
 def test_a_smaller_node_is_a_share_of_the_catalogs_node() -> None:
-    """One of a tower's four GPUs gets 64 GiB, 8 cores, a quarter of the drive and one adapter."""
+    """One of a tower's four GPUs gets 64 GiB, 8 cores, a quarter of the drive, one adapter and all bandwidths."""
     one, four = load_cluster("1xRTX4090"), load_cluster("rtx4090-tower")
     assert (one.host_memory_bytes, one.host_cores, one.nics) == (64 * GIB, 8, 1)
     assert one.nvme_bytes == 10**12
-    assert one.nvme_read_bytes_per_s == pytest.approx(7.45e9 / 4)
+    assert one.nvme_read_bytes_per_s == four.nvme_read_bytes_per_s == pytest.approx(7.45e9)
+    assert one.host_memory_bytes_per_s == four.host_memory_bytes_per_s
     assert one.pcie_bytes_per_s == four.pcie_bytes_per_s
-    assert load_cluster("16xH100").host_memory_bytes == 4096 * GIB
+    double = load_cluster("16xH100")
+    assert (double.host_memory_bytes, double.host_memory_bytes_per_s) == (4096 * GIB, pytest.approx(2 * 614.4e9))
 
 
 def test_a_file_replaces_fields_of_its_base(tmp_path: Path) -> None:
