@@ -1,4 +1,4 @@
-# make demo | make test | make quick | make fuzz | make test-matrix | make check | make docs | make reports |
+# make demo | make test | make quick | make fuzz | make test-matrix | make check | make docs | make reports | make public |
 # make dist | make offline-bundle | make bigger-than-memory:
 # each creates the environment if there is none.
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := planner models distributed reports cli
 
-.PHONY: demo test quick fuzz test-matrix system-packages check format docs reports dist offline-bundle bigger-than-memory clean
+.PHONY: demo test quick fuzz test-matrix system-packages check format docs reports public dist offline-bundle bigger-than-memory clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -72,6 +72,10 @@ reports: $(VENV)/.demo
 		--accuracy reports/accuracy.json --step-time reports/step_time.json $(EXPERIMENTS) \
 		--benchmarks benchmarks/results --gpu reports/gpu \
 		--out $(GALLERY)/index.html --markdown $(GALLERY)/README.md --data $(GALLERY)/gallery.json
+
+# Predicted beside published step times.
+public: $(VENV)/.demo
+	$(BIN)/python benchmarks/public_runs.py --out reports
 
 # Trains a model whose training state exceeds this machine's memory, for half an hour or more; BIGGER has options of the
 # script, such as --nvme-path.

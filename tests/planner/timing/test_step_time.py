@@ -100,8 +100,8 @@ def test_rates_computed_by_hand() -> None:
     read = 2 * (768 * 768 + 2 * 768) / (0.75 * 3.35e12)
     assert rates.matmul_seconds(1, 768, 768, grouped=True) == pytest.approx(read, rel=0.01)
     assert rates.attention_seconds(512, 64, 512) == pytest.approx(2 * 512 * 512 * 64 / (0.19 * 989.5e12))
-    # CPU AdamW: 1.75e9 parameters a second on a DGX A100, more by the root of the bandwidth on a DGX H100, shared by the
-    # ranks in use, be it all eight or one.
+    # CPU AdamW: 1.75e9 parameters a second on a DGX A100, more by the root of the bandwidth on a DGX H100, shared by
+    # the ranks in use, be it all eight or one.
     for cluster, ranks in (("8xA100-80", 8), ("1xA100-80", 1)):
         assert Rates(load_cluster(cluster), "bf16").host_adam_elements_per_s == pytest.approx(1.75e9 / ranks)
     faster = 1.75e9 * (614.4 / 409.6) ** 0.5

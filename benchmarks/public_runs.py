@@ -1,0 +1,169 @@
+"""Compare predicted step times with those that others have published of real runs on GPUs.
+
+python benchmarks/public_runs.py --out reports     # seconds; predictions only, nothing runs
+
+benchmarks/public/mpt_fsdp.csv has 104 runs of MPT models on A100 and H100, from mosaicml/llm-foundry,
+scripts/train/benchmarking/README.md at 8c8dd48. Their FULL_SHARD acts as ZeRO-3 and SHARD_GRAD_OP as ZeRO-2. They
+gather parameters ahead and reduce gradients while backward computes, so the knobs here do, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import describe_run, write_report
+
+from translution.planner.config import RunConfig, TrainingSpec, parse_model_spec
+from translution.planner.hardware import load_cluster
+from translution.planner.plans import choose_zero
+from translution.planner.plans.defaults import override_zero
+from translution.planner.timing import StepTime
+from translution.planner.timing.step_time import estimate_step_time
+
+DATA = Path(__file__).with_name("public") / "mpt_fsdp.csv"
+AHEAD = {"prefetch_bucket_elements": 50_000_000, "max_live_elements": 10**9, "max_reuse_distance_elements": 10**9}
+"""DeepSpeed's default knobs, with which ZeRO-3 gathers ahead."""
+ALLOWED = 0.2
+"""Relative error above which a run is listed as missed."""
+
+
+class PublicRun(NamedTuple):
+    """One published run and what is predicted of it."""
+
+    name: str
+    gpu: str
+    published_s: float
+    predicted: StepTime
+
+    @property
+    def ratio(self) -> float:
+        """Predicted divided by published seconds of a step."""
+        return self.predicted.likely_s / self.published_s
+
+    @property
+    def inside(self) -> bool:
+        """Whether the published time is inside the predicted interval."""
+        return self.predicted.low_s <= self.published_s <= self.predicted.high_s
+
+
+def run_config(row: Mapping[str, str]) -> RunConfig:
+    """Return the run that a row of the table describes."""
+    sizes = {name: int(row[name]) for name in ("context", "vocabulary", "dim", "depth", "heads")}
+    model = {"family": "gpt", "operator": "attention", "checkpointing": row["checkpointing"]} | sizes
+    spec = parse_model_spec(model)
+    cluster = load_cluster(f"{int(row['gpus']) // int(row['gpus_per_node'])}x{row['gpus_per_node']}x{row['gpu']}")
+    training = TrainingSpec(
+        precision="bf16",
+        micro_batch=int(row["micro_batch"]),
+        gradient_accumulation_steps=int(row["accumulation"]),
+        data="synthetic",
+    )
+    stage = 3 if row["sharding"] == "FULL_SHARD" else 2
+    zero = choose_zero(spec, None, stage, cluster.world_size)
+    zero = override_zero(zero, {"overlap_comm": True} | (AHEAD if stage == 3 else {}))
+    return RunConfig(spec, cluster, training, zero)
+
+
+def predict_runs(path: Path = DATA) -> list[PublicRun]:
+    """Predict every run of a table."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        PublicRun(
+            f"{row['model']}, {row['context']} tokens, {row['gpus']} {row['gpu']}, micro-batch {row['micro_batch']}",
+            row["gpu"],
+            float(row["step_s"]),
+            estimate_step_time(run_config(row)),
+        )
+        for row in rows
+    ]
+
+
+def summarize(runs: list[PublicRun]) -> dict[str, Any]:
+    """Return the figures that a set of runs is judged by."""
+    ratios = [run.ratio for run in runs]
+    return {
+        "runs": len(runs),
+        "median": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "within_20_percent": sum(abs(ratio - 1) <= ALLOWED for ratio in ratios) / len(ratios),
+        "inside_the_interval": sum(run.inside for run in runs) / len(ratios),
+        "widest_above": max(run.predicted.high_s / run.predicted.likely_s - 1 for run in runs),
+        "widest_below": max(1 - run.predicted.low_s / run.predicted.likely_s for run in runs),
+    }
+
+
+def render(document: dict[str, Any]) -> str:
+    """Return the report as Markdown."""
+    lines = ["# Predicted and published time of a step", ""]
+    lines += [f"`{document['command']}` on {document['date']}. Nothing ran on a GPU of ours.", ""]
+    lines += [
+        "The published runs are of MPT models (attention) under FSDP in bf16, from",
+        "[mosaicml/llm-foundry](https://github.com/mosaicml/llm-foundry) at 8c8dd48 (scripts/train/benchmarking).",
+        "The predictions use the catalog's GPUs and nodes. The shares of the peak that matrix products and attention",
+        "reach were chosen by these runs, one of each for A100 and for H100; everything else is computed.",
+        "",
+        "| GPU | runs | median | lowest | highest | within 20% | inside the interval |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for gpu, row in document["summary"].items():
+        lines.append(
+            f"| {gpu} | {row['runs']} | {row['median']:.3f} | {row['lowest']:.2f} | {row['highest']:.2f} | "
+            f"{row['within_20_percent']:.0%} | {row['inside_the_interval']:.0%} |"
+        )
+    every = document["summary"]["all"]
+    lines += ["", "Median, lowest and highest are predicted divided by published seconds."]
+    lines += [
+        f"The interval reaches at most {every['widest_above']:.0%} above and {every['widest_below']:.0%} below the",
+        "prediction.",
+        "",
+        "| run | published | predicted | interval | ratio |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row in document["rows"]:
+        mark = "" if row["inside"] else " outside"
+        lines.append(
+            f"| {row['run']} | {row['published_s']:.2f} s | {row['predicted_s']:.2f} s | "
+            f"{row['low_s']:.2f} to {row['high_s']:.2f} s{mark} | {row['ratio']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def make_document(runs: list[PublicRun]) -> dict[str, Any]:
+    """Return everything that the report shows."""
+    groups = {"all": runs} | {
+        gpu: [run for run in runs if run.gpu == gpu] for gpu in dict.fromkeys(r.gpu for r in runs)
+    }
+    rows = [
+        {
+            "run": run.name,
+            "gpu": run.gpu,
+            "published_s": run.published_s,
+            "predicted_s": run.predicted.likely_s,
+            "low_s": run.predicted.low_s,
+            "high_s": run.predicted.high_s,
+            "ratio": run.ratio,
+            "inside": run.inside,
+        }
+        for run in sorted(runs, key=lambda run: run.ratio)
+    ]
+    return {"summary": {name: summarize(group) for name, group in groups.items()}, "rows": rows}
+
+
+def main() -> None:
+    """Predict the runs and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for public.json and public.md")
+    arguments = parser.parse_args()
+    document = describe_run("public_runs") | make_document(predict_runs())
+    write_report(arguments.out, "public", document, render(document))
+
+
+if __name__ == "__main__":
+    main()
