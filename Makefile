@@ -73,7 +73,7 @@ reports: $(VENV)/.demo
 		--benchmarks benchmarks/results --gpu reports/gpu \
 		--out $(GALLERY)/index.html --markdown $(GALLERY)/README.md --data $(GALLERY)/gallery.json
 
-# Predicted beside published step times.
+# Predicted and published step times of real GPUs.
 public: $(VENV)/.demo
 	$(BIN)/python benchmarks/public_runs.py --out reports
 

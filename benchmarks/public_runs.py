@@ -20,10 +20,8 @@ from common import describe_run, write_report
 
 from translution.planner.config import RunConfig, TrainingSpec, parse_model_spec
 from translution.planner.hardware import load_cluster
-from translution.planner.plans import choose_zero
-from translution.planner.plans.defaults import override_zero
-from translution.planner.timing import StepTime
-from translution.planner.timing.step_time import estimate_step_time
+from translution.planner.plans import choose_zero, override_zero
+from translution.planner.timing import StepTime, estimate_step_time
 
 DATA = Path(__file__).with_name("public") / "mpt_fsdp.csv"
 AHEAD = {"prefetch_bucket_elements": 50_000_000, "max_live_elements": 10**9, "max_reuse_distance_elements": 10**9}

@@ -18,7 +18,9 @@ from ..common.phases import Tier
 from ..common.schema import Schema, validate
 
 _T = TypeVar("_T")
-Generation: TypeAlias = Literal["ampere", "ada", "hopper", "blackwell", "cdna3"]
+Generation: TypeAlias = Literal["volta", "ampere", "ada", "hopper", "blackwell", "cdna3", "cdna4"]
+Fabric: TypeAlias = Literal["nvswitch", "nvlink", "pcie", "xgmi"]
+"""What joins the GPUs of a node: NVLink through switches or from one to another, PCIe, or AMD's links."""
 DATA = Path(__file__).with_name("data")
 _CLUSTERS_FILE = "clusters.yaml"
 
@@ -58,14 +60,19 @@ class GpuSpec(Entry):
 
     title: str
     generation: Generation
+    fabric: Fabric
     node: str
     """Name of the default node for clusters of this GPU."""
     memory_bytes: Sourced
     """Total bytes of memory that the driver reports."""
-    bf16_flops_per_s: Sourced
+    bf16_flops_per_s: Sourced | None = None
+    """None if its matrix units do not compute in bf16."""
     fp16_flops_per_s: Sourced
-    tf32_flops_per_s: Sourced
+    tf32_flops_per_s: Sourced | None = None
+    """None if it computes fp32 products at the rate of fp32."""
     fp32_flops_per_s: Sourced
+    matmul_share: Sourced
+    """Share of the peak that a training step's large products reach."""
     memory_bytes_per_s: Sourced
     """Memory bandwidth."""
     link_bytes_per_s: Sourced

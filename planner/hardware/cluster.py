@@ -139,7 +139,7 @@ def local_cpu_cluster(ranks: int) -> ClusterSpec:
 
 
 def _gpu_fields(name: str, gpu: GpuSpec) -> dict[str, Any]:
-    rates = {field: getattr(gpu, field).value for field in _GPU_RATES}
+    rates = {field: rate.value for field in _GPU_RATES if (rate := getattr(gpu, field)) is not None}
     return {"gpu": name, "device_memory_bytes": gpu.memory_bytes.value} | rates
 
 

@@ -27,6 +27,7 @@ from .catalog import (
     Entry,
     FractionInterval,
     Generation,
+    GpuSpec,
     Level,
     OverheadItem,
     OverheadOverrides,
@@ -125,7 +126,7 @@ def _measured(name: str, interval: _Interval, formula: str) -> OverheadItem:
 
 def _blas(generation: Generation) -> OverheadItem:
     """Return the item for cuBLAS or rocBLAS: one workspace for each thread and stream that computes products."""
-    if generation == "cdna3":
+    if generation in ("cdna3", "cdna4"):
         first, one, text = 128 * MIB, (128 + 76) * MIB, "128 MiB of rocBLAS and 76 MiB of hipBLASLt"
     elif generation in ("hopper", "blackwell"):
         first, one, text = 32 * MIB, 32 * MIB, "32 MiB, shared with cuBLASLt"
@@ -143,25 +144,27 @@ def _blas(generation: Generation) -> OverheadItem:
     )
 
 
-def _nccl(gpu: str, generation: Generation, world_size: int, nodes: int) -> list[OverheadItem]:
+def _nccl(gpu: str, spec: GpuSpec, world_size: int, nodes: int) -> list[OverheadItem]:
     if world_size == 1:
         return alone()
-    if generation == "cdna3":
+    if spec.fabric == "xgmi":
         return rccl()
     observed = _observed().channels[gpu]
     channels, per_node = Channels(*observed.count, observed.source), -(-world_size // nodes)
-    if generation == "ada":
+    if spec.fabric == "pcie":
         return by_host_memory(channels, per_node, nodes)
-    return by_nvlink(generation, channels, per_node, nodes)
+    reduces = spec.fabric == "nvswitch" and spec.generation in ("hopper", "blackwell")
+    return by_nvlink(channels, per_node, nodes, switches_reduce=reduces)
 
 
 def _items_of_gpu(gpu: str, world_size: int, nodes: int) -> list[OverheadItem]:
-    generation = load_catalog().gpus[gpu].generation
+    _, spec = find_gpu(gpu)
+    context = _observed().context[spec.generation]
     return [
         _measured("driver_reserve", _observed().driver_reserve[gpu], "the driver's total minus the total torch sees"),
-        _measured("context", _observed().context[generation], "context and kernels; high: all kernels loaded at once"),
-        _blas(generation),
-        *_nccl(gpu, generation, world_size, nodes),
+        _measured("context", context, "context and kernels; high: all kernels loaded at once"),
+        _blas(spec.generation),
+        *_nccl(gpu, spec, world_size, nodes),
     ]
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..common.phases import Tier
 from ..common.units import MIB
-from .catalog import ESTIMATE, Generation, OverheadItem
+from .catalog import ESTIMATE, OverheadItem
 
 COMMUNICATORS = 2
 """Communicators of a DeepSpeed rank: torch's default group for barriers, its clone for the rest (groups.py:723)."""
@@ -98,24 +98,24 @@ def _outward(channels: Channels, per_node: int, nodes: int) -> list[int]:
     return [-(-count // per_node) if nodes > 1 else 0 for count in counts]
 
 
-def by_nvlink(generation: Generation, channels: Channels, per_node: int, nodes: int) -> list[OverheadItem]:
+def by_nvlink(channels: Channels, per_node: int, nodes: int, *, switches_reduce: bool) -> list[OverheadItem]:
     """Return the items of a rank whose node has NVLink.
 
     Low: one communicator with rings. Likely: one with rings, trees and NVLS, and another one with rings. High: two with
     rings, trees and NVLS.
 
     Args:
-        generation: generation of the GPU; from Hopper on, switches reduce.
         channels: NCCL's channels.
         per_node: ranks per node.
         nodes: number of nodes; more than one adds connections over the network.
+        switches_reduce: whether the node has NVSwitches that reduce (NVLS), as from Hopper on.
     """
     outward = _outward(channels, per_node, nodes)
     within = [count * _DIRECTION if per_node > 1 else 0 for count in (channels.low, channels.likely, channels.high)]
     ring_outward = _RING_OUTWARD if per_node > 1 else 2 * _ARRIVING
     rings = [inner + out * ring_outward for inner, out in zip(within, outward, strict=True)]
     trees = [inner + out * _TREE_OUTWARD for inner, out in zip(within, outward, strict=True)]
-    heads = min(per_node, 8) if generation in ("hopper", "blackwell") and per_node > 1 else 0
+    heads = min(per_node, 8) if switches_reduce and per_node > 1 else 0
     nvls = [count * _NVLS_CHANNEL * heads for count in (0, 16, 24)]
     sizes = (
         rings[0],

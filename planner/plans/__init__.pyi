@@ -1,6 +1,7 @@
 from .build import make_plan as make_plan
 from .defaults import choose_tile as choose_tile
 from .defaults import choose_zero as choose_zero
+from .defaults import override_zero as override_zero
 from .evaluation import EvaluationPlan as EvaluationPlan
 from .evaluation import with_evaluation as with_evaluation
 from .folder import HUGE_PAGES as HUGE_PAGES

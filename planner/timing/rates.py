@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 from ..common.errors import InputError
 from ..common.types import DTYPE_BYTES, Precision
-from ..hardware.catalog import find_gpu
+from ..hardware.catalog import GpuSpec, find_gpu
 from ..hardware.cluster import ClusterSpec, MatmulRate, MeasuredRates, Transfer, interpolate
 
 RateLevel: TypeAlias = Literal["slow", "likely", "fast"]
@@ -26,13 +26,9 @@ EFFICIENCIES: dict[str, tuple[float, float, float]] = {
     "nvme": (0.50, 0.75, 0.95),
 }
 """Fraction of a peak that is reached: slow, likely, fast. Estimates, not measured."""
-MATMUL_SHARES: dict[str | None, tuple[float, float, float]] = {
-    "ampere": (0.62, 0.76, 0.86),
-    "hopper": (0.48, 0.60, 0.74),
-    None: (0.42, 0.62, 0.78),
-}
-"""Share of a generation's peak that large products reach: slow, likely, fast; None: of generations that nobody has
-published. Source of the likely ones: 104 runs of MPT on A100 and H100 (tests/data/mpt_fsdp.csv)."""
+MATMUL_SHARE, MATMUL_SPREAD = 0.60, (0.81, 1.0, 1.15)
+"""Share of the peak that large products reach on a GPU that is not in the catalog, which has the shares of its own; and
+factors on the share: slow, likely, fast."""
 ATTENTION_SHARES: dict[str | None, tuple[float, float, float]] = {
     "ampere": (0.25, 0.33, 0.46),
     "hopper": (0.145, 0.19, 0.29),
@@ -131,6 +127,11 @@ class Rates:
             return CPU_RATES["matmul"][2] * self.cores
         field = "tf32_flops_per_s" if self.precision == "fp32" else f"{self.precision}_flops_per_s"
         value = getattr(self.cluster, field)
+        if value is None and field == "tf32_flops_per_s":
+            # A GPU without TF32 computes fp32 products as such.
+            value = self.cluster.fp32_flops_per_s
+        if value is None and self.cluster.gpu and self.precision == "bf16":
+            raise InputError(f"precision: bf16 is not allowed: must be fp16 or fp32 on {self.cluster.gpu}")
         if value is None:
             raise InputError(f"cluster {self.cluster.name!r}: {field}: is required to predict times")
         return float(value)
@@ -144,8 +145,8 @@ class Rates:
         if self.on_cpu:
             return flops / (CPU_RATES["matmul"][self._index] * self.cores)
         moved = (rows * (inner + cols) + inner * cols) * DTYPE_BYTES[self.precision]
-        share = MATMUL_SHARES.get(self._generation, MATMUL_SHARES[None])[self._index]
-        flops_per_s = self.peak_flops_per_s * (self.efficiency("grouped") if grouped else share)
+        share = self.efficiency("grouped") if grouped else self._matmul_share
+        flops_per_s = self.peak_flops_per_s * share
         # The first reads and the last writes of a product overlap with nothing.
         return flops / flops_per_s + moved / self.memory_bytes_per_s
 
@@ -153,12 +154,17 @@ class Rates:
         """Return the seconds of one of the two products of fused attention, (rows, inner) by (inner, cols)."""
         if self.on_cpu:
             return self.matmul_seconds(rows, inner, cols)
-        shares = ATTENTION_SHARES.get(self._generation, ATTENTION_SHARES[None])
+        shares = ATTENTION_SHARES.get(self._gpu.generation if self._gpu else None, ATTENTION_SHARES[None])
         return 2.0 * rows * inner * cols / (self.peak_flops_per_s * shares[self._index])
 
     @cached_property
-    def _generation(self) -> str | None:
-        return find_gpu(self.cluster.gpu)[1].generation if self.cluster.gpu else None
+    def _gpu(self) -> GpuSpec | None:
+        return find_gpu(self.cluster.gpu)[1] if self.cluster.gpu else None
+
+    @cached_property
+    def _matmul_share(self) -> float:
+        share = self._gpu.matmul_share.value if self._gpu else MATMUL_SHARE
+        return min(0.9, share * MATMUL_SPREAD[self._index])
 
     @cached_property
     def memory_bytes_per_s(self) -> float:

@@ -23,7 +23,9 @@ from .. import app
 _LEVELS: tuple[Level, ...] = ("low", "likely", "high")
 
 
-def _scaled(figure: Figure, unit: float) -> str:
+def _scaled(figure: Figure | None, unit: float) -> str:
+    if figure is None:
+        return "-"
     value = figure.value / unit
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import subprocess
 import sys
@@ -56,7 +57,9 @@ def test_figures_are_what_vendors_print(root: Path) -> None:
 
 def test_every_peak_of_a_gpu_has_a_published_figure(root: Path) -> None:
     known = {(row["name"], row["figure"]) for row in published(root)}
-    missing = {(name, figure) for name, gpu in load_catalog().gpus.items() for figure in figures(gpu)} - known
+    peaks = {(name, figure) for name, gpu in load_catalog().gpus.items() for figure in figures(gpu)}
+    # Vendors do not print the share of the peak that is reached.
+    missing = {(name, figure) for name, figure in peaks - known if figure != "matmul_share"}
     assert missing == {("RTX4090", "link_bytes_per_s")}  # an estimate: the GPU has no link
 
 
@@ -68,18 +71,27 @@ def test_every_figure_is_positive_and_names_a_source_with_a_page() -> None:
             assert figure.value > 0, name
             used.add(figure.source)
     assert used == set(known.sources)
-    pageless = {key for key, source in known.sources.items() if source.url is None}
-    assert pageless == {"estimate", "smi-h200", "build"}
+    pageless = {key: source.title for key, source in known.sources.items() if source.url is None}
+    known_without = r"estimate, not measured|public (logs|test)|no page of the vendor's|a choice of parts"
+    assert all(re.search(known_without, title) for title in pageless.values()), pageless
     assert all("estimate, not measured" in known.sources[key].title for key in ("estimate", "pm9a3"))
 
 
 def test_a_node_has_a_known_gpu_and_the_bandwidth_of_its_link() -> None:
     known = load_catalog()
-    for gpu in known.gpus.values():
+    for name, gpu in known.gpus.items():
         node = known.nodes[gpu.node]
-        assert node.intra_node_bytes_per_s == gpu.link_bytes_per_s
-        # 16 lanes of 16 or 32 GT/s; 128 of every 130 bits are data.
-        lanes = 16 * {4: 16e9, 5: 32e9}[int(gpu.pcie_generation.value)] * 128 / 130 / 8
+        if name == "H100-NVL":
+            # The bridge joins two of eight.
+            assert node.intra_node_bytes_per_s == node.pcie_bytes_per_s
+        else:
+            assert node.intra_node_bytes_per_s == gpu.link_bytes_per_s
+        if name.startswith("GH200"):
+            # The host is at the other end of an NVLink.
+            assert node.pcie_bytes_per_s == gpu.link_bytes_per_s
+            continue
+        # 16 lanes of 8, 16 or 32 GT/s, which no processor exceeds; 128 of every 130 bits are data.
+        lanes = 16 * {3: 8e9, 4: 16e9, 5: 32e9, 6: 32e9}[int(gpu.pcie_generation.value)] * 128 / 130 / 8
         assert node.pcie_bytes_per_s.value == pytest.approx(lanes, rel=1e-3)
     assert {node.gpu for node in known.nodes.values()} <= set(known.gpus)
 
@@ -93,7 +105,10 @@ def test_a_named_cluster_is_complete_and_survives_json(name: str) -> None:
     cluster = load_cluster(name)
     values = cluster.model_dump()
     missing = {field for field, value in values.items() if value is None}
-    assert missing == {"price_per_gpu_hour", "gpu_constants", "measured"}
+    assert cluster.gpu is not None
+    lacking = {"V": {"bf16_flops_per_s", "tf32_flops_per_s"}, "MI355X": {"tf32_flops_per_s"}}
+    known = next((fields for start, fields in lacking.items() if cluster.gpu.startswith(start)), set())
+    assert missing == {"price_per_gpu_hour", "gpu_constants", "measured"} | known
     assert all(value > 0 for value in values.values() if isinstance(value, int | float))
     assert ClusterSpec.model_validate_json(cluster.model_dump_json()) == cluster
 
@@ -191,7 +206,9 @@ def test_a_name_of_no_cluster_is_rejected(name: str) -> None:
 
 
 def test_an_unknown_name_gets_a_hint_with_the_closest_names() -> None:
-    with pytest.raises(InputError, match=r"GPU 'A100' is not allowed.*\(did you mean 'A100-40' or 'A100-80'\?\)"):
+    with pytest.raises(
+        InputError, match=r"GPU 'A100' is not allowed.*\(did you mean 'A100-40', 'A100-80' or 'A100-PCIe-40'\?\)"
+    ):
         load_cluster("8xA100")
     with pytest.raises(InputError, match=r"\(did you mean 'dgx-h100'\?\)"):
         load_cluster("2xdgx-h10")
