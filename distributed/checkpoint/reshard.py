@@ -27,6 +27,7 @@ _MOMENTS: dict[str, dict[str, str]] = {
     "AdamW": {"first": "exp_avg", "second": "exp_avg_sq"},
     "DeepSpeedCPUAdam": {"first": "exp_avg", "second": "exp_avg_sq"},
     "DeepSpeedCPULion": {"first": "exp_avg"},
+    "FusedAdam": {"first": "exp_avg", "second": "exp_avg_sq"},
     "FusedLion": {"first": "exp_avg"},
     "Adagrad": {"second": "sum"},
     "DeepSpeedCPUAdagrad": {"second": "exp_avg_sq"},

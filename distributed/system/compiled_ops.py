@@ -9,6 +9,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def needed_ops(plan: Plan) -> tuple[str, ...]:
     """Return the builder names of the ops that a plan's ranks load.
 
     CPU ranks load the communication op for any number of ranks, one included. An optimizer that is not offloaded is
-    torch's, except Lion on GPUs; one that is offloaded is DeepSpeed's, except SGD.
+    torch's, except Lion and the fused AdamW on GPUs; one that is offloaded is DeepSpeed's, except SGD. Without a
+    compiler for GPUs the fused AdamW is torch's.
 
     Source: DeepSpeed 0.19.8, comm/torch.py, runtime/engine.py (`_configure_basic_optimizer`), runtime/swap_tensor/,
     ops/op_builder/async_io.py.
@@ -63,7 +65,19 @@ def needed_ops(plan: Plan) -> tuple[str, ...]:
         ops += [_HOST_OPTIMIZERS[optimizer]] if optimizer in _HOST_OPTIMIZERS else []
     elif optimizer == "lion" and plan.cluster.device == "cuda":
         ops.append("FusedLionBuilder")
+    elif plan.cluster.device == "cuda" and plan.training.adam == "fused" and has_gpu_compiler():
+        ops.append("FusedAdamBuilder")
     return (*ops, *(NVME_OPS if zero.uses_nvme else ()))
+
+
+def has_gpu_compiler() -> bool:
+    """Return whether this machine has a compiler for GPUs: nvcc or hipcc, on PATH or in the toolkit's folder."""
+    folders = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH", "ROCM_HOME")] + [
+        "/usr/local/cuda",
+        "/opt/rocm",
+    ]
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *(f"{folder}/bin" for folder in folders if folder)])
+    return any(shutil.which(program, path=path) for program in ("nvcc", "hipcc"))
 
 
 def op_name(op: str) -> str:

@@ -13,6 +13,7 @@ from translution.planner.common import InputError
 from translution.planner.plans import Plan
 
 from ..data.base import Samples
+from ..system.compiled_ops import has_gpu_compiler
 from ..system.network import interface_towards
 from .deepspeed_fixes import patch_nvme_optimizers
 
@@ -69,8 +70,11 @@ class Engine:
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
 
     def deepspeed_config(self) -> dict[str, Any]:
-        """Return DeepSpeed's configuration of the plan."""
-        return self.plan.deepspeed_config()
+        """Return DeepSpeed's configuration of the plan; without a compiler for GPUs the fused AdamW is torch's."""
+        plan = self.plan
+        if plan.training.adam == "fused" and not has_gpu_compiler():
+            plan = plan.model_copy(update={"training": plan.training.model_copy(update={"adam": "torch"})})
+        return plan.deepspeed_config()
 
     def build_network(self) -> torch.nn.Module:
         """Build the network, without DeepSpeed."""

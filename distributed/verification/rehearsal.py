@@ -197,8 +197,11 @@ def rank_environment(plan: Plan, rank: int, *, compute: bool) -> dict[str, str]:
 
 def rehearsal_ops(plan: Plan) -> tuple[str, ...]:
     """Builders of the ops that DeepSpeed compiles for the rank; none for communication."""
-    cluster = plan.cluster.model_copy(update={"device": "cuda"})
-    return needed_ops(plan.model_copy(update={"cluster": cluster}))
+    changes: dict[str, object] = {
+        "cluster": plan.cluster.model_copy(update={"device": "cuda"}),
+        "training": plan.training.model_copy(update={"adam": "auto"}),
+    }
+    return needed_ops(plan.model_copy(update=changes))
 
 
 def _run(plan: Plan, rank: int, run: Path, *, compute: bool, on_metrics: OnMetrics) -> dict[str, float]:

@@ -74,7 +74,11 @@ class RehearsalTrainer(Trainer):
 
     def __init__(self, plan: Plan, run: Path, *, compute: bool = False) -> None:
         self.for_gpu, self.compute = plan.cluster.device == "cuda", compute
-        plan = plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"device": "cpu"})})
+        changes: dict[str, object] = {"cluster": plan.cluster.model_copy(update={"device": "cpu"})}
+        if plan.training.adam == "fused":
+            # Torch's fused AdamW runs on a CPU, too, and holds as little as DeepSpeed's.
+            changes["training"] = plan.training.model_copy(update={"adam": "torch"})
+        plan = plan.model_copy(update=changes)
         super().__init__(plan, run, engine=RehearsalEngine(plan, for_gpu=self.for_gpu))
         # The rank writes the metrics file whatever its number is.
         self.log = RunLog(plan, run, self.engine.rank, writes_metrics=True)

@@ -43,6 +43,9 @@ class TrainingSpec(Schema):
     """Steps of linear warm-up before the cosine decay."""
     optimizer: Optimizer = "adamw"
     """Optimizer. DeepSpeed's CPU version of adamw, lion or adagrad updates offloaded states."""
+    adam: Literal["auto", "fused", "torch", "loop"] = "auto"
+    """What updates states of adamw that are not offloaded: DeepSpeed's fused kernel, torch's fused kernel, or torch's
+    loop over tensors, which needs temporaries and no compiler. auto is fused on GPUs and loop on CPUs."""
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.05
     betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.95)
@@ -103,6 +106,12 @@ class TrainingSpec(Schema):
             raise ValueError(f"betas: {self.betas} is not allowed: must be below 1")
         if self.momentum >= 1:
             raise ValueError(f"momentum: {self.momentum} is not allowed: must be below 1")
+        return self
+
+    @model_validator(mode="after")
+    def _check_adam(self) -> TrainingSpec:
+        if self.adam != "auto" and self.optimizer != "adamw":
+            raise ValueError(f"adam: {self.adam!r} is not allowed: must be auto with optimizer {self.optimizer}")
         return self
 
     @model_validator(mode="after")
@@ -349,6 +358,20 @@ class RunConfig:
     zero: ZeroSpec
     tile_relations: int | None = None
     """Relations per tile of a table; None keeps tables whole."""
+
+    def __post_init__(self) -> None:
+        """Choose what updates the states of adamw.
+
+        Raises:
+            InputError: if DeepSpeed's fused kernel is asked for on CPU ranks.
+        """
+        training = self.training
+        if self.on_cpu and training.adam == "fused":
+            raise InputError("adam: 'fused' is not allowed: must be auto, torch or loop on CPU ranks")
+        if training.adam == "auto" and training.optimizer == "adamw":
+            fused = not self.on_cpu and self.zero.offload_optimizer.device == "none"
+            resolved = training.model_copy(update={"adam": "fused" if fused else "loop"})
+            object.__setattr__(self, "training", resolved)
 
     @property
     def world_size(self) -> int:

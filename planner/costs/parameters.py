@@ -204,7 +204,7 @@ def temporary_tensors(training: TrainingSpec, *, offloaded: bool, one_by_one: bo
         offloaded: whether DeepSpeed's CPU version updates.
         one_by_one: whether parameters are updated in a loop, where the previous denominator is still held.
     """
-    if offloaded or training.optimizer == "lion":
+    if offloaded or training.optimizer == "lion" or training.adam in ("fused", "torch"):
         return 0
     decays = training.weight_decay > 0
     # AdamW: the square root of v, then its quotient. The others add the weight decay to a copy of the gradient.

@@ -86,8 +86,8 @@ def _optimizer(training: TrainingSpec, zero: ZeroSpec) -> dict[str, Any]:
         values["betas"] = list(training.betas)
     if training.optimizer in ("adamw", "adagrad"):
         values["eps"] = training.epsilon
-    if training.optimizer == "adamw" and plain:
-        values |= {"torch_adam": True, "foreach": False}
+    if training.optimizer == "adamw" and plain and training.adam != "fused":
+        values |= {"torch_adam": True} | ({"fused": True} if training.adam == "torch" else {"foreach": False})
     if training.optimizer == "sgd":
         values |= {"momentum": training.momentum, "foreach": False}
     names = {"adamw": "AdamW", "lion": "Lion", "adagrad": "Adagrad", "sgd": "SGD"}

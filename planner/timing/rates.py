@@ -63,6 +63,8 @@ PAGEABLE_BYTES_PER_S = (2e9, 5e9, 9e9)
 Estimates, not measured."""
 DEVICE_ADAM_BYTES = 28
 """Bytes per element that one fused AdamW kernel would move on the device."""
+LOOP_PASSES = 2.5
+"""How many times as much as a fused kernel torch's loop of AdamW reads and writes."""
 MEASURED_SPREAD = (1.15, 1.0, 0.9)
 """Factors on measured seconds, by level: the spread between two runs on the same machine."""
 
@@ -262,14 +264,17 @@ class Rates:
         faster = math.sqrt(self._field("host_memory_bytes_per_s") / HOST_ADAM_BYTES_PER_S)
         return HOST_ADAM_ELEMENTS_PER_S[self._index] * faster / self.cluster.ranks_per_node
 
-    @cached_property
-    def device_adam_elements_per_s(self) -> float:
-        """Elements per second that torch's AdamW updates; its kernels move more than one fused kernel would."""
+    def device_adam_elements_per_s(self, *, fused: bool) -> float:
+        """Elements per second that AdamW updates on the device.
+
+        Args:
+            fused: whether one kernel updates all states; torch's loop over tensors moves `LOOP_PASSES` times as much.
+        """
         measured = self._measured.device_adam_elements_per_s
         if measured:
-            return measured / self.spread
-        passes = 2.5
-        return self.memory_bytes_per_s / (DEVICE_ADAM_BYTES * passes)
+            # Measured with the fused kernel on a GPU, and with the loop on a CPU.
+            return measured / self.spread / (LOOP_PASSES if not fused and not self.on_cpu else 1.0)
+        return self.memory_bytes_per_s / (DEVICE_ADAM_BYTES * (1.0 if fused else LOOP_PASSES))
 
     def nvme_bytes_per_s(self, direction: Literal["read", "write"]) -> float:
         """Return one rank's share of the bandwidth of its node's drives.

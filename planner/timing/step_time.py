@@ -44,6 +44,8 @@ class PartTime(NamedTuple):
     """The resource that limits it."""
     overlaps: bool = False
     """Whether it overlaps with forward and backward."""
+    follows: bool = False
+    """Whether it begins when backward has ended, so that nothing overlaps with it."""
 
 
 class StepPart(Schema):
@@ -157,10 +159,12 @@ def _update_parts(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rat
     optimizer, parts = zero.offload_optimizer, {}
     own = v.elements if zero.stage == 0 else v.partition_numel
     on_host = 0 if optimizer.device == "none" else round(own * optimizer.ratio)
-    seconds = on_host / rates.host_adam_elements_per_s + (own - on_host) / rates.device_adam_elements_per_s
+    fused = training.adam in ("fused", "torch")
+    seconds = on_host / rates.host_adam_elements_per_s
+    seconds += (own - on_host) / rates.device_adam_elements_per_s(fused=fused)
     if not on_host:
         seconds += rates.norm_seconds(own)
-    parts[_UPDATE] = PartTime(seconds, "host" if on_host else "compute")
+    parts[_UPDATE] = PartTime(seconds, "host" if on_host else "compute", follows=True)
     if on_host and not rates.on_cpu:
         copy = rates.host_copy("host_to_device", pinned=optimizer.pin_memory)
         back = copy.seconds(on_host * training.dtype_bytes)
@@ -260,7 +264,7 @@ def total_seconds(parts: Iterable[PartTime]) -> float:
             overlapped = max(overlapped, part.seconds) if part.bound == "engine" else overlapped + part.seconds
         else:
             alone += part.seconds
-            compute += part.seconds if part.bound == "compute" else 0.0
+            compute += part.seconds if part.bound == "compute" and not part.follows else 0.0
     return alone + max(0.0, overlapped - compute)
 
 

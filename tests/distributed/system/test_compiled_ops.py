@@ -286,7 +286,7 @@ def plan_with(tmp_path: Path, *, device: str = "cpu", ranks: int = 1, offload: s
     )
 
 
-def test_a_plan_needs_what_its_ranks_load(tmp_path: Path) -> None:
+def test_a_plan_needs_what_its_ranks_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = "ShareMemCommBuilder"
     for device, communication in (("cpu", [shared]), ("cuda", [])):
         for optimizer, op in (("adamw", "CPUAdam"), ("lion", "CPULion"), ("adagrad", "CPUAdagrad"), ("sgd", None)):
@@ -297,14 +297,32 @@ def test_a_plan_needs_what_its_ranks_load(tmp_path: Path) -> None:
         assert list(needed_ops(nvme)) == [*communication, "CPUAdamBuilder", "PinMemoryBuilder", "AsyncIOBuilder"]
     assert needed_ops(plan_with(tmp_path, device="cuda", optimizer="lion")) == ("FusedLionBuilder",)
     assert needed_ops(plan_with(tmp_path, device="cuda", optimizer="adagrad")) == ()
+    fused = plan_with(tmp_path, device="cuda", adam="fused")
+    for found, needed in ((True, ("FusedAdamBuilder",)), (False, ())):
+        monkeypatch.setattr(ops, "has_gpu_compiler", lambda found=found: found)
+        assert needed_ops(fused) == needed
+    assert needed_ops(plan_with(tmp_path, device="cuda", adam="torch")) == ()
+
+
+def test_a_gpu_compiler_is_found_on_the_path_or_in_its_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_PATH", "ROCM_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    compiler = tmp_path / "toolkit" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.touch(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    assert ops.has_gpu_compiler()
 
 
 def test_the_builders_and_libraries_are_those_of_deepspeed() -> None:
     from deepspeed.ops.op_builder import cpu
+    from deepspeed.ops.op_builder.fused_adam import FusedAdamBuilder
     from deepspeed.ops.op_builder.fused_lion import FusedLionBuilder
 
+    fused = {"FusedAdamBuilder": FusedAdamBuilder, "FusedLionBuilder": FusedLionBuilder}
     for name, source in OPS.items():
-        builder = FusedLionBuilder if name == "FusedLionBuilder" else getattr(cpu, name)
+        builder = fused.get(name) or getattr(cpu, name)
         assert source.library == builder.NAME
 
 
