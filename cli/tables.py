@@ -125,4 +125,7 @@ def peak_tables(prediction: MemoryEstimate, tiers: tuple[Tier, ...] = ()) -> Ite
         if tier == "device" and prediction.device_interval_bytes:
             low, high = map(format_bytes, prediction.device_interval_bytes)
             where += f"; {low} to {high} depending on the device overhead"
+            if prediction.shown_interval_bytes:
+                low, high = map(format_bytes, prediction.shown_interval_bytes)
+                where += f"; nvidia-smi may show {low} to {high}"
         yield make_table(where, ("item", "formula", "source", "size"), rows, text_columns=3)

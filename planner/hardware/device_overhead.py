@@ -41,13 +41,22 @@ from .nccl import Channels, alone, by_host_memory, by_nvlink, rccl
 __all__ = ["DeviceOverhead", "OverheadItem", "OverheadOverrides", "estimate_overhead", "read_overrides"]
 
 FRAGMENTATION = FractionInterval(
-    low=0.02,
-    likely=0.15,
-    high=0.33,
-    source="GMLake (arXiv 2401.08156): 15% on average and up to 33% of the reserve, fine-tuning with ZeRO-3; "
-    f"low: {ESTIMATE}",
+    low=0.006,
+    likely=0.05,
+    high=0.085,
+    source="near the limit, of DeepSpeed: 0.6% to 2% at ZeRO-2 (OpenTau, pull request 273), 8.5% at ZeRO-3 (log of "
+    "BigScience's 104B), 4.5% where memory ran out (tutorial)",
 )
-FRAGMENTATION_EXPANDABLE = FractionInterval(low=0.0, likely=0.03, high=0.1, source=ESTIMATE)
+"""What decides whether a plan fits: near the limit, torch gives the blocks that it caches back and tries again."""
+CACHED = FractionInterval(
+    low=0.15,
+    likely=0.20,
+    high=0.33,
+    source="far from the limit: 15% on average and up to 33% of the reserve, fine-tuning with ZeRO-3 (GMLake, arXiv "
+    "2401.08156); 17% to 37% with FSDP (MPT's runs)",
+)
+"""What nvidia-smi shows of a plan with room to spare: torch keeps freed blocks that it may use again."""
+FRAGMENTATION_EXPANDABLE = FractionInterval(low=0.0, likely=0.03, high=0.06, source=ESTIMATE)
 """With ``expandable_segments`` the pages of a stream and pool are contiguous: only rounding and gaps remain."""
 
 
@@ -58,7 +67,9 @@ class DeviceOverhead(Schema):
     """Name of the GPU in the catalog; None if no GPU was named: each interval then spans those of all GPUs."""
     breakdown: tuple[OverheadItem, ...] = stored_as("entries")
     fragmentation: FractionInterval
-    """Fraction of the bytes reserved by torch that is unused at the peak of allocated bytes."""
+    """Fraction of the bytes reserved by torch that is unused at the peak of allocated bytes, if memory is scarce."""
+    cached: FractionInterval = CACHED
+    """The same fraction if there is room to spare."""
 
     def item(self, name: str) -> OverheadItem:
         """Return the item with a name.
@@ -89,6 +100,18 @@ class DeviceOverhead(Schema):
         """
         fraction = self.fragmentation.of(level)
         return allocated_bytes + round(allocated_bytes * fraction / (1 - fraction))
+
+    def shown_bytes(self, tensor_bytes: int, level: Level, capacity_bytes: int) -> int:
+        """Return the bytes in use that the driver reports (nvidia-smi) at a peak of ``tensor_bytes`` of live tensors.
+
+        Args:
+            tensor_bytes: bytes of live tensors at their peak.
+            level: low, likely or high.
+            capacity_bytes: memory of the device, which bounds what is cached.
+        """
+        allocated = tensor_bytes + self.total(level, in_torch=True)
+        shown = round(allocated / (1 - self.cached.of(level))) + self.total(level, in_torch=False)
+        return min(shown, max(capacity_bytes, self.device_bytes(tensor_bytes, level)))
 
     def device_bytes(self, tensor_bytes: int, level: Level = "likely") -> int:
         """Return the bytes that a rank with ``tensor_bytes`` of live tensors uses of the driver's total."""
@@ -215,8 +238,13 @@ def estimate_overhead(
         if own is not None:
             item = item.model_copy(update=own.model_dump() | {"formula": "given by the user"})
         replaced.append(item)
-    fragmentation = FRAGMENTATION_EXPANDABLE if expandable_segments else FRAGMENTATION
-    return DeviceOverhead(gpu=gpu, breakdown=tuple(replaced), fragmentation=given.fragmentation or fragmentation)
+    scarce, spare = (FRAGMENTATION_EXPANDABLE,) * 2 if expandable_segments else (FRAGMENTATION, CACHED)
+    return DeviceOverhead(
+        gpu=gpu,
+        breakdown=tuple(replaced),
+        fragmentation=given.fragmentation or scarce,
+        cached=given.fragmentation or spare,
+    )
 
 
 MIN_BLOCK_BYTES = 512

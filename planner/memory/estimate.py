@@ -75,8 +75,11 @@ class PhasePeak(Schema):
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes that torch counts as allocated: without what the driver and NCCL hold, and without fragmentation."""
-        return self.reserved_bytes - self.of(FRAGMENTED)
+        """Bytes that torch counts as allocated: without what the driver and NCCL hold, and without fragmentation.
+
+        Torch does not count blocks that are freed while another stream still uses them.
+        """
+        return self.reserved_bytes - self.of(FRAGMENTED) - self.of(names.STREAMS)
 
 
 class MemoryEstimate(Schema):
@@ -93,7 +96,9 @@ class MemoryEstimate(Schema):
     own_tier: Tier
     """The tier on which the rank computes: "device", or "host" for a CPU rank."""
     device_interval_bytes: tuple[int, int] | None = None
-    """Device peak with every item of the device overhead at its low end, and at its high end."""
+    """Device peak with every item of the device overhead at its low end, and at its high end: whether the plan fits."""
+    shown_interval_bytes: tuple[int, int] | None = None
+    """What the driver reports as in use (nvidia-smi) at that peak if there is room for what torch caches: low, high."""
 
     def peak(self, phase: str, tier: Tier | None = None) -> PhasePeak | None:
         """The peak of a phase on a tier (by default the rank's own tier); None if the tier is empty then."""
@@ -195,11 +200,17 @@ def summarize_simulation(
             if size:
                 peaks.append(PhasePeak(phase=phase, tier=tier, bytes=size, site=peak.site, breakdown=tuple(entries)))
     worst = max(peak.total_bytes for (_, tier), peak in simulation.peaks.items() if tier == own)
-    interval = None
+    interval = shown = None
     if overhead is not None:
         interval = overhead.device_bytes(worst, "low"), overhead.device_bytes(worst, "high")
+        capacity = config.run.cluster.device_memory_bytes
+        shown = overhead.shown_bytes(worst, "low", capacity), overhead.shown_bytes(worst, "high", capacity)
     return MemoryEstimate(
-        peaks=tuple(peaks), saved_bytes=simulation.saved_bytes, own_tier=own, device_interval_bytes=interval
+        peaks=tuple(peaks),
+        saved_bytes=simulation.saved_bytes,
+        own_tier=own,
+        device_interval_bytes=interval,
+        shown_interval_bytes=shown,
     )
 
 

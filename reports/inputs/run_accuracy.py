@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from translution.distributed.runs import CHECKPOINT, METRICS, MemoryMeasurement, read_memory, require_run, status_path
-from translution.planner.common import TRAINING_PHASES, InputError, Phase, Tier
+from translution.planner.common import InputError, Phase, Tier
 from translution.planner.memory import MemoryEstimate, estimate_memory
 from translution.planner.plans import RUNS, Plan, load_plan, with_evaluation
 from translution.planner.simulator.engine import OPTIMIZER_STATES
@@ -83,13 +83,16 @@ def predicted_and_measured(
 
 def _device_totals(prediction: MemoryEstimate, measured: MemoryMeasurement) -> Iterator[tuple[Tier, str, int, int]]:
     """Yield the highest bytes that torch reserved, and that the driver reports as in use, in a step on a GPU."""
-    peaks = [peak for phase in TRAINING_PHASES if (peak := prediction.peak(phase)) is not None]
+    worst = prediction.worst(Tier.DEVICE)
+    if worst is None:
+        return
+    # A measured run has room for what torch caches, unless it fills the card.
+    shown = sum(prediction.shown_interval_bytes or (worst.bytes, worst.bytes)) // 2
     if measured.reserved_bytes is not None:
-        yield Tier.DEVICE, RESERVED, max(peak.reserved_bytes for peak in peaks), measured.reserved_bytes
+        yield Tier.DEVICE, RESERVED, shown - (worst.bytes - worst.reserved_bytes), measured.reserved_bytes
     if measured.device_used_bytes is not None:
         # The driver's own reserve is not in the total that it reports to a process.
-        predicted = max(peak.bytes - peak.of("driver reserve") for peak in peaks)
-        yield Tier.DEVICE, DEVICE_USED, predicted, measured.device_used_bytes
+        yield Tier.DEVICE, DEVICE_USED, shown - worst.of("driver reserve"), measured.device_used_bytes
 
 
 def _with_building(peaks: Mapping[str, int]) -> dict[str, int]:

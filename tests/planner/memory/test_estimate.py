@@ -146,6 +146,9 @@ def test_planning_for_512_ranks_needs_no_gpu() -> None:
     assert not torch.cuda.is_initialized()
     low, high = plan.prediction.device_interval_bytes or (0, 0)
     assert 2 * 2**30 < low < plan.prediction.peak_bytes < high < 16 * 2**30
+    shown = plan.prediction.shown_interval_bytes or (0, 0)
+    assert low < shown[0]
+    assert high < shown[1]
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "block", "offload"])
