@@ -37,6 +37,13 @@ def test_published_runs_of_mpt_are_predicted(script: Any, runs: Any) -> None:
     assert max(every["widest_above"], every["widest_below"]) <= 0.35
 
 
+def test_published_figures_of_single_runs_are_predicted(script: Any) -> None:
+    figures = script.predict_figures()
+    assert len(figures) == 5
+    for figure in figures:
+        assert abs(figure.ratio - 1) <= figure.allowed, figure
+
+
 def test_the_committed_report_has_the_predictions_of_this_planner(script: Any, runs: Any, root: Path) -> None:
     committed = json.loads((root / "reports" / "public.json").read_text())
     fresh = script.make_document(runs)
