@@ -70,7 +70,7 @@ reports: $(VENV)/.demo
 		--model gpt-small/160 --model gpt-base/1024 --model gpt-large/1024 \
 		--compare vit-base/16 --compare vit-large/16 --compare gpt-base/1024 --scaling vit-small/16 --cluster 8xH100 \
 		--accuracy reports/accuracy.json --step-time reports/step_time.json $(EXPERIMENTS) \
-		--benchmarks benchmarks/results --gpu reports/gpu \
+		--benchmarks benchmarks/results --gpu reports/gpu --public reports/public.json \
 		--out $(GALLERY)/index.html --markdown $(GALLERY)/README.md --data $(GALLERY)/gallery.json
 
 # Predicted and published step times of real GPUs.

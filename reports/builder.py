@@ -12,7 +12,7 @@ from translution.planner.common import InputError, Precision, Provenance, make_p
 from translution.planner.config import ModelSpec, TrainingSpec, load_model
 from translution.planner.hardware import ClusterSpec, load_cluster
 
-from .inputs.benchmark_records import Accuracy, StepTimes, load_record
+from .inputs.benchmark_records import Accuracy, PublicRuns, StepTimes, load_record
 from .inputs.gpu_record import load_gpu_check
 from .render.document import Document, Section
 from .render.html import render_html
@@ -25,6 +25,7 @@ from .sections.experiment import experiment_section, load_results
 from .sections.gpu import gpu_section
 from .sections.model_costs import costs_section, overview_section
 from .sections.plan import PlanReport, report_plan
+from .sections.public_runs import public_section
 from .sections.scaling import scaling_section
 
 PRECISION: Precision = "bf16"
@@ -47,6 +48,7 @@ class ReportRequest:
     step_time: Path | None = None
     benchmarks: Path | None = None
     gpu: Path | None = None
+    public: Path | None = None
 
     @property
     def of_one_plan(self) -> bool:
@@ -72,6 +74,7 @@ class ReportRequest:
         step_time: Path | None,
         benchmarks: Path | None,
         gpu: Path | None = None,
+        public: Path | None = None,
     ) -> ReportRequest:
         """Return the request with its models and cluster read.
 
@@ -86,6 +89,7 @@ class ReportRequest:
             step_time: file with measured step times.
             benchmarks: folder of benchmark results.
             gpu: folder of the results of ``scripts/gpu_check.py``.
+            public: file with predicted and published step times.
 
         Raises:
             InputError: if a name is unknown, or a file is invalid.
@@ -102,6 +106,7 @@ class ReportRequest:
             step_time=step_time,
             benchmarks=benchmarks,
             gpu=gpu,
+            public=public,
         )
 
     def arguments(self) -> Iterator[str]:
@@ -120,6 +125,7 @@ class ReportRequest:
             "--experiments": self.experiments,
             "--benchmarks": self.benchmarks,
             "--gpu": self.gpu,
+            "--public": self.public,
         }
         for option, path in files.items():
             if path is not None:
@@ -223,6 +229,8 @@ class ReportBuilder:
             sections.append(accuracy_section(load_record(Accuracy, request.accuracy)))
         if request.step_time is not None:
             sections.append(step_time_section(load_record(StepTimes, request.step_time)))
+        if request.public is not None:
+            sections.append(public_section(load_record(PublicRuns, request.public)))
         if request.experiments is not None:
             sections += map(experiment_section, load_results(request.experiments))
         if request.benchmarks is not None:

@@ -210,6 +210,7 @@ def gallery_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words += ["--compare", "vit-tiny/56", "--scaling", "vit-tiny/56", "--cluster", "2xRTX4090"]
     words += ["--accuracy", str(ROOT / "reports" / "accuracy.json"), "--experiments", str(folder / "experiments")]
     words += ["--step-time", str(ROOT / "reports" / "step_time.json")]
+    words += ["--public", str(ROOT / "reports" / "public.json")]
     words += ["--benchmarks", str(ROOT / "benchmarks" / "results"), "--out", str(folder / "index.html")]
     words += ["--markdown", str(folder / "README.md"), "--data", str(folder / "gallery.json")]
     with pytest.MonkeyPatch.context() as patch:

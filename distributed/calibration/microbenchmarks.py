@@ -182,15 +182,16 @@ def measure_optimizers(stopwatch: Stopwatch, *, quick: bool = False) -> dict[str
     """Elements that AdamW updates per second: torch's on the device, fused on a GPU, DeepSpeed's on the host."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    size, on_gpu = _QUICK_GROUP_ELEMENTS if quick else _GROUP_ELEMENTS, stopwatch.device == "cuda"
+    size = _QUICK_GROUP_ELEMENTS if quick else _GROUP_ELEMENTS
+
+    def device_adam(parameters: list[Tensor]) -> torch.optim.AdamW:
+        # What plans use on the device.
+        if stopwatch.device == "cuda":
+            return torch.optim.AdamW(parameters, fused=True)
+        return torch.optim.AdamW(parameters, foreach=False)
+
     return {
-        "device_adam_elements_per_s": _adam_rate(
-            stopwatch,
-            stopwatch.device,
-            size,
-            # What plans use on the device.
-            lambda parameters: torch.optim.AdamW(parameters, **({"fused": True} if on_gpu else {"foreach": False})),
-        ),
+        "device_adam_elements_per_s": _adam_rate(stopwatch, stopwatch.device, size, device_adam),
         "host_adam_elements_per_s": _adam_rate(stopwatch, "cpu", size, lambda parameters: DeepSpeedCPUAdam(parameters)),
     }
 

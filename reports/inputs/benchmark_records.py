@@ -106,6 +106,51 @@ class StepTimes(BenchmarkRecord):
     rows: tuple[StepRow, ...]
 
 
+class PublicSummary(Schema):
+    """What a group of published runs is judged by; ratios are predicted divided by published seconds."""
+
+    runs: int
+    median: float
+    lowest: float
+    highest: float
+    within_20_percent: float
+    inside_the_interval: float
+    widest_above: float
+    widest_below: float
+
+
+class PublicRow(Schema):
+    """Predicted and published step time of a run."""
+
+    run: str
+    gpu: str
+    published_s: float
+    predicted_s: float
+    low_s: float
+    high_s: float
+    ratio: float
+    inside: bool
+
+
+class PublicFigure(Schema):
+    """A published figure of a single run."""
+
+    what: str
+    source: str
+    published: float
+    predicted: float
+    allowed: float
+    ratio: float
+
+
+class PublicRuns(BenchmarkRecord):
+    """``public.json``."""
+
+    summary: dict[str, PublicSummary]
+    rows: tuple[PublicRow, ...]
+    figures: tuple[PublicFigure, ...]
+
+
 class OperatorRow(Schema):
     """Timings of one layer."""
 

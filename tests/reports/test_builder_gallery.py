@@ -24,13 +24,14 @@ from translution.planner.config.run_config import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
 from translution.planner.plans.plan import load_plan
 from translution.planner.simulator.network.ops import DtypeSizes
-from translution.reports.inputs.benchmark_records import Accuracy, StepTimes, load_record
+from translution.reports.inputs.benchmark_records import Accuracy, PublicRuns, StepTimes, load_record
 from translution.reports.render import markdown
 from translution.reports.render.document import CellValue, Document, Section, format_value, load_document
 from translution.reports.sections.accuracy import accuracy_section, step_time_section
 from translution.reports.sections.benchmarks import benchmark_sections
 from translution.reports.sections.experiment import experiment_section, load_results
 from translution.reports.sections.model_costs import costs_section
+from translution.reports.sections.public_runs import public_section
 
 BF16 = TrainingSpec(precision="bf16", data="synthetic")
 MADE = make_provenance("translution report --model x --out y.html")
@@ -63,6 +64,7 @@ def sections(root: Path) -> Iterator[Section]:
     """Yield the sections of the committed measurements, rendered now."""
     yield accuracy_section(load_record(Accuracy, root / "reports" / "accuracy.json"))
     yield step_time_section(load_record(StepTimes, root / "reports" / "step_time.json"))
+    yield public_section(load_record(PublicRuns, root / "reports" / "public.json"))
     if list((root / "reports" / "experiments").glob("*/result.json")):
         yield from map(experiment_section, load_results(root / "reports" / "experiments"))
     yield from benchmark_sections(root / "benchmarks" / "results")

@@ -43,6 +43,7 @@ def report_cli(
     step_time: Annotated[Path | None, typer.Option(help="step_time.json of benchmarks/step_time.py.")] = None,
     benchmarks: Annotated[Path | None, typer.Option(help="Folder with operator.json and planner.json.")] = None,
     gpu: Annotated[Path | None, typer.Option(help="Folder of scripts/gpu_check.py's results, if any yet.")] = None,
+    public: Annotated[Path | None, typer.Option(help="public.json of benchmarks/public_runs.py.")] = None,
     png: Annotated[Path | None, typer.Option(help="Also write a plan's memory timeline as PNG.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Also write a plan's memory timeline as SVG.")] = None,
     markdown: Annotated[
@@ -65,6 +66,7 @@ def report_cli(
         step_time=step_time,
         benchmarks=benchmarks,
         gpu=gpu,
+        public=public,
     )
     sizes = write_report(request, ReportFiles(out, png, svg, markdown, data))
     if as_json:
