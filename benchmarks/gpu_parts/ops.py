@@ -12,7 +12,7 @@ from translution.planner.common import TranslutionError
 from .machine import Context
 
 OPS = {
-    "cuda": ("CPUAdamBuilder", "AsyncIOBuilder", "FusedAdamBuilder"),
+    "cuda": ("FusedAdamBuilder", "CPUAdamBuilder", "AsyncIOBuilder"),
     "cpu": ("ShareMemCommBuilder", "CPUAdamBuilder"),
 }
 NEEDED = ("ShareMemCommBuilder", "CPUAdamBuilder")
