@@ -173,13 +173,14 @@ def bound_memory(run: RunConfig) -> MemoryUpperBound:
     samples = sample_bytes(model) * training.micro_batch
     on_device, on_host = activation_bytes(model, training.micro_batch, sizes)
     activations = (
-        on_device + _buffers(model, sizes) + samples + SLACK_BYTES,
+        on_device + samples + SLACK_BYTES,
         on_host + samples * training.gradient_accumulation_steps,
     )
     v = volumes(model, run.tile_relations, run.world_size, zero.persistence_threshold_elements)
     module, largest = _modules(model, run.tile_relations)
     terms = _Terms(run, volumes=v, module=module, largest=largest, activations=activations)
-    bounds = MemoryUpperBound(activations=activations[0], host=activations[1])
+    # Buffers are there in every phase, also when no activation is.
+    bounds = MemoryUpperBound(activations=activations[0], device=_buffers(model, sizes), host=activations[1])
     if zero.stage == 0:
         return _stage_0(terms, bounds)
     if zero.stage < 3:

@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from translution.planner.common import InputError
-from translution.planner.config import ModelSpec, TrainingSpec, override, preset
+from translution.planner.config import ModelSpec, RunConfig, TrainingSpec, override, preset
 from translution.planner.hardware import named_cluster
 from translution.planner.plans import Plan
 
@@ -42,7 +42,9 @@ def plan_command(plan: Plan) -> str | None:
     }
 
     param_device, optimizer = zero.offload_param.device, zero.offload_optimizer
-    if "nvme" in (param_device, optimizer.device) or TrainingSpec.model_validate(chosen) != training:
+    # What auto stands for in this plan.
+    planned = RunConfig(plan.model, cluster, TrainingSpec.model_validate(chosen), zero).training
+    if "nvme" in (param_device, optimizer.device) or planned != training:
         return None
     try:
         flags = _model_flags(plan.model)

@@ -43,8 +43,6 @@ def test_a_machine_is_measured_and_planned_for(
     rates = Rates(cluster, "fp32")
     fastest = max(point["flops_per_s"] for point in measured["matmul"] if point["precision"] == "fp32")
     assert rates.peak_flops_per_s == fastest
-    # 64 rows take less time than 64 products of one row on any processor.
-    assert rates.matmul_seconds(64, 64, 64) < 64 * rates.matmul_seconds(1, 64, 64)
     assert rates.host_adam_elements_per_s > 1e6
     plan = ["plan", "vit-tiny/56", "--cluster", str(out), "--data", "synthetic", "--out", str(tmp_path / "plan")]
     assert run([*plan, "--stage", "3", "--offload", "none", "--json"]) == 0

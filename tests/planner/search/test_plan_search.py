@@ -164,7 +164,7 @@ def test_the_search_finds_a_plan_for_every_advised_hybrid() -> None:
     model = override(preset("gpt-mini/256"), depth=4)
     with pytest.raises(NoPlanFits) as error:
         search_plan(model, cluster, training, constraints)
-    assert [row.c1 for row in error.value.hybrids] == [32, 16, 8, 4, None]
+    assert sorted(row.c1 or 0 for row in error.value.hybrids) == [0, 4, 8, 16, 32]
     for row in error.value.hybrids:
         assert search_plan(override(model, **row.changes), cluster, training, constraints).plan
 
