@@ -369,8 +369,7 @@ class RunConfig:
         if self.on_cpu and training.adam == "fused":
             raise InputError("adam: 'fused' is not allowed: must be auto, torch or loop on CPU ranks")
         if training.adam == "auto" and training.optimizer == "adamw":
-            fused = not self.on_cpu and self.zero.offload_optimizer.device == "none"
-            resolved = training.model_copy(update={"adam": "fused" if fused else "loop"})
+            resolved = training.model_copy(update={"adam": "loop" if self.on_cpu else "fused"})
             object.__setattr__(self, "training", resolved)
 
     @property

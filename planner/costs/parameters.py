@@ -196,15 +196,18 @@ def state_name(training: TrainingSpec) -> str:
     }[training.optimizer]
 
 
-def temporary_tensors(training: TrainingSpec, *, offloaded: bool, one_by_one: bool = False) -> int:
+def temporary_tensors(
+    training: TrainingSpec, *, offloaded: bool, one_by_one: bool = False, backup: bool = False
+) -> int:
     """Return the maximum number of temporaries, of the size of the update, that an update holds at once.
 
     Args:
         training: gives the optimizer.
         offloaded: whether DeepSpeed's CPU version updates.
         one_by_one: whether parameters are updated in a loop, where the previous denominator is still held.
+        backup: whether torch's AdamW updates what a partial offload leaves on the device; it is never a fused one.
     """
-    if offloaded or training.optimizer == "lion" or training.adam in ("fused", "torch"):
+    if offloaded or training.optimizer == "lion" or (training.adam in ("fused", "torch") and not backup):
         return 0
     decays = training.weight_decay > 0
     # AdamW: the square root of v, then its quotient. The others add the weight decay to a copy of the gradient.

@@ -269,7 +269,8 @@ def _running(terms: _Terms) -> int:
 
 def _updating(terms: _Terms) -> int:
     """The update of a sub-group, or the construction of a module, whichever is larger."""
-    temporary = temporary_tensors(terms.training, offloaded=terms.offloaded and terms.zero.offload_optimizer.ratio == 1)
+    entirely = terms.offloaded and terms.zero.offload_optimizer.ratio == 1
+    temporary = temporary_tensors(terms.training, offloaded=entirely, backup=terms.offloaded)
     gradients = 0 if terms.offloaded else terms.accumulation_width + terms.master_width
     update = terms.group * (temporary * terms.master_width + gradients)
     update += ceil_div(terms.largest, terms.world_size) * NORM_BYTES

@@ -159,7 +159,7 @@ def _update_parts(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rat
     optimizer, parts = zero.offload_optimizer, {}
     own = v.elements if zero.stage == 0 else v.partition_numel
     on_host = 0 if optimizer.device == "none" else round(own * optimizer.ratio)
-    fused = training.adam in ("fused", "torch")
+    fused = training.adam in ("fused", "torch") and optimizer.device == "none"
     seconds = on_host / rates.host_adam_elements_per_s
     seconds += (own - on_host) / rates.device_adam_elements_per_s(fused=fused)
     if not on_host:

@@ -116,7 +116,8 @@ class SimulatedEngine(ParameterHooks):
             offloaded: whether the host updates.
             one_by_one: whether parameters are updated in a loop.
         """
-        count = temporary_tensors(self.config.training, offloaded=offloaded, one_by_one=one_by_one)
+        backup = self.offloaded and not offloaded
+        count = temporary_tensors(self.config.training, offloaded=offloaded, one_by_one=one_by_one, backup=backup)
         piece = (self.memory.device, OPTIMIZER_TEMPORARIES, numel * self.config.master_width)
         self.memory.add_transient(*[piece] * count)
 

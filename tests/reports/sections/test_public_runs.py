@@ -17,17 +17,17 @@ def test_every_published_run_is_in_the_picture_and_counted(root: Path) -> None:
     assert isinstance(picture, Picture)
     assert isinstance(figures, Table)
     line, intervals, dots = picture.spec["layer"]
-    values = dots["data"]["values"]
+    values = picture.spec["datasets"][dots["data"]["name"]]
     assert [(value["published"], value["predicted"]) for value in values] == [
         (row.published_s, row.predicted_s) for row in found.rows
     ]
-    assert intervals["data"]["values"] == values
+    assert intervals["data"] == dots["data"]
     for value in values:
         assert value["low"] <= value["predicted"] <= value["high"]
     for axis in ("x", "y"):
         assert dots["encoding"][axis]["scale"]["type"] == "log"
     # The dashed line is where both are equal.
-    assert all(end["published"] == end["predicted"] for end in line["data"]["values"])
+    assert all(end["published"] == end["predicted"] for end in picture.spec["datasets"][line["data"]["name"]])
     counted = {row[0]: row[1] for row in summary.rows}
     assert counted.pop("all") == 104 == len(found.rows)
     assert counted == Counter(row.gpu for row in found.rows)
