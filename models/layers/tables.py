@@ -110,7 +110,6 @@ class OperatorChain(nn.Module):
         self.logit_tiles = nn.ModuleList()
         self.value_tiles = nn.ModuleList()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def forward(
         self, sources: dict[str, Tensor], key_padding: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -125,6 +124,13 @@ class OperatorChain(nn.Module):
         Returns:
             Outputs of the relative values and of the plain values, (b, n, width) each, or None.
         """
+        if torch.compiler.is_compiling():
+            from ..ops.eager import call_eagerly
+
+            return call_eagerly(self._attend, sources, key_padding)
+        return self._attend(sources, key_padding)
+
+    def _attend(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         device = next(iter(sources.values())).device.type
         if not torch.amp.is_autocast_available(device):
             return self._run(sources, key_padding)

@@ -120,7 +120,7 @@ def test_a_process_holds_what_is_predicted(name: str, tmp_path: Path) -> None:
     nvme = tmp_path / "nvme" if "nvme" in name else None
     if nvme:
         nvme.mkdir()
-    values = {"micro_batch": 2, "data": "synthetic", "steps": 2, "evaluation_samples": 16} | OFFLOADS[name]
+    values = {"micro_batch": 2, "data": "synthetic", "steps": 2, "evaluation_samples": 4} | OFFLOADS[name]
     folder = write_plan(tmp_path / "plan", 2, model=MANY_TILES, tile=SMALL_TILE, nvme_path=nvme, **values)
     run, phases = run_plan(folder, 2, RunMode.MEASURE_PROCESS), PHASES
     if name in ("cpu", "nvme"):

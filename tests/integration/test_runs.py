@@ -166,7 +166,8 @@ def test_a_killed_launcher_fails_the_launch_and_leaves_nothing_behind(tmp_path: 
     assert not any(process_is_alive(pid) for pid in pids)
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGUSR1, signal.SIGKILL], ids=lambda end: end.name)
+# SIGUSR1 ends a Slurm job in test_slurm.py.
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=lambda end: end.name)
 def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) -> None:
     folder = write_plan(tmp_path / "plan", 2, steps=100_000)
     run = folder / "runs" / "001"
