@@ -1,14 +1,14 @@
 #!/bin/sh
 # Runs the fast tests with the oldest allowed packages on the oldest Python, and with the newest ones on the newest Python.
 # uv chooses the packages; UV_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares gigabytes of CUDA.
-# usage: test_matrix.sh UV PYTEST_ARGUMENTS...; OLDEST and NEWEST name the interpreters
+# usage: test_matrix.sh UV PYTEST_ARGUMENTS...; OLDEST and NEWEST name the interpreters, as versions or paths
 set -eu
 uv=$1
 shift
 cd "$(dirname "$0")/.."
 export UV_INDEX_STRATEGY=unsafe-best-match
 
-# The packages that a user's environment has; those that only develop this project are the newest.
+# The packages that a user's environment has; those that only test this project are the newest.
 run_with() {
     python=$1 resolution=$2
     shift 2
@@ -18,7 +18,7 @@ run_with() {
     "$uv" pip compile --quiet --no-header --no-annotate --python "$folder/venv/bin/python" --resolution "$resolution" \
         --extra train --extra report --extra serve --extra tensorboard --output-file "$folder/packages.txt" pyproject.toml
     "$uv" pip install --quiet --python "$folder/venv/bin/python" --constraint "$folder/packages.txt" \
-        --editable '.[train,report,serve,tensorboard,dev]'
+        --editable '.[train,report,serve,tensorboard,test]'
     echo "$("$folder/venv/bin/python" --version), $resolution packages: $(grep -E '^(torch|deepspeed|numpy|pandas|pydantic)==' "$folder/packages.txt" | tr '\n' ' ')"
     PATH="$PWD/$folder/venv/bin:$PATH" "$folder/venv/bin/python" -m pytest "$@"
 }

@@ -127,7 +127,8 @@ class OperatorChain(nn.Module):
         if torch.compiler.is_compiling():
             from ..ops.eager import call_eagerly
 
-            return call_eagerly(self._attend, sources, key_padding)
+            found: tuple[Tensor | None, Tensor | None] = call_eagerly(self._attend, sources, key_padding)
+            return found
         return self._attend(sources, key_padding)
 
     def _attend(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
