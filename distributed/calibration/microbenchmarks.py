@@ -196,7 +196,7 @@ def measure_optimizers(stopwatch: Stopwatch, *, quick: bool = False) -> dict[str
     }
 
 
-def measure_nvme(device: str, folder: Path, rank: int, *, quick: bool = False) -> dict[str, float]:
+def measure_nvme(device: str, folder: Path, rank: int, world_size: int, *, quick: bool = False) -> dict[str, float]:
     """Bytes per second of all ranks together, with DeepSpeed's I/O library configured as in plans.
 
     Each rank writes for some seconds, writes the same files again, and reads them: a drive or the system that offers it
@@ -206,6 +206,7 @@ def measure_nvme(device: str, folder: Path, rank: int, *, quick: bool = False) -
         device: "cpu" or "cuda".
         folder: folder on the drive, in which each rank makes files and removes them.
         rank: this rank.
+        world_size: ranks of this machine; together they fill at most a quarter of the free space.
         quick: move little, as a rehearsal.
     """
     handle = io_handle()
@@ -213,7 +214,7 @@ def measure_nvme(device: str, folder: Path, rank: int, *, quick: bool = False) -
     buffer.random_()  # Some drives do not write zeros.
     files = folder / f"translution-calibrate-{os.getpid()}-{rank}"
     files.mkdir()
-    room = shutil.disk_usage(folder).free // (4 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    room = shutil.disk_usage(folder).free // (4 * world_size)
     pieces = 1 if quick else max(1, min(_NVME_BYTES, room) // _PIECE_BYTES)
     found = {}
     try:
@@ -349,7 +350,7 @@ def measure_rates(
     if nvme_path is not None:
         on_line("NVMe")
         dist.barrier()
-        found |= measure_nvme(device, nvme_path, rank, quick=quick)
+        found |= measure_nvme(device, nvme_path, rank, world_size, quick=quick)
     on_line("DeepSpeed's engine")
     dist.barrier()
     found |= measure_engine(stopwatch, world_size, MeasuredRates.model_validate(found))

@@ -34,8 +34,11 @@ ATTENTION_SHARES: dict[str | None, tuple[float, float, float]] = {
     "hopper": (0.145, 0.19, 0.29),
     None: (0.15, 0.25, 0.42),
 }
-"""Share of the peak that fused attention reaches on what it computes. Source of the likely ones: as above, most of it
-from the runs of 16,384 tokens and more."""
+"""Share of the peak that fused attention reaches on what it computes: slow, likely, fast.
+
+Source of the likely ones: the published runs of MPT (benchmarks/public/mpt_fsdp.csv), above all those of 16,384 tokens
+and more.
+"""
 LATENCY_S = (60e-6, 30e-6, 15e-6)
 """Latency of a collective on one node; each doubling of the nodes adds the same again. Estimates, not measured."""
 GPU_OPERATION_S = (12e-6, 6e-6, 4e-6)
