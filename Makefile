@@ -14,7 +14,9 @@ demo: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
 
 # Tests that start ranks run last; DeepSpeed's ops compile while the others run, which takes minutes.
-PYTEST := $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
+# Tests that start ranks wait half of the time: one session more than there are cores, but at most eight.
+WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores < 8 ? cores + 1 : 8 )))
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 FAST := --ignore tests/integration --ignore tests/browser --ignore tests/docs --ignore tests/architecture/test_dist.py
 
 test: system-packages $(VENV)/.dev
