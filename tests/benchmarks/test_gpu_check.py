@@ -126,9 +126,13 @@ def test_a_signal_ends_the_part_and_writes_the_summary(root: Path, tmp_path: Pat
         f"Runner(Path({str(tmp_path)!r}), {{}}, 600.0, {{}}).run([Part('long', 500, sleep)])\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        # The runner's own command line has the marker too, and the child's until it has loaded its program.
-        runner = Path(f"/proc/{process.pid}/cmdline").read_bytes()
-        wait_until(lambda: any(command_of(pid) not in (b"", runner) for pid in processes_of(marker)))
+        # The child has the runner's command line until it has loaded its program.
+        wait_until(
+            lambda: any(
+                pid != process.pid and command_of(pid) not in (b"", command_of(process.pid))
+                for pid in processes_of(marker)
+            )
+        )
         process.terminate()
         printed, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + 15

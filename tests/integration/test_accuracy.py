@@ -57,8 +57,8 @@ def measured(folder: Path, *modes: RunMode, **options: Any) -> pd.DataFrame:
 
 
 def is_late(row: dict[str, Any]) -> bool:
-    """True if a peak is up to one percent above the prediction, as when gloo's thread frees a tensor late."""
-    return row["what"].startswith("peak of") and 0.99 <= row["ratio"] < 1.0
+    """True if a peak is above the prediction by a tensor or less, as when gloo's thread frees one late."""
+    return row["what"].startswith("peak of") and 0.95 <= row["ratio"] < 1.0
 
 
 @pytest.mark.parametrize("name", CASES)
