@@ -58,6 +58,7 @@ def test_search_beyond_its_time_limit_is_stopped_and_the_next_one_runs() -> None
 def test_idle_searches_cover_likely_choices_and_give_way_to_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     # On a busy machine an idle search would take longer than it may.
     monkeypatch.setattr("translution.reports.calculator.search_pool.IDLE_LIMIT_S", PATIENCE_S)
+
     async def body() -> None:
         searches = SearchPool(1, warm=True)
         searches._popular = iter([Choice(model="vit-tiny/56", gpus=1)])
