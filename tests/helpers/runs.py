@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def write_plan(
     ratio: float = 1.0,
     force: bool = False,
     nodes: int = 1,
+    zero_overrides: Mapping[str, object] | None = None,
     **training: Any,
 ) -> Path:
     """Plan a model for CPU ranks of this machine, or of several nodes, and write the plan folder."""
@@ -58,6 +59,7 @@ def write_plan(
         offload=offload,
         nvme_path=None if nvme_path is None else str(nvme_path),
         offload_ratio=ratio,
+        zero_overrides=zero_overrides,
     )
     write_plan_folder(plan, folder, force=force)
     return folder

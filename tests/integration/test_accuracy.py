@@ -111,6 +111,14 @@ OFFLOADS: dict[str, dict[str, Any]] = {
     "cpu-optimizer": {"offload": "cpu-optimizer"},
     "cpu": {"offload": "cpu", "precision": "bf16"},
     "nvme-optimizer": {"offload": "nvme-optimizer"},
+    "nvme-optimizer, pipelined": {
+        "offload": "nvme-optimizer",
+        "zero_overrides": {
+            "offload_optimizer.pipeline_read": True,
+            "offload_optimizer.pipeline_write": True,
+            "offload_optimizer.buffer_count": 12,
+        },
+    },
     "nvme": {"offload": "nvme", "precision": "bf16"},
 }
 
