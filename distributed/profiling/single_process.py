@@ -26,6 +26,8 @@ def measure_passes(
     tile_relations: int | None = None,
     implementation: str = "grouped",
     autocast: torch.dtype | None = None,
+    *,
+    chunked: bool = False,
 ) -> dict[str, int]:
     """Peak bytes allocated in forward and in backward, without the parameters and the samples.
 
@@ -39,6 +41,7 @@ def measure_passes(
         tile_relations: relations per tile; None leaves the tables untiled.
         implementation: of the relative operators, as `build` takes it.
         autocast: dtype of autocast around the network, without the loss, as in DeepSpeed's engine; None disables it.
+        chunked: compute a language model's loss in chunks of tokens.
     """
     torch.manual_seed(0)
     network = build(spec, tile_relations=tile_relations, implementation=implementation).to(dtype)
@@ -47,6 +50,9 @@ def measure_passes(
 
     def forward() -> None:
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            if chunked:
+                losses.append(network(inputs, targets))
+                return
             logits = network(inputs)
         logits = logits.flatten(0, -2).float()
         losses.append(torch.nn.functional.cross_entropy(logits, targets.flatten()))

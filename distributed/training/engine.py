@@ -118,9 +118,24 @@ class Engine:
 
     def loss(self, batch: Samples) -> Tensor:
         """Mean cross-entropy of a micro-batch."""
-        logits = self.forward(batch).flatten(0, -2).float()
+        training = self.plan.training
         targets = batch.targets.to(self.deepspeed_engine.device)
-        return smoothed_cross_entropy(logits, targets, self.plan.training.label_smoothing)
+        if training.chunks_loss:
+            inputs = batch.inputs.to(self.deepspeed_engine.device)
+            loss: Tensor = self.deepspeed_engine(inputs, targets, label_smoothing=training.label_smoothing)
+            return loss
+        return smoothed_cross_entropy(self.forward(batch).flatten(0, -2).float(), targets, training.label_smoothing)
+
+    def scores(self, batch: Samples) -> tuple[Tensor, Tensor]:
+        """Return the loss of each prediction of a micro-batch, and whether it is right; (S,) each."""
+        targets = batch.targets.to(self.deepspeed_engine.device)
+        if self.plan.training.chunks_loss:
+            inputs = batch.inputs.to(self.deepspeed_engine.device)
+            losses, right = self.deepspeed_engine(inputs, targets, scores=True)
+            return losses, right > 0
+        logits = self.forward(batch).flatten(0, -2).float()
+        losses = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="none")
+        return losses, logits.argmax(-1) == targets.flatten()
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradients to those of its step."""

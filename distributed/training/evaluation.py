@@ -117,9 +117,6 @@ class Evaluator:
             batch: B samples.
             counted: which samples count (B,).
         """
-        logits = self.engine.forward(batch).flatten(0, -2).float()
-        targets = batch.targets.to(logits.device)
-        counts = counted.to(logits.device).repeat_interleave(targets.numel() // len(counted))
-        losses = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="none")
-        right = (logits.argmax(-1) == targets.flatten()) & counts
-        return torch.stack([(losses.double() * counts).sum(), right.sum().double(), counts.sum().double()])
+        losses, right = self.engine.scores(batch)
+        counts = counted.to(losses.device).repeat_interleave(losses.numel() // len(counted))
+        return torch.stack([(losses.double() * counts).sum(), (right & counts).sum().double(), counts.sum().double()])

@@ -100,7 +100,7 @@ class DenseAttention(OperatorLayer):
         """Attend with torch's fused attention, without the chain.
 
         Args:
-            rows_bhnd: queries, keys and values, (B, h, N, D) each.
+            rows_bhnd: queries, keys and values, (B, h, N, D) each; keys and values may have fewer heads.
             key_padding: (B, N), true where a token is padding.
 
         Returns:
@@ -111,7 +111,10 @@ class DenseAttention(OperatorLayer):
         causal = self.geometry.causal
         if seen is not None and causal:
             seen, causal = seen & ~missing_pairs(self.geometry, query.device), False
-        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=causal)
+        grouped = key.shape[1] < query.shape[1]
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, is_causal=causal, enable_gqa=grouped
+        )
         result: Tensor = self.output(out.transpose(1, 2).flatten(2))
         return result
 
@@ -125,35 +128,52 @@ class SelfAttention(DenseAttention):
     """Multi-head self-attention, the baseline.
 
     Args:
-        dim, heads, head_dim, grid, class_token, length, causal, dropout: as in `OperatorLayer`.
+        dim, heads, head_dim, grid, class_token, length, causal, dropout, bias: as in `OperatorLayer`.
         rotary: apply rotary embedding to queries and keys, 1-D for a sequence, 2-D for a grid.
+        kv_heads: heads of keys and values, each shared by heads / kv_heads heads of queries (arXiv 2305.13245);
+            heads by default.
         workspace_bytes: limit of the scratch memory.
     """
 
-    def __init__(self, dim: int, heads: int, *, rotary: bool = False, **options: Any) -> None:
+    def __init__(
+        self, dim: int, heads: int, *, rotary: bool = False, kv_heads: int | None = None, **options: Any
+    ) -> None:
         if options.get("window") is not None:
             raise InputError(f"window: {options['window']!r} is not allowed: must be None for self-attention")
         super().__init__(dim, heads, **options)
-        self.projections = nn.Linear(dim, 3 * self.inner_dim, bias=False)
+        if kv_heads is not None and (not isinstance(kv_heads, int) or kv_heads < 1 or heads % kv_heads):
+            raise InputError(f"kv_heads: {kv_heads!r} is not allowed: must divide heads {heads}")
+        self.kv_heads = heads if kv_heads is None else kv_heads
+        self.projections = nn.Linear(dim, self.inner_dim + 2 * self.kv_heads * self.head_dim, bias=False)
         self.rotary = RotaryEmbedding(self.geometry, self.head_dim) if rotary else None
 
     def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding and must not be attended to."""
         self._check(x_bnc, key_padding_mask)
-        query, key, value = self.projections(x_bnc).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = self._project(x_bnc)
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
         if not self.dropout_active:
             return self.attend_fused([query, key, value], key_padding_mask)
+        if self.kv_heads < self.heads:
+            key, value = (rows.repeat_interleave(self.heads // self.kv_heads, dim=1) for rows in (key, value))
         rows = [x_bhnd.transpose(1, 2).flatten(2) for x_bhnd in (query, key, value)]
         return self.attend(rows, key_padding_mask)
+
+    def _project(self, x_bnc: Tensor) -> tuple[Tensor, ...]:
+        """Project (B, N, C) to queries (B, h, N, D), and keys and values (B, kv_heads, N, D)."""
+        joint = self.projections(x_bnc)
+        if self.kv_heads == self.heads:
+            return tuple(joint.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind())
+        parts = joint.unflatten(2, (self.heads + 2 * self.kv_heads, -1)).transpose(1, 2)
+        return tuple(parts.split([self.heads, self.kv_heads, self.kv_heads], dim=1))
 
 
 class BiasAttention(DenseAttention):
     """Self-attention with a learned scalar for each relation and head, added to the scaled logits.
 
     Args:
-        dim, heads, head_dim, grid, class_token, length, causal, window, dropout: as in `OperatorLayer`.
+        dim, heads, head_dim, grid, class_token, length, causal, window, dropout, bias: as in `OperatorLayer`.
         workspace_bytes: limit of the scratch memory.
     """
 
@@ -174,7 +194,7 @@ class ShawAttention(DenseAttention):
     The vectors, (R, D) each, are shared by all heads: logits q·(k + a[r]) / √D, output Σ w (v + b[r]).
 
     Args:
-        dim, heads, head_dim, grid, class_token, length, causal, window, dropout: as in `OperatorLayer`.
+        dim, heads, head_dim, grid, class_token, length, causal, window, dropout, bias: as in `OperatorLayer`.
         workspace_bytes: limit of the scratch memory.
     """
 
@@ -218,7 +238,7 @@ class AbsoluteTranslution(DenseAttention):
     q_i = x_i·Wq[i], k_j = x_j·Wk[j], v_j = x_j·Wv[j], then self-attention (arXiv 2510.10060, ablations).
 
     Args:
-        dim, heads, head_dim, grid, class_token, length, causal, dropout: as in `OperatorLayer`.
+        dim, heads, head_dim, grid, class_token, length, causal, dropout, bias: as in `OperatorLayer`.
         roles: roles with a matrix per position, a subset of "qkv"; the others are plain projections.
         tile_relations: number of positions per tile of a table; None stores each table as one Parameter.
         workspace_bytes: limit of the scratch memory.

@@ -57,6 +57,7 @@ class OperatorLayer(nn.Module):
         window: maximum distance of a pair of tokens in rows and in columns. Pairs farther apart do not
             exist, and tables hold only the remaining relations. None: all pairs exist.
         dropout: probability of dropping an attention weight in training.
+        bias: whether the output projection has a bias.
 
     Raises:
         InputError: naming the argument and the allowed values.
@@ -74,6 +75,7 @@ class OperatorLayer(nn.Module):
         causal: bool = False,
         window: int | None = None,
         dropout: float = 0.0,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("heads", heads), ("head_dim", head_dim)):
@@ -83,7 +85,7 @@ class OperatorLayer(nn.Module):
             raise InputError(f"heads: {heads} is not allowed: must divide dim {dim} when head_dim is not given")
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise InputError(f"dropout: {dropout!r} is not allowed: must be at least 0 and below 1")
-        self.dropout = float(dropout)
+        self.dropout, self.bias = float(dropout), bias
         self.geometry = make_geometry(grid, class_token, length, causal, window)
         self.dim, self.heads = dim, heads
         self.head_dim = dim // heads if head_dim is None else head_dim
@@ -93,7 +95,7 @@ class OperatorLayer(nn.Module):
         """Return the output projection; the identity for one head of full width."""
         if self.heads == 1 and self.head_dim == self.dim:
             return nn.Identity()
-        return nn.Linear(self.inner_dim, self.dim)
+        return nn.Linear(self.inner_dim, self.dim, bias=self.bias)
 
     def _check(self, x_bnc: Tensor, key_padding: Tensor | None) -> None:
         """Check the shapes of a call's arguments."""

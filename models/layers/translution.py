@@ -20,7 +20,7 @@ class Translution(OperatorLayer):
     """Full Translution: every relation between two tokens has its own matrix in each relative role.
 
     Args:
-        dim, heads, head_dim, grid, class_token, length, causal, window, dropout: as in `OperatorLayer`.
+        dim, heads, head_dim, grid, class_token, length, causal, window, dropout, bias: as in `OperatorLayer`.
         roles: the relative roles, a subset of "qkv"; the others are plain projections.
         tile_relations: number of relations per tile of a table; None stores each table as one Parameter.
         workspace_bytes: limit of the scratch memory of one call, independent of the batch size.
@@ -46,6 +46,7 @@ class Translution(OperatorLayer):
         causal: bool = False,
         window: int | None = None,
         dropout: float = 0.0,
+        bias: bool = True,
         roles: str = "qkv",
         tile_relations: int | None = None,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
@@ -61,6 +62,7 @@ class Translution(OperatorLayer):
             causal=causal,
             window=window,
             dropout=dropout,
+            bias=bias,
         )
         check_operator_options(workspace_bytes, implementation)
         self.roles = check_roles(roles)
@@ -99,7 +101,7 @@ class AlphaTranslution(OperatorLayer):
     """α-Translution: the average of plain attention and a relative term of low rank.
 
     Args:
-        dim, heads, head_dim, grid, class_token, length, causal, window, dropout: as in `OperatorLayer`.
+        dim, heads, head_dim, grid, class_token, length, causal, window, dropout, bias: as in `OperatorLayer`.
         c1: input width of the relation matrices per head.
         c2: output width of the relation matrices per head.
         roles: the relative roles, a subset of "qkv".
@@ -121,6 +123,7 @@ class AlphaTranslution(OperatorLayer):
         causal: bool = False,
         window: int | None = None,
         dropout: float = 0.0,
+        bias: bool = True,
         roles: str = "qkv",
         rotary: bool = False,
         tile_relations: int | None = None,
@@ -137,6 +140,7 @@ class AlphaTranslution(OperatorLayer):
             causal=causal,
             window=window,
             dropout=dropout,
+            bias=bias,
         )
         check_operator_options(workspace_bytes, implementation)
         for name, value in (("c1", c1), ("c2", c2)):

@@ -4,6 +4,7 @@ build     a network from a spec (`build`), and the operator of each block (`make
 load      a network from an exported safetensors file (`load_network`)
 vit       the vision transformer
 gpt       the causal language model
+head      the language model's head, and its loss in chunks of tokens
 blocks    transformer block, feed-forward network, activation checkpointing
 """
 

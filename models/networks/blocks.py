@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from translution.planner.common import MissingPackageError
+from translution.planner.config import ModelSpec
 
 
 class LearnedTokens(nn.Module):
@@ -34,14 +35,15 @@ class FeedForward(nn.Module):
         dim: model width, C.
         hidden: width between the two Linear layers.
         dropout: probability of dropping a hidden value in training.
+        bias: whether the Linear layers have biases.
     """
 
-    def __init__(self, dim: int, hidden: int, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, hidden: int, dropout: float = 0.0, *, bias: bool = True) -> None:
         super().__init__()
-        self.up = nn.Linear(dim, hidden)
+        self.up = nn.Linear(dim, hidden, bias=bias)
         self.activation = nn.GELU()
         self.dropout = nn.Dropout(dropout)
-        self.down = nn.Linear(hidden, dim)
+        self.down = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x_bnc: Tensor) -> Tensor:
         """(B, N, C) → (B, N, C)."""
@@ -49,23 +51,50 @@ class FeedForward(nn.Module):
         return result
 
 
+class GatedFeedForward(nn.Module):
+    """SwiGLU, applied to each token: down(silu(gate(x)) · up(x)), with dropout before the last Linear layer.
+
+    Args:
+        dim, hidden, dropout, bias: as in `FeedForward`.
+
+    Source: arXiv 2002.05202, equation 6.
+    """
+
+    def __init__(self, dim: int, hidden: int, dropout: float = 0.0, *, bias: bool = True) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=bias)
+        self.up = nn.Linear(dim, hidden, bias=bias)
+        self.activation = nn.SiLU()
+        self.dropout = nn.Dropout(dropout)
+        self.down = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x_bnc: Tensor) -> Tensor:
+        """(B, N, C) → (B, N, C)."""
+        result: Tensor = self.down(self.dropout(self.activation(self.gate(x_bnc)) * self.up(x_bnc)))
+        return result
+
+
+def make_norm(spec: ModelSpec, width: int) -> nn.Module:
+    """Return the norm of a spec over ``width`` values."""
+    return nn.RMSNorm(width, eps=1e-5) if spec.norm == "rms" else nn.LayerNorm(width, bias=spec.bias)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: operator and feed-forward network, each with dropout and a residual connection.
 
     Args:
-        dim: model width, C.
+        spec: width, norms, feed-forward network, and the dropout of either output and of hidden values in training.
         operator: layer (B, N, C) → (B, N, C).
-        hidden: hidden width of the feed-forward network.
-        dropout: probability of dropping a value of either output, or a hidden value, in training.
     """
 
-    def __init__(self, dim: int, operator: nn.Module, hidden: int, dropout: float = 0.0) -> None:
+    def __init__(self, spec: ModelSpec, operator: nn.Module) -> None:
         super().__init__()
-        self.operator_norm = nn.LayerNorm(dim)
+        feed_forward = GatedFeedForward if spec.ffn == "swiglu" else FeedForward
+        self.operator_norm = make_norm(spec, spec.dim)
         self.operator = operator
-        self.ffn_norm = nn.LayerNorm(dim)
-        self.ffn = FeedForward(dim, hidden, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.ffn_norm = make_norm(spec, spec.dim)
+        self.ffn = feed_forward(spec.dim, spec.ffn_dim, spec.dropout, bias=spec.bias)
+        self.dropout = nn.Dropout(spec.dropout)
 
     def forward(self, x_bnc: Tensor) -> Tensor:
         """(B, N, C) → (B, N, C)."""

@@ -38,9 +38,9 @@ def make_operator(
         layout = {"grid": spec.grid, "class_token": spec.class_token}
     else:
         layout = {"length": spec.context, "causal": True}
-    sizes: dict[str, Any] = {"head_dim": spec.head_dim, "dropout": spec.dropout, **layout}
+    sizes: dict[str, Any] = {"head_dim": spec.head_dim, "dropout": spec.dropout, "bias": spec.bias, **layout}
     if operator == "attention":
-        return SelfAttention(spec.dim, spec.heads, rotary=spec.rotary_attention, **sizes)
+        return SelfAttention(spec.dim, spec.heads, rotary=spec.rotary_attention, kv_heads=spec.kv_heads, **sizes)
     sizes |= {"window": spec.window, "workspace_bytes": workspace_bytes}
     if operator in ("bias", "shaw"):
         return (BiasAttention if operator == "bias" else ShawAttention)(spec.dim, spec.heads, **sizes)

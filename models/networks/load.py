@@ -96,6 +96,8 @@ def _load_tensors(network: nn.Module, file: Any, path: Path) -> None:
         values = file.get_tensor(name)
         network.get_submodule(owner).register_parameter(leaf, nn.Parameter(values))
         dtype = values.dtype
+    if isinstance(network, LanguageModel):
+        network.tie()
     for module in network.modules():
         if isinstance(module, RotaryEmbedding):
             module.to(dtype)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from translution.planner.common import InputError
 from translution.planner.config import VitSpec
 
-from .blocks import Block, LearnedTokens, apply_checkpointing
+from .blocks import Block, LearnedTokens, apply_checkpointing, make_norm
 
 
 class PatchEmbedding(nn.Module):
@@ -22,9 +22,9 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.image, self.patch, self.grid = spec.image, spec.patch, spec.grid
         self.channels = spec.channels
-        self.patch_norm = nn.LayerNorm(spec.patch_dim)
-        self.projection = nn.Linear(spec.patch_dim, spec.dim)
-        self.norm = nn.LayerNorm(spec.dim)
+        self.patch_norm = make_norm(spec, spec.patch_dim)
+        self.projection = nn.Linear(spec.patch_dim, spec.dim, bias=spec.bias)
+        self.norm = make_norm(spec, spec.dim)
 
     def forward(self, image_bchw: Tensor) -> Tensor:
         """(B, channels, H, W) → (B, patches, C).
@@ -56,11 +56,10 @@ class VisionTransformer(nn.Module):
         self.positions = LearnedTokens(spec.tokens, spec.dim) if spec.learned_positions else None
         self.dropout = nn.Dropout(spec.dropout)
         self.blocks = nn.ModuleList(
-            apply_checkpointing(Block(spec.dim, operator, spec.ffn_dim, spec.dropout), spec.checkpointing)
-            for operator in operators
+            apply_checkpointing(Block(spec, operator), spec.checkpointing) for operator in operators
         )
-        self.norm = nn.LayerNorm(spec.dim)
-        self.head = nn.Linear(spec.dim, spec.classes)
+        self.norm = make_norm(spec, spec.dim)
+        self.head = nn.Linear(spec.dim, spec.classes, bias=spec.bias)
 
     def forward(self, image_bchw: Tensor) -> Tensor:
         """(B, channels, H, W) → (B, classes)."""

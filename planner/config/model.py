@@ -74,10 +74,18 @@ def parse_layers(value: object, depth: int) -> tuple[int, ...]:
     raise ValueError(f"relative_layers: {value!r} is not allowed: {allowed}")
 
 
+def default_ffn_dim(dim: int, ffn: str) -> int:
+    """Return the hidden width of the feed-forward network of a model of width ``dim``.
+
+    It is ``4·dim``; with swiglu, which has a third matrix, ``8·dim/3`` rounded up to a multiple of 8.
+    """
+    return -(-dim // 3) * 8 if ffn == "swiglu" else 4 * dim
+
+
 class ModelSpecBase(Schema):
     """Fields that both families share.
 
-    Frozen; unknown keys are rejected. ``head_dim`` defaults to ``dim / heads`` and ``ffn_dim`` to ``4·dim``.
+    Frozen; unknown keys are rejected. ``head_dim`` defaults to ``dim / heads`` and ``ffn_dim`` to `default_ffn_dim`.
     """
 
     name: str = "custom"
@@ -92,6 +100,14 @@ class ModelSpecBase(Schema):
     """Width per head, D; the inner width C' is h·D."""
     ffn_dim: Size
     """Hidden width of the feed-forward network."""
+    kv_heads: Size | None = None
+    """Heads of keys and values in the attention layers (grouped-query attention); null is ``heads``."""
+    ffn: Literal["gelu", "swiglu"] = "gelu"
+    """Feed-forward network: two layers with GELU between them, or three as in LLaMA: down(silu(gate(x))·up(x))."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm, or RMSNorm, which has no mean and no bias."""
+    bias: bool = True
+    """Whether linear layers and layer norms have biases; projections to queries, keys and values have none."""
     operator: Operator = "translution"
     """The operator of the relative layers, or of all layers for attention."""
     roles: Annotated[str, BeforeValidator(canonical_roles)] = "qkv"
@@ -129,7 +145,7 @@ class ModelSpecBase(Schema):
                     raise ValueError(f"heads: {heads} is not allowed: must divide dim {dim} when head_dim is not given")
                 data["head_dim"] = dim // heads
             if data.get("ffn_dim") is None:
-                data["ffn_dim"] = 4 * dim
+                data["ffn_dim"] = default_ffn_dim(dim, data.get("ffn", "gelu"))
         return data
 
     @model_validator(mode="after")
@@ -150,6 +166,16 @@ class ModelSpecBase(Schema):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_kv_heads(self) -> ModelSpecBase:
+        if self.kv_heads is None:
+            return self
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads: {self.kv_heads} is not allowed: must divide heads {self.heads}")
+        if "attention" not in self.layer_operators:
+            raise ValueError(f"kv_heads: {self.kv_heads} is not allowed: must be null without attention layers")
+        return self
+
     @abstractmethod
     def _rotary_multiple(self) -> int:
         """Number that must divide head_dim for rotary embedding."""
@@ -168,6 +194,16 @@ class ModelSpecBase(Schema):
     def inner_dim(self) -> int:
         """Width over all heads, C'."""
         return self.heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of the keys, and of the values, over all heads of an attention layer."""
+        return (self.kv_heads or self.heads) * self.head_dim
+
+    @property
+    def norm_tensors(self) -> int:
+        """Parameter tensors of a norm: its weight, and the bias of a LayerNorm."""
+        return 2 if self.bias and self.norm == "layer" else 1
 
     @property
     def low_dims(self) -> tuple[int, int]:
@@ -251,6 +287,8 @@ class GptSpec(ModelSpecBase):
     """Tokens per sample."""
     vocabulary: Size
     """Number of token types."""
+    tied_embeddings: bool = False
+    """Whether the head multiplies by the embedding's matrix instead of one of its own."""
 
     def _rotary_multiple(self) -> int:
         return 2
@@ -294,7 +332,7 @@ def parse_model_spec(data: object, what: str = "model") -> ModelSpec:
 def override(spec: ModelSpec, /, **values: object) -> ModelSpec:
     """Return a validated copy of a spec with some fields replaced; None leaves a field as it is.
 
-    If ``head_dim`` or ``ffn_dim`` had its default, it gets the default of the new ``dim`` and ``heads``.
+    If ``head_dim`` or ``ffn_dim`` had its default, it gets the default of the new fields.
 
     Raises:
         InputError: as `parse_model_spec` does.
@@ -303,9 +341,8 @@ def override(spec: ModelSpec, /, **values: object) -> ModelSpec:
     if not changed:
         return spec
     data = spec.model_dump()
-    if {"dim", "heads"} & set(changed):
-        if spec.head_dim * spec.heads == spec.dim:
-            data.pop("head_dim")
-        if spec.ffn_dim == 4 * spec.dim:
-            data.pop("ffn_dim")
+    if {"dim", "heads"} & set(changed) and spec.head_dim * spec.heads == spec.dim:
+        data.pop("head_dim")
+    if {"dim", "ffn"} & set(changed) and spec.ffn_dim == default_ffn_dim(spec.dim, spec.ffn):
+        data.pop("ffn_dim")
     return parse_model_spec(data | changed, what=spec.name)

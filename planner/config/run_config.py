@@ -77,6 +77,9 @@ class TrainingSpec(Schema):
     """Whether to save after the last step."""
     keep_checkpoints: Positive = 2
     """Number of newest checkpoints that are kept."""
+    loss: Literal["whole", "chunked"] = "whole"
+    """How a language model's loss is computed: from all logits of a micro-batch, or in chunks of tokens, so that no
+    tensor holds all logits."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of a target that is spread evenly over all classes, or over the vocabulary."""
     crop_padding: NonNegative = 0
@@ -143,6 +146,11 @@ class TrainingSpec(Schema):
         if self.bf16_states and not self.bf16_master:
             raise ValueError("bf16_states: True is not allowed: bf16_master must be true too")
         return self
+
+    @property
+    def chunks_loss(self) -> bool:
+        """Whether the loss is computed in chunks of tokens."""
+        return self.loss == "chunked"
 
     @property
     def augmentation(self) -> str:
@@ -363,9 +371,11 @@ class RunConfig:
         """Choose what updates the states of adamw.
 
         Raises:
-            InputError: if DeepSpeed's fused kernel is asked for on CPU ranks.
+            InputError: if DeepSpeed's fused kernel is asked for on CPU ranks, or a chunked loss for an image model.
         """
         training = self.training
+        if training.chunks_loss and self.model.family != "gpt":
+            raise InputError("loss: 'chunked' is not allowed: must be whole for a model of images")
         if self.on_cpu and training.adam == "fused":
             raise InputError("adam: 'fused' is not allowed: must be auto, torch or loop on CPU ranks")
         if training.adam == "auto" and training.optimizer == "adamw":

@@ -61,8 +61,8 @@ def _linear(component: str, d_in: int, d_out: int, *, bias: bool, copies: int) -
         yield ParameterGroup(component, (d_out,), copies)
 
 
-def _norm(width: int, copies: int) -> ParameterGroup:
-    return ParameterGroup(NORMS, (width,), 2 * copies)
+def _norm(spec: ModelSpec, width: int, copies: int) -> ParameterGroup:
+    return ParameterGroup(NORMS, (width,), spec.norm_tensors * copies)
 
 
 def table_tiles(relations: int, tile_relations: int | None) -> tuple[tuple[int, int], ...]:
@@ -108,7 +108,8 @@ def operator_groups(
     dim, inner = spec.dim, spec.inner_dim
     relative = len(spec.roles)
     if operator in ("attention", "bias", "shaw"):
-        yield from _linear(PROJECTIONS, dim, 3 * inner, bias=False, copies=copies)
+        joint = inner + 2 * spec.kv_dim if operator == "attention" else 3 * inner
+        yield from _linear(PROJECTIONS, dim, joint, bias=False, copies=copies)
         relations = spec.geometry.relations
         if operator == "bias":
             yield ParameterGroup(RELATION_TERMS, (relations, spec.heads), copies)
@@ -128,7 +129,7 @@ def operator_groups(
         if "v" in spec.roles:
             yield from _linear(LOW_RANK, low2, inner, bias=False, copies=copies)
     if spec.has_output_projection:
-        yield from _linear(OUTPUT, inner, dim, bias=True, copies=copies)
+        yield from _linear(OUTPUT, inner, dim, bias=spec.bias, copies=copies)
 
 
 def parameter_groups(spec: ModelSpec, tile_relations: int | None = None) -> tuple[ParameterGroup, ...]:
@@ -144,23 +145,25 @@ def parameter_groups(spec: ModelSpec, tile_relations: int | None = None) -> tupl
     groups: list[ParameterGroup] = []
     dim, depth = spec.dim, spec.depth
     if isinstance(spec, VitSpec):
-        groups += [_norm(spec.patch_dim, 1), *_linear(EMBEDDING, spec.patch_dim, dim, bias=True, copies=1)]
-        groups.append(_norm(dim, 1))
+        groups += [_norm(spec, spec.patch_dim, 1), *_linear(EMBEDDING, spec.patch_dim, dim, bias=spec.bias, copies=1)]
+        groups.append(_norm(spec, dim, 1))
         if spec.class_token:
             groups.append(ParameterGroup(EMBEDDING, (1, 1, dim)))
-        groups.extend(_linear(HEAD, dim, spec.classes, bias=True, copies=1))
+        groups.extend(_linear(HEAD, dim, spec.classes, bias=spec.bias, copies=1))
     else:
         groups.append(ParameterGroup(EMBEDDING, (spec.vocabulary, dim)))
-        groups.append(_norm(dim, 1))
-        groups.extend(_linear(HEAD, dim, spec.vocabulary, bias=False, copies=1))
+        groups.append(_norm(spec, dim, 1))
+        if not spec.tied_embeddings:
+            groups.extend(_linear(HEAD, dim, spec.vocabulary, bias=False, copies=1))
     if spec.learned_positions:
         groups.append(ParameterGroup(EMBEDDING, (1, spec.tokens, dim)))
     for operator in sorted(set(spec.layer_operators)):
         copies = spec.layer_operators.count(operator)
         groups.extend(operator_groups(spec, operator, tile_relations, copies))
-    groups.append(_norm(dim, 2 * depth + 1))
-    groups.extend(_linear(FFN, dim, spec.ffn_dim, bias=True, copies=depth))
-    groups.extend(_linear(FFN, spec.ffn_dim, dim, bias=True, copies=depth))
+    groups.append(_norm(spec, dim, 2 * depth + 1))
+    wide = depth * (2 if spec.ffn == "swiglu" else 1)
+    groups.extend(_linear(FFN, dim, spec.ffn_dim, bias=spec.bias, copies=wide))
+    groups.extend(_linear(FFN, spec.ffn_dim, dim, bias=spec.bias, copies=depth))
     return tuple(groups)
 
 

@@ -102,11 +102,21 @@ def _tables(spec: ModelSpec, d_in: int, d_out: int) -> Iterator[Product]:
         yield Product(rows, d_in, d_out, relations * roles, 1, 3, grouped=True)
 
 
+def _joint_dim(spec: ModelSpec, operator: Operator) -> int:
+    """Return the width of the joint projection to queries, keys and values."""
+    return spec.inner_dim + 2 * (spec.kv_dim if operator == "attention" else spec.inner_dim)
+
+
+def ffn_products(spec: ModelSpec) -> int:
+    """Return the products of a feed-forward network."""
+    return 3 if spec.ffn == "swiglu" else 2
+
+
 def _operator(spec: ModelSpec, operator: Operator) -> Iterator[Product]:
     tokens, dim, inner, roles = spec.tokens, spec.dim, spec.inner_dim, spec.roles
     plain_logits, plain_values = True, True
     if operator in ("attention", "bias", "shaw"):
-        yield Product(tokens, dim, 3 * inner, 1, 1, 2)
+        yield Product(tokens, dim, _joint_dim(spec, operator), 1, 1, 2)
     elif operator == "absolute":
         yield Product(1, dim, inner, 3 * tokens, 1, 2)
     elif operator == "translution":
@@ -139,8 +149,9 @@ def _layer_elements(spec: ModelSpec, operator: Operator) -> tuple[int, int, int,
     # Fused attention reads and writes queries, keys, values and the result only.
     pairs = 0 if is_fused(spec, operator) else spec.heads * tokens * tokens
     # Two norms, two residual sums, an activation function; then the softmax of all pairs.
-    forward = tokens * (10 * dim + 3 * spec.ffn_dim + 6 * inner) + 11 * pairs
-    backward = tokens * (18 * dim + 5 * spec.ffn_dim + 9 * inner) + 13 * pairs
+    hidden_forward, hidden_backward = (6, 11) if spec.ffn == "swiglu" else (3, 5)
+    forward = tokens * (10 * dim + hidden_forward * spec.ffn_dim + 6 * inner) + 11 * pairs
+    backward = tokens * (18 * dim + hidden_backward * spec.ffn_dim + 9 * inner) + 13 * pairs
     calls, visits = 40, 0
     if operator in ("translution", "alpha"):
         d_in, d_out = (dim, inner) if operator == "translution" else spec.low_dims
@@ -168,7 +179,7 @@ def count_work(spec: ModelSpec) -> Work:
         forward, backward = forward + layers * more_forward, backward + layers * more_backward
         calls, visits = calls + layers * more_calls, visits + layers * more_visits
     products = [product._replace(copies=count) for product, count in merged.items()]
-    products.append(Product(tokens, dim, spec.ffn_dim, 2 * spec.depth, 1, 2))
+    products.append(Product(tokens, dim, spec.ffn_dim, ffn_products(spec) * spec.depth, 1, 2))
     blocks = sum(product.flops * product.copies for product in products)
     if isinstance(spec, VitSpec):
         products.append(Product(spec.geometry.patches, spec.patch_dim, dim, 1, 1, 2))
@@ -202,7 +213,7 @@ def _operator_forward(spec: ModelSpec, operator: Operator) -> tuple[int, int]:
     logits_relative = bool({"q", "k"} & set(spec.roles))
     if operator in ("attention", "bias", "shaw", "absolute"):
         # A matrix per position costs as much as one for all; shaw multiplies vectors with every pair twice.
-        plain += 2 * tokens * dim * 3 * inner + (4 if operator == "shaw" else 2) * pairs_product
+        plain += 2 * tokens * dim * _joint_dim(spec, operator) + (4 if operator == "shaw" else 2) * pairs_product
     elif operator == "translution":
         plain += 2 * tokens * dim * inner * (3 - relative)
         plain += pairs_product * ((not logits_relative) + ("v" not in spec.roles))
@@ -225,7 +236,7 @@ def count_flops(spec: ModelSpec) -> FlopCount:
     queries, keys and values are recomputed. Softmax, norms and activation functions are not counted.
     """
     tokens, dim = spec.tokens, spec.dim
-    plain = spec.depth * 4 * tokens * dim * spec.ffn_dim
+    plain = spec.depth * 2 * ffn_products(spec) * tokens * dim * spec.ffn_dim
     grouped = 0
     if isinstance(spec, VitSpec):
         plain += 2 * spec.geometry.patches * spec.patch_dim * dim + 2 * dim * spec.classes
@@ -290,4 +301,7 @@ def volumes(spec: ModelSpec, tile_relations: int | None, world_size: int, persis
             persistent += group.total
         else:
             gathered, gathers = gathered + group.total, gathers + calls
+    if isinstance(spec, GptSpec) and spec.tied_embeddings and (shared := spec.vocabulary * spec.dim) > persistence:
+        # The head gathers the embedding's matrix again.
+        gathered, gathers = gathered + shared, gathers + 1
     return Volumes(elements, partition_numel, tensors, gathered, gathers, persistent, largest, tiles, (half, full))

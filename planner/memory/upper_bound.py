@@ -106,21 +106,21 @@ SHALLOW, DEEP = 12, 24
 
 
 @lru_cache(maxsize=256)
-def _replayed(spec: ModelSpec, batch: int, widths: DtypeSizes) -> int:
+def _replayed(spec: ModelSpec, batch: int, widths: DtypeSizes, chunked: bool) -> int:
     """Peak device bytes of a replayed micro-batch with whole tables."""
     memory = MemoryTracker(ignored=frozenset({WEIGHT_GRADIENTS, MICRO_BATCHES}))
-    peaks = replay(spec, batch, widths, memory=memory).memory.peaks
+    peaks = replay(spec, batch, widths, memory=memory, chunked=chunked).memory.peaks
     return max(peak.total_bytes for peak in peaks.values())
 
 
-def _activations(spec: ModelSpec, batch: int, widths: DtypeSizes) -> tuple[int, int]:
+def _activations(spec: ModelSpec, batch: int, widths: DtypeSizes, chunked: bool) -> tuple[int, int]:
     """Bytes of a micro-batch's activations on the device and on the host."""
     kept = spec.depth * batch * spec.tokens * spec.dim * widths.value
     away = kept if spec.checkpointing == "offload" else 0
     if spec.depth <= DEEP or len(set(spec.layer_operators)) > 1:
-        return _replayed(spec, batch, widths), away
+        return _replayed(spec, batch, widths, chunked), away
     shallow, deep = (
-        _replayed(spec.model_copy(update={"depth": depth, "relative_layers": "all"}), batch, widths)
+        _replayed(spec.model_copy(update={"depth": depth, "relative_layers": "all"}), batch, widths, chunked)
         for depth in (SHALLOW, DEEP)
     )
     # A block saves at least its input; in a shallow network the head's peak may hide it.
@@ -130,18 +130,20 @@ def _activations(spec: ModelSpec, batch: int, widths: DtypeSizes) -> tuple[int, 
 
 
 @lru_cache(maxsize=1024)
-def activation_bytes(spec: ModelSpec, batch: int, widths: DtypeSizes) -> tuple[int, int]:
+def activation_bytes(spec: ModelSpec, batch: int, widths: DtypeSizes, chunked: bool = False) -> tuple[int, int]:
     """Bytes of a micro-batch's activations on the device and on the host, interpolated between powers of four.
 
-    A replay takes milliseconds, and its peak grows almost linearly with the batch.
+    A replay takes milliseconds, and its peak grows almost linearly with the batch, unless the loss is chunked.
     """
+    if chunked:
+        return _activations(spec, batch, widths, chunked)
     low = 1
     while low * 4 <= batch:
         low *= 4
-    first = _activations(spec, low, widths)
+    first = _activations(spec, low, widths, chunked)
     if batch == low:
         return first
-    second = _activations(spec, low * 4, widths)
+    second = _activations(spec, low * 4, widths, chunked)
     share = (batch - low) / (3 * low)
     between = [round(a + share * (b - a)) for a, b in zip(first, second, strict=True)]
     return between[0], between[1]
@@ -171,7 +173,7 @@ def bound_memory(run: RunConfig) -> MemoryUpperBound:
     model, cluster, training, zero = run.model, run.cluster, run.training, run.zero
     sizes = DtypeSizes.of(training.dtype_bytes, cluster.device)
     samples = sample_bytes(model) * training.micro_batch
-    on_device, on_host = activation_bytes(model, training.micro_batch, sizes)
+    on_device, on_host = activation_bytes(model, training.micro_batch, sizes, training.chunks_loss)
     activations = (
         on_device + samples + SLACK_BYTES,
         on_host + samples * training.gradient_accumulation_steps,

@@ -187,14 +187,17 @@ def _spent(grad: Storage) -> Gradients:
 
 
 class Node:
-    """A node of the autograd graph: its inputs, its backward function and the storages saved for backward."""
+    """A node of the autograd graph: its inputs, its backward function and the storages saved for backward.
+
+    The backward function may empty a list of saved storages, to free each before it returns.
+    """
 
     __slots__ = ("backward", "grad", "inputs", "saved", "site")
 
     def __init__(self, inputs: Sequence[Tensor], backward: Backward, saved: Sequence[Storage], site: str) -> None:
         self.inputs = tuple(tensor.node for tensor in inputs)
         self.backward = backward
-        self.saved = tuple(saved)
+        self.saved = saved
         self.site = site
         self.grad: Storage | None = None
 
@@ -219,6 +222,10 @@ class ModuleParams:
 
     numels: tuple[int, ...]
     grads: list[Storage | None] = field(default_factory=list)
+    shared: bool = False
+    """Whether two modules have these parameters."""
+    waiting: list[Storage] = field(default_factory=list)
+    """Gradients of the first of these modules, until the second's are added."""
 
 
 class ParameterHooks:

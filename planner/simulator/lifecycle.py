@@ -91,7 +91,7 @@ def simulate(
         # Products that are not computed need no scratch; the operator runs as on the device that it stands for.
         own = DtypeSizes.of(training.dtype_bytes, "cpu", threads, packs=False)
         sizes = replace(own, batched=sizes.batched, copies_products=sizes.copies_products)
-    network = SimulatedNetwork(run.model, training.micro_batch, sizes, run.tile_relations)
+    network = SimulatedNetwork(run.model, training.micro_batch, sizes, run.tile_relations, chunked=training.chunks_loss)
     config = EngineConfig(run, rank)
     memory = RankMemory("cpu" if rehearsed else cluster.device, record=record, alone=rehearsed)
     network.host = memory.host
@@ -136,7 +136,7 @@ def simulate_evaluation(run: RunConfig, batch: int, rank: int | None = None) -> 
     """
     device = run.cluster.device
     sizes = DtypeSizes.of(run.training.dtype_bytes, device, 1)
-    network = SimulatedNetwork(run.model, batch, sizes, run.tile_relations)
+    network = SimulatedNetwork(run.model, batch, sizes, run.tile_relations, chunked=run.training.chunks_loss)
     memory = RankMemory(device)
     network.host = memory.host
     engine = _engine(memory, EngineConfig(run, rank), network)

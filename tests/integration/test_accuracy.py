@@ -23,16 +23,19 @@ pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
 WIDE = TINY | {"dim": 192, "heads": 3}
 GPT = {"family": "gpt", "context": 24, "vocabulary": 300, "dim": 192, "depth": 2, "heads": 3}
 HYBRID = {"relative_layers": "first:1", "head_dim": 64}
+FEW = {"persistence_threshold_elements": 10_000}
+"""gloo may hold the buffer of the persistent parameters between steps: it is to be small."""
+LLAMA = {"norm": "rms", "ffn": "swiglu", "bias": False, "kv_heads": 1, "tied_embeddings": True}
 LOW = {"operator": "alpha", "c1": 16, "c2": 24}
 # A rank's partition of a tile is offloaded to NVMe only from 1 MiB on.
 SWAPPED = {"model": TINY | {"dim": 256, "depth": 2, "heads": 4}, "tile": 16}
 BF16 = {"precision": "bf16"}
 CASES: dict[str, dict[str, Any]] = {
     "0-bf16": {"stage": 0, **BF16, "model": WIDE | LOW},
-    "1-fp32": {"stage": 1, "model": GPT | {"operator": "attention"}},
+    "1-fp32": {"stage": 1, "model": GPT | LLAMA | {"operator": "attention", "rotary": True}, "loss": "chunked"},
     "2-fp32": {"stage": 2},
     "3-fp32": {"stage": 3, "model": WIDE | {"checkpointing": "block"}},
-    "3-bf16-gpt": {"stage": 3, **BF16, "model": GPT | HYBRID},
+    "3-bf16-gpt": {"stage": 3, **BF16, "model": GPT | HYBRID | LLAMA, "loss": "chunked", "zero_overrides": FEW},
     "3-bf16-states": {"stage": 3, "bf16_master": True, "bf16_states": True, **BF16},
     "2-cpu-optimizer": {"stage": 2, "offload": "cpu-optimizer", **BF16},
     "3-cpu-optimizer": {"offload": "cpu-optimizer", "accumulation": 2, "grad_accum_dtype": "fp32", **BF16},

@@ -8,7 +8,9 @@ from __future__ import annotations
 from ...config.model import ModelSpec, Operator
 from ...costs.parameters import table_tiles
 from ..core import ModuleParams, Storage, Tape, Tensor
+from .attention_ops import fused_attention, rotate
 from .gather_ops import SimulatedGather, positions
+from .norm_ops import norm
 from .ops import (
     GRADIENTS,
     DtypeSizes,
@@ -16,11 +18,9 @@ from .ops import (
     add_narrow,
     cast,
     dropout,
-    fused_attention,
     gelu,
-    layer_norm,
     linear,
-    rotate,
+    multiply,
 )
 from .relation_ops import SimulatedRelations
 from .relation_shape import Implementation, RelationShape, SimulatedTerm, SimulatedTile, largest_rectangle, pairs_of
@@ -32,6 +32,11 @@ _PLAIN = ("plain_query", "plain_key", "plain_value")
 def linear_weights(d_in: int, d_out: int, *, bias: bool = True) -> ModuleParams:
     """Return the parameters of a linear layer."""
     return ModuleParams((d_out * d_in, d_out) if bias else (d_out * d_in,))
+
+
+def norm_weights(spec: ModelSpec, width: int) -> ModuleParams:
+    """Return the parameters of a norm over ``width`` values."""
+    return ModuleParams((width,) * spec.norm_tensors)
 
 
 class SimulatedBlock:
@@ -67,11 +72,14 @@ class SimulatedBlock:
         self.stream = sizes if stream is None else stream
         self.rows = batch * spec.tokens
         dim, inner = spec.dim, spec.inner_dim
-        self.norms = (ModuleParams((dim, dim)), ModuleParams((dim, dim)))
-        self.up, self.down = linear_weights(dim, spec.ffn_dim), linear_weights(spec.ffn_dim, dim)
-        self.output = linear_weights(inner, dim) if spec.has_output_projection else None
+        self.norms = (norm_weights(spec, dim), norm_weights(spec, dim))
+        self.gate = linear_weights(dim, spec.ffn_dim, bias=spec.bias) if spec.ffn == "swiglu" else None
+        self.up = linear_weights(dim, spec.ffn_dim, bias=spec.bias)
+        self.down = linear_weights(spec.ffn_dim, dim, bias=spec.bias)
+        self.output = linear_weights(inner, dim, bias=spec.bias) if spec.has_output_projection else None
         self.plain = {role: linear_weights(dim, inner, bias=False) for role in "qkv"}
-        self.joint = linear_weights(dim, 3 * inner, bias=False)
+        self.kv_dim = spec.kv_dim if operator == "attention" else inner
+        self.joint = linear_weights(dim, inner + 2 * self.kv_dim, bias=False)
         self.terms: list[SimulatedTerm] = []
         self.logit_tiles: list[SimulatedTile] = []
         self.value_tiles: list[SimulatedTile] = []
@@ -91,7 +99,8 @@ class SimulatedBlock:
     @property
     def modules(self) -> list[ModuleParams]:
         """The parameters of each module, in the order of ``Module.modules()``."""
-        return [self.norms[0], *self.operator_modules, self.norms[1], self.up, self.down]
+        gate = [] if self.gate is None else [self.gate]
+        return [self.norms[0], *self.operator_modules, self.norms[1], *gate, self.up, self.down]
 
     @property
     def operator_modules(self) -> list[ModuleParams]:
@@ -161,7 +170,7 @@ class SimulatedBlock:
         )
 
     def _norm(self, tape: Tape, x: Tensor, number: int) -> Tensor:
-        return layer_norm(tape, x, self.rows, self.spec.dim, self.norms[number], self.stream)
+        return norm(tape, x, self.rows, self.spec.dim, self.norms[number], self.stream, self.spec)
 
     def _linear(self, tape: Tape, x: Tensor, d_out: int, weights: ModuleParams) -> Tensor:
         """Multiply the normed input by a weight; autocast casts the input for each product."""
@@ -173,7 +182,14 @@ class SimulatedBlock:
     def _feed_forward(self, tape: Tape, x: Tensor, again: bool) -> Tensor:
         spec, rows, sizes = self.spec, self.rows, self.sizes
         tape.memory.site = "feed-forward"
-        hidden = self._drop(tape, gelu(tape, self._linear(tape, x, spec.ffn_dim, self.up)))
+        if self.gate is None:
+            hidden = self._drop(tape, gelu(tape, self._linear(tape, x, spec.ffn_dim, self.up)))
+        else:
+            active = gelu(tape, self._linear(tape, x, spec.ffn_dim, self.gate))
+            product = multiply(tape, active, self._linear(tape, x, spec.ffn_dim, self.up))
+            del active
+            hidden = self._drop(tape, product)
+            del product
         last = again and not spec.dropout
         return linear(tape, hidden, rows, spec.ffn_dim, spec.dim, self.down, sizes, last=last)
 
@@ -196,24 +212,20 @@ class SimulatedBlock:
 
     def _attention(self, tape: Tape, x: Tensor) -> Tensor:
         spec, sizes = self.spec, self.sizes
-        if spec.dropout and not spec.rotary_attention:
+        grouped = self.kv_dim < spec.inner_dim
+        if spec.dropout and not spec.rotary_attention and not grouped:
             return self._with_terms(tape, x)
-        projected = self._linear(tape, x, 3 * spec.inner_dim, self.joint)
-        one = self.rows * spec.inner_dim * sizes.value
-        rows = _split(tape, projected, one, copies=False, by_heads=True)
+        projected = self._linear(tape, x, spec.inner_dim + 2 * self.kv_dim, self.joint)
+        one, shared = (self.rows * width * sizes.value for width in (spec.inner_dim, self.kv_dim))
+        rows = _split(tape, projected, (one, shared, shared), copies=False, by_heads=True)
         for n in (0, 1) if spec.rotary_attention else ():
-            rows[n] = rotate(tape, rows[n], one // sizes.value, sizes)
+            rows[n] = rotate(tape, rows[n], (one, shared)[n] // sizes.value, sizes)
         if spec.dropout:
-            # With one head the rotated rows are contiguous by token already.
-            numbers = [one if n == 2 or spec.heads > 1 else 0 for n in range(3)]
-            copies = [
-                tape.result(tape.new(size) if size else row.storage, (row,), lambda grad: (grad,))
-                for row, size in zip(rows, numbers, strict=True)
-            ]
-            out = self._attend(tape, dict(zip(_PLAIN, copies, strict=True)))
+            result = self._attend(tape, dict(zip(_PLAIN, self._by_token(tape, rows, one, shared), strict=True)))
             del rows, projected
-            return out
-        out = joined = fused_attention(tape, rows, self.batch, spec.tokens, spec.heads, spec.head_dim, sizes)
+            return result
+        kv_heads = self.kv_dim // spec.head_dim
+        out = joined = fused_attention(tape, rows, self.batch, spec.tokens, spec.heads, spec.head_dim, sizes, kv_heads)
         if spec.rotary_attention and spec.heads > 1 and spec.tokens > 1:
             # The kernel's output for rotated queries is ordered by heads; joining the heads copies it.
             joined = tape.result(tape.new(one), (out,), lambda grad: (grad,))
@@ -221,6 +233,20 @@ class SimulatedBlock:
         # The layer's local names hold these until it returns.
         del rows, projected, out
         return result
+
+    def _by_token(self, tape: Tape, rows: list[Tensor], one: int, shared: int) -> list[Tensor]:
+        """Return queries, keys and values of all heads, contiguous by token."""
+        spec = self.spec
+        if shared < one:
+            # Keys and values are repeated for the heads of queries that share them.
+            for n in (1, 2):
+                rows[n] = tape.result(tape.new(one), (rows[n],), lambda grad: (tape.new(shared, GRADIENTS),))
+        # With one head the rotated rows are contiguous by token already.
+        copied = [spec.heads > 1 or (n == 2 and shared == one) for n in range(3)]
+        return [
+            tape.result(tape.new(one) if copy else row.storage, (row,), lambda grad: (grad,))
+            for row, copy in zip(rows, copied, strict=True)
+        ]
 
     def _attend(self, tape: Tape, sources: dict[str, Tensor]) -> Tensor:
         """Run projected rows through the operator and the output projection."""
@@ -233,7 +259,7 @@ class SimulatedBlock:
     def _with_terms(self, tape: Tape, x: Tensor) -> Tensor:
         joint = self._linear(tape, x, 3 * self.spec.inner_dim, self.joint)
         one = self.rows * self.spec.inner_dim * self.sizes.value
-        return self._attend(tape, dict(zip(_PLAIN, _split(tape, joint, one), strict=True)))
+        return self._attend(tape, dict(zip(_PLAIN, _split(tape, joint, (one,) * 3), strict=True)))
 
     def _absolute(self, tape: Tape, x: Tensor) -> Tensor:
         spec, sizes = self.spec, self.sizes
@@ -285,8 +311,8 @@ class SimulatedBlock:
         size = self.rows * self.spec.inner_dim * self.sizes.value
         copies = self.implementation == "grouped"
         if not self.spec.rotary:
-            return _split(tape, joint, size, copies=copies)
-        parts = _split(tape, joint, size, copies=False)
+            return _split(tape, joint, (size,) * 3, copies=copies)
+        parts = _split(tape, joint, (size,) * 3, copies=False)
         for n in (0, 1):
             parts[n] = rotate(tape, parts[n], size // self.sizes.value, self.sizes)
             if self.spec.heads > 1:
@@ -320,22 +346,24 @@ class SimulatedBlock:
         return out
 
 
-def _split(tape: Tape, joint: Tensor, one: int, *, copies: bool = True, by_heads: bool = False) -> list[Tensor]:
-    """Split a tensor into three parts, as contiguous copies or as views; backward joins their gradients.
+def _split(
+    tape: Tape, joint: Tensor, sizes: tuple[int, ...], *, copies: bool = True, by_heads: bool = False
+) -> list[Tensor]:
+    """Split a tensor into parts, as contiguous copies or as views; backward joins their gradients.
 
     Args:
         tape: records the operation.
         joint: the tensor.
-        one: bytes of a part.
+        sizes: bytes of each part.
         copies: whether the parts are copied.
         by_heads: whether the parts are views by heads; backward then reorders the joined gradient in a copy.
     """
     received: list[Storage] = []
 
     def join(grad: Storage) -> tuple[Storage]:
-        joined = tape.new(3 * one, GRADIENTS)
+        joined = tape.new(sum(sizes), GRADIENTS)
         received.clear()
-        return (tape.new(3 * one, GRADIENTS) if by_heads else joined,)
+        return (tape.new(sum(sizes), GRADIENTS) if by_heads else joined,)
 
     parts = tape.result(joint.storage, (joint,), join)
 
@@ -343,4 +371,4 @@ def _split(tape: Tape, joint: Tensor, one: int, *, copies: bool = True, by_heads
         received.append(grad)
         return (grad,)
 
-    return [tape.result(tape.new(one) if copies else joint.storage, (parts,), receive) for _ in range(3)]
+    return [tape.result(tape.new(one) if copies else joint.storage, (parts,), receive) for one in sizes]

@@ -14,20 +14,17 @@ from ...common.errors import InputError
 from ...common.phases import Phase
 from ...config.model import GptSpec, ModelSpec, VitSpec
 from ..core import MemoryTracker, ModuleParams, ParameterHooks, Storage, Tape, Tensor
-from .block import SimulatedBlock, linear_weights
+from .block import SimulatedBlock, linear_weights, norm_weights
+from .head_ops import chunked_loss, cross_entropy, embed, pool_first, pool_mean
+from .norm_ops import norm
 from .ops import (
     GRADIENTS,
     INDEX_BYTES,
     DtypeSizes,
     add_positions,
     cast,
-    cross_entropy,
     dropout,
-    embed,
-    layer_norm,
     linear,
-    pool_first,
-    pool_mean,
     prepend,
 )
 from .relation_shape import Implementation
@@ -47,6 +44,7 @@ class SimulatedNetwork:
         sizes: bytes per value.
         tile_relations: relations per tile; None for one tile per table.
         implementation: of relation tables.
+        chunked: whether a language model's loss is computed in chunks of tokens.
     """
 
     def __init__(
@@ -56,8 +54,10 @@ class SimulatedNetwork:
         sizes: DtypeSizes,
         tile_relations: int | None = None,
         implementation: Implementation = "grouped",
+        *,
+        chunked: bool = False,
     ) -> None:
-        self.spec, self.batch, self.sizes = spec, batch, sizes
+        self.spec, self.batch, self.sizes, self.chunked = spec, batch, sizes, chunked
         self.host = MemoryTracker()
         self.states: list[Storage] = []
         if sizes.casts and spec.checkpointing == "offload":
@@ -75,17 +75,17 @@ class SimulatedNetwork:
         self.embedding: tuple[ModuleParams, ...]
         if isinstance(spec, VitSpec):
             self.embedding = (
-                ModuleParams((spec.patch_dim,) * 2),
-                linear_weights(spec.patch_dim, dim),
-                ModuleParams((dim, dim)),
+                norm_weights(spec, spec.patch_dim),
+                linear_weights(spec.patch_dim, dim, bias=spec.bias),
+                norm_weights(spec, dim),
             )
-            self.head = linear_weights(dim, spec.classes)
+            self.head = linear_weights(dim, spec.classes, bias=spec.bias)
         else:
-            self.embedding = (ModuleParams((spec.vocabulary * dim,)),)
-            self.head = linear_weights(dim, spec.vocabulary, bias=False)
+            self.embedding = (ModuleParams((spec.vocabulary * dim,), shared=spec.tied_embeddings),)
+            self.head = self.embedding[0] if spec.tied_embeddings else linear_weights(dim, spec.vocabulary, bias=False)
         self.class_token = ModuleParams((dim,))
         self.positions = ModuleParams((spec.tokens * dim,)) if spec.learned_positions else None
-        self.norm, self.head_norm = ModuleParams((dim, dim)), ModuleParams((dim, dim))
+        self.norm, self.head_norm = norm_weights(spec, dim), norm_weights(spec, dim)
 
     @property
     def modules(self) -> list[ModuleParams]:
@@ -94,7 +94,7 @@ class SimulatedNetwork:
         learned += [self.positions] if self.positions is not None else []
         ends = [self.norm] if isinstance(self.spec, VitSpec) else [self.norm, self.head_norm]
         blocks = [weights for block in self.blocks for weights in block.modules]
-        return [*self.embedding, *learned, *blocks, *ends, self.head]
+        return [*self.embedding, *learned, *blocks, *ends, *([] if self.head.shared else [self.head])]
 
     @property
     def construction(self) -> list[ModuleParams]:
@@ -130,20 +130,22 @@ class SimulatedNetwork:
         if isinstance(spec, GptSpec):
             return embed(tape, batch * spec.tokens, spec.dim, self.embedding[0], inputs, sizes.wide)
         patches = batch * spec.geometry.patches
-        x = Tensor(tape.new(patches * spec.patch_dim * sizes.parameter))
-        x = layer_norm(tape, x, patches, spec.patch_dim, self.embedding[0], sizes.wide)
+        image = Tensor(tape.new(patches * spec.patch_dim * sizes.parameter))
+        x = norm(tape, image, patches, spec.patch_dim, self.embedding[0], sizes.wide, spec)
         x = linear(tape, x, patches, spec.patch_dim, spec.dim, self.embedding[1], sizes, given=sizes.wide)
         # On a GPU autocast runs layer norms in fp32.
         x = cast(tape, x, patches * spec.dim, sizes, self.embedded)
         copies = patches * spec.dim * sizes.value if spec.class_token and not sizes.casts else 0
-        return layer_norm(tape, x, patches, spec.dim, self.embedding[2], self.embedded, copies=copies)
+        x = norm(tape, x, patches, spec.dim, self.embedding[2], self.embedded, spec, copies=copies)
+        del image
+        return x
 
     def forward(self, tape: Tape, inputs: Storage) -> Tensor:
-        """Run the network on a micro-batch; return the logits."""
-        logits = self._forward(tape, inputs)
+        """Run the network on a micro-batch; return the logits, or the loss if it is chunked."""
+        output = self._forward(tape, inputs)
         # Autocast's context ends with the network's forward.
         tape.casts.clear()
-        return logits
+        return output
 
     def _forward(self, tape: Tape, inputs: Storage) -> Tensor:
         spec, sizes, batch, stream = self.spec, self.sizes, self.batch, self.stream
@@ -160,12 +162,15 @@ class SimulatedNetwork:
         for block in self.blocks:
             x = block.forward(tape, x) if spec.checkpointing == "none" else self._checkpointed(tape, block, x)
         tape.memory.site = "head"
-        x = layer_norm(tape, x, rows, spec.dim, self.norm, stream)
+        x = norm(tape, x, rows, spec.dim, self.norm, stream, spec)
         if isinstance(spec, VitSpec):
             size = batch * spec.dim * stream.value
             pooled = pool_first(tape, x) if spec.pool == "class" else pool_mean(tape, x, size, stream)
             return linear(tape, pooled, batch, spec.dim, spec.classes, self.head, sizes, given=stream)
-        x = layer_norm(tape, x, rows, spec.dim, self.head_norm, stream)
+        x = norm(tape, x, rows, spec.dim, self.head_norm, stream, spec)
+        if self.chunked:
+            tape.memory.site = "loss"
+            return chunked_loss(tape, x, rows, spec.dim, spec.vocabulary, self.head, sizes)
         return linear(tape, x, rows, spec.dim, spec.vocabulary, self.head, sizes, given=stream)
 
     def _checkpointed(self, tape: Tape, block: SimulatedBlock, x: Tensor) -> Tensor:
@@ -210,6 +215,8 @@ class SimulatedNetwork:
     def loss(self, tape: Tape, inputs: Storage, targets: Storage) -> Tensor:
         """Return the mean cross-entropy of a micro-batch in fp32."""
         logits = self.forward(tape, inputs)
+        if self.chunked:
+            return logits
         tape.memory.site = "loss"
         logits = cast(tape, logits, logits.size // self.sizes.value, self.sizes, replace(self.sizes, value=4))
         return cross_entropy(tape, logits, targets)
@@ -284,6 +291,7 @@ def replay(
     memory: MemoryTracker | None = None,
     hooks: ParameterHooks | None = None,
     implementation: Implementation = "grouped",
+    chunked: bool = False,
 ) -> Replay:
     """Simulate forward and backward of one micro-batch in one process.
 
@@ -295,9 +303,10 @@ def replay(
         memory: the device's memory; what it holds already counts. None is an empty one.
         hooks: the engine; None is training without ZeRO.
         implementation: "grouped", or "gather" for the published operator.
+        chunked: whether a language model's loss is computed in chunks of tokens.
     """
     memory = MemoryTracker() if memory is None else memory
-    network = SimulatedNetwork(spec, batch, sizes, tile_relations, implementation)
+    network = SimulatedNetwork(spec, batch, sizes, tile_relations, implementation, chunked=chunked)
     saved_bytes = run_micro_batch(network, memory, hooks, memory.phase)
     return Replay(memory, saved_bytes)
 

@@ -92,7 +92,22 @@ def _pad(number: int, multiple: int) -> int:
 
 def weight_gradients(tape: Tape, weights: ModuleParams, width: int) -> None:
     """Allocate the gradients of a module's parameters and pass them to the engine."""
-    tape.hooks.gradients(weights, [tape.new(numel * width, WEIGHT_GRADIENTS) for numel in weights.numels])
+    pass_gradients(tape, weights, [tape.new(numel * width, WEIGHT_GRADIENTS) for numel in weights.numels])
+
+
+def pass_gradients(tape: Tape, weights: ModuleParams, grads: list[Storage]) -> None:
+    """Pass the gradients of a module's parameters to the engine.
+
+    Parameters that two modules share are passed once: autograd holds the gradients of the first module until it has
+    added those of the second. The list holds the only reference to each gradient, and is empty afterwards.
+    """
+    if weights.shared and not weights.waiting:
+        weights.waiting = list(grads)
+        grads.clear()
+        return
+    if weights.shared:
+        grads[:], weights.waiting = weights.waiting, []
+    tape.hooks.gradients(weights, grads)
 
 
 def cast_parameters(tape: Tape, weights: ModuleParams, sizes: DtypeSizes) -> list[Tensor]:
@@ -108,7 +123,7 @@ def cast_parameters(tape: Tape, weights: ModuleParams, sizes: DtypeSizes) -> lis
         def backward(grad: Storage) -> Gradients:
             found[number] = tape.new(numel * sizes.parameter, WEIGHT_GRADIENTS)
             if len(found) == len(weights.numels):
-                tape.hooks.gradients(weights, [found.pop(n) for n in range(len(weights.numels))])
+                pass_gradients(tape, weights, [found.pop(n) for n in range(len(weights.numels))])
             return ()
 
         return backward
@@ -163,7 +178,7 @@ def linear(
         if casts_back:
             tape.hooks.release(weights, backward=True)
             return (given, *grads)
-        tape.hooks.gradients(weights, grads)
+        pass_gradients(tape, weights, grads)
         del grads
         tape.hooks.release(weights, backward=True)
         return (given,)
@@ -203,9 +218,18 @@ def layer_norm(
 
 
 def gelu(tape: Tape, x: Tensor) -> Tensor:
-    """Apply GELU elementwise; saves its input."""
+    """Apply GELU or SiLU elementwise; saves its input."""
     size = x.size
     return tape.result(tape.new(size), (x,), lambda grad: (tape.new(size, GRADIENTS),), (x.storage,))
+
+
+def multiply(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
+    """Multiply two tensors of equal shape; saves both."""
+    size = x.size
+    grads = (GRADIENTS, GRADIENTS)
+    return tape.result(
+        tape.new(size), (x, y), lambda grad: [tape.new(size, what) for what in grads], (x.storage, y.storage)
+    )
 
 
 def add(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
@@ -269,58 +293,12 @@ def prepend(tape: Tape, x: Tensor, numel: int, weights: ModuleParams, sizes: Dty
     return tape.result(out, (x,), backward)
 
 
-def embed(tape: Tape, rows: int, width: int, weights: ModuleParams, indices: Storage, sizes: DtypeSizes) -> Tensor:
-    """Look up (rows,) ids in a table; saves the ids; the table's gradient is dense."""
-    tape.hooks.fetch(weights, backward=False)
-    out = tape.new(rows * width * sizes.value)
-    tape.hooks.release(weights, backward=False)
-
-    def backward(grad: Storage) -> Gradients:
-        tape.hooks.fetch(weights, backward=True)
-        weight_gradients(tape, weights, sizes.parameter)
-        tape.hooks.release(weights, backward=True)
-        return ()
-
-    return tape.result(out, (), backward, (indices,))
-
-
-def pool_first(tape: Tape, x: Tensor) -> Tensor:
-    """Return the class token of every sample, a view; backward allocates a gradient for all tokens."""
-    size = x.size
-    return tape.result(x.storage, (x,), lambda grad: (tape.new(size, GRADIENTS),))
-
-
-def pool_mean(tape: Tape, x: Tensor, size: int, sizes: DtypeSizes) -> Tensor:
-    """Average over tokens to ``size`` bytes; backward divides an expanded gradient."""
-    full_size = x.size
-    out = tape.new(size)
-    if sizes.device == "cpu" and sizes.value < sizes.accumulator:
-        # A CPU widens the full input to sum it.
-        tape.new(x.size // sizes.value * sizes.accumulator + size // sizes.value * sizes.accumulator, TEMPORARY)
-    return tape.result(out, (x,), lambda grad: (tape.new(full_size, GRADIENTS),))
-
-
 def cast(tape: Tape, x: Tensor, numel: int, before: DtypeSizes, after: DtypeSizes) -> Tensor:
     """Cast ``numel`` values from the size ``before`` to ``after``; return the tensor itself if both are equal."""
     if before.value == after.value:
         return x
     size = numel * before.value
     return tape.result(tape.new(numel * after.value), (x,), lambda grad: (tape.new(size, GRADIENTS),))
-
-
-def cross_entropy(tape: Tape, logits: Tensor, targets: Storage) -> Tensor:
-    """Return the mean loss of fp32 logits; saves the log-probabilities; backward makes two tensors of their size."""
-    size = logits.size
-    probabilities = tape.new(size)
-    loss, weight = tape.new(4), tape.new(4)
-
-    def backward(grad: Storage) -> Gradients:
-        inner = tape.new(size, GRADIENTS)
-        outer = tape.new(size, GRADIENTS)
-        del inner
-        return (outer,)
-
-    return tape.result(loss, (logits,), backward, (probabilities, targets, weight))
 
 
 def dropout(tape: Tape, x: Tensor, sizes: DtypeSizes, *, last: bool = False) -> Tensor:
@@ -334,55 +312,3 @@ def dropout(tape: Tape, x: Tensor, sizes: DtypeSizes, *, last: bool = False) -> 
     mask = tape.new(size if sizes.device == "cpu" else size // sizes.value)
     tape.stopped |= last
     return tape.result(tape.new(size), (x,), lambda grad: (tape.new(size, GRADIENTS),), (mask,))
-
-
-def flash_block_bytes(tokens: int, head_dim: int, sizes: DtypeSizes) -> int:
-    """Return the scratch bytes of fused attention on a CPU: per thread a block of scores, two rows, an output block.
-
-    Source: torch 2.13, aten/src/ATen/native/cpu/FlashAttentionKernel.cpp.
-    """
-    if sizes.device != "cpu":
-        return 0
-    queries = min(tokens, 256 if tokens >= 768 else 64 if tokens >= 192 else 32)
-    keys = min(tokens, 512)
-    block = (queries * keys + 2 * queries + queries * head_dim) * sizes.accumulator
-    return sizes.threads * (block + (queries * keys * sizes.value if sizes.value < sizes.accumulator else 0))
-
-
-def rotate(tape: Tape, x: Tensor, numel: int, sizes: DtypeSizes) -> Tensor:
-    """Rotate queries or keys by rotary embedding, in the parameter dtype; nothing is saved for backward."""
-    size, wide = numel * sizes.value, numel * sizes.parameter
-    halves, joined = tape.new(wide, TEMPORARY), tape.new(wide)
-    out = tape.new(size) if sizes.casts else joined
-    del halves, joined
-
-    def backward(grad: Storage) -> Gradients:
-        tape.new((3 if sizes.casts else 2) * wide, TEMPORARY)
-        return (tape.new(size, GRADIENTS),)
-
-    return tape.result(out, (x,), backward)
-
-
-def fused_attention(
-    tape: Tape, rows: list[Tensor], batch: int, tokens: int, heads: int, head_dim: int, sizes: DtypeSizes
-) -> Tensor:
-    """Run queries, keys and values through one fused kernel; saves them, the output and a logsumexp per row.
-
-    Args:
-        tape, sizes: as in `linear`.
-        rows: queries, keys and values, each with its own storage or as parts of one storage.
-        batch, tokens, heads, head_dim: shape of each of them.
-    """
-    one = batch * tokens * heads * head_dim * sizes.value
-    out = tape.new(one)
-    sums = tape.new(batch * heads * tokens * sizes.accumulator)
-    block = flash_block_bytes(tokens, head_dim, sizes)
-    tape.new(block, TEMPORARY)
-    count = len(rows)
-
-    def backward(grad: Storage) -> Gradients:
-        grads = [tape.new(one, GRADIENTS) for _ in range(count)]
-        tape.new(2 * block, TEMPORARY)
-        return grads
-
-    return tape.result(out, rows, backward, (*(row.storage for row in rows), out, sums))

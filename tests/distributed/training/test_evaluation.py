@@ -16,6 +16,7 @@ from translution.distributed.runs.folder import METRICS, make_run_folders
 from translution.distributed.runs.status import read_status
 from translution.distributed.system.signals import StopRequest
 from translution.distributed.training import evaluation, run_log
+from translution.distributed.training.engine import Engine
 from translution.planner.config.model import parse_model_spec
 from translution.planner.config.run_config import TrainingSpec
 from translution.planner.hardware.cluster import local_cpu_cluster
@@ -28,8 +29,10 @@ class FakeEngine:
     """One rank whose logits are the first three values of a sample."""
 
     rank, world_size = 0, 1
+    scores = Engine.scores
 
-    def __init__(self) -> None:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.modes: list[str] = []
         self.batches: list[int] = []
         self.deepspeed_engine = SimpleNamespace(
@@ -66,7 +69,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def evaluator(plan: Plan, run: Path) -> evaluation.Evaluator:
     log = run_log.RunLog(plan, run, 0, writes_metrics=True)
-    return evaluation.Evaluator(plan, FakeEngine(), log, StopRequest())  # type: ignore[arg-type]  # a stand-in
+    return evaluation.Evaluator(plan, FakeEngine(plan), log, StopRequest())  # type: ignore[arg-type]  # a stand-in
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
