@@ -16,10 +16,10 @@ from .config.loading import save_model as save_model
 from .config.model import GptSpec as GptSpec
 from .config.model import ModelSpec as ModelSpec
 from .config.model import VitSpec as VitSpec
-from .config.run_config import OffloadMode as OffloadMode
 from .config.run_config import RunConfig as RunConfig
-from .config.run_config import TrainingSpec as TrainingSpec
-from .config.run_config import ZeroSpec as ZeroSpec
+from .config.training import TrainingSpec as TrainingSpec
+from .config.zero import OffloadMode as OffloadMode
+from .config.zero import ZeroSpec as ZeroSpec
 from .hardware.cluster import ClusterSpec as ClusterSpec
 from .hardware.cluster import load_cluster as load_cluster
 from .memory.estimate import BreakdownItem as BreakdownItem

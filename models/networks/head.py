@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHUNK_ELEMENTS = 2**24
-"""Logits of one chunk: 64 MiB in fp32."""
+from translution.planner.config import LOSS_CHUNK_ELEMENTS
+
 HELD_SCALE = 1024.0
 """Factor of the gradients that are held from forward to backward. Without it, those of a mean over many tokens are too
 small for fp16: the loss is scaled only in backward."""
@@ -18,7 +18,7 @@ small for fp16: the loss is scaled only in backward."""
 
 def chunk_rows(vocabulary: int) -> int:
     """Return the number of tokens of a chunk."""
-    return max(1, CHUNK_ELEMENTS // vocabulary)
+    return max(1, LOSS_CHUNK_ELEMENTS // vocabulary)
 
 
 class Head(nn.Linear):

@@ -11,7 +11,7 @@ from ..common.schema import Schema, stored_as
 from ..common.types import DTYPE_BYTES
 from ..config.loading import load_model
 from ..config.model import ModelSpec, VitSpec, override
-from ..config.run_config import TrainingSpec, parse_training
+from ..config.training import TrainingSpec, parse_training
 from ..costs.parameters import count_parameters, state_tensors, widths
 from ..costs.workload import count_flops
 from ..hardware.catalog import find_gpu, load_catalog

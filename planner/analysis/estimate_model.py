@@ -14,7 +14,8 @@ from ..common.errors import InputError
 from ..common.schema import Schema, stored_as
 from ..config.loading import load_model
 from ..config.model import OPERATORS, ModelSpec, Operator, parse_model_spec
-from ..config.run_config import RunConfig, TrainingSpec, parse_training
+from ..config.run_config import RunConfig
+from ..config.training import TrainingSpec, parse_training
 from ..costs.parameters import ParameterCount, count_parameters
 from ..costs.workload import FlopCount, count_flops
 from ..hardware.cluster import ClusterSpec, load_cluster

@@ -12,7 +12,7 @@ from ..common.phases import Tier
 from ..common.schema import Schema, validate
 from ..config.loading import load_model
 from ..config.model import ModelSpec, VitSpec
-from ..config.run_config import TrainingSpec
+from ..config.training import TrainingSpec
 from ..costs.parameters import count_parameters
 from ..hardware.cluster import ClusterSpec, load_cluster
 from ..memory.estimate import estimate_memory

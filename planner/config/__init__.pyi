@@ -12,6 +12,7 @@ from .loading import load_model as load_model
 from .loading import preset as preset
 from .loading import preset_name as preset_name
 from .model import DEFAULT_WORKSPACE_BYTES as DEFAULT_WORKSPACE_BYTES
+from .model import LOSS_CHUNK_ELEMENTS as LOSS_CHUNK_ELEMENTS
 from .model import OPERATORS as OPERATORS
 from .model import GptSpec as GptSpec
 from .model import ModelSpec as ModelSpec
@@ -20,8 +21,8 @@ from .model import VitSpec as VitSpec
 from .model import canonical_roles as canonical_roles
 from .model import override as override
 from .model import parse_model_spec as parse_model_spec
-from .run_config import Optimizer as Optimizer
 from .run_config import RunConfig as RunConfig
-from .run_config import TrainingSpec as TrainingSpec
-from .run_config import ZeroSpec as ZeroSpec
-from .run_config import parse_training as parse_training
+from .training import Optimizer as Optimizer
+from .training import TrainingSpec as TrainingSpec
+from .training import parse_training as parse_training
+from .zero import ZeroSpec as ZeroSpec

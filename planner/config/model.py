@@ -23,6 +23,9 @@ relation; and a matrix per position (absolute)."""
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
 """Default limit of the scratch memory of one operator call, in bytes."""
 
+LOSS_CHUNK_ELEMENTS = 2**24
+"""Logits of one chunk of a loss that is computed in chunks of tokens: 64 MiB in fp32."""
+
 Size: TypeAlias = Annotated[int, Field(ge=1, le=2**20, strict=True)]
 """A size of a model. The upper bound keeps a typing error from being counted for hours."""
 

@@ -14,7 +14,7 @@ from ..common.errors import InputError
 from ..common.schema import Schema
 from ..common.types import DTYPE_BYTES
 from ..config.model import ModelSpec, Operator, VitSpec
-from ..config.run_config import TrainingSpec
+from ..config.training import TrainingSpec
 
 EMBEDDING = "embeddings"
 TABLES = "relation tables"

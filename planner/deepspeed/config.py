@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..common.errors import InputError
-from ..config.run_config import TrainingSpec, ZeroSpec
+from ..config.training import TrainingSpec
+from ..config.zero import ZeroSpec
 
 NVME_BLOCK_BYTES = 2**20
 """Bytes of the smallest tensor that DeepSpeed writes to NVMe; smaller ones stay on the host."""

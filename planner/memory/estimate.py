@@ -13,7 +13,8 @@ from ..common.phases import Phase, Tier
 from ..common.schema import Schema, stored_as
 from ..common.units import format_bytes
 from ..config.model import ModelSpec
-from ..config.run_config import RunConfig, TrainingSpec
+from ..config.run_config import RunConfig
+from ..config.training import TrainingSpec
 from ..costs.parameters import TABLES, parameter_groups, state_name
 from ..hardware.device_overhead import DeviceOverhead
 from ..simulator.core import MemoryTracker, Peak

@@ -9,7 +9,9 @@ from ..common.errors import DoesNotFitError, InputError
 from ..common.units import format_bytes
 from ..config.datasets import DIGITS, DIGITS_TRAINING_SAMPLES, check_kind
 from ..config.model import ModelSpec, VitSpec
-from ..config.run_config import OffloadMode, RunConfig, TrainingSpec
+from ..config.run_config import RunConfig
+from ..config.training import TrainingSpec
+from ..config.zero import OffloadMode
 from ..costs.parameters import table_entries
 from ..deepspeed.config import check_training_state
 from ..hardware.cluster import ClusterSpec

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from ..common.schema import validate
 from ..config.model import ModelSpec
-from ..config.run_config import OffloadMode, ZeroSpec
+from ..config.zero import OffloadMode, ZeroSpec
 from ..costs.parameters import TABLES, parameter_groups, table_entries
 from ..simulator.engine.coordinator import partitioned_numel
 

@@ -13,7 +13,9 @@ from ..common.errors import InputError
 from ..common.schema import Schema, parse_json
 from ..common.types import Positive
 from ..config.model import ModelSpec
-from ..config.run_config import RunConfig, TrainingSpec, ZeroSpec
+from ..config.run_config import RunConfig
+from ..config.training import TrainingSpec
+from ..config.zero import ZeroSpec
 from ..deepspeed.config import deepspeed_config
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import MemoryEstimate

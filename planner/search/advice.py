@@ -12,7 +12,8 @@ from ..common.schema import Schema
 from ..common.units import format_bytes, format_count
 from ..config.loading import save_model
 from ..config.model import GptSpec, ModelSpec, VitSpec, override
-from ..config.run_config import RunConfig, TrainingSpec
+from ..config.run_config import RunConfig
+from ..config.training import TrainingSpec
 from ..costs.parameters import TABLES, count_parameters, table_entries
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import estimate_memory

@@ -18,7 +18,7 @@ from ..common.types import Positive
 from ..common.units import format_bytes
 from ..config.loading import load_model
 from ..config.model import ModelSpec
-from ..config.run_config import TrainingSpec, parse_training
+from ..config.training import TrainingSpec, parse_training
 from ..hardware.cluster import ClusterSpec, load_cluster
 from ..plans.build import predict_plan
 from ..plans.plan import Plan

@@ -13,7 +13,9 @@ from functools import lru_cache
 from ..common.errors import InputError
 from ..common.phases import Tier
 from ..config.model import ModelSpec
-from ..config.run_config import OffloadMode, RunConfig, TrainingSpec, ZeroSpec
+from ..config.run_config import RunConfig
+from ..config.training import TrainingSpec
+from ..config.zero import OffloadMode, ZeroSpec
 from ..costs.parameters import TABLES, parameter_groups
 from ..deepspeed.config import NVME_BLOCK_BYTES, check_training_state
 from ..hardware.cluster import ClusterSpec

@@ -15,7 +15,7 @@ from ..common.errors import InputError
 from ..common.schema import Schema, stored_as
 from ..common.types import Positive
 from ..config.model import ModelSpec
-from ..config.run_config import OffloadMode, ZeroSpec, min_buffers
+from ..config.zero import OffloadMode, ZeroSpec, min_buffers
 from ..costs.parameters import table_entries
 from ..hardware.cluster import ClusterSpec
 from ..plans.defaults import choose_tile, choose_zero, override_zero

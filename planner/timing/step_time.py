@@ -13,7 +13,9 @@ from typing import Literal, NamedTuple, TypeAlias
 from ..common.schema import Schema, stored_as
 from ..common.types import DTYPE_BYTES
 from ..config.model import ModelSpec
-from ..config.run_config import RunConfig, TrainingSpec, ZeroSpec
+from ..config.run_config import RunConfig
+from ..config.training import TrainingSpec
+from ..config.zero import ZeroSpec
 from ..costs.parameters import state_tensors, widths
 from ..costs.workload import Volumes, count_flops, count_work, volumes
 from ..hardware.cluster import ClusterSpec

@@ -10,7 +10,7 @@ from translution.distributed.experiments.runner import ExperimentResult, Trial
 from translution.distributed.runs.folder import METRICS, make_run_folders, memory_path
 from translution.planner.common.provenance import make_provenance
 from translution.planner.config.model import parse_model_spec
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import local_cpu_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.folder import write_plan_folder

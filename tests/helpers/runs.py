@@ -18,7 +18,7 @@ from translution.distributed.runs.status import raise_unless_finished
 from translution.distributed.system.environment import free_port, launch_environment
 from translution.distributed.system.filesystem import remove_shared_buffers
 from translution.planner.config.model import parse_model_spec
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import local_cpu_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.folder import write_plan_folder

@@ -17,7 +17,8 @@ from translution.distributed.runs.status import raise_unless_finished
 from translution.distributed.system.environment import free_port, version_warnings
 from translution.planner.common.errors import InputError
 from translution.planner.config.loading import preset
-from translution.planner.config.run_config import OffloadOptimizer, TrainingSpec, ZeroSpec
+from translution.planner.config.training import TrainingSpec
+from translution.planner.config.zero import OffloadOptimizer, ZeroSpec
 from translution.planner.hardware.cluster import load_cluster, local_cpu_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.defaults import choose_tile, choose_zero

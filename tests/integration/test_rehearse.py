@@ -36,7 +36,7 @@ from translution.planner.common.phases import TRAINING_PHASES, Phase
 from translution.planner.common.units import GIB
 from translution.planner.config.loading import preset
 from translution.planner.config.model import parse_model_spec
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster, local_cpu_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.folder import write_plan_folder

@@ -35,7 +35,7 @@ from translution.models import build, load_network
 from translution.planner.common.errors import InputError
 from translution.planner.common.machine import usable_cores
 from translution.planner.config.model import parse_model_spec
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import local_cpu_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.plan import PLAN_FILE, Plan, load_plan

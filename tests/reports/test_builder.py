@@ -18,7 +18,7 @@ from translution.planner.analysis.growth import GrowthPoint, best_point, best_po
 from translution.planner.common.provenance import make_provenance
 from translution.planner.config.loading import preset
 from translution.planner.config.model import override
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
 from translution.planner.plans.plan import load_plan
 from translution.planner.search.plan_search import search_plan

@@ -11,7 +11,9 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 from ...common.types import DTYPE_BYTES
-from ...config.run_config import RunConfig, TrainingSpec, ZeroSpec
+from ...config.run_config import RunConfig
+from ...config.training import TrainingSpec
+from ...config.zero import ZeroSpec
 from ...costs.parameters import state_tensors, temporary_tensors, widths
 from ..core import MemoryTracker, ParameterHooks, RankMemory, Storage
 from ..network.model import SimulatedNetwork

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...config.run_config import ZeroSpec
+from ...config.zero import ZeroSpec
 from ...costs.parameters import ParameterGroup
 from ...deepspeed.config import NVME_BLOCK_BYTES
 from ..core import ModuleParams, RankMemory, Storage

@@ -5,6 +5,7 @@ Source: events of torch 2.13's allocator; models/networks/head.py.
 
 from __future__ import annotations
 
+from ...config.model import LOSS_CHUNK_ELEMENTS
 from ..core import Gradients, ModuleParams, Storage, Tape, Tensor
 from .ops import (
     GRADIENTS,
@@ -14,9 +15,6 @@ from .ops import (
     product_scratch_bytes,
     weight_gradients,
 )
-
-CHUNK_ELEMENTS = 2**24
-"""Logits of one chunk of the chunked loss, as in models/networks/head.py."""
 
 
 def embed(tape: Tape, rows: int, width: int, weights: ModuleParams, indices: Storage, sizes: DtypeSizes) -> Tensor:
@@ -65,7 +63,7 @@ def cross_entropy(tape: Tape, logits: Tensor, targets: Storage) -> Tensor:
     return tape.result(loss, (logits,), backward, (probabilities, targets, weight))
 
 
-def chunked_loss(
+def chunked_cross_entropy(
     tape: Tape, x: Tensor, rows: int, dim: int, vocabulary: int, weights: ModuleParams, sizes: DtypeSizes
 ) -> Tensor:
     """Return the mean loss of a head in chunks of tokens; forward computes the gradients too, and holds only these.
@@ -78,7 +76,7 @@ def chunked_loss(
     wanted = x.node is not None
     tape.hooks.fetch(weights, backward=False)
     held = [tape.new(count * dim * sizes.value if wanted else 0) for count in (rows, vocabulary)]
-    step = max(1, CHUNK_ELEMENTS // vocabulary)
+    step = max(1, LOSS_CHUNK_ELEMENTS // vocabulary)
     # Later chunks allocate what the first does.
     _loss_chunk(tape, min(rows, step), dim, vocabulary, sizes, wanted=wanted)
     loss = tape.new(4)

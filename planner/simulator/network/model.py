@@ -15,7 +15,7 @@ from ...common.phases import Phase
 from ...config.model import GptSpec, ModelSpec, VitSpec
 from ..core import MemoryTracker, ModuleParams, ParameterHooks, Storage, Tape, Tensor
 from .block import SimulatedBlock, linear_weights, norm_weights
-from .head_ops import chunked_loss, cross_entropy, embed, pool_first, pool_mean
+from .head_ops import chunked_cross_entropy, cross_entropy, embed, pool_first, pool_mean
 from .norm_ops import norm
 from .ops import (
     GRADIENTS,
@@ -170,7 +170,7 @@ class SimulatedNetwork:
         x = norm(tape, x, rows, spec.dim, self.head_norm, stream, spec)
         if self.chunked:
             tape.memory.site = "loss"
-            return chunked_loss(tape, x, rows, spec.dim, spec.vocabulary, self.head, sizes)
+            return chunked_cross_entropy(tape, x, rows, spec.dim, spec.vocabulary, self.head, sizes)
         return linear(tape, x, rows, spec.dim, spec.vocabulary, self.head, sizes, given=stream)
 
     def _checkpointed(self, tape: Tape, block: SimulatedBlock, x: Tensor) -> Tensor:

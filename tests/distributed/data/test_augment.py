@@ -15,7 +15,7 @@ from translution.distributed.training.engine import smoothed_cross_entropy
 from translution.planner.common.errors import InputError
 from translution.planner.config.loading import preset
 from translution.planner.config.model import parse_model_spec
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.config.training import TrainingSpec
 from translution.planner.plans.build import check_data
 
 SPEC = parse_model_spec(

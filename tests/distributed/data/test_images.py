@@ -16,7 +16,7 @@ from translution.distributed.data.images import Images
 from translution.distributed.data.loaders import load_samples
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import parse_model_spec
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.config.training import TrainingSpec
 
 MODEL = {"family": "vit", "image": (16, 16), "patch": 8, "classes": 3, "dim": 8, "depth": 1, "heads": 1}
 MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])

@@ -24,7 +24,7 @@ from translution.planner.common.schema import validate
 from translution.planner.config.datasets import DIGITS_TRAINING_SAMPLES
 from translution.planner.config.loading import preset
 from translution.planner.config.model import ModelSpec, VitSpec, parse_model_spec
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.config.training import TrainingSpec
 from translution.planner.plans.plan import Plan, load_plan
 
 DIGITS = {"family": "vit", "image": 16, "patch": 4, "classes": 10, "dim": 8, "depth": 1, "heads": 1}

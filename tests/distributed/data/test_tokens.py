@@ -20,7 +20,7 @@ from translution.distributed.data.tokens import load_stdlib, stdlib_files
 from translution.distributed.preflight.checks import check_node
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import parse_model_spec
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.config.training import TrainingSpec
 from translution.planner.plans.plan import load_plan
 
 MODEL = {"family": "gpt", "context": 8, "vocabulary": 256, "dim": 8, "depth": 1, "heads": 1}

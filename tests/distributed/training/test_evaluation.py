@@ -18,7 +18,7 @@ from translution.distributed.system.signals import StopRequest
 from translution.distributed.training import evaluation, run_log
 from translution.distributed.training.engine import Engine
 from translution.planner.config.model import parse_model_spec
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import local_cpu_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.evaluation import EvaluationPlan

@@ -19,7 +19,7 @@ from translution.distributed.system.packages import check_training_packages
 from translution.distributed.training.monitor import RunMonitor
 from translution.planner.common.errors import InputError, MissingPackageError
 from translution.planner.config.model import parse_model_spec
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import local_cpu_cluster
 from translution.planner.plans.build import make_plan
 

@@ -18,7 +18,7 @@ from translution.planner.analysis.comparison import (
     thresholds,
 )
 from translution.planner.config.loading import preset
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.config.training import TrainingSpec
 from translution.planner.costs.parameters import count_parameters
 from translution.planner.costs.workload import count_flops
 from translution.planner.search.space import SearchConstraints

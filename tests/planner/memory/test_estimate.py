@@ -12,7 +12,8 @@ from translution.planner.common.errors import DoesNotFitError
 from translution.planner.common.phases import Phase, Tier
 from translution.planner.config.loading import preset
 from translution.planner.config.model import ModelSpec, parse_model_spec
-from translution.planner.config.run_config import RunConfig, TrainingSpec
+from translution.planner.config.run_config import RunConfig
+from translution.planner.config.training import TrainingSpec
 from translution.planner.costs.parameters import count_parameters
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 from translution.planner.memory.estimate import MemoryEstimate, estimate_memory, gathered_floor_bytes, saved_bytes

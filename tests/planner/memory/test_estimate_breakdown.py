@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from translution.planner.config.loading import preset
-from translution.planner.config.run_config import RunConfig, TrainingSpec
+from translution.planner.config.run_config import RunConfig
+from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
 from translution.planner.memory.estimate import describe_item
 from translution.planner.plans.defaults import choose_zero

@@ -10,7 +10,7 @@ from translution.planner.common.errors import InputError
 from translution.planner.common.phases import Phase
 from translution.planner.config.loading import preset
 from translution.planner.config.model import override
-from translution.planner.config.run_config import TrainingSpec, parse_training
+from translution.planner.config.training import TrainingSpec, parse_training
 from translution.planner.hardware.cluster import local_cpu_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.evaluation import TRAINING_FRACTION

@@ -18,7 +18,8 @@ from translution.planner.common.machine import usable_cores
 from translution.planner.common.units import format_bytes, format_count, format_flops
 from translution.planner.config.loading import load_model, preset
 from translution.planner.config.model import override
-from translution.planner.config.run_config import RunConfig, TrainingSpec
+from translution.planner.config.run_config import RunConfig
+from translution.planner.config.training import TrainingSpec
 from translution.planner.costs.parameters import ParameterGroup, parameter_groups
 from translution.planner.hardware.cluster import ClusterSpec, load_cluster
 from translution.planner.memory.estimate import estimate_memory

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from translution.planner.config.loading import PRESET_NAMES, preset
 from translution.planner.config.model import override
-from translution.planner.config.run_config import RunConfig, TrainingSpec
+from translution.planner.config.run_config import RunConfig
+from translution.planner.config.training import TrainingSpec
 from translution.planner.costs.parameters import count_parameters
 from translution.planner.costs.workload import count_flops, count_work, pair_counts
 from translution.planner.hardware.cluster import (

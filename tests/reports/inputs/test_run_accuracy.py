@@ -7,7 +7,7 @@ import pytest
 from translution.distributed.runs.measurement import MemoryMeasurement
 from translution.planner.common.phases import TRAINING_PHASES, Phase, Tier
 from translution.planner.config.loading import preset
-from translution.planner.config.run_config import TrainingSpec
+from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
 from translution.planner.plans.build import make_plan
 from translution.reports.inputs.run_accuracy import DEVICE_USED, RESERVED, RESIDENT, predicted_and_measured
