@@ -64,12 +64,12 @@ def _rms_norm_cpu(tape: Tape, x: Tensor, rows: int, width: int, weights: ModuleP
     del squares
 
     def square_backward(grad: Storage) -> Gradients:
-        if not wanted:
-            return (None,)
-        # The mean's gradient, and three tensors of the square's, of which the last is added to the rows' gradient.
-        pieces = [tape.new(full, GRADIENTS) for _ in range(4)]
+        pieces = [tape.new(full, GRADIENTS) for _ in range(3)]
         tape.hooks.release(weights, backward=True)
         return (pieces.pop(),)
+
+    def inverse_backward(grad: Storage) -> Gradients:
+        return (tape.new(full, GRADIENTS) if wanted else None,)
 
     def divide_backward(grad: Storage) -> Gradients:
         given = tape.new(full, GRADIENTS) if wanted else None
@@ -78,9 +78,10 @@ def _rms_norm_cpu(tape: Tape, x: Tensor, rows: int, width: int, weights: ModuleP
         del product
         return (given, column_grad)
 
-    inverse = tape.result(deviations, (x,), square_backward, (x.storage, deviations) if wanted else ())
+    squared = tape.result(tape.new(0), (x,), square_backward, (x.storage,) if wanted else ())
+    inverse = tape.result(deviations, (squared,), inverse_backward, (deviations,) if wanted else ())
     normed = tape.result(tape.new(full), (x, inverse), divide_backward, (x.storage, deviations) if wanted else ())
-    del inverse, deviations
+    del squared, inverse, deviations
 
     def scale_backward(grad: Storage) -> Gradients:
         tape.hooks.fetch(weights, backward=True)

@@ -20,13 +20,15 @@ Kind: TypeAlias = "type[SelfAttention | BiasAttention | ShawAttention | Absolute
 KINDS: list[tuple[Kind, dict[str, Any]]] = [
     (SelfAttention, {}),
     (SelfAttention, {"rotary": True}),
+    (SelfAttention, {"kv_heads": 1}),
+    (SelfAttention, {"kv_heads": 1, "rotary": True}),
     (BiasAttention, {}),
     (ShawAttention, {}),
     (AbsoluteTranslution, {"roles": "qkv", "tile_relations": 2}),
     (AbsoluteTranslution, {"roles": "kv"}),
     (AbsoluteTranslution, {"roles": "q", "tile_relations": 1}),
 ]
-NAMES = ["plain", "rotary", "bias", "shaw", "absolute-qkv", "absolute-kv", "absolute-q"]
+NAMES = ["plain", "rotary", "shared", "shared-rotary", "bias", "shaw", "absolute-qkv", "absolute-kv", "absolute-q"]
 WINDOWED = (BiasAttention, ShawAttention)
 
 
@@ -36,7 +38,9 @@ def slow(layer: Any, x: Tensor, padding: Tensor | None = None, noise: Tensor | N
     if isinstance(layer, AbsoluteTranslution):
         rows = [absolute_rows(layer, role, x) for role in "qkv"]
     else:
-        rows = list((x @ layer.projections.weight.t()).chunk(3, dim=-1))
+        joint = x @ layer.projections.weight.t()
+        shared = (joint.shape[-1] - layer.inner_dim) // 2
+        rows = list(joint.split([layer.inner_dim, shared, shared], dim=-1))
     if isinstance(layer, BiasAttention):
         terms["bias"] = layer.chain.logit_tiles[0].table
     if isinstance(layer, ShawAttention):
@@ -44,6 +48,8 @@ def slow(layer: Any, x: Tensor, padding: Tensor | None = None, noise: Tensor | N
         terms["value_vectors"] = layer.chain.value_tiles[0].vectors
     if isinstance(layer, SelfAttention) and layer.rotary is not None:
         rows[:2] = [rotated(layer, row) for row in rows[:2]]
+    if isinstance(layer, SelfAttention):
+        rows = [for_every_head(layer, row) for row in rows]
     out = naive_term_attention(layer.geometry, layer.heads, rows, **terms, key_padding=padding, noise=noise)
     result: Tensor = layer.output(out)
     return result
@@ -62,9 +68,16 @@ def rotated(layer: SelfAttention, rows: Tensor) -> Tensor:
     assert layer.rotary is not None
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32  # torch has no half-width complex dtype.
     angle = torch.complex(layer.rotary.cosine.to(wide), layer.rotary.sine.to(wide))
-    heads = rows.to(wide).unflatten(2, (layer.heads, -1)).movedim(1, 2)
+    heads = rows.to(wide).unflatten(2, (-1, layer.head_dim)).movedim(1, 2)
     number = torch.view_as_complex(heads.unflatten(3, (-1, 2)).contiguous()) * angle
     return torch.view_as_real(number).flatten(3).movedim(2, 1).flatten(2).to(rows.dtype)
+
+
+def for_every_head(layer: SelfAttention, rows: Tensor) -> Tensor:
+    """Give each head of queries the keys or values that it shares with its neighbours."""
+    heads = rows.shape[-1] // layer.head_dim
+    own = [head * heads // layer.heads for head in range(layer.heads)]
+    return torch.cat([rows[..., n * layer.head_dim : (n + 1) * layer.head_dim] for n in own], -1)
 
 
 def results(call: Callable[..., Tensor], layer: nn.Module, x: Tensor, grad: Tensor, *more: Any) -> list[Tensor]:

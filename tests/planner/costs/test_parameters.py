@@ -55,6 +55,11 @@ VARIANTS = [
     *({"operator": "absolute", "roles": roles} for roles in ("qkv", "kv", "q")),
     {"operator": "shaw", "relative_layers": "every:2", "head_dim": 8},
     {"operator": "bias", "window": 1},
+    {"operator": "attention", "norm": "rms"},
+    {"operator": "translution", "bias": False, "roles": "kv"},
+    {"operator": "alpha", "ffn": "swiglu"},
+    {"operator": "attention", "heads": 4, "kv_heads": 2, "bias": False, "norm": "rms", "ffn": "swiglu"},
+    {"operator": "translution", "relative_layers": "first:1", "head_dim": 8, "heads": 2, "kv_heads": 1},
 ]
 
 

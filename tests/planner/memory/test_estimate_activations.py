@@ -45,6 +45,8 @@ OPERATORS: list[dict[str, Any]] = [
     {"operator": "translution", "dropout": 0.2},
     {"operator": "alpha", "c1": 3, "c2": 5, "rotary": True, "dropout": 0.2},
     {"operator": "absolute", "roles": "kv", "relative_layers": "first:1", "dropout": 0.2},
+    {"operator": "attention", "kv_heads": 1, "norm": "rms", "ffn": "swiglu", "bias": False},
+    {"operator": "alpha", "c1": 3, "c2": 5, "norm": "rms", "ffn": "swiglu", "dropout": 0.2},
 ]
 
 
@@ -103,6 +105,7 @@ def test_bytes_saved_for_backward_are_exact(base: dict[str, Any], operator: dict
             assert predicted == counted_bytes(spec, batch, dtype, implementation), (implementation, dtype)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's RMSNorm under autocast
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
 @pytest.mark.parametrize(
     ("base", "checkpointing"),

@@ -10,8 +10,10 @@ import torch
 
 from translution.distributed.profiling.allocation_tracer import count_every_allocation
 from translution.distributed.profiling.single_process import measure_passes
+from translution.models.networks import head
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import ModelSpec, parse_model_spec
+from translution.planner.simulator.network import head_ops
 from translution.planner.simulator.network.model import MICRO_BATCHES, replay
 from translution.planner.simulator.network.ops import DtypeSizes
 from translution.planner.simulator.network.relation_shape import Implementation
@@ -51,6 +53,9 @@ BOTH: list[dict[str, Any]] = [
     LOW | {"dropout": 0.1},
     {"operator": "shaw", "dropout": 0.1},
     {"operator": "absolute", "dropout": 0.1},
+    {"operator": "attention", "rotary": True, "norm": "rms", "ffn": "swiglu", "bias": False, "kv_heads": 2},
+    {"operator": "attention", "kv_heads": 1, "dropout": 0.1},
+    {"operator": "translution", "norm": "rms", "ffn": "swiglu", "checkpointing": "block"},
 ]
 CASES: list[dict[str, Any]] = [
     *(base | operator for base in (VIT, GPT) for operator in BOTH),
@@ -101,6 +106,8 @@ def check_peaks(
     dtype: torch.dtype,
     implementation: Implementation = "grouped",
     autocast: torch.dtype | None = None,
+    *,
+    chunked: bool = False,
 ) -> None:
     """Compare predicted with measured peaks with oneDNN switched off.
 
@@ -110,9 +117,9 @@ def check_peaks(
     sizes = DtypeSizes.of(dtype.itemsize, "cpu", packs=False)
     if autocast is not None:
         sizes = DtypeSizes.autocast("cpu", packs=False)
-    predicted = replay(spec, batch, sizes, 9, implementation=implementation).memory.peaks
+    predicted = replay(spec, batch, sizes, 9, implementation=implementation, chunked=chunked).memory.peaks
     with torch.backends.mkldnn.flags(enabled=False):
-        measured = measure_passes(spec, batch, dtype, 9, implementation, autocast)
+        measured = measure_passes(spec, batch, dtype, 9, implementation, autocast, chunked=chunked)
     for phase, peak_bytes in measured.items():
         ours = predicted[phase].total_bytes - predicted[phase].live_bytes[MICRO_BATCHES]
         assert abs(ours - peak_bytes) <= STRAY_BYTES, phase
@@ -125,6 +132,18 @@ def check_peaks(
 )
 def test_the_peak_of_forward_and_backward_is_predicted(case: dict[str, Any], dtype: torch.dtype) -> None:
     check_peaks(parse_model_spec(case), 16, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("vocabulary", [211, 5000])
+def test_the_peak_of_a_loss_in_chunks_is_predicted(
+    vocabulary: int, tied: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (head, head_ops):
+        monkeypatch.setattr(module, "LOSS_CHUNK_ELEMENTS", 20_000)
+    spec = parse_model_spec(GPT | {"operator": "attention", "vocabulary": vocabulary, "tied_embeddings": tied})
+    check_peaks(spec, 4, dtype, chunked=True)
 
 
 @pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.float32, 8), (torch.bfloat16, 2)], ids=str)
