@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 # Tests that start ranks run last; DeepSpeed's ops compile while the others run, which takes minutes.
 # Tests that start ranks wait half of the time: one session more than there are cores, but at most eight.
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores < 8 ? cores + 1 : 8 )))
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist load --no-loadscope-reorder
 FAST := --ignore tests/integration --ignore tests/browser --ignore tests/docs --ignore tests/architecture/test_dist.py
 
 test: system-packages $(VENV)/.dev
@@ -35,7 +35,7 @@ fuzz: system-packages $(VENV)/.dev
 
 # The fast tests with the oldest allowed Python and packages, and with the newest.
 test-matrix: $(VENV)/.dev
-	sh scripts/test_matrix.sh $(abspath $(BIN)/uv) -n logical --dist loadfile $(FAST)
+	sh scripts/test_matrix.sh $(abspath $(BIN)/uv) -n logical $(FAST)
 
 system-packages:
 	@sh scripts/install_system_packages.sh

@@ -18,6 +18,7 @@ from helpers.browser import Browser, find_browser
 from helpers.fake_ops import FakeOps
 from helpers.report_folders import MALICIOUS, experiment_folder, plan_folder, run_folder
 from helpers.runs import has_libaio
+from xdist.scheduler import LoadScopeScheduling
 
 from translution.cli.main import run
 from translution.distributed.system.compiled_ops import extensions_folder, prepare_ops
@@ -37,6 +38,8 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 STARTS_RANKS = ("tests/integration", "tests/docs/test_pages.py")
 """Tests that start ranks. They run last: DeepSpeed's ops compile for minutes while the other tests run."""
+LONGEST = ("test_pages", "test_kills", "test_hosts", "test_offload", "test_slurm", "test_gpu_check", "test_reshard")
+"""Files of such tests that take longest as a whole or have the longest tests: they begin first."""
 COMPILING = "TRANSLUTION_TESTS_COMPILING"
 """Environment variable: a file that exists while ops compile."""
 COMPLETE = "TRANSLUTION_TESTS_COMPLETE"
@@ -52,7 +55,21 @@ def starts_ranks(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=starts_ranks)
+    items.sort(key=lambda item: (starts_ranks(item), item.path.stem not in LONGEST))
+
+
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types
+    """A worker runs all tests of a file; those of a file in `APART`, which share nothing, run on any worker."""
+
+    APART = ("tests/integration/test_accuracy.py", "tests/integration/test_resume.py", "tests/integration/test_runs.py")
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid if file in self.APART else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
+    return ByFile(config, log)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
