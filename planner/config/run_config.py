@@ -31,11 +31,19 @@ class RunConfig:
         """Choose what updates the states of adamw.
 
         Raises:
-            InputError: if DeepSpeed's fused kernel is asked for on CPU ranks, or a chunked loss for an image model.
+            InputError: if DeepSpeed's fused kernel is asked for on CPU ranks, a chunked loss for an image model, or a
+                group of hpZ that does not divide a node.
         """
         training = self.training
         if training.chunks_loss and self.model.family != "gpt":
             raise InputError("loss: 'chunked' is not allowed: must be whole for a model of images")
+        group, per_node = self.zero.hpz_ranks, self.cluster.ranks_per_node
+        if group > 1 and (per_node % group or group == self.world_size):
+            raise InputError(
+                f"hpz_ranks: {group} is not allowed: must divide the {per_node} ranks of one of several nodes"
+            )
+        if self.on_cpu and (self.zero.quantized_weights or self.zero.quantized_gradients):
+            raise InputError(f"{self.zero.zero_plus_plus} is not allowed: CPU ranks have no kernels for quantization")
         if self.on_cpu and training.adam == "fused":
             raise InputError("adam: 'fused' is not allowed: must be auto, torch or loop on CPU ranks")
         if training.adam == "auto" and training.optimizer == "adamw":

@@ -129,6 +129,13 @@ class ZeroSpec(Schema):
     sub_group_elements: Positive = 100_000_000
     overlap_comm: bool = False
     """Overlap reductions and prefetched gathers with computation, on other GPU streams."""
+    hpz_ranks: Positive = 1
+    """Ranks of a group that holds a second copy of the parameters, partitioned among them: ZeRO++'s hpZ. After a step's
+    first forward pass, gathers stay within the group, which is a node. 1 disables it."""
+    quantized_weights: bool = False
+    """Gather parameters over all ranks in 8-bit integers: ZeRO++'s qwZ."""
+    quantized_gradients: bool = False
+    """Reduce gradients in 4-bit integers: ZeRO++'s qgZ."""
     offload_optimizer: OffloadOptimizer = OffloadOptimizer()
     offload_param: OffloadParam = OffloadParam()
 
@@ -142,9 +149,23 @@ class ZeroSpec(Schema):
             raise ValueError("offload_optimizer: 'nvme' is not allowed: must be none or cpu below stage 3")
         if self.stage == 0 and optimizer.device != "none":
             raise ValueError(f"offload_optimizer: {optimizer.device!r} is not allowed: must be none at stage 0")
+        if self.stage < 3 and self.zero_plus_plus:
+            raise ValueError(f"{self.zero_plus_plus} is not allowed: must be at its default below stage 3")
+        if self.zero_plus_plus and param.device != "none":
+            raise ValueError(f"{self.zero_plus_plus} is not allowed: must be at its default with offloaded parameters")
         if self.stage < 3 and optimizer.ratio < 1:
             raise ValueError(f"offload_optimizer.ratio: {optimizer.ratio} is not allowed: must be 1 below stage 3")
         return self
+
+    @property
+    def zero_plus_plus(self) -> str:
+        """The first field of ZeRO++ that is set, with its value; empty if none is."""
+        values = {
+            "hpz_ranks": self.hpz_ranks > 1,
+            "quantized_weights": self.quantized_weights,
+            "quantized_gradients": self.quantized_gradients,
+        }
+        return next((f"{name}: {getattr(self, name)}" for name, is_set in values.items() if is_set), "")
 
     @property
     def offloads(self) -> bool:

@@ -175,6 +175,12 @@ def deepspeed_config(training: TrainingSpec, zero: ZeroSpec, world_size: int) ->
             "stage3_param_persistence_threshold": zero.persistence_threshold_elements,
             "sub_group_size": zero.sub_group_elements,
         }
+        if zero.zero_plus_plus:
+            stage |= {
+                "zero_hpz_partition_size": zero.hpz_ranks,
+                "zero_quantized_weights": zero.quantized_weights,
+                "zero_quantized_gradients": zero.quantized_gradients,
+            }
     config: dict[str, Any] = {
         "train_batch_size": training.global_batch(world_size),
         "train_micro_batch_size_per_gpu": training.micro_batch,

@@ -274,7 +274,11 @@ _FIXED: dict[str, tuple[str, str]] = {
     "random states": ("states of torch's generator, saved by each checkpointed block", "torch/utils/checkpoint.py"),
     names.BUFFERS: ("cosines and sines of rotary layers; index lists of pairs on a GPU", "models/ops/rotary.py"),
     names.GATHERED: ("full parameters of the modules that run", f"{_PARTITION}:1329"),
-    names.GATHER_COPIES: ("a rank's partitions, copied before the gather", f"{_PARTITION}:1329"),
+    names.GATHER_COPIES: ("a rank's partitions, copied before the gather, or quantized", f"{_PARTITION}:1329"),
+    names.SECONDARY: (
+        "hpZ: 1/hpz_ranks of each tensor, from its first use in a step to the update",
+        f"{_PARTITION}:1900",
+    ),
     names.BACKEND_COPIES: (
         "gloo reduces and gathers in tensors of its own; nothing on a GPU",
         "c10d, ProcessGroupGloo",

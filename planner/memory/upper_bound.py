@@ -197,6 +197,8 @@ def _parameters(terms: _Terms, bounds: MemoryUpperBound) -> None:
     width, zero, share = terms.width, terms.zero, terms.share
     param, bucket = zero.offload_param, zero.reduce_bucket_elements * width
     bounds.device += terms.volumes.persistent * width + bucket
+    if zero.hpz_ranks > 1:
+        bounds.device += share * terms.world_size // zero.hpz_ranks * width
     if zero.overlap_comm and not terms.on_cpu:
         bounds.device += 2 * (terms.largest * width + bucket)
     if param.device == "none":
@@ -259,12 +261,13 @@ def _running(terms: _Terms) -> int:
         ahead = 2 * min(zero.max_live_elements + module, zero.prefetch_bucket_elements + module)
     if zero.max_reuse_distance_elements:
         reused = min(terms.volumes.gathered, zero.max_reuse_distance_elements + module)
-    whole = (module + ahead + reused) * width
+    whole = (module + ahead + reused) * width + (2 * (module + ahead) if zero.quantized_weights else 0)
     # The two tensors of a tile of logits are gathered into one buffer and copied out of it.
     coordinator = (module + (module if terms.on_cpu else ceil_div(module, world_size))) * width
     reduced = max(zero.reduce_bucket_elements, terms.largest)
     share = ceil_div(reduced, world_size) * (terms.accumulation_width + terms.master_width)
     share += min(ceil_div(terms.largest, world_size), NORM_ELEMENTS) * NORM_BYTES if terms.offloaded else 0
+    share += reduced if zero.quantized_gradients else 0
     reducing = module * width + reduced * width * (2 if terms.on_cpu else 1) + share
     return terms.activations[0] + whole + max(coordinator, reducing)
 

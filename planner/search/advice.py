@@ -100,7 +100,7 @@ def _minimal_setups(
     modes = ("none", "block") if constraints.checkpointing is None else (constraints.checkpointing,)
     world_size = cluster.world_size
     for strategy in list_strategies(constraints, cluster)[0]:
-        if strategy.ratio < 1:
+        if strategy.ratio < 1 or strategy.hpz:
             continue
         for tile in tiles(spec, world_size, strategy.stage, constraints):
             if not writes_to_nvme(spec, tile, world_size, training.dtype_bytes, strategy):

@@ -109,7 +109,7 @@ class Searcher:
 
     def _try_strategy(self, strategy: Strategy, base: RunConfig, rates: Rates) -> None:
         """Evaluate every tile size and knob set of a strategy; ``base`` gives the rest of the configuration."""
-        if strategy in self.infeasible:
+        if strategy in self.infeasible or (strategy.hpz and base.cluster.nodes == 1):
             return
         model, cluster, training = base.model, base.cluster, base.training
         for tile in tiles(model, cluster.world_size, strategy.stage, self.constraints):
@@ -202,12 +202,14 @@ class Candidate:
 
     def cost(self, objective: Objective) -> tuple[float, ...]:
         """Sort key: what the objective minimizes, then what decides between equals."""
-        nodes, seconds, memory = float(self.nodes), self.sample_seconds, float(self.bounds.device)
+        nodes, memory = float(self.nodes), float(self.bounds.device)
+        # A difference below the fourth digit is no reason for ZeRO++, which needs more memory or rounds.
+        seconds, extras = float(f"{self.sample_seconds:.4g}"), float(self.strategy.hpz + self.strategy.quantized)
         return {
-            "time": (seconds, nodes, memory),
-            "nodes": (nodes, seconds, memory),
-            "cost": (nodes * seconds, seconds, memory),
-            "memory": (memory, seconds, nodes),
+            "time": (seconds, nodes, extras, memory),
+            "nodes": (nodes, seconds, extras, memory),
+            "cost": (nodes * seconds, seconds, extras, memory),
+            "memory": (memory, seconds, nodes, extras),
         }[objective]
 
     @property

@@ -30,10 +30,16 @@ class Strategy(NamedTuple):
     stage: Stage
     offload: OffloadMode
     ratio: float = 1.0
+    hpz: bool = False
+    """Whether every node has a second copy of the parameters: ZeRO++'s hpZ."""
+    quantized: bool = False
+    """Whether parameters and gradients are communicated as integers: ZeRO++'s qwZ and qgZ."""
 
     @property
     def text(self) -> str:
         """The strategy in words."""
+        if self.hpz:
+            return f"ZeRO-3 with hpZ{', qwZ and qgZ' if self.quantized else ''}, no offload"
         part = f", {self.ratio:.0%} of it" if self.ratio < 1 else ""
         names = {
             "none": "no offload",
@@ -58,11 +64,15 @@ def list_strategies(constraints: SearchConstraints, cluster: ClusterSpec) -> tup
     every += [Strategy(3, offload) for offload in OffloadMode]
     ratios = RATIOS if constraints.offload_ratio in (None, 1.0) else (constraints.offload_ratio,)
     every += [Strategy(3, OffloadMode.CPU_OPTIMIZER, ratio) for ratio in ratios]
+    every += _zero_plus_plus(cluster, constraints)
     chosen, infeasible = [], {}
     for strategy in every:
         if constraints.stage not in (None, strategy.stage) or constraints.offload not in (None, strategy.offload):
             continue
         if constraints.offload_ratio not in (None, strategy.ratio):
+            continue
+        if strategy.quantized and not constraints.quantized:
+            infeasible[strategy] = "it rounds parameters and gradients to integers: allow that with --quantized"
             continue
         if strategy.offload.uses_nvme and constraints.nvme_path is None:
             if constraints.offload is None:
@@ -73,6 +83,15 @@ def list_strategies(constraints: SearchConstraints, cluster: ClusterSpec) -> tup
             continue
         chosen.append(strategy)
     return chosen, infeasible
+
+
+def _zero_plus_plus(cluster: ClusterSpec, constraints: SearchConstraints) -> list[Strategy]:
+    """Strategies of ZeRO++, which differ from ZeRO-3 only on several nodes of several ranks."""
+    given = {"hpz_ranks", "quantized_weights", "quantized_gradients"} & set(constraints.zero_overrides)
+    if cluster.nodes == 1 or cluster.ranks_per_node == 1 or given:
+        return []
+    kinds = (False, True) if cluster.device == "cuda" else (False,)
+    return [Strategy(3, OffloadMode.NONE, hpz=True, quantized=quantized) for quantized in kinds]
 
 
 def node_counts(cluster: ClusterSpec, constraints: SearchConstraints) -> list[int]:
@@ -159,17 +178,7 @@ def knob_sets(
     Raises:
         InputError: if the user's overrides contradict the strategy.
     """
-    base = choose_zero(
-        spec,
-        tile_relations,
-        strategy.stage,
-        cluster.world_size,
-        offload=strategy.offload,
-        nvme_path=constraints.nvme_path,
-        ratio=strategy.ratio,
-    )
-    if constraints.zero_overrides:
-        base = override_zero(base, constraints.zero_overrides)
+    base = _minimal_knobs(spec, tile_relations, strategy, cluster, constraints)
     yield KnobSet(base, minimal_memory=True)
     on_gpu, largest = cluster.device == "cuda", base.reduce_bucket_elements
     changes: list[dict[str, Any]] = []
@@ -196,6 +205,28 @@ def knob_sets(
     for change in changes:
         if change and not fixed & set(change):
             yield KnobSet(base.model_copy(update=change), minimal_memory=False)
+
+
+def _minimal_knobs(
+    spec: ModelSpec,
+    tile_relations: int | None,
+    strategy: Strategy,
+    cluster: ClusterSpec,
+    constraints: SearchConstraints,
+) -> ZeroSpec:
+    base = choose_zero(
+        spec,
+        tile_relations,
+        strategy.stage,
+        cluster.world_size,
+        offload=strategy.offload,
+        nvme_path=constraints.nvme_path,
+        ratio=strategy.ratio,
+    )
+    if strategy.hpz:
+        rounds = dict.fromkeys(("quantized_weights", "quantized_gradients"), strategy.quantized)
+        base = base.model_copy(update={"hpz_ranks": cluster.ranks_per_node, **rounds})
+    return override_zero(base, constraints.zero_overrides) if constraints.zero_overrides else base
 
 
 def _swap(base: ZeroSpec, *, read: bool, write: bool) -> dict[str, Any]:
@@ -234,6 +265,8 @@ class SearchConstraints(Schema):
     """Activation checkpointing."""
     tile_relations: Positive | None = None
     """Relations per tile."""
+    quantized: bool = False
+    """Allow ZeRO++'s quantization, which rounds what ranks exchange."""
     all_nodes: bool = False
     """Use every node of the cluster instead of the best number."""
     headroom: Annotated[float, Field(ge=0, lt=1)] = HEADROOM

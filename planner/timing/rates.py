@@ -216,6 +216,11 @@ class Rates:
             self._transfers[name] = self._collective(name)
         return self._transfers[name]
 
+    def within(self, ranks: int) -> Rates:
+        """Return the rates of a group of ranks of one node, while the other groups do the same."""
+        update = {"nodes": 1, "ranks_per_node": ranks}
+        return Rates(self.cluster.model_copy(update=update), self.precision, self.level)
+
     def _collective(self, name: str) -> Transfer:
         cluster = self.cluster
         measured: Transfer | None = getattr(self._measured, name)

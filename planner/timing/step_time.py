@@ -122,12 +122,9 @@ def _transfers(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, ra
     reduce, gather = rates.collective("reduce_scatter"), rates.collective("all_gather")
     on_cpu, overlaps = rates.on_cpu, zero.overlap_comm and not rates.on_cpu
     if zero.stage == 3:
-        reductions = max(1, -(-v.elements // zero.reduce_bucket_elements))
-        seconds = uses * (v.gathers * gather.latency_s + v.gathered * width / gather.bytes_per_s)
         early = overlaps and zero.prefetch_bucket_elements > 0
-        parts[_GATHER] = PartTime(count * seconds, "network", early)
-        seconds = reductions * reduce.latency_s + v.elements * width / reduce.bytes_per_s
-        parts[_REDUCE] = PartTime(count * seconds, "network", overlaps)
+        parts[_GATHER] = PartTime(_gather_seconds(zero, v, width, count * uses, rates), "network", early)
+        parts[_REDUCE] = PartTime(count * _reduce_seconds(zero, v, width, rates), "network", overlaps)
         parts[_BACK] = PartTime(gather.seconds(v.persistent * width), "network")
         local = v.gathered // rates.cluster.world_size * width
         if param == "cpu":
@@ -154,6 +151,40 @@ def _transfers(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, ra
         seconds = count * (seconds + rates.norm_seconds(v.partition_numel))
         parts[_TO_HOST] = PartTime(seconds, "host link", overlaps)
     return parts
+
+
+def _gather_seconds(zero: ZeroSpec, v: Volumes, width: int, times: int, rates: Rates) -> float:
+    """Return the seconds of a step's gathers.
+
+    With hpZ all passes but the first gather the second copy, within a group. With qwZ they move integers of one byte,
+    which are made of a partition and turned into the full tensor.
+    """
+    moved = 1 if zero.quantized_weights else width
+    converted = v.gathered * (1 + width) / rates.memory_bytes_per_s if zero.quantized_weights else 0.0
+    gather = rates.collective("all_gather")
+    seconds = v.gathers * gather.latency_s + v.gathered * moved / gather.bytes_per_s
+    if zero.hpz_ranks == 1:
+        return times * (seconds + converted)
+    near = rates.within(zero.hpz_ranks).collective("all_gather")
+    return (
+        times * converted + seconds + (times - 1) * (v.gathers * near.latency_s + v.gathered * moved / near.bytes_per_s)
+    )
+
+
+def _reduce_seconds(zero: ZeroSpec, v: Volumes, width: int, rates: Rates) -> float:
+    """Return the seconds in which the gradients of a micro-batch are reduced.
+
+    With qgZ integers of half a byte are exchanged twice, within the nodes and between them (arXiv 2306.10209, section
+    3.3); DeepSpeed reduces as usual on one node.
+    """
+    reduce = rates.collective("reduce_scatter")
+    reductions = max(1, -(-v.elements // zero.reduce_bucket_elements))
+    if not zero.quantized_gradients or rates.cluster.nodes == 1:
+        return reductions * reduce.latency_s + v.elements * width / reduce.bytes_per_s
+    near = rates.within(rates.cluster.ranks_per_node).collective("reduce_scatter")
+    exchanged = v.elements * 0.5 * (1 / near.bytes_per_s + 1 / reduce.bytes_per_s)
+    converted = 2 * v.elements * (width + 0.5) / rates.memory_bytes_per_s
+    return reductions * (near.latency_s + reduce.latency_s) + exchanged + converted
 
 
 def _update_parts(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rates) -> dict[str, PartTime]:

@@ -17,6 +17,7 @@ from translution.distributed.runs.mode import RunMode
 from translution.distributed.runs.status import raise_unless_finished
 from translution.distributed.system.environment import free_port, launch_environment
 from translution.distributed.system.filesystem import remove_shared_buffers
+from translution.planner.common.machine import usable_cores
 from translution.planner.config.model import parse_model_spec
 from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import local_cpu_cluster
@@ -74,7 +75,7 @@ def run_ranks_of(command: Sequence[object], ranks: int, log: Path) -> None:
         for rank in range(ranks):
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
             environment = {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            environment = os.environ | launch_environment(local_cpu_cluster(ranks)) | environment
+            environment = os.environ | launch_environment(local_cpu_cluster(min(ranks, usable_cores()))) | environment
             processes.append(start([*map(str, command)], environment, log))
         codes = wait_until(lambda: ended(processes), every_s=0.02)
     finally:

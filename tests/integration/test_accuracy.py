@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "2-fp32": {"stage": 2},
     "3-fp32": {"stage": 3, "model": WIDE | {"checkpointing": "block"}},
     "3-bf16-gpt": {"stage": 3, **BF16, "model": GPT | HYBRID | LLAMA, "loss": "chunked", "zero_overrides": FEW},
+    "3-bf16-hpz": {"stage": 3, **BF16, "nodes": 2, "zero_overrides": {"hpz_ranks": 2}},
     "3-bf16-states": {"stage": 3, "bf16_master": True, "bf16_states": True, **BF16},
     "2-cpu-optimizer": {"stage": 2, "offload": "cpu-optimizer", **BF16},
     "3-cpu-optimizer": {"offload": "cpu-optimizer", "accumulation": 2, "grad_accum_dtype": "fp32", **BF16},
@@ -47,15 +48,15 @@ WITHIN_BYTES = 2**16
 """Tolerance for scalars, step counters and padding that the memory breakdown does not list."""
 
 
-def measured(folder: Path, *modes: RunMode, **options: Any) -> pd.DataFrame:
-    """Compare prediction and measurement of a plan's two ranks after it has run in each mode."""
+def measured(folder: Path, *modes: RunMode, nodes: int = 1, **options: Any) -> pd.DataFrame:
+    """Compare prediction and measurement of a plan's two ranks of each node after it has run in each mode."""
     nvme = folder / "nvme" if "nvme" in options.get("offload", "none") else None
     if nvme is not None:
         nvme.mkdir()
     values = {"model": WIDE, "tile": 4, "micro_batch": 8, "data": "synthetic"} | options
-    plan = write_plan(folder / "plan", 2, nvme_path=nvme, **values)
+    plan = write_plan(folder / "plan", 2, nvme_path=nvme, nodes=nodes, **values)
     for mode in modes:
-        run = run_plan(plan, 2, mode)
+        run = run_plan(plan, 2 * nodes, mode)
     return compare_run(run)
 
 
@@ -73,7 +74,7 @@ def test_states_are_exact_and_peaks_within_five_percent_and_never_low(name: str,
         # gloo is rarely late; a wrong prediction fails in every attempt.
         if not any(is_late(row) for row in table.to_dict("records")):
             break
-    assert set(table["rank"]) == {0, 1}
+    assert set(table["rank"]) == set(range(2 * CASES[name].get("nodes", 1)))
     if "nvme" in name:
         files = set(table[table["tier"] == "nvme"]["what"])
         assert files == {"master parameters", "optimizer states", "gradients"} | (

@@ -109,6 +109,9 @@ def plan_cli(
     minimize: Annotated[str, typer.Option(help="time, nodes, cost or memory.")] = "time",
     headroom: Annotated[float, typer.Option(help="Fraction of every memory that must stay free.")] = 0.08,
     all_nodes: Annotated[bool, typer.Option("--all-nodes", help="Use every node of the cluster.")] = False,
+    quantized: Annotated[
+        bool, typer.Option("--quantized", help="Allow ZeRO++ to round what ranks exchange to integers (qwZ, qgZ).")
+    ] = False,
     training_settings: TrainOption = None,
     zero_settings: ZeroOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing plan folder; its runs stay.")] = False,
@@ -138,6 +141,7 @@ def plan_cli(
         "minimize": minimize,
         "headroom": headroom,
         "all_nodes": all_nodes,
+        "quantized": quantized,
         "zero_overrides": dict(zero_settings or ()),
     } | dict(training_settings or ())
     check_new_folder(out.absolute(), marker=PLAN_FILE, force=force)

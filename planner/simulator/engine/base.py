@@ -22,6 +22,7 @@ PARAMETERS, PERSISTENT, BUFFERS = "parameters", "persistent parameters", "buffer
 MASTER_PARAMETERS, OPTIMIZER_STATES = "master parameters", "optimizer states"
 SHARED_GRADIENTS, STEP_GRADIENTS = "gradients", "fp32 gradients"
 BUCKET = "reduce bucket"
+SECONDARY = "second copy of the parameters"
 GATHERED, GATHER_COPIES = "gathered parameters", "copies of the gather"
 REDUCE_COPIES, BACKEND_COPIES = "copies of the reduction", "copies of the CPU backend"
 OPTIMIZER_TEMPORARIES, NORM = "optimizer temporaries", "gradient norm"

@@ -18,7 +18,7 @@ from ...config.zero import ZeroSpec
 from ...costs.parameters import ParameterGroup
 from ...deepspeed.config import NVME_BLOCK_BYTES
 from ..core import ModuleParams, RankMemory, Storage
-from .base import BACKEND_COPIES, GATHER_COPIES, GATHERED, PERSISTENT
+from .base import BACKEND_COPIES, GATHER_COPIES, GATHERED, PERSISTENT, SECONDARY
 
 
 def _name(shard: Shard) -> str:
@@ -84,6 +84,9 @@ class ParameterCoordinator:
         if self.memory.uses_gloo:
             # gloo gathers into its own tensor.
             pieces.append((self.memory.device, BACKEND_COPIES, full_bytes))
+        if self.zero.quantized_weights and shards[0].secondary is None:
+            # Integers of one byte, of all ranks and of this one.
+            pieces.append((self.memory.device, GATHER_COPIES, (full_bytes + partition_bytes) // self.width))
         self.memory.add_transient(*pieces)
         self._late = buffer if self.memory.uses_gloo else None
         if len(shards) == 1:
@@ -145,8 +148,22 @@ class ParameterCoordinator:
         """Free a gathered parameter; the rank's partition remains."""
         self.wait(shard)
         if shard.full is not None:
+            self.copy_within_group([shard])
             shard.full = None
             self.live_elements -= shard.numel
+
+    def copy_within_group(self, shards: Sequence[Shard]) -> None:
+        """Keep the rank's partition of parameters' second copies until `forget_copies` (`_partition_param_sec`)."""
+        group = self.zero.hpz_ranks
+        for shard in shards:
+            if group > 1 and shard.secondary is None:
+                size = shard.partition_numel * self.world_size // group * self.width
+                shard.secondary = Storage(self.memory.device, SECONDARY, size)
+
+    def forget_copies(self, shards: Sequence[Shard]) -> None:
+        """Free the second copies: a step has changed the parameters."""
+        for shard in shards:
+            shard.secondary = None
 
 
 ALIGNMENT_BYTES = 1024
@@ -165,6 +182,8 @@ class Shard:
     on_nvme: bool
     full: Storage | None = None
     """The gathered parameter; None if only the partition is in memory."""
+    secondary: Storage | None = None
+    """The rank's partition of the second copy, among the ranks of a group; None if there is none."""
     in_flight: list[Shard] | None = None
     """The parameters of the gather that is in flight for it; None if there is none."""
 

@@ -76,7 +76,6 @@ class Stage3Engine(SimulatedEngine):
         self.creates_states_aside = any(group.swapped for group in self.groups)
 
     # Building.
-
     def build(self) -> None:
         """Build and partition one module after the other, as `zero.Init` does; then build the engine."""
         self.keep(self.memory.device, BUFFERS, self.network.buffer_bytes)
@@ -88,8 +87,8 @@ class Stage3Engine(SimulatedEngine):
         self._make_step_gradients()
         self.keep(self.memory.device, BUCKET, self.zero.reduce_bucket_elements * self.width)
         if self.zero.overlap_comm and not self.memory.on_cpu:
-            largest = max(shard.numel for shard in self.shards)
-            self.keep(self.memory.device, STREAMS, 2 * (largest + self.zero.reduce_bucket_elements) * self.width)
+            waiting = max(shard.numel for shard in self.shards) + self.zero.reduce_bucket_elements
+            self.keep(self.memory.device, STREAMS, 2 * waiting * self.width)
         self.memory.at("gradients")
         self._keep_on_host_pinned(SHARED_GRADIENTS, self.elements * self.config.accumulation_width)
         self._gather_each()
@@ -97,8 +96,7 @@ class Stage3Engine(SimulatedEngine):
     def _lock_param_buffers(self) -> None:
         param = self.zero.offload_param
         size = param.buffer_count * align(param.buffer_elements, self.width) * self.width
-        storage = self.memory.lock(PARAM_SWAP_BUFFERS, size)
-        self.resident.append(storage)
+        self.resident.append(self.memory.lock(PARAM_SWAP_BUFFERS, size))
 
     def _construct(self) -> None:
         """Create tensors in fp32 and cast them; partition a module's tensors when the module is complete.
@@ -108,6 +106,7 @@ class Stage3Engine(SimulatedEngine):
         self.memory.at("construction")
         partitions = [self._partitions(weights) for weights in self.network.construction]
         device = self.memory.device
+        self.coordinator.copy_within_group(self.shards)
         held, worst, number = 0, -1, 0
         for index, (weights, own) in enumerate(zip(self.network.construction, partitions, strict=True)):
             if held + self._construction_bytes(weights) > worst:
@@ -225,9 +224,8 @@ class Stage3Engine(SimulatedEngine):
         self.coordinator.settle()
 
     # One training step.
-
     def start_training(self) -> None:
-        """Gather the persistent parameters."""
+        """Begin a step as all but the first begin."""
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -236,6 +234,7 @@ class Stage3Engine(SimulatedEngine):
         self.coordinator.gather([shard for shard in self.persistent if shard.full is None])
         for shard in self.persistent:
             self.coordinator.wait(shard)
+        self.coordinator.forget_copies(self.shards)
 
     def fetch(self, weights: ModuleParams, *, backward: bool) -> None:
         """Gather a module's parameters."""
@@ -271,10 +270,12 @@ class Stage3Engine(SimulatedEngine):
         padded = sum(shard.partition_numel for shard in shards) * self.world_size
         single = len(shards) == 1 and shards[0].numel % self.world_size == 0
         flat = None if single else Storage(memory.device, REDUCE_COPIES, padded * width)
+        if self.zero.quantized_gradients:
+            # Integers of half a byte, sent and received.
+            memory.add_transient((memory.device, REDUCE_COPIES, padded))
         # gloo reduces a copy and frees it at some time before the partitions have been copied.
         copy = Storage(memory.device, BACKEND_COPIES, padded * width) if memory.uses_gloo else None
-        accumulated = self.config.accumulation_width
-        cast = None
+        accumulated, cast = self.config.accumulation_width, None
         if accumulated != width:
             cast = Storage(memory.device, REDUCE_COPIES, padded // self.world_size * accumulated)
         copies: list[Storage] = []
@@ -305,7 +306,6 @@ class Stage3Engine(SimulatedEngine):
         del on_device
 
     # The optimizer step, and checkpoints.
-
     def step(self, *, first: bool = False) -> None:
         """Update one sub-group after the other; partition persistent parameters and gather them again."""
         self.memory.at("optimizer step")
@@ -378,6 +378,7 @@ class Stage3Engine(SimulatedEngine):
     def save(self) -> None:
         """Copy device tensors to the host, one storage after the other; host tensors are written without a copy."""
         self.memory.at("checkpoint save")
+        self.coordinator.copy_within_group(self.shards)  # As an evaluation before it does.
         if not self.memory.on_cpu and not self.offloaded:
             self.memory.add_transient((self.memory.host, STAGING, self.largest_group * FP32_BYTES))
 
