@@ -17,12 +17,13 @@ demo: $(VENV)/.demo
 # Tests that start ranks wait half of the time: one session more than there are cores, but at most eight.
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores < 8 ? cores + 1 : 8 )))
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist load --no-loadscope-reorder
-FAST := --ignore tests/integration --ignore tests/browser --ignore tests/docs --ignore tests/architecture/test_dist.py
+FAST := --ignore tests/integration --ignore tests/browser --ignore tests/docs --ignore tests/scripts \
+	--ignore tests/benchmarks --ignore tests/architecture/test_dist.py -m "not slow"
 
 test: system-packages $(VENV)/.dev
 	$(PYTEST) --compile-ops
 
-# Without the tests that start ranks or a browser, build the documentation, or build packages.
+# Without the tests that start ranks or a browser, build documentation or packages, run scripts or benchmarks, or are slow.
 quick: $(VENV)/.dev
 	$(PYTEST) $(FAST)
 

@@ -54,7 +54,11 @@ def starts_ranks(item: pytest.Item) -> bool:
     return path.startswith(STARTS_RANKS)
 
 
+@pytest.hookimpl(tryfirst=True)  # Before pytest leaves out what `-m` does not name.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gallery_folder" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: (starts_ranks(item), item.path.stem not in LONGEST))
 
 

@@ -114,7 +114,7 @@ OFFLOADS: dict[str, dict[str, Any]] = {
     "none": {},
     "cpu-optimizer": {"offload": "cpu-optimizer"},
     "cpu": {"offload": "cpu", "precision": "bf16"},
-    "nvme-optimizer": {"offload": "nvme-optimizer"},
+    # The optimizer alone on NVMe without a pipeline is swapped as in "nvme".
     "nvme-optimizer, pipelined": {
         "offload": "nvme-optimizer",
         "zero_overrides": {

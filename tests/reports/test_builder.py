@@ -166,6 +166,7 @@ def test_experiment_section_shows_the_recorded_results(tmp_path: Path) -> None:
     assert language.parts[0].model_dump()["columns"][2]["kind"] == "number"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "cluster", "constraints"),
     [
@@ -253,6 +254,7 @@ def test_two_plans_have_separate_sections(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_report_imports_no_torch(tmp_path: Path, root: Path) -> None:
     recorded = root / "reports" / "step_time.json"
     program = (

@@ -87,6 +87,7 @@ def test_committed_gallery_contains_the_committed_measurements(root: Path, commi
         assert without_specs(held[section.key]) == without_specs(section), "run: make reports"
 
 
+@pytest.mark.slow
 def test_committed_figures_equal_those_of_the_planner(committed: Document) -> None:
     spec, cluster = preset("vit-base/16"), load_cluster("8xH100")
     held = [row for row in table(committed, "costs-table") if row["model"] == "vit-base/16"]

@@ -107,6 +107,7 @@ print(max(own for own, _ in seen) - seen[0][0], max(written for _, written in se
 """
 
 
+@pytest.mark.slow
 def test_only_one_piece_is_in_memory(tmp_path: Path) -> None:
     model = TINY | {"dim": 384, "depth": 1}
     run, network = trained(tmp_path / "plan", model)

@@ -89,6 +89,7 @@ def test_the_experiments_compare_the_models_of_the_paper() -> None:
         assert len({model.depth for model in own}) == 1
 
 
+@pytest.mark.slow
 def test_no_trial_outlives_a_killed_experiment(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "translution.cli", "experiment", "shift", "--steps", "100000", "--seeds", "1"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as program:
@@ -120,6 +121,7 @@ def _children(process: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENT_NAMES)
 def test_every_model_of_every_experiment_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "_EVALUATED", 64)
@@ -132,6 +134,7 @@ def test_every_model_of_every_experiment_trains(name: str, monkeypatch: pytest.M
         assert all(0.5 * chance < loss < 1.7 * chance for loss in found.losses.values())
 
 
+@pytest.mark.slow
 def test_a_trial_learns_and_is_reproducible() -> None:
     asked = find_experiment("shift")
     variant = asked.variants[0]
@@ -141,6 +144,7 @@ def test_a_trial_learns_and_is_reproducible() -> None:
     assert first.losses != run_trial(variant, STATIC, 4, 60, asked.learning_rate).losses
 
 
+@pytest.mark.slow
 def test_a_quick_experiment_writes_figures_table_and_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

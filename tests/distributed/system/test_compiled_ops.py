@@ -56,6 +56,7 @@ def compilers(folder: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_compilation_leaves_no_lock_that_blocks_the_next(
     tmp_path: Path,
 ) -> None:

@@ -40,6 +40,7 @@ def resident_after_freeing(word: str, **variables: str) -> tuple[str, int]:
     return took, int(size)
 
 
+@pytest.mark.slow
 def test_freed_blocks_are_given_back() -> None:
     took, size = resident_after_freeing("return")
     assert took == "True"
@@ -47,10 +48,12 @@ def test_freed_blocks_are_given_back() -> None:
     assert size < 8 * BLOCK_BYTES
 
 
+@pytest.mark.slow
 def test_without_it_glibc_keeps_them() -> None:
     assert resident_after_freeing("keep")[1] > BLOCKS * BLOCK_BYTES / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variables",
     [{"MALLOC_MMAP_THRESHOLD_": "33554432"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432"}],

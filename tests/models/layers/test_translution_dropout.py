@@ -68,6 +68,7 @@ def test_noise_is_zero_with_the_given_probability_and_preserves_the_mean(dtype: 
     assert not torch.equal(noise, dropout_noise(noise, 0.3, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(("layer", "options"), KINDS, ids=lambda value: getattr(value, "__name__", ""))
 def test_evaluation_drops_nothing_and_the_mean_over_seeds_is_the_undropped_output(

@@ -53,6 +53,7 @@ def test_offload_needs_no_more_gpus() -> None:
         assert offloaded.world_size <= plain.world_size
 
 
+@pytest.mark.slow
 def test_more_nodes_hold_larger_models() -> None:
     limits = list(thresholds(preset("vit-base/16"), "H100", BF16, ("width",)))
     own = [limit.largest for limit in limits]
@@ -86,6 +87,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_files_hold_the_same_rows(written: Path) -> None:
     table = pd.read_csv(written / "table.csv")
     rows = json.loads((written / "table.json").read_text())
@@ -95,6 +97,7 @@ def test_files_hold_the_same_rows(written: Path) -> None:
     assert "| full Translution up to |" in text
 
 
+@pytest.mark.slow
 def test_charts_show_three_axes(written: Path) -> None:
     assert (written / "table.png").read_bytes().startswith(b"\x89PNG")
     text = (written / "table.svg").read_text()
@@ -102,6 +105,7 @@ def test_charts_show_three_axes(written: Path) -> None:
         assert label in text
 
 
+@pytest.mark.slow
 def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["compare", "vit-tiny/56", "--alpha-rank", "4", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

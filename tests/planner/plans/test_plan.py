@@ -63,6 +63,7 @@ def test_model_states_of_vit_base_by_hand() -> None:
     assert estimate.peak_bytes == max(peak.bytes for peak in estimate.peaks if peak.tier == "device")
 
 
+@pytest.mark.slow
 @given(
     ranks=st.sampled_from([1, 2, 4, 8, 16]),
     micro_batch=st.integers(1, 8),

@@ -187,6 +187,7 @@ def test_every_strategy_and_every_knob_has_a_reason() -> None:
         )
 
 
+@pytest.mark.slow
 def test_each_objective_is_minimal() -> None:
     plans = {goal: found("vit-base/16", "4x8xH100", global_batch=256, minimize=goal).plan for goal in
              ("time", "nodes", "cost", "memory")}  # fmt: skip
@@ -222,6 +223,7 @@ def test_nvme_offload_needs_tensors_that_deepspeed_swaps() -> None:
     assert largest * plan.training.dtype_bytes >= 2**20
 
 
+@pytest.mark.slow
 def test_five_thousand_candidates_are_considered() -> None:
     """The search is fast without dropping candidates; benchmarks/planner.py measures its time."""
     searcher = Searcher(preset("vit-base/16"), load_cluster("2x8xH100"), BF16, SearchConstraints(global_batch=1024))
@@ -317,6 +319,7 @@ def test_a_plan_that_fits_is_under_every_capacity(model: str, cluster: str, stag
     assert result.plan.training.global_batch(result.plan.cluster.world_size) == batch * where.world_size
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_advice_and_writes_a_spec_for_each_hybrid(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,8 +26,8 @@ pytestmark = [
 ]
 
 SIZES: dict[str, Any] = {"dim": 64, "depth": 2, "heads": 4}
-VIT: dict[str, Any] = {"family": "vit", "image": [48, 32], "patch": 8, "channels": 3, "classes": 10} | SIZES
-GPT: dict[str, Any] = {"family": "gpt", "context": 48, "vocabulary": 211} | SIZES
+VIT: dict[str, Any] = {"family": "vit", "image": [32, 24], "patch": 8, "channels": 3, "classes": 10} | SIZES
+GPT: dict[str, Any] = {"family": "gpt", "context": 24, "vocabulary": 211} | SIZES
 WIDE: dict[str, Any] = VIT | {"image": 40, "classes": 100, "dim": 96, "depth": 2, "heads": 3}
 LOW = {"operator": "alpha", "c1": 4, "c2": 6}
 BOTH: list[dict[str, Any]] = [
@@ -170,7 +170,9 @@ def test_the_scratch_of_batched_relations_has_an_upper_bound(base: dict[str, Any
 
 
 @pytest.mark.parametrize("case", AUTOCAST, ids=str)
-@pytest.mark.parametrize("base", [VIT, VIT | {"pool": "mean", "class_token": False}, GPT], ids=["vit", "mean", "gpt"])
+@pytest.mark.parametrize(
+    "base", [VIT, VIT | {"image": [48, 32], "pool": "mean", "class_token": False}, GPT], ids=["vit", "mean", "gpt"]
+)
 def test_the_peak_under_autocast_is_predicted(base: dict[str, Any], case: dict[str, Any]) -> None:
     check_peaks(parse_model_spec(base | case), 16, torch.float32, autocast=torch.bfloat16)
 

@@ -46,6 +46,7 @@ SAME = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query", SAME)
 def test_shown_command_makes_the_same_plan_and_folder(
     query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

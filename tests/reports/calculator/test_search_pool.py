@@ -35,6 +35,7 @@ def test_queue_is_bounded_and_a_choice_is_searched_once() -> None:
     asyncio.run(body())
 
 
+@pytest.mark.slow
 def test_search_beyond_its_time_limit_is_stopped_and_the_next_one_runs() -> None:
     async def body() -> None:
         searches = SearchPool(1, warm=False, limit_s=0.2)
@@ -55,6 +56,7 @@ def test_search_beyond_its_time_limit_is_stopped_and_the_next_one_runs() -> None
     asyncio.run(body())
 
 
+@pytest.mark.slow
 def test_idle_searches_cover_likely_choices_and_give_way_to_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     # On a busy machine an idle search would take longer than it may.
     monkeypatch.setattr("translution.reports.calculator.search_pool.IDLE_LIMIT_S", PATIENCE_S)

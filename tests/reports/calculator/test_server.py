@@ -129,6 +129,7 @@ def server() -> Iterator[Server]:
     assert (code, errors) == (0, "")
 
 
+@pytest.mark.slow
 def test_costs_are_immediate_and_the_plan_follows(server: Server, tmp_path: Path) -> None:
     first = json.loads(get(server, f"/api/answer?{SMALL}").body)
     assert first["costs"]["operators"][0]["operator"] == "translution"
@@ -279,6 +280,7 @@ def test_page_fits_the_window_and_every_control_has_a_label(
     assert browser.complaints() == []
 
 
+@pytest.mark.slow
 def test_server_stops_with_its_workers_while_a_request_waits() -> None:
     server = start()  # Idle workers start searching at once.
     with ThreadPoolExecutor(1) as pool:
@@ -289,6 +291,7 @@ def test_server_stops_with_its_workers_while_a_request_waits() -> None:
     wait_until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in family))
 
 
+@pytest.mark.slow
 def test_public_server_warns_and_its_workers_end_with_it() -> None:
     server = start("--host", "0.0.0.0")
     assert get(server, "/calculator.css", Host="192.0.2.1:80").status == 200

@@ -127,6 +127,7 @@ def test_an_unknown_finding_is_named(rehearsal: Record, as_if_on_a_gpu: Callable
         gpu_section(loaded(as_if_on_a_gpu()))
 
 
+@pytest.mark.slow
 def test_the_report_has_the_section(
     as_if_on_a_gpu: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -137,6 +137,7 @@ def test_every_table_and_picture_has_its_provenance(page: Page, report_page: Pat
     )
 
 
+@pytest.mark.slow
 def test_run_without_measurement_shows_only_the_prediction(tmp_path: Path, capsys: Captured) -> None:
     plan_folder(tmp_path / "plan")
     path = run_folder(tmp_path / "plan", "001")
@@ -149,6 +150,7 @@ def test_run_without_measurement_shows_only_the_prediction(tmp_path: Path, capsy
         assert "Memory breakdown" in text and "Predicted and measured" not in text
 
 
+@pytest.mark.slow
 def test_run_of_an_earlier_version_has_no_provenance(tmp_path: Path) -> None:
     plan_folder(tmp_path / "plan")
     path = run_folder(tmp_path / "plan", "001")
@@ -158,6 +160,7 @@ def test_run_of_an_earlier_version_has_no_provenance(tmp_path: Path) -> None:
     assert "not recorded by the run" in (tmp_path / "x.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_png_and_svg_are_written(tmp_path: Path, capsys: Captured) -> None:
     plan_folder(tmp_path / "plan")
     names = [str(tmp_path / f"x.{suffix}") for suffix in ("html", "png", "svg")]
