@@ -4,7 +4,8 @@ python benchmarks/public_runs.py --out reports     # seconds; predictions only, 
 
 benchmarks/public/mpt_fsdp.csv has 104 runs of MPT models on A100 and H100, from mosaicml/llm-foundry,
 scripts/train/benchmarking/README.md at 8c8dd48. Their FULL_SHARD acts as ZeRO-3 and SHARD_GRAD_OP as ZeRO-2. They
-gather parameters ahead and reduce gradients while backward computes, so the knobs here do, too.
+gather parameters ahead and reduce gradients while backward computes, so the knobs here do, too. Their models have tied
+embeddings, no biases, and a fused loss that never holds all logits in fp32. All of them fitted their GPUs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from translution.planner.timing import StepTime, estimate_step_time
 DATA = Path(__file__).with_name("public") / "mpt_fsdp.csv"
 AHEAD = {"prefetch_bucket_elements": 50_000_000, "max_live_elements": 10**9, "max_reuse_distance_elements": 10**9}
 """DeepSpeed's default knobs, with which ZeRO-3 gathers ahead."""
+LLAMA = {"norm": "rms", "ffn": "swiglu", "bias": False, "rotary": True}
 ALLOWED = 0.2
 """Relative error above which a run is listed as missed."""
 
@@ -39,6 +41,8 @@ class PublicRun(NamedTuple):
     gpu: str
     published_s: float
     predicted: StepTime
+    utilization: float
+    """Predicted peak of a GPU's memory, divided by its size."""
 
     @property
     def ratio(self) -> float:
@@ -55,6 +59,7 @@ def run_config(row: Mapping[str, str]) -> RunConfig:
     """Return the run that a row of the table describes."""
     sizes = {name: int(row[name]) for name in ("context", "vocabulary", "dim", "depth", "heads")}
     model = {"family": "gpt", "operator": "attention", "checkpointing": row["checkpointing"]} | sizes
+    model |= {"tied_embeddings": True, "bias": False}
     spec = parse_model_spec(model)
     cluster = load_cluster(f"{int(row['gpus']) // int(row['gpus_per_node'])}x{row['gpus_per_node']}x{row['gpu']}")
     training = TrainingSpec(
@@ -62,6 +67,7 @@ def run_config(row: Mapping[str, str]) -> RunConfig:
         micro_batch=int(row["micro_batch"]),
         gradient_accumulation_steps=int(row["accumulation"]),
         data="synthetic",
+        loss="chunked",
     )
     stage = 3 if row["sharding"] == "FULL_SHARD" else 2
     zero = choose_zero(spec, None, stage, cluster.world_size)
@@ -78,9 +84,48 @@ def predict_runs(path: Path = DATA) -> list[PublicRun]:
             f"{row['model']}, {row['context']} tokens, {row['gpus']} {row['gpu']}, micro-batch {row['micro_batch']}",
             row["gpu"],
             float(row["step_s"]),
-            estimate_step_time(run_config(row)),
+            estimate_step_time(run),
+            utilization(run),
         )
-        for row in rows
+        for row, run in ((row, run_config(row)) for row in rows)
+    ]
+
+
+def utilization(run: RunConfig) -> float:
+    """Return the predicted peak of a GPU's memory, divided by its size: up to 1 the run fits, without headroom."""
+    return estimate_memory(run).peak_bytes / run.cluster.device_memory_bytes
+
+
+class PublicFit(NamedTuple):
+    """A published micro-batch that fits or does not, and the predicted utilization of a GPU's memory."""
+
+    what: str
+    source: str
+    fitted: bool
+    utilization: float
+
+
+def predict_fits() -> list[PublicFit]:
+    """Predict whether the micro-batches of BigScience's 52-billion model fit 64 V100 of 32 GiB."""
+    square = 8192**2
+    knobs = {
+        "overlap_comm": True,
+        "reduce_bucket_elements": square,
+        "prefetch_bucket_elements": square * 9 // 10,
+        "persistence_threshold_elements": 10 * 8192,
+        "max_live_elements": 10**9,
+        "max_reuse_distance_elements": 10**9,
+    }
+    sizes = {"dim": 8192, "depth": 64, "heads": 32, "context": 1024, "vocabulary": 50257, "dropout": 0.1}
+    more = {"checkpointing": "offload", "tied_embeddings": True}
+    return [
+        PublicFit(
+            f"52 billion parameters, ZeRO-3 on 16 nodes of 4 V100-32, micro-batch {batch}",
+            "BigScience, experiments/gpt2.md and gpt2-meg-ds-zero",
+            fitted,
+            utilization(_gpt("16x4xV100-32", 3, sizes | more, {"precision": "fp16", "micro_batch": batch}, **knobs)),
+        )
+        for batch, fitted in ((20, True), (22, False), (24, False))
     ]
 
 
@@ -141,7 +186,7 @@ def predict_figures() -> list[PublicFigure]:
     llama = _gpt(
         "4xA100-80",
         2,
-        wide | {"depth": 32, "context": 2048, "vocabulary": 32000},
+        wide | {"depth": 32, "context": 2048, "vocabulary": 32000, "ffn_dim": 11008} | LLAMA,
         {"precision": "bf16", "micro_batch": 1},
         **offloaded,
     )
@@ -178,6 +223,8 @@ def summarize(runs: list[PublicRun]) -> dict[str, Any]:
         "inside_the_interval": sum(run.inside for run in runs) / len(ratios),
         "widest_above": max(run.predicted.high_s / run.predicted.likely_s - 1 for run in runs),
         "widest_below": max(1 - run.predicted.low_s / run.predicted.likely_s for run in runs),
+        "fitting": sum(run.utilization <= 1 for run in runs),
+        "highest_utilization": max(run.utilization for run in runs),
     }
 
 
@@ -199,12 +246,23 @@ def render(document: dict[str, Any]) -> str:
             f"| {gpu} | {row['runs']} | {row['median']:.3f} | {row['lowest']:.2f} | {row['highest']:.2f} | "
             f"{row['within_20_percent']:.0%} | {row['inside_the_interval']:.0%} |"
         )
+    every = document["summary"]["all"]
+    lines += [
+        "",
+        f"All of these runs fitted their GPUs. Predicted without headroom, {every['fitting']} of {every['runs']} fit;",
+        f"the highest peak takes {every['highest_utilization']:.0%} of its GPU's memory.",
+        "",
+        "| what | published | predicted peak, of a GPU's memory | source |",
+        "|---|---|--:|---|",
+    ]
+    for row in document["fits"]:
+        fitted = "fits" if row["fitted"] else "out of memory"
+        lines.append(f"| {row['what']} | {fitted} | {row['utilization']:.0%} | {row['source']} |")
     lines += ["", "Single figures, of runs with DeepSpeed:", ""]
     lines += ["| what | published | predicted | ratio | source |", "|---|--:|--:|--:|---|"]
     for row in document["figures"]:
         numbers = f"{row['published']:g} | {row['predicted']:.3g} | {row['ratio']:.2f}"
         lines.append(f"| {row['what']} | {numbers} | {row['source']} |")
-    every = document["summary"]["all"]
     lines += ["", "Median, lowest and highest are predicted divided by published seconds."]
     lines += [
         f"The interval reaches at most {every['widest_above']:.0%} above and {every['widest_below']:.0%} below the",
@@ -237,12 +295,14 @@ def make_document(runs: list[PublicRun]) -> dict[str, Any]:
             "high_s": run.predicted.high_s,
             "ratio": run.ratio,
             "inside": run.inside,
+            "utilization": run.utilization,
         }
         for run in sorted(runs, key=lambda run: run.ratio)
     ]
     return {
         "summary": {name: summarize(group) for name, group in groups.items()},
         "rows": rows,
+        "fits": [fit._asdict() for fit in predict_fits()],
         "figures": [figure._asdict() | {"ratio": figure.ratio} for figure in predict_figures()],
     }
 

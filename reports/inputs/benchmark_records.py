@@ -117,6 +117,9 @@ class PublicSummary(Schema):
     inside_the_interval: float
     widest_above: float
     widest_below: float
+    fitting: int | None = None
+    """Runs whose predicted memory fits without headroom."""
+    highest_utilization: float | None = None
 
 
 class PublicRow(Schema):
@@ -130,6 +133,8 @@ class PublicRow(Schema):
     high_s: float
     ratio: float
     inside: bool
+    utilization: float | None = None
+    """Predicted peak of a GPU's memory, divided by its size."""
 
 
 class PublicFigure(Schema):
@@ -143,11 +148,22 @@ class PublicFigure(Schema):
     ratio: float
 
 
+class PublicFit(Schema):
+    """A published micro-batch that fits or does not."""
+
+    what: str
+    source: str
+    fitted: bool
+    utilization: float
+    """Predicted peak of a GPU's memory, divided by its size."""
+
+
 class PublicRuns(BenchmarkRecord):
     """``public.json``."""
 
     summary: dict[str, PublicSummary]
     rows: tuple[PublicRow, ...]
+    fits: tuple[PublicFit, ...] = ()
     figures: tuple[PublicFigure, ...]
 
 

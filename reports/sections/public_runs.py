@@ -93,6 +93,23 @@ def public_section(found: PublicRuns) -> Section:
         how="Predicted by",
         made=found.made,
     )
+    fits = Table(
+        key="public-fits",
+        heading="Memory",
+        caption="Published micro-batches that fit or do not, and the predicted peak",
+        columns=(
+            Column(title="run"),
+            Column(title="published"),
+            Column(title="predicted peak, of a GPU's memory"),
+            Column(title="source"),
+        ),
+        rows=tuple(
+            (row.what, "fits" if row.fitted else "out of memory", f"{row.utilization:.0%}", row.source)
+            for row in found.fits
+        ),
+        how="Predicted by",
+        made=found.made,
+    )
     figures = Table(
         key="public-figures",
         heading="Single runs",
@@ -110,10 +127,13 @@ def public_section(found: PublicRuns) -> Section:
         how="Predicted by",
         made=found.made,
     )
-    text = (
+    text: tuple[str, ...] = (
         "Runs that others have published of attention models on A100 and H100 (mosaicml/llm-foundry, FSDP in bf16); "
         "reports/public.md lists each. The shares of the peak that products and attention reach were chosen by these "
         "runs; everything else is computed. Nothing ran on a GPU of ours.",
     )
-    parts = (summary, _picture(found), figures)
+    every = found.summary["all"]
+    if every.fitting is not None:
+        text += (f"All of these runs fitted their GPUs; {every.fitting} of {every.runs} are predicted to.",)
+    parts = (summary, _picture(found), *([fits] if found.fits else []), figures)
     return Section(key="public-section", title="Predicted and published time on GPUs", text=text, parts=parts)

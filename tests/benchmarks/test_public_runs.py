@@ -37,6 +37,16 @@ def test_published_runs_of_mpt_are_predicted(script: Any, runs: Any) -> None:
     assert max(every["widest_above"], every["widest_below"]) <= 0.35
 
 
+def test_runs_that_fitted_their_gpus_fit_without_headroom(script: Any, runs: Any) -> None:
+    assert all(run.utilization <= 1 for run in runs)
+    # A bound that is always low would hold as well.
+    assert max(run.utilization for run in runs) > 0.9
+    fits = script.predict_fits()
+    assert len(fits) == 3
+    for fit in fits:
+        assert (fit.utilization <= 1) is fit.fitted, fit
+
+
 def test_published_figures_of_single_runs_are_predicted(script: Any) -> None:
     figures = script.predict_figures()
     assert len(figures) == 5
