@@ -28,7 +28,7 @@ def join_init(measured: MemoryMeasurement) -> MemoryMeasurement:
 
 def largest_sub_group(plan: Plan) -> int:
     """Elements that a rank's optimizer updates at once: its largest sub-group under stage 3, else all of them."""
-    network = SimulatedNetwork(plan.model, 1, DtypeSizes.of(plan.training.dtype_bytes, "cpu"), plan.tile_relations)
+    network = SimulatedNetwork(plan.model, 1, DtypeSizes.of_training(plan.training, "cpu"), plan.tile_relations)
     ranks = plan.cluster.world_size if plan.zero.stage else 1
     by_module = make_shards(network.modules, plan.zero, ranks, plan.training.dtype_bytes)
     shards = [shard for weights in network.modules for shard in by_module[id(weights)]]

@@ -163,7 +163,7 @@ def comparison_rows(
     Raises:
         InputError: for an unknown GPU, or a rank that does not suit the model.
     """
-    sizes = DtypeSizes.of(training.dtype_bytes, "cuda")
+    sizes = DtypeSizes.of_training(training, "cuda")
     for name, rank, model in compared_models(spec, alpha_ranks):
         cluster = smallest_cluster(model, gpu, training, NO_OFFLOAD)
         offload = smallest_cluster(model, gpu, training, SearchConstraints())
@@ -250,7 +250,7 @@ def _steps(spec: ModelSpec, axis: Axis) -> list[int]:
 
 def scale_points(spec: ModelSpec, training: TrainingSpec, alpha_rank: int = 16) -> Iterator[ScalePoint]:
     """Yield the memory at every size along width, tokens and depth, for each of three operators."""
-    sizes = DtypeSizes.of(training.dtype_bytes, "cuda")
+    sizes = DtypeSizes.of_training(training, "cuda")
     for name, _, model in compared_models(spec, (alpha_rank,)):
         for axis in AXES:
             for step in _steps(spec, axis):

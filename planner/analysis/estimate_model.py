@@ -184,7 +184,7 @@ def estimate(
     where = None if cluster is None else load_cluster(cluster)
     values = {"micro_batch": micro_batch, "precision": precision, "data": "synthetic"}
     training = parse_training(values, "estimate")
-    sizes = DtypeSizes.of(training.dtype_bytes, "cuda" if where is None else where.device)
+    sizes = DtypeSizes.of_training(training, "cuda" if where is None else where.device)
     return ModelCosts(
         model=spec,
         precision=precision,

@@ -19,6 +19,9 @@ class TrainingSpec(Schema):
 
     precision: Precision = "fp32"
     """Dtype of parameters, activations and collectives; bf16 and fp16 keep an fp32 master copy."""
+    torch_autocast: Literal["bf16"] | None = None
+    """Dtype in which torch.autocast computes the products of fp32 parameters; requires precision fp32, in which ranks
+    communicate."""
     grad_accum_dtype: Precision | None = None
     """Dtype in which gradients are accumulated until the step; null is the precision."""
     bf16_master: bool = False
@@ -133,6 +136,10 @@ class TrainingSpec(Schema):
         if self.grad_accum_dtype not in (None, self.precision, "fp32"):
             allowed = " or ".join(dict.fromkeys((self.precision, "fp32")))
             raise ValueError(f"grad_accum_dtype: {self.grad_accum_dtype!r} is not allowed: must be {allowed}")
+        if self.torch_autocast and self.precision != "fp32":
+            raise ValueError(
+                f"torch_autocast: {self.torch_autocast!r} is not allowed: precision must be fp32, not {self.precision}"
+            )
         if self.bf16_master and self.precision != "bf16":
             raise ValueError(f"bf16_master: True is not allowed: precision must be bf16, not {self.precision}")
         if self.bf16_states and not self.bf16_master:
@@ -155,6 +162,16 @@ class TrainingSpec(Schema):
     def dtype_bytes(self) -> int:
         """Bytes of one parameter or activation."""
         return DTYPE_BYTES[self.precision]
+
+    @property
+    def compute_precision(self) -> Precision:
+        """Dtype of matrix products."""
+        return self.torch_autocast or self.precision
+
+    @property
+    def precision_text(self) -> str:
+        """Dtype of the parameters, and that of products if it differs."""
+        return f"{self.precision}, {self.torch_autocast} autocast" if self.torch_autocast else self.precision
 
     @property
     def accumulation_dtype(self) -> Precision:

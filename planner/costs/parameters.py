@@ -167,6 +167,16 @@ def parameter_groups(spec: ModelSpec, tile_relations: int | None = None) -> tupl
     return tuple(groups)
 
 
+def block_weight_elements(spec: ModelSpec) -> int:
+    """Return the elements of the plain weights, without tables, of the largest block."""
+    ffn = (3 if spec.ffn == "swiglu" else 2) * (spec.dim * spec.ffn_dim + max(spec.dim, spec.ffn_dim))
+    operators = (
+        sum(group.total for group in operator_groups(spec, operator) if group.component != TABLES)
+        for operator in set(spec.layer_operators)
+    )
+    return ffn + max(operators)
+
+
 def count_parameters(spec: ModelSpec, tile_relations: int | None = None) -> ParameterCount:
     """Return the exact parameter counts of a model."""
     return sum_parameters(parameter_groups(spec, tile_relations))

@@ -101,6 +101,9 @@ def _precision(training: TrainingSpec) -> dict[str, Any]:
         bf16["bf16_master_weights_and_grads"] = True
         bf16["bf16_optimizer_states"] = training.bf16_states
     result: dict[str, Any] = {"bf16": bf16}
+    if training.torch_autocast:
+        # Parameters of "safe" modules would be communicated in the lower precision: none is.
+        result["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     if training.precision == "fp16":
         # DeepSpeed's default loss scaling: 2^16 initially, doubled after 1000 steps without overflow.
         result["fp16"] = {

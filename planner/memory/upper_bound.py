@@ -13,7 +13,7 @@ from math import ceil
 from ..common.units import FP32_BYTES
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
-from ..costs.parameters import TABLES, parameter_groups, temporary_tensors
+from ..costs.parameters import TABLES, block_weight_elements, parameter_groups, temporary_tensors
 from ..costs.workload import Volumes, volumes
 from ..deepspeed.config import NVME_BLOCK_BYTES
 from ..simulator.core import MemoryTracker, next_power_of_two
@@ -171,7 +171,7 @@ def bound_memory(run: RunConfig) -> MemoryUpperBound:
         run: what is trained, where and how.
     """
     model, cluster, training, zero = run.model, run.cluster, run.training, run.zero
-    sizes = DtypeSizes.of(training.dtype_bytes, cluster.device)
+    sizes = DtypeSizes.of_training(training, cluster.device, stage=zero.stage)
     samples = sample_bytes(model) * training.micro_batch
     on_device, on_host = activation_bytes(model, training.micro_batch, sizes, training.chunks_loss)
     activations = (
@@ -264,6 +264,9 @@ def _running(terms: _Terms) -> int:
     whole = (module + ahead + reused) * width + (2 * (module + ahead) if zero.quantized_weights else 0)
     # The two tensors of a tile of logits are gathered into one buffer and copied out of it.
     coordinator = (module + (module if terms.on_cpu else ceil_div(module, world_size))) * width
+    if terms.run.model.checkpointing == "block":
+        # What torch's checkpoint recomputes holds the gathered weights of the block until backward has used them.
+        whole += block_weight_elements(terms.run.model) * width
     reduced = max(zero.reduce_bucket_elements, terms.largest)
     share = ceil_div(reduced, world_size) * (terms.accumulation_width + terms.master_width)
     share += min(ceil_div(terms.largest, world_size), NORM_ELEMENTS) * NORM_BYTES if terms.offloaded else 0

@@ -82,7 +82,7 @@ def folder_readme(plan: Plan) -> str:
 
 Made by {plan.made_by}. {model.family} with {format_count(count_parameters(model).total)} parameters
 ({model.operator}, {tile}), {cluster.nodes} node(s) of {cluster.ranks_per_node} rank(s) on {cluster.device},
-ZeRO-{plan.zero.stage}, {training.precision}, {training.micro_batch} samples per rank and micro-batch,
+ZeRO-{plan.zero.stage}, {training.precision_text}, {training.micro_batch} samples per rank and micro-batch,
 {training.global_batch(cluster.world_size)} per step, {training.steps} steps,
 {format_flops(flops.training_step * training.global_batch(cluster.world_size))} of matrix products per step.
 

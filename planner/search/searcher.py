@@ -78,8 +78,9 @@ class Searcher:
         modes: tuple[Checkpointing, ...] = ("none", "block", "offload")
         if self.constraints.checkpointing is not None:
             modes = (self.constraints.checkpointing,)
-        elif self.cluster.device == "cpu":
-            # A CPU rank computes in host memory, so that offloading activations to the host saves nothing.
+        elif self.cluster.device == "cpu" or self.training.torch_autocast:
+            # A CPU rank computes in host memory, so that offloading activations to the host saves nothing; and
+            # fairscale recomputes outside of autocast.
             modes = modes[:2]
         return [
             self.spec if self.spec.checkpointing == mode else self.spec.model_copy(update={"checkpointing": mode})
@@ -93,7 +94,7 @@ class Searcher:
             pairs = batches(self.constraints, self.global_batch, cluster.world_size)
             divides = divides or bool(pairs)
             self.capacities[nodes] = Capacity.of(cluster, self.constraints.headroom)
-            rates = Rates(cluster, self.training.precision)
+            rates = Rates(cluster, self.training.compute_precision)
             rates.check()
             for micro_batch, steps in pairs:
                 update = {"micro_batch": micro_batch, "gradient_accumulation_steps": steps}

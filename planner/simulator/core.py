@@ -241,6 +241,10 @@ class ParameterHooks:
     def release(self, weights: ModuleParams, *, backward: bool) -> None:
         """Called after a module has run."""
 
+    def gathered(self, weights: ModuleParams) -> tuple[Storage, ...]:
+        """Return the storages that `fetch` has gathered for a module, and that `release` frees."""
+        return ()
+
     def gradients(self, weights: ModuleParams, grads: list[Storage]) -> None:
         """Called when a module's gradients are ready; they are added to those of earlier micro-batches.
 
@@ -269,6 +273,9 @@ class Tape:
         """A gradient that is referenced outside of the tape as well, so torch does not accumulate into it in place."""
         self.casts: list[Storage] = []
         """Casts of parameters that autocast caches until its context ends."""
+        self.recomputes = False
+        """True while torch's checkpoint recomputes: it holds every tensor that an operation saves, so also a gathered
+        parameter after its release, until backward takes it."""
         self.stopped = False
         """True once a recomputed block has everything that backward needs: later operations record a node but compute
         nothing, as torch's checkpoint stops early."""
@@ -296,6 +303,10 @@ class Tape:
         node = Node(inputs, backward, saved, self.memory.site)
         self._nodes.append(node)
         return Tensor(storage, node)
+
+    def kept_weights(self, weights: ModuleParams) -> tuple[Storage, ...]:
+        """Return what an operation that saves a module's parameters keeps of them after their release."""
+        return self.hooks.gathered(weights) if self.recomputes else ()
 
     def saved_bytes(self) -> int:
         """Return the bytes in this memory that recorded operations save for backward; each storage counts once."""

@@ -86,10 +86,10 @@ def simulate(
         rehearsed: the rank runs alone on a CPU instead of its own device, as in `translution rehearse`.
     """
     training, cluster = run.training, run.cluster
-    sizes = DtypeSizes.of(training.dtype_bytes, cluster.device, threads)
+    sizes = DtypeSizes.of_training(training, cluster.device, threads, stage=run.zero.stage)
     if rehearsed:
         # Products that are not computed need no scratch; the operator runs as on the device that it stands for.
-        own = DtypeSizes.of(training.dtype_bytes, "cpu", threads, packs=False)
+        own = DtypeSizes.of_training(training, "cpu", threads, packs=False, stage=run.zero.stage)
         sizes = replace(own, batched=sizes.batched, copies_products=sizes.copies_products)
     network = SimulatedNetwork(run.model, training.micro_batch, sizes, run.tile_relations, chunked=training.chunks_loss)
     config = EngineConfig(run, rank)
@@ -135,7 +135,7 @@ def simulate_evaluation(run: RunConfig, batch: int, rank: int | None = None) -> 
         rank: number of the rank; None is the rank that holds the most.
     """
     device = run.cluster.device
-    sizes = DtypeSizes.of(run.training.dtype_bytes, device, 1)
+    sizes = DtypeSizes.of_training(run.training, device, 1, stage=run.zero.stage)
     network = SimulatedNetwork(run.model, batch, sizes, run.tile_relations, chunked=run.training.chunks_loss)
     memory = RankMemory(device)
     network.host = memory.host

@@ -276,7 +276,7 @@ def evaluation_seconds(run: RunConfig, batch: int) -> tuple[float, float, float]
     training = run.training.model_copy(update={"micro_batch": batch, "gradient_accumulation_steps": 1})
     seconds = []
     for level in RATE_LEVELS:
-        rates = Rates(run.cluster, training.precision, level)
+        rates = Rates(run.cluster, training.compute_precision, level)
         v = volumes(model, run.tile_relations, rates.cluster.world_size, zero.persistence_threshold_elements)
         forward, _ = compute_seconds(model, batch, v.tiles, rates)
         parts = {_FORWARD: PartTime(forward, "compute")}
@@ -312,7 +312,7 @@ def estimate_step_time(run: RunConfig) -> StepTime:
     """
     model, cluster, training = run.model, run.cluster, run.training
     by_level: dict[RateLevel, dict[str, PartTime]] = {
-        level: step_parts(run, Rates(cluster, training.precision, level)) for level in RATE_LEVELS
+        level: step_parts(run, Rates(cluster, training.compute_precision, level)) for level in RATE_LEVELS
     }
     likely = by_level["likely"]
     breakdown = tuple(
@@ -333,7 +333,7 @@ def estimate_step_time(run: RunConfig) -> StepTime:
         bounds[part.bound] = bounds.get(part.bound, 0.0) + part.seconds
     batch = run.global_batch
     flops = 3 * count_flops(model).forward * batch
-    peak = Rates(cluster, training.precision).peak_flops_per_s * run.world_size
+    peak = Rates(cluster, training.compute_precision).peak_flops_per_s * run.world_size
     return StepTime(
         breakdown=breakdown,
         low_s=low,

@@ -149,7 +149,7 @@ def costs_of(choice: Choice) -> Costs:
         ChoiceError: if a field is invalid; names it.
     """
     question = search_input(choice)
-    described = compare_operators(question.spec, 1, DtypeSizes.of(question.training.dtype_bytes, "cuda"))
+    described = compare_operators(question.spec, 1, DtypeSizes.of_training(question.training, "cuda"))
     rows = tuple(
         OperatorCost(
             operator=costs.operator,

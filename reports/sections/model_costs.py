@@ -133,7 +133,7 @@ _COLUMNS = (
 
 
 def _cost_row(spec: ModelSpec, training: TrainingSpec) -> tuple[CellValue, ...]:
-    costs = operator_costs(spec, 1, DtypeSizes.of(training.dtype_bytes, "cuda"))
+    costs = operator_costs(spec, 1, DtypeSizes.of_training(training, "cuda"))
     parameters, saved, flops = costs.parameters, costs.activations, costs.flops
     total = parameters.total
     return (

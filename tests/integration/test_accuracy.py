@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "2-fp32": {"stage": 2},
     "3-fp32": {"stage": 3, "model": WIDE | {"checkpointing": "block"}},
     "3-bf16-gpt": {"stage": 3, **BF16, "model": GPT | HYBRID | LLAMA, "loss": "chunked", "zero_overrides": FEW},
+    "3-autocast": {"stage": 3, "torch_autocast": "bf16", "model": GPT | HYBRID, "loss": "chunked"},
     "3-bf16-hpz": {"stage": 3, **BF16, "nodes": 2, "zero_overrides": {"hpz_ranks": 2}},
     "3-bf16-states": {"stage": 3, "bf16_master": True, "bf16_states": True, **BF16},
     "2-cpu-optimizer": {"stage": 2, "offload": "cpu-optimizer", **BF16},

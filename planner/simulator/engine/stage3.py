@@ -244,6 +244,10 @@ class Stage3Engine(SimulatedEngine):
         """Free a module's gathered parameters."""
         self.coordinator.release(self.by_module[id(weights)])
 
+    def gathered(self, weights: ModuleParams) -> tuple[Storage, ...]:
+        """Return a module's gathered parameters."""
+        return tuple(shard.full for shard in self.by_module[id(weights)] if shard.full and not shard.persistent)
+
     def gradients(self, weights: ModuleParams, grads: list[Storage]) -> None:
         """Put each full gradient into the bucket; reduce the bucket when the next gradient does not fit."""
         self.coordinator.settle()

@@ -11,6 +11,8 @@ from .ops import (
     GRADIENTS,
     TEMPORARY,
     DtypeSizes,
+    cast,
+    cast_parameters,
     pass_gradients,
     product_scratch_bytes,
     weight_gradients,
@@ -75,6 +77,8 @@ def chunked_cross_entropy(
     """
     wanted = x.node is not None
     tape.hooks.fetch(weights, backward=False)
+    x = cast(tape, x, rows * dim, sizes.wide, sizes)
+    casts = cast_parameters(tape, weights, sizes)
     held = [tape.new(count * dim * sizes.value if wanted else 0) for count in (rows, vocabulary)]
     step = max(1, LOSS_CHUNK_ELEMENTS // vocabulary)
     # Later chunks allocate what the first does.
@@ -85,11 +89,15 @@ def chunked_cross_entropy(
     def backward(grad: Storage) -> Gradients:
         tape.hooks.fetch(weights, backward=True)
         given = held.pop(0)
+        if casts_back:
+            tape.hooks.release(weights, backward=True)
+            return (given, held.pop())
         pass_gradients(tape, weights, [held.pop()])
         tape.hooks.release(weights, backward=True)
         return (given,)
 
-    return tape.result(loss, (x,), backward, held)
+    casts_back = len(casts)
+    return tape.result(loss, (x, *casts), backward, held)
 
 
 def _loss_chunk(tape: Tape, rows: int, dim: int, vocabulary: int, sizes: DtypeSizes, *, wanted: bool) -> None:

@@ -193,6 +193,7 @@ class SimulatedNetwork:
             held = [state, tape.new(state_bytes, "random states")]
             # The backward of the block's last sum, which needs no saved tensor, has run before.
             cast_grad = tape.new(saved.size // self.stream.value * self.sizes.value if narrows else 0, GRADIENTS)
+            inner.recomputes = not offload
             again = inner.leaf(tape.new(saved.size) if offloaded else saved)
             # torch's checkpoint stops once backward has what it needs; fairscale's holds the output.
             result = block.forward(inner, again, again=not offload)

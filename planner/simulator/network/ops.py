@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ...config.training import TrainingSpec
 from ..core import Backward, Gradients, ModuleParams, Storage, Tape, Tensor
 
 ACTIVATIONS, GRADIENTS, WEIGHT_GRADIENTS = "activations", "activation gradients", "whole gradients"
@@ -37,6 +38,9 @@ class DtypeSizes:
     """Whether the CPU packs the matrices of half-precision products: with AVX-512; other CPUs need no scratch."""
     batched: bool = False
     """Whether the operator multiplies many relations at a time, as on a GPU."""
+    recasts: bool = False
+    """Whether linear layers cast their operands for each product and save none of the casts: those of DeepSpeed at ZeRO
+    stage 3, under autocast."""
     copies_products: bool = False
     """Whether gradients of a tile's matrices are first made in another tensor, as by a GPU's grouped product."""
 
@@ -52,6 +56,15 @@ class DtypeSizes:
         """Return the sizes for fp32 parameters under `torch.autocast` to bf16 or fp16 on "cpu" or "cuda"."""
         gpu = device == "cuda"
         return cls(2, 4, 4, 4, device, threads, packs, gpu, gpu)
+
+    @classmethod
+    def of_training(
+        cls, training: TrainingSpec, device: str, threads: int = 1, *, packs: bool = True, stage: int = 0
+    ) -> DtypeSizes:
+        """Return the sizes for a training on "cpu" or "cuda" at a ZeRO stage."""
+        if training.torch_autocast:
+            return replace(cls.autocast(device, threads, packs=packs), recasts=stage == 3)
+        return cls.of(training.dtype_bytes, device, threads, packs=packs)
 
     @property
     def casts(self) -> bool:
@@ -159,13 +172,18 @@ def linear(
         given: sizes of the input if they differ; autocast casts it.
         last: whether the input is the last tensor that a recomputed block saves, so that recomputation stops here.
     """
+    if sizes.recasts:
+        return _recasting_linear(tape, x, (rows, d_in, d_out), weights, sizes, given or sizes, last=last)
     tape.hooks.fetch(weights, backward=False)
     casts = cast_parameters(tape, weights, sizes)
     x = cast(tape, x, rows * d_in, given or sizes, sizes)
     tape.stopped |= last
     out = tape.new(rows * d_out * sizes.value)
     tape.new(product_scratch_bytes(rows, d_in, d_out, sizes), TEMPORARY)
-    tape.hooks.release(weights, backward=False)
+    kept = tape.kept_weights(weights)
+    if not last:
+        # torch's checkpoint ends the recomputation before the module's hook that releases its parameters.
+        tape.hooks.release(weights, backward=False)
     wanted = x.node is not None
 
     def backward(grad: Storage) -> Gradients:
@@ -184,8 +202,59 @@ def linear(
         return (given,)
 
     casts_back = len(casts)
-    saved = (x.storage, *(copy.storage for copy in casts[:1]))
+    saved = (x.storage, *kept, *(copy.storage for copy in casts[:1]))
+    del kept
     return tape.result(out, (x, *casts), backward, saved)
+
+
+def _recasting_linear(
+    tape: Tape,
+    x: Tensor,
+    shape: tuple[int, int, int],
+    weights: ModuleParams,
+    sizes: DtypeSizes,
+    given: DtypeSizes,
+    *,
+    last: bool,
+) -> Tensor:
+    """Apply DeepSpeed's linear layer for ZeRO-3 under autocast (runtime/zero/linear.py); saves its input as given."""
+    rows, d_in, d_out = shape
+    narrows = given.value != sizes.value
+    tape.hooks.fetch(weights, backward=False)
+    casts = [tape.new(rows * d_in * sizes.value if narrows else 0, CASTS)]
+    casts.append(tape.new(d_in * d_out * sizes.value, CASTS))
+    out = tape.new(rows * d_out * sizes.value)
+    tape.new(product_scratch_bytes(rows, d_in, d_out, sizes), TEMPORARY)
+    del casts
+    if len(weights.numels) > 1 and sizes.device == "cpu":
+        # A CPU adds the bias in fp32: it widens the result, and makes the sum in another tensor.
+        tape.new(2 * rows * d_out * sizes.parameter, TEMPORARY)
+    saved = (x.storage, *tape.kept_weights(weights))
+    tape.stopped |= last
+    if not last:
+        tape.hooks.release(weights, backward=False)
+    wanted = x.node is not None
+
+    def backward(grad: Storage) -> Gradients:
+        tape.hooks.fetch(weights, backward=True)
+        casts = [tape.new(d_in * d_out * sizes.value if wanted else 0, CASTS)]
+        given_grad = tape.new(rows * d_in * sizes.value, GRADIENTS) if wanted else None
+        tape.new(product_scratch_bytes(rows, d_out, d_in, sizes) if wanted else 0, TEMPORARY)
+        casts.append(tape.new(rows * d_in * sizes.value if narrows else 0, CASTS))
+        grads = [tape.new(numel * sizes.value, WEIGHT_GRADIENTS) for numel in weights.numels]
+        tape.new(product_scratch_bytes(d_out, rows, d_in, sizes, transposed=True), TEMPORARY)
+        casts.clear()
+        # Autograd casts each gradient to the dtype of its tensor.
+        if wanted and narrows:
+            given_grad = tape.new(rows * d_in * given.value, GRADIENTS)
+        for number, numel in enumerate(weights.numels):
+            grads[number] = tape.new(numel * sizes.parameter, WEIGHT_GRADIENTS)
+        pass_gradients(tape, weights, grads)
+        del grads
+        tape.hooks.release(weights, backward=True)
+        return (given_grad,)
+
+    return tape.result(out, (x,), backward, saved)
 
 
 def layer_norm(

@@ -134,16 +134,20 @@ def test_the_peak_of_forward_and_backward_is_predicted(case: dict[str, Any], dty
     check_peaks(parse_model_spec(case), 16, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)],
+    ids=["fp32", "bf16", "autocast"],
+)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("vocabulary", [211, 5000])
 def test_the_peak_of_a_loss_in_chunks_is_predicted(
-    vocabulary: int, tied: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    vocabulary: int, tied: bool, dtype: torch.dtype, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (head, head_ops):
         monkeypatch.setattr(module, "LOSS_CHUNK_ELEMENTS", 20_000)
     spec = parse_model_spec(GPT | {"operator": "attention", "vocabulary": vocabulary, "tied_embeddings": tied})
-    check_peaks(spec, 4, dtype, chunked=True)
+    check_peaks(spec, 4, dtype, autocast=autocast, chunked=True)
 
 
 @pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.float32, 8), (torch.bfloat16, 2)], ids=str)
