@@ -186,18 +186,19 @@ def _spent(grad: Storage) -> Gradients:
     raise AssertionError("a backward ran twice")
 
 
-class Node:
-    """A node of the autograd graph: its inputs, its backward function and the storages saved for backward.
+class Passed(list[Storage]):
+    """Saved storages that the backward function takes out of this list, to free each before it returns."""
 
-    The backward function may empty a list of saved storages, to free each before it returns.
-    """
+
+class Node:
+    """A node of the autograd graph: its inputs, its backward function and the storages saved for backward."""
 
     __slots__ = ("backward", "grad", "inputs", "saved", "site")
 
     def __init__(self, inputs: Sequence[Tensor], backward: Backward, saved: Sequence[Storage], site: str) -> None:
         self.inputs = tuple(tensor.node for tensor in inputs)
         self.backward = backward
-        self.saved = saved
+        self.saved: Sequence[Storage] = saved if isinstance(saved, Passed) else tuple(saved)
         self.site = site
         self.grad: Storage | None = None
 

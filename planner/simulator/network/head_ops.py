@@ -6,7 +6,7 @@ Source: events of torch 2.13's allocator; models/networks/head.py.
 from __future__ import annotations
 
 from ...config.model import LOSS_CHUNK_ELEMENTS
-from ..core import Gradients, ModuleParams, Storage, Tape, Tensor
+from ..core import Gradients, ModuleParams, Passed, Storage, Tape, Tensor
 from .ops import (
     GRADIENTS,
     TEMPORARY,
@@ -79,7 +79,7 @@ def chunked_cross_entropy(
     tape.hooks.fetch(weights, backward=False)
     x = cast(tape, x, rows * dim, sizes.wide, sizes)
     casts = cast_parameters(tape, weights, sizes)
-    held = [tape.new(count * dim * sizes.value if wanted else 0) for count in (rows, vocabulary)]
+    held = Passed(tape.new(count * dim * sizes.value if wanted else 0) for count in (rows, vocabulary))
     step = max(1, LOSS_CHUNK_ELEMENTS // vocabulary)
     # Later chunks allocate what the first does.
     _loss_chunk(tape, min(rows, step), dim, vocabulary, sizes, wanted=wanted)

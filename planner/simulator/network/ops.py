@@ -38,24 +38,24 @@ class DtypeSizes:
     """Whether the CPU packs the matrices of half-precision products: with AVX-512; other CPUs need no scratch."""
     batched: bool = False
     """Whether the operator multiplies many relations at a time, as on a GPU."""
+    copies_products: bool = False
+    """Whether gradients of a tile's matrices are first made in another tensor, as by a GPU's grouped product."""
     recasts: bool = False
     """Whether linear layers cast their operands for each product and save none of the casts: those of DeepSpeed at ZeRO
     stage 3, under autocast."""
-    copies_products: bool = False
-    """Whether gradients of a tile's matrices are first made in another tensor, as by a GPU's grouped product."""
 
     @classmethod
     def of(cls, dtype_bytes: int, device: str, threads: int = 1, *, packs: bool = True) -> DtypeSizes:
         """Return the sizes for a model dtype of ``dtype_bytes`` bytes on "cpu" or "cuda"."""
         wide = max(4, dtype_bytes)
         statistic, gpu = dtype_bytes if device == "cpu" else wide, device == "cuda"
-        return cls(dtype_bytes, dtype_bytes, statistic, wide, device, threads, packs, gpu, gpu)
+        return cls(dtype_bytes, dtype_bytes, statistic, wide, device, threads, packs, batched=gpu, copies_products=gpu)
 
     @classmethod
     def autocast(cls, device: str, threads: int = 1, *, packs: bool = True) -> DtypeSizes:
         """Return the sizes for fp32 parameters under `torch.autocast` to bf16 or fp16 on "cpu" or "cuda"."""
         gpu = device == "cuda"
-        return cls(2, 4, 4, 4, device, threads, packs, gpu, gpu)
+        return cls(2, 4, 4, 4, device, threads, packs, batched=gpu, copies_products=gpu)
 
     @classmethod
     def of_training(
