@@ -135,5 +135,6 @@ def public_section(found: PublicRuns) -> Section:
     every = found.summary["all"]
     if every.fitting is not None:
         text += (f"All of these runs fitted their GPUs; {every.fitting} of {every.runs} are predicted to.",)
-    parts = (summary, _picture(found), *([fits] if found.fits else []), figures)
+    memory: tuple[Table, ...] = (fits,) if found.fits else ()
+    parts: tuple[Table | Picture, ...] = (summary, _picture(found), *memory, figures)
     return Section(key="public-section", title="Predicted and published time on GPUs", text=text, parts=parts)

@@ -127,10 +127,10 @@ def test_a_tied_head_has_the_embeddings_matrix_and_its_gradient_is_the_sum_of_bo
     tokens, targets = torch.randint(23, (2, 2, 7))
     network(tokens, targets).backward()
     both = network.embedding.weight.grad
-    twin = build(parse_model_spec(GPT)).double()
-    twin.load_state_dict(network.state_dict())
-    twin(tokens, targets).backward()
-    torch.testing.assert_close(both, twin.embedding.weight.grad + twin.head.weight.grad)
+    untied = build(parse_model_spec(GPT)).double()
+    untied.load_state_dict(network.state_dict())
+    untied(tokens, targets).backward()
+    torch.testing.assert_close(both, untied.embedding.weight.grad + untied.head.weight.grad)
 
 
 def test_a_tied_network_stays_tied_when_it_is_loaded(tmp_path: Any) -> None:
