@@ -12,6 +12,9 @@ checkpoint. The pipelined swapper copies them to locked buffers, writes those, a
 it reads the states again, in the next step: the states of all sub-groups are then in memory at once, 8 bytes per
 element of the rank with AdamW. The patch releases them as soon as they are copied.
 
+`cache_processor`: DeepSpeed asks py-cpuinfo for the processor three times to load one optimizer of the host, and each
+time py-cpuinfo starts a process that takes over a second. The patch keeps the first answer.
+
 `settled_collectives`: gloo frees a collective's tensors in its own thread at a random later time. While memory is
 traced, the patch waits for it.
 
@@ -22,6 +25,7 @@ optimizer_utils.py, runtime/zero/partition_parameters.py and stage3.py; open(2) 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -33,6 +37,14 @@ BLOCK_BYTES = 4096
 """Largest block size of a drive in bytes; buffers are page-aligned."""
 _PATCHED = "_translution_patched"
 _SETTLE_SECONDS = 0.002
+
+
+def cache_processor() -> None:
+    """Let py-cpuinfo describe the processor once per process."""
+    import cpuinfo
+
+    if not hasattr(cpuinfo.get_cpu_info, "cache_info"):
+        cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 
 def is_aligned(tensor: Tensor) -> bool:

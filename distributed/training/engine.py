@@ -15,7 +15,7 @@ from translution.planner.plans import Plan
 from ..data.base import Samples
 from ..system.compiled_ops import has_gpu_compiler
 from ..system.network import interface_towards
-from .deepspeed_fixes import patch_nvme_optimizers
+from .deepspeed_fixes import cache_processor, patch_nvme_optimizers
 
 MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -96,6 +96,7 @@ class Engine:
         torch.manual_seed(self.plan.training.seed + 1 + self.rank)
         model, self.model = self.model, None
         assert model is not None
+        cache_processor()
         if self.plan.zero.offload_optimizer.device == "nvme":
             patch_nvme_optimizers()
         self.deepspeed_engine, *_ = deepspeed.initialize(

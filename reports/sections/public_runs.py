@@ -59,6 +59,27 @@ def _picture(found: PublicRuns) -> Picture:
     )  # fmt: skip
 
 
+def _fits_table(found: PublicRuns) -> Table:
+    """Return the table of published micro-batches that fit or do not."""
+    return Table(
+        key="public-fits",
+        heading="Memory",
+        caption="Published micro-batches that fit or do not, and the predicted peak",
+        columns=(
+            Column(title="run"),
+            Column(title="published"),
+            Column(title="predicted peak, of a GPU's memory"),
+            Column(title="source"),
+        ),
+        rows=tuple(
+            (row.what, "fits" if row.fitted else "out of memory", f"{row.utilization:.0%}", row.source)
+            for row in found.fits
+        ),
+        how="Predicted by",
+        made=found.made,
+    )
+
+
 def public_section(found: PublicRuns) -> Section:
     """Return the section on published runs of attention models: a summary, a picture, single figures.
 
@@ -93,23 +114,6 @@ def public_section(found: PublicRuns) -> Section:
         how="Predicted by",
         made=found.made,
     )
-    fits = Table(
-        key="public-fits",
-        heading="Memory",
-        caption="Published micro-batches that fit or do not, and the predicted peak",
-        columns=(
-            Column(title="run"),
-            Column(title="published"),
-            Column(title="predicted peak, of a GPU's memory"),
-            Column(title="source"),
-        ),
-        rows=tuple(
-            (row.what, "fits" if row.fitted else "out of memory", f"{row.utilization:.0%}", row.source)
-            for row in found.fits
-        ),
-        how="Predicted by",
-        made=found.made,
-    )
     figures = Table(
         key="public-figures",
         heading="Single runs",
@@ -135,6 +139,6 @@ def public_section(found: PublicRuns) -> Section:
     every = found.summary["all"]
     if every.fitting is not None:
         text += (f"All of these runs fitted their GPUs; {every.fitting} of {every.runs} are predicted to.",)
-    memory: tuple[Table, ...] = (fits,) if found.fits else ()
+    memory = (_fits_table(found),) if found.fits else ()
     parts: tuple[Table | Picture, ...] = (summary, _picture(found), *memory, figures)
     return Section(key="public-section", title="Predicted and published time on GPUs", text=text, parts=parts)

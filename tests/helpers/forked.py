@@ -18,6 +18,9 @@ PRELOADED = [
     "translution.distributed.training.rank",
     "deepspeed.runtime.engine",
     "deepspeed.runtime.zero.muon.original_muon",
+    "deepspeed.module_inject",
+    "setuptools.command.build_ext",
+    "programs.processor",
 ]
 _context: list[ForkServerContext] = []
 

@@ -35,8 +35,15 @@ CASES: dict[str, dict[str, Any]] = {
     "1-fp32": {"stage": 1, "model": GPT | LLAMA | {"operator": "attention", "rotary": True}, "loss": "chunked"},
     "2-fp32": {"stage": 2},
     "3-fp32": {"stage": 3, "model": WIDE | {"checkpointing": "block"}},
-    "3-bf16-gpt": {"stage": 3, **BF16, "model": GPT | HYBRID | LLAMA, "loss": "chunked", "zero_overrides": FEW},
-    "3-autocast": {"stage": 3, "torch_autocast": "bf16", "model": GPT | HYBRID, "loss": "chunked"},
+    "3-bf16-gpt": {
+        "stage": 3,
+        **BF16,
+        "model": GPT | HYBRID | LLAMA,
+        "loss": "chunked",
+        "zero_overrides": FEW,
+        "tile": 4,
+    },
+    "3-autocast": {"stage": 3, "torch_autocast": "bf16", "model": GPT | HYBRID, "loss": "chunked", "tile": 4},
     "3-bf16-hpz": {"stage": 3, **BF16, "nodes": 2, "zero_overrides": {"hpz_ranks": 2}},
     "3-bf16-states": {"stage": 3, "bf16_master": True, "bf16_states": True, **BF16},
     "2-cpu-optimizer": {"stage": 2, "offload": "cpu-optimizer", **BF16},
@@ -54,7 +61,7 @@ def measured(folder: Path, *modes: RunMode, nodes: int = 1, **options: Any) -> p
     nvme = folder / "nvme" if "nvme" in options.get("offload", "none") else None
     if nvme is not None:
         nvme.mkdir()
-    values = {"model": WIDE, "tile": 4, "micro_batch": 8, "data": "synthetic"} | options
+    values = {"model": WIDE, "tile": 13, "micro_batch": 8, "data": "synthetic"} | options
     plan = write_plan(folder / "plan", 2, nvme_path=nvme, nodes=nodes, **values)
     for mode in modes:
         run = run_plan(plan, 2 * nodes, mode)

@@ -223,7 +223,6 @@ class Stage3Engine(SimulatedEngine):
         self.coordinator.drop(largest)
         self.coordinator.settle()
 
-    # One training step.
     def start_training(self) -> None:
         """Begin a step as all but the first begin."""
         self.begin_step()
@@ -245,7 +244,7 @@ class Stage3Engine(SimulatedEngine):
         self.coordinator.release(self.by_module[id(weights)])
 
     def gathered(self, weights: ModuleParams) -> tuple[Storage, ...]:
-        """Return a module's gathered parameters."""
+        """Return what `release` frees."""
         return tuple(shard.full for shard in self.by_module[id(weights)] if shard.full and not shard.persistent)
 
     def gradients(self, weights: ModuleParams, grads: list[Storage]) -> None:
@@ -357,9 +356,8 @@ class Stage3Engine(SimulatedEngine):
     def _update_group(self, group: SubGroup) -> None:
         memory, training = self.memory, self.config
         if not self.offloaded:
-            grads = self._flat_gradients(group)
+            _ = self._flat_gradients(group)
             self.update(group.numel, offloaded=False)
-            del grads
         elif not group.swapped:
             # On CPU ranks the CPU optimizer also updates the sub-groups that stay on the device.
             self.update(group.numel, offloaded=group.on_host or memory.on_cpu)
@@ -382,15 +380,14 @@ class Stage3Engine(SimulatedEngine):
     def save(self) -> None:
         """Copy device tensors to the host, one storage after the other; host tensors are written without a copy."""
         self.memory.at("checkpoint save")
-        self.coordinator.copy_within_group(self.shards)  # As an evaluation before it does.
+        self.coordinator.copy_within_group(self.shards)  # As an evaluation does.
         if not self.memory.on_cpu and not self.offloaded:
             self.memory.add_transient((self.memory.host, STAGING, self.largest_group * FP32_BYTES))
 
     def load(self) -> None:
         """Read the rank's full file and copy it into the engine's tensors."""
         self.memory.at("resume")
-        loaded: list[Storage] = []
-        config = self.config
+        loaded, config = list[Storage](), self.config
         for group in self.groups:
             if not group.swapped:
                 # States on the host are the storages that were read, so they count once.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +235,9 @@ STRATEGIES = [(0, "none"), (1, "none"), (2, "none"), (2, "cpu-optimizer")]
 STRATEGIES += [(3, offload) for offload in ("none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme")]
 
 
+LLAMA = {"norm": "rms", "ffn": "swiglu", "bias": False}
+
+
 @examples(15)
 @given(
     st.sampled_from(MODELS),
@@ -245,19 +247,39 @@ STRATEGIES += [(3, offload) for offload in ("none", "cpu-optimizer", "cpu", "nvm
     st.sampled_from(["translution", "alpha", "attention"]),
     st.integers(1, 12),
     st.sampled_from([1, 3]),
-    st.sampled_from(["fp32", "bf16"]),
+    st.sampled_from(["fp32", "bf16", "autocast"]),
+    st.booleans(),
 )
 def test_closed_forms_are_never_below_the_estimate(
-    model: str, cluster: str, strategy: Any, mode: str, operator: str, batch: int, accumulation: int, precision: Any
+    model: str,
+    cluster: str,
+    strategy: Any,
+    mode: str,
+    operator: str,
+    batch: int,
+    times: int,
+    precision: Any,
+    llama: bool,
 ) -> None:
-    spec = override(preset(model), checkpointing=mode, operator=operator)
+    autocast, language = precision == "autocast", model.startswith("gpt")
+    more = (LLAMA if llama else {}) | ({"tied_embeddings": True} if llama and language else {})
+    spec = override(
+        preset(model), checkpointing="block" if autocast and mode == "offload" else mode, operator=operator, **more
+    )
     where, (stage, offload) = load_cluster(cluster), strategy
     training = TrainingSpec(
-        precision=precision, micro_batch=batch, gradient_accumulation_steps=accumulation, data="synthetic"
+        precision="fp32" if autocast else precision,
+        torch_autocast="bf16" if autocast else None,
+        micro_batch=batch,
+        gradient_accumulation_steps=times,
+        data="synthetic",
+        loss="chunked" if llama and language else "whole",
     )
     tile = choose_tile(spec, where.world_size)
     path = "/nvme" if "nvme" in offload else None
     zero = choose_zero(spec, tile, stage, where.world_size, offload=offload, nvme_path=path)
+    if where.nodes > 1 and zero.stage == 3 and not zero.offloads and llama:
+        zero = zero.model_copy(update={"hpz_ranks": where.ranks_per_node, "quantized_weights": autocast})
     run = RunConfig(spec, where, training, zero, tile)
     bounds, memory = bound_memory(run), estimate_memory(run)
     overhead = where.device_overhead()
@@ -360,13 +382,6 @@ def test_a_cluster_without_rates_is_an_error() -> None:
     bare = ClusterSpec(ranks_per_node=8, device_memory_bytes=80 * GIB)
     with pytest.raises(InputError, match="bf16_flops_per_s: is required to predict times"):
         search_plan(preset("vit-tiny/56"), bare, BF16)
-
-
-def test_a_search_takes_less_than_a_minute() -> None:
-    """The bound is far above the usual time: it finds mistakes that make the search a hundred times slower."""
-    began = time.process_time()
-    found("vit-base/16", "8xA100-80", global_batch=256)
-    assert time.process_time() - began < 60
 
 
 def test_a_strategy_without_candidates_gives_its_reason() -> None:

@@ -9,6 +9,7 @@ from helpers.chance import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from translution.planner.common.errors import InputError
 from translution.planner.config.loading import PRESET_NAMES, preset
 from translution.planner.config.model import override
 from translution.planner.config.run_config import RunConfig
@@ -32,7 +33,8 @@ from translution.planner.timing.step_time import StepTime, estimate_step_time, r
 CHANGES: list[dict[str, Any]] = [
     {}, {"roles": "kv"}, {"roles": "q"}, {"window": 2}, {"relative_layers": "first:2"},
     {"relative_layers": "first:2", "other_layers": "alpha"}, {"operator": "alpha"}, {"operator": "alpha", "roles": "v"},
-    {"operator": "attention"}, {"operator": "bias"}, {"operator": "shaw"}, {"operator": "absolute"},
+    {"operator": "attention"}, {"operator": "attention", "kv_heads": 1, "ffn": "swiglu"},
+    {"operator": "bias"}, {"operator": "shaw"}, {"operator": "absolute"},
 ]  # fmt: skip
 
 
@@ -194,6 +196,39 @@ def test_gradients_are_reduced_as_often_as_the_stage_requires() -> None:
         times_of = [time_of("vit-small/32", stage=stage, gradient_accumulation_steps=count) for count in (1, 4)]
         one, four = (seconds(time, "gradient reduction") for time in times_of)
         assert four == pytest.approx(times * one)
+
+
+def test_hpz_gathers_over_the_network_once_a_step_and_quantization_moves_fewer_bytes() -> None:
+    def gathers(steps: int, **zero: Any) -> tuple[float, float]:
+        cluster = load_cluster("4x8xA100-80")
+        time = time_of(cluster=cluster, zero_overrides=zero, gradient_accumulation_steps=steps)
+        return seconds(time, "parameter gathers"), seconds(time, "gradient reduction")
+
+    plain, reduced = gathers(1)
+    near = seconds(time_of(cluster="1x8xA100-80"), "parameter gathers")
+    hpz, same = gathers(1, hpz_ranks=8)
+    # Half of the two gathers of every parameter stay within the node.
+    assert hpz == pytest.approx((plain + near) / 2, rel=0.01)
+    assert same == reduced
+    # With three micro-batches five of six do.
+    assert gathers(3, hpz_ranks=8)[0] == pytest.approx(plain / 2 + 5 / 2 * near, rel=0.01)
+    # bf16 as integers of one byte, and gradients as half a byte, twice (arXiv 2306.10209); and their conversion.
+    assert 0.5 < gathers(1, quantized_weights=True)[0] / plain < 0.75
+    assert 0.25 < gathers(1, quantized_gradients=True)[1] / reduced < 0.5
+
+
+@pytest.mark.parametrize(
+    ("cluster", "zero", "message"),
+    [
+        ("2x8xH100", {"hpz_ranks": 3}, "hpz_ranks: 3 is not allowed: must divide the 8 ranks of one of several nodes"),
+        ("1x8xH100", {"hpz_ranks": 8}, "hpz_ranks: 8 is not allowed: must divide the 8 ranks of one of several nodes"),
+        ("2x8xH100", {"stage": 2, "hpz_ranks": 8}, "hpz_ranks: 8 is not allowed: must be at its default below stage 3"),
+        ("cpu:2", {"quantized_weights": True}, "quantized_weights: True is not allowed: CPU ranks have no kernels"),
+    ],
+)
+def test_what_zero_plus_plus_cannot_do_is_refused(cluster: str, zero: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        time_of(cluster=cluster, zero_overrides=zero)
 
 
 def test_measured_rates_replace_the_estimates() -> None:

@@ -12,9 +12,11 @@ from translution.reports.sections.public_runs import public_section
 
 def test_every_published_run_is_in_the_picture_and_counted(root: Path) -> None:
     found = load_record(PublicRuns, root / "reports" / "public.json")
-    summary, picture, figures = public_section(found).parts
+    summary, picture, fits, figures = public_section(found).parts
     assert isinstance(summary, Table)
     assert isinstance(picture, Picture)
+    assert isinstance(fits, Table)
+    assert [row[1] for row in fits.rows] == ["fits", "out of memory", "out of memory"]
     assert isinstance(figures, Table)
     line, intervals, dots = picture.spec["layer"]
     values = picture.spec["datasets"][dots["data"]["name"]]
