@@ -151,8 +151,8 @@ def settled_collectives() -> Iterator[None]:
     """Wait, within the block, until gloo's thread has freed the tensors of each gather and reduction.
 
     Otherwise it frees them before or after the next tensors are made, and no two runs have the same peak. DeepSpeed's
-    releases and reductions wait for two milliseconds here, and releases as long as gloo's thread has a reference: on a busy
-    machine it runs late.
+    releases and reductions wait for two milliseconds here. Releases also wait as long as gloo's thread has a reference,
+    which on a busy machine may be longer.
     """
     from deepspeed.runtime.zero import partition_parameters, stage3
 
