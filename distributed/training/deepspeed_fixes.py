@@ -38,7 +38,7 @@ BLOCK_BYTES = 4096
 _PATCHED = "_translution_patched"
 _SETTLE_SECONDS = 0.002
 _SETTLED_REFERENCES, _LONGEST_SETTLE_SECONDS = 5, 2.0
-"""References to a gathered tensor once gloo's thread has let go of it: 3 to 5 were counted, and 6 or more before."""
+"""References to a gathered tensor once gloo's thread has released it: 3 to 5 were counted, and 6 or more before."""
 
 
 def cache_processor() -> None:
