@@ -118,7 +118,7 @@ def export(
     if out.exists() and not force:
         raise InputError(f"{out}: exists already: choose another file or pass --force to replace it")
     spec = ref.plan().model
-    shapes = {name: tuple(value.shape) for name, value in empty_network(spec).state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in empty_network(spec).named_parameters()}
     reader = CheckpointReader(ref)
     for name in sorted({*shapes, *reader.numels}):
         expected, held = math.prod(shapes.get(name, (0,))), reader.numels.get(name, 0)

@@ -31,7 +31,7 @@ def trained(folder: Path, model: dict[str, Any] = TINY, *, ranks: int = 2) -> tu
     network = build(parse_model_spec(model), tile_relations=TILE).eval()
     values = {name: value.detach() for name, value in network.named_parameters()}
     tensors = dict.fromkeys(KINDS, values)
-    write_plan(folder, 2, tile=TILE, model=model)
+    write_plan(folder, 2, tile=TILE, model=model, data="synthetic")
     return write_checkpoint(folder, tensors, [list(values)], ranks), network
 
 
@@ -56,6 +56,18 @@ def test_an_exported_network_computes_what_the_trained_one_does(tmp_path: Path, 
     with torch.no_grad():
         # Tiles are summed one after another, so the rounding differs.
         torch.testing.assert_close(loaded(images), network(images), rtol=1e-5, atol=1e-6)
+
+
+def test_a_tied_head_is_exported_once_and_loaded_tied(tmp_path: Path) -> None:
+    sizes = {"context": 24, "vocabulary": 32, "dim": 16, "depth": 1, "heads": 2}
+    model = {"family": "gpt", "tied_embeddings": True} | sizes
+    run, network = trained(tmp_path / "plan", model)
+    out = tmp_path / "model.safetensors"
+    export(run, out)
+    assert "head.weight" not in load_file(out)
+    tokens = torch.arange(24)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(load_network(out)(tokens), network(tokens), rtol=1e-5, atol=1e-6)
 
 
 def test_safetensors_reads_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
