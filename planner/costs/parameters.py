@@ -168,10 +168,14 @@ def parameter_groups(spec: ModelSpec, tile_relations: int | None = None) -> tupl
 
 
 def block_weight_elements(spec: ModelSpec) -> int:
-    """Return the elements of the plain weights, without tables, of the largest block."""
+    """Return the elements of what a block's operations save of its weights, at most: all but relation tables."""
     ffn = (3 if spec.ffn == "swiglu" else 2) * (spec.dim * spec.ffn_dim + max(spec.dim, spec.ffn_dim))
     operators = (
-        sum(group.total for group in operator_groups(spec, operator) if group.component != TABLES)
+        sum(
+            group.total
+            for group in operator_groups(spec, operator)
+            if group.component != TABLES or operator == "absolute"
+        )
         for operator in set(spec.layer_operators)
     )
     return ffn + max(operators)

@@ -43,6 +43,9 @@ CASES: dict[str, dict[str, Any]] = {
         "zero_overrides": FEW,
         "tile": 4,
     },
+    # torch's checkpoint keeps the weights that a recomputed block gathers.
+    "3-attention": {"stage": 3, "model": WIDE | {"checkpointing": "block", "operator": "attention"}},
+    "3-absolute": {"stage": 3, "model": WIDE | {"checkpointing": "block", "operator": "absolute"}},
     "3-autocast": {"stage": 3, "torch_autocast": "bf16", "model": GPT | HYBRID, "loss": "chunked", "tile": 4},
     "3-bf16-hpz": {"stage": 3, **BF16, "nodes": 2, "zero_overrides": {"hpz_ranks": 2}},
     "3-bf16-states": {"stage": 3, "bf16_master": True, "bf16_states": True, **BF16},

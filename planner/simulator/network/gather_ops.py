@@ -270,6 +270,8 @@ def _position_tile(
     casts = cast_parameters(tape, weights, sizes)
     x = cast(tape, x, rows * d_in, given, sizes)
     out = tape.new(rows * d_out * sizes.value)
+    # The product saves its operands: the matrices, or under autocast their casts.
+    kept = [copy.storage for copy in casts] or tape.kept_weights(weights)
     tape.hooks.release(weights, backward=False)
 
     def backward(grad: Storage) -> Gradients:
@@ -283,4 +285,4 @@ def _position_tile(
         return (part,)
 
     casts_back = len(casts)
-    return tape.result(out, (x, *casts), backward, (x.storage, *(copy.storage for copy in casts)))
+    return tape.result(out, (x, *casts), backward, (x.storage, *kept))

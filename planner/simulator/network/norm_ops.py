@@ -34,22 +34,7 @@ def norm(
         return layer_norm(tape, x, rows, width, weights, sizes, copies=copies)
     if sizes.device == "cpu":
         return _rms_norm_cpu(tape, x, rows, width, weights, sizes)
-    tape.hooks.fetch(weights, backward=False)
-    out = tape.new(rows * width * sizes.value)
-    deviations = tape.new(rows * sizes.statistic)
-    tape.hooks.release(weights, backward=False)
-    wanted = x.node is not None
-
-    def backward(grad: Storage) -> Gradients:
-        tape.hooks.fetch(weights, backward=True)
-        given = tape.new(rows * width * sizes.value, GRADIENTS) if wanted else None
-        copy = tape.new(copies, TEMPORARY)
-        weight_gradients(tape, weights, sizes.parameter)
-        del copy
-        tape.hooks.release(weights, backward=True)
-        return (given,)
-
-    return tape.result(out, (x,), backward, (x.storage, deviations))
+    return layer_norm(tape, x, rows, width, weights, sizes, copies=copies, statistics=1)
 
 
 def _rms_norm_cpu(tape: Tape, x: Tensor, rows: int, width: int, weights: ModuleParams, sizes: DtypeSizes) -> Tensor:
@@ -92,7 +77,7 @@ def _rms_norm_cpu(tape: Tape, x: Tensor, rows: int, width: int, weights: ModuleP
             tape.hooks.release(weights, backward=True)
         return (inner,)
 
-    out = tape.result(tape.new(full), (normed,), scale_backward, (normed.storage,))
+    out = tape.result(tape.new(full), (normed,), scale_backward, (normed.storage, *tape.kept_weights(weights)))
     del normed, x
     out = cast(tape, out, rows * width, wide, sizes)
     tape.hooks.release(weights, backward=False)

@@ -258,18 +258,27 @@ def _recasting_linear(
 
 
 def layer_norm(
-    tape: Tape, x: Tensor, rows: int, width: int, weights: ModuleParams, sizes: DtypeSizes, *, copies: int = 0
+    tape: Tape,
+    x: Tensor,
+    rows: int,
+    width: int,
+    weights: ModuleParams,
+    sizes: DtypeSizes,
+    *,
+    copies: int = 0,
+    statistics: int = 2,
 ) -> Tensor:
-    """Apply a layer norm to (rows, width); saves its input, and mean and deviation of each row.
+    """Apply a norm to (rows, width) in one kernel; saves its input, and the statistics of each row.
 
     Args:
         tape, x, weights, sizes: as in `linear`.
         rows, width: shape of the input.
         copies: bytes of a contiguous copy of the gradient; 0 unless the gradient is a view of a larger tensor.
+        statistics: statistics of a row: mean and deviation of LayerNorm, the deviation of RMSNorm.
     """
     tape.hooks.fetch(weights, backward=False)
     out = tape.new(rows * width * sizes.value)
-    statistics = tape.new(2 * rows * sizes.statistic)
+    saved = (x.storage, tape.new(statistics * rows * sizes.statistic), *tape.kept_weights(weights))
     tape.hooks.release(weights, backward=False)
     wanted = x.node is not None
 
@@ -277,13 +286,13 @@ def layer_norm(
         tape.hooks.fetch(weights, backward=True)
         given = tape.new(rows * width * sizes.value, GRADIENTS) if wanted else None
         copy = tape.new(copies, TEMPORARY)
-        block = tape.new(2 * sizes.threads * width * sizes.accumulator, TEMPORARY)
+        block = tape.new(statistics * sizes.threads * width * sizes.accumulator, TEMPORARY)
         weight_gradients(tape, weights, sizes.parameter)
         del copy, block
         tape.hooks.release(weights, backward=True)
         return (given,)
 
-    return tape.result(out, (x,), backward, (x.storage, statistics))
+    return tape.result(out, (x,), backward, saved)
 
 
 def gelu(tape: Tape, x: Tensor) -> Tensor:

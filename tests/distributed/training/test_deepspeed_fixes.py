@@ -1,13 +1,20 @@
-"""Reading a gradient's file into any place of a buffer; tests/integration/test_offload.py trains with the patch."""
+"""Patches to DeepSpeed that can be seen without ranks; tests/integration/test_offload.py trains with those of NVMe."""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
+import cpuinfo
 import pytest
 import torch
 
-from translution.distributed.training.deepspeed_fixes import is_aligned, read_file
+from translution.distributed.training.deepspeed_fixes import (
+    cache_processor,
+    is_aligned,
+    read_file,
+    settled_collectives,
+)
 
 
 def test_a_file_is_read_into_an_unaligned_part_of_a_buffer(tmp_path: Path) -> None:
@@ -30,3 +37,27 @@ def test_a_file_that_is_too_short_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(bytes(100))
     with pytest.raises(OSError, match=f"{path}: ends after 100 of 400 bytes"):
         read_file(str(path), torch.empty(100))
+
+
+def test_the_processor_is_described_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: calls.append(None) or {"arch": "known"})
+    for _ in range(2):
+        cache_processor()
+        assert cpuinfo.get_cpu_info() == {"arch": "known"}
+    assert len(calls) == 1
+
+
+def test_a_parameter_is_released_once_no_other_thread_refers_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.zero import partition_parameters
+
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    views = [parameter.data[:2] for _ in range(8)]
+    held: list[int] = []
+    monkeypatch.setattr(partition_parameters, "free_param", lambda param: held.append(len(views)))
+    with settled_collectives():
+        timer = threading.Timer(0.1, views.clear)
+        timer.start()
+        partition_parameters.free_param(parameter)
+        timer.join()
+    assert held == [0]
