@@ -16,7 +16,7 @@ element of the rank with AdamW. The patch releases them as soon as they are copi
 time py-cpuinfo starts a process that takes over a second. The patch keeps the first answer.
 
 `settled_collectives`: gloo frees a collective's tensors in its own thread at a random later time. While memory is
-traced, the patch waits for it.
+traced, each collective ends only once they are free.
 
 Sources: DeepSpeed 0.19.8, runtime/swap_tensor/partitioned_optimizer_swapper.py, pipelined_optimizer_swapper.py and
 optimizer_utils.py, runtime/zero/partition_parameters.py and stage3.py; open(2) on O_DIRECT.
@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,9 +37,12 @@ from torch import Tensor
 BLOCK_BYTES = 4096
 """Largest block size of a drive in bytes; buffers are page-aligned."""
 _PATCHED = "_translution_patched"
-_SETTLE_SECONDS = 0.002
-_SETTLED_REFERENCES, _LONGEST_SETTLE_SECONDS = 5, 2.0
-"""References to a gathered tensor once gloo's thread has released it: 3 to 5 were counted, and 6 or more before."""
+_SETTLE_SECONDS = 0.0002
+_LONGEST_SETTLE_SECONDS = 2.0
+_COLLECTIVES = (
+    "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast", "all_gather",
+    "all_gather_into_tensor", "all_gather_base", "all_gather_coalesced", "all_to_all_single",
+)  # fmt: skip
 
 
 def cache_processor() -> None:
@@ -146,32 +150,57 @@ def _references(tensor: Tensor) -> int:
     return count
 
 
+class _Done:
+    """Handle of a collective that has finished."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+    def is_completed(self) -> bool:
+        """Return True."""
+        return True
+
+
+def _settled(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a form of a collective that ends once no other thread references its tensors."""
+
+    @functools.wraps(collective)
+    def run(*arguments: Any, **options: Any) -> Any:
+        values = [*arguments, *options.values()]
+        lists = [value if isinstance(value, (list, tuple)) else [value] for value in values]
+        tensors = [value for part in lists for value in part if isinstance(value, Tensor)]
+        before = [_references(tensor) for tensor in tensors]
+        work = collective(*arguments, **options)
+        if work is None:
+            done = None
+        else:
+            work.wait()
+            done = _Done()
+            del work
+        began = time.monotonic()
+        while any(map(operator.gt, map(_references, tensors), before)):
+            if time.monotonic() - began > _LONGEST_SETTLE_SECONDS:
+                break
+            time.sleep(_SETTLE_SECONDS)
+        return done
+
+    return run
+
+
 @contextlib.contextmanager
 def settled_collectives() -> Iterator[None]:
-    """Wait, within the block, until gloo's thread has freed the tensors of each gather and reduction.
+    """Let each collective of DeepSpeed, within the block, end once gloo's thread has freed its tensors.
 
-    Otherwise it frees them before or after the next tensors are made, and no two runs have the same peak. DeepSpeed's
-    releases and reductions wait for two milliseconds here. Releases also wait as long as gloo's thread has a reference,
-    which on a busy machine may be longer.
+    Otherwise the thread frees them before or after the next tensors are made, and no two runs have the same peak.
+    Asynchronous collectives end before they return, too: their tensors exist from the call on in any case.
     """
-    from deepspeed.runtime.zero import partition_parameters, stage3
+    from deepspeed.comm.torch import TorchBackend
 
-    release, reduce = partition_parameters.free_param, stage3.reduce_scatter_coalesced
-
-    def free_param(param: Tensor, *arguments: Any) -> Any:
-        began = time.monotonic()
-        time.sleep(_SETTLE_SECONDS)
-        while _references(param) > _SETTLED_REFERENCES and time.monotonic() - began < _LONGEST_SETTLE_SECONDS:
-            time.sleep(_SETTLE_SECONDS)
-        return release(param, *arguments)
-
-    def reduce_scatter_coalesced(*arguments: Any) -> Any:
-        shares = reduce(*arguments)
-        time.sleep(_SETTLE_SECONDS)
-        return shares
-
-    partition_parameters.free_param, stage3.reduce_scatter_coalesced = free_param, reduce_scatter_coalesced
+    originals = {name: getattr(TorchBackend, name) for name in _COLLECTIVES}
+    for name, collective in originals.items():
+        setattr(TorchBackend, name, _settled(collective))
     try:
         yield
     finally:
-        partition_parameters.free_param, stage3.reduce_scatter_coalesced = release, reduce
+        for name, collective in originals.items():
+            setattr(TorchBackend, name, collective)

@@ -71,20 +71,9 @@ def measured(folder: Path, *modes: RunMode, nodes: int = 1, **options: Any) -> p
     return compare_run(run)
 
 
-def is_late(row: dict[str, Any]) -> bool:
-    """True if a peak is above the prediction by a tensor or less, as when gloo's thread frees one late."""
-    return row["what"].startswith("peak of") and 0.95 <= row["ratio"] < 1.0
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_states_are_exact_and_peaks_within_five_percent_and_never_low(name: str, tmp_path: Path) -> None:
-    for attempt in range(3):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        table = measured(folder, RunMode.MEASURE, **CASES[name])
-        # gloo is rarely late; a wrong prediction fails in every attempt.
-        if not any(is_late(row) for row in table.to_dict("records")):
-            break
+    table = measured(tmp_path, RunMode.MEASURE, **CASES[name])
     assert set(table["rank"]) == set(range(2 * CASES[name].get("nodes", 1)))
     if "nvme" in name:
         files = set(table[table["tier"] == "nvme"]["what"])

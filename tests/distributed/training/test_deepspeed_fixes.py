@@ -48,16 +48,37 @@ def test_the_processor_is_described_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(calls) == 1
 
 
-def test_a_parameter_is_released_once_no_other_thread_refers_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepspeed.runtime.zero import partition_parameters
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_collective_ends_once_no_other_thread_refers_to_its_tensors(
+    asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.comm.torch import TorchBackend
 
-    parameter = torch.nn.Parameter(torch.zeros(4))
-    views = [parameter.data[:2] for _ in range(8)]
-    held: list[int] = []
-    monkeypatch.setattr(partition_parameters, "free_param", lambda param: held.append(len(views)))
+    held: list[torch.Tensor] = []
+    timers: list[threading.Timer] = []
+
+    class Work:
+        """Holds the tensor, as the handle of a collective does."""
+
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor[:3]
+
+        def wait(self) -> None:
+            timers.append(threading.Timer(0.1, held.clear))
+            timers[0].start()
+
+    def broadcast(_: object, tensor: torch.Tensor, async_op: bool = False) -> Work | None:
+        held.extend(tensor[:2] for _ in range(8))
+        work = Work(tensor)
+        return work if async_op else work.wait()
+
+    monkeypatch.setattr(TorchBackend, "broadcast", broadcast)
+    tensor = torch.zeros(4)
     with settled_collectives():
-        timer = threading.Timer(0.1, views.clear)
-        timer.start()
-        partition_parameters.free_param(parameter)
-        timer.join()
-    assert held == [0]
+        handle = TorchBackend.broadcast(None, tensor, async_op=asynchronous)
+        assert not held
+    timers[0].join()
+    assert (handle is not None) is asynchronous
+    if handle is not None:
+        handle.wait()
+    assert TorchBackend.broadcast is broadcast
