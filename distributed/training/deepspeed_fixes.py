@@ -40,8 +40,8 @@ _PATCHED = "_translution_patched"
 _SETTLE_SECONDS = 0.0002
 _LONGEST_SETTLE_SECONDS = 2.0
 _COLLECTIVES = (
-    "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast", "all_gather",
-    "all_gather_into_tensor", "all_gather_base", "all_gather_coalesced", "all_to_all_single",
+    "all_gather", "all_gather_base", "all_gather_coalesced", "all_gather_into_tensor", "all_reduce",
+    "all_reduce_coalesced", "all_to_all_single", "broadcast", "reduce", "reduce_scatter", "reduce_scatter_tensor",
 )  # fmt: skip
 
 
