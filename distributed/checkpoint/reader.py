@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from translution.planner.common import InputError
+from translution.planner.costs import QUANTIZED_BLOCK
 
 from .manifest import CheckpointRef
 from .shard_layout import Fragment, sub_group_fragments, successive_fragments, untiled_numels, untiled_positions
@@ -32,8 +33,13 @@ DEVICE_FOLDER = "device"
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """State of DeepSpeed's loss scalers."""
-_MOMENT_KINDS = {"exp_avg": "first", "exp_avg_sq": "second", "sum": "second", "momentum_buffer": "first"}
+_MOMENT_KINDS = {
+    "exp_avg": "first", "exp_avg_sq": "second", "sum": "second", "momentum_buffer": "first",
+    "state1": "first", "state2": "second",
+}  # fmt: skip
 """Kind of a moment by its name in an optimizer's state; Adagrad's has different names in torch and on the host."""
+_QUANTIZED = "__bnb_optimizer_quant_state__"
+"""Name of the part of a state that bitsandbytes saves as a dictionary of its own."""
 
 
 def moment_kind(name: str) -> str | None:
@@ -66,6 +72,12 @@ class FlatVector:
     """
 
     def __init__(self, master: Tensor, state: Mapping[str, Any], swap_folder: Path) -> None:
+        state = dict(state) | state.get(_QUANTIZED, {})
+        self._scales = {
+            kind: (state[f"qmap{number}"], state[f"absmax{number}"])
+            for number, kind in ((1, "first"), (2, "second"))
+            if f"absmax{number}" in state
+        }
         self._tensors = {MASTER_COPY: master}
         self._tensors |= {
             kind: value for name, value in state.items() if (kind := moment_kind(name)) and isinstance(value, Tensor)
@@ -79,8 +91,17 @@ class FlatVector:
         """Kinds of the moments."""
         return [kind for kind in self._tensors if kind != MASTER_COPY]
 
-    def values(self, kind: str) -> Tensor:
-        """Flat values of a kind, memory-mapped; the end may be padding."""
+    def read(self, kind: str, start: int, stop: int) -> Tensor:
+        """Return consecutive values of a kind; the end of a vector may be padding."""
+        values = self._flat(kind)[start:stop]
+        if kind not in self._scales:
+            return values
+        codebook, scales = self._scales[kind]
+        blocks = torch.arange(start, stop) // QUANTIZED_BLOCK
+        return codebook[values.long()] * scales[blocks]
+
+    def _flat(self, kind: str) -> Tensor:
+        """Return a tensor as a flat one, memory-mapped."""
         tensor = self._tensors[kind]
         identity = getattr(tensor, "ds_id", None)
         path = self._swap_folder / f"{identity}.tensor.swp"
@@ -235,9 +256,9 @@ class CheckpointReader:
         stop = start + out.numel()
         for part in overlapping_parts(self._parts[name], start, stop):
             low, high = max(part.start, start), min(part.start + part.numel, stop)
-            values = self._files.vectors(part.rank)[part.vector].values(kind)
             shift = part.offset - part.start
-            out[low - start : high - start].copy_(values[shift + low : shift + high])
+            vector = self._files.vectors(part.rank)[part.vector]
+            out[low - start : high - start].copy_(vector.read(kind, shift + low, shift + high))
 
 
 def overlapping_parts(parts: Sequence[VectorPart], start: int, stop: int) -> Iterator[VectorPart]:

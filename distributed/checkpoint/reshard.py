@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from translution.planner.common import InputError
+from translution.planner.costs import QUANTIZED_BLOCK, SMALLEST_QUANTIZED
 
 from .manifest import CheckpointRef
 from .reader import MASTER_COPY, CheckpointReader
@@ -25,6 +26,7 @@ from .shard_layout import Fragment, UntiledPosition, sub_group_fragments, untile
 
 _MOMENTS: dict[str, dict[str, str]] = {
     "AdamW": {"first": "exp_avg", "second": "exp_avg_sq"},
+    "AdamW8bit": {"first": "state1", "second": "state2"},
     "DeepSpeedCPUAdam": {"first": "exp_avg", "second": "exp_avg_sq"},
     "DeepSpeedCPULion": {"first": "exp_avg"},
     "FusedAdam": {"first": "exp_avg", "second": "exp_avg_sq"},
@@ -73,6 +75,8 @@ class _Filler:
                 self._copy(moment, target, state[name])
         if state and kind != "SGD":
             state["step"] = torch.tensor(float(reader.step)) if kind in _TENSOR_STEPS else reader.step
+        if state and kind == "AdamW8bit":
+            _quantize(target.optimizer, state)
         if state:
             target.optimizer.state[target.master] = state
 
@@ -83,6 +87,20 @@ class _Filler:
             position = self.positions[part.name]
             out_part = flat[part.offset : part.offset + part.numel]
             self.reader.read(position.name, kind, position.start + part.start, out_part)
+
+
+def _quantize(optimizer: Any, state: dict[str, Any]) -> None:
+    """Replace the fp32 moments of a vector by quantized ones, where bitsandbytes quantizes."""
+    from bitsandbytes.functional import quantize_blockwise
+
+    for number, name in ((1, "dynamic"), (2, "udynamic")):
+        moment = state[f"state{number}"]
+        if moment.numel() < SMALLEST_QUANTIZED:
+            continue
+        # All vectors share these tensors, on the device.
+        codebook = optimizer.name2qmap[name] = optimizer.name2qmap[name].to(moment.device)
+        codes, scales = quantize_blockwise(moment, codebook, blocksize=QUANTIZED_BLOCK)
+        state |= {f"state{number}": codes, f"qmap{number}": codebook, f"absmax{number}": scales.absmax}
 
 
 def load_resharded(engine: Any, ref: CheckpointRef, states_dtype: torch.dtype) -> None:

@@ -37,7 +37,7 @@ from torch import Tensor
 BLOCK_BYTES = 4096
 """Largest block size of a drive in bytes; buffers are page-aligned."""
 _PATCHED = "_translution_patched"
-_SETTLE_SECONDS = 0.0002
+_SETTLE_SECONDS, _COPIES_SECONDS = 0.0002, 0.002
 _LONGEST_SETTLE_SECONDS = 2.0
 _COLLECTIVES = (
     "all_gather", "all_gather_base", "all_gather_coalesced", "all_gather_into_tensor", "all_reduce",
@@ -182,6 +182,8 @@ def _settled(collective: Callable[..., Any]) -> Callable[..., Any]:
             if time.monotonic() - began > _LONGEST_SETTLE_SECONDS:
                 break
             time.sleep(_SETTLE_SECONDS)
+        # The thread frees gloo's own copies right before or after these references.
+        time.sleep(_COPIES_SECONDS)
         return done
 
     return run

@@ -100,8 +100,25 @@ class Engine:
         if self.plan.zero.offload_optimizer.device == "nvme":
             patch_nvme_optimizers()
         self.deepspeed_engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=model.parameters(), config=self.deepspeed_config()
+            model=model,
+            model_parameters=model.parameters(),
+            config=self.deepspeed_config(),
+            optimizer=self._quantized_adam if self.plan.training.quantizes_states else None,
         )
+
+    def _quantized_adam(self, parameters: Any) -> torch.optim.Optimizer:
+        """Return bitsandbytes' AdamW of the plan, whose moments have 8 bits per element."""
+        import bitsandbytes
+
+        training = self.plan.training
+        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+            parameters,
+            lr=training.learning_rate,
+            betas=training.betas,
+            eps=training.epsilon,
+            weight_decay=training.weight_decay,
+        )
+        return optimizer
 
     @property
     def module(self) -> torch.nn.Module:

@@ -12,7 +12,8 @@ from ..common.types import DTYPE_BYTES
 from ..config.loading import load_model
 from ..config.model import ModelSpec, VitSpec, override
 from ..config.training import TrainingSpec, parse_training
-from ..costs.parameters import count_parameters, state_tensors, widths
+from ..costs.optimizer import most_state_bytes, widths
+from ..costs.parameters import count_parameters
 from ..costs.workload import count_flops
 from ..hardware.catalog import find_gpu, load_catalog
 from ..hardware.cluster import ClusterSpec, named_cluster
@@ -104,10 +105,10 @@ class ScalePoint(Schema):
     saved_bytes: int = stored_as("kept_bytes")
 
 
-def state_bytes_per_parameter(training: TrainingSpec) -> int:
-    """Bytes per parameter of the parameter, accumulated gradient, master copy and moments."""
-    wide, moment = widths(training)
-    return training.dtype_bytes + DTYPE_BYTES[training.accumulation_dtype] + wide + moment * state_tensors(training)
+def training_state_bytes(training: TrainingSpec, parameters: int) -> int:
+    """Return the bytes of all parameters, accumulated gradients, master copies and moments."""
+    width = training.dtype_bytes + DTYPE_BYTES[training.accumulation_dtype] + widths(training)[0]
+    return parameters * width + most_state_bytes(training, parameters, 1, 0)
 
 
 def compared_models(
@@ -175,7 +176,7 @@ def comparison_rows(
             alpha_rank=rank,
             parameters=parameters,
             training_flops=count_flops(model).training_step,
-            states_bytes=parameters * state_bytes_per_parameter(training),
+            states_bytes=training_state_bytes(training, parameters),
             saved_bytes=saved_bytes(model, 1, sizes),
             floor_bytes=gathered_floor_bytes(
                 model, training, choose_tile(model, 1 if cluster is None else cluster.world_size)
@@ -255,7 +256,7 @@ def scale_points(spec: ModelSpec, training: TrainingSpec, alpha_rank: int = 16) 
         for axis in AXES:
             for step in _steps(spec, axis):
                 value, larger = scaled(model, axis, step)
-                states = count_parameters(larger).total * state_bytes_per_parameter(training)
+                states = training_state_bytes(training, count_parameters(larger).total)
                 kept = saved_bytes(larger, 1, sizes)
                 yield ScalePoint(axis=axis, value=value, operator=name, states_bytes=states, saved_bytes=kept)
 

@@ -38,9 +38,10 @@ class TrainingSpec(Schema):
     """Steps of linear warm-up before the cosine decay."""
     optimizer: Optimizer = "adamw"
     """Optimizer. DeepSpeed's CPU version of adamw, lion or adagrad updates offloaded states."""
-    adam: Literal["auto", "fused", "torch", "loop"] = "auto"
-    """What updates states of adamw that are not offloaded: DeepSpeed's fused kernel, torch's fused kernel, or torch's
-    loop over tensors, which needs temporaries and no compiler. auto is fused on GPUs and loop on CPUs."""
+    adam: Literal["auto", "fused", "torch", "loop", "8bit"] = "auto"
+    """What updates states of adamw that are not offloaded: DeepSpeed's fused kernel, torch's fused kernel, torch's loop
+    over tensors, which needs temporaries and no compiler, or bitsandbytes, whose moments have 8 bits per element. auto
+    is fused on GPUs and loop on CPUs."""
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.05
     betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.95)
@@ -110,6 +111,8 @@ class TrainingSpec(Schema):
     def _check_adam(self) -> TrainingSpec:
         if self.adam != "auto" and self.optimizer != "adamw":
             raise ValueError(f"adam: {self.adam!r} is not allowed: must be auto with optimizer {self.optimizer}")
+        if self.quantizes_states and self.bf16_states:
+            raise ValueError(f"adam: {self.adam!r} is not allowed: must be auto, fused, torch or loop with bf16_states")
         return self
 
     @model_validator(mode="after")
@@ -150,6 +153,11 @@ class TrainingSpec(Schema):
     def chunks_loss(self) -> bool:
         """Whether the loss is computed in chunks of tokens."""
         return self.loss == "chunked"
+
+    @property
+    def quantizes_states(self) -> bool:
+        """Whether the optimizer's moments have 8 bits per element."""
+        return self.adam == "8bit"
 
     @property
     def augmentation(self) -> str:

@@ -1,3 +1,5 @@
+from .optimizer import QUANTIZED_BLOCK as QUANTIZED_BLOCK
+from .optimizer import SMALLEST_QUANTIZED as SMALLEST_QUANTIZED
 from .parameters import TABLES as TABLES
 from .parameters import count_parameters as count_parameters
 from .parameters import operator_groups as operator_groups

@@ -1,7 +1,6 @@
-"""Exact parameter counts in closed form: every tensor with its shape and number of copies; and optimizer states.
+"""Exact parameter counts in closed form: every tensor with its shape and number of copies.
 
-Sources: arXiv 2510.10060, section 3 and appendix; the published layers for biases and norms; torch 2.13, torch/optim
-(single-tensor loops); DeepSpeed 0.19.8, ops/adam, ops/lion and ops/adagrad, which update in place on the host.
+Sources: arXiv 2510.10060, section 3 and appendix; the published layers for biases and norms.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ from dataclasses import dataclass
 
 from ..common.errors import InputError
 from ..common.schema import Schema
-from ..common.types import DTYPE_BYTES
 from ..config.model import ModelSpec, Operator, VitSpec
-from ..config.training import TrainingSpec
 
 EMBEDDING = "embeddings"
 TABLES = "relation tables"
@@ -194,43 +191,3 @@ def sum_parameters(groups: Iterable[ParameterGroup]) -> ParameterCount:
         components[group.component] = components.get(group.component, 0) + group.total
         largest = max(largest, group.numel)
     return ParameterCount(total=sum(components.values()), components=components, largest_tensor=largest)
-
-
-def state_tensors(training: TrainingSpec) -> int:
-    """Return the number of state tensors, each with as many elements as the parameters, that the optimizer has."""
-    if training.optimizer == "adamw":
-        return 2
-    return int(training.optimizer != "sgd" or training.momentum > 0)
-
-
-def state_name(training: TrainingSpec) -> str:
-    """Return the name of the optimizer's state tensors."""
-    return {
-        "adamw": "m and v",
-        "lion": "the momentum",
-        "adagrad": "the sum of squares",
-        "sgd": "the momentum" if training.momentum > 0 else "nothing",
-    }[training.optimizer]
-
-
-def temporary_tensors(
-    training: TrainingSpec, *, offloaded: bool, one_by_one: bool = False, backup: bool = False
-) -> int:
-    """Return the maximum number of temporaries, of the size of the update, that an update holds at once.
-
-    Args:
-        training: gives the optimizer.
-        offloaded: whether DeepSpeed's CPU version updates.
-        one_by_one: whether parameters are updated in a loop, where the previous denominator is still held.
-        backup: whether torch's AdamW updates what a partial offload leaves on the device; it is never a fused one.
-    """
-    if offloaded or training.optimizer == "lion" or (training.adam in ("fused", "torch") and not backup):
-        return 0
-    decays = training.weight_decay > 0
-    # AdamW: the square root of v, then its quotient. The others add the weight decay to a copy of the gradient.
-    return {"adamw": 2 + one_by_one, "adagrad": 1 + decays, "sgd": int(decays)}[training.optimizer]
-
-
-def widths(training: TrainingSpec) -> tuple[int, int]:
-    """Return the bytes per element of the master parameters, and of one state tensor."""
-    return DTYPE_BYTES[training.master_dtype], DTYPE_BYTES[training.states_dtype]

@@ -44,6 +44,10 @@ def check_training_state(training: TrainingSpec, zero: ZeroSpec, device: str) ->
         raise InputError(
             f"optimizer: {training.optimizer!r} is not allowed: must be adamw with an offload ratio below 1"
         )
+    if training.quantizes_states and not plain:
+        raise InputError(
+            f"adam: {training.adam!r} is not allowed: must be auto, fused, torch or loop with optimizer offload"
+        )
     _check_bf16_master(training, zero)
     if zero.stage == 0 and training.accumulation_dtype != training.precision:
         raise InputError(
@@ -80,7 +84,12 @@ def config_warnings(training: TrainingSpec, zero: ZeroSpec) -> tuple[str, ...]:
 
 
 def _optimizer(training: TrainingSpec, zero: ZeroSpec) -> dict[str, Any]:
-    """Return the optimizer's section; with offload DeepSpeed uses its own CPU optimizer."""
+    """Return the optimizer's section; with offload DeepSpeed uses its own CPU optimizer.
+
+    There is none for AdamW with 8-bit states: DeepSpeed gets that optimizer as an object.
+    """
+    if training.quantizes_states:
+        return {}
     values: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
     plain = zero.offload_optimizer.device == "none"
     if training.optimizer in ("adamw", "lion"):
@@ -92,7 +101,7 @@ def _optimizer(training: TrainingSpec, zero: ZeroSpec) -> dict[str, Any]:
     if training.optimizer == "sgd":
         values |= {"momentum": training.momentum, "foreach": False}
     names = {"adamw": "AdamW", "lion": "Lion", "adagrad": "Adagrad", "sgd": "SGD"}
-    return {"type": names[training.optimizer], "params": values}
+    return {"optimizer": {"type": names[training.optimizer], "params": values}}
 
 
 def _precision(training: TrainingSpec) -> dict[str, Any]:
@@ -190,10 +199,11 @@ def deepspeed_config(training: TrainingSpec, zero: ZeroSpec, world_size: int) ->
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "gradient_clipping": training.gradient_clipping,
         **_precision(training),
-        "optimizer": _optimizer(training, zero),
+        **_optimizer(training, zero),
         "zero_optimization": stage | _offload(zero),
-        # torch's SGD is not on DeepSpeed's list of optimizers tested with ZeRO; this project's tests run it.
-        "zero_allow_untested_optimizer": training.optimizer == "sgd",
+        # Neither torch's SGD nor bitsandbytes is on DeepSpeed's list of optimizers tested with ZeRO; this project's
+        # tests run them.
+        "zero_allow_untested_optimizer": training.optimizer == "sgd" or training.quantizes_states,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }

@@ -15,7 +15,8 @@ from ..common.units import format_bytes
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
-from ..costs.parameters import TABLES, parameter_groups, state_name
+from ..costs.optimizer import state_name
+from ..costs.parameters import TABLES, parameter_groups
 from ..hardware.device_overhead import DeviceOverhead
 from ..simulator.core import MemoryTracker, Peak
 from ..simulator.engine import base as names

@@ -13,7 +13,8 @@ from math import ceil
 from ..common.units import FP32_BYTES
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
-from ..costs.parameters import TABLES, block_weight_elements, parameter_groups, temporary_tensors
+from ..costs.optimizer import SMALLEST_QUANTIZED, most_state_bytes, temporary_tensors
+from ..costs.parameters import TABLES, block_weight_elements, parameter_groups
 from ..costs.workload import Volumes, volumes
 from ..deepspeed.config import NVME_BLOCK_BYTES
 from ..simulator.core import MemoryTracker, next_power_of_two
@@ -88,6 +89,12 @@ class _Terms(EngineConfig):
     def group(self) -> int:
         """Upper bound of the elements of the largest sub-group."""
         return min(self.share, self.zero.sub_group_elements + ceil_div(self.largest, self.world_size))
+
+    def states(self, numel: int) -> int:
+        """Upper bound of the bytes of the optimizer states of a number of elements."""
+        tensors = self.volumes.tensors
+        flat = self.zero.stage != 0 and self.zero.sub_group_elements >= SMALLEST_QUANTIZED
+        return most_state_bytes(self.training, numel, tensors, 1 if flat else tensors)
 
     @property
     def staying(self) -> int:
@@ -217,30 +224,36 @@ def _parameters(terms: _Terms, bounds: MemoryUpperBound) -> None:
         bounds.host += terms.volumes.small[width == FP32_BYTES] * width
 
 
+def _copied_states(terms: _Terms, numel: int) -> int:
+    """What bitsandbytes copies on the host when it loads states."""
+    return terms.states(numel) if terms.training.quantizes_states else 0
+
+
 def _states(terms: _Terms, bounds: MemoryUpperBound) -> None:
     """Master copy, moments, accumulated gradients and the step's gradients, on their tiers."""
     wide, share, staying, optimizer = terms.master_width, terms.share, terms.staying, terms.zero.offload_optimizer
-    held, group = terms.master_width + terms.state_width, terms.group
+    group = terms.group
     if not terms.offloaded:
-        bounds.device += share * (held + terms.accumulation_width)
-        bounds.add_transient(share * held)
+        held = share * wide + terms.states(share)
+        bounds.device += held + share * terms.accumulation_width
+        bounds.add_transient(held + _copied_states(terms, share))
         bounds.add_transient(0 if terms.on_cpu else group * FP32_BYTES)
         return
     accumulated, steps = share * terms.accumulation_width, share * wide
     if optimizer.device == "nvme":
         bounds.pinned += optimizer.buffer_count * (group * FP32_BYTES + ALIGNMENT_BYTES)
-        bounds.nvme += share * (held + FP32_BYTES)
+        bounds.nvme += share * (wide + FP32_BYTES) + terms.states(share)
         bounds.host += accumulated
-        bounds.add_transient(group * max(terms.state_width, terms.width + wide))
+        bounds.add_transient(max(terms.states(group), group * (terms.width + wide)))
         # Tensors too small for a file stay: small gradients on the device, small sub-groups on the host.
         times = min(terms.training.gradient_accumulation_steps, SIMULATED_MICRO_BATCHES)
         bounds.device += terms.volumes.small[1] * wide * times
         swapped = terms.zero.sub_group_elements * wide >= NVME_BLOCK_BYTES
         rest = min(share, NVME_BLOCK_BYTES // wide) if swapped else share
-        bounds.host += rest * (held + wide)
+        bounds.host += 2 * rest * wide + terms.states(rest)
         bounds.add_transient(rest * wide)
         return
-    bounds.device += staying * (held + wide)
+    bounds.device += 2 * staying * wide + terms.states(staying)
     if terms.locks:
         bounds.pinned += next_power_of_two(accumulated) + 2 * steps
         bounds.add_transient(accumulated)
@@ -248,8 +261,8 @@ def _states(terms: _Terms, bounds: MemoryUpperBound) -> None:
         bounds.host += accumulated + steps
     # The part that stays on the device is rounded down to whole sub-groups.
     away = share if optimizer.ratio == 1 else min(share, round(share * optimizer.ratio) + group)
-    bounds.host += away * held
-    bounds.add_transient(share * held - (0 if optimizer.ratio < 1 else share * terms.state_width))
+    bounds.host += away * wide + terms.states(away)
+    bounds.add_transient(share * wide + (terms.states(share) if optimizer.ratio < 1 else 0))
     bounds.add_transient(group * (terms.width + wide))
 
 
@@ -278,7 +291,7 @@ def _running(terms: _Terms) -> int:
 def _updating(terms: _Terms) -> int:
     """The update of a sub-group, or the construction of a module, whichever is larger."""
     entirely = terms.offloaded and terms.zero.offload_optimizer.ratio == 1
-    temporary = temporary_tensors(terms.training, offloaded=entirely, backup=terms.offloaded)
+    temporary = temporary_tensors(terms.training, on_cpu=terms.on_cpu, offloaded=entirely, backup=terms.offloaded)
     gradients = 0 if terms.offloaded else terms.accumulation_width + terms.master_width
     update = terms.group * (temporary * terms.master_width + gradients)
     update += ceil_div(terms.largest, terms.world_size) * NORM_BYTES
@@ -288,12 +301,14 @@ def _updating(terms: _Terms) -> int:
 def _stage_0(terms: _Terms, bounds: MemoryUpperBound) -> MemoryUpperBound:
     elements, width, wide = terms.volumes.elements, terms.width, terms.master_width
     master = wide if width != wide else 0
-    temporary = temporary_tensors(terms.training, offloaded=False, one_by_one=True)
-    bounds.device += elements * (width + master + terms.state_width)
+    temporary = temporary_tensors(terms.training, on_cpu=terms.on_cpu, offloaded=False, one_by_one=True)
+    states = terms.states(elements)
+    bounds.device += elements * (width + master) + states
     gradients = elements * width
     reducing = terms.activations[0] + 2 * gradients
     updating = gradients + elements * wide + temporary * terms.largest * wide if master else gradients
-    bounds.add_transient(elements * max(FP32_BYTES + width, width + wide + terms.state_width))
+    loaded = elements * (width + wide) + states + _copied_states(terms, elements)
+    bounds.add_transient(max(elements * (FP32_BYTES + width), loaded))
     return bounds.close(max(reducing, updating + temporary * terms.largest * wide), on_cpu=terms.on_cpu)
 
 
@@ -310,17 +325,17 @@ def _stages_1_and_2(terms: _Terms, bounds: MemoryUpperBound) -> MemoryUpperBound
     if terms.offloaded:
         pieces = [share * wide, share * wide, share * width, largest * width, own * width * several]
         bounds.pinned += sum(map(next_power_of_two, pieces)) if terms.locks else 0
-        bounds.host += share * terms.state_width + (0 if terms.locks else sum(pieces))
+        bounds.host += terms.states(share) + (0 if terms.locks else sum(pieces))
         bounds.device += largest * width
         parts, update = largest * NORM_BYTES, 0
         bounds.add_transient(2 * share * wide)
     else:
-        temporary = temporary_tensors(training, offloaded=False)
-        bounds.device += share * (wide + terms.state_width)
+        temporary = temporary_tensors(training, on_cpu=terms.on_cpu, offloaded=False)
+        bounds.device += share * wide + terms.states(share)
         added = terms.accumulation_width if several or terms.accumulation_width != width else 0
         parts = own * (width + added)
         update = share * (terms.accumulation_width + wide + temporary * wide)
-        bounds.add_transient(share * (2 * wide + terms.state_width))
+        bounds.add_transient(2 * share * wide + terms.states(share) + _copied_states(terms, share))
     gathered = world_size * share * width if terms.on_cpu else 0
     worst = max(terms.activations[0] + gradients + bucket + parts, parts + update, gathered, share * (width + wide))
     # The full model is built on the host before anything else exists.

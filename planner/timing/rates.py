@@ -68,6 +68,9 @@ DEVICE_ADAM_BYTES = 28
 """Bytes per element that one fused AdamW kernel would move on the device."""
 LOOP_PASSES = 2.5
 """How many times as much as a fused kernel torch's loop of AdamW reads and writes."""
+QUANTIZED_PASSES = (0.6, 10.5)
+"""The same of bitsandbytes' 8-bit AdamW: on a GPU by the bytes that it moves (16 of 28), not measured; on a CPU 4.2
+times torch's loop, measured (bitsandbytes 0.50.2, one and two cores)."""
 MEASURED_SPREAD = (1.15, 1.0, 0.9)
 """Factors on measured seconds, by level: the spread between two runs on the same machine."""
 
@@ -272,17 +275,18 @@ class Rates:
         faster = math.sqrt(self._field("host_memory_bytes_per_s") / HOST_ADAM_BYTES_PER_S)
         return HOST_ADAM_ELEMENTS_PER_S[self._index] * faster / self.cluster.ranks_per_node
 
-    def device_adam_elements_per_s(self, *, fused: bool) -> float:
+    def device_adam_elements_per_s(self, adam: str) -> float:
         """Elements per second that AdamW updates on the device.
 
         Args:
-            fused: whether one kernel updates all states; torch's loop over tensors moves `LOOP_PASSES` times as much.
+            adam: what updates them, a value of ``TrainingSpec.adam``.
         """
+        passes = {"fused": 1.0, "torch": 1.0, "8bit": QUANTIZED_PASSES[self.on_cpu]}.get(adam, LOOP_PASSES)
         measured = self._measured.device_adam_elements_per_s
         if measured:
             # Measured with the fused kernel on a GPU, and with the loop on a CPU.
-            return measured / self.spread / (LOOP_PASSES if not fused and not self.on_cpu else 1.0)
-        return self.memory_bytes_per_s / (DEVICE_ADAM_BYTES * (1.0 if fused else LOOP_PASSES))
+            return measured / self.spread * (LOOP_PASSES if self.on_cpu else 1.0) / passes
+        return self.memory_bytes_per_s / (DEVICE_ADAM_BYTES * passes)
 
     def nvme_bytes_per_s(self, direction: Literal["read", "write"]) -> float:
         """Return one rank's share of the bandwidth of its node's drives.

@@ -16,7 +16,7 @@ from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
 from ..config.zero import ZeroSpec
-from ..costs.parameters import state_tensors, widths
+from ..costs.optimizer import state_tensors, widths
 from ..costs.workload import Volumes, count_flops, count_work, volumes
 from ..hardware.cluster import ClusterSpec
 from .rates import RATE_LEVELS, RateLevel, Rates
@@ -192,9 +192,9 @@ def _update_parts(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rat
     optimizer, parts = zero.offload_optimizer, {}
     own = v.elements if zero.stage == 0 else v.partition_numel
     on_host = 0 if optimizer.device == "none" else round(own * optimizer.ratio)
-    fused = training.adam in ("fused", "torch") and optimizer.device == "none"
+    kernel = training.adam if optimizer.device == "none" else "loop"
     seconds = on_host / rates.host_adam_elements_per_s
-    seconds += (own - on_host) / rates.device_adam_elements_per_s(fused=fused)
+    seconds += (own - on_host) / rates.device_adam_elements_per_s(kernel)
     if not on_host:
         seconds += rates.norm_seconds(own)
     parts[_UPDATE] = PartTime(seconds, "host" if on_host else "compute", follows=True)

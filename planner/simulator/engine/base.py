@@ -14,7 +14,7 @@ from ...common.types import DTYPE_BYTES
 from ...config.run_config import RunConfig
 from ...config.training import TrainingSpec
 from ...config.zero import ZeroSpec
-from ...costs.parameters import state_tensors, temporary_tensors, widths
+from ...costs.optimizer import CODEBOOK_BYTES, state_bytes, temporary_tensors, widths
 from ..core import MemoryTracker, ParameterHooks, RankMemory, Storage
 from ..network.model import SimulatedNetwork
 
@@ -76,10 +76,9 @@ class EngineConfig:
         """Bytes of a master parameter element."""
         return widths(self.training)[0]
 
-    @property
-    def state_width(self) -> int:
-        """Bytes of all optimizer states of one element."""
-        return widths(self.training)[1] * state_tensors(self.training)
+    def state_bytes(self, numel: int) -> int:
+        """Return the bytes of the optimizer states of a tensor that is updated at once."""
+        return state_bytes(self.training, numel)
 
 
 class SimulatedEngine(ParameterHooks):
@@ -106,6 +105,28 @@ class SimulatedEngine(ParameterHooks):
         self.resident.append(storage)
         return storage
 
+    def keep_states(self, memory: MemoryTracker, numel: int) -> None:
+        """Allocate the optimizer states of a tensor that is updated at once."""
+        self.keep(memory, OPTIMIZER_STATES, self.config.state_bytes(numel))
+
+    def keep_codebooks(self) -> None:
+        """Allocate what all quantized states share."""
+        if self.config.training.quantizes_states:
+            self.keep(self.memory.device, OPTIMIZER_STATES, CODEBOOK_BYTES)
+
+    def read_states(self, numel: int, *, reused: bool) -> list[Storage]:
+        """Return what loading the states of a tensor takes on the host in addition to the states themselves.
+
+        Args:
+            numel: elements of the tensor.
+            reused: whether the engine keeps the storages that were read, which count once.
+        """
+        size = self.config.state_bytes(numel)
+        if self.config.training.quantizes_states:
+            # bitsandbytes copies what was read, and keeps the copy where the engine has no states yet.
+            return [Storage(self.memory.host, LOADED, size if reused else 2 * size)]
+        return [] if reused else [Storage(self.memory.host, LOADED, size)]
+
     @property
     def offloaded(self) -> bool:
         """Whether the optimizer is offloaded: it updates on the host."""
@@ -120,7 +141,13 @@ class SimulatedEngine(ParameterHooks):
             one_by_one: whether parameters are updated in a loop.
         """
         backup = self.offloaded and not offloaded
-        count = temporary_tensors(self.config.training, offloaded=offloaded, one_by_one=one_by_one, backup=backup)
+        count = temporary_tensors(
+            self.config.training,
+            on_cpu=self.memory.on_cpu,
+            offloaded=offloaded,
+            one_by_one=one_by_one,
+            backup=backup,
+        )
         piece = (self.memory.device, OPTIMIZER_TEMPORARIES, numel * self.config.master_width)
         self.memory.add_transient(*[piece] * count)
 

@@ -243,10 +243,10 @@ class Stage12Engine(SimulatedEngine):
         """Read the rank's full file and copy it into the engine's tensors."""
         self.memory.at("resume")
         config = self.config
-        # States on the host are the storages that were read, so they count once.
-        width = config.master_width + (0 if self.home is self.memory.host else config.state_width)
-        loaded = Storage(self.memory.host, LOADED, self.partition_numel * width)
-        self.keep(self.home, OPTIMIZER_STATES, self.partition_numel * config.state_width)
+        loaded = [Storage(self.memory.host, LOADED, self.partition_numel * config.master_width)]
+        loaded += self.read_states(self.partition_numel, reused=self.home is self.memory.host)
+        self.keep_codebooks()
+        self.keep_states(self.home, self.partition_numel)
         if config.rank in (None, config.world_size - 1) and self.flat > self.elements:
             # The last rank's partition was saved without padding and is copied to add it.
             self.memory.add_transient((self.memory.host, LOADED, self.partition_numel * config.master_width))
@@ -321,15 +321,16 @@ class Stage0Engine(SimulatedEngine):
     def load(self) -> None:
         """Read the full file and copy it into the engine's tensors."""
         config = self.config
-        # States on the host are the storages that were read, so they count once. In half precision the engine has
-        # states already, and the file has the parameters in both dtypes.
-        width = config.master_width + (0 if self.memory.on_cpu and not self.half else config.state_width)
-        width += config.width if self.half else 0
-        loaded = Storage(self.memory.host, LOADED, self.elements * width)
+        # In half precision the engine has states already, and the file has the parameters in both dtypes.
+        width = config.master_width + (config.width if self.half else 0)
+        loaded = [Storage(self.memory.host, LOADED, self.elements * width)]
+        for numel in self.numels:
+            loaded += self.read_states(numel, reused=self.memory.on_cpu and not self.half)
         if not self.has_states:
             self._make_states()
         del loaded
 
     def _make_states(self) -> None:
         self.has_states = True
-        self.keep(self.memory.device, OPTIMIZER_STATES, self.elements * self.config.state_width)
+        self.keep_codebooks()
+        self.keep(self.memory.device, OPTIMIZER_STATES, sum(map(self.config.state_bytes, self.numels)))

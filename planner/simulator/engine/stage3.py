@@ -328,21 +328,20 @@ class Stage3Engine(SimulatedEngine):
             if first and group.swapped:
                 # The first update creates the states in pageable memory; they are released when they are copied to
                 # the buffers that are written (distributed/training/deepspeed_fixes.py).
-                self.memory.add_transient((self.memory.host, OPTIMIZER_STATES, group.numel * self.config.state_width))
+                self.memory.add_transient((self.memory.host, OPTIMIZER_STATES, self.config.state_bytes(group.numel)))
         if not first:
             self.unswapped.clear()
         self.begin_step()
 
     def _make_states(self) -> None:
         self.has_states = True
-        width = self.config.state_width
+        self.keep_codebooks()
         for group in self.groups:
             if group.swapped:
-                aligned = align(group.numel, FP32_BYTES) * width
-                self.keep(self.memory.nvme, OPTIMIZER_STATES, aligned)
+                self.keep_states(self.memory.nvme, align(group.numel, FP32_BYTES))
                 self.keep(self.memory.nvme, SHARED_GRADIENTS, self._swapped_gradients(group) * FP32_BYTES)
             else:
-                self.keep(self._home(group), OPTIMIZER_STATES, group.numel * width)
+                self.keep_states(self._home(group), group.numel)
 
     def _swapped_gradients(self, group: SubGroup) -> int:
         """Return the elements of a sub-group's gradients that are large enough for files on NVMe."""
@@ -390,10 +389,8 @@ class Stage3Engine(SimulatedEngine):
         loaded, config = list[Storage](), self.config
         for group in self.groups:
             if not group.swapped:
-                # States on the host are the storages that were read, so they count once.
-                reused = self._home(group) is self.memory.host
-                width = config.master_width + (0 if reused else config.state_width)
-                loaded.append(Storage(self.memory.host, LOADED, group.numel * width))
+                loaded.append(Storage(self.memory.host, LOADED, group.numel * config.master_width))
+                loaded += self.read_states(group.numel, reused=self._home(group) is self.memory.host)
         if not self.has_states:
             self._make_states()
         del loaded

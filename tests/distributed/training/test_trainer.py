@@ -81,6 +81,7 @@ def without(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ("values", "package", "install"),
     [
         ({"flip": 0.5}, "kornia", "translution-scale[train]"),
+        ({"adam": "8bit"}, "bitsandbytes", "translution-scale[8bit]"),
         ({"monitor": "tensorboard"}, "tensorboard", "translution-scale[tensorboard]"),
         ({"monitor": "wandb"}, "wandb", "pip install wandb"),
     ],

@@ -116,6 +116,23 @@ def test_the_config_sets_values_that_deepspeed_would_choose_silently(plan: Plan)
     assert config["train_batch_size"] == plan.training.global_batch(plan.cluster.world_size)
 
 
+def test_adamw_with_8_bit_states_is_passed_as_an_object_and_stays_on_the_device() -> None:
+    spec, cluster = preset("vit-base/32"), load_cluster("8xH100")
+    training = TrainingSpec(precision="bf16", adam="8bit", data="synthetic", micro_batch=1)
+    plan = make_plan(spec, cluster, training)
+    config = plan.deepspeed_config()
+    assert "optimizer" not in config
+    assert config["zero_allow_untested_optimizer"] is True
+    whole = make_plan(spec, cluster, training.model_copy(update={"adam": "fused"}))
+    states = [each.prediction.of("optimizer states") for each in (plan, whole)]
+    # A byte per element and moment, and 4 bytes for 256 of them, instead of 4 bytes.
+    assert states[0] / states[1] == pytest.approx((1 + 4 / 256) / 4, rel=1e-3)
+    with pytest.raises(InputError, match=r"adam: '8bit' is not allowed: .* with optimizer offload"):
+        make_plan(spec, cluster, training, offload="cpu-optimizer")
+    with pytest.raises(ValueError, match=r"adam: '8bit' is not allowed: .* with bf16_states"):
+        TrainingSpec(precision="bf16", bf16_master=True, bf16_states=True, adam="8bit")
+
+
 def test_the_folder_holds_the_plan_and_its_files(plan: Plan, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "plan"
     write_plan_folder(plan, target)

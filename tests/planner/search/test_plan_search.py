@@ -273,6 +273,7 @@ def test_closed_forms_are_never_below_the_estimate(
         micro_batch=batch,
         gradient_accumulation_steps=times,
         data="synthetic",
+        adam="8bit" if offload == "none" and batch % 2 else "auto",
         loss="chunked" if llama and language else "whole",
     )
     tile = choose_tile(spec, where.world_size)
