@@ -98,7 +98,8 @@ class FlatVector:
             return values
         codebook, scales = self._scales[kind]
         blocks = torch.arange(start, stop) // QUANTIZED_BLOCK
-        return codebook[values.long()] * scales[blocks]
+        moments: Tensor = codebook[values.long()] * scales[blocks]
+        return moments
 
     def _flat(self, kind: str) -> Tensor:
         """Return a tensor as a flat one, memory-mapped."""

@@ -108,10 +108,10 @@ class Engine:
 
     def _quantized_adam(self, parameters: Any) -> torch.optim.Optimizer:
         """Return bitsandbytes' AdamW of the plan, whose moments have 8 bits per element."""
-        import bitsandbytes
+        from bitsandbytes.optim.adamw import AdamW8bit
 
         training = self.plan.training
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+        optimizer: torch.optim.Optimizer = AdamW8bit(
             parameters,
             lr=training.learning_rate,
             betas=training.betas,
