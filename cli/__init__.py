@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 
 __all__ = ["main"]
@@ -16,6 +17,8 @@ def main() -> None:
     # Most objects of a command live until it ends. Garbage collection, now and at exit, would take a tenth of a short
     # command's time.
     gc.set_threshold(50_000, 20, 20)
+    # Looking for plugins of pydantic, of which this project uses none, reads the metadata of every installed package.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     from .main import run
 
     code = run(sys.argv[1:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
+from typing import NamedTuple
 
 from ..common.units import FP32_BYTES
 from ..config.model import ModelSpec
@@ -28,33 +29,68 @@ SLACK_BYTES = 2**20
 """Scalars, padding and alignment of small buffers."""
 
 
-@dataclass(slots=True)
-class MemoryUpperBound:
+class MemoryUpperBound(NamedTuple):
     """Upper bound of one rank's memory in bytes, per tier; the device of a CPU rank is the host."""
 
+    device: int
+    host: int
+    pinned: int
+    nvme: int
+    states: int
+    """Device bytes that stay allocated between steps."""
+    activations: int
+    """Device bytes of activations while a micro-batch runs."""
+
+
+@dataclass(slots=True)
+class WeightsBound:
+    """The part of an upper bound that depends neither on the micro-batch nor on checkpointing."""
+
+    on_cpu: bool
     device: int = 0
+    """Device bytes that stay allocated between steps."""
     host: int = 0
     pinned: int = 0
     nvme: int = 0
-    states: int = 0
-    """Device bytes that stay allocated between steps."""
-    activations: int = 0
-    """Device bytes of activations while a micro-batch runs."""
     transient: int = 0
     """Largest transient host allocation in bytes."""
+    running: int = 0
+    """Device bytes in addition to activations while a micro-batch runs."""
+    recomputing: int = 0
+    """Further device bytes if blocks are recomputed."""
+    elsewhere: int = 0
+    """Most device bytes of a phase without activations, in addition to those that stay."""
+    least: int = 0
+    """Device bytes of a phase in which nothing else is allocated."""
 
     def add_transient(self, size: int) -> None:
         """Record a transient host allocation; transients never overlap, so only the largest counts."""
         self.transient = max(self.transient, size)
 
-    def close(self, worst: int, *, on_cpu: bool) -> MemoryUpperBound:
-        """Add transients to what stays; on a CPU rank all but pinned buffers and files is one tier."""
-        self.states = self.device + (self.host if on_cpu else 0)
-        self.device += worst
-        self.host += self.transient
-        if on_cpu:
-            self.device, self.host = self.device + self.host, 0
-        return self
+
+class BatchBound(NamedTuple):
+    """The part of an upper bound that depends on the micro-batch and on checkpointing, not on ZeRO's knobs."""
+
+    activations: int
+    """Device bytes of a micro-batch's activations."""
+    host: int
+    """Bytes of activations and samples on the host."""
+    buffers: int
+    """Device bytes of the network's buffers, which are there in every phase."""
+    recomputes: bool
+    """Whether blocks are recomputed."""
+
+
+def add_bounds(weights: WeightsBound, batch: BatchBound) -> MemoryUpperBound:
+    """Join both parts; on a CPU rank all but pinned buffers and files is one tier."""
+    device, host = weights.device + batch.buffers, weights.host + batch.host
+    states = device + (host if weights.on_cpu else 0)
+    running = batch.activations + weights.running + (weights.recomputing if batch.recomputes else 0)
+    device += max(running, weights.elsewhere)
+    host += weights.transient
+    if weights.on_cpu:
+        device, host = max(device + host, weights.least), 0
+    return MemoryUpperBound(device, host, weights.pinned, weights.nvme, states, batch.activations)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +102,6 @@ class _Terms(EngineConfig):
     """Elements of the largest group of parameters that is gathered together."""
     largest: int
     """Elements of the largest tensor."""
-    activations: tuple[int, int]
-    """Bytes of a micro-batch's activations on the device and on the host."""
 
     @property
     def on_cpu(self) -> bool:
@@ -177,29 +211,51 @@ def bound_memory(run: RunConfig) -> MemoryUpperBound:
     Args:
         run: what is trained, where and how.
     """
-    model, cluster, training, zero = run.model, run.cluster, run.training, run.zero
-    sizes = DtypeSizes.of_training(training, cluster.device, stage=zero.stage)
+    return add_bounds(bound_weights(run), bound_batch(run))
+
+
+def bound_batch(run: RunConfig) -> BatchBound:
+    """Return the part of the upper bound that ZeRO's knobs do not change.
+
+    Args:
+        run: gives model, device, training and ZeRO stage.
+    """
+    model, training = run.model, run.training
+    sizes = DtypeSizes.of_training(training, run.cluster.device, stage=run.zero.stage)
     samples = sample_bytes(model) * training.micro_batch
     on_device, on_host = activation_bytes(model, training.micro_batch, sizes, training.chunks_loss)
-    activations = (
+    return BatchBound(
         on_device + samples + SLACK_BYTES,
         on_host + samples * training.gradient_accumulation_steps,
+        _buffers(model, sizes),
+        model.checkpointing == "block",
     )
-    v = volumes(model, run.tile_relations, run.world_size, zero.persistence_threshold_elements)
-    module, largest = _modules(model, run.tile_relations)
-    terms = _Terms(run, volumes=v, module=module, largest=largest, activations=activations)
-    # Buffers are there in every phase, also when no activation is.
-    bounds = MemoryUpperBound(activations=activations[0], device=_buffers(model, sizes), host=activations[1])
+
+
+def bound_weights(run: RunConfig) -> WeightsBound:
+    """Return the part of the upper bound that neither the micro-batch nor checkpointing changes.
+
+    Args:
+        run: what is trained, where and how; of the accumulated micro-batches it only matters whether there are several.
+    """
+    zero = run.zero
+    v = volumes(run.model, run.tile_relations, run.world_size, zero.persistence_threshold_elements)
+    module, largest = _modules(run.model, run.tile_relations)
+    terms, bounds = _Terms(run, volumes=v, module=module, largest=largest), WeightsBound(run.on_cpu)
     if zero.stage == 0:
-        return _stage_0(terms, bounds)
-    if zero.stage < 3:
-        return _stages_1_and_2(terms, bounds)
-    _parameters(terms, bounds)
-    _states(terms, bounds)
-    return bounds.close(max(_running(terms), _updating(terms)), on_cpu=terms.on_cpu)
+        _stage_0(terms, bounds)
+    elif zero.stage < 3:
+        _stages_1_and_2(terms, bounds)
+    else:
+        _parameters(terms, bounds)
+        _states(terms, bounds)
+        # What torch's checkpoint recomputes holds the gathered weights of the block until backward has used them.
+        bounds.recomputing = block_weight_elements(run.model) * terms.width
+        bounds.running, bounds.elsewhere = _running(terms), _updating(terms)
+    return bounds
 
 
-def _parameters(terms: _Terms, bounds: MemoryUpperBound) -> None:
+def _parameters(terms: _Terms, bounds: WeightsBound) -> None:
     """A rank's partition of the parameters, the persistent parameters, and the reduce bucket."""
     width, zero, share = terms.width, terms.zero, terms.share
     param, bucket = zero.offload_param, zero.reduce_bucket_elements * width
@@ -229,7 +285,7 @@ def _copied_states(terms: _Terms, numel: int) -> int:
     return terms.states(numel) if terms.training.quantizes_states else 0
 
 
-def _states(terms: _Terms, bounds: MemoryUpperBound) -> None:
+def _states(terms: _Terms, bounds: WeightsBound) -> None:
     """Master copy, moments, accumulated gradients and the step's gradients, on their tiers."""
     wide, share, staying, optimizer = terms.master_width, terms.share, terms.staying, terms.zero.offload_optimizer
     group = terms.group
@@ -267,7 +323,7 @@ def _states(terms: _Terms, bounds: MemoryUpperBound) -> None:
 
 
 def _running(terms: _Terms) -> int:
-    """Activations, full modules and their gradients, and the copies that collectives make."""
+    """Full modules and their gradients, and the copies that collectives make."""
     zero, world_size, module, width = terms.zero, terms.world_size, terms.module, terms.width
     ahead = reused = 0
     if zero.prefetch_bucket_elements:
@@ -277,15 +333,12 @@ def _running(terms: _Terms) -> int:
     whole = (module + ahead + reused) * width + (2 * (module + ahead) if zero.quantized_weights else 0)
     # The two tensors of a tile of logits are gathered into one buffer and copied out of it.
     coordinator = (module + (module if terms.on_cpu else ceil_div(module, world_size))) * width
-    if terms.run.model.checkpointing == "block":
-        # What torch's checkpoint recomputes holds the gathered weights of the block until backward has used them.
-        whole += block_weight_elements(terms.run.model) * width
     reduced = max(zero.reduce_bucket_elements, terms.largest)
     share = ceil_div(reduced, world_size) * (terms.accumulation_width + terms.master_width)
     share += min(ceil_div(terms.largest, world_size), NORM_ELEMENTS) * NORM_BYTES if terms.offloaded else 0
     share += reduced if zero.quantized_gradients else 0
     reducing = module * width + reduced * width * (2 if terms.on_cpu else 1) + share
-    return terms.activations[0] + whole + max(coordinator, reducing)
+    return whole + max(coordinator, reducing)
 
 
 def _updating(terms: _Terms) -> int:
@@ -298,21 +351,20 @@ def _updating(terms: _Terms) -> int:
     return max(update, terms.largest * FP32_BYTES + terms.module * terms.width)
 
 
-def _stage_0(terms: _Terms, bounds: MemoryUpperBound) -> MemoryUpperBound:
+def _stage_0(terms: _Terms, bounds: WeightsBound) -> None:
     elements, width, wide = terms.volumes.elements, terms.width, terms.master_width
     master = wide if width != wide else 0
     temporary = temporary_tensors(terms.training, on_cpu=terms.on_cpu, offloaded=False, one_by_one=True)
     states = terms.states(elements)
     bounds.device += elements * (width + master) + states
     gradients = elements * width
-    reducing = terms.activations[0] + 2 * gradients
     updating = gradients + elements * wide + temporary * terms.largest * wide if master else gradients
     loaded = elements * (width + wide) + states + _copied_states(terms, elements)
     bounds.add_transient(max(elements * (FP32_BYTES + width), loaded))
-    return bounds.close(max(reducing, updating + temporary * terms.largest * wide), on_cpu=terms.on_cpu)
+    bounds.running, bounds.elsewhere = 2 * gradients, updating + temporary * terms.largest * wide
 
 
-def _stages_1_and_2(terms: _Terms, bounds: MemoryUpperBound) -> MemoryUpperBound:
+def _stages_1_and_2(terms: _Terms, bounds: WeightsBound) -> None:
     zero, training, world_size, largest = terms.zero, terms.training, terms.world_size, terms.largest
     width, wide, elements = terms.width, terms.master_width, terms.volumes.elements
     share = ceil_div(elements, 2 * world_size) * 2
@@ -337,12 +389,11 @@ def _stages_1_and_2(terms: _Terms, bounds: MemoryUpperBound) -> MemoryUpperBound
         update = share * (terms.accumulation_width + wide + temporary * wide)
         bounds.add_transient(2 * share * wide + terms.states(share) + _copied_states(terms, share))
     gathered = world_size * share * width if terms.on_cpu else 0
-    worst = max(terms.activations[0] + gradients + bucket + parts, parts + update, gathered, share * (width + wide))
+    bounds.running = gradients + bucket + parts
+    bounds.elsewhere = max(parts + update, gathered, share * (width + wide))
     # The full model is built on the host before anything else exists.
     made = elements * (FP32_BYTES + width) + (0 if terms.on_cpu else world_size * share * width)
     if terms.on_cpu:
-        bounds = bounds.close(worst, on_cpu=True)
-        bounds.device = max(bounds.device, made)
-        return bounds
-    bounds.add_transient(made)
-    return bounds.close(worst, on_cpu=False)
+        bounds.least = made
+    else:
+        bounds.add_transient(made)

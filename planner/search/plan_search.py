@@ -319,12 +319,15 @@ def knob_reasons(searcher: Searcher, best: Candidate) -> tuple[KnobReason, ...]:
 def pareto(searcher: Searcher) -> tuple[ParetoPoint, ...]:
     """The Pareto front of time, nodes and device memory, fastest plan first."""
     chosen: list[Candidate] = []
+    smallest: dict[int, int] = {}
+    """Least device bytes of the chosen plans by number of nodes."""
     ordered = sorted(searcher.feasible(), key=lambda c: (c.sample_seconds, c.bounds.device, c.nodes))
     for candidate in ordered:
         size, nodes = candidate.bounds.device, candidate.nodes
         # A saving of less than 1% does not count.
-        if all(size < 0.99 * known.bounds.device or nodes < known.nodes for known in chosen):
+        if all(size < 0.99 * known for count, known in smallest.items() if count <= nodes):
             chosen.append(candidate)
+            smallest[nodes] = min(size, smallest.get(nodes, size))
     step = max(1, -(-len(chosen) // PARETO_ROWS))
     return tuple(
         ParetoPoint(

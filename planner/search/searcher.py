@@ -6,8 +6,8 @@ of nodes, a batch split, a tile size, a checkpointing mode and a knob set; `Capa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from ..common.errors import InputError
@@ -17,14 +17,16 @@ from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
 from ..config.zero import OffloadMode, ZeroSpec
 from ..costs.parameters import TABLES, parameter_groups
+from ..costs.workload import Volumes
 from ..deepspeed.config import NVME_BLOCK_BYTES, check_training_state
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import BOOKKEEPING_BYTES, MemoryEstimate, estimate_memory
-from ..memory.upper_bound import MemoryUpperBound, bound_memory
+from ..memory.upper_bound import BatchBound, MemoryUpperBound, WeightsBound, add_bounds, bound_batch, bound_weights
 from ..plans.build import check_data
 from ..plans.defaults import override_zero
+from ..timing.engine_time import PartTime, engine_parts, weight_uses
 from ..timing.rates import Rates
-from ..timing.step_time import step_parts, total_seconds
+from ..timing.step_time import model_parts, run_volumes, total_seconds
 from .space import (
     Checkpointing,
     Objective,
@@ -67,6 +69,7 @@ class Searcher:
         """Capacity of a rank by number of nodes."""
         self.candidates: list[Candidate] = []
         self.considered = 0
+        self._knobs: dict[object, list[_KnobCosts]] = {}
         self.closest: dict[Strategy, Candidate] = {}
         """The candidate of each strategy with the lowest utilization."""
         check_data(spec, training, self.global_batch)
@@ -112,30 +115,50 @@ class Searcher:
         """Evaluate every tile size and knob set of a strategy; ``base`` gives the rest of the configuration."""
         if strategy in self.infeasible or (strategy.hpz and base.cluster.nodes == 1):
             return
-        model, cluster, training = base.model, base.cluster, base.training
-        for tile in tiles(model, cluster.world_size, strategy.stage, self.constraints):
-            if not writes_to_nvme(model, tile, cluster.world_size, training.dtype_bytes, strategy):
-                continue
-            try:
-                for knob_set in knob_sets(model, tile, strategy, cluster, self.constraints):
-                    if knob_set.minimal_memory:
-                        check_training_state(training, knob_set.zero, cluster.device)
-                    run = RunConfig(model, cluster, training, knob_set.zero, tile)
-                    utilization = self._evaluate(strategy, run, rates)
-                    if utilization > REPLAY_TOLERANCE and knob_set.minimal_memory:
-                        # Every other knob set of this tile needs more memory.
-                        break
-            except InputError as error:
-                self.infeasible[strategy] = str(error)
+        model, world_size = base.model, base.cluster.world_size
+        for tile in tiles(model, world_size, strategy.stage, self.constraints):
+            if writes_to_nvme(model, tile, world_size, base.training.dtype_bytes, strategy):
+                try:
+                    self._try_tile(strategy, base.replace(tile_relations=tile), rates)
+                except InputError as error:
+                    self.infeasible[strategy] = str(error)
+                    return
+
+    def _try_tile(self, strategy: Strategy, base: RunConfig, rates: Rates) -> None:
+        """Evaluate every knob set of a tile size.
+
+        Raises:
+            InputError: if the strategy contradicts the training or the user's overrides, or the cluster lacks a rate.
+        """
+        batch: BatchBound | None = None
+        computed: Collection[PartTime] = ()
+        for costs in self._knobs_of(strategy, base):
+            run = RunConfig(base.model, base.cluster, base.training, costs.zero, base.tile_relations)
+            batch = batch or bound_batch(run)
+            computed = computed or model_parts(run, costs.volumes.tiles, rates).values()
+            bounds = add_bounds(costs.weights(run), batch)
+            seconds = total_seconds((*computed, *costs.parts(run, rates)))
+            utilization = self._add(strategy, run, bounds, seconds)
+            if utilization > REPLAY_TOLERANCE and costs.minimal_memory:
+                # Every other knob set of this tile needs more memory.
                 return
 
-    def _evaluate(self, strategy: Strategy, run: RunConfig, rates: Rates) -> float:
+    def _knobs_of(self, strategy: Strategy, base: RunConfig) -> list[_KnobCosts]:
+        """Return the knob sets of a strategy and a tile size, which all batches and ways of checkpointing share."""
+        key = (base.cluster.nodes, strategy, base.tile_relations)
+        if key not in self._knobs:
+            found = list(knob_sets(base.model, base.tile_relations, strategy, base.cluster, self.constraints))
+            check_training_state(base.training, found[0].zero, base.cluster.device)
+            self._knobs[key] = [
+                _KnobCosts(each.zero, each.minimal_memory, run_volumes(base.replace(zero=each.zero))) for each in found
+            ]
+        return self._knobs[key]
+
+    def _add(self, strategy: Strategy, run: RunConfig, bounds: MemoryUpperBound, seconds: float) -> float:
         """Add a candidate, and return its peak utilization."""
         self.considered += 1
-        bounds = bound_memory(run)
         utilization = self.capacities[run.cluster.nodes].peak_utilization(bounds)
-        seconds = total_seconds(step_parts(run, rates).values())
-        candidate = Candidate(strategy, run, seconds, bounds, utilization)
+        candidate = Candidate(strategy, run, seconds, seconds / run.global_batch, bounds, utilization)
         known = self.closest.get(strategy)
         if known is None or utilization < known.peak_utilization:
             self.closest[strategy] = candidate
@@ -180,6 +203,31 @@ class Searcher:
 
 
 @dataclass(frozen=True, slots=True)
+class _KnobCosts:
+    """A knob set, and what it costs whatever the micro-batch and the checkpointing are."""
+
+    zero: ZeroSpec
+    minimal_memory: bool
+    volumes: Volumes
+    _weights: dict[bool, WeightsBound] = field(default_factory=dict)
+    _parts: dict[tuple[int, int], tuple[PartTime, ...]] = field(default_factory=dict)
+
+    def weights(self, run: RunConfig) -> WeightsBound:
+        """Memory of parameters, gradients and states of a run with these knobs."""
+        several = run.training.gradient_accumulation_steps > 1
+        if several not in self._weights:
+            self._weights[several] = bound_weights(run)
+        return self._weights[several]
+
+    def parts(self, run: RunConfig, rates: Rates) -> tuple[PartTime, ...]:
+        """Time that DeepSpeed adds to a step of a run with these knobs."""
+        key = run.training.gradient_accumulation_steps, weight_uses(run.model)
+        if key not in self._parts:
+            self._parts[key] = tuple(engine_parts(run, self.volumes, rates).values())
+        return self._parts[key]
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """One run configuration with its predicted time and an upper bound of its memory."""
 
@@ -187,6 +235,8 @@ class Candidate:
     run: RunConfig
     seconds: float
     """Likely seconds of an optimizer step."""
+    sample_seconds: float
+    """Likely seconds per sample."""
     bounds: MemoryUpperBound
     peak_utilization: float
     """Highest utilization over device, host and NVMe by the upper bound; above 1 it does not fit."""
@@ -196,22 +246,20 @@ class Candidate:
         """Number of nodes."""
         return self.run.cluster.nodes
 
-    @property
-    def sample_seconds(self) -> float:
-        """Likely seconds per sample."""
-        return self.seconds / self.run.global_batch
-
     def cost(self, objective: Objective) -> tuple[float, ...]:
         """Sort key: what the objective minimizes, then what decides between equals."""
         nodes, memory = float(self.nodes), float(self.bounds.device)
         # A difference below the fourth digit is no reason for ZeRO++, which needs more memory or rounds.
         seconds, extras = float(f"{self.sample_seconds:.4g}"), float(self.strategy.hpz + self.strategy.quantized)
-        return {
-            "time": (seconds, nodes, extras, memory),
-            "nodes": (nodes, seconds, extras, memory),
-            "cost": (nodes * seconds, seconds, extras, memory),
-            "memory": (memory, seconds, nodes, extras),
-        }[objective]
+        match objective:
+            case "time":
+                return seconds, nodes, extras, memory
+            case "nodes":
+                return nodes, seconds, extras, memory
+            case "cost":
+                return nodes * seconds, seconds, extras, memory
+            case "memory":
+                return memory, seconds, nodes, extras
 
     @property
     def footprint_key(self) -> tuple[object, ...]:

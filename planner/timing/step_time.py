@@ -1,53 +1,30 @@
 """Predicted time of an optimizer step: what each part takes, what overlaps, and what bounds it; and the cost of a run.
 
 Compute time is the model's matrix products and elementwise work (costs/workload.py) at the cluster's rates (rates.py).
-What ZeRO transfers and when follows DeepSpeed 0.19.8: runtime/zero/stage3.py, stage_1_and_2.py and runtime/engine.py.
+What DeepSpeed adds is in engine_time.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Literal, NamedTuple, TypeAlias
 
 from ..common.schema import Schema, stored_as
 from ..common.types import DTYPE_BYTES
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
-from ..config.zero import ZeroSpec
-from ..costs.optimizer import state_tensors, widths
 from ..costs.workload import Volumes, count_flops, count_work, volumes
 from ..hardware.cluster import ClusterSpec
+from .engine_time import PartTime, engine_parts, forward_parts
 from .rates import RATE_LEVELS, RateLevel, Rates
 
-Bound: TypeAlias = Literal["compute", "network", "host link", "host", "NVMe", "engine"]
 _FORWARD, _BACKWARD, _RECOMPUTE = "forward", "backward", "recomputation"
-_GATHER, _REDUCE = "parameter gathers", "gradient reduction"
-_FROM_HOST, _TO_HOST = "parameters from the host", "gradients to the host"
-_FROM_NVME, _UPDATE = "parameters from NVMe", "optimizer update"
-_STATES_IN, _STATES_OUT = "optimizer states from NVMe", "optimizer states to NVMe"
-_BACK, _ENGINE = "parameters to the ranks", "engine"
 VISIT_OPERATIONS = 18
 """Small operations per relation and role in forward, views included; backward has three times as many. Fitted to runs
 of a layer on a CPU."""
 TILE_OPERATIONS = 40
 """Small operations per tile in forward on a GPU, which computes the relations of a tile together."""
-
-_HIDDEN_SHARE = 0.9
-"""Largest share of pipelined swapping that the update can hide."""
-
-
-class PartTime(NamedTuple):
-    """Time of one part of a step."""
-
-    seconds: float
-    bound: Bound
-    """The resource that limits it."""
-    overlaps: bool = False
-    """Whether it overlaps with forward and backward."""
-    follows: bool = False
-    """Whether it begins when backward has ended, so that nothing overlaps with it."""
 
 
 class StepPart(Schema):
@@ -115,124 +92,6 @@ def compute_seconds(spec: ModelSpec, batch: int, tiles: int, rates: Rates) -> tu
     return max(forward, overhead), max(backward, 3 * overhead)
 
 
-def _transfers(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates: Rates) -> dict[str, PartTime]:
-    """Return the collectives and copies of the micro-batches, and those of the parameters after the update."""
-    width, count, parts = training.dtype_bytes, training.gradient_accumulation_steps, {}
-    optimizer, param = zero.offload_optimizer.device, zero.offload_param.device
-    reduce, gather = rates.collective("reduce_scatter"), rates.collective("all_gather")
-    on_cpu, overlaps = rates.on_cpu, zero.overlap_comm and not rates.on_cpu
-    if zero.stage == 3:
-        early = overlaps and zero.prefetch_bucket_elements > 0
-        parts[_GATHER] = PartTime(_gather_seconds(zero, v, width, count * uses, rates), "network", early)
-        parts[_REDUCE] = PartTime(count * _reduce_seconds(zero, v, width, rates), "network", overlaps)
-        parts[_BACK] = PartTime(gather.seconds(v.persistent * width), "network")
-        local = v.gathered // rates.cluster.world_size * width
-        if param == "cpu":
-            copy = rates.host_copy("host_to_device", pinned=zero.offload_param.pin_memory)
-            seconds = count * uses * (v.gathers * copy.latency_s + local / copy.bytes_per_s)
-            if on_cpu:
-                # Partitions are copied before they are gathered, at the rate of the gather.
-                seconds = count * uses * local / gather.bytes_per_s
-            parts[_FROM_HOST] = PartTime(seconds, "host link", early)
-        elif param == "nvme":
-            parts[_FROM_NVME] = PartTime(count * uses * local / rates.nvme_bytes_per_s("read"), "NVMe")
-    else:
-        times = count if zero.stage == 2 else 1
-        reduce = rates.collective("all_reduce") if zero.stage == 0 else reduce
-        reductions = 1 if zero.stage == 0 else max(1, -(-v.elements // zero.reduce_bucket_elements))
-        seconds = reductions * reduce.latency_s + v.elements * width / reduce.bytes_per_s
-        parts[_REDUCE] = PartTime(times * seconds, "network", overlaps and zero.stage > 0)
-        if zero.stage and rates.cluster.world_size > 1:
-            parts[_BACK] = PartTime(gather.seconds(v.elements * width), "network")
-    if optimizer != "none":
-        copy = rates.host_copy("device_to_host", pinned=zero.offload_optimizer.pin_memory)
-        seconds = v.tensors * copy.latency_s + v.partition_numel * width / copy.bytes_per_s
-        # The norm of each gradient is computed during the transfer.
-        seconds = count * (seconds + rates.norm_seconds(v.partition_numel))
-        parts[_TO_HOST] = PartTime(seconds, "host link", overlaps)
-    return parts
-
-
-def _gather_seconds(zero: ZeroSpec, v: Volumes, width: int, times: int, rates: Rates) -> float:
-    """Return the seconds of a step's gathers.
-
-    With hpZ all passes but the first gather the second copy, within a group. With qwZ they move integers of one byte,
-    which are made of a partition and turned into the full tensor.
-    """
-    moved = 1 if zero.quantized_weights else width
-    converted = v.gathered * (1 + width) / rates.memory_bytes_per_s if zero.quantized_weights else 0.0
-    gather = rates.collective("all_gather")
-    seconds = v.gathers * gather.latency_s + v.gathered * moved / gather.bytes_per_s
-    if zero.hpz_ranks == 1:
-        return times * (seconds + converted)
-    near = rates.within(zero.hpz_ranks).collective("all_gather")
-    return (
-        times * converted + seconds + (times - 1) * (v.gathers * near.latency_s + v.gathered * moved / near.bytes_per_s)
-    )
-
-
-def _reduce_seconds(zero: ZeroSpec, v: Volumes, width: int, rates: Rates) -> float:
-    """Return the seconds in which the gradients of a micro-batch are reduced.
-
-    With qgZ integers of half a byte are exchanged twice, within the nodes and between them (arXiv 2306.10209, section
-    3.3); DeepSpeed reduces as usual on one node.
-    """
-    reduce = rates.collective("reduce_scatter")
-    reductions = max(1, -(-v.elements // zero.reduce_bucket_elements))
-    if not zero.quantized_gradients or rates.cluster.nodes == 1:
-        return reductions * reduce.latency_s + v.elements * width / reduce.bytes_per_s
-    near = rates.within(rates.cluster.ranks_per_node).collective("reduce_scatter")
-    exchanged = v.elements * 0.5 * (1 / near.bytes_per_s + 1 / reduce.bytes_per_s)
-    converted = 2 * v.elements * (width + 0.5) / rates.memory_bytes_per_s
-    return reductions * (near.latency_s + reduce.latency_s) + exchanged + converted
-
-
-def _update_parts(training: TrainingSpec, zero: ZeroSpec, v: Volumes, rates: Rates) -> dict[str, PartTime]:
-    """Return the optimizer's update of a rank's partition, and its transfers to and from NVMe."""
-    optimizer, parts = zero.offload_optimizer, {}
-    own = v.elements if zero.stage == 0 else v.partition_numel
-    on_host = 0 if optimizer.device == "none" else round(own * optimizer.ratio)
-    kernel = training.adam if optimizer.device == "none" else "loop"
-    seconds = on_host / rates.host_adam_elements_per_s
-    seconds += (own - on_host) / rates.device_adam_elements_per_s(kernel)
-    if not on_host:
-        seconds += rates.norm_seconds(own)
-    parts[_UPDATE] = PartTime(seconds, "host" if on_host else "compute", follows=True)
-    if on_host and not rates.on_cpu:
-        copy = rates.host_copy("host_to_device", pinned=optimizer.pin_memory)
-        back = copy.seconds(on_host * training.dtype_bytes)
-        parts[_FROM_HOST + " after the update"] = PartTime(back, "host link")
-    if optimizer.device == "nvme":
-        master, state = widths(training)
-        held = master + state * state_tensors(training)
-        gradients = own * 4
-        read = (own * held + gradients) / rates.nvme_bytes_per_s("read")
-        # Gradients are written as the micro-batches are reduced.
-        write = (own * held + gradients * training.gradient_accumulation_steps) / rates.nvme_bytes_per_s("write")
-        if zero.offload_param.device == "nvme":
-            write += own * training.dtype_bytes / rates.nvme_bytes_per_s("write")
-        # A drive that reads and writes at the same time does each more slowly: the two add up, pipelined or not. The
-        # update hides what is pipelined, except for the first read and the last write.
-        pipelined = read * optimizer.pipeline_read + write * optimizer.pipeline_write
-        shown = 1 - min(seconds, _HIDDEN_SHARE * pipelined) / pipelined if pipelined else 1.0
-        read *= shown if optimizer.pipeline_read else 1.0
-        write *= shown if optimizer.pipeline_write else 1.0
-        parts[_STATES_IN], parts[_STATES_OUT] = PartTime(read, "NVMe"), PartTime(write, "NVMe")
-    return parts
-
-
-def _engine_part(zero: ZeroSpec, training: TrainingSpec, v: Volumes, uses: int, rates: Rates) -> PartTime:
-    """Return the engine's own work in Python."""
-    seconds = training.gradient_accumulation_steps * v.tensors * rates.overhead("gradient_s")
-    if zero.stage == 3:
-        hooks = training.gradient_accumulation_steps * uses * v.gathers * rates.overhead("module_s")
-        groups = -(-v.partition_numel // zero.sub_group_elements)
-        seconds += hooks + groups * rates.overhead("sub_group_s")
-    else:
-        seconds += rates.overhead("sub_group_s")
-    return PartTime(seconds, "engine", not rates.on_cpu)
-
-
 def step_parts(run: RunConfig, rates: Rates) -> dict[str, PartTime]:
     """Return every part of a step at one level of the rates.
 
@@ -240,23 +99,34 @@ def step_parts(run: RunConfig, rates: Rates) -> dict[str, PartTime]:
         run: what is trained, where and how.
         rates: the machine's rates.
     """
-    model, training, zero = run.model, run.training, run.zero
-    v = volumes(model, run.tile_relations, rates.cluster.world_size, zero.persistence_threshold_elements)
-    forward, backward = compute_seconds(model, training.micro_batch, v.tiles, rates)
-    count, recomputes = training.gradient_accumulation_steps, model.checkpointing != "none"
+    v = run_volumes(run)
+    return model_parts(run, v.tiles, rates) | engine_parts(run, v, rates)
+
+
+def run_volumes(run: RunConfig) -> Volumes:
+    """Return what a rank of a run gathers, reduces and updates."""
+    return volumes(run.model, run.tile_relations, run.world_size, run.zero.persistence_threshold_elements)
+
+
+def model_parts(run: RunConfig, tiles: int, rates: Rates) -> dict[str, PartTime]:
+    """Return the parts of a step that the network computes; ZeRO's knobs do not change them.
+
+    Args:
+        run: gives model and batch.
+        tiles: tile modules called in one forward pass.
+        rates: the machine's rates.
+    """
+    model, training = run.model, run.training
+    forward, backward = compute_seconds(model, training.micro_batch, tiles, rates)
+    count = training.gradient_accumulation_steps
     parts = {_FORWARD: PartTime(count * forward, "compute"), _BACKWARD: PartTime(count * backward, "compute")}
-    uses = 2
-    if recomputes:
-        uses = 3
+    if model.checkpointing != "none":
         parts[_RECOMPUTE] = PartTime(count * forward * count_work(model).recompute, "compute")
         if model.checkpointing == "offload" and not rates.on_cpu:
             size = model.depth * training.micro_batch * model.tokens * model.dim * training.dtype_bytes
             out, back = rates.host_copy("device_to_host"), rates.host_copy("host_to_device")
             seconds = model.depth * (out.latency_s + back.latency_s) + size / out.bytes_per_s + size / back.bytes_per_s
             parts["activations to the host and back"] = PartTime(count * seconds, "host link")
-    parts |= _transfers(training, zero, v, uses, rates)
-    parts |= _update_parts(training, zero, v, rates)
-    parts[_ENGINE] = _engine_part(zero, training, v, uses, rates)
     return parts
 
 
@@ -272,18 +142,14 @@ def evaluation_seconds(run: RunConfig, batch: int) -> tuple[float, float, float]
     Raises:
         InputError: if the cluster lacks a rate that the prediction needs.
     """
-    model, zero = run.model, run.zero
     training = run.training.model_copy(update={"micro_batch": batch, "gradient_accumulation_steps": 1})
+    one_batch = run.replace(training=training)
+    v = run_volumes(run)
     seconds = []
     for level in RATE_LEVELS:
         rates = Rates(run.cluster, training.compute_precision, level)
-        v = volumes(model, run.tile_relations, rates.cluster.world_size, zero.persistence_threshold_elements)
-        forward, _ = compute_seconds(model, batch, v.tiles, rates)
-        parts = {_FORWARD: PartTime(forward, "compute")}
-        transfers = _transfers(training, zero, v, 1, rates)
-        parts |= {name: part for name, part in transfers.items() if name in (_GATHER, _FROM_HOST, _FROM_NVME)}
-        if zero.stage == 3:
-            parts[_ENGINE] = PartTime(v.gathers * rates.overhead("module_s"), "engine", not rates.on_cpu)
+        forward, _ = compute_seconds(run.model, batch, v.tiles, rates)
+        parts = {_FORWARD: PartTime(forward, "compute")} | forward_parts(one_batch, v, rates)
         seconds.append(total_seconds(parts.values()))
     low, likely, high = sorted(seconds)
     return low, likely, high
