@@ -25,6 +25,8 @@ from .space import SearchConstraints, list_strategies, tiles
 MAX_ADVISED_NODES = 4096
 HYBRID_RANKS = (64, 32, 16, 8, 4)
 """Ranks c1 = c2 of the α-Translution layers of a hybrid."""
+HOPELESS_UTILIZATION = 1.08
+"""Simulated utilization of the most promising setup above which the others are not simulated: they differ by less."""
 HYPOTHETICAL_PATH = "/nvme"
 """Placeholder for the path of a drive that the cluster does not have yet."""
 
@@ -88,7 +90,7 @@ def min_utilization(
     lowest = float("inf")
     for run in close:
         lowest = min(lowest, capacity.simulated_utilization(estimate_memory(run.replace(cluster=same))))
-        if lowest <= 1:
+        if lowest <= 1 or lowest > HOPELESS_UTILIZATION:
             break
     return lowest
 
