@@ -2,6 +2,8 @@
 # make dist | make offline-bundle | make bigger-than-memory:
 # each creates the environment if there is none.
 PYTHON ?= python3
+# Tests start hundreds of processes, which would otherwise compile every module again.
+export PYTHONDONTWRITEBYTECODE :=
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
