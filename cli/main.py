@@ -30,6 +30,7 @@ MODULES = {
     "measure": "measuring.measure",
     "rehearse": "measuring.rehearse",
     "export": "training.export",
+    "import": "training.import_",
     "experiment": "measuring.experiment",
     "train": "training.ranks",
     "rank": "training.ranks",

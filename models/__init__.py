@@ -13,6 +13,8 @@ Other networks and weights:
     replace_attention          Translution in a timm-style vision transformer, changed in place
     tables_from_state_dict     tables of the published code, (R, C, C') for each role
     load_tables                copy such tables into a layer of any tiling
+    load_published             network of a checkpoint of the published code
+    to_published               state dict of a network for the published code
 
 Packages, each importing only those before it:
     ops              the operators as autograd functions, forward and backward, and their slow reference
@@ -21,7 +23,7 @@ Packages, each importing only those before it:
     integrations     other networks and weights
 """
 
-from .integrations import load_tables, replace_attention, tables_from_state_dict
+from .integrations import load_published, load_tables, replace_attention, tables_from_state_dict, to_published
 from .layers import (
     AbsoluteTranslution,
     AlphaTranslution,
@@ -43,7 +45,9 @@ __all__ = [
     "VisionTransformer",
     "build",
     "load_network",
+    "load_published",
     "load_tables",
     "replace_attention",
     "tables_from_state_dict",
+    "to_published",
 ]

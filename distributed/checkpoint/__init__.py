@@ -7,6 +7,7 @@ reshard            loads a checkpoint into an engine of another layout
 reader             reads any layout parameter by parameter
 shard_layout       positions of parameters in the ranks' flat vectors, and of tiles in their tables
 unpickle           reads torch's files without DeepSpeed's classes
+weights            network files: from the authors' checkpoints and back, and a run's first weights
 exporter           writes the network as one safetensors file
 """
 

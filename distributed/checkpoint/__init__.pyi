@@ -1,1 +1,3 @@
 from .exporter import export as export
+from .weights import export_published as export_published
+from .weights import import_published as import_published

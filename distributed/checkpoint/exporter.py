@@ -8,6 +8,7 @@ JSON, and the bytes of the tensors, all little-endian.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -19,8 +20,9 @@ from typing import BinaryIO, Literal
 import torch
 from torch import Tensor
 
-from translution.models.networks import SPEC_KEY, empty_network
+from translution.models.networks import empty_network
 from translution.planner.common import InputError, Schema
+from translution.planner.config import SPEC_KEY, ModelSpec
 from translution.planner.plans import version
 
 from ..runs.folder import CHECKPOINT, require_run
@@ -94,6 +96,41 @@ def _write(
             on_bytes(file.write(piece.to(dtype).view(torch.uint8).numpy().data))
 
 
+def network_metadata(spec: ModelSpec) -> dict[str, str]:
+    """Return what a file of this project says of its network."""
+    return {"format": "pt", SPEC_KEY: spec.model_dump_json(), "made_by": f"translution-scale {version()}"}
+
+
+def check_new(out: Path, *, force: bool) -> None:
+    """Check that a file may be written.
+
+    Raises:
+        InputError: if it exists and may not be replaced.
+    """
+    if out.exists() and not force:
+        raise InputError(f"{out}: exists already: choose another file or pass --force to replace it")
+
+
+@contextlib.contextmanager
+def new_file(out: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears, or replaces another, only when the block has ended without an error.
+
+    Raises:
+        InputError: if it cannot be written; nothing is left.
+    """
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def export(
     run: Path, out: Path, *, dtype: Dtype = "fp32", force: bool = False, on_bytes: OnBytes = lambda _: None
 ) -> ExportedFile:
@@ -115,8 +152,7 @@ def export(
         raise InputError(f"{run / CHECKPOINT}: holds no complete checkpoint to export")
     if dtype not in _DTYPES:
         raise InputError(f"dtype: {dtype!r} is not allowed: must be one of {', '.join(_DTYPES)}")
-    if out.exists() and not force:
-        raise InputError(f"{out}: exists already: choose another file or pass --force to replace it")
+    check_new(out, force=force)
     spec = ref.plan().model
     shapes = {name: tuple(value.shape) for name, value in empty_network(spec).named_parameters()}
     reader = CheckpointReader(ref)
@@ -124,23 +160,11 @@ def export(
         expected, held = math.prod(shapes.get(name, (0,))), reader.numels.get(name, 0)
         if expected != held:
             raise InputError(f"{name}: {held} elements are not allowed: the model has {expected} ({reader.folder})")
-    metadata = {
-        "format": "pt", SPEC_KEY: spec.model_dump_json(), "step": str(ref.manifest.step),
-        "made_by": f"translution-scale {version()}",
-    }  # fmt: skip
+    metadata = network_metadata(spec) | {"step": str(ref.manifest.step)}
     header = safetensors_header(shapes, dtype, metadata)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(header)
-            _write(file, reader, shapes, _DTYPES[dtype][1], on_bytes)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(out) as file:
+        file.write(header)
+        _write(file, reader, shapes, _DTYPES[dtype][1], on_bytes)
     parameters = sum(map(math.prod, shapes.values()))
     return ExportedFile(
         out=out, run=run, step=ref.manifest.step, dtype=dtype, tensors=len(shapes), parameters=parameters,

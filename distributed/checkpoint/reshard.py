@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from translution.planner.costs import QUANTIZED_BLOCK, SMALLEST_QUANTIZED
 from .manifest import CheckpointRef
 from .reader import MASTER_COPY, CheckpointReader
 from .shard_layout import Fragment, UntiledPosition, sub_group_fragments, untiled_numels, untiled_positions
+from .weights import WeightsReader
 
 _MOMENTS: dict[str, dict[str, str]] = {
     "AdamW": {"first": "exp_avg", "second": "exp_avg_sq"},
@@ -59,7 +61,9 @@ class _Filler:
         dtype: dtype of the moments.
     """
 
-    def __init__(self, reader: CheckpointReader, positions: Mapping[str, UntiledPosition], dtype: torch.dtype) -> None:
+    def __init__(
+        self, reader: CheckpointReader | WeightsReader, positions: Mapping[str, UntiledPosition], dtype: torch.dtype
+    ) -> None:
         self.reader, self.positions, self.dtype = reader, positions, dtype
 
     def fill(self, target: _Target) -> None:
@@ -114,7 +118,23 @@ def load_resharded(engine: Any, ref: CheckpointRef, states_dtype: torch.dtype) -
     Raises:
         InputError: if the checkpoint is damaged or belongs to another model.
     """
-    reader = CheckpointReader(ref)
+    _fill_engine(engine, CheckpointReader(ref), states_dtype)
+
+
+def load_first_weights(engine: Any, path: Path) -> None:
+    """Load a network file into a new engine whose optimizer has done no step; called on every rank.
+
+    Args:
+        engine: DeepSpeed's engine.
+        path: the network file.
+
+    Raises:
+        InputError: if it is damaged or of another model.
+    """
+    _fill_engine(engine, WeightsReader(path), torch.float32)
+
+
+def _fill_engine(engine: Any, reader: CheckpointReader | WeightsReader, states_dtype: torch.dtype) -> None:
     numels = {name: _numel(parameter) for name, parameter in engine.module.named_parameters()}
     _check_numels(reader, numels)
     filler = _Filler(reader, untiled_positions(numels), states_dtype)
@@ -133,7 +153,7 @@ def _numel(parameter: Any) -> int:
     return numel
 
 
-def _check_numels(reader: CheckpointReader, numels: Mapping[str, int]) -> None:
+def _check_numels(reader: CheckpointReader | WeightsReader, numels: Mapping[str, int]) -> None:
     expected = untiled_numels(numels)
     for name in sorted({*expected, *reader.numels}):
         if expected.get(name) != reader.numels.get(name):
@@ -196,9 +216,9 @@ def _fill_unpartitioned(engine: Any, filler: _Filler) -> None:
             parameter.data.copy_(master.data)
 
 
-def _restore_counters(engine: Any, reader: CheckpointReader) -> None:
-    for name, value in reader.counters.items():
-        setattr(engine, name, value)
+def _restore_counters(engine: Any, reader: CheckpointReader | WeightsReader) -> None:
+    for name, count in reader.counters.items():
+        setattr(engine, name, count)
     optimizer = engine.optimizer
     scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
     for name, value in reader.scales.items():

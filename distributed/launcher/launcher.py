@@ -18,7 +18,7 @@ from ..preflight.hosts import compile_on_hosts
 from ..preflight.runner import check_target
 from ..remote.rank_command import RankCommand, make_rank_command, runner_environment
 from ..remote.target import THIS_MACHINE, LaunchTarget
-from ..runs.folder import LOG, new_run_folder, next_run_folder
+from ..runs.folder import LOG, new_run_folder, next_run_folder, set_first_weights
 from ..runs.mode import RunMode
 from ..runs.status import clear_statuses, raise_unless_finished
 from ..system.compiled_ops import OnMessage, needed_ops, prepare_ops
@@ -66,6 +66,7 @@ def launch(
     target: LaunchTarget = THIS_MACHINE,
     mode: RunMode = RunMode.TRAIN,
     resume: bool = False,
+    weights: Path | str | None = None,
     force: bool = False,
     dry_run: bool = False,
     on_metrics: OnMetrics = _ignore_metrics,
@@ -83,6 +84,7 @@ def launch(
         target: the machines that run the ranks.
         mode: what the ranks do, unless a run is resumed.
         resume: resume the run from its newest checkpoint.
+        weights: network file from which a new run starts, visible to every node; None draws weights at random.
         force: start even if preflight finds a problem.
         dry_run: only find out what would be started.
         on_metrics: called with each line of the metrics file.
@@ -104,6 +106,7 @@ def launch(
     hosts = target.hosts(plan)
     if hosts and target.no_ssh and run is None:
         raise InputError("run: is required with --no-ssh: --run FOLDER, the same on every node")
+    first = _checked_weights(weights, plan, resume=resume)
     if dry_run:
         return _dry_run(plan, plan_folder, run, target, RunMode.CONTINUE if resume else mode)
     for text in version_warnings(plan):
@@ -120,6 +123,7 @@ def launch(
         mode = RunMode.CONTINUE
     else:
         run = new_run_folder(plan_folder, run, shared=target.no_ssh)
+        set_first_weights(run, first)
     ops = needed_ops(plan)
     if ops:
         if target.over_ssh:
@@ -129,6 +133,19 @@ def launch(
     places = f" on {', '.join(hosts)}" if target.over_ssh else ""
     on_message(f"starting {plan.cluster.world_size} ranks{places}; they log to {run / LOG}")
     return start_ranks(plan, plan_folder, run, on_metrics=on_metrics, mode=mode, target=target, port=port)
+
+
+def _checked_weights(weights: Path | str | None, plan: Plan, *, resume: bool) -> Path | None:
+    """Return the network file from which a run starts, after checking that the plan can."""
+    if weights is None:
+        return None
+    if resume:
+        raise InputError("from: is not allowed with --resume, which continues from a checkpoint")
+    # torch is imported only to read a network file.
+    from ..checkpoint.weights import check_first_weights
+
+    check_first_weights(Path(weights), plan)
+    return Path(weights)
 
 
 def _dry_run(plan: Plan, plan_folder: Path, run: Path | None, target: LaunchTarget, mode: RunMode) -> LaunchResult:

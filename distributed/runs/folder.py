@@ -4,6 +4,7 @@ A launcher's exit code can be 0 although a rank was killed, so these files decid
 and only if, every rank has written the status ``finished``.
 
     plan.json               the plan, copied when the run started
+    first_weights.json      the network file that the run starts from, if there is one
     metrics.jsonl           one JSON object per step and evaluation, written by rank 0
     status/rank_N.json      last status of rank N (status.py)
     memory/rank_N.json      memory that rank N measured (measurement.py)
@@ -15,14 +16,16 @@ and only if, every rank has written the status ``finished``.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
-from translution.planner.common import InputError
+from translution.planner.common import InputError, write_text
 from translution.planner.plans import PLAN_FILE, RUNS
 
 METRICS, LOG, CHECKPOINT = "metrics.jsonl", "launcher.log", "checkpoint"
+_FIRST_WEIGHTS = "first_weights.json"
 
 
 def status_path(run: Path, rank: int) -> Path:
@@ -92,6 +95,18 @@ def new_run_folder(plan_folder: Path, run: Path | None, *, shared: bool = False)
     except OSError as error:
         raise InputError(f"{run or plan_folder}: cannot be written: {error.strerror}") from None
     return folder
+
+
+def set_first_weights(run: Path, path: Path | None) -> None:
+    """Make the ranks of a new run start from a network file, if there is one."""
+    if path is not None:
+        write_text(run / _FIRST_WEIGHTS, json.dumps({"path": str(path.resolve())}))
+
+
+def first_weights(run: Path) -> Path | None:
+    """Return the network file from which a run starts; None if its weights are drawn."""
+    path = run / _FIRST_WEIGHTS
+    return Path(json.loads(path.read_text(encoding="utf-8"))["path"]) if path.is_file() else None
 
 
 def trim_metrics(run: Path) -> None:

@@ -15,7 +15,7 @@ from translution.planner.common import InputError, Phase, write_text
 from translution.planner.plans import Plan
 
 from ..checkpoint.manifest import newest_checkpoint
-from ..checkpoint.reshard import load_resharded
+from ..checkpoint.reshard import load_first_weights, load_resharded
 from ..checkpoint.resume import layout_changes
 from ..checkpoint.save_load import load_checkpoint, replay_bias_correction, save_checkpoint
 from ..data.augment import Augmenter
@@ -23,7 +23,7 @@ from ..data.base import DataSource, Samples
 from ..data.batching import micro_batches
 from ..data.loaders import load_samples
 from ..profiling.recorder import MemoryKind, Recorder, RunPhase, StateSnapshot, run_phase
-from ..runs.folder import CHECKPOINT, memory_path
+from ..runs.folder import CHECKPOINT, first_weights, memory_path
 from ..runs.measurement import MemoryMeasurement, read_memory
 from ..runs.mode import RunMode
 from ..system.signals import IntervalTimer, StopRequest
@@ -258,6 +258,9 @@ class Trainer:
         self.augment = Augmenter(self.plan.model, training, self.engine.rank, self.engine.world_size)
         self.start()
         first = self.load_checkpoint() if resume else 0
+        weights = None if resume else first_weights(self.run)
+        if weights is not None:
+            load_first_weights(self.engine.deepspeed_engine, weights)
         batches: Iterator[list[Samples]] = micro_batches(
             training_samples,
             micro_batch=training.micro_batch,

@@ -11,11 +11,12 @@ from translution.planner.common import InputError
 
 from ..layers.tables import ROLE_NAMES
 from ..layers.translution import AlphaTranslution, Translution
+from .published.revisions import Convention, find_convention
 
 
 @torch.no_grad()
 def load_tables(
-    layer: Translution | AlphaTranslution, tables: Mapping[str, Tensor], *, published_names: bool = False
+    layer: Translution | AlphaTranslution, tables: Mapping[str, Tensor], *, revision: str | None = None
 ) -> None:
     """Load full tables into a layer of any tiling; the layer's other weights stay unchanged.
 
@@ -23,14 +24,16 @@ def load_tables(
         layer: layer whose tables are overwritten.
         tables: role ("q", "k", "v") → (R, C, C'), for exactly the layer's relative roles; relations are
             numbered as in `RelationGeometry`.
-        published_names: True for tables of the published code, which swaps the names query and key of
-            the paper's equations.
+        revision: for tables of the published code, by the roles of its names: the commit that trained them, or "old" or
+            "new". Its names have changed their roles, and a GPT's query table is stored in reverse. None for tables of
+            the equations.
 
     Raises:
-        InputError: naming the role that is missing, unexpected or of the wrong shape.
+        InputError: naming the role that is missing, unexpected or of the wrong shape, or an unknown revision.
     """
     wanted = set(layer.roles)
-    if published_names:
+    convention = None if revision is None else _convention(layer, revision)
+    if convention is not None and convention is not Convention.NEW:
         names = {"q": "k", "k": "q", "v": "v"}
         tables = {names.get(role, role): table for role, table in tables.items()}
     if set(tables) != wanted:
@@ -40,7 +43,17 @@ def load_tables(
         if tuple(table.shape) != shape:
             raise InputError(f"tables: {role} of shape {tuple(table.shape)} is not allowed: must be {shape}")
     for role, table in tables.items():
+        if role == "q" and convention is Convention.OLDEST:
+            table = table[:1].expand(shape)
+        elif role == "q" and convention is not None and layer.geometry.causal:
+            table = table.flip(0)
         layer.tables.load_table(ROLE_NAMES[role], table)
+
+
+def _convention(layer: Translution | AlphaTranslution, revision: str) -> Convention:
+    family = "gpt" if layer.geometry.causal else "vit"
+    low_rank = isinstance(layer, AlphaTranslution)
+    return find_convention(family, low_rank=low_rank, arch=None, revision=revision)
 
 
 def tables_from_state_dict(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:

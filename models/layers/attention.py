@@ -9,8 +9,8 @@ AbsoluteTranslution   a matrix per position instead of one per relation
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class RotaryEmbedding(nn.Module):
     Args:
         geometry: arrangement of the tokens.
         head_dim: width per head, D.
+        pairs: the coordinates that turn together: "neighbours" (2k and 2k + 1) or "halves" (k and k + D/2).
 
     Raises:
         InputError: if head_dim is not a multiple of 2, or of 4 for a grid.
@@ -40,9 +41,12 @@ class RotaryEmbedding(nn.Module):
     cosine: Tensor
     sine: Tensor
 
-    def __init__(self, geometry: RelationGeometry, head_dim: int) -> None:
+    def __init__(self, geometry: RelationGeometry, head_dim: int, pairs: str = "neighbours") -> None:
         super().__init__()
-        multiple = 2 if geometry.width == 1 else 4
+        multiple = 2 if geometry.is_sequence else 4
+        if pairs not in ("neighbours", "halves"):
+            raise InputError(f"rotary_pairs: {pairs!r} is not allowed: must be neighbours or halves")
+        self.halves = pairs == "halves"
         if head_dim % multiple:
             raise InputError(f"head_dim: {head_dim} is not allowed: must be a multiple of {multiple} for rotary")
         self.geometry, self.head_dim = geometry, head_dim
@@ -55,9 +59,17 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cosine", angles.cos().to(dtype), persistent=False)
         self.register_buffer("sine", angles.sin().to(dtype), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Convert the buffers, as ``Module.double`` does, and compute them anew in float64."""
+        super()._apply(fn, recurse)
+        if self.cosine.dtype is torch.float64 and not self.cosine.is_meta:
+            angles = rotary_angles(self.geometry, self.head_dim).to(self.cosine.device)
+            self.cosine, self.sine = angles.cos(), angles.sin()
+        return self
+
     def forward(self, x_bhnd: Tensor) -> Tensor:
         """(B, h, N, D) → (B, h, N, D)."""
-        return apply_rotary(x_bhnd, self.cosine, self.sine)
+        return apply_rotary(x_bhnd, self.cosine, self.sine, halves=self.halves)
 
 
 class DenseAttention(OperatorLayer):
@@ -130,13 +142,21 @@ class SelfAttention(DenseAttention):
     Args:
         dim, heads, head_dim, grid, class_token, length, causal, dropout, bias: as in `OperatorLayer`.
         rotary: apply rotary embedding to queries and keys, 1-D for a sequence, 2-D for a grid.
+        rotary_pairs: as in `RotaryEmbedding`.
         kv_heads: heads of keys and values, each shared by heads / kv_heads heads of queries (arXiv 2305.13245);
             heads by default.
         workspace_bytes: limit of the scratch memory.
     """
 
     def __init__(
-        self, dim: int, heads: int, *, rotary: bool = False, kv_heads: int | None = None, **options: Any
+        self,
+        dim: int,
+        heads: int,
+        *,
+        rotary: bool = False,
+        rotary_pairs: str = "neighbours",
+        kv_heads: int | None = None,
+        **options: Any,
     ) -> None:
         if options.get("window") is not None:
             raise InputError(f"window: {options['window']!r} is not allowed: must be None for self-attention")
@@ -145,7 +165,7 @@ class SelfAttention(DenseAttention):
             raise InputError(f"kv_heads: {kv_heads!r} is not allowed: must divide heads {heads}")
         self.kv_heads = heads if kv_heads is None else kv_heads
         self.projections = nn.Linear(dim, self.inner_dim + 2 * self.kv_heads * self.head_dim, bias=False)
-        self.rotary = RotaryEmbedding(self.geometry, self.head_dim) if rotary else None
+        self.rotary = RotaryEmbedding(self.geometry, self.head_dim, rotary_pairs) if rotary else None
 
     def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding and must not be attended to."""

@@ -106,6 +106,7 @@ class AlphaTranslution(OperatorLayer):
         c2: output width of the relation matrices per head.
         roles: the relative roles, a subset of "qkv".
         rotary: apply rotary embedding to the plain queries and keys.
+        rotary_pairs: as in `RotaryEmbedding`.
         tile_relations, workspace_bytes, implementation: as in `Translution`.
     """
 
@@ -126,6 +127,7 @@ class AlphaTranslution(OperatorLayer):
         bias: bool = True,
         roles: str = "qkv",
         rotary: bool = False,
+        rotary_pairs: str = "neighbours",
         tile_relations: int | None = None,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
         implementation: str = "grouped",
@@ -168,7 +170,7 @@ class AlphaTranslution(OperatorLayer):
             implementation=implementation,
         )
         self.low_output = nn.Linear(low2, self.inner_dim, bias=False) if "v" in self.roles else None
-        self.rotary = RotaryEmbedding(self.geometry, self.head_dim) if rotary else None
+        self.rotary = RotaryEmbedding(self.geometry, self.head_dim, rotary_pairs) if rotary else None
         self.output = self._make_output()
 
     def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:

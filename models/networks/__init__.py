@@ -10,11 +10,10 @@ blocks    transformer block, feed-forward network, activation checkpointing
 
 from .build import build, make_operator
 from .gpt import LanguageModel
-from .load import SPEC_KEY, empty_network, load_network
+from .load import empty_network, load_network
 from .vit import VisionTransformer
 
 __all__ = [
-    "SPEC_KEY",
     "LanguageModel",
     "VisionTransformer",
     "build",

@@ -16,12 +16,13 @@ class LearnedTokens(nn.Module):
     Args:
         tokens: number of tokens, N.
         dim: model width, C.
+        std: standard deviation of the initial values.
     """
 
-    def __init__(self, tokens: int, dim: int) -> None:
+    def __init__(self, tokens: int, dim: int, std: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, tokens, dim))
-        nn.init.normal_(self.weight, std=0.02)
+        nn.init.normal_(self.weight, std=std)
 
     def forward(self, batch: int) -> Tensor:
         """Return the tokens for every sample of a batch as a view, (B, N, C)."""

@@ -40,7 +40,10 @@ def make_operator(
         layout = {"length": spec.context, "causal": True}
     sizes: dict[str, Any] = {"head_dim": spec.head_dim, "dropout": spec.dropout, "bias": spec.bias, **layout}
     if operator == "attention":
-        return SelfAttention(spec.dim, spec.heads, rotary=spec.rotary_attention, kv_heads=spec.kv_heads, **sizes)
+        if not isinstance(spec, VitSpec):
+            sizes["causal"] = spec.attention_causal
+        turned: dict[str, Any] = {"rotary": spec.rotary_attention, "rotary_pairs": spec.rotary_pairs}
+        return SelfAttention(spec.dim, spec.heads, kv_heads=spec.kv_heads, **turned, **sizes)
     sizes |= {"window": spec.window, "workspace_bytes": workspace_bytes}
     if operator in ("bias", "shaw"):
         return (BiasAttention if operator == "bias" else ShawAttention)(spec.dim, spec.heads, **sizes)
@@ -50,7 +53,8 @@ def make_operator(
     tables["implementation"] = implementation
     if operator == "translution":
         return Translution(spec.dim, spec.heads, **sizes, **tables)
-    return AlphaTranslution(spec.dim, spec.heads, c1=spec.c1, c2=spec.c2, rotary=spec.rotary, **sizes, **tables)
+    tables |= {"rotary": spec.rotary, "rotary_pairs": spec.rotary_pairs}
+    return AlphaTranslution(spec.dim, spec.heads, c1=spec.c1, c2=spec.c2, **sizes, **tables)
 
 
 def build(

@@ -24,7 +24,7 @@ class LanguageModel(nn.Module):
         self.context = spec.context
         embedding = TiedEmbedding if spec.tied_embeddings else nn.Embedding
         self.embedding = embedding(spec.vocabulary, spec.dim)
-        self.positions = LearnedTokens(spec.context, spec.dim) if spec.learned_positions else None
+        self.positions = LearnedTokens(spec.context, spec.dim, spec.token_init_std) if spec.learned_positions else None
         self.dropout = nn.Dropout(spec.dropout)
         self.blocks = nn.ModuleList(
             apply_checkpointing(Block(spec, operator), spec.checkpointing) for operator in operators

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,12 @@ import torch
 from torch import nn
 
 from translution.planner.common import InputError, MissingPackageError
-from translution.planner.config import ModelSpec, parse_model_spec
+from translution.planner.config import ModelSpec, network_spec
 
 from ..layers.attention import RotaryEmbedding
 from .build import build
 from .gpt import LanguageModel
 from .vit import VisionTransformer
-
-SPEC_KEY = "model_spec"
-"""Metadata key of the model's spec, stored as JSON."""
 
 
 def load_network(path: Path | str) -> VisionTransformer | LanguageModel:
@@ -46,21 +42,11 @@ def load_network(path: Path | str) -> VisionTransformer | LanguageModel:
         raise InputError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            network = empty_network(_read_spec(file.metadata() or {}, path))
+            network = empty_network(network_spec(path))
             _load_tensors(network, file, path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a complete safetensors file: {' '.join(str(error).split())[:200]}") from None
     return network.eval()
-
-
-def _read_spec(metadata: dict[str, str], path: Path) -> ModelSpec:
-    if SPEC_KEY not in metadata:
-        raise InputError(f"{path}: has no {SPEC_KEY!r} in its metadata: must be written by translution export")
-    try:
-        values = json.loads(metadata[SPEC_KEY])
-    except ValueError as error:
-        raise InputError(f"{path}: {SPEC_KEY} is not valid JSON: {error}") from None
-    return parse_model_spec(values, what=f"{path}: {SPEC_KEY}")
 
 
 def empty_network(spec: ModelSpec) -> VisionTransformer | LanguageModel:

@@ -52,8 +52,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.pool = spec.pool
         self.embedding = PatchEmbedding(spec)
-        self.class_token = LearnedTokens(1, spec.dim) if spec.class_token else None
-        self.positions = LearnedTokens(spec.tokens, spec.dim) if spec.learned_positions else None
+        self.class_token = LearnedTokens(1, spec.dim, spec.token_init_std) if spec.class_token else None
+        self.positions = LearnedTokens(spec.tokens, spec.dim, spec.token_init_std) if spec.learned_positions else None
         self.dropout = nn.Dropout(spec.dropout)
         self.blocks = nn.ModuleList(
             apply_checkpointing(Block(spec, operator), spec.checkpointing) for operator in operators

@@ -28,7 +28,7 @@ def rotary_angles(geometry: RelationGeometry, head_dim: int, base: float = 10000
         base: longest wavelength divided by 2π.
     """
     patches = torch.arange(geometry.patches)
-    if geometry.width == 1:
+    if geometry.is_sequence:
         angles = _angles(patches, head_dim, base)
     else:
         rows = _angles(patches // geometry.width, head_dim // 2, base)
@@ -38,18 +38,20 @@ def rotary_angles(geometry: RelationGeometry, head_dim: int, base: float = 10000
     return angles
 
 
-def apply_rotary(x_bhnd: Tensor, cosine_nd: Tensor, sine_nd: Tensor) -> Tensor:
-    """Rotate neighbouring coordinates (2k, 2k + 1) of each token by its angles.
+def apply_rotary(x_bhnd: Tensor, cosine_nd: Tensor, sine_nd: Tensor, *, halves: bool = False) -> Tensor:
+    """Rotate pairs of coordinates of each token by its angles.
 
     Args:
         x_bhnd: queries or keys, (b, h, n, d).
         cosine_nd: cosines of the angles, (n, d / 2).
         sine_nd: sines of the angles, (n, d / 2).
+        halves: pair the coordinates k and k + d/2, not 2k and 2k + 1.
 
     Returns:
         (b, h, n, d), in the dtype of ``x_bhnd``.
     """
-    even, odd = x_bhnd.unflatten(-1, (-1, 2)).unbind(-1)
+    axis, shape = (-2, (2, -1)) if halves else (-1, (-1, 2))
+    even, odd = x_bhnd.unflatten(-1, shape).unbind(axis)
     # fp32 angles promote a bf16 product to fp32, so it is rounded only once, at the end.
     rotated = (even * cosine_nd - odd * sine_nd, even * sine_nd + odd * cosine_nd)
-    return torch.stack(rotated, dim=-1).flatten(-2).to(x_bhnd.dtype)
+    return torch.stack(rotated, dim=axis).flatten(-2).to(x_bhnd.dtype)

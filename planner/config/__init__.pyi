@@ -8,7 +8,9 @@ from .geometry import RelationGeometry as RelationGeometry
 from .geometry import RelationPairs as RelationPairs
 from .geometry import TokenBlock as TokenBlock
 from .loading import PRESET_NAMES as PRESET_NAMES
+from .loading import SPEC_KEY as SPEC_KEY
 from .loading import load_model as load_model
+from .loading import network_spec as network_spec
 from .loading import preset as preset
 from .loading import preset_name as preset_name
 from .model import DEFAULT_WORKSPACE_BYTES as DEFAULT_WORKSPACE_BYTES

@@ -82,6 +82,8 @@ class RelationGeometry:
     class_token: bool = False
     causal: bool = False
     window: int | None = None
+    is_sequence: bool = False
+    """Whether the tokens have one axis: a grid may have one column, too."""
 
     def __post_init__(self) -> None:
         if self.window is not None and (not isinstance(self.window, int) or self.window < 0):
@@ -95,7 +97,7 @@ class RelationGeometry:
     def sequence(cls, length: int, *, causal: bool = False, window: int | None = None) -> RelationGeometry:
         """A 1-D sequence; with ``causal`` only pairs with j ≤ i exist."""
         _positive("length", length)
-        return cls(height=length, width=1, causal=causal, window=window)
+        return cls(height=length, width=1, causal=causal, window=window, is_sequence=True)
 
     @classmethod
     def grid(cls, height: int, width: int, *, class_token: bool = False, window: int | None = None) -> RelationGeometry:

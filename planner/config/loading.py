@@ -20,7 +20,8 @@ def load_model(source: ModelSpec | Mapping[str, object] | str | Path, /, **overr
     """Return a model spec, with some of its fields replaced.
 
     Args:
-        source: a preset name (``"vit-base/16"``), a YAML or JSON file, a mapping with the file's content, or a spec.
+        source: a preset name (``"vit-base/16"``), a YAML or JSON file, a network file that ``translution export`` or
+            ``import`` wrote, a mapping with a file's content, or a spec.
         overrides: fields of the spec to replace, such as ``operator="alpha"``; None leaves a field as it is.
 
     Raises:
@@ -33,9 +34,43 @@ def load_model(source: ModelSpec | Mapping[str, object] | str | Path, /, **overr
         spec = parse_model_spec(dict(source))
     elif Path(source).suffix in SPEC_SUFFIXES:
         spec = parse_model_spec(read_mapping(Path(source)), what=str(source))
+    elif Path(source).suffix == ".safetensors":
+        spec = network_spec(Path(source))
     else:
         spec = preset(str(source))
     return override(spec, **overrides)
+
+
+SPEC_KEY = "model_spec"
+"""Metadata key of the model's spec in a network file, stored as JSON."""
+_LONGEST_HEADER_BYTES = 100 * 2**20
+
+
+def network_spec(path: Path) -> ModelSpec:
+    """Return the spec of the network in a safetensors file; the tensors are not read.
+
+    Raises:
+        InputError: if the file is missing, truncated or in another format, or holds no spec.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if length <= _LONGEST_HEADER_BYTES else b""
+        header = json.loads(text)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a complete safetensors file: {error}") from None
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    if SPEC_KEY not in metadata:
+        raise InputError(
+            f"{path}: has no {SPEC_KEY!r} in its metadata: must be written by translution export or import"
+        )
+    try:
+        values = json.loads(metadata[SPEC_KEY])
+    except ValueError as error:
+        raise InputError(f"{path}: {SPEC_KEY} is not valid JSON: {error}") from None
+    return parse_model_spec(values, what=f"{path}: {SPEC_KEY}")
 
 
 def dump_model(spec: ModelSpec, suffix: str = ".yaml") -> str:
@@ -106,7 +141,7 @@ def preset(name: str) -> ModelSpec:
     if plain is None:
         close = nearest(name.lower(), PRESET_NAMES)
         raise InputError(
-            f"model: {name[:60]!r} is not allowed: must be a YAML or JSON file or a preset such as "
+            f"model: {name[:60]!r} is not allowed: must be a YAML, JSON or network file, or a preset such as "
             f"vit-base/16 or gpt-base/1024 with size {', '.join(SIZES)}{close}"
         )
     family, _, rest = plain.partition("-")

@@ -130,10 +130,15 @@ class ModelSpecBase(Schema):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability of attention weights, hidden values and each sub-layer's output in training."""
     rotary: bool = False
-    """Apply rotary embedding to the plain queries and keys of attention or α-Translution.
-
-    Attention then has no learned position embedding.
-    """
+    """Apply rotary embedding to the plain queries and keys of attention or α-Translution."""
+    rotary_pairs: Literal["neighbours", "halves"] = "neighbours"
+    """The coordinates of a head that rotary embedding turns together: 2k and 2k + 1, or k and k + D/2."""
+    other_rotary: bool = True
+    """Whether the attention of the other layers is rotary."""
+    positions: Literal["auto", "learned", "none"] = "auto"
+    """Whether a learned position embedding is added to the tokens; auto adds one to attention without rotary."""
+    token_init_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the initial class token and position embedding; the published networks have 1."""
 
     @model_validator(mode="before")
     @classmethod
@@ -161,7 +166,12 @@ class ModelSpecBase(Schema):
             raise ValueError(f"rotary: True is not allowed: must be false for operator {self.operator}")
         if self.other_layers == "alpha" and self.operator != "translution":
             raise ValueError(f"other_layers: 'alpha' is not allowed: must be attention for operator {self.operator}")
-        turning = self.rotary or (hybrid and self.other_layers == "attention")
+        others = hybrid and self.other_layers == "attention"
+        if not self.other_rotary and not others:
+            raise ValueError("other_rotary: False is not allowed: must be true without other layers of attention")
+        turning = self.rotary or (others and self.other_rotary)
+        if self.rotary_pairs == "halves" and not turning:
+            raise ValueError("rotary_pairs: 'halves' is not allowed: must be neighbours without rotary layers")
         if turning and self.head_dim % self._rotary_multiple():
             raise ValueError(
                 f"head_dim: {self.head_dim} is not allowed: must be a multiple of {self._rotary_multiple()} "
@@ -222,13 +232,20 @@ class ModelSpecBase(Schema):
 
     @property
     def learned_positions(self) -> bool:
-        """True if a learned position embedding is added, which only plain attention has."""
-        return self.operator == "attention" and not self.rotary
+        """True if a learned position embedding is added."""
+        if self.positions == "auto":
+            return self.operator == "attention" and not self.rotary
+        return self.positions == "learned"
 
     @property
     def rotary_attention(self) -> bool:
-        """True if the attention layers are rotary: in hybrids, or with ``rotary``."""
-        return self.operator != "attention" or self.rotary
+        """True if the attention layers are rotary: in hybrids by ``other_rotary``, else by ``rotary``."""
+        return self.rotary if self.operator == "attention" else self.other_rotary
+
+    @property
+    def attention_causal(self) -> bool:
+        """True if a token of an attention layer sees only itself and earlier ones."""
+        return self.geometry.causal
 
     @property
     def has_output_projection(self) -> bool:
@@ -292,6 +309,21 @@ class GptSpec(ModelSpecBase):
     """Number of token types."""
     tied_embeddings: bool = False
     """Whether the head multiplies by the embedding's matrix instead of one of its own."""
+    other_causal: bool = True
+    """Whether the attention of the other layers is causal. Otherwise they see later tokens, as in the published
+    hybrids, and a loss no longer tells how well the model predicts them."""
+
+    @model_validator(mode="after")
+    def _check_other_causal(self) -> GptSpec:
+        hybrid = self.operator != "attention" and "attention" in self.layer_operators
+        if not self.other_causal and not hybrid:
+            raise ValueError("other_causal: False is not allowed: must be true without other layers of attention")
+        return self
+
+    @property
+    def attention_causal(self) -> bool:
+        """True if a token of an attention layer sees only itself and earlier ones."""
+        return self.other_causal
 
     def _rotary_multiple(self) -> int:
         return 2

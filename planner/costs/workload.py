@@ -135,7 +135,7 @@ def _operator(spec: ModelSpec, operator: Operator) -> Iterator[Product]:
     products = (plain_logits + plain_values) * (2 if operator == "shaw" else 1)
     if is_fused(spec, operator):
         blocks = -(-tokens // FUSED_BLOCK)
-        computed = (blocks + 1) / (2 * blocks) if spec.geometry.causal else 1.0
+        computed = (blocks + 1) / (2 * blocks) if spec.attention_causal else 1.0
         yield Product(tokens, spec.head_dim, tokens, spec.heads, 2, 4, joined=False, fused=True, computed=computed)
     elif products:
         yield Product(tokens, spec.head_dim, tokens, spec.heads * products, 1, 2, joined=False)

@@ -63,9 +63,11 @@ PUBLIC: dict[str, list[str]] = {
         "VisionTransformer",
         "build",
         "load_network",
+        "load_published",
         "load_tables",
         "replace_attention",
         "tables_from_state_dict",
+        "to_published",
     ],
     "translution.distributed": [
         "ExperimentResult",

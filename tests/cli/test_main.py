@@ -104,7 +104,11 @@ def test_every_module_of_a_command_has_its_commands(capsys: Captured) -> None:
     folder = Path(commands.__file__).parent
     modules = {f"{path.parent.name}.{path.stem}" for path in folder.glob("*/*.py") if path.stem != "__init__"}
     assert modules == set(MODULES.values())
-    assert all(MODULES[name].endswith(f".{name}") for name, command in program.commands.items() if not command.hidden)
+    assert all(
+        MODULES[name].removesuffix("_").endswith(f".{name}")
+        for name, command in program.commands.items()
+        if not command.hidden
+    )
 
 
 def test_a_command_imports_no_other_command() -> None:

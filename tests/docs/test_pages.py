@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
 from helpers.doc_pages import (
     ROOT,
     Shown,
@@ -36,7 +37,9 @@ from translution.distributed.experiments import runner as experiment
 from translution.distributed.launcher import launcher
 from translution.distributed.launcher.local_processes import MetricsReader, OnMetrics
 from translution.distributed.runs.folder import METRICS
+from translution.models import build, to_published
 from translution.planner.common.machine import usable_cores
+from translution.planner.config.loading import load_model
 from translution.planner.hardware.cluster import MatmulRate, MeasuredRates, Transfer
 from translution.planner.plans.plan import load_plan
 
@@ -47,6 +50,7 @@ needs_two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores
 RANKS, HOSTS, SERVER = "integration", "integration/test_hosts.py", "reports/calculator/test_server.py"
 ELSEWHERE = {
     "launch": f"{RANKS}/test_runs.py::test_the_command_line_runs_a_plan_and_verifies_it",
+    "launch --from": f"{RANKS}/test_first_weights.py::test_a_run_starts_from_a_network_file",
     "launch --resume": f"{RANKS}/test_reshard.py::test_a_run_resumes_on_fewer_ranks_then_on_more_with_other_offload",
     "launch --hostfile": f"{HOSTS}::test_a_launch_trains_on_two_hosts_is_stopped_and_resumes",
     "launch --hostfile --resume": f"{HOSTS}::test_a_launch_trains_on_two_hosts_is_stopped_and_resumes",
@@ -143,7 +147,12 @@ def write_rates(_: object, nvme_path: str | None, folder: Path, __: object) -> N
 
 def prepare(folder: Path, page: str) -> None:
     """Make the files that a page names."""
-    (folder / "examples").symlink_to(ROOT / "examples")
+    for name in ("examples", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    if page == "docs/published.md":
+        spec = load_model("vit-tiny/56", image=32, patch=16, classes=10, depth=1, operator="alpha", c1=4, c2=4)
+        state = to_published(build(spec), spec)
+        torch.save({"arch": "lor_qkv_tiny", "state_dict": state}, folder / "checkpoint.pth")
     for name in ("book.txt", "more.txt"):
         (folder / name).write_text("a line of a book\n" * 200)
     tokenizer = tokenizers.ByteLevelBPETokenizer()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from translution.planner.common import format_bytes
+from translution.planner.common import InputError, format_bytes
 
 from ...extras import requires_extra
 from ...options import JsonOption
@@ -19,20 +19,41 @@ from .. import app
 @app.command(
     "export",
     epilog="Examples: **translution export plans/small/runs/001 --out small.safetensors** · "
-    "**translution export plans/small/runs/001 --out small.safetensors --dtype bf16**",
+    "**translution export plans/small/runs/001 --out small.safetensors --dtype bf16** · "
+    "**translution export plans/small/runs/001 --published --out small.pth**",
 )
 def export_cli(
     run_folder: Annotated[
-        Path, typer.Argument(metavar="RUN_FOLDER", help="Run folder whose newest checkpoint is exported.")
+        Path,
+        typer.Argument(
+            metavar="RUN_FOLDER",
+            help="Run folder whose newest checkpoint is exported; with --published also a network file.",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="File to write (safetensors).")],
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    published: Annotated[
+        bool, typer.Option("--published", help="Write a state dict for the authors' present code, in fp32.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the network of a run as one file with full tables, for inference in one process."""
     with requires_extra("train"):
-        from translution.distributed.checkpoint import export
+        from translution.distributed.checkpoint import export, export_published
+    if published:
+        if dtype != "fp32":
+            raise InputError(f"dtype: {dtype!r} is not allowed: must be fp32 with --published")
+        state = export_published(run_folder, out, force=force)
+        if as_json:
+            print_json(json.loads(state.model_dump_json()))
+            return
+        console().print(
+            f"{state.out}: {state.tensors} tensors under the authors' keys, {state.parameters:,} parameters, "
+            f"{format_bytes(state.file_bytes)}",
+            soft_wrap=True,
+        )
+        return
     made = export(run_folder, out, dtype=dtype, force=force)  # type: ignore[arg-type]  # export checks it
     if as_json:
         print_json(json.loads(made.model_dump_json()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
@@ -118,6 +119,10 @@ def launch_cli(
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume --run, or the newest run that has a checkpoint.")
     ] = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--from", help="Network file from which a new run starts, as export and import write."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Start even if preflight finds a problem.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
     hostfile: HostfileOption = None,
@@ -132,7 +137,7 @@ def launch_cli(
     """Run a plan through DeepSpeed's launcher, on this machine or on the hosts of a hostfile."""
     target = LaunchTarget(hostfile, no_ssh, node_rank, master_addr, master_port, ssh_port)
     if dry_run:
-        planned = launch(plan_folder, run=run, target=target, resume=resume, dry_run=True)
+        planned = launch(plan_folder, run=run, target=target, resume=resume, weights=weights, dry_run=True)
         if planned.rank_command is not None:
             note("the last argument is the encoded command of every rank: " + planned.rank_command.model_dump_json())
         print(planned.shell_line())
@@ -144,6 +149,7 @@ def launch_cli(
             run=run,
             target=target,
             resume=resume,
+            weights=weights,
             force=force,
             on_metrics=display.show,
             on_message=console.print,

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from translution.models import Translution, load_tables, tables_from_state_dict
-from translution.models.ops.naive import naive_relation_index
+from translution.models import AlphaTranslution, Translution, load_published, load_tables, tables_from_state_dict
 from translution.planner.common.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("double")
+CASES = (
+    "vit_full_qkv", "vit_full_qkv_0845c3e", "vit_lor_qkv_c3", "vit_lor_qkv_c3_4fb3d5c", "vit_full_kv", "gpt_full_qkv",
+    "gpt_full_qkv_b0c2633", "gpt_full_qkv_004d32a", "gpt_lor_qkv_c3",
+)  # fmt: skip
 
 
-def test_published_tables_give_the_published_output() -> None:
-    """Compare with the published layer's formula on its own state dict.
+@pytest.mark.parametrize("name", CASES)
+def test_loaded_tables_compute_the_published_logits(name: str, root: Path) -> None:
+    """Draw the tables of a network anew, load them from the file, and compare with what the authors' code computes."""
+    folder = root / "tests" / "data" / "published"
+    case = json.loads((folder / f"{name}.json").read_text())
+    fields = {key: case[key] for key in ("heads", "image", "patch", "pool") if case.get(key) is not None}
+    path = folder / f"{name}.weights.safetensors"
+    network = load_published(path, revision=case["revision"], **fields)[1].double()
+    state, expected = load_file(path), load_file(folder / f"{name}.expected.safetensors")
+    low = "2" if case["operator"] == "alpha" else ""
+    for number, block in enumerate(network.blocks):
+        layer = block.operator
+        assert isinstance(layer, Translution | AlphaTranslution)
+        for parameter in layer.tables.parameters():
+            torch.nn.init.normal_(parameter)
+        keys = {role: f"translution.layers.{number}.0.to_{role}{low}.unique_params" for role in layer.roles}
+        load_tables(layer, tables_from_state_dict(state, keys), revision=case["revision"])
+    torch.testing.assert_close(network(expected["input"]), expected["logits"], rtol=0, atol=1e-10)
 
-    There the weight named q multiplies the token that is attended to, and k the token that attends.
-    """
-    torch.manual_seed(0)
-    heads, dim = 2, 6
-    layer = Translution(dim, heads, grid=(2, 3), class_token=True, tile_relations=5)
-    relations = layer.geometry.relations
-    state = {f"to_{role}.unique_params": torch.randn(relations, dim, dim) for role in "qkv"}
-    x = torch.randn(3, 7, dim)
 
-    index = naive_relation_index(layer.geometry)
-    rows = {
-        role: torch.einsum("bmc,nmce->bnme", x, state[f"to_{role}.unique_params"][index]).unflatten(3, (heads, -1))
-        for role in "qkv"
-    }
-    logits = torch.einsum("bnmhd,bmnhd->bhnm", rows["q"], rows["k"]) * (dim // heads) ** -0.5
-    published = torch.einsum("bhnm,bnmhd->bnhd", logits.softmax(-1), rows["v"]).flatten(2)
-
-    names = {role: f"to_{role}.unique_params" for role in "qkv"}
-    load_tables(layer, tables_from_state_dict(state, names), published_names=True)
-    torch.testing.assert_close(layer(x), layer.output(published), rtol=0, atol=1e-12)
+def test_tables_of_the_equations_are_numbered_by_relation() -> None:
+    layer = Translution(4, 2, length=3, causal=True, tile_relations=2)
+    tables = {role: torch.randn(3, 4, 4) for role in "qkv"}
+    load_tables(layer, tables)
+    for role, name in (("q", "query"), ("k", "key"), ("v", "value")):
+        assert torch.equal(layer.tables.table(name), tables[role])
 
 
 def test_an_error_names_the_wrong_tables() -> None:
@@ -44,5 +53,7 @@ def test_an_error_names_the_wrong_tables() -> None:
         load_tables(layer, {"k": table})
     with pytest.raises(InputError, match=r"tables: v of shape \(4, 4, 4\) is not allowed: must be \(5, 4, 4\)"):
         load_tables(layer, {"k": table, "v": table[:4]})
+    with pytest.raises(InputError, match="revision: 'abc' is not allowed"):
+        load_tables(layer, {"k": table, "v": table}, revision="abc")
     with pytest.raises(InputError, match="state dict: has no 'to_q'"):
         tables_from_state_dict({}, {"q": "to_q"})
