@@ -117,6 +117,11 @@ def test_roles_take_any_order() -> None:
             {"operator": "attention", "rotary": True, "head_dim": 6},
             "head_dim: 6 is not allowed: must be a multiple of 4",
         ),
+        ({"other_rotary": False}, "other_rotary: False is not allowed: must be true without other layers of attention"),
+        ({"rotary_pairs": "halves"}, "rotary_pairs: 'halves' is not allowed: must be neighbours without rotary layers"),
+        ({"positions": "sine"}, "positions: 'sine' is not allowed"),
+        ({"token_init_std": 0}, "token_init_std: 0 is not allowed"),
+        ({"other_causal": False}, "unknown key 'other_causal'"),
         ({"context": 5}, "unknown key 'context'"),
         ({"classes": None}, "classes: None"),
         ({"window": -1}, "window: -1 is not allowed"),
@@ -165,3 +170,12 @@ def test_a_bad_file_gives_a_one_line_error(tmp_path: Path, text: str, message: s
 def test_a_spec_cannot_be_changed_in_place() -> None:
     with pytest.raises(ValueError, match="frozen"):
         preset("vit-base/16").dim = 5  # type: ignore[misc]  # the test assigns to a frozen field
+
+
+def test_other_layers_are_not_causal_only_where_there_are_some() -> None:
+    gpt = {"family": "gpt", "context": 6, "vocabulary": 11, "dim": 12, "depth": 2, "heads": 2}
+    spec = parse_model_spec(gpt | {"relative_layers": "first:1", "other_causal": False})
+    assert not spec.attention_causal
+    assert parse_model_spec(gpt).attention_causal
+    with pytest.raises(InputError, match="other_causal: False is not allowed: must be true without other layers"):
+        parse_model_spec(gpt | {"other_causal": False})

@@ -59,6 +59,11 @@ BOTH: list[dict[str, Any]] = [
 ]
 CASES: list[dict[str, Any]] = [
     *(base | operator for base in (VIT, GPT) for operator in BOTH),
+    # What the authors' networks have.
+    VIT | {"operator": "translution", "relative_layers": "first:1", "other_rotary": False},
+    VIT | {"operator": "attention", "rotary": True, "positions": "learned", "rotary_pairs": "halves"},
+    GPT | {"operator": "translution", "positions": "learned"},
+    GPT | {"operator": "translution", "relative_layers": "first:1", "other_rotary": False, "other_causal": False},
     WIDE | {"operator": "alpha", "c1": 16, "c2": 8},
     WIDE | {"operator": "translution", "pool": "mean", "class_token": False},
     WIDE | {"operator": "translution", "heads": 1, "head_dim": 96},
