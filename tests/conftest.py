@@ -36,7 +36,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
-STARTS_RANKS = ("tests/integration", "tests/docs/test_pages.py")
+STARTS_RANKS = ("tests/integration", "tests/docs/test_pages.py", "tests/distributed/checkpoint/test_weights.py")
 """Tests that start ranks. They run last: DeepSpeed's ops compile for minutes while the other tests run."""
 LONGEST = ("test_pages", "test_kills", "test_hosts", "test_offload", "test_slurm", "test_gpu_check", "test_reshard")
 """Files of such tests that take longest as a whole or have the longest tests: they begin first."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from translution.models import load_network, load_published, to_published
@@ -63,7 +63,7 @@ def import_published(
     spec, network = load_published(path, revision=revision, **fields)
     tensors = {name: value.detach() for name, value in network.named_parameters()}
     with new_file(out) as file:
-        file.write(save(tensors, network_metadata(spec)))
+        save_file(tensors, file.name, network_metadata(spec))
     return _described(out, path, spec, network, len(tensors))
 
 
@@ -95,7 +95,7 @@ def _export_file(path: Path, source: Path, out: Path) -> WrittenNetwork:
     state = to_published(network, spec)
     with new_file(out) as file:
         if out.suffix == ".safetensors":
-            file.write(save(state, {"format": "pt"}))
+            save_file(state, file.name, {"format": "pt"})
         else:
             torch.save(state, file)
     return _described(out, source, spec, network, len(state))

@@ -50,7 +50,7 @@ needs_two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores
 RANKS, HOSTS, SERVER = "integration", "integration/test_hosts.py", "reports/calculator/test_server.py"
 ELSEWHERE = {
     "launch": f"{RANKS}/test_runs.py::test_the_command_line_runs_a_plan_and_verifies_it",
-    "launch --from": f"{RANKS}/test_first_weights.py::test_a_run_starts_from_a_network_file",
+    "launch --from": "distributed/checkpoint/test_weights.py::test_a_run_starts_from_a_network_file",
     "launch --resume": f"{RANKS}/test_reshard.py::test_a_run_resumes_on_fewer_ranks_then_on_more_with_other_offload",
     "launch --hostfile": f"{HOSTS}::test_a_launch_trains_on_two_hosts_is_stopped_and_resumes",
     "launch --hostfile --resume": f"{HOSTS}::test_a_launch_trains_on_two_hosts_is_stopped_and_resumes",

@@ -34,6 +34,7 @@ def imported(root: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> Pa
     return out
 
 
+@pytest.mark.slow
 @needs_two_cores
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_run_starts_from_a_network_file(
