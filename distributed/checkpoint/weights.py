@@ -122,7 +122,7 @@ class WeightsReader:
             raise InputError(f"{path}: not a complete safetensors file: {error}") from None
         self.numels = {
             name: torch.Size(self._file.get_slice(name).get_shape()).numel()
-            for name in self._file.keys()  # noqa: SIM118
+            for name in self._file.keys()  # noqa: SIM118  # a handle, not a dict
         }
         self._last: tuple[str, Tensor] | None = None
 

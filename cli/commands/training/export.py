@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,10 @@ from ...extras import requires_extra
 from ...options import JsonOption
 from ...output import console, print_json
 from .. import app
+
+if TYPE_CHECKING:
+    from translution.distributed.checkpoint.exporter import ExportedFile
+    from translution.distributed.checkpoint.weights import WrittenNetwork
 
 
 @app.command(
@@ -41,25 +45,20 @@ def export_cli(
     """Write the network of a run as one file with full tables, for inference in one process."""
     with requires_extra("train"):
         from translution.distributed.checkpoint import export, export_published
+    made: ExportedFile | WrittenNetwork
     if published:
         if dtype != "fp32":
             raise InputError(f"dtype: {dtype!r} is not allowed: must be fp32 with --published")
-        state = export_published(run_folder, out, force=force)
-        if as_json:
-            print_json(json.loads(state.model_dump_json()))
-            return
-        console().print(
-            f"{state.out}: {state.tensors} tensors under the authors' keys, {state.parameters:,} parameters, "
-            f"{format_bytes(state.file_bytes)}",
-            soft_wrap=True,
-        )
-        return
-    made = export(run_folder, out, dtype=dtype, force=force)  # type: ignore[arg-type]  # export checks it
+        made = export_published(run_folder, out, force=force)
+        kind, origin = "fp32 under the authors' keys", str(made.source)
+    else:
+        made = export(run_folder, out, dtype=dtype, force=force)  # type: ignore[arg-type]  # export checks it
+        kind, origin = made.dtype, f"step {made.step} of {made.run}"
     if as_json:
         print_json(json.loads(made.model_dump_json()))
         return
     console().print(
-        f"{made.out}: {made.tensors} tensors, {made.parameters:,} parameters in {made.dtype}, "
-        f"{format_bytes(made.file_bytes)}, from step {made.step} of {made.run}",
+        f"{made.out}: {made.tensors} tensors, {made.parameters:,} parameters in {kind}, "
+        f"{format_bytes(made.file_bytes)}, from {origin}",
         soft_wrap=True,
     )
