@@ -110,8 +110,9 @@ def test_states_are_exact_and_peaks_within_five_percent_and_never_low(name: str,
             assert abs(difference) <= (WITHIN_BYTES if row["tier"] == "host" else 0), where
 
 
-def test_the_memory_of_resuming_is_predicted(tmp_path: Path) -> None:
-    table = measured(tmp_path, RunMode.MEASURE, RunMode.MEASURE_RESUME, stage=3, precision="bf16")
+@pytest.mark.parametrize("options", [{"stage": 3}, {"stage": 0, "adam": "8bit"}], ids=str)
+def test_the_memory_of_resuming_is_predicted(options: dict[str, Any], tmp_path: Path) -> None:
+    table = measured(tmp_path, RunMode.MEASURE, RunMode.MEASURE_RESUME, **BF16, **options)
     resume = table[table["what"] == "peak of resume"]
     assert len(resume) == 2
     assert resume["ratio"].between(1.0, 1.05).all()
