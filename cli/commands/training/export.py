@@ -16,8 +16,7 @@ from ...output import console, print_json
 from .. import app
 
 if TYPE_CHECKING:
-    from translution.distributed.checkpoint.exporter import ExportedFile
-    from translution.distributed.checkpoint.weights import WrittenNetwork
+    from translution.distributed.checkpoint import ExportedFile, WrittenNetwork
 
 
 @app.command(
