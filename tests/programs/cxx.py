@@ -1,58 +1,81 @@
 #!/usr/bin/env python3
-"""A compiler like g++ that parses torch's headers once for all files of an op, instead of once per file.
+"""A compiler like g++ that compiles all files of an op as one: torch's headers take longer than everything else.
 
-The tests set it as CXX. Its precompiled headers, hundreds of MB, are removed when the ops are compiled.
+The tests set it as CXX. Ninja asks for every object of an op; the first one that its build file names becomes the whole
+op, and the others become empty.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 COMPILER = "g++"
-FOLDER = "precompiled"
-MANY_FILES = "-DTORCH_EXTENSION_NAME=async_io"
-"""Flag of the only op with enough files to gain time."""
-_OWN = ("-MF", "-c", "-o")
-"""Flags of a single file, each followed by an argument."""
+FAST = ["-g0", "-O1"]
+"""Debug information and optimization take a third of the time, and tests need neither."""
+_OBJECT = re.compile(r"^build (\S+): compile (\S+)$", re.MULTILINE)
+_HEADER = re.compile(r'^#include [<"](\S+)[>"].*$', re.MULTILINE)
+_LOCAL = re.compile(r"^(?:static|const|static const) [\w:]+ (\w+)(?: =|;)", re.MULTILINE)
 
 
-def shared_flags(arguments: list[str]) -> list[str]:
-    """Flags with which all files of an op are compiled, and often those of several ops."""
-    flags, skipped = [], False
-    for word in arguments:
-        if skipped or word in _OWN:
-            skipped = not skipped
-        elif word != "-MMD" and not word.startswith("-DTORCH_EXTENSION_NAME"):
-            flags.append(word)
-    return flags
+class OneSource:
+    """The text of several C++ files in one, in which each of the op's own headers stands once.
+
+    Args:
+        folders: where to look for headers; what is in none of them stays an `#include`.
+    """
+
+    def __init__(self, folders: list[Path]) -> None:
+        self._folders, self._seen = folders, set[Path]()
+
+    def text(self, path: Path) -> str:
+        """Return the file's text with the headers that no earlier file had."""
+        return _HEADER.sub(lambda found: self._header(path.parent, found), path.read_text())
+
+    def _header(self, beside: Path, found: re.Match[str]) -> str:
+        for folder in [beside, *self._folders]:
+            path = (folder / found[1]).resolve()
+            if path.is_file():
+                new = path not in self._seen
+                self._seen.add(path)
+                return self.text(path) if new else ""
+        return found[0]
+
+    def file(self, number: int, path: Path) -> str:
+        """Return the text of one of the files; its own variables are renamed, for other files have such names too."""
+        text = self.text(path)
+        for name in _LOCAL.findall(path.read_text()):
+            text = re.sub(rf"\b{name}\b", f"{name}_{number}", text)
+        return f"{text}\n"
 
 
-def precompiled(flags: list[str]) -> Path:
-    """Return torch's headers precompiled with these flags; the first process that needs them compiles them."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    own = [word for word in flags if not word.startswith("-I")]
-    header = root / FOLDER / hashlib.sha256(repr(own).encode()).hexdigest()[:16] / "all.h"
-    header.parent.mkdir(parents=True, exist_ok=True)
-    with (header.parent / "made").open("a+") as made:
-        fcntl.flock(made, fcntl.LOCK_EX)
-        made.seek(0)
-        if not made.read():
-            header.write_text("#include <torch/extension.h>\n")
-            command = [COMPILER, *flags, "-x", "c++-header", str(header), "-o", f"{header}.gch"]
-            subprocess.run(command, check=True)
-            made.write("yes\n")
-    return header
+def own_folders(arguments: list[str]) -> list[Path]:
+    """Return the folders of the op's headers; torch's are given as `-isystem`."""
+    return [Path(word.removeprefix("-I")) for word in arguments if word.startswith("-I")]
+
+
+def source_of(made: str, objects: list[tuple[str, str]], arguments: list[str]) -> str:
+    """Return the C++ text from which an object is compiled."""
+    if made != objects[0][0]:
+        return ""
+    one = OneSource(own_folders(arguments))
+    return "".join(one.file(number, Path(source)) for number, (_, source) in enumerate(objects))
+
+
+def compile_object(arguments: list[str]) -> int:
+    objects = _OBJECT.findall(Path("build.ninja").read_text())
+    source = arguments.index("-c") + 1
+    made = arguments[arguments.index("-o") + 1]
+    command = [COMPILER, *arguments[:source], "-x", "c++", "-", *arguments[source + 1 :], *FAST]
+    return subprocess.run(command, input=source_of(made, objects, arguments), text=True).returncode
 
 
 def main(arguments: list[str]) -> int:
-    arguments = [*arguments, "-g0"]  # Debug information takes a third of the time, and nobody needs it.
-    if "-c" in arguments and MANY_FILES in arguments:
-        arguments = ["-include", str(precompiled(shared_flags(arguments))), *arguments]
+    if "-c" in arguments and os.path.exists("build.ninja"):
+        return compile_object(arguments)
     return subprocess.run([COMPILER, *arguments]).returncode
 
 
