@@ -7,7 +7,6 @@ op, and the others become empty.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -74,7 +73,7 @@ def compile_object(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    if "-c" in arguments and os.path.exists("build.ninja"):
+    if "-c" in arguments and Path("build.ninja").exists():
         return compile_object(arguments)
     return subprocess.run([COMPILER, *arguments]).returncode
 
