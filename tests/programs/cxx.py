@@ -34,8 +34,8 @@ class OneSource:
         """Return the file's text with the headers that no earlier file had."""
         return _HEADER.sub(lambda found: self._header(path.parent, found), path.read_text())
 
-    def _header(self, beside: Path, found: re.Match[str]) -> str:
-        for folder in [beside, *self._folders]:
+    def _header(self, near: Path, found: re.Match[str]) -> str:
+        for folder in [near, *self._folders]:
             path = (folder / found[1]).resolve()
             if path.is_file():
                 new = path not in self._seen
