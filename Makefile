@@ -16,8 +16,8 @@ demo: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
 
 # Tests that start ranks run last; DeepSpeed's ops compile while the others run, which takes minutes.
-# Tests that start ranks wait half of the time: one session more than there are cores, but at most eight.
-WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores < 8 ? cores + 1 : 8 )))
+# Tests that start ranks wait half of the time: two sessions more than there are cores, but at most eight.
+WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores < 7 ? cores + 2 : 8 )))
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist load --no-loadscope-reorder
 FAST := --ignore tests/integration --ignore tests/browser --ignore tests/docs --ignore tests/scripts \
 	--ignore tests/benchmarks --ignore tests/architecture/test_dist.py -m "not slow"
