@@ -36,9 +36,9 @@ fuzz: system-packages $(VENV)/.dev
 	TRANSLUTION_FUZZ_SEED=$(SEED) $(PYTEST) --compile-ops -m "hypothesis or fuzz" --hypothesis-seed=$(SEED) || \
 		{ echo "the same cases again: make fuzz SEED=$(SEED)"; exit 1; }
 
-# The fast tests with the oldest allowed Python and packages, and with the newest.
+# The fast tests with the oldest allowed Python and packages, and with the newest, but for those of the sources' structure.
 test-matrix: $(VENV)/.dev
-	sh scripts/test_matrix.sh $(abspath $(BIN)/uv) -n logical $(FAST)
+	sh scripts/test_matrix.sh $(abspath $(BIN)/uv) -n logical $(FAST) --ignore tests/architecture
 
 system-packages:
 	@sh scripts/install_system_packages.sh

@@ -120,3 +120,8 @@ def run_plan(folder: Path, ranks: int, mode: RunMode = RunMode.TRAIN) -> Path:
     run_ranks_of(["-m", "translution.cli", "train", folder, run, "--mode", mode], ranks, folder / "log")
     raise_unless_finished(run, ranks, exit_code=0)
     return run
+
+
+def without_version_notes(text: str) -> str:
+    """Drop the notes on packages whose version is not that of a plan, such as the oldest allowed ones."""
+    return "".join(line for line in text.splitlines(keepends=True) if "; the plan was made for " not in line)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.runs import TINY, write_plan
+from helpers.runs import TINY, without_version_notes, write_plan
 
 from translution.cli.main import run
 from translution.distributed.preflight import checks
@@ -30,7 +30,7 @@ SWAPPED = TINY | {"dim": 256, "heads": 4}
 def launch_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """Return the one line of launch's error; no run folder is created."""
     assert run(["launch", str(folder)]) == 2
-    text = capsys.readouterr().err
+    text = without_version_notes(capsys.readouterr().err)
     assert text.count("\n") == 1
     assert not (folder / "runs").exists()
     assert run(["preflight", str(folder)]) == 1
