@@ -124,7 +124,7 @@ def seconds_once(run: Callable[[], None]) -> float:
 
 def count_operations(geometry: RelationGeometry, batch: int, dim: int) -> int:
     """Return the FLOPs of forward and backward with roles qkv, including the recomputed rows of backward."""
-    return 3 * 4 * 2 * batch * geometry.table_rows * dim * dim
+    return 3 * 4 * 2 * batch * geometry.table_rows("k") * dim * dim
 
 
 def describe_run(script: str) -> dict[str, Any]:

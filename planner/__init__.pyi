@@ -15,6 +15,7 @@ from .config.loading import load_model as load_model
 from .config.loading import save_model as save_model
 from .config.model import GptSpec as GptSpec
 from .config.model import ModelSpec as ModelSpec
+from .config.model import VideoSpec as VideoSpec
 from .config.model import VitSpec as VitSpec
 from .config.run_config import RunConfig as RunConfig
 from .config.training import TrainingSpec as TrainingSpec

@@ -63,12 +63,12 @@ def fixed_samples(plan: Plan, global_batch: int) -> tuple[DataSource, DataSource
     """
     import torch
 
-    from translution.planner import VitSpec
+    from translution.planner import PatchSpec
 
     generator = torch.Generator().manual_seed(plan.training.seed)
     spec = plan.model
-    if isinstance(spec, VitSpec):
-        inputs = torch.randn(global_batch, spec.channels, *spec.image, generator=generator)
+    if isinstance(spec, PatchSpec):
+        inputs = torch.randn(global_batch, *spec.sample_shape, generator=generator)
         samples = Samples(inputs, torch.randint(spec.classes, (global_batch,), generator=generator))
     else:
         text = torch.randint(spec.vocabulary, (global_batch, spec.context + 1), generator=generator)

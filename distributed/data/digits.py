@@ -1,4 +1,4 @@
-"""Handwritten digits from scikit-learn: resized to the model's image, or placed within it."""
+"""Handwritten digits from scikit-learn: resized to the model's image, placed within it, or moving across a clip."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from translution.planner.common import MissingPackageError
-from translution.planner.config import DIGITS_CLASSES, DataKind, VitSpec
+from translution.planner.config import DIGITS_CLASSES, DataKind, VideoSpec, VitSpec
 
 from .base import DataSource, Samples
 
@@ -116,5 +116,65 @@ def place_digits(spec: VitSpec, size: int, seed: int, kind: DataKind) -> tuple[P
         own = None if kind == "digits-static" else (seed, stream)
         step = spec.patch if kind == "digits-patches" else (1, 1)
         return PlacedDigits(digits[chosen], targets[chosen], spec.channels, spec.image, own, step)
+
+    return part(~held_out, _TRAINING), part(held_out, _HELD_OUT)
+
+
+@dataclass(frozen=True)
+class MovingDigits(DataSource):
+    """Digits (S, 1, P, P) that move evenly and in a straight line across the frames of a clip.
+
+    Each epoch draws anew where a digit begins and where it ends.
+    """
+
+    digits: Tensor
+    targets: Tensor
+    channels: int
+    frames: int
+    image: tuple[int, int]
+    """Height and width of a frame in pixels."""
+    seed: tuple[int, int]
+    """Seed of the paths."""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def resident(self) -> list[Tensor]:
+        """Digits and classes; clips are filled in when selected."""
+        return [self.digits, self.targets]
+
+    def corners(self, epoch: int) -> np.ndarray:
+        """Return row and column of every digit's upper left pixel in every frame, (S, frames, 2)."""
+        room = np.array(self.image) - self.digits.shape[-1]
+        ends = np.random.default_rng((*self.seed, epoch)).integers(0, room + 1, size=(len(self), 2, 1, 2))
+        share = np.linspace(0, 1, self.frames)[None, :, None]
+        return np.rint(ends[:, 0] * (1 - share) + ends[:, 1] * share).astype(int)
+
+    def select(self, index: Tensor, epoch: int = 0) -> Samples:
+        """Return the clips (B, channels, frames, height, width) at the given indices, with the paths of `epoch`."""
+        size, corners = self.digits.shape[-1], self.corners(epoch)
+        inputs = torch.full((len(index), self.channels, self.frames, *self.image), -_MEAN / _DEVIATION)
+        for position, number in enumerate(index.tolist()):
+            for frame, (row, column) in enumerate(corners[number]):
+                inputs[position, :, frame, row : row + size, column : column + size] = self.digits[number]
+        return Samples(inputs, self.targets[index])
+
+
+def move_digits(spec: VideoSpec, size: int, seed: int) -> tuple[MovingDigits, MovingDigits]:
+    """Return clips in which the digits of `load_digits` move: training and held-out samples.
+
+    Args:
+        spec: the model.
+        size: height and width of a digit in pixels.
+        seed: seed of the paths.
+
+    Raises:
+        MissingPackageError: if scikit-learn is not installed.
+    """
+    digits, targets, held_out = _read((size, size))
+
+    def part(chosen: Tensor, stream: int) -> MovingDigits:
+        return MovingDigits(digits[chosen], targets[chosen], spec.channels, spec.frames, spec.image, (seed, stream))
 
     return part(~held_out, _TRAINING), part(held_out, _HELD_OUT)

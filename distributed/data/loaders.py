@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from translution.planner.config import PLACED_DIGITS, DataKind, ModelSpec, TrainingSpec, VitSpec, check_kind, digit_size
+from translution.planner.config import (
+    PLACED_DIGITS,
+    DataKind,
+    ModelSpec,
+    TrainingSpec,
+    VideoSpec,
+    VitSpec,
+    check_kind,
+    digit_size,
+)
 
 from .base import DataSource
 from .synthetic import make_synthetic
@@ -45,6 +54,11 @@ def _load(spec: ModelSpec, training: TrainingSpec, kind: DataKind, global_batch:
             from .images import load_images
 
             return load_images(spec, Path(str(training.data_path)), training.corrupt_limit)
+    elif isinstance(spec, VideoSpec):
+        if kind in PLACED_DIGITS:
+            from .digits import move_digits
+
+            return move_digits(spec, digit_size(spec, training.digit_pixels), training.seed)
     elif kind == "tokens":
         from .tokens import load_tokens
 

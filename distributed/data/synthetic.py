@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from translution.planner.config import GptSpec, ModelSpec, VitSpec
+from translution.planner.config import GptSpec, ModelSpec, PatchSpec
 
 from .base import Samples
 
@@ -21,9 +21,9 @@ def make_synthetic(spec: ModelSpec, seed: int, global_batch: int = 1) -> tuple[S
     """
     generator = torch.Generator().manual_seed(seed)
     count = max(_SYNTHETIC_SAMPLES, 2 * global_batch)
-    if isinstance(spec, VitSpec):
-        # One image, expanded to `count` views: the memory of a load test belongs to the model.
-        inputs = torch.randn(1, spec.channels, *spec.image, generator=generator).expand(count, -1, -1, -1)
+    if isinstance(spec, PatchSpec):
+        # One image or clip, expanded to `count` views: the memory of a load test belongs to the model.
+        inputs = torch.randn(1, *spec.sample_shape, generator=generator).expand(count, *spec.sample_shape)
         samples = Samples(inputs, torch.randint(spec.classes, (count,), generator=generator))
     else:
         assert isinstance(spec, GptSpec)

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from translution.models import build
 from translution.planner.common import Phase
-from translution.planner.config import ModelSpec, VitSpec
+from translution.planner.config import ModelSpec, PatchSpec
 
 from .allocation_tracer import trace_allocations
 
 
 def random_samples(spec: ModelSpec, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Random inputs and targets of a micro-batch."""
-    if isinstance(spec, VitSpec):
-        return torch.randn(batch, spec.channels, *spec.image).to(dtype), torch.randint(spec.classes, (batch,))
+    if isinstance(spec, PatchSpec):
+        return torch.randn(batch, *spec.sample_shape).to(dtype), torch.randint(spec.classes, (batch,))
     return torch.randint(spec.vocabulary, (batch, spec.context)), torch.randint(spec.vocabulary, (batch, spec.context))
 
 

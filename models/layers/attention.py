@@ -35,7 +35,7 @@ class RotaryEmbedding(nn.Module):
         pairs: the coordinates that turn together: "neighbours" (2k and 2k + 1) or "halves" (k and k + D/2).
 
     Raises:
-        InputError: if head_dim is not a multiple of 2, or of 4 for a grid.
+        InputError: if head_dim is not a multiple of 2, or of 4 on a grid of two axes, or too small for the axes.
     """
 
     cosine: Tensor
@@ -43,12 +43,11 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, geometry: RelationGeometry, head_dim: int, pairs: str = "neighbours") -> None:
         super().__init__()
-        multiple = 2 if geometry.is_sequence else 4
         if pairs not in ("neighbours", "halves"):
             raise InputError(f"rotary_pairs: {pairs!r} is not allowed: must be neighbours or halves")
         self.halves = pairs == "halves"
-        if head_dim % multiple:
-            raise InputError(f"head_dim: {head_dim} is not allowed: must be a multiple of {multiple} for rotary")
+        if problem := geometry.rotary_problem(head_dim):
+            raise InputError(f"head_dim: {head_dim} is not allowed: {problem} for rotary")
         self.geometry, self.head_dim = geometry, head_dim
         self.reset()
 
@@ -121,8 +120,10 @@ class DenseAttention(OperatorLayer):
         query, key, value = rows_bhnd
         seen = None if key_padding is None else ~key_padding[:, None, None, :]
         causal = self.geometry.causal
-        if seen is not None and causal:
-            seen, causal = seen & ~missing_pairs(self.geometry, query.device), False
+        # On a grid a token sees its whole frame, and a class token all: torch's kernels know only the triangle.
+        if causal and (seen is not None or not self.geometry.triangular):
+            exists, causal = ~missing_pairs(self.geometry, query.device), False
+            seen = exists if seen is None else seen & exists
         grouped = key.shape[1] < query.shape[1]
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=seen, is_causal=causal, enable_gqa=grouped

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from translution.planner.common import InputError
-from translution.planner.config import RelationGeometry, canonical_roles
+from translution.planner.config import RelationGeometry, Window, canonical_roles
 
 IMPLEMENTATIONS = ("grouped", "batched", "gather")
 
 
 def make_geometry(
-    grid: tuple[int, int] | None, class_token: bool, length: int | None, causal: bool, window: int | None
+    grid: tuple[int, ...] | None, class_token: bool, length: int | None, causal: bool, window: Window
 ) -> RelationGeometry:
     """Return the geometry given by a layer's arguments.
 
@@ -22,9 +22,7 @@ def make_geometry(
     if (grid is None) == (length is None):
         raise InputError(f"grid: {grid!r} with length {length!r} is not allowed: give exactly one of grid and length")
     if grid is not None:
-        if causal:
-            raise InputError("causal: True is not allowed: must be False for a grid")
-        return RelationGeometry.grid(*grid, class_token=class_token, window=window)
+        return RelationGeometry.grid(*grid, class_token=class_token, causal=causal, window=window)
     if class_token:
         raise InputError("class_token: True is not allowed: must be False for a sequence")
     assert length is not None
@@ -50,11 +48,13 @@ class OperatorLayer(nn.Module):
         dim: model width, C.
         heads: number of attention heads, h.
         head_dim: width per head, D; dim / heads by default.
-        grid: (height, width) of the grid of patches, for images; give either grid or length.
+        grid: extents of the grid of patches: (height, width) for images, (frames, height, width) for video or volumes,
+            or any number of axes; give either grid or length.
         class_token: True if a class token precedes the patches.
         length: number of tokens, for sequences.
-        causal: True if a token attends only to itself and to earlier tokens.
-        window: maximum distance of a pair of tokens in rows and in columns. Pairs farther apart do not
+        causal: True if a token attends to no token that lies later along the first axis. A causal class token attends
+            to all, and none to it.
+        window: maximum distance of a pair of tokens along every axis, or one for each axis. Pairs farther apart do not
             exist, and tables hold only the remaining relations. None: all pairs exist.
         dropout: probability of dropping an attention weight in training.
         bias: whether the output projection has a bias.
@@ -69,11 +69,11 @@ class OperatorLayer(nn.Module):
         heads: int,
         *,
         head_dim: int | None = None,
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, ...] | None = None,
         class_token: bool = False,
         length: int | None = None,
         causal: bool = False,
-        window: int | None = None,
+        window: Window = None,
         dropout: float = 0.0,
         bias: bool = True,
     ) -> None:

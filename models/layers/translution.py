@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from translution.planner.common import InputError
-from translution.planner.config import DEFAULT_WORKSPACE_BYTES
+from translution.planner.config import DEFAULT_WORKSPACE_BYTES, Window
 
 from .attention import RotaryEmbedding
 from .base import OperatorLayer, check_operator_options, check_roles
@@ -40,11 +40,11 @@ class Translution(OperatorLayer):
         heads: int,
         *,
         head_dim: int | None = None,
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, ...] | None = None,
         class_token: bool = False,
         length: int | None = None,
         causal: bool = False,
-        window: int | None = None,
+        window: Window = None,
         dropout: float = 0.0,
         bias: bool = True,
         roles: str = "qkv",
@@ -118,11 +118,11 @@ class AlphaTranslution(OperatorLayer):
         c1: int = 16,
         c2: int = 16,
         head_dim: int | None = None,
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, ...] | None = None,
         class_token: bool = False,
         length: int | None = None,
         causal: bool = False,
-        window: int | None = None,
+        window: Window = None,
         dropout: float = 0.0,
         bias: bool = True,
         roles: str = "qkv",

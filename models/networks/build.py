@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from translution.planner.config import DEFAULT_WORKSPACE_BYTES, ModelSpec, Operator, VitSpec
+from translution.planner.config import DEFAULT_WORKSPACE_BYTES, ModelSpec, Operator, PatchSpec
 
 from ..layers.attention import AbsoluteTranslution, BiasAttention, SelfAttention, ShawAttention
 from ..layers.translution import AlphaTranslution, Translution
@@ -34,13 +34,13 @@ def make_operator(
         tile_relations, workspace_bytes, implementation: as in `Translution`.
     """
     layout: dict[str, Any]
-    if isinstance(spec, VitSpec):
-        layout = {"grid": spec.grid, "class_token": spec.class_token}
+    if isinstance(spec, PatchSpec):
+        layout = {"grid": spec.grid, "class_token": spec.class_token, "causal": spec.geometry.causal}
     else:
         layout = {"length": spec.context, "causal": True}
     sizes: dict[str, Any] = {"head_dim": spec.head_dim, "dropout": spec.dropout, "bias": spec.bias, **layout}
     if operator == "attention":
-        if not isinstance(spec, VitSpec):
+        if not isinstance(spec, PatchSpec):
             sizes["causal"] = spec.attention_causal
         turned: dict[str, Any] = {"rotary": spec.rotary_attention, "rotary_pairs": spec.rotary_pairs}
         return SelfAttention(spec.dim, spec.heads, kv_heads=spec.kv_heads, **turned, **sizes)
@@ -73,8 +73,8 @@ def build(
         implementation: "grouped", "batched" or "gather", as in `Translution`.
 
     Returns:
-        A vision transformer, images (B, channels, H, W) → logits (B, classes), or a language model,
-        token ids (B, context) → logits (B, context, vocabulary).
+        A vision transformer, images (B, channels, H, W) or clips (B, channels, frames, H, W) → logits (B, classes), or
+        a language model, token ids (B, context) → logits (B, context, vocabulary).
 
     Raises:
         InputError: naming the argument that is not allowed.
@@ -90,6 +90,6 @@ def build(
         )
         for operator in spec.layer_operators
     ]
-    if isinstance(spec, VitSpec):
+    if isinstance(spec, PatchSpec):
         return VisionTransformer(spec, operators)
     return LanguageModel(spec, operators)

@@ -1,4 +1,4 @@
-"""The vision transformer."""
+"""The vision transformer, for images and for clips."""
 
 from __future__ import annotations
 
@@ -6,49 +6,51 @@ import torch
 from torch import Tensor, nn
 
 from translution.planner.common import InputError
-from translution.planner.config import VitSpec
+from translution.planner.config import VideoSpec, VitSpec
 
 from .blocks import Block, LearnedTokens, apply_checkpointing, make_norm
 
 
 class PatchEmbedding(nn.Module):
-    """Images (B, channels, H, W) → patch tokens (B, patches, C).
+    """Images (B, channels, H, W) or clips (B, channels, frames, H, W) → patch tokens (B, patches, C).
 
     Args:
         spec: the model.
     """
 
-    def __init__(self, spec: VitSpec) -> None:
+    def __init__(self, spec: VitSpec | VideoSpec) -> None:
         super().__init__()
-        self.image, self.patch, self.grid = spec.image, spec.patch, spec.grid
-        self.channels = spec.channels
+        self.patch, self.grid, self.sample_shape = spec.patch_extents, spec.grid, spec.sample_shape
         self.patch_norm = make_norm(spec, spec.patch_dim)
         self.projection = nn.Linear(spec.patch_dim, spec.dim, bias=spec.bias)
         self.norm = make_norm(spec, spec.dim)
 
-    def forward(self, image_bchw: Tensor) -> Tensor:
-        """(B, channels, H, W) → (B, patches, C).
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) or (B, channels, frames, H, W) → (B, patches, C).
 
-        Patches are in row-major order; the values of a patch are ordered by row, column and channel.
+        Patches are in row-major order; the values of a patch are ordered by frame, row, column and channel.
         """
-        expected = (self.channels, *self.image)
-        if image_bchw.ndim != 4 or image_bchw.shape[1:] != expected:
-            raise InputError(f"image: shape {tuple(image_bchw.shape)} is not allowed: must be (batch, *{expected})")
-        x = image_bchw.unflatten(3, (self.grid[1], self.patch[1])).unflatten(2, (self.grid[0], self.patch[0]))
-        x = x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        axes = len(self.grid)
+        if x.shape[1:] != self.sample_shape:
+            what = "image" if axes == 2 else "clip"
+            raise InputError(f"{what}: shape {tuple(x.shape)} is not allowed: must be (batch, *{self.sample_shape})")
+        for axis in reversed(range(axes)):
+            x = x.unflatten(2 + axis, (self.grid[axis], self.patch[axis]))
+        cells, inside = range(2, 2 + 2 * axes, 2), range(3, 3 + 2 * axes, 2)
+        x = x.permute(0, *cells, *inside, 1).flatten(1 + axes).flatten(1, axes)
         result: Tensor = self.norm(self.projection(self.patch_norm(x)))
         return result
 
 
 class VisionTransformer(nn.Module):
-    """Vision transformer: images (B, channels, H, W) → class logits (B, classes).
+    """Vision transformer: images (B, channels, H, W) or clips (B, channels, frames, H, W) → class logits (B, classes).
 
     Args:
         spec: the model.
         operators: one layer (B, N, C) → (B, N, C) for each block.
     """
 
-    def __init__(self, spec: VitSpec, operators: list[nn.Module]) -> None:
+    def __init__(self, spec: VitSpec | VideoSpec, operators: list[nn.Module]) -> None:
         super().__init__()
         self.pool = spec.pool
         self.embedding = PatchEmbedding(spec)
@@ -61,9 +63,9 @@ class VisionTransformer(nn.Module):
         self.norm = make_norm(spec, spec.dim)
         self.head = nn.Linear(spec.dim, spec.classes, bias=spec.bias)
 
-    def forward(self, image_bchw: Tensor) -> Tensor:
-        """(B, channels, H, W) → (B, classes)."""
-        x = self.embedding(image_bchw)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) or (B, channels, frames, H, W) → (B, classes)."""
+        x = self.embedding(x)
         if self.class_token is not None:
             x = torch.cat([self.class_token(len(x)), x], dim=1)
         if self.positions is not None:

@@ -1,7 +1,7 @@
 """State and buffers of one call of the relation operator, and strided views of one relation in them.
 
 Legend of shape suffixes: b batch, n tokens, c input width, e inner width (heads · width per head),
-h heads, d width per head, r and s the rows and columns of a relation's rectangle of pairs.
+h heads, d width per head, … the extents of a relation's box of pairs along the axes of the grid.
 """
 
 from __future__ import annotations
@@ -22,59 +22,70 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def token_rows(x_bnc: Tensor, block: TokenBlock, samples: slice, rows: slice) -> Tensor:
-    """Return the tokens of a block in (b, n, c) as a view (samples, rows, cols, c); nothing is copied."""
+    """Return the tokens of a block in (b, n, c) as a view (samples, rows, …, c); nothing is copied."""
     stride_b, stride_n, stride_c = x_bnc.stride()
     if block.size == 1:
         rows = slice(0, 1)
     offset = x_bnc.storage_offset() + samples.start * stride_b
-    offset += (block.start + rows.start * block.row_stride) * stride_n
+    offset += (block.start + rows.start * block.strides[0]) * stride_n
     return x_bnc.as_strided(
-        (samples.stop - samples.start, rows.stop - rows.start, block.cols, x_bnc.shape[2]),
-        (stride_b, block.row_stride * stride_n, block.col_stride * stride_n, stride_c),
+        (samples.stop - samples.start, rows.stop - rows.start, *block.shape[1:], x_bnc.shape[2]),
+        (stride_b, *(stride * stride_n for stride in block.strides), stride_c),
         offset,
     )
+
+
+def box_axes(x: Tensor) -> tuple[int, ...]:
+    """Return the axes of the box of pairs in a tensor (b, …, c)."""
+    return tuple(range(1, x.ndim - 1))
 
 
 def pair_values(a_bhnn: Tensor, pairs: RelationPairs, samples: slice, rows: slice) -> Tensor:
-    """Return the values of a relation's pairs in (b, h, n, n) as a view (samples, rows, cols, h)."""
+    """Return the values of a relation's pairs in (b, h, n, n) as a view (samples, rows, …, h)."""
     stride_b, stride_h, stride_i, stride_j = a_bhnn.stride()
     query, key = pairs.query, pairs.key
-    row = query.row_stride * stride_i + key.row_stride * stride_j
-    col = query.col_stride * stride_i + key.col_stride * stride_j
-    offset = a_bhnn.storage_offset() + samples.start * stride_b + rows.start * row
+    strides = [i * stride_i + j * stride_j for i, j in zip(query.strides, key.strides, strict=True)]
+    offset = a_bhnn.storage_offset() + samples.start * stride_b + rows.start * strides[0]
     offset += query.start * stride_i + key.start * stride_j
     return a_bhnn.as_strided(
-        (samples.stop - samples.start, rows.stop - rows.start, pairs.cols, a_bhnn.shape[1]),
-        (stride_b, row, col, stride_h),
+        (samples.stop - samples.start, rows.stop - rows.start, *pairs.shape[1:], a_bhnn.shape[1]),
+        (stride_b, *strides, stride_h),
         offset,
     )
+
+
+def _steps(geometry: RelationGeometry, axis: int, device: torch.device) -> Tensor:
+    """Offset of every pair of patches along one axis, (patches, patches) int64."""
+    tokens = torch.arange(geometry.patches, device=device)
+    place = tokens // geometry.strides[axis] % geometry.axes[axis]
+    return place[:, None] - place[None, :]
 
 
 def relation_index(geometry: RelationGeometry, device: torch.device) -> Tensor:
     """Relation of every pair (query, key), (n, n) int64; −1 where the pair does not exist."""
-    tokens = torch.arange(geometry.patches, device=device)
-    row, col = tokens // geometry.width, tokens % geometry.width
-    rows, cols = geometry.reach
-    down, right = row[:, None] - row[None, :], col[:, None] - col[None, :]
-    index = down if geometry.causal else (down + rows) * (2 * cols + 1) + right + cols
-    index = index.masked_fill((down.abs() > rows) | (right.abs() > cols) | (geometry.causal & (down < 0)), -1)
+    index = torch.zeros(geometry.patches, geometry.patches, dtype=torch.int64, device=device)
+    for axis, (low, span) in enumerate(zip(geometry.lowest, geometry.spans, strict=True)):
+        index.mul_(span).add_(_steps(geometry, axis, device).sub_(low))
     if geometry.class_token:
         index = torch.nn.functional.pad(index, (1, 0, 1, 0), value=geometry.offsets + 1)
         index[1:, 0] = geometry.offsets + 2
         index[0, 0] = geometry.offsets
-    return index
+    return index if geometry.complete else index.masked_fill_(missing_pairs(geometry, device), -1)
 
 
 def missing_pairs(geometry: RelationGeometry, device: torch.device) -> Tensor:
     """Return the mask of the pairs that do not exist, (n, n) bool."""
-    tokens = torch.arange(geometry.patches, device=device)
-    row, col = tokens // geometry.width, tokens % geometry.width
-    down = row[:, None] - row[None, :]
-    rows, cols = geometry.reach
-    missing = (down.abs() > rows) | ((col[:, None] - col[None, :]).abs() > cols)
-    if geometry.causal:
-        missing |= down < 0
-    return torch.nn.functional.pad(missing, (1, 0, 1, 0)) if geometry.class_token else missing
+    missing = torch.zeros(geometry.patches, geometry.patches, dtype=torch.bool, device=device)
+    for axis, (low, high) in enumerate(zip(geometry.lowest, geometry.reach, strict=True)):
+        steps = _steps(geometry, axis, device)
+        missing |= steps < low
+        missing |= steps > high
+        del steps  # Before the next axis needs as much.
+    if not geometry.class_token:
+        return missing
+    missing = torch.nn.functional.pad(missing, (1, 0, 1, 0))
+    missing[1:, 0] = geometry.causal
+    return missing
 
 
 def dropout_noise(like: Tensor, dropout: float, seed: int) -> Tensor:
@@ -98,14 +109,16 @@ class Workspace:
     Args:
         like: tensor whose dtype and device the matrices have.
         pairs_per_call: maximum number of pairs of one relation in the full batch.
-        cols: maximum number of columns of a rectangle of pairs; one row is the smallest piece of work.
+        layer: maximum number of pairs with one index of the first axis, the smallest piece of work.
         widths: widths of the matrices.
-        limit_bytes: size limit, exceeded only if a single row of pairs is larger.
+        limit_bytes: size limit, exceeded only if the smallest piece is larger.
     """
 
-    def __init__(self, like: Tensor, pairs_per_call: int, cols: int, widths: tuple[int, ...], limit_bytes: int) -> None:
+    def __init__(
+        self, like: Tensor, pairs_per_call: int, layer: int, widths: tuple[int, ...], limit_bytes: int
+    ) -> None:
         row_bytes = sum(widths) * like.element_size()
-        self.rows = max(cols, min(pairs_per_call, limit_bytes // row_bytes))
+        self.rows = max(layer, min(pairs_per_call, limit_bytes // row_bytes))
         self._buffer = like.new_empty(self.rows * sum(widths))
         starts = [sum(widths[:n]) * self.rows for n in range(len(widths))]
         self._matrices = tuple(
@@ -118,18 +131,18 @@ class Workspace:
         return self._matrices[index][:rows]
 
     def copy_rows(self, index: int, view: Tensor) -> Tensor:
-        """Return token rows (b, r, s, c) as a matrix (b·r·s, c), copied only if they are not contiguous."""
-        rows = view.shape[0] * view.shape[1] * view.shape[2]
+        """Return token rows (b, …, c) as a matrix (rows, c), copied only if they are not contiguous."""
+        rows = view.shape[:-1].numel()
         if view.is_contiguous():
-            return view.view(rows, view.shape[3])
+            return view.view(rows, view.shape[-1])
         matrix = self.matrix(index, rows)
         matrix.view(view.shape).copy_(view)
         return matrix
 
     def copied_rows(self, index: int, view: Tensor) -> Tensor:
         """Return the result of the last `copy_rows` of this view again, if nothing has overwritten it."""
-        rows = view.shape[0] * view.shape[1] * view.shape[2]
-        return view.view(rows, view.shape[3]) if view.is_contiguous() else self.matrix(index, rows)
+        rows = view.shape[:-1].numel()
+        return view.view(rows, view.shape[-1]) if view.is_contiguous() else self.matrix(index, rows)
 
 
 class RelationContext:
@@ -205,7 +218,7 @@ class RelationContext:
         widths = (d_in, d_in, d_out, d_out)
         # The batched operator's chunks use the rest of the limit.
         limit = self.workspace_bytes // 4 if self.batched else self.workspace_bytes
-        return Workspace(like, largest, self.geometry.width, widths, limit)
+        return Workspace(like, largest, self.geometry.layer_patches, widths, limit)
 
     def apply_dropout(self, x_bhnn: Tensor) -> Tensor:
         """Apply this call's dropout, the same one every time; return the tensor itself without dropout."""

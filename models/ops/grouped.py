@@ -30,7 +30,15 @@ from torch.autograd.function import once_differentiable
 from translution.planner.config import RelationPairs, TokenBlock
 
 from .batched import BatchedTile
-from .context import RelationContext, accumulation_dtype, dropout_noise, missing_pairs, pair_values, token_rows
+from .context import (
+    RelationContext,
+    accumulation_dtype,
+    box_axes,
+    dropout_noise,
+    missing_pairs,
+    pair_values,
+    token_rows,
+)
 
 SOURCES = ("query", "key", "value", "plain_query", "plain_key", "plain_value")
 """Inputs of the operator: those of the three relative roles (already projected for a logit role
@@ -53,10 +61,10 @@ def _grad_buffer(context: RelationContext, name: str) -> Tensor:
 def _scatter_add(
     context: RelationContext, name: str, block: TokenBlock, piece: tuple[slice, slice], grad: Tensor
 ) -> None:
-    """Add rows (b, r, s, width) to the gradient of a block's tokens; sum them first if they share one token."""
+    """Add rows (b, …, width) to the gradient of a block's tokens; sum them first if they share one token."""
     target = token_rows(_grad_buffer(context, name), block, *piece)
-    if block.size == 1 and grad.shape[1] * grad.shape[2] > 1:
-        grad = grad.sum((1, 2), keepdim=True)
+    if block.size == 1 and grad.shape[1:-1].numel() > 1:
+        grad = grad.sum(box_axes(grad), keepdim=True)
     target.add_(grad)
 
 
@@ -179,18 +187,18 @@ def _project(
     tile_kce: Tensor | None,
     offset: int,
 ) -> Tensor:
-    """Multiply a role's rows by the relation's matrix, (b, r, s, h, d); copy the rows of a plain role.
+    """Multiply a role's rows by the relation's matrix, (b, …, h, d); copy the rows of a plain role.
 
     The result is in matrix ``2 + slot`` of the workspace, the copied rows in matrix ``slot``.
     """
     view = token_rows(context.source[name], block, *piece)
-    rows = view.shape[0] * view.shape[1] * view.shape[2]
+    rows = view.shape[:-1].numel()
     result = context.workspace().matrix(2 + slot, rows)
     if tile_kce is None:
         result.view(view.shape).copy_(view)
     else:
         torch.mm(context.workspace().copy_rows(slot, view), _matrix(tile_kce, offset, result.dtype), out=result)
-    return result.view(*view.shape[:3], context.heads, -1)
+    return result.view(*view.shape[:-1], context.heads, -1)
 
 
 def _logit_piece_backward(
@@ -221,20 +229,21 @@ def _input_backward(
     slot: int,
     block: TokenBlock,
     piece: tuple[slice, slice],
-    grad_brshd: Tensor,
+    grad_bxhd: Tensor,
     tile_kce: Tensor | None,
     grad_tile_kce: Tensor | None,
     offset: int,
 ) -> None:
     """Add to the gradients of a role's matrix and input, given the gradient of its projected rows."""
-    if block.size == 1 and grad_brshd.shape[1] * grad_brshd.shape[2] > 1:
-        grad_brshd = grad_brshd.sum((1, 2), keepdim=True)
+    grad_bxe = grad_bxhd.flatten(-2)
+    if block.size == 1 and grad_bxe.shape[1:-1].numel() > 1:
+        grad_bxe = grad_bxe.sum(box_axes(grad_bxe), keepdim=True)
     if tile_kce is None:
         if name in context.wanted:
-            _scatter_add(context, name, block, piece, grad_brshd.flatten(3))
+            _scatter_add(context, name, block, piece, grad_bxe)
         return
     view = token_rows(context.source[name], block, *piece)
-    grad_rows = grad_brshd.reshape(-1, tile_kce.shape[2])
+    grad_rows = grad_bxe.reshape(-1, tile_kce.shape[2])
     if grad_tile_kce is not None:
         rows = context.workspace().copied_rows(slot, view)
         first = piece[0].start == piece[1].start == 0
@@ -315,9 +324,9 @@ class ValueTileFunction(Function):
                 value = _project(context, "value", 0, pairs.key, piece, value_kce, offset)
                 weight = pair_values(weights, pairs, *piece).unsqueeze(-1)
                 value = value.mul_(weight) if pairs.key.size == pairs.count else value * weight
-                rows = value.flatten(3)
+                rows = value.flatten(-2)
                 if pairs.query.size == 1:
-                    rows = rows.sum((1, 2), keepdim=True)
+                    rows = rows.sum(box_axes(rows), keepdim=True)
                 token_rows(context.out, pairs.query, *piece).add_(rows)
         return link.clone()
 
@@ -339,7 +348,7 @@ class ValueTileFunction(Function):
             for piece in context.pieces(pairs, len(context.grad_out)):
                 value = _project(context, "value", 0, pairs.key, piece, tile, offset)
                 grad_out = token_rows(context.grad_out, pairs.query, *piece)
-                grad_out = grad_out.view(*grad_out.shape[:3], context.heads, -1)
+                grad_out = grad_out.view(*grad_out.shape[:-1], context.heads, -1)
                 in_place = pairs.key.size == pairs.count
                 product = value.mul_(grad_out) if in_place else value * grad_out
                 pair_values(context.grad_attention, pairs, *piece).add_(product.sum(-1))

@@ -1,7 +1,7 @@
 """Rotary position embedding for sequences and grids; a class token is not rotated.
 
-Source: RoFormer (arXiv 2104.09864). On a grid, one half of each head rotates with the row and the
-other half with the column.
+Source: RoFormer (arXiv 2104.09864). On a grid, every axis turns a part of each head: one half turns with the row and
+the other half with the column, and on three axes the parts are thirds, as nearly as whole pairs allow.
 """
 
 from __future__ import annotations
@@ -18,21 +18,26 @@ def _angles(positions: Tensor, width: int, base: float) -> Tensor:
     return positions.double()[:, None] * frequencies
 
 
+def axis_widths(geometry: RelationGeometry, head_dim: int) -> list[int]:
+    """Return how many coordinates of a head turn with each axis: whole pairs, shared out as evenly as they can be."""
+    pairs, axes = head_dim // 2, len(geometry.axes)
+    return [2 * (pairs // axes + (axis < pairs % axes)) for axis in range(axes)]
+
+
 def rotary_angles(geometry: RelationGeometry, head_dim: int, base: float = 10000.0) -> Tensor:
     """Return the rotation angle of every token and pair of coordinates, (n, head_dim / 2), float64.
 
     Args:
-        geometry: arrangement of the tokens; a sequence rotates with the position, a grid with row
-            and column.
-        head_dim: width per head, a multiple of 2 for a sequence and of 4 for a grid.
+        geometry: arrangement of the tokens; a sequence rotates with the position, a grid with the place along each
+            axis.
+        head_dim: width per head, a multiple of `rotary_multiple`.
         base: longest wavelength divided by 2π.
     """
     patches = torch.arange(geometry.patches)
-    if geometry.is_sequence:
-        angles = _angles(patches, head_dim, base)
-    else:
-        rows = _angles(patches // geometry.width, head_dim // 2, base)
-        angles = torch.cat([rows, _angles(patches % geometry.width, head_dim // 2, base)], dim=1)
+    parts = []
+    for width, extent, stride in zip(axis_widths(geometry, head_dim), geometry.axes, geometry.strides, strict=True):
+        parts.append(_angles(patches // stride % extent, width, base))
+    angles = torch.cat(parts, dim=1)
     if geometry.class_token:
         angles = torch.nn.functional.pad(angles, (0, 0, 1, 0))
     return angles

@@ -10,7 +10,7 @@ from ..common.errors import MissingPackageError
 from ..common.schema import Schema, stored_as
 from ..common.types import DTYPE_BYTES
 from ..config.loading import load_model
-from ..config.model import ModelSpec, VitSpec, override
+from ..config.model import ModelSpec, PatchSpec, override
 from ..config.training import TrainingSpec, parse_training
 from ..costs.optimizer import most_state_bytes, widths
 from ..costs.parameters import count_parameters
@@ -232,8 +232,8 @@ def scaled(spec: ModelSpec, axis: Axis, step: int) -> tuple[int, ModelSpec]:
         return model.dim, model
     if axis == "depth":
         return step, override(spec, depth=step)
-    if isinstance(spec, VitSpec):
-        model = override(spec, image=[step * size for size in spec.patch])
+    if isinstance(spec, PatchSpec):
+        model = override(spec, image=[step * size for size in spec.patch_extents[-2:]])
     else:
         model = override(spec, context=64 * step)
     return model.tokens, model
@@ -244,7 +244,7 @@ def _steps(spec: ModelSpec, axis: Axis) -> list[int]:
     own = {
         "width": spec.heads,
         "depth": spec.depth,
-        "tokens": max(spec.grid) if isinstance(spec, VitSpec) else max(1, spec.tokens // 64),
+        "tokens": max(spec.grid[-2:]) if isinstance(spec, PatchSpec) else max(1, spec.tokens // 64),
     }[axis]
     return sorted({max(1, round(own * factor)) for factor in (0.125, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)})
 

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from ..common.phases import Tier
 from ..common.schema import Schema, validate
 from ..config.loading import load_model
-from ..config.model import ModelSpec, VitSpec
+from ..config.model import ModelSpec, PatchSpec
 from ..config.training import TrainingSpec
 from ..costs.parameters import count_parameters
 from ..hardware.cluster import ClusterSpec, load_cluster
@@ -149,10 +149,10 @@ def _sizes(spec: ModelSpec, axis: Axis, factors: Sequence[float]) -> list[int]:
     own = {
         "width": spec.heads,
         "depth": spec.depth,
-        "tokens": max(spec.grid) if isinstance(spec, VitSpec) else max(1, spec.tokens // 64),
+        "tokens": max(spec.grid[-2:]) if isinstance(spec, PatchSpec) else max(1, spec.tokens // 64),
     }[axis]
     # A side counts twice: half the patches along each side are a quarter of the tokens.
-    root = 0.5 if axis == "tokens" and isinstance(spec, VitSpec) else 1.0
+    root = 0.5 if axis == "tokens" and isinstance(spec, PatchSpec) else 1.0
     return sorted({max(1, round(own * factor**root)) for factor in factors})
 
 

@@ -38,7 +38,7 @@ def stored_as(key: str, default: Any = PydanticUndefined) -> Any:
 
 
 def _describe(error: ErrorDetails, known_fields: tuple[str, ...]) -> str:
-    field = ".".join(str(part) for part in error["loc"] if part not in ("vit", "gpt"))
+    field = ".".join(str(part) for part in error["loc"] if part not in ("vit", "gpt", "video"))
     if error["type"] == "extra_forbidden":
         name = str(error["loc"][-1])
         allowed = f"; allowed: {', '.join(known_fields)}" if known_fields else ""

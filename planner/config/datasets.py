@@ -5,13 +5,23 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 from ..common.errors import InputError
-from .model import GptSpec, ModelSpec, VitSpec
+from .model import GptSpec, ModelSpec, PatchSpec, VideoSpec, VitSpec
 
 DataKind: TypeAlias = Literal[
-    "digits", "digits-static", "digits-shifted", "digits-patches", "images", "tokens", "stdlib", "synthetic"
-]  # fmt: skip
+    "digits",
+    "digits-static",
+    "digits-shifted",
+    "digits-patches",
+    "digits-moving",
+    "images",
+    "tokens",
+    "stdlib",
+    "synthetic",
+]
 
-PLACED_DIGITS: tuple[DataKind, ...] = ("digits-static", "digits-shifted", "digits-patches")
+MOVING_DIGITS: DataKind = "digits-moving"
+"""Clips in which a digit moves across the image."""
+PLACED_DIGITS: tuple[DataKind, ...] = ("digits-static", "digits-shifted", "digits-patches", MOVING_DIGITS)
 """Kinds whose digits do not fill the image."""
 DIGITS: tuple[DataKind, ...] = ("digits", *PLACED_DIGITS)
 READ_FROM_PATH: tuple[DataKind, ...] = ("images", "tokens")
@@ -21,7 +31,7 @@ DIGITS_TRAINING_SAMPLES = 1433
 BYTES_VOCABULARY = 256
 
 
-def digit_size(spec: VitSpec, digit_pixels: int | None) -> int:
+def digit_size(spec: PatchSpec, digit_pixels: int | None) -> int:
     """Height and width in pixels of a digit that does not fill the image; half the shorter side by default.
 
     Raises:
@@ -48,10 +58,13 @@ def check_kind(spec: ModelSpec, kind: DataKind, digit_pixels: int | None, field:
         InputError: naming the field.
     """
     if kind in DIGITS:
-        if not (isinstance(spec, VitSpec) and spec.classes >= DIGITS_CLASSES):
+        family = VideoSpec if kind == MOVING_DIGITS else VitSpec
+        if not (isinstance(spec, family) and spec.classes >= DIGITS_CLASSES):
+            name = "video" if kind == MOVING_DIGITS else "vit"
+            other = MOVING_DIGITS if isinstance(spec, VideoSpec) and spec.classes >= DIGITS_CLASSES else "synthetic"
             raise InputError(
-                f"{field}: {kind!r} is not allowed: must be used with a vit model of at least {DIGITS_CLASSES} "
-                "classes; use synthetic"
+                f"{field}: {kind!r} is not allowed: must be used with a {name} model of at least {DIGITS_CLASSES} "
+                f"classes; use {other}"
             )
         if kind in PLACED_DIGITS:
             digit_size(spec, digit_pixels)

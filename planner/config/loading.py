@@ -1,6 +1,7 @@
 """`load_model` reads a model spec from a preset name, a file or a mapping; `save_model` writes it to a file.
 
-Presets are ``vit-base/16``, ``gpt-base/1024`` and so on, and the paper's names such as ``ViT-A/56`` and ``GPT-A-160``.
+Presets are ``vit-base/16``, ``gpt-base/1024``, ``video-base/32`` and so on, and the paper's names such as ``ViT-A/56``
+and ``GPT-A-160``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from ..common.errors import InputError, nearest
 from ..common.files import SPEC_SUFFIXES, read_mapping, write_text
-from .model import GptSpec, ModelSpec, VitSpec, override, parse_model_spec
+from .model import GptSpec, ModelSpec, VideoSpec, VitSpec, override, parse_model_spec
 
 
 def load_model(source: ModelSpec | Mapping[str, object] | str | Path, /, **overrides: object) -> ModelSpec:
@@ -28,7 +29,7 @@ def load_model(source: ModelSpec | Mapping[str, object] | str | Path, /, **overr
         InputError: for an unknown name, a missing or damaged file, or a bad field.
     """
     spec: ModelSpec
-    if isinstance(source, VitSpec | GptSpec):
+    if isinstance(source, VitSpec | GptSpec | VideoSpec):
         spec = source
     elif isinstance(source, Mapping):
         spec = parse_model_spec(dict(source))
@@ -111,15 +112,19 @@ PAPER_SIZES = {"a": "tiny", "b": "mini", "c": "small"}
 """The paper's size letters; its B is *mini*, not ViT-Base."""
 
 IMAGE, CLASSES, VOCABULARY = 224, 1000, 50257
+FRAMES, TUBELET_FRAMES, VIDEO_CLASSES = 16, 2, 400
+"""A clip of a video preset: frames, frames per tubelet, and the classes of Kinetics-400."""
 
-PRESET_NAMES: tuple[str, ...] = tuple(f"vit-{size}/{patch}" for size in SIZES for patch in (56, 32, 16)) + tuple(
-    f"gpt-{size}/{context}" for size in SIZES for context in (160, 256, 1024)
+PRESET_NAMES: tuple[str, ...] = (
+    *(f"vit-{size}/{patch}" for size in SIZES for patch in (56, 32, 16)),
+    *(f"gpt-{size}/{context}" for size in SIZES for context in (160, 256, 1024)),
+    *(f"video-{size}/{patch}" for size in SIZES for patch in (56, 32)),
 )
 
 
 def preset_name(name: str) -> str | None:
     """Return the canonical name (``ViT-A/56`` → ``vit-tiny/56``), or None if there is no such preset."""
-    match = re.fullmatch(r"(vit|gpt)-([a-z]+)[/-](\d{1,7})", name.strip().lower(), re.ASCII)
+    match = re.fullmatch(r"(vit|gpt|video)-([a-z]+)[/-](\d{1,7})", name.strip().lower(), re.ASCII)
     if not match:
         return None
     family, size, number = match.groups()
@@ -149,6 +154,9 @@ def preset(name: str) -> ModelSpec:
     sizes = SIZES[size]._asdict()
     if family == "vit":
         own: dict[str, object] = {"image": IMAGE, "patch": int(number), "classes": CLASSES}
+    elif family == "video":
+        tubelet = (TUBELET_FRAMES, int(number), int(number))
+        own = {"frames": FRAMES, "image": IMAGE, "tubelet": tubelet, "classes": VIDEO_CLASSES}
     else:
         own = {"context": int(number), "vocabulary": VOCABULARY}
     return parse_model_spec({"family": family, "name": plain, **sizes, **own}, what=plain)

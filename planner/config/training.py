@@ -53,8 +53,9 @@ class TrainingSpec(Schema):
     gradient_clipping: NonNegativeFloat = 1.0
     """Maximum global L2 norm of the gradients; 0 disables clipping."""
     data: DataKind = "digits"
-    """Training data: handwritten digits (filling the image, centred, shifted, or shifted by patches), images in
-    folders, tokens in files, the source code of Python's standard library, or random samples of the model's shape."""
+    """Training data: handwritten digits (filling the image, centred, shifted, shifted by patches, or moving through a
+    clip), images in folders, tokens in files, the source code of Python's standard library, or random samples of the
+    model's shape."""
     evaluation_data: DataKind | None = None
     """Kind of data whose held-out samples are evaluated; null is the training data."""
     data_path: str | None = None

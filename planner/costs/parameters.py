@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from ..common.errors import InputError
 from ..common.schema import Schema
-from ..config.model import ModelSpec, Operator, VitSpec
+from ..config.model import ModelSpec, PatchSpec
+from ..config.model_base import Operator
 
 EMBEDDING = "embeddings"
 TABLES = "relation tables"
@@ -141,7 +142,7 @@ def parameter_groups(spec: ModelSpec, tile_relations: int | None = None) -> tupl
     """
     groups: list[ParameterGroup] = []
     dim, depth = spec.dim, spec.depth
-    if isinstance(spec, VitSpec):
+    if isinstance(spec, PatchSpec):
         groups += [_norm(spec, spec.patch_dim, 1), *_linear(EMBEDDING, spec.patch_dim, dim, bias=spec.bias, copies=1)]
         groups.append(_norm(spec, dim, 1))
         if spec.class_token:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from ..common.schema import Schema
 from ..config.geometry import RelationGeometry
-from ..config.model import GptSpec, ModelSpec, Operator, VitSpec
+from ..config.model import GptSpec, ModelSpec, PatchSpec
+from ..config.model_base import Operator
 from ..deepspeed.config import NVME_BLOCK_BYTES
 from .parameters import TABLES, parameter_groups
 
@@ -71,21 +72,26 @@ class Work:
 
 
 @lru_cache(maxsize=256)
-def pair_counts(geometry: RelationGeometry) -> tuple[tuple[int, int], ...]:
-    """Return pairs (rows that are multiplied by one relation's matrix, number of relations with that many rows)."""
-    reach_rows, reach_cols = geometry.reach
-    counts: Counter[int] = Counter()
-    if geometry.causal:
-        counts.update(geometry.height - offset for offset in range(reach_rows + 1))
-    else:
-        for dy in range(-reach_rows, reach_rows + 1):
-            for dx in range(-reach_cols, reach_cols + 1):
-                counts[(geometry.height - abs(dy)) * (geometry.width - abs(dx))] += 1
+def pair_counts(geometry: RelationGeometry, role: str) -> tuple[tuple[int, int], ...]:
+    """Return pairs (rows that are multiplied by one relation's matrix, number of relations with that many rows).
+
+    Args:
+        geometry: arrangement of the tokens.
+        role: "q", "k" or "v".
+    """
+    counts: Counter[int] = Counter({1: 1})
+    for extents in geometry.extents():
+        along, so_far = Counter(extents), counts
+        counts = Counter()
+        for rows, relations in so_far.items():
+            for extent, offsets in along.items():
+                counts[rows * extent] += relations * offsets
     if geometry.class_token:
-        # The class token with itself and its side of the pairs with patches have one row each; then the patches' side.
-        counts[1] += 2
-        counts[geometry.patches] += 1
-    return tuple(sorted(counts.items()))
+        # The class token with itself; then its pairs with patches, in which it is one row, and they are the other side.
+        counts[1] += 1
+        counts[1] += not geometry.causal or role == "q"
+        counts[geometry.patches] += not geometry.causal or role != "q"
+    return tuple(sorted((rows, relations) for rows, relations in counts.items() if relations))
 
 
 def is_fused(spec: ModelSpec, operator: Operator) -> bool:
@@ -97,9 +103,9 @@ def is_fused(spec: ModelSpec, operator: Operator) -> bool:
 
 
 def _tables(spec: ModelSpec, d_in: int, d_out: int) -> Iterator[Product]:
-    roles = len(spec.roles)
-    for rows, relations in pair_counts(spec.geometry):
-        yield Product(rows, d_in, d_out, relations * roles, 1, 3, grouped=True)
+    for role in spec.roles:
+        for rows, relations in pair_counts(spec.geometry, role):
+            yield Product(rows, d_in, d_out, relations, 1, 3, grouped=True)
 
 
 def _joint_dim(spec: ModelSpec, operator: Operator) -> int:
@@ -135,7 +141,7 @@ def _operator(spec: ModelSpec, operator: Operator) -> Iterator[Product]:
     products = (plain_logits + plain_values) * (2 if operator == "shaw" else 1)
     if is_fused(spec, operator):
         blocks = -(-tokens // FUSED_BLOCK)
-        computed = (blocks + 1) / (2 * blocks) if spec.attention_causal else 1.0
+        computed = (blocks + 1) / (2 * blocks) if spec.attention_causal and not spec.attention_mask else 1.0
         yield Product(tokens, spec.head_dim, tokens, spec.heads, 2, 4, joined=False, fused=True, computed=computed)
     elif products:
         yield Product(tokens, spec.head_dim, tokens, spec.heads * products, 1, 2, joined=False)
@@ -155,11 +161,11 @@ def _layer_elements(spec: ModelSpec, operator: Operator) -> tuple[int, int, int,
     calls, visits = 40, 0
     if operator in ("translution", "alpha"):
         d_in, d_out = (dim, inner) if operator == "translution" else spec.low_dims
-        rows, roles = spec.geometry.table_rows, len(spec.roles)
+        rows = sum(map(spec.geometry.table_rows, spec.roles))
         # Rows are gathered, multiplied and summed; backward repeats this and adds to the inputs' gradients.
-        forward += roles * rows * (2 * d_in + 3 * d_out)
-        backward += roles * rows * (5 * d_in + 7 * d_out)
-        visits = roles * spec.geometry.relations
+        forward += rows * (2 * d_in + 3 * d_out)
+        backward += rows * (5 * d_in + 7 * d_out)
+        visits = len(spec.roles) * spec.geometry.relations
     if spec.dropout:
         forward, backward = forward + 4 * pairs, backward + 3 * pairs
     return forward, backward, calls, visits
@@ -181,7 +187,7 @@ def count_work(spec: ModelSpec) -> Work:
     products = [product._replace(copies=count) for product, count in merged.items()]
     products.append(Product(tokens, dim, spec.ffn_dim, ffn_products(spec) * spec.depth, 1, 2))
     blocks = sum(product.flops * product.copies for product in products)
-    if isinstance(spec, VitSpec):
+    if isinstance(spec, PatchSpec):
         products.append(Product(spec.geometry.patches, spec.patch_dim, dim, 1, 1, 2))
         products.append(Product(1, dim, spec.classes, 1, 1, 2))
     else:
@@ -206,7 +212,7 @@ def _operator_forward(spec: ModelSpec, operator: Operator) -> tuple[int, int]:
     """Return (plain, grouped) forward FLOPs of one operator with its output projection."""
     tokens, dim, inner = spec.tokens, spec.dim, spec.inner_dim
     pairs_product = 2 * tokens * tokens * inner
-    rows = spec.geometry.table_rows
+    rows = sum(map(spec.geometry.table_rows, spec.roles))
     relative = len(spec.roles)
     plain = 2 * tokens * inner * dim if spec.has_output_projection else 0
     grouped = 0
@@ -217,7 +223,7 @@ def _operator_forward(spec: ModelSpec, operator: Operator) -> tuple[int, int]:
     elif operator == "translution":
         plain += 2 * tokens * dim * inner * (3 - relative)
         plain += pairs_product * ((not logits_relative) + ("v" not in spec.roles))
-        grouped = relative * 2 * rows * dim * inner
+        grouped = 2 * rows * dim * inner
     else:
         low1, low2 = spec.heads * spec.c1, spec.heads * spec.c2
         plain += 2 * tokens * dim * (3 * inner + relative * low1) + 2 * pairs_product
@@ -225,7 +231,7 @@ def _operator_forward(spec: ModelSpec, operator: Operator) -> tuple[int, int]:
             plain += 2 * tokens * dim * low2
         if "v" in spec.roles:
             plain += 2 * tokens * low2 * inner
-        grouped = relative * 2 * rows * low1 * low2
+        grouped = 2 * rows * low1 * low2
     return plain, grouped
 
 
@@ -238,7 +244,7 @@ def count_flops(spec: ModelSpec) -> FlopCount:
     tokens, dim = spec.tokens, spec.dim
     plain = spec.depth * 2 * ffn_products(spec) * tokens * dim * spec.ffn_dim
     grouped = 0
-    if isinstance(spec, VitSpec):
+    if isinstance(spec, PatchSpec):
         plain += 2 * spec.geometry.patches * spec.patch_dim * dim + 2 * dim * spec.classes
     else:
         assert isinstance(spec, GptSpec)

@@ -99,7 +99,7 @@ def _check_augmentation(spec: ModelSpec, training: TrainingSpec) -> None:
     name, padding = training.augmentation, training.crop_padding
     if name and not isinstance(spec, VitSpec):
         off = TrainingSpec.model_fields[name].default
-        raise InputError(f"{name}: {getattr(training, name)} is not allowed: must be {off} with a gpt model")
+        raise InputError(f"{name}: {getattr(training, name)} is not allowed: must be {off} with a {spec.family} model")
     if isinstance(spec, VitSpec) and padding >= min(spec.image):
         raise InputError(f"crop_padding: {padding} is not allowed: must be below {min(spec.image)}, the image's side")
 

@@ -11,7 +11,7 @@ from ..common.errors import InputError, TranslutionError
 from ..common.schema import Schema
 from ..common.units import format_bytes, format_count
 from ..config.loading import save_model
-from ..config.model import GptSpec, ModelSpec, VitSpec, override
+from ..config.model import GptSpec, ModelSpec, PatchSpec, override
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
 from ..costs.parameters import TABLES, count_parameters, table_entries
@@ -226,12 +226,17 @@ class FixAdvisor:
                 return None
             text = f"a context of {longest} tokens rather than {spec.context}"
             return Advice(kind="input", text=text, changes={"context": longest})
-        assert isinstance(spec, VitSpec)
+        assert isinstance(spec, PatchSpec)
 
         def image(patches: int) -> list[int]:
-            return [min(patches, cells) * patch for cells, patch in zip(spec.grid, spec.patch, strict=True)]
+            return [
+                min(patches, cells) * patch
+                for cells, patch in zip(spec.grid[-2:], spec.patch_extents[-2:], strict=True)
+            ]
 
-        largest = largest_that_fits(lambda count: self._fits(override(spec, image=image(count))), 1, max(spec.grid))
+        largest = largest_that_fits(
+            lambda count: self._fits(override(spec, image=image(count))), 1, max(spec.grid[-2:])
+        )
         if largest is None:
             return None
         size = image(largest)

@@ -62,7 +62,12 @@ _PRESET, _SEARCHED = "preset's", "chosen"
 
 def _model() -> FormSection:
     fields = (
-        _select("model", "Model", _same(*PRESET_NAMES), "vit-size/patch, for 224 pixels; gpt-size/context"),
+        _select(
+            "model",
+            "Model",
+            _same(*PRESET_NAMES),
+            "vit-size/patch, for 224 pixels; gpt-size/context; video-size/patch, for 16 frames",
+        ),
         _select("operator", "Operator", tuple(OPERATOR_LABELS.items())),
     )
     more = (

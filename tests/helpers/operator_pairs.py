@@ -23,6 +23,9 @@ LAYOUTS: list[dict[str, Any]] = [
     {"length": 6, "window": 2},
     {"length": 6, "causal": True, "window": 2},
     {"grid": (3, 4), "class_token": True, "window": 1},
+    {"grid": (2, 3, 2), "class_token": True},
+    {"grid": (3, 2, 2), "causal": True, "window": (None, 1, 0)},
+    {"grid": (2, 2, 2), "class_token": True, "causal": True},
 ]
 ROLES = ("qkv", "kv", "qv", "qk", "q", "k", "v")
 LAYERS: list[tuple[type[Any], dict[str, Any]]] = [
@@ -35,11 +38,11 @@ LAYERS: list[tuple[type[Any], dict[str, Any]]] = [
 def layer_pair(layer: type[Any], options: dict[str, Any], **grouped: Any) -> tuple[nn.Module, nn.Module]:
     """A grouped layer and its gathered reference with the same weights, large enough to affect the output."""
     torch.manual_seed(0)
-    fast = layer(6, 2, head_dim=4, **options, **grouped)
+    fast = layer(6, 2, head_dim=8, **options, **grouped)
     for parameter in fast.parameters():
         nn.init.normal_(parameter, std=0.5)
     tables = {"tile_relations": grouped.get("tile_relations")}
-    slow = layer(6, 2, head_dim=4, **options, **tables, implementation="gather")
+    slow = layer(6, 2, head_dim=8, **options, **tables, implementation="gather")
     slow.load_state_dict(fast.state_dict())
     return fast, slow
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 from ..core import Gradients, Storage, Tape, Tensor
 from .ops import GRADIENTS, TEMPORARY, DtypeSizes
 
+MISSING_PAIRS_BYTES = 10
+"""Bytes per pair of tokens while the mask of the pairs that do not exist is made (models/ops/context.py)."""
+
 
 def flash_block_bytes(tokens: int, head_dim: int, sizes: DtypeSizes) -> int:
     """Return the scratch bytes of fused attention on a CPU: per thread a block of scores, two rows, an output block.
@@ -45,15 +48,23 @@ def fused_attention(
     head_dim: int,
     sizes: DtypeSizes,
     kv_heads: int | None = None,
+    *,
+    masked: bool = False,
 ) -> Tensor:
-    """Run queries, keys and values through one fused kernel; saves them, the output and a logsumexp per row.
+    """Run queries, keys and values through one fused kernel; saves them, the output, a logsumexp per row and the mask.
 
     Args:
         tape, sizes: as in `linear`.
         rows: queries, keys and values, each with its own storage or as parts of one storage.
         batch, tokens, heads, head_dim: shape of the queries.
         kv_heads: heads of keys and values; None is ``heads``.
+        masked: whether the kernel needs a mask of the pairs, which torch converts to the rows' dtype.
     """
+    mask = []
+    if masked:
+        tape.new(MISSING_PAIRS_BYTES * tokens**2, TEMPORARY)
+        exists = tape.new(tokens**2, TEMPORARY)
+        mask = [tape.new(tokens**2 * sizes.value)]
     head = batch * tokens * head_dim * sizes.value
     shared = heads if kv_heads is None else kv_heads
     out = tape.new(heads * head)
@@ -68,4 +79,7 @@ def fused_attention(
         tape.new(2 * block + spread, TEMPORARY)
         return grads
 
-    return tape.result(out, rows, backward, (*(row.storage for row in rows), out, sums))
+    result = tape.result(out, rows, backward, (*(row.storage for row in rows), out, sums, *mask))
+    if masked:
+        del exists  # The layer's mask lives until the kernel has run.
+    return result

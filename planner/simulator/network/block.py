@@ -5,7 +5,8 @@ Source: models/networks/blocks.py and models/layers/, module by module.
 
 from __future__ import annotations
 
-from ...config.model import ModelSpec, Operator
+from ...config.model import ModelSpec
+from ...config.model_base import Operator
 from ...costs.parameters import table_tiles
 from ..core import ModuleParams, Storage, Tape, Tensor
 from .attention_ops import fused_attention, rotate
@@ -23,7 +24,7 @@ from .ops import (
     multiply,
 )
 from .relation_ops import SimulatedRelations
-from .relation_shape import Implementation, RelationShape, SimulatedTerm, SimulatedTile, largest_rectangle, pairs_of
+from .relation_shape import Implementation, RelationShape, SimulatedTerm, SimulatedTile, largest_box, pairs_of
 
 _ROLES = {"q": "query", "k": "key", "v": "value"}
 _PLAIN = ("plain_query", "plain_key", "plain_value")
@@ -140,7 +141,7 @@ class SimulatedBlock:
         first = 0
         for count in numbers:
             numel = count * d_in * d_out
-            extent = largest_rectangle(spec.geometry, first, count), pairs_of(spec.geometry, first, count)
+            extent = largest_box(spec.geometry, first, count), pairs_of(spec.geometry, first, count)
             if both:
                 self.logit_tiles.append(SimulatedTile(first, count, ModuleParams((numel,) * both), *extent))
             if "v" in spec.roles:
@@ -225,7 +226,8 @@ class SimulatedBlock:
             del rows, projected
             return result
         kv_heads = self.kv_dim // spec.head_dim
-        out = joined = fused_attention(tape, rows, self.batch, spec.tokens, spec.heads, spec.head_dim, sizes, kv_heads)
+        shape = (self.batch, spec.tokens, spec.heads, spec.head_dim)
+        out = joined = fused_attention(tape, rows, *shape, sizes, kv_heads, masked=spec.attention_mask)
         if spec.rotary_attention and spec.heads > 1 and spec.tokens > 1:
             # The kernel's output for rotated queries is ordered by heads; joining the heads copies it.
             joined = tape.result(tape.new(one), (out,), lambda grad: (grad,))
@@ -273,7 +275,10 @@ class SimulatedBlock:
                 rows[names[role]] = self._linear(tape, x, spec.inner_dim, self.plain[role])
         if spec.dropout:
             return self._attend(tape, rows)
-        out = fused_attention(tape, list(rows.values()), self.batch, spec.tokens, spec.heads, spec.head_dim, sizes)
+        shape = (self.batch, spec.tokens, spec.heads, spec.head_dim)
+        out = fused_attention(
+            tape, list(rows.values()), *shape, sizes, masked=spec.geometry.causal and not spec.geometry.triangular
+        )
         return self._project(tape, out)
 
     def _relate(self, tape: Tape, sources: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:

@@ -5,7 +5,7 @@ Source: events of torch 2.13's allocator; models/networks/head.py.
 
 from __future__ import annotations
 
-from ...config.model import LOSS_CHUNK_ELEMENTS
+from ...config.model_base import LOSS_CHUNK_ELEMENTS
 from ..core import Gradients, ModuleParams, Passed, Storage, Tape, Tensor
 from .ops import (
     GRADIENTS,

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from math import prod
 
 from ...common.errors import InputError
 from ...common.phases import Phase
-from ...config.model import GptSpec, ModelSpec, VitSpec
+from ...config.model import GptSpec, ModelSpec, PatchSpec
 from ..core import MemoryTracker, ModuleParams, ParameterHooks, Storage, Tape, Tensor
 from .block import SimulatedBlock, linear_weights, norm_weights
 from .head_ops import chunked_cross_entropy, cross_entropy, embed, pool_first, pool_mean
@@ -64,8 +65,8 @@ class SimulatedNetwork:
             # fairscale recomputes outside of autocast on a CPU, and in fp16 on a GPU.
             raise InputError("checkpointing: offload is not allowed: must be none or block under autocast")
         # Values between blocks: autocast widens what is joined with or added to a parameter.
-        self.embedded = sizes if isinstance(spec, VitSpec) and sizes.device == "cpu" else sizes.wide
-        widened = spec.learned_positions or (isinstance(spec, VitSpec) and spec.class_token)
+        self.embedded = sizes if isinstance(spec, PatchSpec) and sizes.device == "cpu" else sizes.wide
+        widened = spec.learned_positions or (isinstance(spec, PatchSpec) and spec.class_token)
         self.stream = sizes.wide if widened else self.embedded
         self.blocks = [
             SimulatedBlock(spec, operator, tile_relations, batch, sizes, implementation, self.stream)
@@ -73,7 +74,7 @@ class SimulatedNetwork:
         ]
         dim = spec.dim
         self.embedding: tuple[ModuleParams, ...]
-        if isinstance(spec, VitSpec):
+        if isinstance(spec, PatchSpec):
             self.embedding = (
                 norm_weights(spec, spec.patch_dim),
                 linear_weights(spec.patch_dim, dim, bias=spec.bias),
@@ -90,9 +91,9 @@ class SimulatedNetwork:
     @property
     def modules(self) -> list[ModuleParams]:
         """The parameters of each module, in the order of ``Module.modules()``."""
-        learned = [self.class_token] if isinstance(self.spec, VitSpec) and self.spec.class_token else []
+        learned = [self.class_token] if isinstance(self.spec, PatchSpec) and self.spec.class_token else []
         learned += [self.positions] if self.positions is not None else []
-        ends = [self.norm] if isinstance(self.spec, VitSpec) else [self.norm, self.head_norm]
+        ends = [self.norm] if isinstance(self.spec, PatchSpec) else [self.norm, self.head_norm]
         blocks = [weights for block in self.blocks for weights in block.modules]
         return [*self.embedding, *learned, *blocks, *ends, *([] if self.head.shared else [self.head])]
 
@@ -120,8 +121,8 @@ class SimulatedNetwork:
     @property
     def input_bytes(self) -> int:
         """Bytes of the input: images in the parameters' dtype, or token ids."""
-        if isinstance(self.spec, VitSpec):
-            return self.batch * self.spec.channels * self.spec.image[0] * self.spec.image[1] * self.sizes.parameter
+        if isinstance(self.spec, PatchSpec):
+            return self.batch * prod(self.spec.sample_shape) * self.sizes.parameter
         return self.batch * self.spec.tokens * INDEX_BYTES
 
     def _embed(self, tape: Tape, inputs: Storage) -> Tensor:
@@ -151,7 +152,7 @@ class SimulatedNetwork:
         spec, sizes, batch, stream = self.spec, self.sizes, self.batch, self.stream
         rows = batch * spec.tokens
         x, given = self._embed(tape, inputs), self.embedded
-        if isinstance(spec, VitSpec) and spec.class_token:
+        if isinstance(spec, PatchSpec) and spec.class_token:
             size = batch * spec.geometry.patches * spec.dim
             x = prepend(tape, cast(tape, x, size, given, stream), rows * spec.dim, self.class_token, stream)
             given = stream
@@ -163,7 +164,7 @@ class SimulatedNetwork:
             x = block.forward(tape, x) if spec.checkpointing == "none" else self._checkpointed(tape, block, x)
         tape.memory.site = "head"
         x = norm(tape, x, rows, spec.dim, self.norm, stream, spec)
-        if isinstance(spec, VitSpec):
+        if isinstance(spec, PatchSpec):
             size = batch * spec.dim * stream.value
             pooled = pool_first(tape, x) if spec.pool == "class" else pool_mean(tape, x, size, stream)
             return linear(tape, pooled, batch, spec.dim, spec.classes, self.head, sizes, given=stream)
@@ -314,6 +315,6 @@ def replay(
 
 def sample_bytes(spec: ModelSpec) -> int:
     """Return the bytes of one sample's input and target: an fp32 image and its class, or token ids."""
-    if isinstance(spec, VitSpec):
-        return spec.channels * spec.image[0] * spec.image[1] * 4 + INDEX_BYTES
+    if isinstance(spec, PatchSpec):
+        return prod(spec.sample_shape) * 4 + INDEX_BYTES
     return 2 * spec.tokens * INDEX_BYTES

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..core import Gradients, Storage, Tape, Tensor
+from .attention_ops import MISSING_PAIRS_BYTES
 from .ops import ATTENTION_WEIGHTS, GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS, product_scratch_bytes
 from .relation_shape import RelationShape, SimulatedTerm, SimulatedTile
 
 WORKSPACE = "workspace"
-INDEXING = 34
+INDEXING = 18
 """Bytes per pair of tokens while the index of its relation is computed."""
 
 
@@ -125,11 +126,11 @@ class SimulatedRelations:
         if not geometry.class_token:
             return 0, 0
         last = range(tile.first, tile.first + tile.count)
-        found = sum(geometry.offsets + n in last for n in (1, 2))
-        return self.shape.piece(geometry.height, geometry.width) if found else 0, found
+        found = sum(geometry.offsets + n in last for n in range(1, geometry.class_relations))
+        return self.shape.piece(geometry.axes[0], geometry.layer_patches) if found else 0, found
 
     def _patch_rows(self, tile: SimulatedTile) -> int:
-        return self.shape.piece(*tile.rectangle)
+        return self.shape.piece(*tile.box)
 
     def _matrix_bytes(self, tile: SimulatedTile) -> int:
         """Return the bytes that autocast casts at a time: one relation's matrix; on a GPU at most a tile's."""
@@ -155,7 +156,7 @@ class SimulatedRelations:
     def _softmax(self) -> None:
         shape, sizes = self.shape, self.sizes
         if "plain_query" in self.sources and not shape.geometry.complete and self.logit_tiles + self.value_tiles:
-            self._transient(25 * shape.geometry.tokens**2)
+            self._transient(MISSING_PAIRS_BYTES * shape.geometry.tokens**2)
         self._transient(shape.rows * shape.heads * sizes.accumulator)
         logits = self.buffers.pop("logits")
         self.buffers["attention"] = self.tape.new(shape.pairs * sizes.value, ATTENTION_WEIGHTS) if self.half else logits

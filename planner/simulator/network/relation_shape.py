@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
+from math import prod
 from typing import Literal, TypeAlias
 
 from ...config.geometry import RelationGeometry
-from ...config.model import DEFAULT_WORKSPACE_BYTES
+from ...config.model_base import DEFAULT_WORKSPACE_BYTES
 from ..core import ModuleParams
 from .ops import DtypeSizes
 
@@ -27,8 +29,8 @@ class SimulatedTile:
     count: int
     """Number of its relations."""
     weights: ModuleParams
-    rectangle: tuple[int, int] = (0, 0)
-    """Rows and columns of pairs of its largest relation between patches."""
+    box: tuple[int, int] = (0, 0)
+    """Pairs of its largest relation between patches: extent of the box along the first axis, and pairs per index."""
     pairs: int = 0
     """Number of pairs of all its relations between patches."""
 
@@ -72,7 +74,7 @@ class RelationShape:
         """Number of rows of the scratch matrices."""
         row = 2 * (self.d_in + self.d_out) * self.sizes.value
         limit = self.workspace_limit // (4 if self.sizes.batched else 1)
-        return max(self.geometry.width, min(self.batch * self.geometry.patches, limit // row))
+        return max(self.geometry.layer_patches, min(self.batch * self.geometry.patches, limit // row))
 
     @property
     def max_pairs(self) -> int:
@@ -117,7 +119,12 @@ class RelationShape:
         return self.workspace_rows * 2 * (self.d_in + self.d_out) * self.sizes.value
 
     def piece(self, rows: int, cols: int) -> int:
-        """Return the pairs of the largest piece into which a relation with ``rows`` × ``cols`` pairs is split."""
+        """Return the pairs of the largest piece into which a relation is split.
+
+        Args:
+            rows: extent of its box of pairs along the first axis.
+            cols: pairs of the box with one index of the first axis.
+        """
         if not rows:
             return 0
         samples = self.workspace_rows // (rows * cols)
@@ -127,19 +134,16 @@ class RelationShape:
 
 
 @lru_cache(maxsize=64)
-def _rectangles(geometry: RelationGeometry) -> tuple[tuple[int, int], ...]:
-    """Return the rows and columns of pairs of each relation between patches, in the order of `RelationGeometry`."""
-    reach_rows, reach_cols = geometry.reach
-    if geometry.causal:
-        return tuple((geometry.height - offset, 1) for offset in range(reach_rows + 1))
-    cols = [geometry.width - abs(dx) for dx in range(-reach_cols, reach_cols + 1)]
-    rows = (geometry.height - abs(dy) for dy in range(-reach_rows, reach_rows + 1))
-    return tuple((row, col) for row in rows for col in cols)
+def _boxes(geometry: RelationGeometry) -> tuple[tuple[int, int], ...]:
+    """Return the extent along the first axis, and the pairs per index of it, of each relation between patches."""
+    first, *rest = geometry.extents()
+    layers = [prod(extents) for extents in product(*rest)]
+    return tuple((rows, cols) for rows in first for cols in layers)
 
 
 @lru_cache(maxsize=64)
 def _counts(geometry: RelationGeometry) -> tuple[int, ...]:
-    return tuple(rows * cols for rows, cols in _rectangles(geometry))
+    return tuple(rows * cols for rows, cols in _boxes(geometry))
 
 
 @lru_cache(maxsize=4096)
@@ -149,8 +153,8 @@ def pairs_of(geometry: RelationGeometry, first: int, count: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def largest_rectangle(geometry: RelationGeometry, first: int, count: int) -> tuple[int, int]:
-    """Return the rows and columns of pairs of a tile's largest relation between patches."""
+def largest_box(geometry: RelationGeometry, first: int, count: int) -> tuple[int, int]:
+    """Return the extent along the first axis, and the pairs per index of it, of a tile's largest relation."""
     counts = _counts(geometry)
     own = counts[first : first + count]
-    return _rectangles(geometry)[counts.index(max(own), first)] if own else (0, 0)
+    return _boxes(geometry)[counts.index(max(own), first)] if own else (0, 0)

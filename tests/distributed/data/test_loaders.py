@@ -28,6 +28,8 @@ from translution.planner.config.training import TrainingSpec
 from translution.planner.plans.plan import Plan, load_plan
 
 DIGITS = {"family": "vit", "image": 16, "patch": 4, "classes": 10, "dim": 8, "depth": 1, "heads": 1}
+CLIP: dict[str, object] = {"family": "video", "frames": 5, "image": [24, 16], "tubelet": [5, 8, 8], "channels": 2}
+CLIP |= {"classes": 10, "dim": 8, "depth": 1, "heads": 1}
 
 
 def numbered(count: int) -> Samples:
@@ -159,6 +161,41 @@ def test_the_position_of_a_shifted_digit_does_not_depend_on_its_batch() -> None:
     assert torch.equal(together.inputs[1:2], alone.inputs)
 
 
+def moving(seed: int = 3, **fields: object) -> tuple[DataSource, DataSource]:
+    spec = parse_model_spec(CLIP | fields)
+    return load_samples(spec, TrainingSpec(data="digits-moving", seed=seed, digit_pixels=8))
+
+
+def test_a_moving_digit_crosses_its_clip_in_a_straight_line() -> None:
+    training, held_out = moving()
+    filling, filling_held_out = load_digits(parse_model_spec(DIGITS | {"image": 8, "channels": 2}))
+    for source, digits in ((training, filling), (held_out, filling_held_out)):
+        batch = source.select(torch.arange(0, 300, 3))
+        assert batch.inputs.shape == (100, 2, 5, 24, 16)
+        assert torch.equal(batch.targets, digits.targets[:300:3])
+        paths = torch.tensor([corners(Samples(clip.transpose(0, 1), clip), 8) for clip in batch.inputs])
+        # A digit whose outermost pixels are background appears a little further in.
+        steps = paths.diff(dim=1).float()
+        assert (steps - steps.mean(1, keepdim=True)).abs().max() < 1.01
+        assert (steps.abs().sum((1, 2)) > 0).float().mean() > 0.9
+        assert paths[..., 0].max() >= 14
+        for clip, image, path in zip(batch.inputs, digits.inputs[:300:3], paths, strict=True):
+            top, left = corners(Samples(image[None], image), 8)[0]
+            for frame, (row, column) in zip(clip.transpose(0, 1), path - torch.tensor([top, left]), strict=True):
+                assert torch.equal(frame[:, row : row + 8, column : column + 8], image)
+                assert (frame == frame.min()).sum() == (image == image.min()).sum() + 2 * (24 * 16 - 64)
+
+
+def test_the_paths_of_moving_digits_change_with_epoch_and_seed_only() -> None:
+    training, held_out = moving()
+    index = torch.arange(20)
+    assert not torch.equal(training.select(index, 0).inputs, training.select(index, 1).inputs)
+    assert torch.equal(training.select(index, 1).inputs, moving()[0].select(index, 1).inputs)
+    assert not torch.equal(training.select(index).inputs, moving(seed=4)[0].select(index).inputs)
+    assert torch.equal(training.select(index, 2).inputs[7:8], training.select(index[7:8], 2).inputs)
+    assert torch.equal(held_out.select(index).inputs, moving()[1].select(index).inputs)
+
+
 def test_evaluation_data_may_be_another_kind() -> None:
     training, held_out = placed("digits-static", evaluation_data="digits-shifted")
     index = torch.arange(50)
@@ -238,6 +275,13 @@ GPT = {"family": "gpt", "context": 8, "vocabulary": 200, "dim": 8, "depth": 1, "
 @pytest.mark.parametrize(
     ("model", "settings", "message"),
     [
+        (
+            CLIP,
+            ["data=digits"],
+            "data: 'digits' is not allowed: must be used with a vit model of at least 10 classes; use digits-moving",
+        ),
+        (DIGITS, ["data=digits-moving"], "data: 'digits-moving' is not allowed: must be used with a video model"),
+        (CLIP, ["data=digits-moving", "flip=0.5"], "flip: 0.5 is not allowed: must be 0.0 with a video model"),
         (GPT, ["data=digits-shifted"], "data: 'digits-shifted' is not allowed: must be used with a vit model"),
         (GPT, ["data=images", "data_path=x"], "data: 'images' is not allowed: must be used with a vit model"),
         (GPT, ["data=stdlib"], "data: 'stdlib' is not allowed: must be used with a gpt model of vocabulary 256"),

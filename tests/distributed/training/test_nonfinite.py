@@ -19,7 +19,8 @@ from translution.distributed.training.nonfinite import (
     is_finite_norm,
 )
 from translution.models import build
-from translution.planner.config.model import OPERATORS, parse_model_spec
+from translution.planner.config.model import parse_model_spec
+from translution.planner.config.model_base import OPERATORS
 
 GPT = {"family": "gpt", "context": 6, "vocabulary": 11, "dim": 16, "depth": 2, "heads": 2}
 

@@ -88,7 +88,7 @@ def results(call: Callable[..., Tensor], layer: nn.Module, x: Tensor, grad: Tens
 def make(kind: Kind, options: dict[str, Any], layout: dict[str, Any], **more: Any) -> nn.Module:
     torch.manual_seed(0)
     layout = {key: value for key, value in layout.items() if key != "window" or kind in WINDOWED}
-    layer = kind(6, 2, head_dim=4, **options, **layout, **more)
+    layer = kind(6, 2, head_dim=8, **options, **layout, **more)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
     return layer
@@ -125,7 +125,7 @@ def test_a_baseline_equals_its_reference(
 @pytest.mark.parametrize(("kind", "options"), KINDS, ids=NAMES)
 def test_gradcheck_of_a_baseline(kind: Kind, options: dict[str, Any], layout: dict[str, Any], dropout: float) -> None:
     torch.manual_seed(0)
-    layer = kind(2, 1, head_dim=4, dropout=dropout, **options, **layout)
+    layer = kind(2, 1, head_dim=8, dropout=dropout, **options, **layout)
     names = [name for name, _ in layer.named_parameters()]
     weights = [torch.randn_like(parameter, requires_grad=True) for parameter in layer.parameters()]
 
@@ -222,7 +222,7 @@ def test_a_baselines_state_dict_loads_and_autocast_keeps_gradients_in_float32(
     kind: Kind, options: dict[str, Any]
 ) -> None:
     layer = make(kind, options, {"grid": (2, 3), "class_token": True})
-    other = kind(6, 2, head_dim=4, **options, grid=(2, 3), class_token=True)
+    other = kind(6, 2, head_dim=8, **options, grid=(2, 3), class_token=True)
     other.load_state_dict(layer.state_dict())
     x = torch.randn(2, 7, 6, requires_grad=True)
     assert torch.equal(layer(x), other(x))

@@ -145,7 +145,7 @@ def test_one_head_of_full_width_needs_no_output_projection() -> None:
     [
         ({"grid": (2, 2), "length": 4}, "grid: .* give exactly one"),
         ({}, "grid: None"),
-        ({"grid": (2, 2), "causal": True}, "causal: True"),
+        ({"grid": (2, 2), "window": (1,)}, r"window: \(1,\)"),
         ({"length": 4, "class_token": True}, "class_token: True"),
         ({"length": 4, "heads": 4}, "heads: 4 is not allowed: must divide dim 6"),
         ({"length": 4, "roles": "qx"}, "roles: 'qx'"),

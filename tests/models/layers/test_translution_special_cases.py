@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -43,6 +44,72 @@ def test_a_window_with_uniform_weights_is_a_convolution() -> None:
     convolved = nn.functional.conv2d(image, weight, padding=1)
     inside = (out.transpose(1, 2).unflatten(2, (5, 6)) * 9)[:, :, 1:-1, 1:-1]
     torch.testing.assert_close(inside, convolved[:, :, 1:-1, 1:-1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("double")
+def test_a_window_on_a_clip_with_uniform_weights_is_a_convolution() -> None:
+    """A window of one frame, two rows and one column is a 3×5×3 kernel; inside the clip all weights are 1/45."""
+    torch.manual_seed(0)
+    geometry = RelationGeometry.grid(4, 6, 5, window=(1, 2, 1))
+    tables = RelationTables(geometry, 2, 4, 6, roles="v", scale=1.0, tile_relations=4)
+    weight = torch.randn(6, 4, 3, 5, 3)
+    tables.load_table("value", weight.flatten(2).flip(2).permute(2, 1, 0))
+    clip = torch.randn(2, 4, 4, 6, 5)
+    constant = torch.ones(2, 120, 4)
+    out, _ = tables({"plain_query": constant, "plain_key": constant, "value": clip.flatten(2).transpose(1, 2)})
+    assert out is not None
+    convolved = nn.functional.conv3d(clip, weight, padding=(1, 2, 1))
+    found = out.transpose(1, 2).unflatten(2, (4, 6, 5)) * 45
+    inside = (slice(None), slice(None), slice(1, -1), slice(2, -2), slice(1, -1))
+    torch.testing.assert_close(found[inside], convolved[inside], rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("implementation", ["grouped", "batched", "gather"])
+def test_a_clip_is_attended_with_a_matrix_per_offset(causal: bool, implementation: str) -> None:
+    """The equations of arXiv 2510.10060, section 3, token by token on a 3-D grid, without any relation's number."""
+    torch.manual_seed(0)
+    axes, heads, dim = (2, 3, 2), 2, 6
+    layer = Translution(dim, heads, grid=axes, causal=causal, implementation=implementation, tile_relations=4)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    places = list(product(*map(range, axes)))
+    spans = [range(0 if causal and not axis else 1 - extent, extent) for axis, extent in enumerate(axes)]
+    # Offsets from key to query in row-major order; the query's table is numbered by the reversed offset.
+    order = {offset: number for number, offset in enumerate(product(*spans))}
+    tables = {name: layer.tables.table(name) for name in ("query", "key", "value")}
+    x = torch.randn(12, dim)
+    rows = []
+    for i, here in enumerate(places):
+        logits, values = [], []
+        for j, there in enumerate(places):
+            offset = tuple(a - b for a, b in zip(here, there, strict=True))
+            if offset not in order:
+                continue
+            back = order[offset] if causal else order[tuple(-step for step in offset)]
+            query, key, value = (
+                (x[token] @ tables[name][number]).view(heads, -1)
+                for token, name, number in ((i, "query", back), (j, "key", order[offset]), (j, "value", order[offset]))
+            )
+            logits.append((query * key).sum(1) / (dim // heads) ** 0.5)
+            values.append(value)
+        weights = torch.stack(logits).softmax(0)
+        rows.append((weights[:, :, None] * torch.stack(values)).sum(0).flatten())
+    torch.testing.assert_close(layer(x[None])[0], layer.output(torch.stack(rows)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("double")
+def test_later_frames_do_not_change_earlier_ones() -> None:
+    torch.manual_seed(0)
+    for layer, options in [*LAYERS, (SelfAttention, {"rotary": True}), (BiasAttention, {}), (ShawAttention, {})]:
+        ours = layer(16, 2, grid=(3, 2, 2), causal=True, class_token=True, **options)
+        x = torch.randn(1, 13, 16)
+        changed = x.clone()
+        changed[:, 9:] += 1
+        before, after = ours(x), ours(changed)
+        torch.testing.assert_close(after[:, 1:9], before[:, 1:9], rtol=0, atol=1e-12)
+        assert ((after - before)[:, [0, *range(9, 13)]].abs().amax(2) > 1e-4).all()
 
 
 @pytest.mark.usefixtures("double")

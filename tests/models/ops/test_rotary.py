@@ -43,6 +43,20 @@ def test_a_grid_of_one_row_or_column_turns_half_of_a_head(height: int, width: in
     torch.testing.assert_close(along, torch.cat([torch.zeros(1, 2), half]))
 
 
+def test_every_axis_of_a_clip_turns_its_own_pairs() -> None:
+    angles = rotary_angles(RelationGeometry.grid(2, 3, 4, class_token=True), 16)
+    by_frame, by_row, by_column = angles.split((3, 3, 2), dim=1)
+    assert not angles[0].any()
+    places = torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(4)).double()
+    for place, part, width in zip(places.unbind(1), (by_frame, by_row, by_column), (6, 6, 4), strict=True):
+        frequencies = 10000.0 ** (-torch.arange(0, width, 2).double() / width)
+        torch.testing.assert_close(part[1:], place[:, None] * frequencies)
+    with pytest.raises(
+        InputError, match="head_dim: 4 is not allowed: must be a multiple of 2 of at least 6 for rotary"
+    ):
+        RotaryEmbedding(RelationGeometry.grid(2, 3, 4), 4)
+
+
 def test_angles_are_exact_in_float64_whatever_they_were_before() -> None:
     embedding = RotaryEmbedding(RelationGeometry.grid(3, 2), 8).float().double()
     angles = rotary_angles(RelationGeometry.grid(3, 2), 8)

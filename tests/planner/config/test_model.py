@@ -110,7 +110,7 @@ def test_roles_take_any_order() -> None:
         ({"relative_layers": "first:9"}, "relative_layers: 'first:9' is not allowed: .* K from 1 to 4"),
         ({"relative_layers": [4]}, "relative_layers"),
         ({"relative_layers": "some"}, "relative_layers: 'some'"),
-        ({"family": "cnn"}, "family: 'cnn' is not allowed: must be vit or gpt"),
+        ({"family": "cnn"}, "family: 'cnn' is not allowed: must be vit, gpt or video"),
         ({"pool": "class", "class_token": False}, "class_token: False is not allowed"),
         ({"rotary": True}, "rotary: True is not allowed: must be false for operator translution"),
         (
@@ -125,6 +125,8 @@ def test_roles_take_any_order() -> None:
         ({"context": 5}, "unknown key 'context'"),
         ({"classes": None}, "classes: None"),
         ({"window": -1}, "window: -1 is not allowed"),
+        ({"window": [1, True]}, r"window: \[1, True\] is not allowed: must be from 0 to 1048576, or null, or a list"),
+        ({"window": [1, 1, 1]}, r"window: \(1, 1, 1\) is not allowed: must be one number, or one for each of 2 axes"),
         ({"window": 2, "operator": "attention"}, "window: 2 is not allowed: must be null for operator attention"),
     ],
     ids=str,

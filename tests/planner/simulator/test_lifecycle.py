@@ -28,6 +28,16 @@ pytestmark = [
 SIZES: dict[str, Any] = {"dim": 64, "depth": 2, "heads": 4}
 VIT: dict[str, Any] = {"family": "vit", "image": [32, 24], "patch": 8, "channels": 3, "classes": 10} | SIZES
 GPT: dict[str, Any] = {"family": "gpt", "context": 24, "vocabulary": 211} | SIZES
+VIDEO: dict[str, Any] = {
+    "family": "video",
+    "frames": 4,
+    "image": 24,
+    "tubelet": [2, 8, 8],
+    "channels": 1,
+    "classes": 10,
+}
+VIDEO |= SIZES
+CAUSAL: dict[str, Any] = VIDEO | {"causal": True}
 WIDE: dict[str, Any] = VIT | {"image": 40, "classes": 100, "dim": 96, "depth": 2, "heads": 3}
 LOW = {"operator": "alpha", "c1": 4, "c2": 6}
 BOTH: list[dict[str, Any]] = [
@@ -64,6 +74,15 @@ CASES: list[dict[str, Any]] = [
     VIT | {"operator": "attention", "rotary": True, "positions": "learned", "rotary_pairs": "halves"},
     GPT | {"operator": "translution", "positions": "learned"},
     GPT | {"operator": "translution", "relative_layers": "first:1", "other_rotary": False, "other_causal": False},
+    VIDEO | {"operator": "translution", "dropout": 0.2},
+    VIDEO | {"operator": "translution", "window": [None, 1, 0], "causal": True},
+    CAUSAL | {"operator": "translution", "roles": "kv", "pool": "mean", "class_token": False},
+    CAUSAL | LOW | {"rotary": True},
+    CAUSAL | {"operator": "attention"},
+    CAUSAL | {"operator": "attention", "rotary": True, "dropout": 0.1},
+    CAUSAL | {"operator": "attention", "image": 64, "dim": 16, "heads": 1, "ffn_dim": 16},
+    CAUSAL | {"operator": "shaw"},
+    VIDEO | {"operator": "bias", "frames": 16, "dim": 16, "heads": 1, "ffn_dim": 16},
     WIDE | {"operator": "alpha", "c1": 16, "c2": 8},
     WIDE | {"operator": "translution", "pool": "mean", "class_token": False},
     WIDE | {"operator": "translution", "heads": 1, "head_dim": 96},

@@ -89,9 +89,10 @@ def test_fused_attention_writes_no_weights_and_a_causal_one_leaves_out_half() ->
 @pytest.mark.parametrize("name", PRESET_NAMES)
 def test_every_row_of_a_table_is_counted(name: str) -> None:
     geometry = preset(name).geometry
-    counts = pair_counts(geometry)
-    assert sum(relations for _, relations in counts) == geometry.relations
-    assert sum(rows * relations for rows, relations in counts) == geometry.table_rows
+    for role in "qkv":
+        counts = pair_counts(geometry, role)
+        assert sum(relations for _, relations in counts) == geometry.relations
+        assert sum(rows * relations for rows, relations in counts) == geometry.table_rows(role)
 
 
 def test_rates_computed_by_hand() -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from translution.cli.main import run
-from translution.planner.config.model import OPERATORS
+from translution.planner.config.model_base import OPERATORS
 
 Captured = pytest.CaptureFixture[str]
 
