@@ -35,9 +35,10 @@ def token_rows(x_bnc: Tensor, block: TokenBlock, samples: slice, rows: slice) ->
     )
 
 
-def box_axes(x: Tensor) -> tuple[int, ...]:
-    """Return the axes of the box of pairs in a tensor (b, …, c)."""
-    return tuple(range(1, x.ndim - 1))
+def by_token(rows: Tensor, block: TokenBlock) -> Tensor:
+    """Return rows (b, …, c) of a box of pairs as rows of a block's tokens: summed if all pairs share one token."""
+    axes = tuple(range(1, rows.ndim - 1))
+    return rows.sum(axes, keepdim=True) if block.size == 1 and rows.shape[1:-1].numel() > 1 else rows
 
 
 def pair_values(a_bhnn: Tensor, pairs: RelationPairs, samples: slice, rows: slice) -> Tensor:

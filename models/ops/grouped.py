@@ -33,7 +33,7 @@ from .batched import BatchedTile
 from .context import (
     RelationContext,
     accumulation_dtype,
-    box_axes,
+    by_token,
     dropout_noise,
     missing_pairs,
     pair_values,
@@ -62,10 +62,7 @@ def _scatter_add(
     context: RelationContext, name: str, block: TokenBlock, piece: tuple[slice, slice], grad: Tensor
 ) -> None:
     """Add rows (b, …, width) to the gradient of a block's tokens; sum them first if they share one token."""
-    target = token_rows(_grad_buffer(context, name), block, *piece)
-    if block.size == 1 and grad.shape[1:-1].numel() > 1:
-        grad = grad.sum(box_axes(grad), keepdim=True)
-    target.add_(grad)
+    token_rows(_grad_buffer(context, name), block, *piece).add_(by_token(grad, block))
 
 
 class OpenFunction(Function):
@@ -235,9 +232,7 @@ def _input_backward(
     offset: int,
 ) -> None:
     """Add to the gradients of a role's matrix and input, given the gradient of its projected rows."""
-    grad_bxe = grad_bxhd.flatten(-2)
-    if block.size == 1 and grad_bxe.shape[1:-1].numel() > 1:
-        grad_bxe = grad_bxe.sum(box_axes(grad_bxe), keepdim=True)
+    grad_bxe = by_token(grad_bxhd.flatten(-2), block)
     if tile_kce is None:
         if name in context.wanted:
             _scatter_add(context, name, block, piece, grad_bxe)
@@ -324,9 +319,7 @@ class ValueTileFunction(Function):
                 value = _project(context, "value", 0, pairs.key, piece, value_kce, offset)
                 weight = pair_values(weights, pairs, *piece).unsqueeze(-1)
                 value = value.mul_(weight) if pairs.key.size == pairs.count else value * weight
-                rows = value.flatten(-2)
-                if pairs.query.size == 1:
-                    rows = rows.sum(box_axes(rows), keepdim=True)
+                rows = by_token(value.flatten(-2), pairs.query)
                 token_rows(context.out, pairs.query, *piece).add_(rows)
         return link.clone()
 

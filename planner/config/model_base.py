@@ -33,13 +33,6 @@ Size: TypeAlias = Annotated[int, Field(ge=1, le=_LARGEST, strict=True)]
 """A size of a model. The upper bound keeps a typing error from being counted for hours."""
 
 
-def _pair(value: object) -> object:
-    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-SizePair: TypeAlias = Annotated[tuple[Size, Size], BeforeValidator(_pair)]
-
-
 def canonical_roles(value: object) -> str:
     """Return the roles in the order q, k, v.
 

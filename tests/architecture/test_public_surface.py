@@ -40,6 +40,7 @@ PUBLIC: dict[str, list[str]] = {
         "Tier",
         "TrainingSpec",
         "TranslutionError",
+        "VideoSpec",
         "VitSpec",
         "ZeroSpec",
         "compare",

@@ -30,11 +30,10 @@ BASES: list[dict[str, Any]] = [
     VIT | {"pool": "mean", "class_token": False},
     VIT | {"heads": 1, "head_dim": 24},
     GPT,
-    VIDEO,
     VIDEO | {"causal": True},
     VIDEO | {"causal": True, "pool": "mean", "class_token": False},
 ]
-CLIPS = ("video", "causal-class", "causal")
+CLIPS = ("causal-class", "causal")
 ROLES = ("qkv", "kv", "qv", "qk", "q", "k", "v")
 OPERATORS: list[dict[str, Any]] = [
     {"operator": "attention"},
