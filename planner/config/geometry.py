@@ -125,7 +125,7 @@ class RelationGeometry:
         """A grid of patches with any number of axes, in row-major order, optionally after a class token."""
         return cls(axes, class_token=class_token, causal=causal, window=window)
 
-    @property
+    @cached_property
     def patches(self) -> int:
         """Number of tokens other than the class token."""
         return prod(self.axes)
@@ -135,17 +135,17 @@ class RelationGeometry:
         """Number of tokens, N."""
         return self.patches + self.class_token
 
-    @property
+    @cached_property
     def layer_patches(self) -> int:
         """Patches that share an index of the first axis: the columns of a picture, the patches of a frame."""
         return prod(self.axes[1:])
 
-    @property
+    @cached_property
     def strides(self) -> tuple[int, ...]:
         """Distance of neighbouring tokens along each axis."""
         return tuple(prod(self.axes[number + 1 :]) for number in range(len(self.axes)))
 
-    @property
+    @cached_property
     def reach(self) -> tuple[int, ...]:
         """Largest offset along each axis."""
         windows = self.window if isinstance(self.window, tuple) else (self.window,) * len(self.axes)
@@ -154,13 +154,13 @@ class RelationGeometry:
             for extent, window in zip(self.axes, windows, strict=True)
         )
 
-    @property
+    @cached_property
     def lowest(self) -> tuple[int, ...]:
         """Smallest offset along each axis."""
         first, *rest = self.reach
         return (0 if self.causal else -first, *(-reach for reach in rest))
 
-    @property
+    @cached_property
     def spans(self) -> tuple[int, ...]:
         """Number of offsets along each axis."""
         return tuple(high - low + 1 for low, high in zip(self.lowest, self.reach, strict=True))
@@ -170,12 +170,12 @@ class RelationGeometry:
         """True if every pair of tokens exists."""
         return self.total_pairs == self.tokens**2
 
-    @property
+    @cached_property
     def triangular(self) -> bool:
         """True if just the pairs with j ≤ i exist."""
         return self.causal and self.layer_patches == 1 and not self.class_token and self.reach[0] == self.axes[0] - 1
 
-    @property
+    @cached_property
     def offsets(self) -> int:
         """Number of relations between patches."""
         return prod(self.spans)
@@ -185,7 +185,7 @@ class RelationGeometry:
         """Number of relations with the class token."""
         return (2 if self.causal else 3) * self.class_token
 
-    @property
+    @cached_property
     def relations(self) -> int:
         """Number of relations, R."""
         return self.offsets + self.class_relations

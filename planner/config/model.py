@@ -7,6 +7,7 @@ patches of a clip: arXiv 2103.15691, section 3.2.
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import lru_cache
 from math import prod
 from typing import Annotated, Literal, TypeAlias
 
@@ -14,7 +15,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
 from ..common.errors import InputError
 from ..common.schema import validate
-from .geometry import RelationGeometry
+from .geometry import RelationGeometry, Window
 from .model_base import ModelSpecBase, Size, default_ffn_dim
 
 
@@ -23,6 +24,19 @@ def _pair(value: object) -> object:
 
 
 SizePair: TypeAlias = Annotated[tuple[Size, Size], BeforeValidator(_pair)]
+
+
+@lru_cache(maxsize=256)
+def _grid(extents: tuple[int, ...], patch_extents: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size // patch for size, patch in zip(extents, patch_extents, strict=True))
+
+
+@lru_cache(maxsize=256)
+def _geometry(
+    axes: tuple[int, ...], class_token: bool, causal: bool, window: Window, *, is_sequence: bool = False
+) -> RelationGeometry:
+    """Return the same geometry for the same arguments: it remembers what it has counted."""
+    return RelationGeometry(axes, class_token=class_token, causal=causal, window=window, is_sequence=is_sequence)
 
 
 class PatchSpec(ModelSpecBase):
@@ -76,7 +90,7 @@ class PatchSpec(ModelSpecBase):
     @property
     def grid(self) -> tuple[int, ...]:
         """Patches along each axis."""
-        return tuple(size // patch for size, patch in zip(self.extents, self.patch_extents, strict=True))
+        return _grid(self.extents, self.patch_extents)
 
     @property
     def patch_dim(self) -> int:
@@ -86,7 +100,7 @@ class PatchSpec(ModelSpecBase):
     @property
     def geometry(self) -> RelationGeometry:
         """The grid of patches, after the class token if the model has one."""
-        return RelationGeometry.grid(*self.grid, class_token=self.class_token, window=self.window)
+        return _geometry(self.grid, self.class_token, False, self.window)
 
 
 class VitSpec(PatchSpec):
@@ -141,7 +155,7 @@ class VideoSpec(PatchSpec):
     @property
     def geometry(self) -> RelationGeometry:
         """The grid of tubelets, after the class token if the model has one."""
-        return RelationGeometry.grid(*self.grid, class_token=self.class_token, causal=self.causal, window=self.window)
+        return _geometry(self.grid, self.class_token, self.causal, self.window)
 
 
 class GptSpec(ModelSpecBase):
@@ -173,7 +187,7 @@ class GptSpec(ModelSpecBase):
     @property
     def geometry(self) -> RelationGeometry:
         """A causal sequence of the context's length."""
-        return RelationGeometry.sequence(self.context, causal=True, window=self.window)
+        return _geometry((self.context,), False, True, self.window, is_sequence=True)
 
 
 ModelSpec: TypeAlias = VitSpec | GptSpec | VideoSpec
