@@ -10,7 +10,7 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ..common.errors import InputError
 from ..common.schema import Schema
@@ -136,7 +136,7 @@ class ModelSpecBase(Schema):
     """Layers that use the relative operator."""
     other_layers: Literal["attention", "alpha"] = "attention"
     """Operator of the other layers: rotary self-attention or, with full Translution, α-Translution."""
-    window: Annotated[Window, PlainValidator(canonical_window)] = None
+    window: Annotated[Window, BeforeValidator(canonical_window)] = None
     """Largest distance of a pair of tokens in the relative layers, along every axis or one per axis; null keeps all."""
     checkpointing: Literal["none", "block", "offload"] = "none"
     """Activation checkpointing: save only each block's input and recompute; offload saves it on the host."""

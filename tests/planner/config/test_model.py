@@ -181,3 +181,24 @@ def test_other_layers_are_not_causal_only_where_there_are_some() -> None:
     assert parse_model_spec(gpt).attention_causal
     with pytest.raises(InputError, match="other_causal: False is not allowed: must be true without other layers"):
         parse_model_spec(gpt | {"other_causal": False})
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_a_clip_with_a_window_per_axis_survives_a_file(tmp_path: Path, suffix: str) -> None:
+    clip = {
+        "family": "video",
+        "dim": 48,
+        "depth": 2,
+        "heads": 3,
+        "classes": 10,
+        "frames": 8,
+        "image": 32,
+        "causal": True,
+    }
+    spec = parse_model_spec(clip | {"tubelet": [2, 8, 4], "window": [None, 1, 2]})
+    assert (spec.geometry.axes, spec.geometry.reach) == ((4, 4, 8), (3, 1, 2))
+    assert spec.geometry.causal
+    save_model(spec, tmp_path / f"clip{suffix}")
+    assert load_model(tmp_path / f"clip{suffix}") == spec
+    with pytest.raises(InputError, match="tubelet: 3 is not allowed: must divide the frames 8, such as 1, 2, 4"):
+        override(spec, tubelet=(3, 8, 4))
