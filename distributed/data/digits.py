@@ -54,26 +54,32 @@ def load_digits(spec: VitSpec) -> tuple[Samples, Samples]:
 
 
 @dataclass(frozen=True)
-class PlacedDigits(DataSource):
-    """Digits (S, 1, P, P) placed on a larger image."""
+class _SmallDigits(DataSource):
+    """Digits (S, 1, P, P) that are smaller than the image."""
 
     digits: Tensor
     targets: Tensor
     channels: int
     image: tuple[int, int]
     """Height and width of the image in pixels."""
-    seed: tuple[int, int] | None
-    """Seed of the positions; None puts every digit in the center."""
-    step: tuple[int, int] = (1, 1)
-    """Vertical and horizontal distance between possible positions, in pixels; the center is a possible position."""
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @property
     def resident(self) -> list[Tensor]:
-        """Digits and classes; images are filled in when selected."""
+        """Digits and classes; images and clips are filled in when selected."""
         return [self.digits, self.targets]
+
+
+@dataclass(frozen=True)
+class PlacedDigits(_SmallDigits):
+    """Digits (S, 1, P, P) placed on a larger image."""
+
+    seed: tuple[int, int] | None
+    """Seed of the positions; None puts every digit in the center."""
+    step: tuple[int, int] = (1, 1)
+    """Vertical and horizontal distance between possible positions, in pixels; the center is a possible position."""
 
     def corners(self, epoch: int) -> np.ndarray:
         """Return row and column of every digit's upper left pixel (S, 2); they depend only on seed and epoch."""
@@ -121,28 +127,15 @@ def place_digits(spec: VitSpec, size: int, seed: int, kind: DataKind) -> tuple[P
 
 
 @dataclass(frozen=True)
-class MovingDigits(DataSource):
+class MovingDigits(_SmallDigits):
     """Digits (S, 1, P, P) that move evenly and in a straight line across the frames of a clip.
 
     Each epoch draws anew where a digit begins and where it ends.
     """
 
-    digits: Tensor
-    targets: Tensor
-    channels: int
     frames: int
-    image: tuple[int, int]
-    """Height and width of a frame in pixels."""
     seed: tuple[int, int]
     """Seed of the paths."""
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    @property
-    def resident(self) -> list[Tensor]:
-        """Digits and classes; clips are filled in when selected."""
-        return [self.digits, self.targets]
 
     def corners(self, epoch: int) -> np.ndarray:
         """Return row and column of every digit's upper left pixel in every frame, (S, frames, 2)."""
@@ -175,6 +168,6 @@ def move_digits(spec: VideoSpec, size: int, seed: int) -> tuple[MovingDigits, Mo
     digits, targets, held_out = _read((size, size))
 
     def part(chosen: Tensor, stream: int) -> MovingDigits:
-        return MovingDigits(digits[chosen], targets[chosen], spec.channels, spec.frames, spec.image, (seed, stream))
+        return MovingDigits(digits[chosen], targets[chosen], spec.channels, spec.image, spec.frames, (seed, stream))
 
     return part(~held_out, _TRAINING), part(held_out, _HELD_OUT)
