@@ -63,7 +63,7 @@ def fixed_samples(plan: Plan, global_batch: int) -> tuple[DataSource, DataSource
     """
     import torch
 
-    from translution.planner import PatchSpec
+    from translution.planner.config import PatchSpec
 
     generator = torch.Generator().manual_seed(plan.training.seed)
     spec = plan.model
