@@ -81,12 +81,12 @@ def export_published(source: Path, out: Path, *, force: bool = False) -> Written
     """
     check_new(out, force=force)
     if source.is_dir():
-        file_ = out.with_name(f".{out.name}.network")
+        network_file = out.with_name(f".{out.name}.network")
         try:
-            export(source, file_, force=True)
-            return _export_file(file_, source, out)
+            export(source, network_file, force=True)
+            return _export_file(network_file, source, out)
         finally:
-            file_.unlink(missing_ok=True)
+            network_file.unlink(missing_ok=True)
     return _export_file(source, source, out)
 
 

@@ -172,8 +172,8 @@ class RelationGeometry:
 
     @cached_property
     def triangular(self) -> bool:
-        """True if just the pairs with j ≤ i exist."""
-        return self.causal and self.layer_patches == 1 and not self.class_token and self.reach[0] == self.axes[0] - 1
+        """True if just the pairs with j ≤ i exist, apart from a window."""
+        return self.causal and self.layer_patches == 1 and not self.class_token
 
     @cached_property
     def offsets(self) -> int:

@@ -62,14 +62,14 @@ def network_spec(path: Path) -> ModelSpec:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a complete safetensors file: {error}") from None
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
-    if SPEC_KEY not in metadata:
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or SPEC_KEY not in metadata:
         raise InputError(
             f"{path}: has no {SPEC_KEY!r} in its metadata: must be written by translution export or import"
         )
     try:
-        values = json.loads(metadata[SPEC_KEY])
-    except ValueError as error:
+        values = json.loads(str(metadata[SPEC_KEY]))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {SPEC_KEY} is not valid JSON: {error}") from None
     return parse_model_spec(values, what=f"{path}: {SPEC_KEY}")
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeGuard
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -51,13 +50,13 @@ def canonical_window(value: object) -> Window:
         ValueError: if the value is neither null nor a distance, nor a list of these.
     """
 
-    def is_reach(reach: object) -> bool:
+    def is_reach(reach: object) -> TypeGuard[int | None]:
         return reach is None or (type(reach) is int and 0 <= reach <= _LARGEST)
 
     if isinstance(value, list | tuple) and value and all(map(is_reach, value)):
         return tuple(value)
     if is_reach(value):
-        return value  # type: ignore[return-value]  # mypy does not see what is_reach tells
+        return value
     raise ValueError(f"{value!r} is not allowed: must be from 0 to {_LARGEST}, or null, or a list of one per axis")
 
 
@@ -264,7 +263,7 @@ class ModelSpecBase(Schema):
     @property
     def attention_mask(self) -> bool:
         """True if attention layers need a mask: torch's fused attention knows only all pairs and those with j ≤ i."""
-        return self.attention_causal and not replace(self.geometry, window=None).triangular
+        return self.attention_causal and not self.geometry.triangular
 
     @property
     def has_output_projection(self) -> bool:

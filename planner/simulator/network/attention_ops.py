@@ -5,11 +5,28 @@ Source: events of torch 2.13's allocator, operation by operation.
 
 from __future__ import annotations
 
+from ...config.geometry import RelationGeometry
 from ..core import Gradients, Storage, Tape, Tensor
-from .ops import GRADIENTS, TEMPORARY, DtypeSizes
+from .ops import GRADIENTS, INDEX_BYTES, TEMPORARY, DtypeSizes
 
-MISSING_PAIRS_BYTES = 10
-"""Bytes per pair of tokens while the mask of the pairs that do not exist is made (models/ops/context.py)."""
+
+def missing_pairs_bytes(geometry: RelationGeometry) -> int:
+    """Return the peak of making the mask of the pairs that do not exist (models/ops/context.py, `missing_pairs`).
+
+    Steps along an axis are int64; the mask and a comparison are bool.
+    """
+    return 10 * geometry.patches**2
+
+
+def relation_index_bytes(geometry: RelationGeometry) -> int:
+    """Return the peak of computing the relation of every pair (models/ops/context.py, `relation_index`).
+
+    The index and the steps along an axis are int64; then the index gets the class token's row and column, and the
+    mask of missing pairs is made.
+    """
+    index = INDEX_BYTES * geometry.patches**2
+    padded = INDEX_BYTES * geometry.tokens**2
+    return max(index + padded, 0 if geometry.complete else padded + missing_pairs_bytes(geometry))
 
 
 def flash_block_bytes(tokens: int, head_dim: int, sizes: DtypeSizes) -> int:
@@ -49,7 +66,7 @@ def fused_attention(
     sizes: DtypeSizes,
     kv_heads: int | None = None,
     *,
-    masked: bool = False,
+    mask_of: RelationGeometry | None = None,
 ) -> Tensor:
     """Run queries, keys and values through one fused kernel; saves them, the output, a logsumexp per row and the mask.
 
@@ -58,11 +75,12 @@ def fused_attention(
         rows: queries, keys and values, each with its own storage or as parts of one storage.
         batch, tokens, heads, head_dim: shape of the queries.
         kv_heads: heads of keys and values; None is ``heads``.
-        masked: whether the kernel needs a mask of the pairs, which torch converts to the rows' dtype.
+        mask_of: the geometry whose missing pairs the kernel must be told, in a mask that torch converts to the rows'
+            dtype; None if it needs no mask.
     """
     mask = []
-    if masked:
-        tape.new(MISSING_PAIRS_BYTES * tokens**2, TEMPORARY)
+    if mask_of is not None:
+        tape.new(missing_pairs_bytes(mask_of), TEMPORARY)
         exists = tape.new(tokens**2, TEMPORARY)
         mask = [tape.new(tokens**2 * sizes.value)]
     head = batch * tokens * head_dim * sizes.value
@@ -80,6 +98,6 @@ def fused_attention(
         return grads
 
     result = tape.result(out, rows, backward, (*(row.storage for row in rows), out, sums, *mask))
-    if masked:
+    if mask_of is not None:
         del exists  # The layer's mask lives until the kernel has run.
     return result

@@ -71,6 +71,7 @@ class SimulatedBlock:
             implementation,
         )
         self.stream = sizes if stream is None else stream
+        self.mask_of = spec.geometry if spec.attention_mask else None
         self.rows = batch * spec.tokens
         dim, inner = spec.dim, spec.inner_dim
         self.norms = (norm_weights(spec, dim), norm_weights(spec, dim))
@@ -227,7 +228,7 @@ class SimulatedBlock:
             return result
         kv_heads = self.kv_dim // spec.head_dim
         shape = (self.batch, spec.tokens, spec.heads, spec.head_dim)
-        out = joined = fused_attention(tape, rows, *shape, sizes, kv_heads, masked=spec.attention_mask)
+        out = joined = fused_attention(tape, rows, *shape, sizes, kv_heads, mask_of=self.mask_of)
         if spec.rotary_attention and spec.heads > 1 and spec.tokens > 1:
             # The kernel's output for rotated queries is ordered by heads; joining the heads copies it.
             joined = tape.result(tape.new(one), (out,), lambda grad: (grad,))
@@ -276,9 +277,7 @@ class SimulatedBlock:
         if spec.dropout:
             return self._attend(tape, rows)
         shape = (self.batch, spec.tokens, spec.heads, spec.head_dim)
-        out = fused_attention(
-            tape, list(rows.values()), *shape, sizes, masked=spec.geometry.causal and not spec.geometry.triangular
-        )
+        out = fused_attention(tape, list(rows.values()), *shape, sizes, mask_of=self.mask_of)
         return self._project(tape, out)
 
     def _relate(self, tape: Tape, sources: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:

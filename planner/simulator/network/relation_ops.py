@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..core import Gradients, Storage, Tape, Tensor
-from .attention_ops import MISSING_PAIRS_BYTES
+from .attention_ops import missing_pairs_bytes, relation_index_bytes
 from .ops import ATTENTION_WEIGHTS, GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS, product_scratch_bytes
 from .relation_shape import RelationShape, SimulatedTerm, SimulatedTile
 
 WORKSPACE = "workspace"
-INDEXING = 18
-"""Bytes per pair of tokens while the index of its relation is computed."""
 
 
 class SimulatedRelations:
@@ -126,7 +124,7 @@ class SimulatedRelations:
         if not geometry.class_token:
             return 0, 0
         last = range(tile.first, tile.first + tile.count)
-        found = sum(geometry.offsets + n in last for n in range(1, geometry.class_relations))
+        found = sum(geometry.offsets + n in last for n in (1, 2))
         return self.shape.piece(geometry.axes[0], geometry.layer_patches) if found else 0, found
 
     def _patch_rows(self, tile: SimulatedTile) -> int:
@@ -156,7 +154,7 @@ class SimulatedRelations:
     def _softmax(self) -> None:
         shape, sizes = self.shape, self.sizes
         if "plain_query" in self.sources and not shape.geometry.complete and self.logit_tiles + self.value_tiles:
-            self._transient(MISSING_PAIRS_BYTES * shape.geometry.tokens**2)
+            self._transient(missing_pairs_bytes(shape.geometry))
         self._transient(shape.rows * shape.heads * sizes.accumulator)
         logits = self.buffers.pop("logits")
         self.buffers["attention"] = self.tape.new(shape.pairs * sizes.value, ATTENTION_WEIGHTS) if self.half else logits
@@ -191,7 +189,7 @@ class SimulatedRelations:
         shape, sizes, tape = self.shape, self.sizes, self.tape
         tape.hooks.fetch(term.weights, backward=False)
         square = shape.geometry.tokens**2
-        self._transient(INDEXING * square)
+        self._transient(relation_index_bytes(shape.geometry))
         if term.kind == "bias":
             self._transient(
                 8 * square,
@@ -229,17 +227,21 @@ class SimulatedRelations:
         tape.hooks.fetch(term.weights, backward=True)
         square = shape.geometry.tokens**2
         numel = term.weights.numels[0]
+        grads = square * shape.heads * sizes.accumulator
+        if term.kind == "bias":
+            # Summed over the samples and divided, before anything else is allocated.
+            self._transient(2 * grads)
         sums = tape.new(numel * sizes.accumulator, TEMPORARY)
         if term.kind == "bias":
-            self._transient(2 * square * shape.heads * sizes.accumulator, INDEXING * square)
+            self._transient(grads, relation_index_bytes(shape.geometry))
         else:
             if term.kind == "key":
                 self._open("plain_query", shape.rows * shape.inner * sizes.accumulator, GRADIENTS)
             self._chunks(term.kind, backward=True)
         narrow = sizes.parameter < sizes.accumulator
-        grads = [tape.new(numel * sizes.parameter, WEIGHT_GRADIENTS)] if narrow else [sums]
+        made = [tape.new(numel * sizes.parameter, WEIGHT_GRADIENTS)] if narrow else [sums]
         del sums
-        tape.hooks.gradients(term.weights, grads)
+        tape.hooks.gradients(term.weights, made)
         tape.hooks.release(term.weights, backward=True)
 
     def _close(self, attention: Storage) -> tuple[Tensor | None, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import Any
 
@@ -100,16 +101,18 @@ def test_a_clip_is_attended_with_a_matrix_per_offset(causal: bool, implementatio
 
 
 @pytest.mark.usefixtures("double")
-def test_later_frames_do_not_change_earlier_ones() -> None:
+@pytest.mark.parametrize("frame", [(2, 2), ()], ids=["clip", "one patch a frame"])
+def test_later_frames_do_not_change_earlier_ones(frame: tuple[int, ...]) -> None:
     torch.manual_seed(0)
+    last = 1 + 2 * math.prod(frame)
     for layer, options in [*LAYERS, (SelfAttention, {"rotary": True}), (BiasAttention, {}), (ShawAttention, {})]:
-        ours = layer(16, 2, grid=(3, 2, 2), causal=True, class_token=True, **options)
-        x = torch.randn(1, 13, 16)
+        ours = layer(16, 2, grid=(3, *frame), causal=True, class_token=True, **options)
+        x = torch.randn(1, 1 + 3 * math.prod(frame), 16)
         changed = x.clone()
-        changed[:, 9:] += 1
+        changed[:, last:] += 1
         before, after = ours(x), ours(changed)
-        torch.testing.assert_close(after[:, 1:9], before[:, 1:9], rtol=0, atol=1e-12)
-        assert ((after - before)[:, [0, *range(9, 13)]].abs().amax(2) > 1e-4).all()
+        torch.testing.assert_close(after[:, 1:last], before[:, 1:last], rtol=0, atol=1e-12)
+        assert ((after - before)[:, [0, *range(last, x.shape[1])]].abs().amax(2) > 1e-4).all()
 
 
 @pytest.mark.usefixtures("double")

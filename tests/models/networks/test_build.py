@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from translution.distributed.profiling.allocation_tracer import count_every_allocation, trace_allocations
 from translution.models import build
 from translution.planner.common.errors import InputError
-from translution.planner.config.model import ModelSpec, VitSpec, parse_model_spec
+from translution.planner.config.model import ModelSpec, PatchSpec, VitSpec, parse_model_spec
 from translution.planner.memory.estimate import peak_bytes, saved_bytes
 from translution.planner.simulator.network.ops import DtypeSizes
 
@@ -119,3 +119,23 @@ def test_an_error_names_a_wrong_input() -> None:
         vit(torch.zeros(1, 2, 8, 8))
     with pytest.raises(InputError, match=r"tokens: shape \(1, 5\) is not allowed: must be \(batch, 11\)"):
         gpt(torch.zeros(1, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("family", ["vit", "video"])
+def test_patches_are_those_of_a_convolution(family: str) -> None:
+    """Without its norms, the embedding is a convolution whose kernel and stride are a patch."""
+    fields = VIT | SIZES | {"patch": [4, 2]}
+    if family == "video":
+        del fields["patch"]
+        fields |= {"family": "video", "frames": 6, "tubelet": [2, 4, 2]}
+    spec = parse_model_spec(fields)
+    assert isinstance(spec, PatchSpec)
+    torch.manual_seed(0)
+    embedding = build(spec).embedding
+    embedding.patch_norm = embedding.norm = nn.Identity()
+    x = torch.randn(2, *spec.sample_shape)
+    # The values of a patch are ordered with the channel last.
+    weight = embedding.projection.weight.unflatten(1, (*spec.patch_extents, spec.channels)).movedim(-1, 1)
+    convolve = nn.functional.conv2d if family == "vit" else nn.functional.conv3d
+    expected = convolve(x, weight, embedding.projection.bias, stride=spec.patch_extents)
+    torch.testing.assert_close(embedding(x), expected.flatten(2).transpose(1, 2), rtol=0, atol=1e-5)

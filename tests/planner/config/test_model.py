@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,23 @@ def test_a_clip_with_a_window_per_axis_survives_a_file(tmp_path: Path, suffix: s
     assert load_model(tmp_path / f"clip{suffix}") == spec
     with pytest.raises(InputError, match="tubelet: 3 is not allowed: must divide the frames 8, such as 1, 2, 4"):
         override(spec, tubelet=(3, 8, 4))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("3", "has no 'model_spec' in its metadata"),
+        ('"a model_spec"', "has no 'model_spec' in its metadata"),
+        ('["model_spec"]', "has no 'model_spec' in its metadata"),
+        ('{"model_spec": 3}', "model_spec: expected a mapping of keys to values, got int"),
+        ('{"model_spec": "{"}', "model_spec is not valid JSON"),
+        (json.dumps({"model_spec": 100_000 * "["}), "model_spec is not valid JSON"),
+    ],
+    ids=["number", "text", "list", "no text", "cut", "deep"],
+)
+def test_damaged_metadata_of_a_network_file_is_named(tmp_path: Path, metadata: str, message: str) -> None:
+    header = f'{{"__metadata__": {metadata}}}'.encode()
+    path = tmp_path / "network.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InputError, match=message):
+        load_model(path)

@@ -38,6 +38,7 @@ VIDEO: dict[str, Any] = {
 }
 VIDEO |= SIZES
 CAUSAL: dict[str, Any] = VIDEO | {"causal": True}
+MANY: dict[str, Any] = VIDEO | {"frames": 8, "image": 64, "dim": 8, "heads": 1, "ffn_dim": 8, "depth": 1}
 WIDE: dict[str, Any] = VIT | {"image": 40, "classes": 100, "dim": 96, "depth": 2, "heads": 3}
 LOW = {"operator": "alpha", "c1": 4, "c2": 6}
 BOTH: list[dict[str, Any]] = [
@@ -80,9 +81,13 @@ CASES: list[dict[str, Any]] = [
     CAUSAL | LOW | {"rotary": True},
     CAUSAL | {"operator": "attention"},
     CAUSAL | {"operator": "attention", "rotary": True, "dropout": 0.1},
-    CAUSAL | {"operator": "attention", "image": 64, "dim": 16, "heads": 1, "ffn_dim": 16},
+    # 257 tokens of width 8: the mask, or the index of relations, sets the peak.
+    CAUSAL | MANY | {"operator": "attention"},
+    MANY | {"operator": "bias"},
+    MANY | {"operator": "bias", "causal": True},
+    MANY | {"operator": "bias", "heads": 8},
+    MANY | {"operator": "alpha", "c1": 1, "c2": 1, "window": 1},
     CAUSAL | {"operator": "shaw"},
-    VIDEO | {"operator": "bias", "frames": 16, "dim": 16, "heads": 1, "ffn_dim": 16},
     WIDE | {"operator": "alpha", "c1": 16, "c2": 8},
     WIDE | {"operator": "translution", "pool": "mean", "class_token": False},
     WIDE | {"operator": "translution", "heads": 1, "head_dim": 96},

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from translution.planner.common.errors import InputError
+from translution.planner.config.geometry import RelationGeometry
 from translution.planner.config.loading import PRESET_NAMES, preset
 from translution.planner.config.model import override
 from translution.planner.config.run_config import RunConfig
@@ -86,9 +87,20 @@ def test_fused_attention_writes_no_weights_and_a_causal_one_leaves_out_half() ->
     assert pairs.computed == 1.0
 
 
-@pytest.mark.parametrize("name", PRESET_NAMES)
-def test_every_row_of_a_table_is_counted(name: str) -> None:
-    geometry = preset(name).geometry
+def preset_geometry(name: str) -> RelationGeometry:
+    return preset(name).geometry
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        *map(preset_geometry, PRESET_NAMES),
+        RelationGeometry.grid(2, 3, 4, class_token=True, causal=True),
+        RelationGeometry.grid(3, 4, 2, causal=True, window=(None, 1, 0)),
+    ],
+    ids=str,
+)
+def test_every_row_of_a_table_is_counted(geometry: RelationGeometry) -> None:
     for role in "qkv":
         counts = pair_counts(geometry, role)
         assert sum(relations for _, relations in counts) == geometry.relations
