@@ -51,7 +51,12 @@ def load_tables(
 
 
 def _convention(layer: Translution | AlphaTranslution, revision: str) -> Convention:
-    family = "gpt" if layer.geometry.causal else "vit"
+    geometry = layer.geometry
+    if (geometry.causal, len(geometry.axes)) not in ((True, 1), (False, 2)):
+        raise InputError(
+            f"revision: {revision!r} is not allowed: the published code has causal sequences and images only"
+        )
+    family = "gpt" if geometry.causal else "vit"
     low_rank = isinstance(layer, AlphaTranslution)
     return find_convention(family, low_rank=low_rank, arch=None, revision=revision)
 

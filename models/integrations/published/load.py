@@ -155,6 +155,8 @@ def _check_expressible(spec: ModelSpec) -> None:
     Raises:
         InputError: naming the field that it has not.
     """
+    if not isinstance(spec, VitSpec | GptSpec):
+        raise InputError(f"family: {spec.family!r} is not allowed: must be 'vit' or 'gpt' in the authors' code")
     fixed: dict[str, object] = {
         "norm": "layer", "ffn": "gelu", "bias": True, "kv_heads": None, "window": None, "other_layers": "attention",
     }  # fmt: skip

@@ -47,13 +47,16 @@ def test_tables_of_the_equations_are_numbered_by_relation() -> None:
 
 
 def test_an_error_names_the_wrong_tables() -> None:
-    layer = Translution(4, 2, length=3, roles="kv")
+    layer = Translution(4, 2, grid=(1, 3), roles="kv")
     table = torch.zeros(5, 4, 4)
     with pytest.raises(InputError, match=r"roles \['k'\] are not allowed: must be \['k', 'v'\]"):
         load_tables(layer, {"k": table})
     with pytest.raises(InputError, match=r"tables: v of shape \(4, 4, 4\) is not allowed: must be \(5, 4, 4\)"):
         load_tables(layer, {"k": table, "v": table[:4]})
-    with pytest.raises(InputError, match="revision: 'abc' is not allowed"):
+    with pytest.raises(InputError, match="revision: 'abc' is not allowed: must be old, new or a commit"):
         load_tables(layer, {"k": table, "v": table}, revision="abc")
+    clip = Translution(4, 2, grid=(2, 1, 2), causal=True, roles="v")
+    with pytest.raises(InputError, match="revision: 'new' is not allowed: the published code has causal sequences and"):
+        load_tables(clip, {"v": torch.randn(clip.geometry.relations, 4, 4)}, revision="new")
     with pytest.raises(InputError, match="state dict: has no 'to_q'"):
         tables_from_state_dict({}, {"q": "to_q"})

@@ -230,3 +230,19 @@ def test_what_the_authors_code_lacks_is_not_written(changes: dict[str, Any], tex
     spec: ModelSpec = parse_model_spec(GPT | changes)
     with pytest.raises(InputError, match=text):
         to_published(build(spec), spec)
+
+
+def test_a_clip_has_no_network_in_the_authors_code() -> None:
+    clip = {
+        "family": "video",
+        "frames": 2,
+        "image": 4,
+        "tubelet": [1, 2, 2],
+        "classes": 3,
+        "dim": 8,
+        "depth": 1,
+        "heads": 2,
+    }
+    spec: ModelSpec = parse_model_spec(clip)
+    with pytest.raises(InputError, match="family: 'video' is not allowed: must be 'vit' or 'gpt' in the authors' code"):
+        to_published(build(spec), spec)
