@@ -119,6 +119,10 @@ def to_published(network: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
     Raises:
         InputError: naming the field of the spec that their code has no network for.
     """
+    if not isinstance(spec, VitSpec | GptSpec):
+        raise InputError(f"family: {spec.family!r} is not allowed: must be 'vit' or 'gpt' in the authors' code")
+    if spec.operator not in ("attention", "translution", "alpha"):
+        raise InputError(f"operator: {spec.operator!r} is not allowed: the authors' code has no such network")
     _check_expressible(spec)
     ours = dict(network.named_parameters())
     trunk = "transformer" if spec.operator == "attention" else "translution"
@@ -149,14 +153,12 @@ def _caches(spec: ModelSpec, layer: str) -> dict[str, Tensor]:
     return {f"{name}.cos_cached": full.cos().float(), f"{name}.sin_cached": full.sin().float()}
 
 
-def _check_expressible(spec: ModelSpec) -> None:
-    """Check that the authors' present code has the network.
+def _check_expressible(spec: VitSpec | GptSpec) -> None:
+    """Check that the authors' present code has a network with these fields.
 
     Raises:
         InputError: naming the field that it has not.
     """
-    if not isinstance(spec, VitSpec | GptSpec):
-        raise InputError(f"family: {spec.family!r} is not allowed: must be 'vit' or 'gpt' in the authors' code")
     fixed: dict[str, object] = {
         "norm": "layer", "ffn": "gelu", "bias": True, "kv_heads": None, "window": None, "other_layers": "attention",
     }  # fmt: skip
@@ -172,8 +174,6 @@ def _check_expressible(spec: ModelSpec) -> None:
             fixed["rotary"] = False
     if spec.operator == "alpha" and spec.c1 != spec.c2:
         raise InputError(f"c1: {spec.c1} is not allowed: must equal c2 {spec.c2} in the authors' code")
-    if spec.operator not in ("attention", "translution", "alpha"):
-        raise InputError(f"operator: {spec.operator!r} is not allowed: the authors' code has no such network")
     for name, value in fixed.items():
         if getattr(spec, name) != value:
             raise InputError(f"{name}: {getattr(spec, name)!r} is not allowed: must be {value!r} in the authors' code")
