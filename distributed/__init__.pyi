@@ -1,5 +1,7 @@
+from .data.prepare.imagenet import PreparedImages as PreparedImages
+from .data.prepare.imagenet import prepare_images as prepare_images
+from .data.prepare.tokenize import prepare_tokens as prepare_tokens
 from .data.token_files import TokenMeta as TokenMeta
-from .data.tokenize import prepare_tokens as prepare_tokens
 from .experiments.definitions import find_experiment as find_experiment
 from .experiments.runner import ExperimentResult as ExperimentResult
 from .experiments.runner import run_experiment as run_experiment

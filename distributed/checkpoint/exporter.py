@@ -1,4 +1,4 @@
-"""Exports a run's newest checkpoint as one safetensors file: the state dict of the network without tiles.
+"""Exports a run's newest or best checkpoint as one safetensors file: the state dict of the network without tiles.
 
 The file is written sequentially, a piece of a parameter at a time, so memory does not grow with the model.
 
@@ -26,7 +26,7 @@ from translution.planner.config import SPEC_KEY, ModelSpec
 from translution.planner.plans import version
 
 from ..runs.folder import CHECKPOINT, require_run
-from .manifest import newest_checkpoint
+from .manifest import best_checkpoint, newest_checkpoint
 from .reader import MASTER_COPY, CheckpointReader
 
 PIECE_ELEMENTS = 2**22
@@ -132,7 +132,13 @@ def new_file(out: Path) -> Iterator[BinaryIO]:
 
 
 def export(
-    run: Path, out: Path, *, dtype: Dtype = "fp32", force: bool = False, on_bytes: OnBytes = lambda _: None
+    run: Path,
+    out: Path,
+    *,
+    dtype: Dtype = "fp32",
+    best: bool = False,
+    force: bool = False,
+    on_bytes: OnBytes = lambda _: None,
 ) -> ExportedFile:
     """Write the network of a run's newest checkpoint to a file.
 
@@ -140,16 +146,17 @@ def export(
         run: the run folder.
         out: the file to write.
         dtype: dtype of the tensors; "bf16" rounds the master copy as training in bf16 does.
+        best: take the checkpoint with the best evaluation instead of the newest one.
         force: replace an existing file.
         on_bytes: called with the number of bytes of each piece written.
 
     Raises:
-        InputError: if the run has no complete checkpoint, or the file exists or cannot be written; no partial file is
-            left.
+        InputError: if the run has no such checkpoint, or the file exists or cannot be written; no partial file is left.
     """
-    ref = newest_checkpoint(require_run(run) / CHECKPOINT)
+    ref = (best_checkpoint if best else newest_checkpoint)(require_run(run) / CHECKPOINT)
     if ref is None:
-        raise InputError(f"{run / CHECKPOINT}: holds no complete checkpoint to export")
+        kind = "checkpoint that was evaluated" if best else "complete checkpoint to export"
+        raise InputError(f"{run / CHECKPOINT}: holds no {kind}")
     if dtype not in _DTYPES:
         raise InputError(f"dtype: {dtype!r} is not allowed: must be one of {', '.join(_DTYPES)}")
     check_new(out, force=force)

@@ -3,7 +3,7 @@
     checkpoint/step_N/              the files of DeepSpeed 0.19.8, one set per rank
     checkpoint/step_N/plan.json     the plan with which it was saved: ranks, stage, offload, tiles
     checkpoint/step_N/device/       moments of sub-groups that a partial offload leaves on the device
-    checkpoint/step_N/manifest.json the step, the ranks and the size of every file; written last
+    checkpoint/step_N/manifest.json the step, the ranks, the size of every file, the evaluation; written last
     checkpoint/latest               the name of the newest checkpoint, for DeepSpeed's own tools
 
 A checkpoint is saved under a hidden name and renamed when every rank has finished. All nodes must see the folder.
@@ -29,7 +29,7 @@ import torch
 from translution.planner.common import TranslutionError, write_text
 from translution.planner.plans import PLAN_FILE, Plan
 
-from .manifest import MANIFEST, Manifest, checkpoint_tags
+from .manifest import MANIFEST, EvaluationResult, Manifest, best_tag, checkpoint_tags
 from .reader import DEVICE_FOLDER
 
 LATEST = "latest"
@@ -40,7 +40,15 @@ class CheckpointError(TranslutionError):
     """A checkpoint could not be written."""
 
 
-def save_checkpoint(engine: Any, folder: Path, step: int, plan: Plan, *, tag: str | None = None) -> None:
+def save_checkpoint(
+    engine: Any,
+    folder: Path,
+    step: int,
+    plan: Plan,
+    *,
+    tag: str | None = None,
+    evaluation: EvaluationResult | None = None,
+) -> None:
     """Save a checkpoint atomically. Collective: every rank must call it.
 
     Args:
@@ -49,6 +57,7 @@ def save_checkpoint(engine: Any, folder: Path, step: int, plan: Plan, *, tag: st
         step: number of optimizer steps done.
         plan: the engine's plan; gives the number of checkpoints to keep.
         tag: name of the checkpoint; ``step_N`` by default, and only such names are checkpoints of the run.
+        evaluation: result of the evaluation after this step, if there was one.
 
     Raises:
         CheckpointError: if it cannot be written, for instance because the disk is full; earlier checkpoints stay.
@@ -68,8 +77,8 @@ def save_checkpoint(engine: Any, folder: Path, step: int, plan: Plan, *, tag: st
         torch.distributed.barrier()
         if rank == 0:
             write_text(folder / partial / PLAN_FILE, plan.model_dump_json(indent=2) + "\n")
-            _complete(folder, partial, tag, step, torch.distributed.get_world_size())
-            _prune(folder, plan.training.keep_checkpoints)
+            _complete(folder, partial, tag, step, torch.distributed.get_world_size(), evaluation)
+            prune(folder, plan)
     except (OSError, RuntimeError, TranslutionError) as error:
         text = " ".join(str(error).split())[:200]
         complete = checkpoint_tags(folder)
@@ -80,7 +89,9 @@ def save_checkpoint(engine: Any, folder: Path, step: int, plan: Plan, *, tag: st
     torch.distributed.barrier()
 
 
-def _complete(folder: Path, partial: str, tag: str, step: int, world_size: int) -> None:
+def _complete(
+    folder: Path, partial: str, tag: str, step: int, world_size: int, evaluation: EvaluationResult | None
+) -> None:
     """Flush all files, write the manifest, and rename the partial checkpoint."""
     path = folder / partial
     sizes = {}
@@ -89,14 +100,18 @@ def _complete(folder: Path, partial: str, tag: str, step: int, world_size: int) 
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
             sizes[str(file.relative_to(path))] = file.stat().st_size
-    manifest = Manifest(step=step, ranks=world_size, files=sizes)
+    manifest = Manifest(step=step, ranks=world_size, files=sizes, evaluation=evaluation)
     write_text(path / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     path.rename(folder / tag)
     write_text(folder / LATEST, tag)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for tag in checkpoint_tags(folder)[:-keep]:
+def prune(folder: Path, plan: Plan) -> None:
+    """Remove the checkpoints of a run that its plan does not keep."""
+    best = best_tag(folder) if plan.training.keep_best else None
+    for tag in checkpoint_tags(folder)[: -plan.training.keep_checkpoints]:
+        if tag == best:
+            continue
         # Remove the manifest first: if the rest is interrupted, no incomplete checkpoint counts.
         (folder / tag / MANIFEST).unlink()
         shutil.rmtree(folder / tag, ignore_errors=True)

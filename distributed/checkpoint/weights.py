@@ -67,12 +67,13 @@ def import_published(
     return _described(out, path, spec, network, len(tensors))
 
 
-def export_published(source: Path, out: Path, *, force: bool = False) -> WrittenNetwork:
+def export_published(source: Path, out: Path, *, best: bool = False, force: bool = False) -> WrittenNetwork:
     """Write a network as a state dict for the authors' present code.
 
     Args:
         source: a run folder, whose newest checkpoint is taken, or a network file.
         out: the file to write: safetensors if it ends so, otherwise as torch.save does.
+        best: take a run's checkpoint with the best evaluation instead of the newest one.
         force: replace an existing file.
 
     Raises:
@@ -83,10 +84,12 @@ def export_published(source: Path, out: Path, *, force: bool = False) -> Written
     if source.is_dir():
         network_file = out.with_name(f".{out.name}.network")
         try:
-            export(source, network_file, force=True)
+            export(source, network_file, best=best, force=True)
             return _export_file(network_file, source, out)
         finally:
             network_file.unlink(missing_ok=True)
+    if best:
+        raise InputError(f"{source}: is not allowed: must be a run folder to export the best checkpoint")
     return _export_file(source, source, out)
 
 

@@ -1,4 +1,4 @@
-"""Random image augmentation: crops, flips, mixup and cutmix.
+"""Random image augmentation of a micro-batch: crops, flips, mixup and cutmix.
 
 Random values depend only on the seed, the step and the rank, so that a resumed run draws the same ones as an
 uninterrupted run. torch's global random state is left unchanged.
@@ -77,7 +77,8 @@ class Augmenter:
 
         if training.crop_padding:
             self._stages.append(augmentation.RandomCrop(spec.image, padding=training.crop_padding))
-        if training.crop_scale < 1:
+        # Images of files are cropped when they are decoded, where all their pixels are at hand.
+        if training.crop_scale < 1 and training.data != "images":
             self._stages.append(augmentation.RandomResizedCrop(spec.image, scale=(training.crop_scale, 1.0)))
         if training.flip:
             self._stages.append(augmentation.RandomHorizontalFlip(p=training.flip))

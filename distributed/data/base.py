@@ -20,11 +20,12 @@ class DataSource(ABC):
     def __len__(self) -> int:
         """Number of samples in an epoch."""
 
-    def prefetch(self, index: Tensor) -> None:  # noqa: B027 - most sources have nothing to prefetch
+    def prefetch(self, index: Tensor, epoch: int = 0) -> None:  # noqa: B027 - most sources have nothing to prefetch
         """Start reading samples that will be selected soon, for sources where reading is slow.
 
         Args:
             index: sample indices (B,).
+            epoch: epoch number, as in `select`.
         """
 
     @abstractmethod

@@ -47,7 +47,7 @@ def micro_batches(
     while True:
         batches = [samples.select(index, epoch) for index in share[:, rank]]
         epoch, share = next(shares)
-        samples.prefetch(share[:, rank].flatten())
+        samples.prefetch(share[:, rank].flatten(), epoch)
         yield batches
 
 

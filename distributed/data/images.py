@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor
 
 from translution.planner.common import InputError, MissingPackageError
-from translution.planner.config import VitSpec
+from translution.planner.config import TrainingSpec, VitSpec
 
 from .base import DataSource, Samples
+from .image_view import ImageView, held_out_view, training_view
 
 TRAINING_SPLITS, HELD_OUT_SPLITS = ("train",), ("val", "validation", "test")
 """Accepted names of each split; the first that exists is used."""
@@ -75,19 +75,18 @@ class CorruptImages:
 class Images(DataSource):
     """Normalized images (B, channels, height, width) and their classes.
 
-    An image is scaled to cover the model's image size, then cropped to its center. An unreadable image is replaced
-    by the next readable one.
+    An unreadable image is replaced by the next readable one.
 
     Args:
         files: the encoded images.
-        spec: the model.
+        view: makes the pixels that the model sees.
         corrupt: counts the unreadable images.
     """
 
-    def __init__(self, files: ImageFiles, spec: VitSpec, corrupt: CorruptImages) -> None:
-        self.files, self.spec, self.corrupt = files, spec, corrupt
+    def __init__(self, files: ImageFiles, view: ImageView, corrupt: CorruptImages) -> None:
+        self.files, self.view, self.spec, self.corrupt = files, view, view.spec, corrupt
         self._replacements: dict[int, int] = {}
-        self._prefetched: dict[int, Future[np.ndarray | str]] = {}
+        self._prefetched: dict[tuple[int, int], Future[np.ndarray | str]] = {}
 
     def __len__(self) -> int:
         return len(self.files)
@@ -96,63 +95,54 @@ class Images(DataSource):
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(max_workers=torch.get_num_threads(), thread_name_prefix="decode")
 
-    def _decoding(self, number: int) -> Future[np.ndarray | str]:
+    def _decoding(self, number: int, epoch: int) -> Future[np.ndarray | str]:
         """Return the prefetched decoding of an image, or start it now."""
-        if number in self._prefetched:
-            return self._prefetched.pop(number)
-        return self._pool.submit(self._decode, self.files.content(number))
+        if (number, epoch) in self._prefetched:
+            return self._prefetched.pop((number, epoch))
+        return self._pool.submit(self._decode, number, epoch)
 
-    def prefetch(self, index: Tensor) -> None:
+    def prefetch(self, index: Tensor, epoch: int = 0) -> None:
         """Start decoding the images at the given indices (B,), while the model computes."""
         numbers = {self._replacements.get(number, number) for number in index.tolist()}
-        self._prefetched = {number: self._decoding(number) for number in numbers}
+        self._prefetched = {(number, epoch): self._decoding(number, epoch) for number in numbers}
 
     def select(self, index: Tensor, epoch: int = 0) -> Samples:
-        """Return the images at the given indices, the same in every epoch.
+        """Return the images at the given indices; training images are cropped and changed anew in every epoch.
 
         Raises:
             InputError: if more images than allowed cannot be read, or a class is out of range.
         """
         numbers = [self._replacements.get(number, number) for number in index.tolist()]
-        decoding = [self._decoding(number) for number in numbers]
+        decoding = [self._decoding(number, epoch) for number in numbers]
         # Images are decoded into numpy's memory: a run measures torch's, which should hold only the micro-batch.
         channels = self.spec.channels
         inputs = torch.empty(len(numbers), channels, *self.spec.image)
         for position, decoded in enumerate(decoding):
             pixels = decoded.result()
             if isinstance(pixels, str):
-                numbers[position], pixels = self._replace(int(index[position]), numbers[position], pixels)
+                numbers[position], pixels = self._replace(int(index[position]), numbers[position], pixels, epoch)
             normal = (pixels / np.float32(255) - _MEAN[channels]) / _DEVIATION[channels]
             inputs.numpy()[position] = normal.transpose(2, 0, 1)
         return Samples(inputs, torch.tensor([self._label(number) for number in numbers]))
 
-    def _replace(self, wanted: int, number: int, reason: str) -> tuple[int, np.ndarray]:
+    def _replace(self, wanted: int, number: int, reason: str, epoch: int) -> tuple[int, np.ndarray]:
         """Return the first readable image after an unreadable one, and its pixels."""
         for _ in range(len(self)):
             self.corrupt.add(self.files.name(number), reason)
             number = (number + 1) % len(self)
-            pixels = self._decode(self.files.content(number))
+            pixels = self._decode(number, epoch)
             if not isinstance(pixels, str):
                 self._replacements[wanted] = number
                 return number, pixels
             reason = pixels
         raise InputError(f"{self.files.name(number)}: cannot be read as an image, nor can any other")
 
-    def _decode(self, content: str | bytes) -> np.ndarray | str:
+    def _decode(self, number: int, epoch: int) -> np.ndarray | str:
         """Return an image's pixels (height, width, channels) as uint8, or the reason why it cannot be decoded."""
-        from PIL import Image, ImageOps
-
-        height, width = self.spec.image
-        mode = "L" if self.spec.channels == 1 else "RGB"
         try:
-            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-                # Decode a JPEG at 1/2, 1/4 or 1/8 of its size, if that is still at least twice the wanted size.
-                image.draft(mode, (2 * width, 2 * height))
-                plain = image.convert(mode)
-            fitted = ImageOps.fit(plain, (width, height), Image.Resampling.BILINEAR)
+            return self.view.pixels(self.files.content(number), number, epoch)
         except Exception as error:  # Damaged files raise many kinds of errors in Pillow.
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return np.asarray(fitted, dtype=np.uint8).reshape(height, width, self.spec.channels)
 
     def _label(self, number: int) -> int:
         label = self.files.label(number)
@@ -301,13 +291,13 @@ def _open_folders(path: Path) -> tuple[FolderImages, FolderImages, int]:
     return FolderImages(path / training, classes), FolderImages(path / held_out, classes), len(classes)
 
 
-def load_images(spec: VitSpec, path: Path, corrupt_limit: int) -> tuple[Images, Images]:
+def load_images(spec: VitSpec, training: TrainingSpec) -> tuple[Images, Images]:
     """Return the images of a folder: training and held-out samples.
 
     Args:
         spec: the model, with one or three channels.
-        path: a folder laid out like ImageNet, or one with splits that `save_to_disk` of `datasets` wrote.
-        corrupt_limit: number of unreadable images allowed.
+        training: names a folder laid out like ImageNet, or one with splits that `save_to_disk` of `datasets` wrote,
+            how its images are cropped and changed, and how many of them may be unreadable.
 
     Raises:
         InputError: if the layout is unknown, there are more classes than the model has, or no images.
@@ -317,13 +307,17 @@ def load_images(spec: VitSpec, path: Path, corrupt_limit: int) -> tuple[Images, 
         raise MissingPackageError("Pillow is missing: pip install 'translution-scale[train]'")
     if spec.channels not in (1, 3):
         raise InputError(f"channels: {spec.channels} is not allowed: must be 1 or 3 with data images")
-    training: ImageFiles
+    path = Path(str(training.data_path))
+    files: ImageFiles
     held_out: ImageFiles
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        training, held_out = data_set = _open_dataset(path)
+        files, held_out = data_set = _open_dataset(path)
         count = max(part.classes for part in data_set)
     else:
-        training, held_out, count = _open_folders(path)
+        files, held_out, count = _open_folders(path)
     _check_classes(spec, count, path)
-    corrupt = CorruptImages(corrupt_limit)
-    return Images(training, spec, corrupt), Images(held_out, spec, corrupt)
+    corrupt = CorruptImages(training.corrupt_limit)
+    return (
+        Images(files, training_view(spec, training), corrupt),
+        Images(held_out, held_out_view(spec, training), corrupt),
+    )

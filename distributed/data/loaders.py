@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from translution.planner.config import (
     PLACED_DIGITS,
@@ -17,6 +18,9 @@ from translution.planner.config import (
 
 from .base import DataSource
 from .synthetic import make_synthetic
+
+if TYPE_CHECKING:
+    from .tokens import RandomWindows
 
 
 def load_samples(spec: ModelSpec, training: TrainingSpec, global_batch: int = 1) -> tuple[DataSource, DataSource]:
@@ -37,6 +41,14 @@ def load_samples(spec: ModelSpec, training: TrainingSpec, global_batch: int = 1)
     return samples, held_out
 
 
+def _random_windows(training: TrainingSpec, global_batch: int) -> RandomWindows | None:
+    if training.token_windows != "random":
+        return None
+    from .tokens import RandomWindows
+
+    return RandomWindows(training.seed, training.epoch_steps and training.epoch_steps * global_batch)
+
+
 def _load(spec: ModelSpec, training: TrainingSpec, kind: DataKind, global_batch: int) -> tuple[DataSource, DataSource]:
     check_kind(spec, kind, training.digit_pixels)
     # Imported on use: each source needs packages that the others do not.
@@ -53,7 +65,7 @@ def _load(spec: ModelSpec, training: TrainingSpec, kind: DataKind, global_batch:
         if kind == "images":
             from .images import load_images
 
-            return load_images(spec, Path(str(training.data_path)), training.corrupt_limit)
+            return load_images(spec, training)
     elif isinstance(spec, VideoSpec):
         if kind in PLACED_DIGITS:
             from .digits import move_digits
@@ -62,9 +74,9 @@ def _load(spec: ModelSpec, training: TrainingSpec, kind: DataKind, global_batch:
     elif kind == "tokens":
         from .tokens import load_tokens
 
-        return load_tokens(spec, Path(str(training.data_path)))
+        return load_tokens(spec, Path(str(training.data_path)), _random_windows(training, global_batch))
     elif kind == "stdlib":
         from .tokens import load_stdlib
 
-        return load_stdlib(spec)
+        return load_stdlib(spec, random=_random_windows(training, global_batch))
     return make_synthetic(spec, training.seed, global_batch)

@@ -187,11 +187,16 @@ def _ops(plan: Plan, plan_folder: Path) -> Check:
 def _count_checkpoints(plan: Plan) -> int:
     """Return how many checkpoints exist at once: the newest is complete before the oldest is removed."""
     training = plan.training
+    limit = training.keep_checkpoints + 1 + training.keep_best
     if training.checkpoint_minutes:
-        return training.keep_checkpoints + 1
-    saved = (training.steps - 1) // training.checkpoint_steps if training.checkpoint_steps else 0
+        return limit
+
+    def within(interval: int) -> int:
+        return (training.steps - 1) // interval if interval else 0
+
+    saved = within(training.checkpoint_steps) + (within(training.evaluation_steps) + 1 if training.keep_best else 0)
     # A run that is stopped saves once more.
-    return min(training.keep_checkpoints + 1, saved + training.final_checkpoint or 1)
+    return min(limit, saved + training.final_checkpoint or 1)
 
 
 def _checkpoints(plan: Plan, plan_folder: Path, saved_bytes: int) -> Check:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from translution.models import build
 from translution.planner.common import InputError
+from translution.planner.config import ModelSpec, PatchSpec
 from translution.planner.plans import Plan
 
 from ..data.base import Samples
@@ -30,6 +31,11 @@ def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) ->
     """
     targets = targets if targets.is_floating_point() else targets.flatten()
     return torch.nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+
+def has_top5(model: ModelSpec) -> bool:
+    """Return True if the evaluation of a model tells the accuracy of its five most likely classes."""
+    return isinstance(model, PatchSpec) and model.classes > 5
 
 
 class Engine:
@@ -145,15 +151,23 @@ class Engine:
         return smoothed_cross_entropy(self.forward(batch).flatten(0, -2).float(), targets, training.label_smoothing)
 
     def scores(self, batch: Samples) -> tuple[Tensor, Tensor]:
-        """Return the loss of each prediction of a micro-batch, and whether it is right; (S,) each."""
+        """Return the loss of each prediction of a micro-batch (S,), and whether it is right (1 or 2, S).
+
+        A second row, for models of images with more than five classes, tells whether one of the five most likely
+        classes is right.
+        """
         targets = batch.targets.to(self.deepspeed_engine.device)
         if self.plan.training.chunks_loss:
             inputs = batch.inputs.to(self.deepspeed_engine.device)
             losses, right = self.deepspeed_engine(inputs, targets, scores=True)
-            return losses, right > 0
-        logits = self.forward(batch).flatten(0, -2).float()
-        losses = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="none")
-        return losses, logits.argmax(-1) == targets.flatten()
+            return losses, right[None] > 0
+        logits, targets = self.forward(batch).flatten(0, -2).float(), targets.flatten()
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        right = [logits.argmax(-1) == targets]
+        if has_top5(self.plan.model):
+            best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+            right.append((best == targets[:, None]).any(-1))
+        return losses, torch.stack(right)
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradients to those of its step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from translution.planner.plans import Plan
 
+from ..checkpoint.manifest import EvaluationResult
 from ..data.base import DataSource, Samples
 from ..system.signals import StopRequest
-from .engine import Engine
+from .engine import Engine, has_top5
 from .run_log import RunLog
 
+_LARGEST_EXPONENT = 709.0
 MEASURED_PASSES = 2
 """Passes of an evaluation whose memory is measured: later ones allocate what the second does."""
 
@@ -35,6 +38,11 @@ def evaluation_size(plan: Plan, available: int) -> tuple[int, int]:
     return min(available, available if planned.max_samples is None else planned.max_samples), planned.micro_batch
 
 
+def perplexity(loss: float) -> float | None:
+    """Return the exponential of a loss; None above the largest float, and for a loss that is not a number."""
+    return math.exp(loss) if loss < _LARGEST_EXPONENT else None
+
+
 class Evaluator:
     """Evaluates held-out samples on one rank.
 
@@ -52,18 +60,19 @@ class Evaluator:
         """Return the number of samples that are evaluated."""
         return evaluation_size(self.plan, len(held_out))[0]
 
-    def evaluate(self, held_out: DataSource, step: int) -> None:
-        """Evaluate after a number of steps, and write the progress and the result.
+    def evaluate(self, held_out: DataSource, step: int) -> EvaluationResult | None:
+        """Evaluate after a number of steps, write the progress and the result, and return it.
 
-        A signal to any rank ends the evaluation without a result.
+        A signal to any rank ends the evaluation without a result. There is none without samples either.
         """
         count, micro_batch = evaluation_size(self.plan, len(held_out))
         if not count:
-            return
+            return None
         self.log.report_status("evaluating", step, f"{count} held-out samples")
         result = self._passes(held_out, count, micro_batch, partial(self._goes_on, step, count))
         if result is not None:
-            self.log.write_evaluation(step, *result, count)
+            self.log.write_evaluation(step, result)
+        return result
 
     def evaluate_few(self, held_out: DataSource) -> None:
         """Evaluate `MEASURED_PASSES` passes, of which nothing is written, for a measurement of their memory."""
@@ -81,8 +90,8 @@ class Evaluator:
     @torch.no_grad()
     def _passes(
         self, held_out: DataSource, count: int, micro_batch: int, on_pass: Callable[[int], bool]
-    ) -> tuple[float, float] | None:
-        """Return mean loss and accuracy of held-out samples; each sample counts once. None if the evaluation was ended.
+    ) -> EvaluationResult | None:
+        """Return the means over held-out samples; each sample counts once. None if the evaluation was ended.
 
         Every rank runs the same number of passes, because ZeRO-3 gathers parameters on all ranks at once. A rank
         that has no sample left repeats one and does not count it.
@@ -96,7 +105,7 @@ class Evaluator:
         """
         engine = self.engine
         engine.deepspeed_engine.eval()
-        totals = torch.zeros(3, dtype=torch.float64, device=engine.deepspeed_engine.device)
+        totals = torch.zeros(4, dtype=torch.float64, device=engine.deepspeed_engine.device)
         try:
             for start in range(0, count, micro_batch * engine.world_size):
                 if not on_pass(start):
@@ -108,10 +117,19 @@ class Evaluator:
         finally:
             engine.deepspeed_engine.train()
         torch.distributed.all_reduce(totals)
-        return float(totals[0] / totals[2]), float(totals[1] / totals[2])
+        loss, right, right_of_five = (totals[1:] / totals[0]).tolist()
+        return EvaluationResult(
+            samples=count,
+            loss=loss,
+            accuracy=right,
+            top5_accuracy=right_of_five if has_top5(self.plan.model) else None,
+            perplexity=perplexity(loss) if self.plan.model.family == "gpt" else None,
+        )
 
     def _one_pass(self, batch: Samples, counted: Tensor) -> Tensor:
-        """Return the sum of losses, the number of right predictions and the number of all, of the counted samples.
+        """Return the number of predictions of the counted samples, the sum of their losses, and how many are right.
+
+        The last value is the number with the right class among five, or 0.
 
         Args:
             batch: B samples.
@@ -119,4 +137,7 @@ class Evaluator:
         """
         losses, right = self.engine.scores(batch)
         counts = counted.to(losses.device).repeat_interleave(losses.numel() // len(counted))
-        return torch.stack([(losses.double() * counts).sum(), (right & counts).sum().double(), counts.sum().double()])
+        sums = torch.zeros(4, dtype=torch.float64, device=losses.device)
+        sums[0], sums[1] = counts.sum(), (losses.double() * counts).sum()
+        sums[2 : 2 + len(right)] = (right & counts).sum(-1)
+        return sums

@@ -13,6 +13,7 @@ from pathlib import Path
 from translution.planner.common import make_provenance
 from translution.planner.plans import Plan
 
+from ..checkpoint.manifest import EvaluationResult
 from ..runs.folder import METRICS, trim_metrics
 from ..runs.status import RankStatus, write_status
 from .engine import Engine
@@ -96,7 +97,9 @@ class RunLog:
         """Return True if the status was written more than `PROGRESS_SECONDS` ago."""
         return time.monotonic() - self._status_time >= PROGRESS_SECONDS
 
-    def write_evaluation(self, step: int, loss: float, accuracy: float, samples: int) -> None:
+    def write_evaluation(self, step: int, result: EvaluationResult) -> None:
         """Write the result of an evaluation after a number of steps."""
-        self.write(event="evaluation", step=step, loss=loss, accuracy=accuracy, samples=samples)
-        self.monitor.write("Evaluation", step, {"loss": loss, "accuracy": accuracy})
+        values = result.model_dump(exclude_none=True)
+        self.write(event="evaluation", step=step, **values)
+        values.pop("samples")
+        self.monitor.write("Evaluation", step, values)

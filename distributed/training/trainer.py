@@ -14,10 +14,10 @@ from torch import Tensor
 from translution.planner.common import InputError, Phase, write_text
 from translution.planner.plans import Plan
 
-from ..checkpoint.manifest import newest_checkpoint
+from ..checkpoint.manifest import EvaluationResult, is_best, newest_checkpoint, write_evaluation
 from ..checkpoint.reshard import load_first_weights, load_resharded
 from ..checkpoint.resume import layout_changes
-from ..checkpoint.save_load import load_checkpoint, replay_bias_correction, save_checkpoint
+from ..checkpoint.save_load import load_checkpoint, prune, replay_bias_correction, save_checkpoint
 from ..data.augment import Augmenter
 from ..data.base import DataSource, Samples
 from ..data.batching import micro_batches
@@ -129,7 +129,8 @@ class Trainer:
     def optimizer_step(self) -> None:
         """Clip and apply the gradients at the schedule's learning rate."""
         training = self.plan.training
-        factor = learning_rate_factor(self.step, training.warmup_steps, training.steps)
+        epoch_steps = training.epoch_steps if training.lr_schedule == "cosine-epoch" else None
+        factor = learning_rate_factor(self.step, training.warmup_steps, training.steps, epoch_steps or 1)
         self.engine.set_learning_rate(training.learning_rate * factor)
         self.engine.micro_step()
 
@@ -208,12 +209,15 @@ class Trainer:
     def _write(self, measurement: MemoryMeasurement) -> None:
         write_text(memory_path(self.run, self.engine.rank), measurement.model_dump_json(indent=2) + "\n")
 
-    def save_checkpoint(self, measured: int | None) -> None:
-        """Save a checkpoint and record its memory."""
+    def save_checkpoint(self, measured: int | None, evaluation: EvaluationResult | None = None) -> None:
+        """Save a checkpoint, with the result of the evaluation before it if there was one, and record its memory."""
         # A second launch that measures the run's processes saves next to the first launch's checkpoint.
         tag = f"process_{self.step}" if self.mode is RunMode.MEASURE_PROCESS else None
         folder, engine = self.run / CHECKPOINT, self.engine.deepspeed_engine
-        self.recorder.record(Phase.SAVE, lambda: save_checkpoint(engine, folder, self.step, self.plan, tag=tag))
+        self.recorder.record(
+            Phase.SAVE,
+            lambda: save_checkpoint(engine, folder, self.step, self.plan, tag=tag, evaluation=evaluation),
+        )
         if self.memory_kind == "process":
             self.add_measurement()
         elif measured is not None:
@@ -287,8 +291,28 @@ class Trainer:
             self.add_measurement()
         if evaluates:
             with self.stop.watching():
-                self.evaluator.evaluate(held_out, self.step)
+                self.finish_evaluation(self.evaluator.evaluate(held_out, self.step))
         self.report_status("finished")
+
+    def is_best(self, result: EvaluationResult | None) -> bool:
+        """Return True, on every rank, if the plan keeps the best checkpoint and a result is better than all before."""
+        if result is None or not self.plan.training.keep_best:
+            return False
+        # Rank 0 decides: others may see the shared folder as it was some time ago.
+        best = self.engine.rank == 0 and is_best(self.run / CHECKPOINT, result)
+        return self.engine.mean_over_ranks(float(best))[0] > 0
+
+    def finish_evaluation(self, result: EvaluationResult | None) -> None:
+        """Store the result of the evaluation after the last step with its checkpoint; save one if it must be kept."""
+        if result is None:
+            return
+        folder = self.run / CHECKPOINT
+        if self.plan.training.final_checkpoint:
+            if self.engine.rank == 0:
+                write_evaluation(folder, f"step_{self.step}", result)
+                prune(folder, self.plan)
+        elif self.is_best(result):
+            self.save_checkpoint(None, result)
 
     def train_steps(
         self, batches: Iterator[list[Samples]], first: int, measured: int | None, held_out: DataSource | None
@@ -311,6 +335,7 @@ class Trainer:
             # All ranks must save after the same step: rank 0's timer decides, or a signal to any rank.
             wanted = float(self.stop.name is not None), float(self.engine.rank == 0 and timer.due())
             stop, due = self.engine.mean_over_ranks(*wanted)
+            result = None
             self.log.write_step(self.step + 1, loss, time.perf_counter() - began, self.engine)
             done = self.step + 1
             if self.step % 20 == 0 or self.log.is_status_old():
@@ -318,11 +343,12 @@ class Trainer:
             if stop:
                 self.stop.notice()
             elif held_out is not None and done < training.steps and is_due(done, training.evaluation_steps):
-                self.evaluator.evaluate(held_out, done)
+                result = self.evaluator.evaluate(held_out, done)
                 self.log.report_status("training", done)
-            if done < training.steps and (stop or due or is_due(done, training.checkpoint_steps)):
+            wanted_now = stop or due or is_due(done, training.checkpoint_steps) or self.is_best(result)
+            if done < training.steps and wanted_now:
                 self.step = done
-                self.save_checkpoint(None)
+                self.save_checkpoint(None, result)
                 timer.restart()
                 if stop:
                     return self.stop.name or "a signal to another rank"

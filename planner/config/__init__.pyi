@@ -26,6 +26,9 @@ from .model_base import LOSS_CHUNK_ELEMENTS as LOSS_CHUNK_ELEMENTS
 from .model_base import OPERATORS as OPERATORS
 from .model_base import Operator as Operator
 from .model_base import canonical_roles as canonical_roles
+from .recipes import RECIPES as RECIPES
+from .recipes import Recipe as Recipe
+from .recipes import find_recipe as find_recipe
 from .run_config import RunConfig as RunConfig
 from .training import Optimizer as Optimizer
 from .training import TrainingSpec as TrainingSpec

@@ -25,6 +25,8 @@ PLACED_DIGITS: tuple[DataKind, ...] = ("digits-static", "digits-shifted", "digit
 """Kinds whose digits do not fill the image."""
 DIGITS: tuple[DataKind, ...] = ("digits", *PLACED_DIGITS)
 READ_FROM_PATH: tuple[DataKind, ...] = ("images", "tokens")
+TEXTS: tuple[DataKind, ...] = ("tokens", "stdlib")
+"""Kinds whose samples are windows of a text."""
 DIGITS_CLASSES = 10
 DIGITS_TRAINING_SAMPLES = 1433
 """Training samples of scikit-learn's 1,797 digits; the others are held out."""

@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter, model_validator
 
 from ..common.schema import Schema, stored_as, validate
 from ..common.types import DTYPE_BYTES, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Precision, UnitFraction
-from .datasets import PLACED_DIGITS, READ_FROM_PATH, DataKind
+from .datasets import PLACED_DIGITS, READ_FROM_PATH, TEXTS, DataKind
 
 Optimizer: TypeAlias = Literal["adamw", "lion", "adagrad", "sgd"]
 
@@ -36,6 +36,10 @@ class TrainingSpec(Schema):
     """Optimizer steps of the whole run."""
     warmup_steps: NonNegative = 0
     """Steps of linear warm-up before the cosine decay."""
+    epoch_steps: Positive | None = None
+    """Optimizer steps of one epoch; null if nothing happens once per epoch."""
+    lr_schedule: Literal["cosine", "cosine-epoch"] = "cosine"
+    """How the learning rate falls to zero after the warm-up: along a cosine, in every step or after every epoch."""
     optimizer: Optimizer = "adamw"
     """Optimizer. DeepSpeed's CPU version of adamw, lion or adagrad updates offloaded states."""
     adam: Literal["auto", "fused", "torch", "loop", "8bit"] = "auto"
@@ -64,6 +68,9 @@ class TrainingSpec(Schema):
     """Height and width in pixels of a digit that does not fill the image; null is half the image's shorter side."""
     corrupt_limit: NonNegative = 100
     """Number of unreadable images that a rank reports and skips before it fails."""
+    token_windows: Literal["consecutive", "random"] = "consecutive"
+    """Which windows of a text are trained on: all consecutive ones in random order, or ones that start at random
+    tokens. Evaluation always takes consecutive ones."""
     seed: NonNegative = 0
     """Seed of the initial weights and of the sample order."""
     checkpoint_steps: NonNegative = 0
@@ -74,6 +81,9 @@ class TrainingSpec(Schema):
     """Whether to save after the last step."""
     keep_checkpoints: Positive = 2
     """Number of newest checkpoints that are kept."""
+    keep_best: bool = False
+    """Whether the checkpoint with the best evaluation is saved and kept too: the highest accuracy, or the lowest loss
+    of a language model."""
     loss: Literal["whole", "chunked"] = "whole"
     """How a language model's loss is computed: from all logits of a micro-batch, or in chunks of tokens, so that no
     tensor holds all logits."""
@@ -83,6 +93,11 @@ class TrainingSpec(Schema):
     """Zero pixels added to every side of an image before a random crop of the original size; 0 disables it."""
     crop_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Smallest fraction of an image's area that a random resized crop keeps; 1 disables it."""
+    rand_augment_operations: NonNegative = 0
+    """Random operations that RandAugment applies to an image of data images; 0 disables it. Source: arXiv
+    1909.13719."""
+    rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Strength of RandAugment's operations, from 0 to 30."""
     flip: UnitFraction = 0.0
     """Probability of a horizontal flip."""
     mixup: NonNegativeFloat = 0.0
@@ -90,6 +105,9 @@ class TrainingSpec(Schema):
     cutmix: NonNegativeFloat = 0.0
     """Alpha of cutmix's Beta distribution; 0 disables it. If mixup is on too, each micro-batch gets one of the two at
     random. Source: arXiv 1905.04899."""
+    evaluation_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of a held-out image's shorter side that its centre crop keeps, for data images; 0.875 scales the side
+    to 256 pixels and crops 224."""
     evaluation_steps: NonNegative = 0
     """Steps between two evaluations; 0 evaluates only at the end."""
     evaluation_samples: NonNegative | Literal["auto", "none"] = "auto"
@@ -106,6 +124,8 @@ class TrainingSpec(Schema):
             raise ValueError(f"betas: {self.betas} is not allowed: must be below 1")
         if self.momentum >= 1:
             raise ValueError(f"momentum: {self.momentum} is not allowed: must be below 1")
+        if self.lr_schedule == "cosine-epoch" and self.epoch_steps is None:
+            raise ValueError("epoch_steps: is required with lr_schedule cosine-epoch")
         return self
 
     @model_validator(mode="after")
@@ -133,6 +153,20 @@ class TrainingSpec(Schema):
     def _check_crops(self) -> TrainingSpec:
         if self.crop_padding and self.crop_scale < 1:
             raise ValueError(f"crop_scale: {self.crop_scale} is not allowed: must be 1 with crop_padding")
+        operations = self.rand_augment_operations
+        if operations and self.data != "images":
+            raise ValueError(f"rand_augment_operations: {operations} is not allowed: must be 0 with data {self.data}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> TrainingSpec:
+        evaluated = self.evaluation_data or self.data
+        if self.evaluation_crop < 1 and evaluated != "images":
+            raise ValueError(f"evaluation_crop: {self.evaluation_crop} is not allowed: must be 1 with data {evaluated}")
+        if self.token_windows == "random" and self.data not in TEXTS:
+            raise ValueError(f"token_windows: 'random' is not allowed: must be consecutive with data {self.data}")
+        if self.keep_best and not self.evaluates:
+            raise ValueError("keep_best: True is not allowed: held-out samples must be evaluated")
         return self
 
     @model_validator(mode="after")
@@ -164,7 +198,8 @@ class TrainingSpec(Schema):
     def augmentation(self) -> str:
         """Name of the first active augmentation field; empty if there is none."""
         set_ = {"crop_scale": self.crop_scale < 1}
-        set_ |= {name: getattr(self, name) > 0 for name in ("crop_padding", "flip", "mixup", "cutmix")}
+        names = ("crop_padding", "flip", "rand_augment_operations", "mixup", "cutmix")
+        set_ |= {name: getattr(self, name) > 0 for name in names}
         return next((name for name, changes in set_.items() if changes), "")
 
     @property

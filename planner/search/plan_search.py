@@ -18,6 +18,7 @@ from ..common.types import Positive
 from ..common.units import format_bytes
 from ..config.loading import load_model
 from ..config.model import ModelSpec
+from ..config.recipes import Recipe, find_recipe
 from ..config.training import TrainingSpec, parse_training
 from ..hardware.cluster import ClusterSpec, load_cluster
 from ..plans.build import predict_plan
@@ -58,8 +59,9 @@ def plan(
     cluster: ClusterSpec | Mapping[str, object] | str | Path,
     /,
     *,
+    recipe: str | None = None,
     samples: int | None = None,
-    epochs: float = 1.0,
+    epochs: float | None = None,
     **settings: Any,
 ) -> SearchResult:
     """Find the best plan of a model on a cluster.
@@ -67,8 +69,10 @@ def plan(
     Args:
         model: a spec, a preset name, a file or a mapping, as `load_model` takes it.
         cluster: a spec, a name, a file or a mapping, as `load_cluster` takes it.
+        recipe: name of published settings, which the other arguments change: ``"translution-vit"`` or
+            ``"translution-gpt"``.
         samples: samples of one epoch; with it the number of steps follows from ``epochs`` and the global batch.
-        epochs: passes over ``samples``.
+        epochs: passes over ``samples``; the recipe's by default, or 1.
         settings: fields of `TrainingSpec` (``precision="bf16"``, ``steps=1000``, ``data="images"``; the data is
             ``"synthetic"`` unless given) and of `SearchConstraints` (``global_batch=512``, ``stage=3``,
             ``offload="cpu"``). ``micro_batch`` and ``gradient_accumulation_steps`` fix what the search would choose;
@@ -90,14 +94,39 @@ def plan(
             raise InputError(f"plan: unknown key {name!r}{nearest(name, known)}; allowed: {', '.join(known)}")
     fixed = {name: value for name, value in named.items() if name in _CONSTRAINT_FIELDS}
     fields = {name: value for name, value in named.items() if name not in _CONSTRAINT_FIELDS}
+    used = None if recipe is None else find_recipe(recipe, spec)
+    if used is not None and fixed.get("global_batch") is None:
+        fixed["global_batch"] = used.global_batch
     if fixed.get("checkpointing") is None and spec.checkpointing != "none":
         fixed["checkpointing"] = spec.checkpointing
     constraints = validate(_CONSTRAINTS, fixed, "plan", _CONSTRAINT_FIELDS)
+    if "steps" in fields and (samples, epochs) != (None, None):
+        name = "epochs" if samples is None else "samples"
+        raise InputError(f"steps: {fields['steps']} is not allowed: must be left out with {name}, which sets them")
+    if used is not None:
+        fields = _recipe_fields(used, fields.get("data"), samples, epochs, constraints, where) | fields
+    elif samples is not None:
+        fields["steps"] = steps_for_epochs(samples, 1.0 if epochs is None else epochs, constraints, where)
+    elif epochs is not None:
+        raise InputError(f"epochs: {epochs} is not allowed: must be used with samples or a recipe")
     training = parse_training({"data": "synthetic"} | fields, "plan")
-    if samples is not None:
-        steps = steps_for_epochs(samples, epochs, constraints, where)
-        training = parse_training(training.model_dump() | {"steps": steps}, "plan")
     return search_plan(spec, where, training, constraints)
+
+
+def _recipe_fields(
+    recipe: Recipe,
+    data: object,
+    samples: int | None,
+    epochs: float | None,
+    constraints: SearchConstraints,
+    cluster: ClusterSpec,
+) -> dict[str, object]:
+    """Fields of `TrainingSpec` by a recipe, whose epochs are of whole steps as in the authors' code."""
+    epoch_steps = steps_for_epochs(recipe.samples if samples is None else samples, 1.0, constraints, cluster)
+    passes = recipe.epochs if epochs is None else epochs
+    if not 0 < passes < math.inf:
+        raise InputError(f"epochs: {passes} is not allowed: must be above 0")
+    return recipe.fields(epoch_steps, data) | {"steps": math.ceil(epoch_steps * passes)}
 
 
 def steps_for_epochs(samples: int, epochs: float, constraints: SearchConstraints, cluster: ClusterSpec) -> int:
@@ -113,7 +142,7 @@ def steps_for_epochs(samples: int, epochs: float, constraints: SearchConstraints
         InputError: if ``samples`` or ``epochs`` is not above 0.
     """
     for name, value in (("samples", samples), ("epochs", epochs)):
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise InputError(f"{name}: {value} is not allowed: must be above 0")
     return max(1, math.ceil(samples * epochs / resolve_global_batch(constraints, cluster)))
 

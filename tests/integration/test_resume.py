@@ -17,7 +17,7 @@ from helpers.runs import run_plan, write_plan
 from helpers.waiting import PATIENCE_S, wait_until
 
 from translution.cli.main import run as run_cli
-from translution.distributed.checkpoint.manifest import MANIFEST, checkpoint_tags, newest_checkpoint
+from translution.distributed.checkpoint.manifest import MANIFEST, best_checkpoint, checkpoint_tags, newest_checkpoint
 from translution.distributed.runs.folder import CHECKPOINT, METRICS
 from translution.distributed.runs.mode import RunMode
 from translution.distributed.runs.status import read_status, read_statuses
@@ -115,21 +115,44 @@ def test_a_resumed_run_is_bitwise_equal_to_the_uninterrupted_one(name: str, tmp_
     assert_same_state(run / last, tmp_path / "uninterrupted" / last)
 
 
+def write_images(folder: Path) -> Path:
+    """Write 30 images to train on and 20 to evaluate, of ten classes and of several sizes."""
+    from PIL import Image
+
+    random = torch.Generator().manual_seed(0)
+    for part, each in (("train", 3), ("val", 2)):
+        for label in range(10):
+            (folder / part / f"class{label}").mkdir(parents=True)
+            for number in range(each):
+                pixels = torch.randint(12 * label, 12 * label + 130, (20 + 3 * number, 26), generator=random)
+                image = Image.fromarray(pixels.to(torch.uint8).numpy())
+                image.save(folder / part / f"class{label}" / f"{number}.png")
+    return folder
+
+
 def test_an_augmented_run_is_reproducible_and_resumable(tmp_path: Path) -> None:
-    """One rank: neither intermediate evaluations nor a monitor change the results."""
+    """One rank, images of files: neither evaluations, of which the best is kept, nor a monitor change the results."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     options: dict[str, Any] = {
-        "model": TINY, "steps": STEPS, "checkpoint_steps": SAVED, "label_smoothing": 0.1,
-        "mixup": 0.8, "cutmix": 1.0, "crop_padding": 2, "flip": 0.5,
+        "model": TINY, "steps": STEPS, "checkpoint_steps": SAVED, "label_smoothing": 0.1, "warmup_steps": 0,
+        "mixup": 0.8, "cutmix": 1.0, "flip": 0.5, "crop_scale": 0.3, "rand_augment_operations": 2,
+        "data": "images", "data_path": str(write_images(tmp_path / "images")), "evaluation_crop": 0.875,
+        "lr_schedule": "cosine-epoch", "epoch_steps": 3, "learning_rate": 0.03,
     }  # fmt: skip
     other = run_plan(write_plan(tmp_path / "other", 1, monitor="tensorboard", **options), 1)
-    folder = write_plan(tmp_path / "plan", 1, monitor="csv", evaluation_steps=2, **options)
+    folder = write_plan(tmp_path / "plan", 1, monitor="csv", evaluation_steps=2, keep_best=True, **options)
     run = run_plan(folder, 1)
     steps = [line for line in values(run, 0) if line[0] == "step"]
     assert steps == [line for line in values(other, 0) if line[0] == "step"]
     assert [line["step"] for line in metrics(run) if line["event"] == "evaluation"] == [2, 4, 6, 8]
     assert len({line[2] for line in steps}) == STEPS
+    assert [round(line[4] / 0.03, 6) for line in steps] == [1.0] * 3 + [0.75] * 3 + [0.25] * 2
+    accuracies = {line["step"]: line["accuracy"] for line in metrics(run) if line["event"] == "evaluation"}
+    best = best_checkpoint(run / CHECKPOINT)
+    assert best is not None
+    assert best.manifest.step == max(accuracies, key=lambda step: accuracies[step])
+    assert {f"step_{SAVED}", f"step_{STEPS}", best.tag} >= set(checkpoint_tags(run / CHECKPOINT)) >= {best.tag}
     last = f"{CHECKPOINT}/step_{STEPS}"
     assert_same_state(run / last, other / last)
 

@@ -76,20 +76,31 @@ def plan_cli(
             help="Micro-batches per optimizer step; chosen by default.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Train as published, unless other options say otherwise: translution-vit, translution-gpt."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="100")] = None,
     samples: Annotated[int | None, typer.Option(help="Samples of an epoch; with --epochs sets the steps.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over --samples.")] = 1.0,
-    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up before the cosine decay.")] = 0,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.05,
-    gradient_clipping: Annotated[float, typer.Option(help="Maximum gradient norm; 0 disables clipping.")] = 1.0,
+    epochs: Annotated[float | None, typer.Option(help="Passes over --samples.", show_default="1")] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option(help="Steps of linear warm-up before the cosine decay.", show_default="0")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate of AdamW.", show_default="0.001")
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay of AdamW.", show_default="0.05")] = None,
+    gradient_clipping: Annotated[
+        float | None, typer.Option(help="Maximum gradient norm; 0 disables clipping.", show_default="1")
+    ] = None,
     precision: PrecisionOption = "fp32",
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="digits, digits-static, digits-shifted, digits-patches, images, tokens, stdlib or synthetic."
+            help="digits, digits-static, digits-shifted, digits-patches, images, tokens, stdlib or synthetic.",
+            show_default="digits",
         ),
-    ] = "digits",
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights and the sample order.")] = 0,
     stage: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage; chosen by default.")] = None,
     tile_relations: TileOption = None,
@@ -120,17 +131,11 @@ def plan_cli(
     """Search for the best plan for a cluster, explain the choice and write the plan folder."""
     flags = {"operator": operator, "roles": roles, "c1": c1, "c2": c2, "relative_layers": relative_layers}
     spec = planner.load_model(model, **(flags | dict(settings or ())))
-    given = {
+    given: dict[str, object] = {
         "global_batch": global_batch,
         "micro_batch": micro_batch,
         "accumulation": gradient_accumulation_steps,
-        "steps": steps,
-        "warmup_steps": warmup_steps,
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-        "gradient_clipping": gradient_clipping,
         "precision": precision,
-        "data": data,
         "seed": seed,
         "stage": stage,
         "tile_relations": tile_relations,
@@ -143,10 +148,20 @@ def plan_cli(
         "all_nodes": all_nodes,
         "quantized": quantized,
         "zero_overrides": dict(zero_settings or ()),
-    } | dict(training_settings or ())
+    }
+    # The recipe, or else the defaults, decide about these fields unless they are given.
+    training = {
+        "steps": steps,
+        "warmup_steps": warmup_steps,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "gradient_clipping": gradient_clipping,
+        "data": data or (None if recipe else "digits"),
+    }
+    given |= {name: value for name, value in training.items() if value is not None} | dict(training_settings or ())
     check_new_folder(out.absolute(), marker=PLAN_FILE, force=force)
     try:
-        result = planner.plan(spec, cluster, samples=samples, epochs=epochs, **given)
+        result = planner.plan(spec, cluster, recipe=recipe, samples=samples, epochs=epochs, **given)
     except planner.NoPlanFits as error:
         _print_no_plan(error, spec, out, as_json=as_json)
         raise
@@ -166,6 +181,9 @@ def _print_result(result: planner.SearchResult, out: Path) -> None:
         f"{plan.model.name}: {format_count(count_parameters(plan.model).total)} parameters, ZeRO-{plan.zero.stage} on "
         f"{plan.world_size} ranks ({plan.cluster.name}){tiles}, {plan.global_batch} samples per step"
     )
+    if plan.training.epoch_steps is not None:
+        epochs = plan.training.steps / plan.training.epoch_steps
+        to.print(f"{plan.training.steps:,} steps: {epochs:g} epochs of {plan.training.epoch_steps:,} steps")
     for table in (strategies_table(result.strategies), knobs_table(result), pareto_table(result)):
         to.print(table)
     if plan.time is not None and plan.run_cost is not None:

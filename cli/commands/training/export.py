@@ -35,6 +35,9 @@ def export_cli(
     ],
     out: Annotated[Path, typer.Option(help="File to write (safetensors).")],
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    best: Annotated[
+        bool, typer.Option("--best", help="Take the checkpoint with the best evaluation instead of the newest one.")
+    ] = False,
     published: Annotated[
         bool, typer.Option("--published", help="Write a state dict for the authors' present code, in fp32.")
     ] = False,
@@ -48,10 +51,10 @@ def export_cli(
     if published:
         if dtype != "fp32":
             raise InputError(f"dtype: {dtype!r} is not allowed: must be fp32 with --published")
-        made = export_published(run_folder, out, force=force)
+        made = export_published(run_folder, out, best=best, force=force)
         kind, origin = "fp32 under the authors' keys", str(made.source)
     else:
-        made = export(run_folder, out, dtype=dtype, force=force)  # type: ignore[arg-type]  # export checks it
+        made = export(run_folder, out, dtype=dtype, best=best, force=force)  # type: ignore[arg-type]  # export checks it
         kind, origin = made.dtype, f"step {made.step} of {made.run}"
     if as_json:
         print_json(json.loads(made.model_dump_json()))

@@ -37,6 +37,14 @@ _RECENT_STEPS = 20
 """Number of recent steps whose median is the time of a step."""
 
 
+def format_scores(metrics: Mapping[str, Any]) -> str:
+    """Return the result of an evaluation as text."""
+    top5, perplexity = metrics.get("top5_accuracy"), metrics.get("perplexity")
+    of_five = "" if top5 is None else f" (top-5 {top5:.2%})"
+    exponential = "" if perplexity is None else f", perplexity {perplexity:,.2f}"
+    return f"accuracy {metrics['accuracy']:.2%}{of_five}, loss {metrics['loss']:.4f}{exponential}"
+
+
 class LaunchProgress:
     """Shows progress and predictions: a progress bar on a terminal, otherwise a line every few steps."""
 
@@ -80,8 +88,8 @@ class LaunchProgress:
             self._show_evaluating(metrics)
         elif metrics["event"] == "evaluation":
             self._console.print(
-                f"step {metrics['step']}/{self._steps}, held-out: accuracy {metrics['accuracy']:.2%}, "
-                f"loss {metrics['loss']:.4f} ({metrics['samples']} samples)",
+                f"step {metrics['step']}/{self._steps}, held-out: {format_scores(metrics)} "
+                f"({metrics['samples']} samples)",
                 soft_wrap=True,
             )
 

@@ -321,6 +321,25 @@ def test_the_schedule_warms_up_and_ends_near_zero() -> None:
     assert 0 < factors[-1] < 0.02
 
 
+@pytest.mark.parametrize("epochs", [1, 3, 10])
+def test_a_schedule_by_epochs_is_torchs(epochs: int) -> None:
+    parameter = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.AdamW([parameter], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+    for epoch in range(epochs):
+        factors = {learning_rate_factor(5 * epoch + step, 0, 5 * epochs, 5) for step in range(5)}
+        assert len(factors) == 1
+        assert factors.pop() == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_schedule_by_epochs_counts_them_from_the_end_of_the_warm_up() -> None:
+    factors = [learning_rate_factor(step, 2, 9, 3) for step in range(9)]
+    # Two steps of warm-up, then epochs of 3, 3 and 1 steps.
+    assert factors == [0.5, *[1.0] * 4, *[pytest.approx(0.75)] * 3, pytest.approx(0.25)]
+
+
 def test_the_digits_are_those_that_scikit_learn_loads() -> None:
     from sklearn.datasets import load_digits as load
 

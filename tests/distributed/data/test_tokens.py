@@ -1,4 +1,4 @@
-"""Windows of tokens from files and from the standard library, and the token files that `prepare` writes."""
+"""Windows of tokens from files and from the standard library."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 from helpers.runs import write_plan
 
-from translution.cli.main import run
-from translution.distributed.data import tokenize
 from translution.distributed.data.base import DataSource
 from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.loaders import load_samples
-from translution.distributed.data.tokens import load_stdlib, stdlib_files
+from translution.distributed.data.tokens import RandomWindows, TokenWindows, load_stdlib, stdlib_files
 from translution.distributed.preflight.checks import check_node
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import parse_model_spec
@@ -166,133 +163,40 @@ def resident_bytes(source: DataSource) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in source.resident)
 
 
-LINES = "".join(f"line {number} of a text with ümläuts and 漢字\n" for number in range(300))
+def random_windows(tokens: int, **fields: int) -> TokenWindows:
+    return TokenWindows(np.arange(tokens, dtype=np.uint16), 8, 256, "text", RandomWindows(**fields))
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(LINES, encoding="utf-8")
-    return path
+def test_random_windows_start_anywhere_and_change_from_epoch_to_epoch() -> None:
+    source = random_windows(40, seed=3, epoch_samples=500)
+    assert len(source) == 500
+    first, second = (source.select(torch.arange(500), epoch) for epoch in (0, 1))
+    starts = first.inputs[:, 0]
+    # Every start is drawn whose window and last target lie within the 40 tokens.
+    assert sorted(set(starts.tolist())) == list(range(32))
+    assert torch.equal(first.inputs, starts[:, None] + torch.arange(8))
+    assert torch.equal(first.targets, first.inputs + 1)
+    assert (first.inputs[:, 0] == second.inputs[:, 0]).float().mean() < 0.1
+    again = random_windows(40, seed=3, epoch_samples=500).select(torch.tensor([7, 499]), 1)
+    assert torch.equal(again.inputs, second.inputs[[7, 499]])
+    other = random_windows(40, seed=4, epoch_samples=500).select(torch.arange(500))
+    assert not torch.equal(other.inputs, first.inputs)
 
 
-def tokens(folder: Path, name: str, dtype: str = "uint16") -> list[int]:
-    return np.fromfile(folder / name, dtype=dtype).tolist()
+def test_a_bad_token_of_a_random_window_is_found(tmp_path: Path) -> None:
+    source = TokenWindows(np.full(40, 300, dtype=np.uint16), 8, 256, "text", RandomWindows(seed=0))
+    assert len(source) == 4
+    with pytest.raises(InputError, match=r"text: token 300 at byte \d+ is not allowed: must be below 256"):
+        source.select(torch.tensor([2]))
 
 
-@pytest.mark.parametrize("chunk", [7, 100, 2**20])
-def test_bytes_are_written_and_read_back(
-    text: Path, tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(tokenize, "CHUNK_BYTES", chunk)
-    other = tmp_path / "other.txt"
-    other.write_bytes(b"no line\xff" * 50)
-    assert run(["prepare", str(text), str(other), "--out", str(tmp_path / "out"), "--held-out", "0.2", "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    training, held_out = (bytes(tokens(tmp_path / "out", name)) for name in ("train.bin", "val.bin"))
-    raw = LINES.encode()
-    split = raw.index(b"\n", round(0.8 * len(raw)) - 1) + 1
-    assert training == raw[:split] + other.read_bytes()[:320]
-    assert held_out == raw[split:] + other.read_bytes()[320:]
-    assert document == {
-        "folder": str(tmp_path / "out"),
-        "dtype": "uint16",
-        "vocabulary": 256,
-        "tokenizer": None,
-        "training_tokens": len(training),
-        "held_out_tokens": len(held_out),
-    }
-    windows, _ = load(tmp_path / "out")
-    assert bytes(windows.select(torch.tensor([1])).inputs[0].tolist()) == raw[8:16]
-
-
-def make_tokenizer(path: Path, extra: int = 0) -> tokenizers.Tokenizer:
-    """Train a byte-level BPE tokenizer on the text and add `extra` words to it."""
-    tokenizer = tokenizers.ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator([LINES], vocab_size=300, show_progress=False)
-    tokenizer.add_tokens([f"extra{number}" for number in range(extra)])
-    tokenizer.save(str(path))
-    return tokenizers.Tokenizer.from_file(str(path))
-
-
-@pytest.mark.parametrize(("extra", "dtype"), [(0, "uint16"), (70_000, "uint32")])
-def test_tokens_decode_to_the_text(
-    text: Path,
-    tmp_path: Path,
-    extra: int,
-    dtype: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(tokenize, "CHUNK_BYTES", 1000)
-    tokenizer = make_tokenizer(tmp_path / "tokenizer.json", extra)
-    out = tmp_path / "out"
-    flags = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--out", str(out)]
-    assert run(["prepare", str(text), *flags]) == 0
-    assert "tokens to train on" in capsys.readouterr().out
-    training, held_out = tokens(out, "train.bin", dtype), tokens(out, "val.bin", dtype)
-    assert tokenizer.decode(training) + tokenizer.decode(held_out) == LINES
-    assert len(training) < len(LINES)
-    meta = json.loads((out / "meta.json").read_text())
-    assert (meta["dtype"], meta["vocabulary"]) == (dtype, tokenizer.get_vocab_size())
-    windows, _ = load(out, vocabulary=100_000)
-    assert windows.select(torch.tensor([2])).inputs[0].tolist() == training[16:24]
-
-
-@pytest.mark.parametrize(
-    ("texts", "flags", "message"),
-    [
-        (["absent.txt"], [], "absent.txt: no such file"),
-        (["."], [], ": is no plain file"),
-        (["text.txt"], ["--held-out", "1"], "held-out: 1.0 is not allowed: must be above 0 and below 1"),
-        (["text.txt", "latin.txt"], ["--tokenizer", "tokenizer.json"], "latin.txt: byte 4 is not UTF-8"),
-        (["text.txt"], ["--tokenizer", "absent.json"], "absent.json' cannot be read: No such file"),
-        (["text.txt"], ["--tokenizer", "text.txt"], "text.txt' is not allowed: must be a tokenizer.json: "),
-        (["empty.txt"], [], "texts: 0 tokens to train on and 0 held out are not allowed"),
-    ],
-)
-def test_prepare_reports_bad_input_in_one_line_and_leaves_no_files(
-    text: Path,
-    texts: list[str],
-    flags: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(text.parent)
-    (text.parent / "latin.txt").write_bytes(b"caf\n\xe9 au lait\n" * 9)
-    (text.parent / "empty.txt").touch()
-    make_tokenizer(text.parent / "tokenizer.json")
-    before = sorted(text.parent.iterdir())
-    assert run(["prepare", *texts, *flags, "--out", "out"]) == 2
-    printed = capsys.readouterr().err
-    assert message in printed
-    assert printed.count("\n") == 1
-    assert sorted(text.parent.iterdir()) == before
-
-
-def test_an_interrupted_prepare_leaves_existing_files(
-    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(text.parent)
-    written = []
-
-    def interrupted(chunk: bytes, name: str, start: int) -> bytes:
-        written.extend(path for path in text.parent.glob(".out.*/train.bin") if path.stat().st_size)
-        if start:
-            raise KeyboardInterrupt
-        return chunk * 10_000
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenize, "CHUNK_BYTES", 1000)
-        patch.setattr(tokenize, "_encode_bytes", interrupted)
-        assert run(["prepare", "text.txt", "--out", "out"]) == 130
-    assert written
-    assert list(text.parent.iterdir()) == [text]
-    assert run(["prepare", "text.txt", "--out", "out"]) == 0
-    written_once = (text.parent / "out" / "train.bin").read_bytes()
-    capsys.readouterr()
-    assert run(["prepare", "text.txt", "--out", "out"]) == 2
-    assert "exists already" in capsys.readouterr().err
-    assert run(["prepare", "text.txt", "text.txt", "--out", "out", "--force"]) == 0
-    assert len((text.parent / "out" / "train.bin").read_bytes()) == 2 * len(written_once)
+def test_a_plan_trains_on_random_windows_and_evaluates_consecutive_ones(tmp_path: Path) -> None:
+    folder = write(tmp_path, list(range(200)))
+    values = {"data": "tokens", "data_path": str(folder), "token_windows": "random", "epoch_steps": 5}
+    training, held_out = load_samples(parse_model_spec(MODEL), TrainingSpec.model_validate(values), 6)
+    assert (len(training), len(held_out)) == (30, 1)
+    assert held_out.select(torch.tensor([0])).inputs.tolist() == [list(range(8))]
+    with pytest.raises(
+        ValueError, match="token_windows: 'random' is not allowed: must be consecutive with data digits"
+    ):
+        TrainingSpec(token_windows="random")

@@ -99,6 +99,9 @@ def test_a_usable_nvme_folder_passes_with_its_speed(tmp_path: Path, capsys: pyte
         ({"checkpoint_steps": 1, "keep_checkpoints": 1}, 2),
         ({"checkpoint_steps": 2, "final_checkpoint": False}, 1),
         ({"checkpoint_minutes": 5.0}, 3),
+        ({"checkpoint_steps": 1, "keep_checkpoints": 1, "keep_best": True}, 3),
+        ({"keep_best": True}, 2),
+        ({"evaluation_steps": 1, "keep_best": True}, 4),
     ],
 )
 def test_the_disk_must_hold_the_checkpoints_that_exist_at_once(

@@ -26,7 +26,9 @@ from translution.planner.plans.plan import Plan
 
 
 class FakeEngine:
-    """One rank whose logits are the first three values of a sample."""
+    """One rank whose logits are the first values of a sample, three of them by default."""
+
+    classes = 3
 
     rank, world_size = 0, 1
     scores = Engine.scores
@@ -42,7 +44,7 @@ class FakeEngine:
     def forward(self, batch: Samples) -> torch.Tensor:
         assert not torch.is_grad_enabled()
         self.batches.append(len(batch))
-        return batch.inputs[:, :3]
+        return batch.inputs[:, : self.classes]
 
     def mean_over_ranks(self, *values: float) -> list[float]:
         return list(values)
@@ -99,6 +101,43 @@ def test_each_sample_counts_once(
     status = read_status(run, 0)
     assert status is not None
     assert (status.state, status.step, status.message) == ("evaluating", 7, "11 held-out samples")
+
+
+def test_the_five_most_likely_classes_are_counted_too(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeEngine, "classes", 10)
+    generator = torch.Generator().manual_seed(1)
+    samples = Samples(torch.randn(53, 10, generator=generator), torch.randint(10, (53,), generator=generator))
+    plan = plan_of().model_copy(update={"evaluation": EvaluationPlan(micro_batch=8, max_samples=None)})
+    result = evaluator(plan, run).evaluate(samples, 1)
+    assert result is not None
+    order = samples.inputs.argsort(dim=1, descending=True)
+    places = [row.tolist().index(target) for row, target in zip(order, samples.targets.tolist(), strict=True)]
+    assert result.accuracy == pytest.approx(sum(place == 0 for place in places) / 53)
+    assert result.top5_accuracy == pytest.approx(sum(place < 5 for place in places) / 53)
+    assert result.accuracy < result.top5_accuracy < 1
+    assert result.perplexity is None
+    written = metrics(run)[-1]
+    assert written["top5_accuracy"] == result.top5_accuracy
+    assert "perplexity" not in written
+
+
+def test_a_language_model_has_a_perplexity(run: Path) -> None:
+    spec = {"family": "gpt", "context": 4, "vocabulary": 10, "dim": 8, "depth": 1, "heads": 1}
+    plan = make_plan(parse_model_spec(spec), local_cpu_cluster(1), TrainingSpec(data="synthetic", evaluation_samples=0))
+    own = evaluator(plan, run)
+    generator = torch.Generator().manual_seed(1)
+    logits, targets = torch.randn(3, 4, 10, generator=generator), torch.randint(10, (3, 4), generator=generator)
+    own.engine.forward = lambda batch: batch.inputs  # type: ignore[method-assign]
+    result = own.evaluate(Samples(logits, targets), 1)
+    assert result is not None
+    likely = logits.log_softmax(-1).gather(-1, targets[..., None])
+    assert result.perplexity == pytest.approx(float((-likely).mean().exp()), rel=1e-6)
+    assert result.top5_accuracy is None
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (1e4, None), (float("nan"), None), (float("inf"), None)])
+def test_a_perplexity_above_every_float_is_left_out(loss: float, expected: float | None) -> None:
+    assert evaluation.perplexity(loss) == expected
 
 
 def test_progress_is_written_every_few_seconds(run: Path, held_out: Samples) -> None:

@@ -94,6 +94,8 @@ def test_lines_show_measured_and_predicted_values(timed: planner.Plan) -> None:
     lines = [step_line(number, 0.5 if number > 3 else 4.0) for number in range(1, 41)]
     lines.insert(3, {"event": "memory", "step": 3, "peak_bytes": 3 * 2**30})
     lines.insert(11, {"event": "evaluation", "step": 10, "loss": 2.25, "accuracy": 0.125, "samples": 48})
+    lines.insert(22, {"event": "evaluation", "step": 20, "loss": 1.0, "accuracy": 0.25, "samples": 48})
+    lines[22] |= {"top5_accuracy": 0.75, "perplexity": 2.71828}
     text, _ = shown(timed, lines)
     predicted = f"(predicted {timed.time.likely_s:.3g} s)"
     assert text.splitlines() == [
@@ -101,6 +103,7 @@ def test_lines_show_measured_and_predicted_values(timed: planner.Plan) -> None:
         f"step 3/40, memory 3.00 GiB (predicted {timed.prediction.peak_bytes / 2**30:.2f} GiB) of rank 0",
         "step 10/40, held-out: accuracy 12.50%, loss 2.2500 (48 samples)",
         f"step 20/40: loss 2.5000, 16 samples/s, 0.5 s per step {predicted}",
+        "step 20/40, held-out: accuracy 25.00% (top-5 75.00%), loss 1.0000, perplexity 2.72 (48 samples)",
         f"step 40/40: loss 2.5000, 16 samples/s, 0.5 s per step {predicted}",
     ]
 
