@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from translution.planner.common import InputError, MissingPackageError
-from translution.planner.config import TrainingSpec, VitSpec
+from translution.planner.config import IMAGE_SUFFIXES, TrainingSpec, VitSpec
 
 from .base import DataSource, Samples
 from .image_view import ImageView, held_out_view, training_view
 
 TRAINING_SPLITS, HELD_OUT_SPLITS = ("train",), ("val", "validation", "test")
 """Accepted names of each split; the first that exists is used."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _MEAN = {1: np.array([0.449], np.float32), 3: np.array([0.485, 0.456, 0.406], np.float32)}
 _DEVIATION = {1: np.array([0.226], np.float32), 3: np.array([0.229, 0.224, 0.225], np.float32)}
 """ImageNet's mean and standard deviation by number of channels: gray, or red, green and blue, from 0 to 1."""
@@ -176,7 +175,9 @@ class FolderImages:
             names += found
             labels += [label] * len(found)
         if not names:
-            raise InputError(f"{folder}: holds no image: must hold CLASS/*{', CLASS/*'.join(SUFFIXES[:3])} or similar")
+            raise InputError(
+                f"{folder}: holds no image: must hold CLASS/*{', CLASS/*'.join(IMAGE_SUFFIXES[:3])} or similar"
+            )
         # A numpy array of bytes is smaller: a Python string takes about 100 bytes per name.
         self._names, self._labels = np.array(names), np.array(labels, dtype=np.int32)
 
@@ -249,7 +250,7 @@ def _images_in(folder: Path) -> list[bytes]:
     if not folder.is_dir():
         return []
     names = (entry.name for entry in os.scandir(folder))
-    return sorted(os.fsencode(name) for name in names if name.lower().endswith(SUFFIXES))
+    return sorted(os.fsencode(name) for name in names if name.lower().endswith(IMAGE_SUFFIXES))
 
 
 def _first(names: tuple[str, ...], existing: Any) -> str | None:

@@ -1,5 +1,6 @@
 from .datasets import BYTES_VOCABULARY as BYTES_VOCABULARY
 from .datasets import DIGITS_CLASSES as DIGITS_CLASSES
+from .datasets import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from .datasets import PLACED_DIGITS as PLACED_DIGITS
 from .datasets import DataKind as DataKind
 from .datasets import check_kind as check_kind

@@ -27,6 +27,8 @@ DIGITS: tuple[DataKind, ...] = ("digits", *PLACED_DIGITS)
 READ_FROM_PATH: tuple[DataKind, ...] = ("images", "tokens")
 TEXTS: tuple[DataKind, ...] = ("tokens", "stdlib")
 """Kinds whose samples are windows of a text."""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+"""Ends of the names of image files."""
 DIGITS_CLASSES = 10
 DIGITS_TRAINING_SAMPLES = 1433
 """Training samples of scikit-learn's 1,797 digits; the others are held out."""

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+from helpers.data.imagenet import write_archives
 from helpers.doc_pages import (
     ROOT,
     Shown,
@@ -158,6 +159,12 @@ def prepare(folder: Path, page: str) -> None:
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(["a line of a book"], show_progress=False)
     tokenizer.save(str(folder / "tokenizer.json"))
+    if page == "docs/data.md":
+        tokenizer.add_special_tokens(["<|endoftext|>"])
+        (folder / "gpt2").mkdir()
+        tokenizer.save(str(folder / "gpt2" / "tokenizer.json"))
+        (folder / "pages.jsonl").write_text('{"text": "a page of the web"}\n' * 20_000)
+        write_archives(folder)
     for fence in fences((ROOT / page).read_text(encoding="utf-8")):
         named = re.fullmatch(r"# ([\w.-]+\.ya?ml)", fence.lines[0]) if fence.language == "yaml" else None
         if named:
@@ -233,7 +240,12 @@ PAGES = sorted((str(path.relative_to(ROOT)) for path in reader_pages()), key=lam
 @needs_two_cores
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_work(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured, quick_ranks: None
+    page: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+    quick_ranks: None,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path, page)
@@ -247,7 +259,9 @@ def test_the_commands_of_a_page_work(
             difference = first_difference(("…", *excerpts[line].lines, "…"), reader.last)
             assert difference is None, f"{page}:{line}: {difference}"
     if page == LIVE:
-        _trained.append(tmp_path / "plans" / "digits" / "runs" / "001")
+        # This test's own folder is removed when it has passed.
+        kept = tmp_path_factory.mktemp("trained") / "001"
+        _trained.append(Path(shutil.copytree(tmp_path / "plans" / "digits" / "runs" / "001", kept)))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if programs(ROOT / page)])

@@ -156,7 +156,7 @@ def plan_cli(
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
         "gradient_clipping": gradient_clipping,
-        "data": data or (None if recipe else "digits"),
+        "data": "digits" if data is None and recipe is None else data,
     }
     given |= {name: value for name, value in training.items() if value is not None} | dict(training_settings or ())
     check_new_folder(out.absolute(), marker=PLAN_FILE, force=force)

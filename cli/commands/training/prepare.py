@@ -74,7 +74,7 @@ def _prepare_images(archives: list[Path], out: Path, labels: Path | None, *, for
         total = sum(path.stat().st_size for path in archives if path.is_file())
         task = progress.add_task("unpack", total=total)
         made = prepare_images(
-            archives, out, labels=labels, force=force, on_bytes=lambda count: progress.advance(task, count)
+            archives, out, labels=labels, force=force, on_image=lambda count: progress.advance(task, count)
         )
     if as_json:
         print_json({"folder": str(out), **made.model_dump()})

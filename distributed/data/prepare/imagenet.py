@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from translution.planner.common import InputError, Schema, check_new_folder, new_folder, write_text
+from translution.planner.config import IMAGE_SUFFIXES
 
-from ..images import SUFFIXES
 from .labels import read_labels
 
 MARKER = "images.json"
@@ -25,7 +25,7 @@ MARKER = "images.json"
 _CLASS = re.compile(r"\w[\w.-]*")
 _COPY_BYTES = 2**20
 
-OnBytes = Callable[[int], None]
+OnImage = Callable[[int], None]
 
 
 class PreparedImages(Schema):
@@ -47,11 +47,11 @@ class _Unpacker:
     Args:
         folder: where train/ and val/ are made.
         labels: class of every held-out image by the stem of its name; None if no labels are given.
-        on_bytes: called with the size of every image.
+        on_image: called with the size of every image.
     """
 
-    def __init__(self, folder: Path, labels: dict[str, str] | None, on_bytes: OnBytes) -> None:
-        self.folder, self.labels, self.on_bytes = folder, labels, on_bytes
+    def __init__(self, folder: Path, labels: dict[str, str] | None, on_image: OnImage) -> None:
+        self.folder, self.labels, self.on_image = folder, labels, on_image
         self.counts = {"train": 0, "val": 0}
 
     def unpack(self, path: Path) -> None:
@@ -85,7 +85,7 @@ class _Unpacker:
         except (tarfile.TarError, EOFError, zlib.error) as error:
             raise InputError(f"{path}: {image} cannot be read: {error}: the archive is damaged or cut") from None
         self.counts[split] += 1
-        self.on_bytes(target.stat().st_size)
+        self.on_image(target.stat().st_size)
 
 
 def _images(path: Path) -> Iterator[tuple[str, str | None, IO[bytes]]]:
@@ -99,10 +99,10 @@ def _images(path: Path) -> Iterator[tuple[str, str | None, IO[bytes]]]:
             if not _CLASS.fullmatch(class_name):
                 raise InputError(f"{path}: {name!r} is not allowed: must be CLASS.tar")
             for image, inner in _members(file, f"{path}: {name}"):
-                if image.lower().endswith(SUFFIXES):
+                if image.lower().endswith(IMAGE_SUFFIXES):
                     found = True
                     yield image, class_name, inner
-        elif name.lower().endswith(SUFFIXES):
+        elif name.lower().endswith(IMAGE_SUFFIXES):
             found = True
             yield name, own_class, file
     if not found:
@@ -144,7 +144,7 @@ def prepare_images(
     *,
     labels: Path | None = None,
     force: bool = False,
-    on_bytes: OnBytes = lambda _: None,
+    on_image: OnImage = lambda _: None,
 ) -> PreparedImages:
     """Unpack archives of images into a folder, which is written completely or not at all.
 
@@ -153,7 +153,7 @@ def prepare_images(
         out: the folder to create.
         labels: classes of the images of an archive that does not tell them, as `read_labels` reads them.
         force: replace an existing folder of images.
-        on_bytes: called with the size of every image that was written.
+        on_image: called with the size of every image that was written.
 
     Raises:
         InputError: if an archive or the labels are missing, damaged or not as described, an image has no class, there
@@ -165,7 +165,7 @@ def prepare_images(
     target = out.with_name(f".{out.name}.new") if replaces else out
     known = None if labels is None else read_labels(labels)
     with new_folder(target, marker=MARKER) as folder:
-        unpacker = _Unpacker(folder, known, on_bytes)
+        unpacker = _Unpacker(folder, known, on_image)
         for path in archives:
             unpacker.unpack(path)
         for split, count in unpacker.counts.items():

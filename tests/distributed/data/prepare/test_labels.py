@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from scipy.io import savemat
+from helpers.data.imagenet import LABELS, kit_files, tar
 
 from translution.distributed.data.prepare.labels import read_labels
 from translution.planner.common.errors import InputError
-
-CLASSES = ("n01440764", "n01443537", "n02102040")
-LABELS = {f"ILSVRC2012_val_{number + 1:08d}": CLASSES[number % 3] for number in range(7)}
 
 TEXTS = {
     "lines": "".join(f"{image}.JPEG {name}\n" for image, name in LABELS.items()),
@@ -32,35 +26,23 @@ def test_lines_of_every_kind_are_read(kind: str, tmp_path: Path) -> None:
     assert read_labels(tmp_path / "labels") == LABELS
 
 
-def kit(path: Path, *, meta: bytes | None = None, leave_out: str = "") -> Path:
-    """Write a development kit whose class numbers are not in the order of the names."""
-    numbers = {CLASSES[0]: 3, CLASSES[1]: 1, CLASSES[2]: 2}
-    synsets = np.empty((3, 1), dtype=[(name, object) for name in ("ILSVRC2012_ID", "WNID", "words")])
-    for row, (name, number) in enumerate(numbers.items()):
-        synsets[row, 0] = (number, name, "a fish")
-    file = io.BytesIO()
-    savemat(file, {"synsets": synsets})
-    truth = "".join(f"{numbers[name]}\n" for name in LABELS.values()).encode()
-    content = {"meta.mat": meta or file.getvalue(), "ILSVRC2012_validation_ground_truth.txt": truth}
-    with tarfile.open(path, "w:gz") as archive:
-        for name, data in content.items():
-            if name != leave_out:
-                member = tarfile.TarInfo(f"ILSVRC2012_devkit_t12/data/{name}")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
+def write_kit(path: Path, changes: dict[str, bytes | None]) -> Path:
+    """Write a development kit with some files changed, or left out where a change is None."""
+    made = {name: changes.get(Path(name).name, content) for name, content in kit_files().items()}
+    path.write_bytes(tar({name: content for name, content in made.items() if content is not None}, "w:gz"))
     return path
 
 
 def test_a_development_kit_is_read(tmp_path: Path) -> None:
-    assert read_labels(kit(tmp_path / "kit.tar.gz")) == LABELS
+    assert read_labels(write_kit(tmp_path / "kit.tar.gz", {})) == LABELS
 
 
 def test_other_archives_are_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"kit.tar.gz: holds no meta.mat: must be ImageNet's development kit"):
-        read_labels(kit(tmp_path / "kit.tar.gz", leave_out="meta.mat"))
+        read_labels(write_kit(tmp_path / "kit.tar.gz", {"meta.mat": None}))
     with pytest.raises(InputError, match=r"kit.tar.gz: cannot be read as ImageNet's development kit"):
-        read_labels(kit(tmp_path / "kit.tar.gz", meta=b"no matrix"))
-    path = kit(tmp_path / "kit.tar.gz")
+        read_labels(write_kit(tmp_path / "kit.tar.gz", {"meta.mat": b"no matrix"}))
+    path = write_kit(tmp_path / "kit.tar.gz", {})
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(InputError, match=r"kit.tar.gz: "):
         read_labels(path)
