@@ -45,10 +45,11 @@ def micro_batches(
     shares = _shares(len(samples), step, (gradient_accumulation_steps, world_size, micro_batch), seed, first_step)
     epoch, share = next(shares)
     while True:
-        batches = [samples.select(index, epoch) for index in share[:, rank]]
+        batches = [[samples.select(index, epoch) for index in share[:, rank]]]
         epoch, share = next(shares)
         samples.prefetch(share[:, rank].flatten(), epoch)
-        yield batches
+        # Nothing here refers to them during the step: augmented ones would lie in memory twice.
+        yield batches.pop()
 
 
 def _shares(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from translution.models import build
 from translution.planner.common import Phase
-from translution.planner.config import ModelSpec, PatchSpec
+from translution.planner.config import LossKind, ModelSpec, PatchSpec
 
 from .allocation_tracer import trace_allocations
 
@@ -27,7 +27,7 @@ def measure_passes(
     implementation: str = "grouped",
     autocast: torch.dtype | None = None,
     *,
-    chunked: bool = False,
+    loss: LossKind = "whole",
 ) -> dict[str, int]:
     """Peak bytes allocated in forward and in backward, without the parameters and the samples.
 
@@ -41,21 +41,26 @@ def measure_passes(
         tile_relations: relations per tile; None leaves the tables untiled.
         implementation: of the relative operators, as `build` takes it.
         autocast: dtype of autocast around the network, without the loss, as in DeepSpeed's engine; None disables it.
-        chunked: compute a language model's loss in chunks of tokens.
+        loss: how the loss is computed; of mixed images from random class probabilities.
     """
     torch.manual_seed(0)
     network = build(spec, tile_relations=tile_relations, implementation=implementation).to(dtype)
     inputs, targets = random_samples(spec, batch, dtype)
     losses: list[Tensor] = []
+    if loss in ("mixed", "smoothed"):
+        assert isinstance(spec, PatchSpec)
+        targets = torch.rand(batch, spec.classes).softmax(-1)
 
     def forward() -> None:
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            if chunked:
+            if loss == "chunked":
                 losses.append(network(inputs, targets))
                 return
             logits = network(inputs)
+        wanted = targets if targets.is_floating_point() else targets.flatten()
+        smoothing = 0.1 if loss == "smoothed" else 0.0
         logits = logits.flatten(0, -2).float()
-        losses.append(torch.nn.functional.cross_entropy(logits, targets.flatten()))
+        losses.append(torch.nn.functional.cross_entropy(logits, wanted, label_smoothing=smoothing))
 
     def backward() -> None:
         losses[0].backward()

@@ -31,6 +31,7 @@ from .recipes import RECIPES as RECIPES
 from .recipes import Recipe as Recipe
 from .recipes import find_recipe as find_recipe
 from .run_config import RunConfig as RunConfig
+from .training import LossKind as LossKind
 from .training import Optimizer as Optimizer
 from .training import TrainingSpec as TrainingSpec
 from .training import parse_training as parse_training

@@ -11,6 +11,9 @@ from ..common.schema import Schema, stored_as, validate
 from ..common.types import DTYPE_BYTES, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Precision, UnitFraction
 from .datasets import PLACED_DIGITS, READ_FROM_PATH, TEXTS, DataKind
 
+LossKind: TypeAlias = Literal["whole", "chunked", "mixed", "smoothed"]
+"""How the loss is computed: from classes or tokens, in chunks of tokens, or from the class probabilities of mixed
+images, which may be smoothed."""
 Optimizer: TypeAlias = Literal["adamw", "lion", "adagrad", "sgd"]
 
 
@@ -188,6 +191,13 @@ class TrainingSpec(Schema):
     def chunks_loss(self) -> bool:
         """Whether the loss is computed in chunks of tokens."""
         return self.loss == "chunked"
+
+    @property
+    def loss_kind(self) -> LossKind:
+        """How the loss of a micro-batch that is trained on is computed."""
+        if self.mixup or self.cutmix:
+            return "smoothed" if self.label_smoothing else "mixed"
+        return self.loss
 
     @property
     def quantizes_states(self) -> bool:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ..common.units import FP32_BYTES
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
+from ..config.training import LossKind
 from ..costs.optimizer import SMALLEST_QUANTIZED, most_state_bytes, temporary_tensors
 from ..costs.parameters import TABLES, block_weight_elements, parameter_groups
 from ..costs.workload import Volumes, volumes
@@ -147,44 +148,43 @@ SHALLOW, DEEP = 12, 24
 
 
 @lru_cache(maxsize=256)
-def _replayed(spec: ModelSpec, batch: int, widths: DtypeSizes, chunked: bool) -> int:
+def _replayed(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind) -> int:
     """Peak device bytes of a replayed micro-batch with whole tables."""
     memory = MemoryTracker(ignored=frozenset({WEIGHT_GRADIENTS, MICRO_BATCHES}))
-    peaks = replay(spec, batch, widths, memory=memory, chunked=chunked).memory.peaks
-    return max(peak.total_bytes for peak in peaks.values())
+    replay(spec, batch, widths, memory=memory, loss=loss)
+    return max(peak.total_bytes for peak in memory.peaks.values())
 
 
-def _activations(spec: ModelSpec, batch: int, widths: DtypeSizes, chunked: bool) -> tuple[int, int]:
+def _activations(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind) -> tuple[int, int]:
     """Bytes of a micro-batch's activations on the device and on the host."""
     kept = spec.depth * batch * spec.tokens * spec.dim * widths.value
     away = kept if spec.checkpointing == "offload" else 0
     if spec.depth <= DEEP or len(set(spec.layer_operators)) > 1:
-        return _replayed(spec, batch, widths, chunked), away
+        return _replayed(spec, batch, widths, loss), away
     shallow, deep = (
-        _replayed(spec.model_copy(update={"depth": depth, "relative_layers": "all"}), batch, widths, chunked)
+        _replayed(spec.model_copy(update={"depth": depth, "relative_layers": "all"}), batch, widths, loss)
         for depth in (SHALLOW, DEEP)
     )
     # A block saves at least its input; in a shallow network the head's peak may hide it.
-    least = kept / spec.depth if widths.device == "cpu" or not away else 0.0
-    each = max((deep - shallow) / (DEEP - SHALLOW), least)
+    each = max((deep - shallow) / (DEEP - SHALLOW), kept / spec.depth if widths.device == "cpu" or not away else 0.0)
     return deep + ceil(each * (spec.depth - DEEP)), away
 
 
 @lru_cache(maxsize=1024)
-def activation_bytes(spec: ModelSpec, batch: int, widths: DtypeSizes, chunked: bool = False) -> tuple[int, int]:
+def activation_bytes(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind = "whole") -> tuple[int, int]:
     """Bytes of a micro-batch's activations on the device and on the host, interpolated between powers of four.
 
     A replay takes milliseconds, and its peak grows almost linearly with the batch, unless the loss is chunked.
     """
-    if chunked:
-        return _activations(spec, batch, widths, chunked)
+    if loss == "chunked":
+        return _activations(spec, batch, widths, loss)
     low = 1
     while low * 4 <= batch:
         low *= 4
-    first = _activations(spec, low, widths, chunked)
+    first = _activations(spec, low, widths, loss)
     if batch == low:
         return first
-    second = _activations(spec, low * 4, widths, chunked)
+    second = _activations(spec, low * 4, widths, loss)
     share = (batch - low) / (3 * low)
     between = [round(a + share * (b - a)) for a, b in zip(first, second, strict=True)]
     return between[0], between[1]
@@ -222,8 +222,8 @@ def bound_batch(run: RunConfig) -> BatchBound:
     """
     model, training = run.model, run.training
     sizes = DtypeSizes.of_training(training, run.cluster.device, stage=run.zero.stage)
-    samples = sample_bytes(model) * training.micro_batch
-    on_device, on_host = activation_bytes(model, training.micro_batch, sizes, training.chunks_loss)
+    samples = sample_bytes(model, training.loss_kind) * training.micro_batch
+    on_device, on_host = activation_bytes(model, training.micro_batch, sizes, training.loss_kind)
     return BatchBound(
         on_device + samples + SLACK_BYTES,
         on_host + samples * training.gradient_accumulation_steps,

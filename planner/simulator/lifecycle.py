@@ -91,7 +91,7 @@ def simulate(
         # Products that are not computed need no scratch; the operator runs as on the device that it stands for.
         own = DtypeSizes.of_training(training, "cpu", threads, packs=False, stage=run.zero.stage)
         sizes = replace(own, batched=sizes.batched, copies_products=sizes.copies_products)
-    network = SimulatedNetwork(run.model, training.micro_batch, sizes, run.tile_relations, chunked=training.chunks_loss)
+    network = SimulatedNetwork(run.model, training.micro_batch, sizes, run.tile_relations, loss=training.loss_kind)
     config = EngineConfig(run, rank)
     memory = RankMemory("cpu" if rehearsed else cluster.device, record=record, alone=rehearsed)
     network.host = memory.host
@@ -102,13 +102,17 @@ def simulate(
     with memory.phase(Phase.RESUME):
         engine.load()
     engine.start_training()
-    samples = training.micro_batch * training.gradient_accumulation_steps * sample_bytes(run.model)
+    samples = training.micro_batch * training.gradient_accumulation_steps * sample_bytes(run.model, training.loss_kind)
     batches = Storage(memory.host, MICRO_BATCHES, samples)
     with memory.phase(Phase.BETWEEN):
         pass
     saved_bytes = 0
+    del batches
+    others = Storage(memory.host, MICRO_BATCHES, samples - network.shared_batch_bytes)
     for _ in range(min(training.gradient_accumulation_steps, SIMULATED_MICRO_BATCHES)):
         saved_bytes = run_micro_batch(network, memory.device, engine, memory.phase)
+    del others
+    batches = Storage(memory.host, MICRO_BATCHES, samples)
     if engine.creates_states_aside:
         with memory.phase(Phase.FIRST_STEP):
             engine.step(first=True)
@@ -136,7 +140,7 @@ def simulate_evaluation(run: RunConfig, batch: int, rank: int | None = None) -> 
     """
     device = run.cluster.device
     sizes = DtypeSizes.of_training(run.training, device, 1, stage=run.zero.stage)
-    network = SimulatedNetwork(run.model, batch, sizes, run.tile_relations, chunked=run.training.chunks_loss)
+    network = SimulatedNetwork(run.model, batch, sizes, run.tile_relations, loss=run.training.loss)
     memory = RankMemory(device)
     network.host = memory.host
     engine = _engine(memory, EngineConfig(run, rank), network)
@@ -145,7 +149,8 @@ def simulate_evaluation(run: RunConfig, batch: int, rank: int | None = None) -> 
     engine.start_training()
     engine.step()
     with memory.phase(Phase.EVALUATION):
-        samples = Storage(memory.host, MICRO_BATCHES, batch * sample_bytes(run.model))
+        others = batch * sample_bytes(run.model) - network.shared_batch_bytes
+        samples = Storage(memory.host, MICRO_BATCHES, others)
         run_evaluation_pass(network, memory.device, engine)
         del samples
     peaks = {(Phase.EVALUATION, tier): tracker.peaks[Phase.EVALUATION] for tier, tracker in memory.tiers.items()}

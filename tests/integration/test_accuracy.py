@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "0-bf16": {"stage": 0, **BF16, "model": WIDE | LOW},
     "0-8bit": {"stage": 0, "adam": "8bit", "model": WIDE | LOW},
     "1-fp32": {"stage": 1, "model": GPT | LLAMA | {"operator": "attention", "rotary": True}, "loss": "chunked"},
-    "2-fp32": {"stage": 2},
+    "2-mixed": {"stage": 2, "mixup": 0.8, "label_smoothing": 0.1, "model": WIDE | {"classes": 4000}},
     "3-fp32": {"stage": 3, "model": WIDE | {"checkpointing": "block"}},
     "3-bf16-gpt": {
         "stage": 3,

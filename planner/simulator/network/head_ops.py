@@ -65,6 +65,27 @@ def cross_entropy(tape: Tape, logits: Tensor, targets: Storage) -> Tensor:
     return tape.result(loss, (logits,), backward, (probabilities, targets, weight))
 
 
+def mixed_cross_entropy(tape: Tape, logits: Tensor, targets: Storage, *, smoothed: bool) -> Tensor:
+    """Return the mean loss of fp32 logits with class probabilities as targets, which may be smoothed in a copy.
+
+    Source: torch 2.13, aten/src/ATen/native/LossNLL.cpp, cross_entropy_loss_prob_target.
+    """
+    size = logits.size
+    probabilities = tape.new(size)
+    if smoothed:
+        scaled = tape.new(size, TEMPORARY)
+        targets = tape.new(size)
+        del scaled
+    tape.new(size, TEMPORARY)
+
+    def gradient(grad: Storage) -> Gradients:
+        return (tape.new(size, GRADIENTS),)
+
+    # Backward of the products with the targets releases smoothed ones.
+    log_probabilities = tape.result(probabilities, (logits,), gradient, (probabilities,))
+    return tape.result(tape.new(4), (log_probabilities,), gradient, (targets,))
+
+
 def chunked_cross_entropy(
     tape: Tape, x: Tensor, rows: int, dim: int, vocabulary: int, weights: ModuleParams, sizes: DtypeSizes
 ) -> Tensor:

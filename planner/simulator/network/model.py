@@ -14,9 +14,10 @@ from math import prod
 from ...common.errors import InputError
 from ...common.phases import Phase
 from ...config.model import GptSpec, ModelSpec, PatchSpec
+from ...config.training import LossKind
 from ..core import MemoryTracker, ModuleParams, ParameterHooks, Storage, Tape, Tensor
 from .block import SimulatedBlock, linear_weights, norm_weights
-from .head_ops import chunked_cross_entropy, cross_entropy, embed, pool_first, pool_mean
+from .head_ops import chunked_cross_entropy, cross_entropy, embed, mixed_cross_entropy, pool_first, pool_mean
 from .norm_ops import norm
 from .ops import (
     GRADIENTS,
@@ -34,6 +35,8 @@ RANDOM_STATE_BYTES = 5056
 """Bytes of the state of torch's CPU random number generator, which activation checkpointing restores."""
 OFFLOADED = "offloaded activations"
 MICRO_BATCHES = "micro-batches"
+IMAGE_BYTES = 4
+"""Bytes of a value of an image on the host."""
 
 
 class SimulatedNetwork:
@@ -45,7 +48,7 @@ class SimulatedNetwork:
         sizes: bytes per value.
         tile_relations: relations per tile; None for one tile per table.
         implementation: of relation tables.
-        chunked: whether a language model's loss is computed in chunks of tokens.
+        loss: how the loss is computed.
     """
 
     def __init__(
@@ -56,9 +59,9 @@ class SimulatedNetwork:
         tile_relations: int | None = None,
         implementation: Implementation = "grouped",
         *,
-        chunked: bool = False,
+        loss: LossKind = "whole",
     ) -> None:
-        self.spec, self.batch, self.sizes, self.chunked = spec, batch, sizes, chunked
+        self.spec, self.batch, self.sizes, self.loss_kind = spec, batch, sizes, loss
         self.host = MemoryTracker()
         self.states: list[Storage] = []
         if sizes.casts and spec.checkpointing == "offload":
@@ -119,11 +122,21 @@ class SimulatedNetwork:
         return rotary_layers * spec.tokens * spec.head_dim * self.sizes.parameter + lists
 
     @property
-    def input_bytes(self) -> int:
-        """Bytes of the input: images in the parameters' dtype, or token ids."""
+    def batch_bytes(self) -> tuple[int, int]:
+        """Bytes on the device of a micro-batch's inputs, images in the parameters' dtype or token ids, and targets."""
+        targets = self.batch * target_bytes(self.spec, self.loss_kind)
         if isinstance(self.spec, PatchSpec):
-            return self.batch * prod(self.spec.sample_shape) * self.sizes.parameter
-        return self.batch * self.spec.tokens * INDEX_BYTES
+            return self.batch * prod(self.spec.sample_shape) * self.sizes.parameter, targets
+        return self.batch * self.spec.tokens * INDEX_BYTES, targets
+
+    @property
+    def shared_batch_bytes(self) -> int:
+        """Bytes of them that are the samples of the host themselves: a CPU copies only images to another dtype."""
+        if self.sizes.device != "cpu":
+            return 0
+        inputs, targets = self.batch_bytes
+        copied = isinstance(self.spec, PatchSpec) and self.sizes.parameter != IMAGE_BYTES
+        return targets if copied else inputs + targets
 
     def _embed(self, tape: Tape, inputs: Storage) -> Tensor:
         spec, sizes, batch = self.spec, self.sizes, self.batch
@@ -169,7 +182,7 @@ class SimulatedNetwork:
             pooled = pool_first(tape, x) if spec.pool == "class" else pool_mean(tape, x, size, stream)
             return linear(tape, pooled, batch, spec.dim, spec.classes, self.head, sizes, given=stream)
         x = norm(tape, x, rows, spec.dim, self.head_norm, stream, spec)
-        if self.chunked:
+        if self.loss_kind == "chunked":
             tape.memory.site = "loss"
             return chunked_cross_entropy(tape, x, rows, spec.dim, spec.vocabulary, self.head, sizes)
         return linear(tape, x, rows, spec.dim, spec.vocabulary, self.head, sizes, given=stream)
@@ -217,10 +230,12 @@ class SimulatedNetwork:
     def loss(self, tape: Tape, inputs: Storage, targets: Storage) -> Tensor:
         """Return the mean cross-entropy of a micro-batch in fp32."""
         logits = self.forward(tape, inputs)
-        if self.chunked:
+        if self.loss_kind == "chunked":
             return logits
         tape.memory.site = "loss"
         logits = cast(tape, logits, logits.size // self.sizes.value, self.sizes, replace(self.sizes, value=4))
+        if self.loss_kind in ("mixed", "smoothed"):
+            return mixed_cross_entropy(tape, logits, targets, smoothed=self.loss_kind == "smoothed")
         return cross_entropy(tape, logits, targets)
 
 
@@ -252,10 +267,8 @@ def run_micro_batch(
     Returns:
         Bytes on the device that are saved for backward when forward ends.
     """
-    tape, spec = Tape(memory, hooks), network.spec
-    inputs = tape.new(network.input_bytes, MICRO_BATCHES)
-    outputs = network.batch * (spec.tokens if isinstance(spec, GptSpec) else 1)
-    targets = tape.new(outputs * INDEX_BYTES, MICRO_BATCHES)
+    tape = Tape(memory, hooks)
+    inputs, targets = (tape.new(size, MICRO_BATCHES) for size in network.batch_bytes)
     with phase(Phase.FORWARD):
         loss = network.loss(tape, inputs, targets)
     saved_bytes = tape.saved_bytes()
@@ -274,10 +287,8 @@ def run_evaluation_pass(network: SimulatedNetwork, memory: MemoryTracker, hooks:
         memory: the device's memory; what it holds already counts.
         hooks: the engine; None is a network without ZeRO.
     """
-    tape, spec = Tape(memory, hooks), network.spec
-    inputs = tape.new(network.input_bytes, MICRO_BATCHES)
-    outputs = network.batch * (spec.tokens if isinstance(spec, GptSpec) else 1)
-    targets = tape.new(outputs * INDEX_BYTES, MICRO_BATCHES)
+    tape = Tape(memory, hooks)
+    inputs, targets = (tape.new(size, MICRO_BATCHES) for size in network.batch_bytes)
     with tape.no_grad():
         loss = network.loss(tape, inputs, targets)
     del loss
@@ -293,7 +304,7 @@ def replay(
     memory: MemoryTracker | None = None,
     hooks: ParameterHooks | None = None,
     implementation: Implementation = "grouped",
-    chunked: bool = False,
+    loss: LossKind = "whole",
 ) -> Replay:
     """Simulate forward and backward of one micro-batch in one process.
 
@@ -305,16 +316,23 @@ def replay(
         memory: the device's memory; what it holds already counts. None is an empty one.
         hooks: the engine; None is training without ZeRO.
         implementation: "grouped", or "gather" for the published operator.
-        chunked: whether a language model's loss is computed in chunks of tokens.
+        loss: how the loss is computed.
     """
     memory = MemoryTracker() if memory is None else memory
-    network = SimulatedNetwork(spec, batch, sizes, tile_relations, implementation, chunked=chunked)
+    network = SimulatedNetwork(spec, batch, sizes, tile_relations, implementation, loss=loss)
     saved_bytes = run_micro_batch(network, memory, hooks, memory.phase)
     return Replay(memory, saved_bytes)
 
 
-def sample_bytes(spec: ModelSpec) -> int:
-    """Return the bytes of one sample's input and target: an fp32 image and its class, or token ids."""
+def target_bytes(spec: ModelSpec, loss: LossKind = "whole") -> int:
+    """Return the bytes of one sample's target: a class, class probabilities in fp32, or token ids."""
+    if not isinstance(spec, PatchSpec):
+        return spec.tokens * INDEX_BYTES
+    return spec.classes * 4 if loss in ("mixed", "smoothed") else INDEX_BYTES
+
+
+def sample_bytes(spec: ModelSpec, loss: LossKind = "whole") -> int:
+    """Return the bytes of one sample's input and target: an fp32 image and its target, or token ids."""
     if isinstance(spec, PatchSpec):
-        return prod(spec.sample_shape) * 4 + INDEX_BYTES
+        return prod(spec.sample_shape) * IMAGE_BYTES + target_bytes(spec, loss)
     return 2 * spec.tokens * INDEX_BYTES

@@ -13,6 +13,7 @@ from translution.distributed.profiling.single_process import measure_passes
 from translution.models.networks import head
 from translution.planner.common.errors import InputError
 from translution.planner.config.model import ModelSpec, parse_model_spec
+from translution.planner.config.training import LossKind
 from translution.planner.simulator.network import head_ops
 from translution.planner.simulator.network.model import MICRO_BATCHES, replay
 from translution.planner.simulator.network.ops import DtypeSizes
@@ -136,7 +137,8 @@ def check_peaks(
     implementation: Implementation = "grouped",
     autocast: torch.dtype | None = None,
     *,
-    chunked: bool = False,
+    loss: LossKind = "whole",
+    too_high: float = 0.0,
 ) -> None:
     """Compare predicted with measured peaks with oneDNN switched off.
 
@@ -146,12 +148,12 @@ def check_peaks(
     sizes = DtypeSizes.of(dtype.itemsize, "cpu", packs=False)
     if autocast is not None:
         sizes = DtypeSizes.autocast("cpu", packs=False)
-    predicted = replay(spec, batch, sizes, 9, implementation=implementation, chunked=chunked).memory.peaks
+    predicted = replay(spec, batch, sizes, 9, implementation=implementation, loss=loss).memory.peaks
     with torch.backends.mkldnn.flags(enabled=False):
-        measured = measure_passes(spec, batch, dtype, 9, implementation, autocast, chunked=chunked)
+        measured = measure_passes(spec, batch, dtype, 9, implementation, autocast, loss=loss)
     for phase, peak_bytes in measured.items():
         ours = predicted[phase].total_bytes - predicted[phase].live_bytes[MICRO_BATCHES]
-        assert abs(ours - peak_bytes) <= STRAY_BYTES, phase
+        assert -STRAY_BYTES <= ours - peak_bytes <= STRAY_BYTES + too_high * peak_bytes, phase
 
 
 @pytest.mark.parametrize(
@@ -176,7 +178,23 @@ def test_the_peak_of_a_loss_in_chunks_is_predicted(
     for module in (head, head_ops):
         monkeypatch.setattr(module, "LOSS_CHUNK_ELEMENTS", 20_000)
     spec = parse_model_spec(GPT | {"operator": "attention", "vocabulary": vocabulary, "tied_embeddings": tied})
-    check_peaks(spec, 4, dtype, autocast=autocast, chunked=True)
+    check_peaks(spec, 4, dtype, autocast=autocast, loss="chunked")
+
+
+@pytest.mark.parametrize("loss", ["whole", "mixed", "smoothed"])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)],
+    ids=["fp32", "bf16", "autocast"],
+)
+@pytest.mark.parametrize("classes", [7, 5000])
+def test_the_peak_of_the_loss_of_mixed_images_is_predicted(
+    classes: int, dtype: torch.dtype, autocast: torch.dtype | None, loss: LossKind
+) -> None:
+    spec = parse_model_spec(VIT | {"operator": "attention", "classes": classes})
+    # With many classes, logits that are cast are released a little earlier than predicted.
+    exact = dtype is torch.float32 and autocast is None
+    check_peaks(spec, 16, dtype, autocast=autocast, loss=loss, too_high=0.0 if exact else 0.02)
 
 
 @pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.float32, 8), (torch.bfloat16, 2)], ids=str)
