@@ -16,7 +16,7 @@ def main() -> None:
     """Run the command line and exit: 0, or 1 after a failed run, 2 for bad input, 3 if no plan fits."""
     # Most objects of a command live until it ends. Garbage collection, now and at exit, would take a tenth of a short
     # command's time.
-    gc.set_threshold(50_000, 20, 20)
+    gc.disable()
     # Looking for plugins of pydantic, of which this project uses none, reads the metadata of every installed package.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     from .main import run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -39,6 +40,8 @@ MODULES = {
     "rehearse-rank": "training.ranks",
 }
 """Name of every command, in the order of ``--help``, and its module in `commands`."""
+SHORT = ("estimate", "clusters", "--help", "--version")
+"""Commands without garbage collection: they end within a second."""
 
 
 def _print_version(requested: bool) -> None:
@@ -73,7 +76,11 @@ def run(arguments: Sequence[str]) -> int:
         The exit code.
     """
     try:
-        code = _app_for(arguments)(args=list(arguments), standalone_mode=False)
+        app_of_command = _app_for(arguments)
+        if not gc.isenabled() and arguments and arguments[0] not in SHORT:
+            gc.set_threshold(50_000, 20, 20)
+            gc.enable()
+        code = app_of_command(args=list(arguments), standalone_mode=False)
     except TranslutionError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
