@@ -22,7 +22,7 @@ from ..simulator.core import MemoryTracker, Peak
 from ..simulator.engine import base as names
 from ..simulator.engine.base import EngineConfig
 from ..simulator.lifecycle import Simulation, simulate, simulate_evaluation
-from ..simulator.network.model import MICRO_BATCHES, OFFLOADED, Replay, replay
+from ..simulator.network.model import MICRO_BATCHES, OFFLOADED, Replay, forward_saved_bytes, replay
 from ..simulator.network.ops import (
     ACTIVATIONS,
     ATTENTION_WEIGHTS,
@@ -355,6 +355,12 @@ def _replay_tables(spec: ModelSpec, batch: int, sizes: DtypeSizes, implementatio
     return replay(spec, batch, sizes, memory=memory, implementation=implementation)
 
 
+@lru_cache(maxsize=64)
+def _forward(spec: ModelSpec, batch: int, sizes: DtypeSizes, implementation: Implementation) -> int:
+    tables = {"translution", "alpha"} & set(spec.layer_operators)
+    return forward_saved_bytes(spec, batch, sizes, implementation if tables else "grouped")
+
+
 def saved_bytes(spec: ModelSpec, batch: int, sizes: DtypeSizes, implementation: Implementation = "grouped") -> int:
     """Bytes that one forward pass keeps for backward on the device, parameters left out.
 
@@ -368,7 +374,7 @@ def saved_bytes(spec: ModelSpec, batch: int, sizes: DtypeSizes, implementation: 
         return _replay(spec, batch, sizes, implementation).saved_bytes
     # Equal layers save equal bytes, so that two depths determine all others.
     low, high = (
-        _replay(spec.model_copy(update={"depth": depth}), batch, sizes, implementation).saved_bytes
+        _forward(spec.model_copy(update={"depth": depth}), batch, sizes, implementation)
         for depth in (_SHALLOW - 1, _SHALLOW)
     )
     return high + (high - low) * (spec.depth - _SHALLOW)

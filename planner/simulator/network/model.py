@@ -295,6 +295,23 @@ def run_evaluation_pass(network: SimulatedNetwork, memory: MemoryTracker, hooks:
     network.states.clear()
 
 
+def forward_saved_bytes(spec: ModelSpec, batch: int, sizes: DtypeSizes, implementation: Implementation) -> int:
+    """Bytes on the device that are saved for backward when the forward pass of one micro-batch ends.
+
+    Args:
+        spec: the model.
+        batch: samples of the micro-batch.
+        sizes: bytes per value.
+        implementation: "grouped", or "gather" for the published operator.
+    """
+    network, tape = SimulatedNetwork(spec, batch, sizes, None, implementation), Tape(MemoryTracker(), None)
+    inputs, targets = (tape.new(size, MICRO_BATCHES) for size in network.batch_bytes)
+    loss = network.loss(tape, inputs, targets)
+    saved = tape.saved_bytes()
+    del loss
+    return saved
+
+
 def replay(
     spec: ModelSpec,
     batch: int,
