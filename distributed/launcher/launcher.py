@@ -24,6 +24,7 @@ from ..runs.status import clear_statuses, raise_unless_finished
 from ..system.compiled_ops import OnMessage, needed_ops, prepare_ops
 from ..system.environment import free_port, launch_environment, version_warnings
 from ..system.filesystem import remove_shared_buffers
+from ..system.nvme_swap import remove_stale
 from .command import launch_command
 from .local_processes import OnMetrics, run_ranks
 from .pdsh import run_remote_ranks
@@ -202,5 +203,8 @@ def start_ranks(
             exit_code = run_ranks(launched.command, launched.environment, run, on_metrics)
         finally:
             remove_shared_buffers(port)
+            # A killed rank leaves its files.
+            for path in {plan.zero.offload_optimizer.nvme_path, plan.zero.offload_param.nvme_path} - {None}:
+                remove_stale(str(path))
     raise_unless_finished(run, ranks, exit_code)
     return launched

@@ -88,9 +88,9 @@ def _locked(plan: Plan) -> Iterator[Check]:
 
 
 def _new_swap_bytes(plan: Plan, path: Path) -> int:
-    """Return the bytes of swap files that are new: a run writes over those that a killed run has left."""
+    """Return the bytes that swap files need besides those that dead runs have left, which are deleted first."""
     needed = plan.prediction.highest(Tier.NVME) * plan.cluster.ranks_per_node
-    return max(0, needed - nvme_swap.all_bytes(path))
+    return max(0, needed - nvme_swap.stale_bytes(path))
 
 
 def _nvme(plan: Plan, path: Path) -> Iterator[Check]:
@@ -111,6 +111,9 @@ def _nvme(plan: Plan, path: Path) -> Iterator[Check]:
     needed = _new_swap_bytes(plan, path)
     room = _room(name, needed, shutil.disk_usage(path).free, "free space, or plan with another drive")
     yield room
+    if others := nvme_swap.living_owners(path):
+        text = f"other runs use it too, and its bandwidth: {'; '.join(others[:3])}"
+        yield Check(name=name, passed=True, text=text)
     if room.passed:
         yield _speed(plan, path)
 

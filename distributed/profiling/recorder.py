@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -63,11 +64,12 @@ class Recorder:
         rank: int,
         memory_kind: MemoryKind = "allocations",
         while_tracing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        swap_folder: Path | None = None,
     ) -> None:
         self.device: Literal["cpu", "cuda"] = plan.cluster.device
         self.memory_kind = memory_kind
         self._while_tracing = while_tracing
-        self._nvme_path = plan.zero.offload_optimizer.nvme_path or plan.zero.offload_param.nvme_path
+        self._swap_folder = swap_folder
         self._rank = rank
         self._peaks: dict[str, int] = {}
         self._process_peaks: dict[str, int] = {}
@@ -154,7 +156,7 @@ class Recorder:
             host_entries=host_entries,
             swap_buffers={name: counter.add(tensors) for name, tensors in swap_buffers(engine).items()},
             process=process_memory.process_bytes(),
-            disk=nvme_swap.disk_bytes(self._nvme_path, self._rank),
+            disk=nvme_swap.disk_bytes(self._swap_folder),
         )
 
     def _peaks_above_base(self) -> dict[str, int]:

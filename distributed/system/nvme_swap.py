@@ -1,21 +1,127 @@
-"""DeepSpeed's swap files on an NVMe drive: their paths, sizes and removal."""
+"""DeepSpeed's swap files on an NVMe drive: a locked folder for each rank of a run, their sizes and removal."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from translution.planner.common import InputError
 from translution.planner.deepspeed import aio_section
 
-SWAP_FOLDER = "zero_stage_3"
-"""Folder that DeepSpeed creates under an NVMe path."""
+PREFIX = "translution-swap-"
+"""Start of the name of a rank's folder under an NVMe path."""
+OWNER = "owner"
+"""File in a rank's folder that its process keeps locked; it names the run and the process."""
 
 
-def swap_folders(nvme_path: str, rank: int) -> list[Path]:
-    """Return the folders of one rank's swap files under an NVMe path."""
-    base = Path(nvme_path) / SWAP_FOLDER
-    return [base / "optimizer" / f"rank{rank}", *(path / f"rank{rank}" for path in base.glob("*params"))]
+def _lock(path: Path) -> int | None:
+    """Lock a file until the process ends or the returned descriptor is closed; None if another process holds it.
+
+    Raises:
+        OSError: if there is no such file, or the file system has no locks.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+class SwapFolder:
+    """A rank's own folder under an NVMe path: DeepSpeed's file names tell nothing of the run.
+
+    The folder is locked as long as the process lives, so that others can tell what a dead run has left.
+
+    Args:
+        nvme_path: the plan's folder on the drive.
+        run: the run folder.
+        rank: number of the rank.
+
+    Raises:
+        InputError: if a living process of the same run and rank uses it.
+    """
+
+    def __init__(self, nvme_path: str, run: Path, rank: int) -> None:
+        base = Path(nvme_path)
+        base.mkdir(parents=True, exist_ok=True)
+        remove_stale(nvme_path)
+        self.path = base / f"{PREFIX}{_digest(run)}-rank{rank}"
+        if self.path.exists():
+            raise InputError(
+                f"nvme_path: {nvme_path!r} is not allowed: {_read_owner(self.path)} uses it for rank {rank}"
+            )
+        # Renamed when it is locked: until then nobody can take it for stale.
+        made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=base))
+        (made / OWNER).write_text(f"{run.resolve()}, process {os.getpid()}\n", encoding="utf-8")
+        self._descriptor: int | None = None
+        with contextlib.suppress(OSError):  # Without locks nothing is ever stale.
+            self._descriptor = _lock(made / OWNER)
+        made.rename(self.path)
+
+    def remove(self) -> None:
+        """Delete the folder: no later run can use its files."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _digest(run: Path) -> str:
+    return hashlib.sha256(os.fsencode(run.resolve())).hexdigest()[:12]
+
+
+def _read_owner(folder: Path) -> str:
+    try:
+        return (folder / OWNER).read_text(encoding="utf-8").strip()
+    except OSError:
+        return "an unknown process"
+
+
+def _owned(nvme_path: Path | str) -> Iterator[tuple[Path, int | None]]:
+    """Yield the ranks' folders of this user under an NVMe path, with a descriptor of the lock of a dead run's.
+
+    The descriptor is closed afterwards; it is None for the folder of a living process.
+    """
+    for folder in sorted(Path(nvme_path).glob(f"{PREFIX}*")):
+        try:
+            descriptor = _lock(folder / OWNER) if folder.stat().st_uid == os.getuid() else None
+        except OSError:
+            continue
+        try:
+            yield folder, descriptor
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def remove_stale(nvme_path: Path | str) -> None:
+    """Delete what dead runs of this user have left under an NVMe path."""
+    for folder, descriptor in _owned(nvme_path):
+        if descriptor is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def stale_bytes(nvme_path: Path | str) -> int:
+    """Return the bytes of what dead runs of this user have left under an NVMe path."""
+    folders = [folder for folder, descriptor in _owned(nvme_path) if descriptor is not None]
+    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*.swp"))
+
+
+def living_owners(nvme_path: Path | str) -> list[str]:
+    """Return the run and process of every folder under an NVMe path that a living process of this user holds."""
+    return [_read_owner(folder) for folder, descriptor in _owned(nvme_path) if descriptor is None]
 
 
 def _kind(path: Path) -> str:
@@ -28,27 +134,14 @@ def _kind(path: Path) -> str:
     return "master parameters"
 
 
-def all_bytes(nvme_path: Path | str) -> int:
-    """Return the bytes of all ranks' swap files under an NVMe path."""
-    files = (path for path in (Path(nvme_path) / SWAP_FOLDER).glob("**/*.swp"))
-    return sum(path.stat().st_size for path in files)
-
-
-def disk_bytes(nvme_path: str | None, rank: int) -> dict[str, int]:
-    """Return the bytes of a rank's swap files under an NVMe path, by kind of tensor."""
+def disk_bytes(folder: Path | None) -> dict[str, int]:
+    """Return the bytes of the swap files in a rank's folder, by kind of tensor."""
     result: dict[str, int] = {}
-    for folder in swap_folders(nvme_path, rank) if nvme_path else []:
-        for path in folder.glob("**/*"):
-            if path.is_file():
-                kind = _kind(path)
-                result[kind] = result.get(kind, 0) + path.stat().st_size
+    for path in folder.rglob("*") if folder is not None else ():
+        if path.is_file() and path.name != OWNER:
+            kind = _kind(path)
+            result[kind] = result.get(kind, 0) + path.stat().st_size
     return result
-
-
-def remove_swap_files(nvme_path: str | None, rank: int) -> None:
-    """Delete a rank's swap files under an NVMe path: no later run can use them."""
-    for folder in swap_folders(nvme_path, rank) if nvme_path else []:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def io_handle() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from translution.planner.plans import Plan
 from ..data.base import Samples
 from ..system.compiled_ops import has_gpu_compiler
 from ..system.network import interface_towards
+from ..system.nvme_swap import SwapFolder
 from .deepspeed_fixes import cache_processor, patch_nvme_optimizers
 
 MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,7 +54,19 @@ class Engine:
         """The network between `build_model` and `initialize_engine`."""
         self.deepspeed_engine: Any = None
         """DeepSpeed's engine, once `initialize_engine` has run."""
+        self.swap_folders: dict[str, SwapFolder] = {}
+        """This rank's folder under each NVMe path of the plan, once `claim_swap_folders` has run."""
         self._sums = torch.zeros(4, dtype=torch.float64)
+
+    def claim_swap_folders(self, run: Path) -> None:
+        """Create and lock this rank's folders for swap files.
+
+        Raises:
+            InputError: if another process of the run uses them.
+        """
+        for path in {offload.nvme_path for offload in (self.plan.zero.offload_optimizer, self.plan.zero.offload_param)}:
+            if path is not None:
+                self.swap_folders[path] = SwapFolder(path, run, self.rank)
 
     def check_world_size(self) -> None:
         """Compare the launcher's WORLD_SIZE with the plan.
@@ -80,7 +94,11 @@ class Engine:
         plan = self.plan
         if plan.training.adam == "fused" and not has_gpu_compiler():
             plan = plan.model_copy(update={"training": plan.training.model_copy(update={"adam": "torch"})})
-        return plan.deepspeed_config()
+        config = plan.deepspeed_config()
+        for section in config.get("zero_optimization", {}).values():
+            if isinstance(section, dict) and section.get("nvme_path") in self.swap_folders:
+                section["nvme_path"] = str(self.swap_folders[section["nvme_path"]].path)
+        return config
 
     def build_network(self) -> torch.nn.Module:
         """Build the network, without DeepSpeed."""

@@ -22,7 +22,7 @@ from ..runs.folder import CHECKPOINT, log_to_own_file, make_run_folders
 from ..runs.heartbeat import follow_heartbeat, require_heartbeat
 from ..runs.mode import RunMode
 from ..runs.watchdog import end_with_launcher
-from ..system import filesystem, nvme_swap, process_memory
+from ..system import filesystem, process_memory
 from ..system.environment import own_path
 from ..system.packages import check_training_packages
 from .trainer import Trainer
@@ -74,8 +74,8 @@ def run_rank(trainer: Trainer, work: Callable[[], None]) -> None:
         trainer.report_status("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
         raise
     finally:
-        for path in {plan.zero.offload_optimizer.nvme_path, plan.zero.offload_param.nvme_path}:
-            nvme_swap.remove_swap_files(path, rank)
+        for folder in trainer.engine.swap_folders.values():
+            folder.remove()
         filesystem.remove_shared_buffers(os.environ.get("MASTER_PORT", ""), rank)
         # Otherwise a gloo process may abort at exit after success.
         if torch.distributed.is_initialized():

@@ -78,7 +78,14 @@ class Trainer:
 
     def make_recorder(self) -> Recorder:
         """Return a recorder of this rank's memory, which starts to count at the memory in use now."""
-        return Recorder(self.plan, self.engine.rank, self.memory_kind, while_tracing=settled_collectives)
+        folders = [folder.path for folder in self.engine.swap_folders.values()]
+        return Recorder(
+            self.plan,
+            self.engine.rank,
+            self.memory_kind,
+            while_tracing=settled_collectives,
+            swap_folder=folders[0] if folders else None,
+        )
 
     def load_data(self, global_batch: int) -> tuple[DataSource, DataSource]:
         """Return the training and the held-out samples.
@@ -99,6 +106,7 @@ class Trainer:
         """
         self.report_status("started")
         self.engine.check_world_size()
+        self.engine.claim_swap_folders(self.run)
         self.engine.join_process_group()
         self.recorder = self.make_recorder()
         self.recorder.record(Phase.INIT, self.engine.build_model)

@@ -111,6 +111,7 @@ class RehearsalTrainer(Trainer):
 
     def start(self) -> None:
         """Join the process group and build model and engine as two phases; each grows linearly with the layers."""
+        self.engine.claim_swap_folders(self.run)
         self.engine.join_process_group()
         self.recorder = self.make_recorder()
         self.timed(self.recorder.record, INIT_MODEL, self.engine.build_model)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.runs import run_ranks_of, write_plan
+from helpers.runs import run_plan, run_ranks_of, write_plan
 
 from translution.distributed.runs.folder import METRICS
 from translution.planner.common.machine import usable_cores
@@ -51,3 +52,26 @@ def test_twenty_steps_of_every_offload_have_the_losses_of_no_offload(tmp_path: P
         assert values == pytest.approx(baseline, rel=2e-3), name
         assert values[:2] == pytest.approx(baseline[:2], rel=1e-5), name
     assert not list(nvme.rglob("*.swp"))
+
+
+def losses_of(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    return [line["loss"] for line in lines if line["event"] in ("step", "evaluation")]
+
+
+def test_two_runs_on_one_drive_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Their swap files have the same names."""
+    (tmp_path / "drive").mkdir()
+    options: dict[str, Any] = {"model": WIDE, "steps": 6, "learning_rate": 3e-3, "tile": 52, "offload": "nvme"}
+    seeds = {"alone": 1, "one": 1, "two": 2}
+    plans = {
+        name: write_plan(tmp_path / name, 1, nvme_path=tmp_path / "drive", seed=seed, **options)
+        for name, seed in seeds.items()
+    }
+    alone = losses_of(run_plan(plans["alone"], 1))
+    with ThreadPoolExecutor() as pool:
+        one, two = pool.map(lambda name: losses_of(run_plan(plans[name], 1)), ("one", "two"))
+    assert one == alone
+    assert two != alone
+    assert len(two) == len(alone) == 7
+    assert not list((tmp_path / "drive").iterdir())

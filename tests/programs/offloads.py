@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from translution.distributed.runs.folder import make_run_folders
-from translution.distributed.system import nvme_swap as host
 from translution.distributed.training.trainer import Trainer
 from translution.planner.plans.plan import load_plan
 
@@ -21,7 +20,8 @@ def main(folders: list[Path]) -> None:
         make_run_folders(folder / "run", folder)
         trainer = Trainer(plan, folder / "run")
         trainer.train()
-        host.remove_swap_files(plan.zero.offload_optimizer.nvme_path, trainer.engine.rank)
+        for swap_folder in trainer.engine.swap_folders.values():
+            swap_folder.remove()
         del trainer
         gc.collect()
 

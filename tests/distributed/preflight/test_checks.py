@@ -14,6 +14,7 @@ from helpers.runs import TINY, without_version_notes, write_plan
 
 from translution.cli.main import run
 from translution.distributed.preflight import checks
+from translution.distributed.system.nvme_swap import PREFIX
 from translution.planner.common.errors import InputError
 from translution.planner.common.machine import usable_cores
 from translution.planner.common.phases import Tier
@@ -130,12 +131,13 @@ def test_swap_files_on_the_drive_of_the_checkpoints_are_added(tmp_path: Path, mo
 
 
 def test_what_a_killed_run_left_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its swap files are written over, and the checkpoint that is resumed exists."""
+    """Its swap files are deleted, and the checkpoint that is resumed exists."""
     folder = write_plan(tmp_path / "plan", 2, model=SWAPPED, tile=16, offload="nvme", nvme_path=tmp_path)
     plan = load_plan(folder)
     files, states = 2 * plan.prediction.highest(Tier.NVME), 12 * count_parameters(plan.model).total
-    left = tmp_path / "zero_stage_3" / "optimizer" / "rank0" / "1.tensor.swp"
+    left = tmp_path / f"{PREFIX}0123456789ab-rank0" / "zero_stage_3" / "optimizer" / "rank0" / "1.tensor.swp"
     left.parent.mkdir(parents=True)
+    (tmp_path / f"{PREFIX}0123456789ab-rank0" / "owner").write_text("a dead process")
     left.write_bytes(bytes(1000))
     usage = shutil.disk_usage(tmp_path)
     for free, fits in ((files - 1000, True), (files - 1001, False)):
