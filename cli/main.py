@@ -30,6 +30,7 @@ MODULES = {
     "verify": "measuring.verify",
     "measure": "measuring.measure",
     "rehearse": "measuring.rehearse",
+    "verify-checkpoint": "training.verify_checkpoint",
     "export": "training.export",
     "import": "training.import_",
     "experiment": "measuring.experiment",

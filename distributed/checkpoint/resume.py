@@ -10,7 +10,7 @@ from translution.planner.plans import PLAN_FILE, RUNS, Plan
 
 from ..runs.folder import CHECKPOINT, require_run
 from ..runs.measurement import remove_measurements
-from .manifest import CheckpointRef, checkpoint_tags, newest_checkpoint
+from .manifest import CheckpointRef, checkpoint_tags, newest_checkpoint, saved_unix_s
 
 _CHANGEABLE = {
     "training": {
@@ -109,13 +109,18 @@ def find_resumable(plan: Plan, plan_folder: Path, run: Path | None) -> tuple[Pat
     """
     if run is None:
         known = sorted(
-            (path for path in (plan_folder / RUNS).glob("*") if checkpoint_tags(path / CHECKPOINT)),
-            key=lambda path: (path / CHECKPOINT).stat().st_mtime_ns,
+            (path for path in (plan_folder / RUNS).glob("*") if checkpoint_tags(path / CHECKPOINT)), key=_last_saved
         )
         if not known:
             raise InputError(f"{plan_folder / RUNS}: holds no run with a complete checkpoint to resume")
         run = known[-1]
     return run, check_resumable(plan, run)
+
+
+def _last_saved(run: Path) -> float:
+    """Time at which a run saved its newest checkpoint, by the checkpoint's own record: copies have later files."""
+    folder = run / CHECKPOINT
+    return saved_unix_s(folder, checkpoint_tags(folder)[-1])
 
 
 def prepare_resume(plan: Plan, plan_folder: Path, run: Path | None) -> tuple[Path, CheckpointRef]:

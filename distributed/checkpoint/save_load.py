@@ -17,8 +17,8 @@ Sources: DeepSpeed 0.19.8, runtime/engine.py (save_checkpoint, load_checkpoint) 
 
 from __future__ import annotations
 
-import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from translution.planner.common import TranslutionError, write_text
+from translution.planner.common import TranslutionError, flush_folder, write_text
 from translution.planner.plans import PLAN_FILE, Plan
 
-from .manifest import MANIFEST, EvaluationResult, Manifest, best_tag, checkpoint_tags
+from .integrity import collect_records, record_own_files
+from .manifest import MANIFEST, EvaluationResult, Manifest, best_tag, checkpoint_tags, write_manifest
 from .reader import DEVICE_FOLDER
 
 LATEST = "latest"
@@ -48,6 +49,7 @@ def save_checkpoint(
     *,
     tag: str | None = None,
     evaluation: EvaluationResult | None = None,
+    data: str | None = None,
 ) -> None:
     """Save a checkpoint atomically. Collective: every rank must call it.
 
@@ -58,6 +60,7 @@ def save_checkpoint(
         plan: the engine's plan; gives the number of checkpoints to keep.
         tag: name of the checkpoint; ``step_N`` by default, and only such names are checkpoints of the run.
         evaluation: result of the evaluation after this step, if there was one.
+        data: fingerprint of the training data.
 
     Raises:
         CheckpointError: if it cannot be written, for instance because the disk is full; earlier checkpoints stay.
@@ -74,10 +77,22 @@ def save_checkpoint(
                 shutil.rmtree(path, ignore_errors=True)
         engine.save_checkpoint(str(folder), tag=partial, save_latest=False)
         _save_device_moments(engine, folder / partial)
+        # DeepSpeed has all ranks wait for one another, so that every file is complete.
+        record_own_files(folder / partial, rank, torch.distributed.get_world_size())
         torch.distributed.barrier()
         if rank == 0:
             write_text(folder / partial / PLAN_FILE, plan.model_dump_json(indent=2) + "\n")
-            _complete(folder, partial, tag, step, torch.distributed.get_world_size(), evaluation)
+            records = collect_records(folder / partial)
+            manifest = Manifest(
+                step=step,
+                ranks=torch.distributed.get_world_size(),
+                files={name: record.size_bytes for name, record in records.items()},
+                checksums={name: record.crc32 for name, record in records.items()},
+                saved_unix_s=time.time(),
+                data=data,
+                evaluation=evaluation,
+            )
+            _complete(folder, partial, tag, manifest)
             prune(folder, plan)
     except (OSError, RuntimeError, TranslutionError) as error:
         text = " ".join(str(error).split())[:200]
@@ -89,21 +104,13 @@ def save_checkpoint(
     torch.distributed.barrier()
 
 
-def _complete(
-    folder: Path, partial: str, tag: str, step: int, world_size: int, evaluation: EvaluationResult | None
-) -> None:
-    """Flush all files, write the manifest, and rename the partial checkpoint."""
-    path = folder / partial
-    sizes = {}
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-            sizes[str(file.relative_to(path))] = file.stat().st_size
-    manifest = Manifest(step=step, ranks=world_size, files=sizes, evaluation=evaluation)
-    write_text(path / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
-    path.rename(folder / tag)
-    write_text(folder / LATEST, tag)
+def _complete(folder: Path, partial: str, tag: str, manifest: Manifest) -> None:
+    """Write the manifest, and rename the partial checkpoint; all of it durably, and in this order."""
+    write_manifest(folder / partial, manifest)
+    flush_folder(folder / partial)
+    (folder / partial).rename(folder / tag)
+    flush_folder(folder)
+    write_text(folder / LATEST, tag, durable=True)
 
 
 def prune(folder: Path, plan: Plan) -> None:

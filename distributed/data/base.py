@@ -20,6 +20,10 @@ class DataSource(ABC):
     def __len__(self) -> int:
         """Number of samples in an epoch."""
 
+    def fingerprint(self) -> str | None:
+        """Return what changes when the data is exchanged; None for data that is made here, the same everywhere."""
+        return None
+
     def prefetch(self, index: Tensor, epoch: int = 0) -> None:  # noqa: B027 - most sources have nothing to prefetch
         """Start reading samples that will be selected soon, for sources where reading is slow.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
 import os
 import sys
@@ -25,6 +27,8 @@ TRAINING_SPLITS, HELD_OUT_SPLITS = ("train",), ("val", "validation", "test")
 _MEAN = {1: np.array([0.449], np.float32), 3: np.array([0.485, 0.456, 0.406], np.float32)}
 _DEVIATION = {1: np.array([0.226], np.float32), 3: np.array([0.229, 0.224, 0.225], np.float32)}
 """ImageNet's mean and standard deviation by number of channels: gray, or red, green and blue, from 0 to 1."""
+_SAMPLED = 64
+"""Images whose content is part of the fingerprint."""
 
 
 class ImageFiles(Protocol):
@@ -41,6 +45,9 @@ class ImageFiles(Protocol):
 
     def name(self, number: int) -> str:
         """Return the name of an image for messages."""
+
+    def names_and_labels(self) -> bytes:
+        """Return the names, if they have any, and the classes of all images."""
 
 
 class CorruptImages:
@@ -89,6 +96,15 @@ class Images(DataSource):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def fingerprint(self) -> str:
+        """Return a digest of all names and classes, and of the content of some images."""
+        digest = hashlib.sha256(self.files.names_and_labels())
+        for number in sorted({len(self) * part // _SAMPLED for part in range(_SAMPLED)}):
+            content = self.files.content(number)
+            with contextlib.suppress(OSError):
+                digest.update(content if isinstance(content, bytes) else Path(content).read_bytes())
+        return digest.hexdigest()
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -196,6 +212,10 @@ class FolderImages:
         """Return the path of an image."""
         return self.content(number)
 
+    def names_and_labels(self) -> bytes:
+        """Return the names, without the folder, and the classes of all images."""
+        return self._names.tobytes() + self._labels.tobytes()
+
 
 class DatasetImages:
     """Images of one split of a Hugging Face `datasets` folder.
@@ -240,6 +260,10 @@ class DatasetImages:
     def name(self, number: int) -> str:
         """Return the split's name and the row number."""
         return f"{self._name} row {number}"
+
+    def names_and_labels(self) -> bytes:
+        """Return the classes of all rows."""
+        return self._labels.tobytes()
 
 
 def _folders(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import sys
@@ -25,6 +26,8 @@ STDLIB_BYTES = 8_000_000
 _OTHERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 """Folders under the standard library that are skipped."""
 _HELD_OUT_EVERY = 10
+_SAMPLED_BLOCKS, _BLOCK_TOKENS = 1024, 64
+"""Number and length of the blocks whose content is part of the fingerprint."""
 _SALT = 0x7011
 """Mixed into the seeds of random windows, so that they differ from those of other random draws."""
 
@@ -70,6 +73,14 @@ class TokenWindows(DataSource):
         if self.random is None:
             return number * self.context
         return self.random.start(number, epoch, len(self.tokens) - self.context)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the number of tokens and of blocks spread over the text."""
+        digest = hashlib.sha256(str(len(self.tokens)).encode())
+        for part in range(_SAMPLED_BLOCKS):
+            start = len(self.tokens) * part // _SAMPLED_BLOCKS
+            digest.update(np.asarray(self.tokens[start : start + _BLOCK_TOKENS], dtype="<u4").tobytes())
+        return digest.hexdigest()
 
     def select(self, index: Tensor, epoch: int = 0) -> Samples:
         """Return the windows at the given indices: inputs and targets (B, context).

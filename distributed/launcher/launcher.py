@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from translution.planner.common import InputError
+from translution.planner.common import InputError, format_bytes
 from translution.planner.plans import PORT, Plan, load_plan
 
+from ..checkpoint.integrity import note_verified, verify_checkpoint
 from ..checkpoint.resume import describe_resharding, find_resumable, prepare_resume
 from ..preflight.checks import require_passed
 from ..preflight.hosts import compile_on_hosts
@@ -69,6 +70,7 @@ def launch(
     resume: bool = False,
     weights: Path | str | None = None,
     force: bool = False,
+    verify: bool = True,
     dry_run: bool = False,
     on_metrics: OnMetrics = _ignore_metrics,
     on_message: OnMessage = _ignore_message,
@@ -87,6 +89,7 @@ def launch(
         resume: resume the run from its newest checkpoint.
         weights: network file from which a new run starts, visible to every node; None draws weights at random.
         force: start even if preflight finds a problem.
+        verify: compare the checksums of the checkpoint that is resumed before any rank starts.
         dry_run: only find out what would be started.
         on_metrics: called with each line of the metrics file.
         on_message: called with a line of text before each slow step, and for each check that failed.
@@ -117,10 +120,7 @@ def launch(
     for check in require_passed(checks, plan_folder, force=force):
         on_message(f"{check.name}: {check.text}")
     if resume:
-        run, saved = prepare_resume(plan, plan_folder, run)
-        on_message(f"resuming {run} from step {saved.manifest.step}")
-        if text := describe_resharding(plan, saved):
-            on_message(text)
+        run = _prepare_resume(plan, plan_folder, run, on_message, verify=verify)
         mode = RunMode.CONTINUE
     else:
         run = new_run_folder(plan_folder, run, shared=target.no_ssh)
@@ -134,6 +134,20 @@ def launch(
     places = f" on {', '.join(hosts)}" if target.over_ssh else ""
     on_message(f"starting {plan.cluster.world_size} ranks{places}; they log to {run / LOG}")
     return start_ranks(plan, plan_folder, run, on_metrics=on_metrics, mode=mode, target=target, port=port)
+
+
+def _prepare_resume(plan: Plan, plan_folder: Path, run: Path | None, on_message: OnMessage, *, verify: bool) -> Path:
+    """Verify the checkpoint that is resumed, before anything in its run changes; return the run."""
+    run, saved = find_resumable(plan, plan_folder, run)
+    if verify and saved.manifest.checksums:
+        on_message(f"verifying {format_bytes(saved.manifest.total_bytes)} of {saved.path}")
+        verify_checkpoint(saved)
+    run, saved = prepare_resume(plan, plan_folder, run)
+    note_verified(run, saved)
+    on_message(f"resuming {run} from step {saved.manifest.step}")
+    if text := describe_resharding(plan, saved):
+        on_message(text)
+    return run
 
 
 def _checked_weights(weights: Path | str | None, plan: Plan, *, resume: bool) -> Path | None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from translution.planner.common import InputError, Phase, write_text
 from translution.planner.plans import Plan
 
-from ..checkpoint.manifest import EvaluationResult, is_best, newest_checkpoint, write_evaluation
+from ..checkpoint.integrity import is_verified, verify_checkpoint
+from ..checkpoint.manifest import CheckpointRef, EvaluationResult, is_best, newest_checkpoint, write_evaluation
 from ..checkpoint.reshard import load_first_weights, load_resharded
 from ..checkpoint.resume import layout_changes
 from ..checkpoint.save_load import load_checkpoint, prune, replay_bias_correction, save_checkpoint
@@ -64,6 +65,8 @@ class Trainer:
         """Number of the step, from 0; after the last one, the number of steps."""
         self.data_tensors: list[Tensor] = []
         """Tensors of the data set, which do not belong to the training state."""
+        self.data_fingerprint: str | None = None
+        """Tells whether the data is that with which a checkpoint was trained."""
         self.snapshot: StateSnapshot | None = None
         self.stop = StopRequest()
         # A second launch that measures the run's processes leaves the metrics of the first launch alone.
@@ -224,7 +227,9 @@ class Trainer:
         folder, engine = self.run / CHECKPOINT, self.engine.deepspeed_engine
         self.recorder.record(
             Phase.SAVE,
-            lambda: save_checkpoint(engine, folder, self.step, self.plan, tag=tag, evaluation=evaluation),
+            lambda: save_checkpoint(
+                engine, folder, self.step, self.plan, tag=tag, evaluation=evaluation, data=self.data_fingerprint
+            ),
         )
         if self.memory_kind == "process":
             self.add_measurement()
@@ -241,6 +246,11 @@ class Trainer:
         ref = newest_checkpoint(folder)
         if ref is None:
             raise InputError(f"{folder}: holds no complete checkpoint")
+        self._check_data(ref)
+        # The ranks agree: some may see the shared folder as it was some time ago.
+        if self.engine.mean_over_ranks(float(is_verified(self.run, ref))) != [1.0]:
+            verify_checkpoint(ref, part=self.engine.rank, parts=self.engine.world_size)
+            torch.distributed.barrier()  # No rank begins to load what another one finds damaged.
         if layout_changes(self.plan, ref.plan()):
             dtype = MODEL_DTYPES[self.plan.training.states_dtype]
             self.recorder.record(Phase.RESUME, lambda: load_resharded(engine, ref, dtype))
@@ -248,6 +258,16 @@ class Trainer:
         else:
             self.recorder.record(Phase.RESUME, lambda: load_checkpoint(engine, folder, ref.tag))
         return ref.manifest.step
+
+    def _check_data(self, ref: CheckpointRef) -> None:
+        """Raise an `InputError` if the training data is not that with which a checkpoint was trained."""
+        saved, ours = ref.manifest.data, self.data_fingerprint
+        if saved is not None and ours is not None and saved != ours:
+            where = self.plan.training.data_path or self.plan.training.data
+            raise InputError(
+                f"data: {where!r} is not allowed: its content is not what {ref.path} was trained on; start a new run "
+                "from its network instead (export, then launch --from)"
+            )
 
     def measure_resume(self) -> None:
         """Build the engine, load the run's checkpoint, and add the memory of this to the run's measurement."""
@@ -266,6 +286,7 @@ class Trainer:
         global_batch = training.global_batch(self.engine.world_size)
         training_samples, held_out = self.load_data(global_batch)
         self.data_tensors = [*training_samples.resident, *held_out.resident]
+        self.data_fingerprint = training_samples.fingerprint()
         # Before the engine: kornia cannot be imported after DeepSpeed has made a model under ZeRO-3.
         self.augment = Augmenter(self.plan.model, training, self.engine.rank, self.engine.world_size)
         self.start()

@@ -6,6 +6,7 @@ from .errors import TranslutionError as TranslutionError
 from .errors import nearest as nearest
 from .files import SPEC_SUFFIXES as SPEC_SUFFIXES
 from .files import check_new_folder as check_new_folder
+from .files import flush_folder as flush_folder
 from .files import new_folder as new_folder
 from .files import read_yaml as read_yaml
 from .files import write_bytes as write_bytes

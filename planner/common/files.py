@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -54,28 +55,53 @@ def read_yaml(text: str, what: str) -> Any:
         raise InputError(f"{what}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Write a text file atomically, as `write_bytes` does.
 
     Raises:
         InputError: if the folder is absent or cannot be written.
     """
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(), durable=durable)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
     """Write a file atomically: under a temporary name in the same folder, then renamed.
+
+    Args:
+        path: the file.
+        content: what it holds afterwards.
+        durable: flush it before and its folder after the renaming, so that a power loss leaves the old or the new file.
 
     Raises:
         InputError: if the folder is absent or cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Nobody can have prepared a link under a name that is drawn now and must be new.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        temporary.write_bytes(content)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+            file.write(content)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            flush_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder durable.
+
+    Raises:
+        OSError: if it cannot be opened.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_new_folder(target: Path, *, marker: str, force: bool = False) -> bool:

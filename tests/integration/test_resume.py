@@ -115,11 +115,11 @@ def test_a_resumed_run_is_bitwise_equal_to_the_uninterrupted_one(name: str, tmp_
     assert_same_state(run / last, tmp_path / "uninterrupted" / last)
 
 
-def write_images(folder: Path) -> Path:
+def write_images(folder: Path, seed: int = 0) -> Path:
     """Write 30 images to train on and 20 to evaluate, of ten classes and of several sizes."""
     from PIL import Image
 
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
     for part, each in (("train", 3), ("val", 2)):
         for label in range(10):
             (folder / part / f"class{label}").mkdir(parents=True)
@@ -162,6 +162,14 @@ def test_an_augmented_run_is_reproducible_and_resumable(tmp_path: Path) -> None:
     again = values(tmp_path / "uninterrupted", SAVED)
     assert values(run, SAVED)[-len(again) :] == again
     assert_same_state(run / last, other / last)
+
+    # Other data of the same size is noticed.
+    shutil.rmtree(run / last)
+    write_images(tmp_path / "others", seed=1)
+    shutil.rmtree(tmp_path / "images")
+    (tmp_path / "others").rename(tmp_path / "images")
+    with pytest.raises(AssertionError, match=r"its content is not what .*step_5 was trained on"):
+        run_plan(folder, 1, RunMode.CONTINUE)
 
     file = run / "monitor" / "csv" / "Train_loss.csv"
     rows = [f"{line[1]},{line[2]}" for line in steps]

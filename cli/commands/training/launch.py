@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from translution.distributed.launcher import launch
 from translution.distributed.remote import LaunchTarget
-from translution.planner.common import format_bytes
+from translution.planner.common import InputError, format_bytes
 from translution.planner.plans import Plan, load_plan
 
 from ...options import (
@@ -132,6 +132,9 @@ def launch_cli(
         typer.Option("--from", help="Network file from which a new run starts, as export and import write."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Start even if preflight finds a problem.")] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Resume without comparing the checkpoint's checksums.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
     hostfile: HostfileOption = None,
     no_ssh: Annotated[
@@ -143,6 +146,8 @@ def launch_cli(
     ssh_port: SshPortOption = None,
 ) -> None:
     """Run a plan through DeepSpeed's launcher, on this machine or on the hosts of a hostfile."""
+    if no_verify and not resume:
+        raise InputError("no-verify: is not allowed: must be used with --resume")
     target = LaunchTarget(hostfile, no_ssh, node_rank, master_addr, master_port, ssh_port)
     if dry_run:
         planned = launch(plan_folder, run=run, target=target, resume=resume, weights=weights, dry_run=True)
@@ -159,6 +164,7 @@ def launch_cli(
             resume=resume,
             weights=weights,
             force=force,
+            verify=not no_verify,
             on_metrics=display.show,
             on_message=console.print,
             on_warning=note,

@@ -15,8 +15,10 @@ from translution.distributed.checkpoint.manifest import (
     best_tag,
     checkpoint_tags,
     is_best,
+    saved_unix_s,
     write_evaluation,
 )
+from translution.distributed.checkpoint.resume import find_resumable
 from translution.distributed.checkpoint.save_load import prune
 from translution.planner.common.errors import InputError
 from translution.planner.plans.plan import load_plan
@@ -74,7 +76,7 @@ def test_a_result_is_added_to_a_manifest(tmp_path: Path) -> None:
     write_evaluation(tmp_path, "step_5", images(0.3))
     found = best_checkpoint(tmp_path)
     assert found is not None
-    assert found.manifest == Manifest(step=5, ranks=1, files={"states": 4}, evaluation=images(0.3))
+    assert found.manifest == Manifest(step=5, ranks=1, files={"states": 4}, evaluation=images(0.3)).signed()
 
 
 def test_the_newest_checkpoints_and_the_best_stay(tmp_path: Path) -> None:
@@ -89,3 +91,35 @@ def test_the_newest_checkpoints_and_the_best_stay(tmp_path: Path) -> None:
     plain = load_plan(write_plan(tmp_path / "plain", 1, keep_checkpoints=1))
     prune(tmp_path / "runs", plain)
     assert checkpoint_tags(tmp_path / "runs") == ["step_50"]
+
+
+def test_a_damaged_checkpoint_is_never_the_best_and_does_not_stop_saving(tmp_path: Path) -> None:
+    for step, accuracy in ((10, 0.9), (20, 0.7)):
+        save(tmp_path, step, images(accuracy))
+    (tmp_path / "step_10" / MANIFEST).write_text("")
+    assert best_tag(tmp_path) == "step_20"
+    assert is_best(tmp_path, images(0.8))
+
+
+def test_the_time_of_saving_is_the_recorded_one(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    assert saved_unix_s(tmp_path, "step_5") == (tmp_path / "step_5").stat().st_mtime
+    manifest = Manifest(step=5, ranks=1, files={"states": 4}, saved_unix_s=1000.5)
+    (tmp_path / "step_5" / MANIFEST).write_text(manifest.model_dump_json())
+    assert saved_unix_s(tmp_path, "step_5") == 1000.5
+
+
+def test_the_newest_run_is_the_one_that_saved_last_by_its_record(tmp_path: Path) -> None:
+    """A copied or touched run has the newest files, not the newest training."""
+    folder = write_plan(tmp_path / "plan", 1, steps=50)
+    plan = load_plan(folder)
+    for name, saved in (("001", 3000.0), ("002", 2000.0)):
+        run = folder / "runs" / name
+        (run / "status").mkdir(parents=True)
+        (run / "plan.json").write_text((folder / "plan.json").read_text())
+        save(run / "checkpoint", 5)
+        manifest = Manifest(step=5, ranks=1, files={"states": 4}, saved_unix_s=saved)
+        (run / "checkpoint" / "step_5" / MANIFEST).write_text(manifest.model_dump_json())
+    found, ref = find_resumable(plan, folder, None)
+    assert found == folder / "runs" / "001"
+    assert ref.manifest.saved_unix_s == 3000.0

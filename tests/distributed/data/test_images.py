@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import datasets
@@ -213,3 +214,18 @@ def test_a_folder_that_cannot_be_used_is_named(folder: Path) -> None:
         path.unlink()
     with pytest.raises(InputError, match="val: holds no image"):
         load(folder)
+
+
+def test_a_fingerprint_tells_whether_images_were_exchanged(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    first = load(folder)[0].fingerprint()
+    moved = tmp_path_factory.mktemp("moved") / "data"
+    shutil.copytree(folder, moved)
+    assert load(moved)[0].fingerprint() == first
+    (moved / "train" / "class1" / "0.png").rename(moved / "train" / "class1" / "7.png")
+    assert load(moved)[0].fingerprint() != first
+    (moved / "train" / "class1" / "7.png").rename(moved / "train" / "class1" / "0.png")
+    assert load(moved)[0].fingerprint() == first
+    picture(99).save(moved / "train" / "class1" / "0.png")
+    assert load(moved)[0].fingerprint() != first

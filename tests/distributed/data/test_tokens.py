@@ -200,3 +200,13 @@ def test_a_plan_trains_on_random_windows_and_evaluates_consecutive_ones(tmp_path
         ValueError, match="token_windows: 'random' is not allowed: must be consecutive with data digits"
     ):
         TrainingSpec(token_windows="random")
+
+
+def test_a_fingerprint_tells_whether_a_text_was_exchanged(tmp_path: Path) -> None:
+    tokens = np.arange(50_000) % 200
+    first = TokenWindows(tokens.astype(np.uint16), 8, 256, "text").fingerprint()
+    assert TokenWindows(tokens.astype(np.uint32), 8, 256, "other name").fingerprint() == first
+    assert TokenWindows(tokens[:-1].astype(np.uint16), 8, 256, "text").fingerprint() != first
+    changed = tokens.copy()
+    changed[25_000] += 1
+    assert TokenWindows(changed.astype(np.uint16), 8, 256, "text").fingerprint() != first

@@ -1,0 +1,48 @@
+"""``translution verify-checkpoint``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from translution.planner.common import format_bytes
+
+from ...extras import requires_extra
+from ...options import JsonOption
+from ...output import console, print_json
+from .. import app
+
+
+@app.command(
+    "verify-checkpoint",
+    epilog="Example: **translution verify-checkpoint plans/small/runs/001**",
+)
+def verify_checkpoint_cli(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN_FOLDER", help="Run folder whose checkpoints are verified.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Read all checkpoints of a run and compare their files with the checksums that were saved."""
+    with requires_extra("train"):
+        from translution.distributed.checkpoint import run_checkpoints, verify_checkpoint
+    found = run_checkpoints(run_folder)
+    errors = console(stderr=True)
+    columns = TextColumn("verifying"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as progress:
+        task = progress.add_task("verify", total=sum(ref.manifest.total_bytes for ref in found))
+        for ref in found:
+            verify_checkpoint(ref, lambda count: progress.advance(task, count))
+    if as_json:
+        rows = [{"checkpoint": str(ref.path), **ref.manifest.model_dump(mode="json")} for ref in found]
+        print_json({"run": str(run_folder), "checkpoints": rows})
+        return
+    for ref in found:
+        checked = "as saved" if ref.manifest.checksums else "sizes as saved; an earlier version saved no checksums"
+        console().print(
+            f"{ref.path}: {len(ref.manifest.files)} files, {format_bytes(ref.manifest.total_bytes)}, {checked}",
+            soft_wrap=True,
+        )
