@@ -15,6 +15,8 @@ from typing import Any
 from .errors import InputError
 
 SPEC_SUFFIXES = (".yaml", ".yml", ".json")
+MOST_YAML_VALUES = 100_000
+"""Values of a YAML text, with aliases written out, of which the largest spec has some hundred."""
 
 
 def read_mapping(path: Path) -> Any:
@@ -45,14 +47,40 @@ def read_yaml(text: str, what: str) -> Any:
         what: name of the text, which begins the error line.
 
     Raises:
-        InputError: if the text is not valid YAML, contains an impossible date or is nested too deeply.
+        InputError: if the text is not valid YAML, contains an impossible date, is nested too deeply, or has more values
+            than `MOST_YAML_VALUES` when its aliases are written out.
     """
     import yaml
 
     try:
+        # Aliases are references, which nothing has written out yet: a few lines can stand for billions of values.
+        values = _count_values(yaml.compose(text, Loader=yaml.SafeLoader), {})
+        if values > MOST_YAML_VALUES:
+            raise InputError(
+                f"{what}: more than {MOST_YAML_VALUES:,} values are not allowed; with aliases it has {values:,}"
+            )
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{what}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _count_values(node: Any, counted: dict[int, int]) -> int:
+    """Return the number of values of a YAML node with its aliases written out.
+
+    Args:
+        node: the node; None is an empty text.
+        counted: the numbers of nodes that are known, by identity; 0 for those that are being counted.
+    """
+    if node is None or isinstance(node.value, str):
+        return 1
+    if id(node) in counted:
+        if not counted[id(node)]:
+            raise ValueError("a value contains itself")
+        return counted[id(node)]
+    counted[id(node)] = 0
+    parts = (part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,)))
+    counted[id(node)] = 1 + sum(_count_values(part, counted) for part in parts)
+    return counted[id(node)]
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:

@@ -105,7 +105,7 @@ def test_every_module_of_a_command_has_its_commands(capsys: Captured) -> None:
     modules = {f"{path.parent.name}.{path.stem}" for path in folder.glob("*/*.py") if path.stem != "__init__"}
     assert modules == set(MODULES.values())
     assert all(
-        MODULES[name].removesuffix("_").endswith(f".{name}")
+        MODULES[name].removesuffix("_").endswith(f".{name.replace('-', '_')}")
         for name, command in program.commands.items()
         if not command.hidden
     )

@@ -1,0 +1,59 @@
+"""Reading YAML within bounds, and writing files that nobody can redirect."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from translution.planner.common import files
+from translution.planner.common.errors import InputError
+from translution.planner.common.files import read_yaml, write_text
+
+
+def aliases(levels: int) -> str:
+    """A text whose last value stands for ten to the power of `levels` values."""
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    for level in range(1, levels):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]")
+    return "\n".join(lines)
+
+
+def test_aliases_that_stand_for_billions_of_values_are_refused_at_once() -> None:
+    text = aliases(9)
+    assert len(text) < 700
+    with pytest.raises(InputError, match=r"spec: more than 100,000 values are not allowed; with aliases it has 1,2"):
+        read_yaml(text, "spec")
+    assert len(read_yaml(aliases(3), "spec")) == 3
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "[" * 3000, "&a {b: *a}"])
+def test_values_that_contain_themselves_or_nest_too_deeply_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"^spec: not valid YAML: "):
+        read_yaml(text, "spec")
+
+
+@pytest.mark.parametrize(("text", "value"), [("", None), ("3", 3), ("a: [1, {b: x}]", {"a": [1, {"b": "x"}]})])
+def test_ordinary_values_are_read(text: str, value: object) -> None:
+    assert read_yaml(text, "spec") == value
+
+
+def test_a_link_under_a_temporary_name_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "victim"
+    target.write_text("precious")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "00")
+    (tmp_path / ".out.00.tmp").symlink_to(target)
+    with pytest.raises(InputError, match="out: cannot be written: File exists"):
+        write_text(tmp_path / "out", "text")
+    assert target.read_text() == "precious"
+    monkeypatch.undo()
+    write_text(tmp_path / "out", "text", durable=True)
+    assert (tmp_path / "out").read_text() == "text"
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
