@@ -20,6 +20,7 @@ from ..preflight.runner import check_target
 from ..remote.rank_command import RankCommand, make_rank_command, runner_environment
 from ..remote.target import THIS_MACHINE, LaunchTarget
 from ..runs.folder import LOG, new_run_folder, next_run_folder, set_first_weights
+from ..runs.lock import require_unlocked
 from ..runs.mode import RunMode
 from ..runs.status import clear_statuses, raise_unless_finished
 from ..system.compiled_ops import OnMessage, needed_ops, prepare_ops
@@ -139,6 +140,7 @@ def launch(
 def _prepare_resume(plan: Plan, plan_folder: Path, run: Path | None, on_message: OnMessage, *, verify: bool) -> Path:
     """Verify the checkpoint that is resumed, before anything in its run changes; return the run."""
     run, saved = find_resumable(plan, plan_folder, run)
+    require_unlocked(run)
     if verify and saved.manifest.checksums:
         on_message(f"verifying {format_bytes(saved.manifest.total_bytes)} of {saved.path}")
         verify_checkpoint(saved)
@@ -209,7 +211,7 @@ def start_ranks(
     ranks = range(plan.cluster.world_size)
     if target.no_ssh:
         ranks = range(target.node_rank * per_node, (target.node_rank + 1) * per_node)
-    clear_statuses(run, ranks)
+    clear_statuses(run, ranks, plan.cluster.world_size)
     if target.over_ssh:
         exit_code = run_remote_ranks(launched.command, runner_environment(), run, on_metrics)
     else:

@@ -68,7 +68,9 @@ class MetricsReader:
                 if not line.endswith(b"\n"):
                     break
                 self._offset += len(line)
-                self._on_metrics(json.loads(line))
+                # A line that a full disk has damaged is left out.
+                with contextlib.suppress(ValueError):
+                    self._on_metrics(json.loads(line))
 
 
 def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path, on_metrics: OnMetrics) -> int:

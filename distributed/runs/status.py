@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from translution.planner.common import RunFailedError, Schema, parse_json, write_text
+from translution.planner.common import InputError, RunFailedError, Schema, parse_json, write_text
 from translution.planner.plans import load_plan
 
 from .folder import LOG, log_path, require_run, status_path
@@ -58,15 +58,32 @@ def write_status(run: Path, status: RankStatus) -> None:
 
 
 def read_status(run: Path, rank: int) -> RankStatus | None:
-    """Return a rank's last status, or None if it never reported one."""
+    """Return a rank's last status, or None if it never reported one.
+
+    Raises:
+        InputError: if its file is damaged.
+    """
     path = status_path(run, rank)
     return parse_json(_STATUS, path.read_bytes(), str(path)) if path.exists() else None
 
 
+def _reported_ranks(run: Path) -> list[int]:
+    paths = status_path(run, 0).parent.glob("rank_*.json")
+    return sorted(int(path.stem.partition("_")[2]) for path in paths)
+
+
+def _readable_status(run: Path, rank: int) -> RankStatus | None:
+    """Return a rank's last status; None also for a file that a full disk, for instance, has cut."""
+    try:
+        return read_status(run, rank)
+    except (OSError, InputError):
+        return None
+
+
 def read_statuses(run: Path) -> list[RankStatus]:
-    """Return the last status of every rank that reported one."""
-    paths = sorted(status_path(run, 0).parent.glob("rank_*.json"))
-    return [parse_json(_STATUS, path.read_bytes(), str(path)) for path in paths]
+    """Return the last status of every rank that reported one which can be read."""
+    statuses = (_readable_status(run, rank) for rank in _reported_ranks(run))
+    return [status for status in statuses if status is not None]
 
 
 def resume_hint(run: Path) -> str:
@@ -87,13 +104,18 @@ def read_run_status(run: Path) -> RunStatus:
         InputError: if the folder is not a run folder, or one of its files is damaged.
     """
     world_size = load_plan(require_run(run)).cluster.world_size
-    return RunStatus(world_size=world_size, ranks=tuple(sorted(read_statuses(run), key=lambda status: status.rank)))
+    return RunStatus(
+        world_size=world_size,
+        ranks=tuple(status for rank in _reported_ranks(run) if (status := read_status(run, rank)) is not None),
+    )
 
 
-def clear_statuses(run: Path, ranks: Iterable[int]) -> None:
-    """Remove the status files of ranks, before they are started again."""
-    for rank in ranks:
-        status_path(run, rank).unlink(missing_ok=True)
+def clear_statuses(run: Path, ranks: Iterable[int], world_size: int) -> None:
+    """Remove the status files of ranks before they are started again, and of ranks that an earlier launch had more."""
+    started = set(ranks)
+    for rank in _reported_ranks(run):
+        if rank in started or rank >= world_size:
+            status_path(run, rank).unlink(missing_ok=True)
 
 
 def raise_unless_finished(run: Path, ranks: int | Iterable[int], exit_code: int) -> None:
@@ -110,7 +132,7 @@ def raise_unless_finished(run: Path, ranks: int | Iterable[int], exit_code: int)
     """
     unfinished: list[str] = []
     for rank in range(ranks) if isinstance(ranks, int) else ranks:
-        status = read_status(run, rank)
+        status = _readable_status(run, rank)
         if status is not None and status.state == "failed":
             raise RunFailedError(
                 f"rank {rank} failed at step {status.step}: {status.message} (log: {log_path(run, rank)})"

@@ -20,6 +20,7 @@ from ..checkpoint.resume import check_resumable
 from ..profiling.allocation_tracer import count_every_allocation
 from ..runs.folder import CHECKPOINT, log_to_own_file, make_run_folders
 from ..runs.heartbeat import follow_heartbeat, require_heartbeat
+from ..runs.lock import lock_rank
 from ..runs.mode import RunMode
 from ..runs.watchdog import end_with_launcher
 from ..system import filesystem, process_memory
@@ -47,7 +48,9 @@ def train(plan_folder: Path, run: Path, mode: RunMode = RunMode.TRAIN) -> None:
     check_training_packages(plan.training)
     # Without a launcher, for instance under torchrun, nobody has made the run folder.
     make_run_folders(run, plan_folder)
-    log_to_own_file(run, int(os.environ.get("RANK", "0")))
+    rank = int(os.environ.get("RANK", "0"))
+    lock_rank(run, rank)
+    log_to_own_file(run, rank)
     if mode is RunMode.TRAIN and checkpoint_tags(run / CHECKPOINT):
         # For instance a Slurm job that was submitted again.
         check_resumable(plan, run)

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from translution.distributed.runs.folder import make_run_folders, status_path
-from translution.distributed.runs.status import RankStatus, raise_unless_finished, read_status, write_status
+from translution.distributed.runs.status import (
+    RankStatus,
+    clear_statuses,
+    raise_unless_finished,
+    read_status,
+    read_statuses,
+    write_status,
+)
 from translution.planner.common.errors import InputError, RunFailedError
 
 
@@ -60,3 +67,20 @@ def test_a_damaged_status_is_named(run: Path) -> None:
     status_path(run, 0).write_text("{")
     with pytest.raises(InputError, match=r"rank_0.json: not valid JSON"):
         read_status(run, 0)
+
+
+def test_a_damaged_status_does_not_hide_the_others(run: Path) -> None:
+    report(run, 0, "finished")
+    status_path(run, 1).write_text("")
+    report(run, 2, "failed", "OSError: No space left on device")
+    assert [status.rank for status in read_statuses(run)] == [0, 2]
+    with pytest.raises(RunFailedError, match="rank 2 failed at step 7: OSError: No space left on device"):
+        raise_unless_finished(run, 3, exit_code=1)
+
+
+def test_ranks_that_a_smaller_launch_does_not_have_are_forgotten(run: Path) -> None:
+    for rank in range(12):
+        report(run, rank, "stopped", "SIGTERM")
+    # One of two nodes starts its own ranks; the run has four now.
+    clear_statuses(run, [2, 3], 4)
+    assert [status.rank for status in read_statuses(run)] == [0, 1]

@@ -1,0 +1,75 @@
+"""Locks of a run's ranks: a run that still trains is neither resumed nor started again."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from translution.planner.common import InputError
+
+_FOLDER = "control"
+_held: list[int] = []
+"""Descriptors of the locks of this process, which end with it."""
+
+
+def _path(run: Path, rank: int) -> Path:
+    return run / _FOLDER / f"rank_{rank}.lock"
+
+
+def _try_lock(path: Path, flags: int) -> int | None:
+    """Lock a file; return its descriptor, or None if another process holds it.
+
+    Raises:
+        OSError: if the file cannot be opened, or its file system has no locks.
+    """
+    descriptor = os.open(path, flags | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _holder(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+
+
+def lock_rank(run: Path, rank: int) -> None:
+    """Lock a rank of a run until this process ends. File systems without locks are not protected.
+
+    Raises:
+        InputError: if another process has the rank's lock.
+    """
+    path = _path(run, rank)
+    path.parent.mkdir(exist_ok=True)
+    try:
+        descriptor = _try_lock(path, os.O_CREAT)
+    except OSError:
+        return
+    if descriptor is None:
+        raise InputError(f"{run}: still runs: {_holder(path)} is its rank {rank}")
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} of {socket.gethostname()}\n".encode())
+    _held.append(descriptor)
+
+
+def require_unlocked(run: Path) -> None:
+    """Check that no rank of a run is running.
+
+    Raises:
+        InputError: names the process of the first rank that is.
+    """
+    for path in sorted((run / _FOLDER).glob("rank_*.lock")):
+        try:
+            descriptor = _try_lock(path, 0)
+        except OSError:
+            continue
+        if descriptor is None:
+            raise InputError(f"{run}: still runs: {_holder(path)} is its {path.stem.replace('_', ' ')}")
+        os.close(descriptor)
