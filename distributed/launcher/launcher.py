@@ -17,7 +17,7 @@ from ..checkpoint.resume import describe_resharding, find_resumable, prepare_res
 from ..preflight.checks import require_passed
 from ..preflight.hosts import compile_on_hosts
 from ..preflight.runner import check_target
-from ..remote.rank_command import RankCommand, make_rank_command, runner_environment
+from ..remote.rank_command import RankCommand, hand_over_secrets, make_rank_command, runner_environment
 from ..remote.target import THIS_MACHINE, LaunchTarget
 from ..runs.folder import LOG, new_run_folder, next_run_folder, set_first_weights
 from ..runs.lock import require_unlocked
@@ -213,7 +213,8 @@ def start_ranks(
         ranks = range(target.node_rank * per_node, (target.node_rank + 1) * per_node)
     clear_statuses(run, ranks, plan.cluster.world_size)
     if target.over_ssh:
-        exit_code = run_remote_ranks(launched.command, runner_environment(), run, on_metrics)
+        with hand_over_secrets(run, plan.cluster):
+            exit_code = run_remote_ranks(launched.command, runner_environment(), run, on_metrics)
     else:
         try:
             exit_code = run_ranks(launched.command, launched.environment, run, on_metrics)

@@ -12,7 +12,7 @@ from pathlib import Path
 from translution.planner.common import InputError, MissingPackageError, RunFailedError
 from translution.planner.plans import Plan
 
-from ..remote.rank_command import PDSH_SAFE, forwarded_variables, runner_environment
+from ..remote.rank_command import PDSH_SAFE, forwarded_variables, runner_environment, without_secrets
 from ..remote.ssh import RemoteResult, Ssh, run_on_hosts, wait_for_host
 from ..remote.target import LaunchTarget
 from ..system.compiled_ops import COMPILE_SECONDS, OnMessage, needed_ops
@@ -41,7 +41,7 @@ def check_programs() -> None:
 
 def _environment(plan: Plan) -> dict[str, str]:
     python = {name: value for name, value in runner_environment().items() if name.startswith("PYTHON")}
-    return forwarded_variables(plan.cluster) | python
+    return without_secrets(forwarded_variables(plan.cluster)) | python
 
 
 def _command(plan_folder: Path, *options: str) -> list[str]:

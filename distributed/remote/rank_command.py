@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import Field, TypeAdapter
@@ -33,6 +35,9 @@ _PER_NODE = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
 """Variables that differ between nodes; they are not forwarded."""
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 """Prefixes of the variables that DeepSpeed exports by itself, in double quotes."""
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
+"""Names of variables whose values only the ranks may see."""
+_SECRETS = Path("control") / "secrets.json"
 PDSH_SAFE = re.compile(r"[\w@+=:,./-]+")
 """Text that pdsh and shells pass on unchanged."""
 
@@ -79,6 +84,40 @@ def forwarded_variables(cluster: ClusterSpec, environment: Mapping[str, str] = o
     return environment_variables(cluster) | own
 
 
+def without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables whose names do not look like secrets: every user of a machine sees its command lines."""
+    return {name: value for name, value in variables.items() if not _SECRET.search(name)}
+
+
+@contextlib.contextmanager
+def hand_over_secrets(run: Path, cluster: ClusterSpec) -> Iterator[None]:
+    """Let the ranks of a run on other hosts read the forwarded secrets, such as HF_TOKEN, while the block runs.
+
+    They are in a file of the run folder that only this user can read.
+    """
+    known = forwarded_variables(cluster)
+    secrets = {name: value for name, value in known.items() if name not in without_secrets(known)}
+    path = run / _SECRETS
+    path.unlink(missing_ok=True)
+    if secrets:
+        path.parent.mkdir(exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            json.dump(secrets, file)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def read_secrets(run: Path) -> dict[str, str]:
+    """Return what `hand_over_secrets` has written for the ranks of a run."""
+    path = run / _SECRETS
+    if not path.is_file():
+        return {}
+    secrets: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    return secrets
+
+
 def make_rank_command(
     plan_folder: Path, run: Path, cluster: ClusterSpec, mode: RunMode, *, follows: bool
 ) -> RankCommand:
@@ -91,7 +130,7 @@ def make_rank_command(
         mode: what the ranks do.
         follows: True if the ranks must end when the launcher's heartbeat stops.
     """
-    environment = forwarded_variables(cluster) | ({FOLLOW_HEARTBEAT: "1"} if follows else {})
+    environment = without_secrets(forwarded_variables(cluster)) | ({FOLLOW_HEARTBEAT: "1"} if follows else {})
     return RankCommand(plan_folder=plan_folder.resolve(), run=run.resolve(), mode=mode, environment=environment)
 
 

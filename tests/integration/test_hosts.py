@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +22,14 @@ from translution.distributed.checkpoint.manifest import newest_checkpoint
 from translution.distributed.preflight.checks import Check
 from translution.distributed.preflight.node_report import NodeReport, compare_nodes
 from translution.distributed.remote.hostfile import read_hostfile
-from translution.distributed.remote.rank_command import RankCommand, forwarded_variables, runner_environment
+from translution.distributed.remote.rank_command import (
+    RankCommand,
+    forwarded_variables,
+    hand_over_secrets,
+    make_rank_command,
+    read_secrets,
+    runner_environment,
+)
 from translution.distributed.runs import heartbeat
 from translution.distributed.runs.folder import CHECKPOINT, METRICS
 from translution.distributed.runs.heartbeat import (
@@ -30,11 +40,13 @@ from translution.distributed.runs.heartbeat import (
     read_heartbeat,
     require_heartbeat,
 )
+from translution.distributed.runs.mode import RunMode
 from translution.distributed.runs.status import read_statuses
 from translution.distributed.runs.watchdog import process_is_alive
 from translution.planner.common.errors import InputError
 from translution.planner.hardware.cluster import local_cpu_cluster
 
+SECRETS = {"HF_TOKEN": "hf_1234567890abcdefghij", "WANDB_API_KEY": "0123456789abcdef0123456789abcdef"}
 CLI = [sys.executable, "-m", "translution.cli"]
 needs_hosts = pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}")
 
@@ -47,7 +59,9 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 def launch(hosts: Hosts, plan: Path, *options: object, host: int = 0) -> subprocess.Popen[str]:
     command = hosts.command(*CLI, "launch", plan, "--hostfile", hosts.hostfile, *options, host=host)
-    return subprocess.Popen(command, env=hosts.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=hosts.environment | SECRETS, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def events(run: Path, event: str) -> list[int]:
@@ -61,6 +75,27 @@ def wait_for_steps(run: Path, process: subprocess.Popen[str]) -> list[int]:
     return [status.pid for status in read_statuses(run)]
 
 
+def command_lines() -> list[bytes]:
+    """Command lines of all processes, which every user of a machine sees."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes())
+    return found
+
+
+def shows(text: bytes, secret: str) -> bool:
+    """Return True if a text holds a secret, as it is or within base64."""
+    words = re.findall(rb"[\w-]{40,}", text)
+    return any(secret.encode() in part for part in (text, *map(decoded, words)))
+
+
+def decoded(word: bytes) -> bytes:
+    with contextlib.suppress(ValueError):
+        return base64.urlsafe_b64decode(word + b"=" * (-len(word) % 4))
+    return b""
+
+
 @needs_hosts
 def test_a_launch_trains_on_two_hosts_is_stopped_and_resumes(hosts: Hosts, tmp_path: Path) -> None:
     # A shell that evaluates this name would create files, and pdsh would insert the host name.
@@ -71,6 +106,8 @@ def test_a_launch_trains_on_two_hosts_is_stopped_and_resumes(hosts: Hosts, tmp_p
     process = launch(hosts, folder, *ssh)
     pids = wait_for_steps(run, process)
     assert len(pids) == 2
+    assert read_secrets(run) == SECRETS
+    assert not [line for line in command_lines() for value in SECRETS.values() if shows(line, value)]
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, errors
@@ -94,6 +131,9 @@ def test_a_launch_trains_on_two_hosts_is_stopped_and_resumes(hosts: Hosts, tmp_p
         assert f"{address}: rank {rank} prints to {run}/logs/rank_{rank}.log" in log
     assert not list(tmp_path.rglob("owned"))
     assert not Path("/owned").exists()
+    for path in run.rglob("*"):
+        if path.is_file():
+            assert not [path for value in SECRETS.values() if shows(path.read_bytes(), value)]
 
 
 @needs_hosts
@@ -171,6 +211,22 @@ def test_a_hostfile_that_does_not_match_the_plan_is_rejected(tmp_path: Path, tex
     assert expected in str(error.value)
     path.write_text("# ours\nuser@a-1.b slots=1  # first\n\nb_2 slots=1\n")
     assert read_hostfile(path, cluster) == ["user@a-1.b", "b_2"]
+
+
+def test_secrets_are_in_a_file_that_only_this_user_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = local_cpu_cluster(1)
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HF_HOME", "/cache")
+    command = make_rank_command(tmp_path, tmp_path, cluster, RunMode.TRAIN, follows=True)
+    assert command.environment["HF_HOME"] == "/cache"
+    assert not set(SECRETS) & set(command.environment)
+    with hand_over_secrets(tmp_path, cluster):
+        (path,) = (tmp_path / "control").iterdir()
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert read_secrets(tmp_path) == SECRETS
+    assert read_secrets(tmp_path) == {}
+    assert shows(RankCommand(plan_folder=tmp_path, run=tmp_path, environment=SECRETS).to_payload().encode(), "hf_1234")
 
 
 def test_the_command_of_a_rank_is_one_payload_that_no_shell_changes(tmp_path: Path) -> None:

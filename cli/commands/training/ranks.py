@@ -23,10 +23,10 @@ def train_cli(plan_folder: Path, run: Path, mode: str = "train") -> None:
 @app.command("rank", hidden=True)
 def rank_cli(word: str) -> None:
     """Run one rank of a plan as the encoded payload says; `launch` starts it on every host."""
-    from translution.distributed.remote import RankCommand
+    from translution.distributed.remote import RankCommand, read_secrets
 
     command = RankCommand.from_payload(word)
-    os.environ.update(command.environment)
+    os.environ.update(command.environment | read_secrets(command.run))
     from translution.distributed.training import train
 
     train(command.plan_folder, command.run, command.mode)
