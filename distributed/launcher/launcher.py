@@ -14,6 +14,7 @@ from translution.planner.plans import PORT, Plan, load_plan
 
 from ..checkpoint.integrity import note_verified, verify_checkpoint
 from ..checkpoint.resume import describe_resharding, find_resumable, prepare_resume
+from ..checkpoint.unpickle import require_harmless
 from ..preflight.checks import require_passed
 from ..preflight.hosts import compile_on_hosts
 from ..preflight.runner import check_target
@@ -144,6 +145,7 @@ def _prepare_resume(plan: Plan, plan_folder: Path, run: Path | None, on_message:
     if verify and saved.manifest.checksums:
         on_message(f"verifying {format_bytes(saved.manifest.total_bytes)} of {saved.path}")
         verify_checkpoint(saved)
+    require_harmless(saved.path)
     run, saved = prepare_resume(plan, plan_folder, run)
     note_verified(run, saved)
     on_message(f"resuming {run} from step {saved.manifest.step}")

@@ -19,6 +19,7 @@ from ..checkpoint.manifest import CheckpointRef, EvaluationResult, is_best, newe
 from ..checkpoint.reshard import load_first_weights, load_resharded
 from ..checkpoint.resume import layout_changes
 from ..checkpoint.save_load import load_checkpoint, prune, replay_bias_correction, save_checkpoint
+from ..checkpoint.unpickle import require_harmless
 from ..data.augment import Augmenter
 from ..data.base import DataSource, Samples
 from ..data.batching import micro_batches
@@ -250,6 +251,7 @@ class Trainer:
         # The ranks agree: some may see the shared folder as it was some time ago.
         if self.engine.mean_over_ranks(float(is_verified(self.run, ref))) != [1.0]:
             verify_checkpoint(ref, part=self.engine.rank, parts=self.engine.world_size)
+            require_harmless(ref.path, part=self.engine.rank, parts=self.engine.world_size)
             torch.distributed.barrier()  # No rank begins to load what another one finds damaged.
         if layout_changes(self.plan, ref.plan()):
             dtype = MODEL_DTYPES[self.plan.training.states_dtype]
