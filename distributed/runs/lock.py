@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from pathlib import Path
 
 from translution.planner.common import InputError
+
+from ..system.filesystem import try_lock
 
 _FOLDER = "control"
 _held: list[int] = []
@@ -16,24 +17,6 @@ _held: list[int] = []
 
 def _path(run: Path, rank: int) -> Path:
     return run / _FOLDER / f"rank_{rank}.lock"
-
-
-def _try_lock(path: Path, flags: int) -> int | None:
-    """Lock a file; return its descriptor, or None if another process holds it.
-
-    Raises:
-        OSError: if the file cannot be opened, or its file system has no locks.
-    """
-    descriptor = os.open(path, flags | os.O_RDWR | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def _holder(path: Path) -> str:
@@ -49,7 +32,7 @@ def lock_rank(run: Path, rank: int) -> None:
     path = _path(run, rank)
     path.parent.mkdir(exist_ok=True)
     try:
-        descriptor = _try_lock(path, os.O_CREAT)
+        descriptor = try_lock(path, create=True)
     except OSError:
         return
     if descriptor is None:
@@ -67,7 +50,7 @@ def require_unlocked(run: Path) -> None:
     """
     for path in sorted((run / _FOLDER).glob("rank_*.lock")):
         try:
-            descriptor = _try_lock(path, 0)
+            descriptor = try_lock(path)
         except OSError:
             continue
         if descriptor is None:

@@ -1,8 +1,9 @@
-"""File system types, and removal of the shared-memory buffers that ranks leave behind."""
+"""File system types, locks of files, and removal of the shared-memory buffers that ranks leave behind."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from pathlib import Path
 
@@ -16,6 +17,28 @@ def file_system(path: Path) -> str:
     mounts = [line.split()[1:3] for line in text.splitlines()]
     containing = [(folder, kind) for folder, kind in mounts if path.resolve().is_relative_to(folder)]
     return max(containing, key=lambda mount: len(mount[0]), default=("", ""))[1]
+
+
+def try_lock(path: Path, *, create: bool = False) -> int | None:
+    """Lock a file until the process ends or the returned descriptor is closed; None if another process holds it.
+
+    Args:
+        path: the file.
+        create: create it if it does not exist.
+
+    Raises:
+        OSError: if the file cannot be opened, or its file system has no locks.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def remove_shared_buffers(port: str | int, rank: int | None = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -15,28 +14,12 @@ from typing import Any
 from translution.planner.common import InputError
 from translution.planner.deepspeed import aio_section
 
+from .filesystem import try_lock
+
 PREFIX = "translution-swap-"
 """Start of the name of a rank's folder under an NVMe path."""
 OWNER = "owner"
 """File in a rank's folder that its process keeps locked; it names the run and the process."""
-
-
-def _lock(path: Path) -> int | None:
-    """Lock a file until the process ends or the returned descriptor is closed; None if another process holds it.
-
-    Raises:
-        OSError: if there is no such file, or the file system has no locks.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 class SwapFolder:
@@ -67,7 +50,7 @@ class SwapFolder:
         (made / OWNER).write_text(f"{run.resolve()}, process {os.getpid()}\n", encoding="utf-8")
         self._descriptor: int | None = None
         with contextlib.suppress(OSError):  # Without locks nothing is ever stale.
-            self._descriptor = _lock(made / OWNER)
+            self._descriptor = try_lock(made / OWNER)
         made.rename(self.path)
 
     def remove(self) -> None:
@@ -96,7 +79,7 @@ def _owned(nvme_path: Path | str) -> Iterator[tuple[Path, int | None]]:
     """
     for folder in sorted(Path(nvme_path).glob(f"{PREFIX}*")):
         try:
-            descriptor = _lock(folder / OWNER) if folder.stat().st_uid == os.getuid() else None
+            descriptor = try_lock(folder / OWNER) if folder.stat().st_uid == os.getuid() else None
         except OSError:
             continue
         try:
