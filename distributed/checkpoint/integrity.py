@@ -25,10 +25,10 @@ _SUMS = ".sums"
 _RANK = re.compile(r"rank_?(\d+)")
 _BLOCK_BYTES = 4 * 2**20
 
-OnBytes = Callable[[int], None]
+OnBlock = Callable[[int], None]
 
 
-def file_checksum(path: Path, on_bytes: OnBytes = lambda _: None) -> str:
+def file_checksum(path: Path, on_bytes: OnBlock = lambda _: None) -> str:
     """Return the CRC-32 of a file as eight hexadecimal digits.
 
     Args:
@@ -95,7 +95,7 @@ def collect_records(folder: Path) -> dict[str, FileRecord]:
     return records
 
 
-def verify_checkpoint(ref: CheckpointRef, on_bytes: OnBytes = lambda _: None, *, part: int = 0, parts: int = 1) -> None:
+def verify_checkpoint(ref: CheckpointRef, on_bytes: OnBlock = lambda _: None, *, part: int = 0, parts: int = 1) -> None:
     """Read a checkpoint's files and compare their checksums with the manifest, on all cores.
 
     Args:

@@ -14,7 +14,6 @@ from translution.planner.plans import PORT, Plan, load_plan
 
 from ..checkpoint.integrity import note_verified, verify_checkpoint
 from ..checkpoint.resume import describe_resharding, find_resumable, prepare_resume
-from ..checkpoint.unpickle import require_harmless
 from ..preflight.checks import require_passed
 from ..preflight.hosts import compile_on_hosts
 from ..preflight.runner import check_target
@@ -140,6 +139,9 @@ def launch(
 
 def _prepare_resume(plan: Plan, plan_folder: Path, run: Path | None, on_message: OnMessage, *, verify: bool) -> Path:
     """Verify the checkpoint that is resumed, before anything in its run changes; return the run."""
+    # Imports torch, which a launch that resumes nothing does not need.
+    from ..checkpoint.unpickle import require_harmless
+
     run, saved = find_resumable(plan, plan_folder, run)
     require_unlocked(run)
     if verify and saved.manifest.checksums:
