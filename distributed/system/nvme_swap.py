@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,10 @@ from .filesystem import try_lock
 
 PREFIX = "translution-swap-"
 """Start of the name of a rank's folder under an NVMe path."""
+_GONE = f".{PREFIX}gone-"
+"""Start of the name of a folder that is being deleted."""
+_PATIENCE_S = 5.0
+"""Seconds for which a locked folder may be one that another rank examines."""
 OWNER = "owner"
 """File in a rank's folder that its process keeps locked; it names the run and the process."""
 
@@ -39,14 +45,10 @@ class SwapFolder:
     def __init__(self, nvme_path: str, run: Path, rank: int) -> None:
         base = Path(nvme_path)
         base.mkdir(parents=True, exist_ok=True)
-        remove_stale(nvme_path)
         self.path = base / f"{PREFIX}{_digest(run)}-rank{rank}"
-        if self.path.exists():
-            raise InputError(
-                f"nvme_path: {nvme_path!r} is not allowed: {_read_owner(self.path)} uses it for rank {rank}"
-            )
+        _clear(nvme_path, self.path, rank)
         # Renamed when it is locked: until then nobody can take it for stale.
-        made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=base))
+        made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}new-", dir=base))
         (made / OWNER).write_text(f"{run.resolve()}, process {os.getpid()}\n", encoding="utf-8")
         self._descriptor: int | None = None
         with contextlib.suppress(OSError):  # Without locks nothing is ever stale.
@@ -59,6 +61,39 @@ class SwapFolder:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _clear(nvme_path: str, path: Path, rank: int) -> None:
+    """Delete what dead runs have left, the folder of this rank among it.
+
+    Raises:
+        InputError: if a living process uses that folder.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        remove_stale(nvme_path)
+        if not path.exists():
+            return
+        try:
+            descriptor = try_lock(path / OWNER)
+        except OSError:
+            # Its file system has no locks, or somebody is deleting it.
+            _discard(path)
+            return
+        if descriptor is not None:
+            os.close(descriptor)
+        elif time.monotonic() > deadline:
+            raise InputError(f"nvme_path: {nvme_path!r} is not allowed: {_read_owner(path)} uses it for rank {rank}")
+        # Another rank that looks for what it may delete briefly holds its lock.
+        time.sleep(_PATIENCE_S / 100)
+
+
+def _discard(folder: Path) -> None:
+    """Delete a folder, whose name is free at once: its files may take long."""
+    gone = folder.with_name(f"{_GONE}{secrets.token_hex(8)}")
+    with contextlib.suppress(OSError):
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _digest(run: Path) -> str:
@@ -93,7 +128,9 @@ def remove_stale(nvme_path: Path | str) -> None:
     """Delete what dead runs of this user have left under an NVMe path."""
     for folder, descriptor in _owned(nvme_path):
         if descriptor is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            _discard(folder)
+    for gone in Path(nvme_path).glob(f"{_GONE}*"):
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def stale_bytes(nvme_path: Path | str) -> int:

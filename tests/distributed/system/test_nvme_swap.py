@@ -36,6 +36,11 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+@pytest.fixture(autouse=True)
+def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvme_swap, "_PATIENCE_S", 0.2)
+
+
 def drive(tmp_path: Path) -> str:
     return str(tmp_path / "drive")
 
@@ -101,3 +106,22 @@ def test_bytes_are_counted_by_kind(tmp_path: Path) -> None:
     assert nvme_swap.disk_bytes(folder.path) == {"exp_avg": 3, "master parameters": 4, "parameters": 5}
     assert nvme_swap.disk_bytes(None) == {}
     folder.remove()
+
+
+def test_ranks_that_start_at_once_after_a_crash_do_not_disturb_one_another(tmp_path: Path) -> None:
+    """Each deletes what all of them have left, and takes its own folder."""
+    script = HOLD + "folder.remove()\n"
+    for attempt in range(3):
+        processes = []
+        for rank in range(4):
+            command = [sys.executable, "-c", script, drive(tmp_path), str(tmp_path / "run"), str(rank)]
+            processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip().endswith(f"rank{processes.index(process)}")
+        assert len(living_owners(drive(tmp_path))) == 4
+        for process in processes:
+            if attempt < 2:
+                process.kill()
+            process.communicate("end\n" if attempt == 2 else None)
+    assert not list((tmp_path / "drive").iterdir())
