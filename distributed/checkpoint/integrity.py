@@ -61,14 +61,16 @@ def _files(folder: Path) -> Iterable[Path]:
 
 def record_own_files(folder: Path, rank: int, world_size: int) -> None:
     """Flush the files that this rank has written into a partial checkpoint, and note their sizes and checksums."""
-    records = {}
-    for path in _files(folder):
-        name = path.relative_to(folder).as_posix()
-        if _writer(name, world_size) == rank:
-            flush_file(path)
-            records[name] = [path.stat().st_size, file_checksum(path)]
-    for path in {(folder / name).parent for name in records}:
-        flush_folder(path)
+    names = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    own = {name: path for name, path in names.items() if _writer(name, world_size) == rank}
+    # The drive flushes one file while another one is read from memory.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        flushes = [pool.submit(flush_file, path) for path in own.values()]
+        records = {name: [path.stat().st_size, file_checksum(path)] for name, path in own.items()}
+        for flush in flushes:
+            flush.result()
+    for parent in {path.parent for path in own.values()}:
+        flush_folder(parent)
     (folder / _SUMS).mkdir(exist_ok=True)
     write_text(folder / _SUMS / f"rank_{rank}.json", json.dumps(records))
 
