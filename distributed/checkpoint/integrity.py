@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -84,8 +85,7 @@ def collect_records(folder: Path) -> dict[str, FileRecord]:
     noted: dict[str, tuple[int, str]] = {}
     for path in sorted((folder / _SUMS).glob("rank_*.json")):
         noted |= {name: (size, checksum) for name, (size, checksum) in json.loads(path.read_text()).items()}
-        path.unlink()
-    (folder / _SUMS).rmdir()
+    shutil.rmtree(folder / _SUMS)
     records = {}
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from translution.planner.common import InputError, Schema, parse_json, write_text
 from translution.planner.plans import PLAN_FILE, Plan, load_plan
@@ -21,9 +21,12 @@ _TAG = re.compile(r"step_(\d+)")
 class EvaluationResult(Schema):
     """Means over the evaluated held-out samples."""
 
+    # The loss of a model that has diverged is a result too, and must survive being stored.
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
     samples: int
     """Number of samples."""
-    loss: float
+    loss: float = Field(allow_inf_nan=True)
     accuracy: float
     """Fraction of predictions whose most likely class or token is right."""
     top5_accuracy: float | None = None
@@ -49,6 +52,8 @@ class FileRecord(NamedTuple):
 
 class Manifest(Schema):
     """Content of a complete checkpoint."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     step: int
     """Number of optimizer steps done."""

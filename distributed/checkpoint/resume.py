@@ -123,13 +123,11 @@ def _last_saved(run: Path) -> float:
     return saved_unix_s(folder, checkpoint_tags(folder)[-1])
 
 
-def prepare_resume(plan: Plan, plan_folder: Path, run: Path | None) -> tuple[Path, CheckpointRef]:
-    """Find the run as `find_resumable` does, and copy the plan into it."""
-    run, ref = find_resumable(plan, plan_folder, run)
+def prepare_resume(plan: Plan, plan_folder: Path, run: Path, ref: CheckpointRef) -> None:
+    """Copy the plan into the run that `find_resumable` has found; measurements of another layout are removed."""
     if layout_changes(plan, ref.plan()):
         remove_measurements(run)
     write_text(run / PLAN_FILE, (plan_folder / PLAN_FILE).read_text(encoding="utf-8"))
-    return run, ref
 
 
 def check_resumable(plan: Plan, run: Path) -> CheckpointRef:

@@ -148,7 +148,7 @@ def _prepare_resume(plan: Plan, plan_folder: Path, run: Path | None, on_message:
         on_message(f"verifying {format_bytes(saved.manifest.total_bytes)} of {saved.path}")
         verify_checkpoint(saved)
     require_harmless(saved.path)
-    run, saved = prepare_resume(plan, plan_folder, run)
+    prepare_resume(plan, plan_folder, run, saved)
     note_verified(run, saved)
     on_message(f"resuming {run} from step {saved.manifest.step}")
     if text := describe_resharding(plan, saved):

@@ -196,6 +196,9 @@ def test_a_run_with_a_damaged_checkpoint_is_not_resumed(tmp_path: Path, capsys: 
         error = capsys.readouterr().err
         assert f"{damaged.name}: its content is not what was saved: the checkpoint is damaged; there is no" in error
         assert error.count("\n") == 1
+    shutil.copytree(run, longer / "runs" / "by-hand")
+    with pytest.raises(AssertionError, match=r"optim_states.pt: its content is not what was saved"):
+        run_plan(longer, 1)
     assert run_cli(["verify-checkpoint", str(tmp_path / "plan")]) == 2
     assert run_cli(["launch", str(longer), "--no-verify"]) == 2
     assert "no-verify: is not allowed: must be used with --resume" in capsys.readouterr().err

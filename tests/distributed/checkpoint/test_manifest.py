@@ -20,6 +20,7 @@ from translution.distributed.checkpoint.manifest import (
 )
 from translution.distributed.checkpoint.resume import find_resumable
 from translution.distributed.checkpoint.save_load import prune
+from translution.distributed.training.evaluation import perplexity
 from translution.planner.common.errors import InputError
 from translution.planner.plans.plan import load_plan
 
@@ -31,9 +32,7 @@ def images(accuracy: float, loss: float = 1.0) -> EvaluationResult:
 
 
 def text(loss: float, accuracy: float = 0.5) -> EvaluationResult:
-    return EvaluationResult.model_construct(
-        samples=8, loss=loss, accuracy=accuracy, top5_accuracy=None, perplexity=2.0**loss
-    )
+    return EvaluationResult(samples=8, loss=loss, accuracy=accuracy, perplexity=perplexity(loss))
 
 
 def save(folder: Path, step: int, evaluation: EvaluationResult | None = None) -> None:
@@ -52,6 +51,16 @@ def test_images_are_compared_by_accuracy_and_text_by_loss() -> None:
     assert text(2.0).is_better(text(NAN))
     assert not text(NAN).is_better(text(2.0))
     assert not text(NAN).is_better(text(NAN))
+
+
+@pytest.mark.parametrize("loss", [NAN, float("inf")])
+def test_the_loss_of_a_model_that_has_diverged_is_stored(loss: float, tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    write_evaluation(tmp_path, "step_5", text(loss))
+    found = best_checkpoint(tmp_path)
+    assert found is not None
+    assert found.manifest.evaluation is not None
+    assert str(found.manifest.evaluation.loss) == str(loss)
 
 
 def test_the_best_checkpoint_is_the_oldest_of_equal_ones(tmp_path: Path) -> None:
