@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.runs import run_plan, write_plan
 
 from translution.cli.main import run as run_cli
@@ -27,6 +29,7 @@ from translution.distributed.checkpoint.manifest import (
     write_manifest,
 )
 from translution.distributed.runs.folder import CHECKPOINT
+from translution.distributed.runs.lock import lock_rank
 from translution.planner.common.errors import InputError
 
 FILES = {
@@ -202,3 +205,33 @@ def test_a_run_with_a_damaged_checkpoint_is_not_resumed(tmp_path: Path, capsys: 
     assert run_cli(["verify-checkpoint", str(tmp_path / "plan")]) == 2
     assert run_cli(["launch", str(longer), "--no-verify"]) == 2
     assert "no-verify: is not allowed: must be used with --resume" in capsys.readouterr().err
+
+
+def test_what_would_run_code_or_still_trains_is_not_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checksums are right: whoever exchanged the file has written a new manifest."""
+    folder = write_plan(tmp_path / "plan", 1, steps=2)
+    run = run_plan(folder, 1)
+    longer = write_plan(tmp_path / "longer", 1, steps=4)
+    copied = Path(shutil.copytree(run, longer / "runs" / "001"))
+    lock_rank(copied, 7)
+    assert run_cli(["launch", str(longer), "--resume"]) == 2
+    assert "is its rank 7\n" in capsys.readouterr().err
+    (copied / "control" / "rank_7.lock").unlink()
+    found = newest_checkpoint(copied / CHECKPOINT)
+    assert found is not None
+    path = next(found.path.glob("*optim_states.pt"))
+    torch.save({"optimizer_state_dict": Code()}, path)
+    name, manifest = path.name, found.manifest
+    changed = {
+        "files": manifest.files | {name: path.stat().st_size},
+        "checksums": manifest.checksums | {name: file_checksum(path)},
+    }
+    write_manifest(found.path, manifest.model_copy(update=changed))
+    for flags in ([], ["--no-verify"]):
+        assert run_cli(["launch", str(longer), "--resume", *flags]) == 2
+        assert f"{name}: cannot be read: posix.system is not allowed in a checkpoint" in capsys.readouterr().err
+
+
+class Code:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("true",)

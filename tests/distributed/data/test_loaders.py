@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from itertools import islice
 from pathlib import Path
 
@@ -307,6 +309,14 @@ def test_plan_rejects_data_that_does_not_fit_the_model(
     assert message in printed
     assert printed.count("\n") == 1
     assert not (tmp_path / "plan").exists()
+
+
+def test_a_step_does_not_keep_the_samples_that_it_was_given() -> None:
+    """Augmented ones replace them: both would lie in memory."""
+    stream = micro_batches(numbered(50), micro_batch=4, gradient_accumulation_steps=2, rank=0, world_size=1, seed=0)
+    given = [weakref.ref(batch) for batch in next(stream)]
+    gc.collect()
+    assert [reference() for reference in given] == [None, None]
 
 
 def test_synthetic_text_predicts_the_next_token() -> None:

@@ -12,8 +12,13 @@ from translution.distributed.profiling.allocation_tracer import count_every_allo
 from translution.distributed.profiling.single_process import measure_passes
 from translution.models.networks import head
 from translution.planner.common.errors import InputError
+from translution.planner.common.phases import Phase
 from translution.planner.config.model import ModelSpec, parse_model_spec
-from translution.planner.config.training import LossKind
+from translution.planner.config.run_config import RunConfig
+from translution.planner.config.training import LossKind, TrainingSpec
+from translution.planner.config.zero import ZeroSpec
+from translution.planner.hardware.cluster import local_cpu_cluster
+from translution.planner.simulator.lifecycle import simulate
 from translution.planner.simulator.network import head_ops
 from translution.planner.simulator.network.model import MICRO_BATCHES, replay
 from translution.planner.simulator.network.ops import DtypeSizes
@@ -237,3 +242,15 @@ def test_offload_is_rejected_under_autocast() -> None:
     spec = parse_model_spec(VIT | {"checkpointing": "offload"})
     with pytest.raises(InputError, match="checkpointing: offload is not allowed: must be none or block under autocast"):
         replay(spec, 2, DtypeSizes.autocast("cpu"))
+
+
+@pytest.mark.parametrize(("precision", "device_copies"), [("fp32", 0), ("bf16", 1)])
+def test_a_cpu_holds_a_sample_once_unless_its_dtype_changes(precision: str, device_copies: int) -> None:
+    """Of 6 images with 3 x 24 x 24 values in fp32, and a class of 8 bytes each."""
+    spec = parse_model_spec(VIT | {"operator": "attention", "image": 24, "channels": 3})
+    training = TrainingSpec(precision=precision, micro_batch=3, gradient_accumulation_steps=2, data="synthetic")
+    run = RunConfig(spec, local_cpu_cluster(1), training, ZeroSpec(stage=0))
+    peaks = simulate(run).peaks
+    forward = [peak.live_bytes.get(MICRO_BATCHES, 0) for (phase, _), peak in peaks.items() if phase == Phase.FORWARD]
+    copied = 3 * 3 * 24 * 24 * 2 * device_copies
+    assert sum(forward) == 6 * (3 * 24 * 24 * 4 + 8) + copied
