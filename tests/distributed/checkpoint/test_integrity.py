@@ -208,7 +208,7 @@ def test_a_run_with_a_damaged_checkpoint_is_not_resumed(tmp_path: Path, capsys: 
 
 
 def test_what_would_run_code_or_still_trains_is_not_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The checksums are right: whoever exchanged the file has written a new manifest."""
+    """The checksums are right: the file was exchanged together with the manifest."""
     folder = write_plan(tmp_path / "plan", 1, steps=2)
     run = run_plan(folder, 1)
     longer = write_plan(tmp_path / "longer", 1, steps=4)
