@@ -21,14 +21,17 @@ from ..remote.rank_command import RankCommand, hand_over_secrets, make_rank_comm
 from ..remote.target import THIS_MACHINE, LaunchTarget
 from ..runs.folder import LOG, new_run_folder, next_run_folder, set_first_weights
 from ..runs.lock import require_unlocked
+from ..runs.memory_kills import count_memory_kills
 from ..runs.mode import RunMode
-from ..runs.status import clear_statuses, raise_unless_finished
-from ..system.compiled_ops import OnMessage, needed_ops, prepare_ops
+from ..runs.rank_watch import RankWatch, hang_limits
+from ..runs.status import clear_statuses
+from ..runs.verdict import raise_unless_finished
+from ..system.compiled_ops import needed_ops, prepare_ops
 from ..system.environment import free_port, launch_environment, version_warnings
 from ..system.filesystem import remove_shared_buffers
 from ..system.nvme_swap import remove_stale
 from .command import launch_command
-from .local_processes import OnMetrics, run_ranks
+from .local_processes import OnMessage, OnMetrics, run_ranks
 from .pdsh import run_remote_ranks
 
 
@@ -72,6 +75,7 @@ def launch(
     weights: Path | str | None = None,
     force: bool = False,
     verify: bool = True,
+    hang_minutes: float | None = None,
     dry_run: bool = False,
     on_metrics: OnMetrics = _ignore_metrics,
     on_message: OnMessage = _ignore_message,
@@ -91,6 +95,8 @@ def launch(
         weights: network file from which a new run starts, visible to every node; None draws weights at random.
         force: start even if preflight finds a problem.
         verify: compare the checksums of the checkpoint that is resumed before any rank starts.
+        hang_minutes: minutes after which a rank that stands still in a step ends the run, as `hang_limits` says; None
+            is a multiple of the predicted time, 0 never.
         dry_run: only find out what would be started.
         on_metrics: called with each line of the metrics file.
         on_message: called with a line of text before each slow step, and for each check that failed.
@@ -112,6 +118,7 @@ def launch(
     if hosts and target.no_ssh and run is None:
         raise InputError("run: is required with --no-ssh: --run FOLDER, the same on every node")
     first = _checked_weights(weights, plan, resume=resume)
+    hang_limits(plan, hang_minutes)
     if dry_run:
         return _dry_run(plan, plan_folder, run, target, RunMode.CONTINUE if resume else mode)
     for text in version_warnings(plan):
@@ -134,7 +141,17 @@ def launch(
             prepare_ops(ops, launch_environment(plan.cluster), run / LOG, on_message)
     places = f" on {', '.join(hosts)}" if target.over_ssh else ""
     on_message(f"starting {plan.cluster.world_size} ranks{places}; they log to {run / LOG}")
-    return start_ranks(plan, plan_folder, run, on_metrics=on_metrics, mode=mode, target=target, port=port)
+    return start_ranks(
+        plan,
+        plan_folder,
+        run,
+        on_metrics=on_metrics,
+        on_message=on_message,
+        mode=mode,
+        target=target,
+        port=port,
+        hang_minutes=hang_minutes,
+    )
 
 
 def _prepare_resume(plan: Plan, plan_folder: Path, run: Path | None, on_message: OnMessage, *, verify: bool) -> Path:
@@ -190,9 +207,11 @@ def start_ranks(
     run: Path,
     *,
     on_metrics: OnMetrics = _ignore_metrics,
+    on_message: OnMessage = _ignore_message,
     mode: RunMode = RunMode.TRAIN,
     target: LaunchTarget = THIS_MACHINE,
     port: int | None = None,
+    hang_minutes: float | None = None,
 ) -> LaunchResult:
     """Start the ranks of a run whose folder exists, and wait until they have ended.
 
@@ -201,9 +220,11 @@ def start_ranks(
         plan_folder: folder that the ranks read the plan from.
         run: run folder that the ranks write to.
         on_metrics: called with each line of the metrics file.
+        on_message: called with what a run waits for that is stopped or hangs.
         mode: what the ranks do.
         target: the machines that run the ranks.
         port: port at which the ranks meet; None is a free one of this machine.
+        hang_minutes: as `launch` has it.
 
     Raises:
         RunFailedError: if a rank did not finish, or a signal ended the launch.
@@ -216,16 +237,23 @@ def start_ranks(
     if target.no_ssh:
         ranks = range(target.node_rank * per_node, (target.node_rank + 1) * per_node)
     clear_statuses(run, ranks, plan.cluster.world_size)
+    watch = RankWatch(run, ranks, plan.cluster.world_size, hang_limits(plan, hang_minutes))
+    offset = (run / LOG).stat().st_size if (run / LOG).exists() else 0
+    memory_kills = count_memory_kills()
     if target.over_ssh:
         with hand_over_secrets(run, plan.cluster):
-            exit_code = run_remote_ranks(launched.command, runner_environment(), run, on_metrics)
+            exit_code = run_remote_ranks(
+                launched.command, runner_environment(), run, on_metrics, watch=watch, on_message=on_message
+            )
     else:
         try:
-            exit_code = run_ranks(launched.command, launched.environment, run, on_metrics)
+            exit_code = run_ranks(
+                launched.command, launched.environment, run, on_metrics, watch=watch, on_message=on_message
+            )
         finally:
             remove_shared_buffers(port)
             # A killed rank leaves its files.
             for path in {plan.zero.offload_optimizer.nvme_path, plan.zero.offload_param.nvme_path} - {None}:
                 remove_stale(str(path))
-    raise_unless_finished(run, ranks, exit_code)
+    raise_unless_finished(run, ranks, exit_code, deaths=watch.deaths, log_offset=offset, memory_kills=memory_kills)
     return launched

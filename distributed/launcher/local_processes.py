@@ -8,12 +8,15 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runs.folder import LOG, METRICS
-from ..runs.status import read_statuses, resume_hint
+from translution.planner.common import RunFailedError
+
+from ..runs.folder import LOG, METRICS, log_path
+from ..runs.rank_watch import RankWatch
+from ..runs.status import RankStatus, read_statuses, resume_hint
 from ..runs.watchdog import LAUNCHER_PID
 from ..system.signals import EndedError, ending_signals_raise
 
@@ -24,13 +27,26 @@ SAVE_SECONDS = 3600.0
 POLL_SECONDS = 0.2
 """Seconds between two looks at the processes and the metrics file."""
 
+STACKS_SECONDS = 1.0
+"""Seconds in which ranks print their stacks."""
+HUNG_SECONDS = 20.0
+"""Seconds after which ranks that have been asked to save must move, if one hung."""
+_WAIT_MESSAGE_SECONDS = 15.0
+"""Seconds between two messages about what a stopping run waits for."""
+
+OnMessage = Callable[[str], None]
+"""Called with a line of text for the user."""
 OnMetrics = Callable[[Mapping[str, Any]], None]
 """Called with each line of the metrics file, as a mapping."""
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher and all ranks, which share its process group."""
-    for end in (signal.SIGTERM, signal.SIGKILL):
+def _no_message(_: str) -> None:
+    """Default of `on_message`: do nothing."""
+
+
+def _stop(process: subprocess.Popen[bytes], *, at_once: bool = False) -> None:
+    """End the launcher and all ranks, which share its process group; `at_once` gives them no time to save."""
+    for end in (signal.SIGKILL,) if at_once else (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, end)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -73,7 +89,15 @@ class MetricsReader:
                     self._on_metrics(json.loads(line))
 
 
-def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path, on_metrics: OnMetrics) -> int:
+def run_ranks(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    run: Path,
+    on_metrics: OnMetrics,
+    *,
+    watch: RankWatch | None = None,
+    on_message: OnMessage = _no_message,
+) -> int:
     """Run the launcher in its own process group and wait for it; no rank outlives the call.
 
     Ranks also watch this process, and end by themselves if it is killed.
@@ -83,16 +107,20 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path,
         environment: variables added to this process's environment.
         run: the run folder; all output goes to its launcher log.
         on_metrics: called with each line of the metrics file as it is written.
+        watch: notices ranks that die or stand still; None watches nothing.
+        on_message: called with what a stopping run waits for.
 
     Returns:
         The launcher's exit code.
 
     Raises:
         InterruptedRunError: if the user interrupted the run; the ranks have saved and ended.
-        RunFailedError: if a signal ended the run; the ranks have saved and ended.
+        RunFailedError: if a signal ended the run, or a rank hung; the ranks have saved, if they could, and ended.
     """
+    watch = watch or RankWatch(run, (), 0, None)
     reader = MetricsReader(run / METRICS, on_metrics)
     environment = {**os.environ, **environment, LAUNCHER_PID: str(os.getpid())}
+    at_once = False
     with (run / LOG).open("ab") as log, ending_signals_raise():
         process = subprocess.Popen(
             command,
@@ -105,30 +133,107 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path,
         try:
             while process.poll() is None:
                 reader.poll()
+                watch.look()
+                if hang := watch.find_hang():
+                    at_once = not _save_hung(process, watch, hang, on_message)
+                    raise RunFailedError("; ".join(filter(None, [hang, describe_outcome(run)])))
                 time.sleep(POLL_SECONDS)
         except (KeyboardInterrupt, EndedError) as ended:
-            _let_ranks_save(process, run)
+            at_once = True  # A second signal ends the wait, and then the ranks.
+            at_once = not _let_ranks_save(process, run, watch, on_message)
             if hint := resume_hint(run):
                 ended.args = (*ended.args, hint)
             raise
         finally:
-            _stop(process)
+            _stop(process, at_once=at_once)
     reader.poll()
     return process.returncode
 
 
-def _let_ranks_save(process: subprocess.Popen[bytes], run: Path) -> None:
-    """Ask training ranks to save and end, and wait for them; a second signal ends the wait."""
-    asked = False
+def describe_outcome(run: Path) -> str:
+    """Return what is left of a run that hung."""
+    return resume_hint(run) or f"the stacks of the ranks are in {log_path(run, 0).parent}"
+
+
+def _group_ranks(process: subprocess.Popen[bytes], run: Path) -> Iterator[RankStatus]:
+    """Yield the statuses of the ranks of a launcher that are alive."""
     for status in read_statuses(run):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             # The process id may belong to another process by now, but not to one of this group.
-            if status.state in ("training", "evaluating") and os.getpgid(status.pid) == process.pid:
-                os.kill(status.pid, signal.SIGUSR1)
+            if os.getpgid(status.pid) == process.pid:
+                yield status
+
+
+def _ask(process: subprocess.Popen[bytes], run: Path, number: int) -> bool:
+    """Send a signal to the ranks that train or evaluate; return whether there is one."""
+    asked = False
+    for status in _group_ranks(process, run):
+        if status.state in ("training", "evaluating"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(status.pid, number)
                 asked = True
-    if asked:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(SAVE_SECONDS)
+    return asked
+
+
+def _save_hung(process: subprocess.Popen[bytes], watch: RankWatch, hang: str, on_message: OnMessage) -> bool:
+    """Let the ranks of a run in which one hangs print their stacks, and save if they still can.
+
+    Returns:
+        True if all have ended by themselves.
+    """
+    on_message(f"{hang}; the ranks are asked to save and end")
+    for status in _group_ranks(process, watch.run):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(status.pid, signal.SIGUSR2)
+            os.kill(status.pid, signal.SIGCONT)
+    time.sleep(STACKS_SECONDS)
+    if not _ask(process, watch.run, signal.SIGUSR1):
+        return False
+    return wait_for_moves(process, watch)
+
+
+def wait_for_moves(process: subprocess.Popen[bytes], watch: RankWatch) -> bool:
+    """Wait for the end of ranks that were asked to save, as long as one of them goes on.
+
+    Returns:
+        True if all have ended.
+    """
+    moved, since = watch.count_moves(), time.monotonic()
+    while process.poll() is None and time.monotonic() - since < HUNG_SECONDS:
+        time.sleep(POLL_SECONDS)
+        if (now := watch.count_moves()) != moved:
+            moved, since = now, time.monotonic()
+    return process.poll() is not None
+
+
+def _let_ranks_save(process: subprocess.Popen[bytes], run: Path, watch: RankWatch, on_message: OnMessage) -> bool:
+    """Ask training ranks to save and end, and wait for them; a second signal ends the wait.
+
+    Returns:
+        False if one of them hangs.
+    """
+    return not _ask(process, run, signal.SIGUSR1) or wait_for_saving(process, watch, on_message)
+
+
+def wait_for_saving(process: subprocess.Popen[bytes], watch: RankWatch, on_message: OnMessage) -> bool:
+    """Wait until ranks that were asked to save have ended, and tell what they are doing.
+
+    Returns:
+        False if one of them hangs, or they take longer than `SAVE_SECONDS`.
+    """
+    began, told = time.monotonic(), -_WAIT_MESSAGE_SECONDS
+    while process.poll() is None:
+        waited = time.monotonic() - began
+        if waited - told >= _WAIT_MESSAGE_SECONDS:
+            told = waited
+            on_message(f"waiting until the ranks have saved; another Ctrl-C ends them at once. {watch.describe()}")
+        if hang := watch.find_hang():
+            on_message(hang)
+            return False
+        if waited > SAVE_SECONDS:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
 
 
 def run_processes(

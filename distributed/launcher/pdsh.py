@@ -11,18 +11,39 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from translution.planner.common import RunFailedError
+
 from ..remote.ssh import SSH_ARGUMENTS
 from ..runs.folder import LOG, METRICS
-from ..runs.heartbeat import keep_heartbeat, request_stop
+from ..runs.heartbeat import control_path, keep_heartbeat, request_stop
+from ..runs.progress import BEAT_SECONDS, STACKS_REQUEST
+from ..runs.rank_watch import RankWatch
 from ..runs.status import read_statuses, resume_hint
 from ..system.signals import EndedError, ending_signals_raise
-from .local_processes import GRACE_SECONDS, POLL_SECONDS, SAVE_SECONDS, MetricsReader, OnMetrics
+from .local_processes import (
+    GRACE_SECONDS,
+    POLL_SECONDS,
+    MetricsReader,
+    OnMessage,
+    OnMetrics,
+    describe_outcome,
+    wait_for_moves,
+    wait_for_saving,
+)
 
 _HOST_FAILED = re.compile(rb"^pdsh@[^:]*: [^:]*: ssh exited with exit code (\d+)", re.MULTILINE)
 """What pdsh prints when the command of one host has failed, while those of other hosts still run."""
 
 
-def run_remote_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path, on_metrics: OnMetrics) -> int:
+def run_remote_ranks(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    run: Path,
+    on_metrics: OnMetrics,
+    *,
+    watch: RankWatch,
+    on_message: OnMessage,
+) -> int:
     """Run DeepSpeed's runner and wait for it; the ranks on all hosts end when the run folder's heartbeat stops.
 
     Args:
@@ -30,13 +51,15 @@ def run_remote_ranks(command: Sequence[str], environment: Mapping[str, str], run
         environment: the runner's complete environment.
         run: the run folder, which all hosts see.
         on_metrics: called with each line of the metrics file as it is written.
+        watch: notices ranks that stand still.
+        on_message: called with what a stopping run waits for.
 
     Returns:
         The runner's exit code, or that of the first host that failed.
 
     Raises:
         InterruptedRunError: if the user interrupted the run; the ranks have saved and ended.
-        RunFailedError: if a signal ended the run; the ranks have saved and ended.
+        RunFailedError: if a signal ended the run, or a rank hung; the ranks have saved, if they could, and ended.
     """
     reader = MetricsReader(run / METRICS, on_metrics)
     # Without keep-alive messages ssh would wait for a lost host until TCP gives up.
@@ -59,12 +82,17 @@ def run_remote_ranks(command: Sequence[str], environment: Mapping[str, str], run
                 reader.poll()
                 time.sleep(POLL_SECONDS)
                 failed = _failed(run, offset)
+                if not failed and (hang := watch.find_hang()):
+                    _save_hung(process, watch, hang, on_message)
+                    raise RunFailedError("; ".join(filter(None, [hang, describe_outcome(run)])))
             if failed:
                 # Usually the other ranks notice by themselves and report an error.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE_SECONDS)
         except (KeyboardInterrupt, EndedError) as ended:
-            _let_ranks_save(process, run)
+            if any(status.state in ("training", "evaluating") for status in read_statuses(run)):
+                request_stop(run)
+                wait_for_saving(process, watch, on_message)
             if hint := resume_hint(run):
                 ended.args = (*ended.args, hint)
             raise
@@ -85,12 +113,14 @@ def _failed(run: Path, offset: int) -> int:
     return int(any(status.state == "failed" for status in read_statuses(run)))
 
 
-def _let_ranks_save(process: subprocess.Popen[bytes], run: Path) -> None:
-    """Ask training ranks to save and end, and wait for them; a second signal ends the wait."""
-    if any(status.state in ("training", "evaluating") for status in read_statuses(run)):
-        request_stop(run)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(SAVE_SECONDS)
+def _save_hung(process: subprocess.Popen[bytes], watch: RankWatch, hang: str, on_message: OnMessage) -> None:
+    """Let the ranks of a run in which one hangs print their stacks, and save if they still can."""
+    on_message(f"{hang}; the ranks are asked to save and end")
+    with contextlib.suppress(OSError):
+        control_path(watch.run, STACKS_REQUEST).touch()
+    time.sleep(2 * BEAT_SECONDS)
+    request_stop(watch.run)
+    wait_for_moves(process, watch)
 
 
 def _abandon(process: subprocess.Popen[bytes]) -> None:

@@ -9,10 +9,12 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from translution.planner.common import InputError, RunFailedError, Schema, parse_json, write_text
+from translution.planner.common import InputError, Schema, parse_json, write_text
 from translution.planner.plans import load_plan
 
-from .folder import LOG, log_path, require_run, status_path
+from .folder import require_run, status_path
+from .heartbeat import control_path
+from .progress import STACKS_REQUEST, progress_path
 
 
 class RankStatus(Schema):
@@ -72,7 +74,7 @@ def _reported_ranks(run: Path) -> list[int]:
     return sorted(int(path.stem.partition("_")[2]) for path in paths)
 
 
-def _readable_status(run: Path, rank: int) -> RankStatus | None:
+def readable_status(run: Path, rank: int) -> RankStatus | None:
     """Return a rank's last status; None also for a file that a full disk, for instance, has cut."""
     try:
         return read_status(run, rank)
@@ -82,7 +84,7 @@ def _readable_status(run: Path, rank: int) -> RankStatus | None:
 
 def read_statuses(run: Path) -> list[RankStatus]:
     """Return the last status of every rank that reported one which can be read."""
-    statuses = (_readable_status(run, rank) for rank in _reported_ranks(run))
+    statuses = (readable_status(run, rank) for rank in _reported_ranks(run))
     return [status for status in statuses if status is not None]
 
 
@@ -111,38 +113,10 @@ def read_run_status(run: Path) -> RunStatus:
 
 
 def clear_statuses(run: Path, ranks: Iterable[int], world_size: int) -> None:
-    """Remove the status files of ranks before they are started again, and of ranks that an earlier launch had more."""
+    """Remove what ranks said about themselves before they are started again, and those an earlier launch had more."""
     started = set(ranks)
     for rank in _reported_ranks(run):
         if rank in started or rank >= world_size:
             status_path(run, rank).unlink(missing_ok=True)
-
-
-def raise_unless_finished(run: Path, ranks: int | Iterable[int], exit_code: int) -> None:
-    """Raise an error unless every rank of a run has finished.
-
-    Args:
-        run: the run folder.
-        ranks: number of ranks, or the ranks to check.
-        exit_code: exit code of the launcher, for the message.
-
-    Raises:
-        RunFailedError: names the first rank that failed or was stopped, with its message; otherwise all ranks that
-            did not finish, with the launcher's exit code.
-    """
-    unfinished: list[str] = []
-    for rank in range(ranks) if isinstance(ranks, int) else ranks:
-        status = _readable_status(run, rank)
-        if status is not None and status.state == "failed":
-            raise RunFailedError(
-                f"rank {rank} failed at step {status.step}: {status.message} (log: {log_path(run, rank)})"
-            )
-        if status is not None and status.state == "stopped":
-            raise RunFailedError(f"stopped by {status.message}; {resume_hint(run)}")
-        if status is None or status.state != "finished":
-            last = "never started" if status is None else f"was last seen {status.state} at step {status.step}"
-            unfinished.append(f"rank {rank} {last}")
-    if unfinished:
-        raise RunFailedError(
-            f"{'; '.join(unfinished)}; launcher exit code {exit_code} (logs: {run / LOG} and {log_path(run, 0).parent})"
-        )
+            progress_path(run, rank).unlink(missing_ok=True)
+    control_path(run, STACKS_REQUEST).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -14,13 +15,36 @@ LAUNCHER_PID = "TRANSLUTION_LAUNCHER_PID"
 """Environment variable with the process id of the ranks' launcher."""
 
 
-def process_is_alive(pid: int) -> bool:
-    """Return True if a process is running; a zombie is not."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProcessState:
+    """State of a process of this host."""
+
+    alive: bool
+    """True if it is running or stopped; a zombie is not."""
+    stopped: bool = False
+    """True if a signal or a debugger has stopped it."""
+    signal: int | None = None
+    """The signal that killed a zombie, as long as its parent has not waited for it."""
+
+
+def process_state(pid: int) -> ProcessState:
+    """Return the state of a process.
+
+    Source: Linux, proc_pid_stat(5); its last field is the exit status as waitpid returns it.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+        return ProcessState(alive=False)
+    fields = stat.rpartition(")")[2].split()
+    if fields[0] in ("Z", "X"):
+        return ProcessState(alive=False, signal=(int(fields[-1]) & 0x7F) or None)
+    return ProcessState(alive=True, stopped=fields[0] in ("T", "t"))
+
+
+def process_is_alive(pid: int) -> bool:
+    """Return True if a process is running; a zombie is not."""
+    return process_state(pid).alive
 
 
 def end_with_launcher() -> None:

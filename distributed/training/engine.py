@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,19 @@ import torch
 from torch import Tensor
 
 from translution.models import build
-from translution.planner.common import InputError
+from translution.planner.common import InputError, Phase
 from translution.planner.config import ModelSpec, PatchSpec
 from translution.planner.plans import Plan
 
 from ..data.base import Samples
+from ..runs.progress import Progress
 from ..system.compiled_ops import has_gpu_compiler
 from ..system.network import interface_towards
 from ..system.nvme_swap import SwapFolder
 from .deepspeed_fixes import cache_processor, patch_nvme_optimizers
 
+COLLECTIVE_LIMIT = datetime.timedelta(days=7)
+"""Time limit of a collective: a rank may wait for a slow drive of another one. `rank_watch` ends runs that hang."""
 MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -33,6 +37,17 @@ def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) ->
     """
     targets = targets if targets.is_floating_point() else targets.flatten()
     return torch.nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+
+def wait_without_limit() -> None:
+    """Let the collectives of every process group, DeepSpeed's own ones included, wait for `COLLECTIVE_LIMIT`.
+
+    Source: torch 2.13, distributed/distributed_c10d.py: a new group has its backend's default of 10 or 30 minutes.
+    """
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(COLLECTIVE_LIMIT, group)
 
 
 def has_top5(model: ModelSpec) -> bool:
@@ -56,6 +71,8 @@ class Engine:
         """DeepSpeed's engine, once `initialize_engine` has run."""
         self.swap_folders: dict[str, SwapFolder] = {}
         """This rank's folder under each NVMe path of the plan, once `claim_swap_folders` has run."""
+        self.progress = Progress()
+        """Says where this rank is."""
         self._sums = torch.zeros(4, dtype=torch.float64)
 
     def claim_swap_folders(self, run: Path) -> None:
@@ -87,7 +104,7 @@ class Engine:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         elif "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_towards(os.environ.get("MASTER_ADDR", ""))):
             os.environ["GLOO_SOCKET_IFNAME"] = name
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=COLLECTIVE_LIMIT)
 
     def deepspeed_config(self) -> dict[str, Any]:
         """Return DeepSpeed's configuration of the plan; without a compiler for GPUs the fused AdamW is torch's."""
@@ -108,6 +125,7 @@ class Engine:
         """Build the network; under ZeRO-3 each parameter is partitioned as soon as it is made."""
         import deepspeed
 
+        self.progress.move(Phase.INIT)
         torch.manual_seed(self.plan.training.seed)
         with deepspeed.zero.Init(config_dict_or_path=self.deepspeed_config(), enabled=self.plan.zero.stage == 3):
             self.model = self.build_network()
@@ -116,6 +134,7 @@ class Engine:
         """Wrap the network in DeepSpeed's engine."""
         import deepspeed
 
+        self.progress.move(Phase.INIT)
         # Each rank trains on its own samples, so it must draw its own dropout masks.
         torch.manual_seed(self.plan.training.seed + 1 + self.rank)
         model, self.model = self.model, None
@@ -129,6 +148,7 @@ class Engine:
             config=self.deepspeed_config(),
             optimizer=self._quantized_adam if self.plan.training.quantizes_states else None,
         )
+        wait_without_limit()
 
     def _quantized_adam(self, parameters: Any) -> torch.optim.Optimizer:
         """Return bitsandbytes' AdamW of the plan, whose moments have 8 bits per element."""
@@ -161,6 +181,7 @@ class Engine:
     def loss(self, batch: Samples) -> Tensor:
         """Mean cross-entropy of a micro-batch."""
         training = self.plan.training
+        self.progress.move(Phase.FORWARD)
         targets = batch.targets.to(self.deepspeed_engine.device)
         if training.chunks_loss:
             inputs = batch.inputs.to(self.deepspeed_engine.device)
@@ -174,6 +195,7 @@ class Engine:
         A second row, for models of images with more than five classes, tells whether one of the five most likely
         classes is right.
         """
+        self.progress.move(Phase.EVALUATION)
         targets = batch.targets.to(self.deepspeed_engine.device)
         if self.plan.training.chunks_loss:
             inputs = batch.inputs.to(self.deepspeed_engine.device)
@@ -189,10 +211,12 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradients to those of its step."""
+        self.progress.move(Phase.BACKWARD)
         self.deepspeed_engine.backward(loss)
 
     def micro_step(self) -> None:
         """End a micro-batch; after the last one of a step DeepSpeed clips and applies the gradients."""
+        self.progress.move(Phase.STEP)
         self.deepspeed_engine.step()
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -226,6 +250,7 @@ class Engine:
 
     def seed_step(self, step: int) -> None:
         """Seed torch for a step, so that dropout depends only on the step and the rank: a resumed run repeats it."""
+        self.progress.begin_step(step)
         torch.manual_seed((self.plan.training.seed * self.world_size + self.rank + 1) * 1_000_003 + step)
 
     def mean_over_ranks(self, *values: float) -> list[float]:

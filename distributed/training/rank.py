@@ -6,27 +6,36 @@ LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) give the rank's place.
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from translution.planner.common import TranslutionError
 from translution.planner.plans import load_plan
 
 from ..checkpoint.manifest import checkpoint_tags
 from ..checkpoint.resume import check_resumable
 from ..profiling.allocation_tracer import count_every_allocation
 from ..runs.folder import CHECKPOINT, log_to_own_file, make_run_folders
-from ..runs.heartbeat import follow_heartbeat, require_heartbeat
+from ..runs.heartbeat import FOLLOW_HEARTBEAT, follow_heartbeat, require_heartbeat
 from ..runs.lock import lock_rank
 from ..runs.mode import RunMode
-from ..runs.watchdog import end_with_launcher
+from ..runs.rank_watch import RankWatch, limits_of_environment
+from ..runs.watchdog import LAUNCHER_PID, end_with_launcher
 from ..system import filesystem, process_memory
 from ..system.environment import own_path
 from ..system.packages import check_training_packages
+from .failure import describe_failure
 from .trainer import Trainer
+
+_LOOK_SECONDS = 1.0
 
 
 def train(plan_folder: Path, run: Path, mode: RunMode = RunMode.TRAIN) -> None:
@@ -68,13 +77,16 @@ def run_rank(trainer: Trainer, work: Callable[[], None]) -> None:
     end_with_launcher()
     rank, plan = trainer.engine.rank, trainer.plan
     follow_heartbeat(trainer.run, rank, trainer.stop)
+    trainer.engine.progress.open(trainer.run, rank)
+    watch_without_launcher(trainer)
     if plan.cluster.device == "cpu":
         count_every_allocation()
     try:
         work()
         torch.distributed.barrier()
+        trainer.engine.progress.end()
     except BaseException as error:
-        trainer.report_status("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        report_failure(trainer, error)
         raise
     finally:
         for folder in trainer.engine.swap_folders.values():
@@ -83,3 +95,42 @@ def run_rank(trainer: Trainer, work: Callable[[], None]) -> None:
         # Otherwise a gloo process may abort at exit after success.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def report_failure(trainer: Trainer, error: BaseException) -> None:
+    """Write why a rank fails: into its progress, which needs no room on a drive, and into its status."""
+    plan = trainer.plan
+    drives = (plan.zero.offload_optimizer.nvme_path, plan.zero.offload_param.nvme_path)
+    folders = [trainer.run, *(folder.path for folder in trainer.engine.swap_folders.values())]
+    text, cause = describe_failure(error, [*folders, *(Path(str(path)) for path in drives if path is not None)])
+    trainer.engine.progress.fail(text, cause)
+    try:
+        trainer.report_status("failed", text)
+    except TranslutionError as problem:
+        print(f"the status could not be written: {problem}", file=sys.stderr)
+
+
+def watch_without_launcher(trainer: Trainer) -> None:
+    """End this rank when it hangs, or when the next one does, if no launcher watches; then all ranks end.
+
+    Slurm and torchrun end the others.
+    """
+    if LAUNCHER_PID in os.environ or FOLLOW_HEARTBEAT in os.environ:
+        return
+    engine, limits = trainer.engine, limits_of_environment(trainer.plan)
+    if limits is None:
+        return
+    ranks = {engine.rank, (engine.rank + 1) % engine.world_size}
+    watch = RankWatch(trainer.run, ranks, engine.world_size, limits)
+
+    def look() -> None:
+        while not (text := watch.find_hang()):
+            time.sleep(_LOOK_SECONDS)
+        engine.progress.fail(text, "other")
+        try:
+            trainer.report_status("failed", text)
+        finally:
+            faulthandler.dump_traceback(all_threads=True)
+            os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()

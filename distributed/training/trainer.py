@@ -225,6 +225,7 @@ class Trainer:
         """Save a checkpoint, with the result of the evaluation before it if there was one, and record its memory."""
         # A second launch that measures the run's processes saves next to the first launch's checkpoint.
         tag = f"process_{self.step}" if self.mode is RunMode.MEASURE_PROCESS else None
+        self.engine.progress.move(Phase.SAVE)
         folder, engine = self.run / CHECKPOINT, self.engine.deepspeed_engine
         self.recorder.record(
             Phase.SAVE,
@@ -248,6 +249,7 @@ class Trainer:
         if ref is None:
             raise InputError(f"{folder}: holds no complete checkpoint")
         self._check_data(ref)
+        self.engine.progress.move(Phase.RESUME)
         # The ranks agree: some may see the shared folder as it was some time ago.
         if self.engine.mean_over_ranks(float(is_verified(self.run, ref))) != [1.0]:
             verify_checkpoint(ref, part=self.engine.rank, parts=self.engine.world_size)

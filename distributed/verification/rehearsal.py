@@ -43,7 +43,7 @@ from translution.planner.simulator.engine import EngineConfig
 from ..launcher.local_processes import OnMetrics, run_ranks
 from ..runs.folder import LOG, make_run_folders, new_run_folder
 from ..runs.measurement import MemoryMeasurement, read_memory
-from ..runs.status import raise_unless_finished
+from ..runs.verdict import raise_unless_finished
 from ..system.compiled_ops import OnMessage, needed_ops, prepare_ops
 from ..system.environment import check_packages, launch_environment
 from .extrapolate import extrapolate, join_init, largest_sub_group

@@ -14,7 +14,7 @@ from helpers import forked
 from helpers.waiting import wait_until
 
 from translution.distributed.runs.mode import RunMode
-from translution.distributed.runs.status import raise_unless_finished
+from translution.distributed.runs.verdict import raise_unless_finished
 from translution.distributed.system.environment import free_port, launch_environment
 from translution.distributed.system.filesystem import remove_shared_buffers
 from translution.planner.common.machine import usable_cores

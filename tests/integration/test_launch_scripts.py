@@ -13,7 +13,7 @@ import pytest
 from helpers.runs import write_plan
 from helpers.waiting import PATIENCE_S
 
-from translution.distributed.runs.status import raise_unless_finished
+from translution.distributed.runs.verdict import raise_unless_finished
 from translution.distributed.system.environment import free_port, version_warnings
 from translution.planner.common.errors import InputError
 from translution.planner.config.loading import preset

@@ -23,7 +23,8 @@ from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.digits import load_digits
 from translution.distributed.runs.folder import CHECKPOINT, METRICS, make_run_folders, memory_path
 from translution.distributed.runs.measurement import read_memory
-from translution.distributed.runs.status import raise_unless_finished, read_status
+from translution.distributed.runs.status import read_status
+from translution.distributed.runs.verdict import raise_unless_finished
 from translution.distributed.runs.watchdog import process_is_alive
 from translution.distributed.system.environment import free_port
 from translution.models import build

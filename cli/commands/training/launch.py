@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -135,6 +136,14 @@ def launch_cli(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Resume without comparing the checkpoint's checksums.")
     ] = False,
+    hang_minutes: Annotated[
+        float | None,
+        typer.Option(
+            envvar="TRANSLUTION_HANG_MINUTES",
+            help="Minutes after which a rank that stands still ends the run; 0 never. [default: by the predicted time]",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
     hostfile: HostfileOption = None,
     no_ssh: Annotated[
@@ -165,8 +174,9 @@ def launch_cli(
             weights=weights,
             force=force,
             verify=not no_verify,
+            hang_minutes=hang_minutes,
             on_metrics=display.show,
-            on_message=console.print,
+            on_message=partial(console.print, soft_wrap=True),
             on_warning=note,
         )
     console.print(f"finished: {launched.run}")
