@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from translution.planner.common import InputError, Phase
@@ -113,14 +113,23 @@ class RankWatch:
         ranks: the ranks that are watched.
         world_size: number of all ranks.
         limits: how long they may stand still; None for ever.
+        clock: returns seconds.
     """
 
-    def __init__(self, run: Path, ranks: Iterable[int], world_size: int, limits: HangLimits | None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        ranks: Iterable[int],
+        world_size: int,
+        limits: HangLimits | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.run, self.ranks, self.world_size, self.limits = run, tuple(ranks), world_size, limits
         self.deaths: list[Death] = []
         """Deaths of ranks of this host, in the order in which they were noticed."""
         self._seen: dict[int, _Seen] = {}
-        self._host, self._before, self._elapsed = socket.gethostname(), time.monotonic(), 0.0
+        self._clock = clock
+        self._host, self._before, self._elapsed = socket.gethostname(), clock(), 0.0
 
     def look(self) -> None:
         """Note which of the ranks of this host have died; to be called several times per second."""
@@ -140,7 +149,7 @@ class RankWatch:
 
     def find_hang(self) -> str:
         """Return which rank hangs and where, as a sentence without its end; an empty string if none does."""
-        now = time.monotonic()
+        now = self._clock()
         elapsed, self._before = now - self._before, now
         self._elapsed += min(elapsed, _LONGEST_POLL_SECONDS)
         if self._elapsed < _POLL_SECONDS or self.limits is None:

@@ -10,11 +10,11 @@ from translution.distributed.runs.folder import make_run_folders, status_path
 from translution.distributed.runs.status import (
     RankStatus,
     clear_statuses,
-    raise_unless_finished,
     read_status,
     read_statuses,
     write_status,
 )
+from translution.distributed.runs.verdict import raise_unless_finished
 from translution.planner.common.errors import InputError, RunFailedError
 
 
