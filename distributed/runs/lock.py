@@ -42,6 +42,18 @@ def lock_rank(run: Path, rank: int) -> None:
     _held.append(descriptor)
 
 
+def is_rank_alive(run: Path, rank: int) -> bool | None:
+    """Return whether a rank's process holds its lock, on whatever node; None if that cannot be known."""
+    try:
+        descriptor = try_lock(_path(run, rank))
+    except OSError:
+        return None
+    if descriptor is None:
+        return True
+    os.close(descriptor)
+    return False
+
+
 def require_unlocked(run: Path) -> None:
     """Check that no rank of a run is running.
 

@@ -14,7 +14,12 @@ from translution.planner.plans import load_plan
 
 from .folder import require_run, status_path
 from .heartbeat import control_path
-from .progress import STACKS_REQUEST, progress_path
+from .lock import is_rank_alive
+from .progress import STACKS_REQUEST, progress_path, read_progress
+
+
+UNDER_WAY = ("started", "training", "evaluating")
+"""States of ranks that have not ended."""
 
 
 class RankStatus(Schema):
@@ -39,6 +44,10 @@ class RunStatus(Schema):
     """Number of ranks in the run's plan."""
     ranks: tuple[RankStatus, ...]
     """The ranks that reported a status, in the order of their numbers."""
+    places: dict[int, str] = {}
+    """Where ranks were last that have not ended, by rank."""
+    dead: tuple[int, ...] = ()
+    """Ranks whose process has ended although their status says that they are at work."""
 
     @property
     def finished(self) -> bool:
@@ -106,9 +115,13 @@ def read_run_status(run: Path) -> RunStatus:
         InputError: if the folder is not a run folder, or one of its files is damaged.
     """
     world_size = load_plan(require_run(run)).cluster.world_size
+    ranks = tuple(status for rank in _reported_ranks(run) if (status := read_status(run, rank)) is not None)
+    at_work = [status.rank for status in ranks if status.state in UNDER_WAY]
     return RunStatus(
         world_size=world_size,
-        ranks=tuple(status for rank in _reported_ranks(run) if (status := read_status(run, rank)) is not None),
+        ranks=ranks,
+        places={rank: found.place for rank in at_work if (found := read_progress(run, rank)) is not None},
+        dead=tuple(rank for rank in at_work if is_rank_alive(run, rank) is False),
     )
 
 

@@ -17,11 +17,10 @@ from .folder import LOG, log_path
 from .memory_kills import count_memory_kills
 from .progress import RankProgress, read_progress
 from .rank_watch import Death, signal_name
-from .status import RankStatus, readable_status, resume_hint
+from .status import UNDER_WAY, RankStatus, readable_status, resume_hint
 
 _HOST_RETURN_CODE = re.compile(rb"^(?:(\S+): )?.*exits with return code = (-?\d+)", re.MULTILINE)
 """What DeepSpeed's launcher logs when one of its ranks has failed; pdsh puts the host before it."""
-_UNDER_WAY = ("started", "training", "evaluating")
 
 
 def raise_unless_finished(
@@ -151,5 +150,5 @@ def _last_seen(rank: int, status: RankStatus | None, place: RankProgress | None)
         return f"rank {rank} never started"
     if status.state == "finished":
         return ""
-    where = place.place if place and place.step and status.state in _UNDER_WAY else f"at step {status.step}"
+    where = place.place if place and place.step and status.state in UNDER_WAY else f"at step {status.step}"
     return f"rank {rank} was last seen {status.state} {where}"

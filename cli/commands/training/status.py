@@ -19,10 +19,11 @@ def status_cli(
     run: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Print the last status that every rank reported; exit with 0 if all have finished, otherwise with 1."""
+    """Print the last status of every rank, and whether its process has died; exit with 0 if all have finished, otherwise with 1."""
     found = read_run_status(run)
     if as_json:
-        print_json({"finished": found.finished, "ranks": [status.model_dump() for status in found.ranks]})
+        ranks = [status.model_dump() | {"dead": status.rank in found.dead} for status in found.ranks]
+        print_json({"finished": found.finished, "ranks": ranks})
     else:
         for rank in range(found.world_size):
             status = found.of(rank)
@@ -30,6 +31,8 @@ def status_cli(
                 print(f"rank {rank}: never started")
             else:
                 message = f": {status.message}" if status.message else ""
-                print(f"rank {rank}: {status.state} at step {status.step}, {status.time_utc}{message}")
+                place = found.places.get(rank, f"at step {status.step}")
+                state = f"died while {status.state}" if rank in found.dead else status.state
+                print(f"rank {rank}: {state} {place}, {status.time_utc}{message}")
     if not found.finished:
         raise typer.Exit(1)
