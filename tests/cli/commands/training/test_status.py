@@ -16,7 +16,7 @@ from translution.distributed.system.filesystem import try_lock
 
 
 def test_a_rank_whose_process_has_died_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = new_run_folder(write_plan(tmp_path / "plan", 3), None)
+    folder = new_run_folder(write_plan(tmp_path / "plan", 2, nodes=2), None)
     (folder / "control").mkdir()
     held = try_lock(folder / "control" / "rank_0.lock", create=True)
     assert held is not None
@@ -33,6 +33,7 @@ def test_a_rank_whose_process_has_died_is_told(tmp_path: Path, capsys: pytest.Ca
         "rank 0: training at step 8, in backward",
         "rank 1: died while training at step 8, in backward",
         "rank 2: evaluating at step 7",  # Without a lock nobody knows.
+        "rank 3: never started",
     ]
     assert run_command(["status", str(folder), "--json"]) == 1
     assert [rank["dead"] for rank in json.loads(capsys.readouterr().out)["ranks"]] == [False, True, False]
