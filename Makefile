@@ -1,5 +1,5 @@
 # make demo | make test | make quick | make fuzz | make test-matrix | make check | make docs | make reports | make public |
-# make dist | make offline-bundle | make bigger-than-memory:
+# make dist | make offline-bundle | make bigger-than-memory | make faults:
 # each creates the environment if there is none.
 PYTHON ?= python3
 # Tests start hundreds of processes, which would otherwise compile every module again.
@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := planner models distributed reports cli
 
-.PHONY: demo test quick fuzz test-matrix system-packages check format docs reports public dist offline-bundle bigger-than-memory clean
+.PHONY: demo test quick fuzz test-matrix system-packages check format docs reports public dist offline-bundle \
+	bigger-than-memory faults clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -86,6 +87,10 @@ public: $(VENV)/.demo
 # script, such as --nvme-path.
 bigger-than-memory: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/bigger_than_memory.py $(BIGGER)
+
+# Disturbs runs in some twenty ways, for about ten minutes, and writes reports/faults.md; as root, or some are left out.
+faults: system-packages $(VENV)/.demo
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/faults.py --out reports/faults.md
 
 # The wheel and the sdist of a release, checked; TAG is the release's tag, for the last step of CONTRIBUTING.md.
 dist: $(VENV)/.dev

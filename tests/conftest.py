@@ -36,7 +36,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
-STARTS_RANKS = ("tests/integration", "tests/docs/test_pages.py", "tests/distributed/checkpoint/test_weights.py")
+STARTS_RANKS = (
+    "tests/integration",
+    "tests/benchmarks/test_faults.py",
+    "tests/docs/test_pages.py",
+    "tests/distributed/checkpoint/test_weights.py",
+)
 """Tests that start ranks. They run last: DeepSpeed's ops compile for minutes while the other tests run."""
 LONGEST = ("test_pages", "test_kills", "test_hosts", "test_offload", "test_slurm", "test_gpu_check", "test_reshard")
 """Files of such tests that take longest as a whole or have the longest tests: they begin first."""
@@ -65,7 +70,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types
     """A worker runs all tests of a file; those of a file in `APART`, which share nothing, run on any worker."""
 
-    APART = ("tests/integration/test_accuracy.py", "tests/integration/test_resume.py", "tests/integration/test_runs.py")
+    APART = (
+        "tests/benchmarks/test_faults.py",
+        "tests/integration/test_accuracy.py",
+        "tests/integration/test_resume.py",
+        "tests/integration/test_runs.py",
+    )
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from translution.planner.common import InputError, Schema, parse_json, write_text
 from translution.planner.plans import load_plan
@@ -16,7 +16,6 @@ from .folder import require_run, status_path
 from .heartbeat import control_path
 from .lock import is_rank_alive
 from .progress import STACKS_REQUEST, progress_path, read_progress
-
 
 UNDER_WAY = ("started", "training", "evaluating")
 """States of ranks that have not ended."""
@@ -44,7 +43,7 @@ class RunStatus(Schema):
     """Number of ranks in the run's plan."""
     ranks: tuple[RankStatus, ...]
     """The ranks that reported a status, in the order of their numbers."""
-    places: dict[int, str] = {}
+    places: dict[int, str] = Field(default_factory=dict)
     """Where ranks were last that have not ended, by rank."""
     dead: tuple[int, ...] = ()
     """Ranks whose process has ended although their status says that they are at work."""

@@ -19,7 +19,10 @@ _CONNECTION = (
     "application timeout",
 )  # fmt: skip
 """What messages of a broken collective contain, in lower case."""
-_WRITES = ("pytorchstreamwriter", "inline_container", "unexpected pos", "file write failed", "aio", "swap", "no space")
+_WRITES = (
+    "pytorchstreamwriter", "inline_container", "unexpected pos", "file write failed", "parent directory", "aio",
+    "swap", "no space",
+)  # fmt: skip
 """What messages of a failed write or read of a file contain, in lower case."""
 
 

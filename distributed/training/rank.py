@@ -101,7 +101,7 @@ def report_failure(trainer: Trainer, error: BaseException) -> None:
     """Write why a rank fails: into its progress, which needs no room on a drive, and into its status."""
     plan = trainer.plan
     drives = (plan.zero.offload_optimizer.nvme_path, plan.zero.offload_param.nvme_path)
-    folders = [trainer.run, *(folder.path for folder in trainer.engine.swap_folders.values())]
+    folders = [trainer.run, trainer.run / CHECKPOINT, *(folder.path for folder in trainer.engine.swap_folders.values())]
     text, cause = describe_failure(error, [*folders, *(Path(str(path)) for path in drives if path is not None)])
     trainer.engine.progress.fail(text, cause)
     try:

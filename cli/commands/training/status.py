@@ -19,7 +19,7 @@ def status_cli(
     run: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Print the last status of every rank, and whether its process has died; exit with 0 if all have finished, otherwise with 1."""
+    """Print the last status of every rank, or that it has died; exit with 0 if all have finished, otherwise with 1."""
     found = read_run_status(run)
     if as_json:
         ranks = [status.model_dump() | {"dead": status.rank in found.dead} for status in found.ranks]
