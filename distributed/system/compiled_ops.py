@@ -6,9 +6,7 @@ Ranks that compile the same op at the same time wait for each other's lock.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -18,13 +16,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field, TypeAdapter
-
-from translution.planner.common import InputError, RunFailedError, Schema, TranslutionError, parse_json, write_text
+from translution.planner.common import RunFailedError
 from translution.planner.plans import Plan
 
-from .compile_times import OPS, OpDuration, compile_jobs, estimate_seconds, format_seconds
+from .compile_times import OpDuration, compile_jobs, estimate_seconds, format_seconds
 from .filesystem import file_system
+from .op_records import (
+    compiled_libraries,
+    extensions_folder,
+    libraries_of,
+    note_prepared,
+    read_durations,
+    read_prepared,
+)
 from .signals import ending_signals_raise
 
 _COMPILE = """
@@ -40,7 +44,6 @@ MESSAGE_SECONDS = 30.0
 """Seconds between two messages about the same compilation."""
 UNANNOUNCED_SECONDS = 10.0
 """Seconds without a message for an op whose library exists: loading it takes less, compiling it again takes more."""
-_PREPARED = "translution-prepared.json"
 _HOST_OPTIMIZERS = {"adamw": "CPUAdamBuilder", "lion": "CPULionBuilder", "adagrad": "CPUAdagradBuilder"}
 NVME_OPS = ("PinMemoryBuilder", "AsyncIOBuilder")
 """The ops for NVMe: AsyncIO loads PinMemory first."""
@@ -117,17 +120,12 @@ def missing_ops(ops: Sequence[str], environment: Mapping[str, str]) -> list[Miss
         ops: builder names.
         environment: the environment that the ops are compiled and loaded in.
     """
-    noted, libraries = _read_note(environment), _libraries(environment)
-    current = noted is not None and noted.made_with == _made_with(environment)
-    jobs, missing = compile_jobs(environment), []
+    noted, libraries = read_prepared(environment), compiled_libraries(environment)
+    jobs, durations, missing = compile_jobs(environment), read_durations(environment), []
     for op in ops:
-        own = _own(libraries, op)
-        if noted is not None and current and op in noted.ops and own == _own(noted.libraries, op):
-            continue
-        # The times of another machine may be in a folder that both see.
-        here = noted is not None and noted.made_with.get("node") == platform.node()
-        before = noted.seconds.get(op) if noted is not None and here else None
-        missing.append(MissingOp(op, bool(own), estimate_seconds(op, jobs, before), before is not None))
+        if not noted.has(op, libraries):
+            before, has_library = durations.get(op), bool(libraries_of(op, libraries))
+            missing.append(MissingOp(op, has_library, estimate_seconds(op, jobs, before), before is not None))
     return missing
 
 
@@ -157,14 +155,14 @@ def prepare_ops(
 
 def _prepare(missing: MissingOp, number: str, environment: Mapping[str, str], log: Path, on_message: OnMessage) -> None:
     progress = _Progress(missing, number, environment, on_message)
-    before, began = _own(_libraries(environment), missing.op), time.monotonic()
+    before, began = libraries_of(missing.op, compiled_libraries(environment)), time.monotonic()
     if _compile(missing.op, environment, log, progress):
         raise RunFailedError(f"DeepSpeed's ops do not compile: {missing.op} (log: {log})")
     seconds = time.monotonic() - began
-    compiled = _own(_libraries(environment), missing.op) != before
+    compiled = libraries_of(missing.op, compiled_libraries(environment)) != before
     progress.end(seconds, compiled=compiled)
     took = OpDuration(seconds=seconds, jobs=int(environment["MAX_JOBS"])) if compiled else None
-    _note_prepared(missing.op, environment, took)
+    note_prepared(missing.op, environment, took)
 
 
 class _Progress:
@@ -229,73 +227,6 @@ def _compile(op: str, environment: Mapping[str, str], log: Path, progress: _Prog
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-class _Prepared(Schema):
-    """Record of the ops found compiled; comparing it with the files saves the seconds that loading the ops takes."""
-
-    ops: tuple[str, ...]
-    """Builder names of the ops."""
-    made_with: dict[str, str]
-    """Versions and paths that compiled ops depend on."""
-    libraries: dict[str, int]
-    """Modification time of each compiled file in ns, by its path."""
-    seconds: dict[str, OpDuration] = Field(default_factory=dict)
-    """Time that this machine took to compile each op when it last did, by builder name."""
-
-
-_NOTE: TypeAdapter[_Prepared] = TypeAdapter(_Prepared)
-
-
-def _made_with(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the versions and paths that compiled ops depend on, in addition to DeepSpeed's sources."""
-    found = {"python": sys.version, "executable": sys.executable, "CXX": environment.get("CXX", "")}
-    for package in ("torch", "deepspeed", "ninja"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found | {"node": platform.node(), "machine": platform.machine()}
-
-
-def _libraries(environment: Mapping[str, str]) -> dict[str, int]:
-    folder = extensions_folder(environment)
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("**/*.so")}
-
-
-def _own(libraries: Mapping[str, int], op: str) -> dict[str, int]:
-    """Return those of all libraries that belong to an op."""
-    return {path: time_ns for path, time_ns in libraries.items() if Path(path).stem == OPS[op].library}
-
-
-def _read_note(environment: Mapping[str, str]) -> _Prepared | None:
-    path = extensions_folder(environment) / _PREPARED
-    with contextlib.suppress(OSError, InputError):
-        return parse_json(_NOTE, path.read_bytes(), str(path))
-    return None
-
-
-def _note_prepared(op: str, environment: Mapping[str, str], took: OpDuration | None) -> None:
-    """Add an op to the record; those whose libraries have changed since, or that are of other versions, leave it."""
-    libraries, made_with, noted = _libraries(environment), _made_with(environment), _read_note(environment)
-    ops, seconds = {op}, {}
-    if noted is not None and noted.made_with.get("node") == made_with["node"]:
-        seconds = dict(noted.seconds)
-    if noted is not None and noted.made_with == made_with:
-        known = [name for name in noted.ops if name in OPS]
-        ops |= {name for name in known if _own(noted.libraries, name) == _own(libraries, name)}
-    if took is not None:
-        seconds[op] = took
-    with contextlib.suppress(OSError, TranslutionError):
-        note = _Prepared(ops=tuple(sorted(ops)), made_with=made_with, libraries=libraries, seconds=seconds)
-        write_text(extensions_folder(environment) / _PREPARED, note.model_dump_json(indent=2) + "\n")
-
-
-def extensions_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder where torch stores compiled ops.
-
-    Source: torch 2.13, utils/cpp_extension.py and _appdirs.py.
-    """
-    cache = Path(environment.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(environment.get("TORCH_EXTENSIONS_DIR", cache / "torch_extensions"))
 
 
 def shown_folder(environment: Mapping[str, str]) -> str:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
+
+LOCK_PATIENCE_S = 10.0
+"""Seconds that `locked` waits for a lock; its holders have it for milliseconds."""
+_POLL_S = 0.02
 
 
 def file_system(path: Path) -> str:
@@ -39,6 +45,30 @@ def try_lock(path: Path, *, create: bool = False) -> int | None:
         os.close(descriptor)
         raise
     return descriptor
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file, which is created, while the block runs; wait for a process that holds it.
+
+    The block runs in any case: without the lock if the file cannot be made, its file system has no locks, or another
+    process holds it for more than `LOCK_PATIENCE_S`, for instance because it is stopped.
+
+    Args:
+        path: the file, which stays.
+
+    Yields:
+        True if the lock is held.
+    """
+    descriptor, deadline = None, time.monotonic() + LOCK_PATIENCE_S
+    with contextlib.suppress(OSError):
+        while (descriptor := try_lock(path, create=True)) is None and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def remove_shared_buffers(port: str | int, rank: int | None = None) -> None:

@@ -21,12 +21,8 @@ from torch.utils.file_baton import FileBaton
 
 from translution.distributed.system import compiled_ops as ops
 from translution.distributed.system.compile_times import OPS, OpDuration, estimate_seconds
-from translution.distributed.system.compiled_ops import (
-    COMPILE_SECONDS,
-    extensions_folder,
-    needed_ops,
-    remove_stale_locks,
-)
+from translution.distributed.system.compiled_ops import COMPILE_SECONDS, needed_ops, remove_stale_locks
+from translution.distributed.system.op_records import extensions_folder, record_path
 from translution.planner.common.errors import RunFailedError
 from translution.planner.common.machine import usable_cores
 from translution.planner.plans.plan import Plan, load_plan
@@ -122,8 +118,8 @@ class Compiled:
         return texts
 
     def record(self) -> dict[str, Any]:
-        """Return the record in the folder of ops."""
-        return json.loads((self.fakes.extensions / "translution-prepared.json").read_text())
+        """Return the record of this environment in the folder of ops."""
+        return json.loads(record_path(os.environ).read_text())
 
 
 @pytest.fixture
@@ -141,15 +137,31 @@ def test_compiled_ops_are_not_loaded_again(prepare: Compiled, fake_ops: FakeOps)
     assert prepare(adam) == []
     assert prepare(adam, io) == [io]
     assert prepare(io) == prepare(adam) == []
-    assert prepare(adam, CXX="another") == [adam]
-    assert prepare(adam) == [adam]
     os.utime(fake_ops.library(adam), ns=(1, 1))  # Another process has compiled it again.
     assert prepare(adam) == [adam]
     assert prepare(adam) == []
     fake_ops.library(adam).unlink()
     assert prepare(adam) == [adam]
-    (fake_ops.extensions / "translution-prepared.json").write_text("{")
+    record_path(os.environ).write_text("{")
     assert prepare(adam) == [adam]
+
+
+def test_environments_that_share_the_folder_keep_their_own_records(prepare: Compiled) -> None:
+    adam, io = "CPUAdamBuilder", "AsyncIOBuilder"
+    for _ in range(2):
+        loaded = [prepare(adam), prepare(adam, io, CXX="another"), prepare(adam, io, CXX="a third")]
+    assert loaded == [[], [], []]
+
+
+def test_an_environment_without_times_takes_those_of_another_on_this_machine(
+    prepare: Compiled, fake_ops: FakeOps
+) -> None:
+    adam = "CPUAdamBuilder"
+    prepare(adam)
+    fake_ops.library(adam).unlink()
+    prepare.said()
+    prepare(adam, CXX="another")
+    assert " as before on this machine; " in prepare.said()[0]
 
 
 def test_an_op_that_another_process_compiles_leaves_the_others_compiled(prepare: Compiled, fake_ops: FakeOps) -> None:
@@ -187,7 +199,7 @@ def test_the_time_that_this_machine_took_replaces_the_estimate(prepare: Compiled
     took = prepare.record()["seconds"][name]
     assert took["jobs"] == usable_cores()
     assert 0 < took["seconds"] < COMPILE_SECONDS
-    path = fake_ops.extensions / "translution-prepared.json"
+    path = record_path(os.environ)
     record = prepare.record() | {"seconds": {name: {"seconds": 77.0, "jobs": usable_cores()}}}
     path.write_text(json.dumps(record))
     fake_ops.library(name).unlink()
