@@ -8,18 +8,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from translution.planner.common import RunFailedError
 from translution.planner.plans import Plan
 
-from .compile_times import OpDuration, compile_jobs, estimate_seconds, format_seconds
+from . import op_process
+from .compile_times import OPS, OpDuration, compile_jobs, estimate_seconds, format_seconds
 from .filesystem import file_system
 from .op_records import (
     compiled_libraries,
@@ -31,13 +30,6 @@ from .op_records import (
 )
 from .signals import ending_signals_raise
 
-_COMPILE = """
-import sys
-from deepspeed.accelerator import get_accelerator
-builder = get_accelerator().create_op_builder(sys.argv[1])
-if builder is not None:
-    builder.load()
-"""
 COMPILE_SECONDS = 900.0
 """Seconds allowed to compile one op; the slowest, for NVMe, takes four minutes on two idle cores."""
 MESSAGE_SECONDS = 30.0
@@ -161,7 +153,8 @@ def _prepare(missing: MissingOp, number: str, environment: Mapping[str, str], lo
     seconds = time.monotonic() - began
     compiled = libraries_of(missing.op, compiled_libraries(environment)) != before
     progress.end(seconds, compiled=compiled)
-    took = OpDuration(seconds=seconds, jobs=int(environment["MAX_JOBS"])) if compiled else None
+    alone = compiled and not progress.waited
+    took = OpDuration(seconds=seconds, jobs=int(environment["MAX_JOBS"])) if alone else None
     note_prepared(missing.op, environment, took)
 
 
@@ -176,8 +169,8 @@ class _Progress:
             f"compiling DeepSpeed's {self._name} ({number}): {missing.duration} {place}; "
             f"kept in {shown_folder(environment)}"
         )
-        self._said = False
-        if not missing.has_library:
+        self._said, self.waited = False, False
+        if not self.wait_for(_lock_holder(missing.op, environment), 0) and not missing.has_library:
             self._begin()
 
     def _begin(self) -> None:
@@ -188,6 +181,20 @@ class _Progress:
     def interval_s(self) -> float:
         """Seconds until the next message."""
         return MESSAGE_SECONDS if self._said else UNANNOUNCED_SECONDS
+
+    def wait_for(self, holder: str | None, seconds: float) -> bool:
+        """Report that another process compiles the op, and return whether one does.
+
+        Args:
+            holder: the other process, in words; None if there is none.
+            seconds: time since the start.
+        """
+        if holder is not None:
+            self._said, again = True, self.waited
+            self.waited = True
+            text = f"waiting for {holder}, which compiles {self._name}"
+            self._on_message(f"still {text}, after {seconds:.0f} s" if again else text)
+        return holder is not None
 
     def wait(self, seconds: float) -> None:
         """Report that the op takes longer than the last interval.
@@ -204,28 +211,30 @@ class _Progress:
         """Report that the op is loaded, if anything was said about it."""
         if self._said:
             done = f"compiled {self._name}" if compiled else f"{self._name} was compiled already; it was loaded"
+            done = f"{self._name} is compiled, after waiting; it was loaded" if self.waited else done
             self._on_message(f"{done} in {format_seconds(seconds)}")
 
 
 def _compile(op: str, environment: Mapping[str, str], log: Path, progress: _Progress) -> int:
-    """Load an op in a separate process and return its exit code; no compiler outlives the call."""
+    """Load an op in a separate process and return its exit code; no compiler outlives the call, nor this process."""
     began = time.monotonic()
     with log.open("ab") as file, ending_signals_raise():
         process = subprocess.Popen(
-            [sys.executable, "-c", _COMPILE, op], env=environment, stdout=file, stderr=file, start_new_session=True
+            op_process.command(op), env=environment, stdout=file, stderr=file, start_new_session=True
         )
         try:
             while (left := began + COMPILE_SECONDS - time.monotonic()) > 0:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return process.wait(min(left, progress.interval_s))
-                progress.wait(time.monotonic() - began)
+                seconds = time.monotonic() - began
+                if not progress.wait_for(_lock_holder(op, environment, session=process.pid), seconds):
+                    progress.wait(seconds)
             raise RunFailedError(
                 f"DeepSpeed's ops did not compile in {COMPILE_SECONDS:.0f} s: {op}: if nothing else is compiling, "
                 f"remove the stale file named lock under {extensions_folder(environment)} (log: {log})"
             )
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            op_process.kill_session(process.pid)
             process.wait()
 
 
@@ -235,13 +244,26 @@ def shown_folder(environment: Mapping[str, str]) -> str:
     return f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else str(folder)
 
 
-def _held_files() -> set[Path]:
-    """Return the files that processes of this machine hold open, as far as this process may see them."""
-    held = set()
+def _holders(paths: Collection[Path]) -> dict[Path, list[int]]:
+    """Return the processes that hold each of some files open, as far as this process may see them."""
+    held: dict[Path, list[int]] = {}
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
-            held.add(link.readlink())
+            if (path := link.readlink()) in paths:
+                held.setdefault(path, []).append(int(link.parent.parent.name))
     return held
+
+
+def _lock_holder(op: str, environment: Mapping[str, str], *, session: int | None = None) -> str | None:
+    """Return in words who holds the lock of an op, or None if nobody does, or only a process of a session."""
+    locks = {path.resolve() for path in extensions_folder(environment).glob(f"**/{OPS[op].library}/lock")}
+    for lock in locks:
+        holders = set(_holders(locks).get(lock, ()))
+        if session is not None and holders & op_process.session_members(session):
+            return None
+        if holders or lock.exists():
+            return f"process {min(holders)}" if holders else f"the process that holds {lock}"
+    return None
 
 
 def remove_stale_locks(environment: Mapping[str, str] = os.environ) -> list[Path]:
@@ -261,7 +283,7 @@ def remove_stale_locks(environment: Mapping[str, str] = os.environ) -> list[Path
     locks = [path.resolve() for path in extensions_folder(environment).glob("**/lock")]
     if not locks or not Path("/proc/self/fd").exists():
         return []
-    held, removed = _held_files(), []
+    held, removed = _holders(locks), list[Path]()
     for lock in locks:
         with contextlib.suppress(OSError):
             if lock not in held and (_is_local(lock) or time.time() - lock.stat().st_mtime > COMPILE_SECONDS):

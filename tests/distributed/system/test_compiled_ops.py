@@ -281,6 +281,56 @@ def test_an_op_that_takes_too_long_names_itself_and_its_process_ends(
     assert compilers(fake_ops.extensions) == []
 
 
+def compiling(folder: Path) -> list[int]:
+    """Return the compilers of a folder that its stand-in has started."""
+    with contextlib.suppress(OSError):
+        return [pid for pid in compilers(folder) if arguments_of(pid)[0] == "cat"]
+    return []
+
+
+PREPARE = """
+import sys
+from pathlib import Path
+from translution.distributed.system.compiled_ops import prepare_ops
+prepare_ops(["CPUAdamBuilder"], {}, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_compiler_outlives_its_launcher(fake_ops: FakeOps, number: signal.Signals) -> None:
+    """A compiler has a process group of its own; the next launch would wait for it in silence."""
+    fake_ops.block("CPUAdamBuilder")
+    with subprocess.Popen([sys.executable, "-c", PREPARE, str(fake_ops.root / "log")]) as process:
+        try:
+            wait_until(lambda: compiling(fake_ops.extensions), process=process)
+        finally:
+            process.send_signal(number)
+    wait_until(lambda: not compilers(fake_ops.extensions))
+
+
+def test_a_launch_says_whose_compilation_it_waits_for(
+    prepare: Compiled, fake_ops: FakeOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "MESSAGE_SECONDS", 0.05)
+    monkeypatch.setattr(ops, "COMPILE_SECONDS", 60.0)
+    fifo, lock = fake_ops.block("CPUAdamBuilder"), fake_ops.library("CPUAdamBuilder").parent / "lock"
+    lock.parent.mkdir()
+    baton = FileBaton(str(lock))
+    assert baton.try_acquire()
+
+    def release(_: str) -> None:
+        if len(prepare.messages) == 2:
+            baton.release()
+            fifo.write_text("")
+
+    prepare("CPUAdamBuilder", on_message=release)
+    texts = without_seconds(prepare.said())
+    waiting = f"waiting for process {os.getpid()}, which compiles CPUAdam"
+    assert texts[:2] == [waiting, f"still {waiting}, after # s"]
+    assert texts[-1] == "CPUAdam is compiled, after waiting; it was loaded in # s"
+    assert prepare.record()["seconds"] == {}
+
+
 def test_the_number_of_jobs_is_at_most_the_usable_cores(prepare: Compiled, fake_ops: FakeOps) -> None:
     prepare("CPUAdamBuilder", MAX_JOBS="1")
     prepare("ShareMemCommBuilder", MAX_JOBS="100000")
