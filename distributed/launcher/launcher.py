@@ -21,7 +21,7 @@ from ..remote.rank_command import RankCommand, hand_over_secrets, make_rank_comm
 from ..remote.target import THIS_MACHINE, LaunchTarget
 from ..runs.folder import LOG, new_run_folder, next_run_folder, set_first_weights
 from ..runs.lock import require_unlocked
-from ..runs.mode import RunMode
+from ..runs.mode import CHECK_SWAP, RunMode
 from ..runs.status import clear_statuses, raise_unless_finished
 from ..system.compiled_ops import OnMessage, needed_ops, prepare_ops
 from ..system.environment import free_port, launch_environment, version_warnings
@@ -72,6 +72,7 @@ def launch(
     weights: Path | str | None = None,
     force: bool = False,
     verify: bool = True,
+    check_swap: bool = False,
     dry_run: bool = False,
     on_metrics: OnMetrics = _ignore_metrics,
     on_message: OnMessage = _ignore_message,
@@ -91,6 +92,7 @@ def launch(
         weights: network file from which a new run starts, visible to every node; None draws weights at random.
         force: start even if preflight finds a problem.
         verify: compare the checksums of the checkpoint that is resumed before any rank starts.
+        check_swap: compare what the ranks read from NVMe with what they wrote; a file that has changed ends the run.
         dry_run: only find out what would be started.
         on_metrics: called with each line of the metrics file.
         on_message: called with a line of text before each slow step, and for each check that failed.
@@ -111,9 +113,12 @@ def launch(
     hosts = target.hosts(plan)
     if hosts and target.no_ssh and run is None:
         raise InputError("run: is required with --no-ssh: --run FOLDER, the same on every node")
+    if check_swap and not plan.zero.uses_nvme:
+        raise InputError("check-swap: is not allowed: the plan puts nothing on NVMe")
     first = _checked_weights(weights, plan, resume=resume)
     if dry_run:
-        return _dry_run(plan, plan_folder, run, target, RunMode.CONTINUE if resume else mode)
+        mode = RunMode.CONTINUE if resume else mode
+        return _dry_run(plan, plan_folder, run, target, mode, check_swap=check_swap)
     for text in version_warnings(plan):
         on_warning(text)
     saved_bytes = find_resumable(plan, plan_folder, run)[1].manifest.total_bytes if resume else 0
@@ -134,7 +139,9 @@ def launch(
             prepare_ops(ops, launch_environment(plan.cluster), run / LOG, on_message)
     places = f" on {', '.join(hosts)}" if target.over_ssh else ""
     on_message(f"starting {plan.cluster.world_size} ranks{places}; they log to {run / LOG}")
-    return start_ranks(plan, plan_folder, run, on_metrics=on_metrics, mode=mode, target=target, port=port)
+    return start_ranks(
+        plan, plan_folder, run, on_metrics=on_metrics, mode=mode, target=target, port=port, check_swap=check_swap
+    )
 
 
 def _prepare_resume(plan: Plan, plan_folder: Path, run: Path | None, on_message: OnMessage, *, verify: bool) -> Path:
@@ -169,19 +176,25 @@ def _checked_weights(weights: Path | str | None, plan: Plan, *, resume: bool) ->
     return Path(weights)
 
 
-def _dry_run(plan: Plan, plan_folder: Path, run: Path | None, target: LaunchTarget, mode: RunMode) -> LaunchResult:
+def _dry_run(
+    plan: Plan, plan_folder: Path, run: Path | None, target: LaunchTarget, mode: RunMode, *, check_swap: bool
+) -> LaunchResult:
     if mode is RunMode.CONTINUE:
         run, _ = find_resumable(plan, plan_folder, run)
-    return _prepare(plan, plan_folder, run or next_run_folder(plan_folder), target, target.master_port or PORT, mode)
+    run, port = run or next_run_folder(plan_folder), target.master_port or PORT
+    return _prepare(plan, plan_folder, run, target, port, mode, check_swap=check_swap)
 
 
-def _prepare(plan: Plan, plan_folder: Path, run: Path, target: LaunchTarget, port: int, mode: RunMode) -> LaunchResult:
+def _prepare(
+    plan: Plan, plan_folder: Path, run: Path, target: LaunchTarget, port: int, mode: RunMode, *, check_swap: bool
+) -> LaunchResult:
     """Return the command and environment that start the ranks of a run."""
-    command = tuple(launch_command(plan, plan_folder, run, target, port, mode))
+    command = tuple(launch_command(plan, plan_folder, run, target, port, mode, check_swap=check_swap))
     if target.over_ssh:
-        rank_command = make_rank_command(plan_folder, run, plan.cluster, mode, follows=True)
+        rank_command = make_rank_command(plan_folder, run, plan.cluster, mode, follows=True, check_swap=check_swap)
         return LaunchResult(run, command, {}, rank_command)
-    return LaunchResult(run, command, launch_environment(plan.cluster))
+    environment = launch_environment(plan.cluster) | ({CHECK_SWAP: "1"} if check_swap else {})
+    return LaunchResult(run, command, environment)
 
 
 def start_ranks(
@@ -193,6 +206,7 @@ def start_ranks(
     mode: RunMode = RunMode.TRAIN,
     target: LaunchTarget = THIS_MACHINE,
     port: int | None = None,
+    check_swap: bool = False,
 ) -> LaunchResult:
     """Start the ranks of a run whose folder exists, and wait until they have ended.
 
@@ -204,13 +218,14 @@ def start_ranks(
         mode: what the ranks do.
         target: the machines that run the ranks.
         port: port at which the ranks meet; None is a free one of this machine.
+        check_swap: compare what the ranks read from NVMe with what they wrote.
 
     Raises:
         RunFailedError: if a rank did not finish, or a signal ended the launch.
         InterruptedRunError: if the user interrupted the launch.
     """
     port = port or free_port()
-    launched = _prepare(plan, plan_folder, run, target, port, mode)
+    launched = _prepare(plan, plan_folder, run, target, port, mode, check_swap=check_swap)
     per_node = plan.cluster.ranks_per_node
     ranks = range(plan.cluster.world_size)
     if target.no_ssh:

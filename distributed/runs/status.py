@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -48,6 +49,8 @@ class RunStatus(Schema):
         return next((status for status in self.ranks if status.rank == rank), None)
 
 
+_LOST_PEER = re.compile(r"gloo/transport|Connection (closed|reset) by peer|NCCL|DistBackendError")
+"""Errors of ranks whose collective another rank has left."""
 _STATUS: TypeAdapter[RankStatus] = TypeAdapter(RankStatus)
 
 
@@ -127,16 +130,20 @@ def raise_unless_finished(run: Path, ranks: int | Iterable[int], exit_code: int)
         exit_code: exit code of the launcher, for the message.
 
     Raises:
-        RunFailedError: names the first rank that failed or was stopped, with its message; otherwise all ranks that
-            did not finish, with the launcher's exit code.
+        RunFailedError: names the first rank that failed or was stopped, with its message, and rather one that failed by
+            itself than one that lost its connection to another; otherwise all ranks that did not finish, with the
+            launcher's exit code.
     """
     unfinished: list[str] = []
-    for rank in range(ranks) if isinstance(ranks, int) else ranks:
+    ranks = range(ranks) if isinstance(ranks, int) else tuple(ranks)
+    failed = [status for rank in ranks if (status := _readable_status(run, rank)) and status.state == "failed"]
+    if failed:
+        first = next((status for status in failed if not _LOST_PEER.search(status.message)), failed[0])
+        raise RunFailedError(
+            f"rank {first.rank} failed at step {first.step}: {first.message} (log: {log_path(run, first.rank)})"
+        )
+    for rank in ranks:
         status = _readable_status(run, rank)
-        if status is not None and status.state == "failed":
-            raise RunFailedError(
-                f"rank {rank} failed at step {status.step}: {status.message} (log: {log_path(run, rank)})"
-            )
         if status is not None and status.state == "stopped":
             raise RunFailedError(f"stopped by {status.message}; {resume_hint(run)}")
         if status is None or status.state != "finished":

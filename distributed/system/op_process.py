@@ -25,10 +25,10 @@ def command(op: str) -> list[str]:
     Args:
         op: name of its builder.
     """
-    return [sys.executable, "-c", f"from {__name__} import main; main()", op, str(os.getpid())]
+    return [sys.executable, "-c", f"from {__name__} import compile_op; compile_op()", op, str(os.getpid())]
 
 
-def main() -> None:
+def compile_op() -> None:
     """Load the op of the first argument; kill this session when the process of the second one has died."""
     op, launcher = sys.argv[1], int(sys.argv[2])
     threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()

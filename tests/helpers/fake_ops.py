@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -38,6 +39,16 @@ class Accelerator:
 
 get_accelerator = Accelerator
 """
+
+
+def compilers(folder: Path) -> list[int]:
+    """Return the processes that compile into a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"TORCH_EXTENSIONS_DIR={folder}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
 
 
 class FakeOps:

@@ -135,6 +135,9 @@ def launch_cli(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Resume without comparing the checkpoint's checksums.")
     ] = False,
+    check_swap: Annotated[
+        bool, typer.Option("--check-swap", help="End the run if a value changes on an NVMe drive; COST.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
     hostfile: HostfileOption = None,
     no_ssh: Annotated[
@@ -150,7 +153,15 @@ def launch_cli(
         raise InputError("no-verify: is not allowed: must be used with --resume")
     target = LaunchTarget(hostfile, no_ssh, node_rank, master_addr, master_port, ssh_port)
     if dry_run:
-        planned = launch(plan_folder, run=run, target=target, resume=resume, weights=weights, dry_run=True)
+        planned = launch(
+            plan_folder,
+            run=run,
+            target=target,
+            resume=resume,
+            weights=weights,
+            check_swap=check_swap,
+            dry_run=True,
+        )
         if planned.rank_command is not None:
             note("the last argument is the encoded command of every rank: " + planned.rank_command.model_dump_json())
         print(planned.shell_line())
@@ -165,6 +176,7 @@ def launch_cli(
             weights=weights,
             force=force,
             verify=not no_verify,
+            check_swap=check_swap,
             on_metrics=display.show,
             on_message=console.print,
             on_warning=note,
