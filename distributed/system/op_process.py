@@ -71,7 +71,6 @@ def kill_session(session: int) -> None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(member, signal.SIGKILL)
         time.sleep(_POLL_S / 20)
-    if session != os.getsid(0):
-        # All of them where there is no /proc.
+    if not Path("/proc/self/stat").exists() and session != os.getsid(0):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(session, signal.SIGKILL)

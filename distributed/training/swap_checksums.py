@@ -57,7 +57,8 @@ class _Written:
 
 
 def _bytes_of(buffer: Tensor) -> memoryview:
-    return memoryview(buffer.detach().view(torch.uint8).numpy()).cast("B")
+    view: memoryview = buffer.detach().view(torch.uint8).numpy().data
+    return view.cast("B")
 
 
 class SwapChecksums:
