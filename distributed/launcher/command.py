@@ -23,6 +23,8 @@ def launch_command(
     target: LaunchTarget = THIS_MACHINE,
     port: int = PORT,
     mode: RunMode = RunMode.TRAIN,
+    *,
+    check_swap: bool = False,
 ) -> list[str]:
     """Return the command that starts all ranks, or one node's: DeepSpeed's launcher with this toolkit's ``train``.
 
@@ -36,6 +38,7 @@ def launch_command(
         target: the machines.
         port: port at which the ranks meet.
         mode: what the ranks do.
+        check_swap: compare what is read from NVMe with what was written; on one machine the environment tells it.
     """
     ranks = ["train", str(plan_folder.resolve()), str(run.resolve())]
     ranks += ["--mode", mode] if mode is not RunMode.TRAIN else []
@@ -52,7 +55,7 @@ def launch_command(
         else:
             runner += ["--launcher", "pdsh", "--force_multi", "--no_ssh_check"]
             runner += [] if target.ssh_port is None else ["--ssh_port", str(target.ssh_port)]
-            command = make_rank_command(plan_folder, run, plan.cluster, mode, follows=True)
+            command = make_rank_command(plan_folder, run, plan.cluster, mode, follows=True, check_swap=check_swap)
             ranks = ["rank", command.to_payload()]
     return [*runner, "--master_port", str(port), "--no_local_rank", "--module", "translution.cli", *ranks]
 

@@ -22,7 +22,7 @@ from ..remote.target import THIS_MACHINE, LaunchTarget
 from ..runs.folder import LOG, new_run_folder, next_run_folder, set_first_weights
 from ..runs.lock import require_unlocked
 from ..runs.memory_kills import count_memory_kills
-from ..runs.mode import RunMode
+from ..runs.mode import CHECK_SWAP, RunMode
 from ..runs.rank_watch import RankWatch, hang_limits
 from ..runs.status import clear_statuses
 from ..runs.verdict import raise_unless_finished
@@ -76,6 +76,7 @@ def launch(
     force: bool = False,
     verify: bool = True,
     hang_minutes: float | None = None,
+    check_swap: bool = False,
     dry_run: bool = False,
     on_metrics: OnMetrics = _ignore_metrics,
     on_message: OnMessage = _ignore_message,
@@ -97,6 +98,7 @@ def launch(
         verify: compare the checksums of the checkpoint that is resumed before any rank starts.
         hang_minutes: minutes after which a rank that stands still in a step ends the run, as `hang_limits` says; None
             is a multiple of the predicted time, 0 never.
+        check_swap: compare what the ranks read from NVMe with what they wrote; a file that has changed ends the run.
         dry_run: only find out what would be started.
         on_metrics: called with each line of the metrics file.
         on_message: called with a line of text before each slow step, and for each check that failed.
@@ -117,10 +119,13 @@ def launch(
     hosts = target.hosts(plan)
     if hosts and target.no_ssh and run is None:
         raise InputError("run: is required with --no-ssh: --run FOLDER, the same on every node")
+    if check_swap and not plan.zero.uses_nvme:
+        raise InputError("check-swap: is not allowed: the plan puts nothing on NVMe")
     first = _checked_weights(weights, plan, resume=resume)
     hang_limits(plan, hang_minutes)
     if dry_run:
-        return _dry_run(plan, plan_folder, run, target, RunMode.CONTINUE if resume else mode)
+        mode = RunMode.CONTINUE if resume else mode
+        return _dry_run(plan, plan_folder, run, target, mode, check_swap=check_swap)
     for text in version_warnings(plan):
         on_warning(text)
     saved_bytes = find_resumable(plan, plan_folder, run)[1].manifest.total_bytes if resume else 0
@@ -151,6 +156,7 @@ def launch(
         target=target,
         port=port,
         hang_minutes=hang_minutes,
+        check_swap=check_swap,
     )
 
 
@@ -186,19 +192,25 @@ def _checked_weights(weights: Path | str | None, plan: Plan, *, resume: bool) ->
     return Path(weights)
 
 
-def _dry_run(plan: Plan, plan_folder: Path, run: Path | None, target: LaunchTarget, mode: RunMode) -> LaunchResult:
+def _dry_run(
+    plan: Plan, plan_folder: Path, run: Path | None, target: LaunchTarget, mode: RunMode, *, check_swap: bool
+) -> LaunchResult:
     if mode is RunMode.CONTINUE:
         run, _ = find_resumable(plan, plan_folder, run)
-    return _prepare(plan, plan_folder, run or next_run_folder(plan_folder), target, target.master_port or PORT, mode)
+    run, port = run or next_run_folder(plan_folder), target.master_port or PORT
+    return _prepare(plan, plan_folder, run, target, port, mode, check_swap=check_swap)
 
 
-def _prepare(plan: Plan, plan_folder: Path, run: Path, target: LaunchTarget, port: int, mode: RunMode) -> LaunchResult:
+def _prepare(
+    plan: Plan, plan_folder: Path, run: Path, target: LaunchTarget, port: int, mode: RunMode, *, check_swap: bool
+) -> LaunchResult:
     """Return the command and environment that start the ranks of a run."""
-    command = tuple(launch_command(plan, plan_folder, run, target, port, mode))
+    command = tuple(launch_command(plan, plan_folder, run, target, port, mode, check_swap=check_swap))
     if target.over_ssh:
-        rank_command = make_rank_command(plan_folder, run, plan.cluster, mode, follows=True)
+        rank_command = make_rank_command(plan_folder, run, plan.cluster, mode, follows=True, check_swap=check_swap)
         return LaunchResult(run, command, {}, rank_command)
-    return LaunchResult(run, command, launch_environment(plan.cluster))
+    environment = launch_environment(plan.cluster) | ({CHECK_SWAP: "1"} if check_swap else {})
+    return LaunchResult(run, command, environment)
 
 
 def start_ranks(
@@ -212,6 +224,7 @@ def start_ranks(
     target: LaunchTarget = THIS_MACHINE,
     port: int | None = None,
     hang_minutes: float | None = None,
+    check_swap: bool = False,
 ) -> LaunchResult:
     """Start the ranks of a run whose folder exists, and wait until they have ended.
 
@@ -225,13 +238,14 @@ def start_ranks(
         target: the machines that run the ranks.
         port: port at which the ranks meet; None is a free one of this machine.
         hang_minutes: as `launch` has it.
+        check_swap: compare what the ranks read from NVMe with what they wrote.
 
     Raises:
         RunFailedError: if a rank did not finish, or a signal ended the launch.
         InterruptedRunError: if the user interrupted the launch.
     """
     port = port or free_port()
-    launched = _prepare(plan, plan_folder, run, target, port, mode)
+    launched = _prepare(plan, plan_folder, run, target, port, mode, check_swap=check_swap)
     per_node = plan.cluster.ranks_per_node
     ranks = range(plan.cluster.world_size)
     if target.no_ssh:

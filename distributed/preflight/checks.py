@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shlex
@@ -15,13 +16,13 @@ from pathlib import Path
 
 from translution.planner.common import InputError, Schema, Tier, TranslutionError, available_memory_bytes, format_bytes
 from translution.planner.costs import count_parameters
-from translution.planner.plans import Plan
+from translution.planner.plans import PLAN_FILE, RUNS, Plan, load_plan
 
 from ..system import nvme_swap
 from ..system.compile_times import format_seconds
 from ..system.compiled_ops import missing_ops, needed_ops, op_name, remove_stale_locks, shown_folder
 from ..system.environment import launch_environment
-from ..system.filesystem import file_system
+from ..system.filesystem import file_system, remove_dead_buffers
 
 SHARED_BUFFER_BYTES = 69_206_024
 """Bytes that each CPU rank needs in /dev/shm. Source: DeepSpeed 0.19.8, csrc/cpu/comm/shm.cpp."""
@@ -78,6 +79,31 @@ def _free_gpu_bytes(count: int) -> list[int]:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise InputError(f"GPUs: their free memory cannot be read: {lines[-1][:300]}")
     return [int(line) for line in done.stdout.split()]
+
+
+def _buffers() -> Check:
+    """Remove the buffers of dead ranks from shared memory, and tell how many there were."""
+    removed = remove_dead_buffers()
+    text = f"removed {len(removed)} stale buffer{'s' * (len(removed) > 1)}, {format_bytes(sum(removed))}"
+    return Check(name="shared memory", passed=True, text=text if removed else "no stale buffer")
+
+
+def _nvme_paths(plan: Plan) -> set[Path]:
+    offloads = (plan.zero.offload_optimizer, plan.zero.offload_param)
+    return {Path(str(offload.nvme_path)) for offload in offloads if offload.nvme_path is not None}
+
+
+def _earlier_nvme(plan: Plan, plan_folder: Path) -> Iterator[Check]:
+    """Remove what dead runs of this plan folder have left on NVMe drives that the plan no longer uses."""
+    known: set[Path] = set()
+    for path in (plan_folder / RUNS).glob(f"*/{PLAN_FILE}"):
+        with contextlib.suppress(TranslutionError):  # Written by another version.
+            known |= _nvme_paths(load_plan(path.parent))
+    for path in sorted(known - _nvme_paths(plan)):
+        if stale := nvme_swap.stale_bytes(path):
+            nvme_swap.remove_stale(path)
+            text = f"removed {format_bytes(stale)} that dead runs left"
+            yield Check(name=f"NVMe folder {path}", passed=True, text=text)
 
 
 def _locked(plan: Plan) -> Iterator[Check]:
@@ -204,12 +230,11 @@ def _count_checkpoints(plan: Plan) -> int:
 
 def _checkpoints(plan: Plan, plan_folder: Path, saved_bytes: int) -> Check:
     """Check the room for checkpoints besides one that exists, together with swap files that lie on the same drive."""
-    count, zero = _count_checkpoints(plan), plan.zero
+    count = _count_checkpoints(plan)
     needed = max(0, count_parameters(plan.model).total * _STATE_BYTES * count - saved_bytes)
     name = f"disk for {count} checkpoint{'s' if count > 1 else ''}"
-    paths = [Path(str(path)) for path in {zero.offload_optimizer.nvme_path, zero.offload_param.nvme_path} - {None}]
     device = plan_folder.stat().st_dev
-    same = [path for path in paths if path.is_dir() and path.stat().st_dev == device]
+    same = [path for path in _nvme_paths(plan) if path.is_dir() and path.stat().st_dev == device]
     if same:
         needed += _new_swap_bytes(plan, same[0])
         name += " and the NVMe folder, which are on one drive"
@@ -220,21 +245,21 @@ def _checkpoints(plan: Plan, plan_folder: Path, saved_bytes: int) -> Check:
 def check_node(plan: Plan, plan_folder: Path, saved_bytes: int = 0) -> list[Check]:
     """Check this machine's memory, drives, data and compiled ops for the ranks of one node.
 
-    Stale locks of compiled ops are removed.
+    What dead ranks have left is removed first: buffers in shared memory, swap files of earlier runs of the plan folder,
+    and stale locks of compiled ops.
 
     Args:
         plan: the plan to run.
         plan_folder: its folder, where its runs and their checkpoints will be written.
         saved_bytes: bytes of the checkpoint that the run resumes from, which the disk holds already.
     """
-    checks = list(_memory(plan))
+    checks = [_buffers(), *_earlier_nvme(plan, plan_folder), *_memory(plan)]
     if plan.training.data_path is not None:
         checks.append(_data(plan))
-    zero = plan.zero
-    if zero.uses_nvme:
+    if plan.zero.uses_nvme:
         checks += _locked(plan)
-    for path in {zero.offload_optimizer.nvme_path, zero.offload_param.nvme_path} - {None}:
-        checks += _nvme(plan, Path(str(path)))
+    for path in _nvme_paths(plan):
+        checks += _nvme(plan, path)
     checks.append(_checkpoints(plan, plan_folder, saved_bytes))
     removed = remove_stale_locks()
     text = f"removed {len(removed)} that killed compilations left" if removed else "none is stale"

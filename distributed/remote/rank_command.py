@@ -24,11 +24,11 @@ from translution.planner.hardware import ClusterSpec
 from translution.planner.plans import environment_variables
 
 from ..runs.heartbeat import FOLLOW_HEARTBEAT
-from ..runs.mode import RunMode
+from ..runs.mode import CHECK_SWAP, RunMode
 
 FORWARDED_PREFIXES = (
     "NCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "MKL_", "DS_", "DEEPSPEED_", "TORCH_", "PYTORCH_", "CUDA_", "TRITON_",
-    "THP_", "HF_", "WANDB_", "XDG_CACHE_HOME", "TMPDIR", "MAX_JOBS", "CC", "CXX",
+    "THP_", "HF_", "WANDB_", "XDG_CACHE_HOME", "TMPDIR", "MAX_JOBS", "CC", "CXX", CHECK_SWAP,
 )  # fmt: skip
 """Prefixes of the launcher's environment variables that are forwarded to ranks on other hosts."""
 _PER_NODE = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
@@ -119,7 +119,7 @@ def read_secrets(run: Path) -> dict[str, str]:
 
 
 def make_rank_command(
-    plan_folder: Path, run: Path, cluster: ClusterSpec, mode: RunMode, *, follows: bool
+    plan_folder: Path, run: Path, cluster: ClusterSpec, mode: RunMode, *, follows: bool, check_swap: bool = False
 ) -> RankCommand:
     """Return the command that every rank of a run executes.
 
@@ -129,8 +129,10 @@ def make_rank_command(
         cluster: the plan's cluster.
         mode: what the ranks do.
         follows: True if the ranks must end when the launcher's heartbeat stops.
+        check_swap: True if the ranks compare what they read from NVMe with what they wrote.
     """
     environment = without_secrets(forwarded_variables(cluster)) | ({FOLLOW_HEARTBEAT: "1"} if follows else {})
+    environment |= {CHECK_SWAP: "1"} if check_swap else {}
     return RankCommand(plan_folder=plan_folder.resolve(), run=run.resolve(), mode=mode, environment=environment)
 
 

@@ -9,6 +9,13 @@ from translution.planner.common import InputError
 
 MEMORY_VARIABLE = "TRANSLUTION_MEMORY"
 """Environment variable that chooses what training ranks record: "process", or by default torch's allocations."""
+CHECK_SWAP = "TRANSLUTION_CHECK_SWAP"
+"""Environment variable that is set for ranks that compare what they read from NVMe with what they wrote."""
+
+
+def checks_swap() -> bool:
+    """Return whether this rank compares its swap files; it does if `CHECK_SWAP` is set to anything but 0."""
+    return os.environ.get(CHECK_SWAP, "0") not in ("", "0")
 
 
 class RunMode(StrEnum):

@@ -22,6 +22,19 @@ from .status import UNDER_WAY, RankStatus, readable_status, resume_hint
 _HOST_RETURN_CODE = re.compile(rb"^(?:(\S+): )?.*exits with return code = (-?\d+)", re.MULTILINE)
 """What DeepSpeed's launcher logs when one of its ranks has failed; pdsh puts the host before it."""
 
+_CONNECTION = (
+    "gloo/transport", "connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "socket timeout",
+    "timed out waiting", "wait timeout", "store->get", "tcpstore", "connection refused", "connection was closed",
+    "application timeout",
+)  # fmt: skip
+"""What messages of a broken collective contain, in lower case."""
+
+
+def tells_lost_connection(message: str) -> bool:
+    """Return True if an error's message is that of a collective which other ranks have left."""
+    text = message.lower()
+    return any(part in text for part in _CONNECTION)
+
 
 def raise_unless_finished(
     run: Path,
@@ -81,12 +94,18 @@ class _Failure:
         failed = status is not None and status.state == "failed"
         self.time_utc = status.time_utc if status is not None and failed else ""
         message = status.message if status is not None and failed else (place.failure if place else "")
-        self.cause = (place.cause if place and place.failure else "own") if failed or message else ""
+        self.cause = self._cause(message, place) if failed or message else ""
         where = place.place if place and place.step else f"at step {status.step if status else 0}"
         subject = f"rank {rank} lost its connection" if self.cause == "connection" else f"rank {rank} failed"
         self.text = f"{subject} {where}: {message} (log: {log_path(run, rank)})"
         if self.cause == "other":
             self.text = f"{message} (stacks: {log_path(run, 0).parent})"
+
+    @staticmethod
+    def _cause(message: str, place: RankProgress | None) -> str:
+        if place is not None and place.cause:
+            return place.cause
+        return "connection" if tells_lost_connection(message) else "own"
 
 
 def _has_ended(status: RankStatus | None) -> bool:

@@ -6,41 +6,36 @@ Ranks that compile the same op at the same time wait for each other's lock.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
-import platform
 import shutil
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field, TypeAdapter
-
-from translution.planner.common import InputError, RunFailedError, Schema, TranslutionError, parse_json, write_text
+from translution.planner.common import RunFailedError
 from translution.planner.plans import Plan
 
+from . import op_process
 from .compile_times import OPS, OpDuration, compile_jobs, estimate_seconds, format_seconds
 from .filesystem import file_system
+from .op_records import (
+    compiled_libraries,
+    extensions_folder,
+    libraries_of,
+    note_prepared,
+    read_durations,
+    read_prepared,
+)
 from .signals import ending_signals_raise
 
-_COMPILE = """
-import sys
-from deepspeed.accelerator import get_accelerator
-builder = get_accelerator().create_op_builder(sys.argv[1])
-if builder is not None:
-    builder.load()
-"""
 COMPILE_SECONDS = 900.0
 """Seconds allowed to compile one op; the slowest, for NVMe, takes four minutes on two idle cores."""
 MESSAGE_SECONDS = 30.0
 """Seconds between two messages about the same compilation."""
 UNANNOUNCED_SECONDS = 10.0
 """Seconds without a message for an op whose library exists: loading it takes less, compiling it again takes more."""
-_PREPARED = "translution-prepared.json"
 _HOST_OPTIMIZERS = {"adamw": "CPUAdamBuilder", "lion": "CPULionBuilder", "adagrad": "CPUAdagradBuilder"}
 NVME_OPS = ("PinMemoryBuilder", "AsyncIOBuilder")
 """The ops for NVMe: AsyncIO loads PinMemory first."""
@@ -117,17 +112,12 @@ def missing_ops(ops: Sequence[str], environment: Mapping[str, str]) -> list[Miss
         ops: builder names.
         environment: the environment that the ops are compiled and loaded in.
     """
-    noted, libraries = _read_note(environment), _libraries(environment)
-    current = noted is not None and noted.made_with == _made_with(environment)
-    jobs, missing = compile_jobs(environment), []
+    noted, libraries = read_prepared(environment), compiled_libraries(environment)
+    jobs, durations, missing = compile_jobs(environment), read_durations(environment), []
     for op in ops:
-        own = _own(libraries, op)
-        if noted is not None and current and op in noted.ops and own == _own(noted.libraries, op):
-            continue
-        # The times of another machine may be in a folder that both see.
-        here = noted is not None and noted.made_with.get("node") == platform.node()
-        before = noted.seconds.get(op) if noted is not None and here else None
-        missing.append(MissingOp(op, bool(own), estimate_seconds(op, jobs, before), before is not None))
+        if not noted.has(op, libraries):
+            before, has_library = durations.get(op), bool(libraries_of(op, libraries))
+            missing.append(MissingOp(op, has_library, estimate_seconds(op, jobs, before), before is not None))
     return missing
 
 
@@ -157,14 +147,15 @@ def prepare_ops(
 
 def _prepare(missing: MissingOp, number: str, environment: Mapping[str, str], log: Path, on_message: OnMessage) -> None:
     progress = _Progress(missing, number, environment, on_message)
-    before, began = _own(_libraries(environment), missing.op), time.monotonic()
+    before, began = libraries_of(missing.op, compiled_libraries(environment)), time.monotonic()
     if _compile(missing.op, environment, log, progress):
         raise RunFailedError(f"DeepSpeed's ops do not compile: {missing.op} (log: {log})")
     seconds = time.monotonic() - began
-    compiled = _own(_libraries(environment), missing.op) != before
+    compiled = libraries_of(missing.op, compiled_libraries(environment)) != before
     progress.end(seconds, compiled=compiled)
-    took = OpDuration(seconds=seconds, jobs=int(environment["MAX_JOBS"])) if compiled else None
-    _note_prepared(missing.op, environment, took)
+    alone = compiled and not progress.waited
+    took = OpDuration(seconds=seconds, jobs=int(environment["MAX_JOBS"])) if alone else None
+    note_prepared(missing.op, environment, took)
 
 
 class _Progress:
@@ -178,8 +169,8 @@ class _Progress:
             f"compiling DeepSpeed's {self._name} ({number}): {missing.duration} {place}; "
             f"kept in {shown_folder(environment)}"
         )
-        self._said = False
-        if not missing.has_library:
+        self._said, self.waited = False, False
+        if not self.wait_for(_lock_holder(missing.op, environment), 0) and not missing.has_library:
             self._begin()
 
     def _begin(self) -> None:
@@ -190,6 +181,20 @@ class _Progress:
     def interval_s(self) -> float:
         """Seconds until the next message."""
         return MESSAGE_SECONDS if self._said else UNANNOUNCED_SECONDS
+
+    def wait_for(self, holder: str | None, seconds: float) -> bool:
+        """Report that another process compiles the op, and return whether one does.
+
+        Args:
+            holder: the other process, in words; None if there is none.
+            seconds: time since the start.
+        """
+        if holder is not None:
+            self._said, again = True, self.waited
+            self.waited = True
+            text = f"waiting for {holder}, which compiles {self._name}"
+            self._on_message(f"still {text}, after {seconds:.0f} s" if again else text)
+        return holder is not None
 
     def wait(self, seconds: float) -> None:
         """Report that the op takes longer than the last interval.
@@ -206,96 +211,31 @@ class _Progress:
         """Report that the op is loaded, if anything was said about it."""
         if self._said:
             done = f"compiled {self._name}" if compiled else f"{self._name} was compiled already; it was loaded"
+            done = f"{self._name} is compiled, after waiting; it was loaded" if self.waited else done
             self._on_message(f"{done} in {format_seconds(seconds)}")
 
 
 def _compile(op: str, environment: Mapping[str, str], log: Path, progress: _Progress) -> int:
-    """Load an op in a separate process and return its exit code; no compiler outlives the call."""
+    """Load an op in a separate process and return its exit code; no compiler outlives the call, nor this process."""
     began = time.monotonic()
     with log.open("ab") as file, ending_signals_raise():
         process = subprocess.Popen(
-            [sys.executable, "-c", _COMPILE, op], env=environment, stdout=file, stderr=file, start_new_session=True
+            op_process.command(op), env=environment, stdout=file, stderr=file, start_new_session=True
         )
         try:
             while (left := began + COMPILE_SECONDS - time.monotonic()) > 0:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return process.wait(min(left, progress.interval_s))
-                progress.wait(time.monotonic() - began)
+                seconds = time.monotonic() - began
+                if not progress.wait_for(_lock_holder(op, environment, session=process.pid), seconds):
+                    progress.wait(seconds)
             raise RunFailedError(
                 f"DeepSpeed's ops did not compile in {COMPILE_SECONDS:.0f} s: {op}: if nothing else is compiling, "
                 f"remove the stale file named lock under {extensions_folder(environment)} (log: {log})"
             )
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            op_process.kill_session(process.pid)
             process.wait()
-
-
-class _Prepared(Schema):
-    """Record of the ops found compiled; comparing it with the files saves the seconds that loading the ops takes."""
-
-    ops: tuple[str, ...]
-    """Builder names of the ops."""
-    made_with: dict[str, str]
-    """Versions and paths that compiled ops depend on."""
-    libraries: dict[str, int]
-    """Modification time of each compiled file in ns, by its path."""
-    seconds: dict[str, OpDuration] = Field(default_factory=dict)
-    """Time that this machine took to compile each op when it last did, by builder name."""
-
-
-_NOTE: TypeAdapter[_Prepared] = TypeAdapter(_Prepared)
-
-
-def _made_with(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the versions and paths that compiled ops depend on, in addition to DeepSpeed's sources."""
-    found = {"python": sys.version, "executable": sys.executable, "CXX": environment.get("CXX", "")}
-    for package in ("torch", "deepspeed", "ninja"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found | {"node": platform.node(), "machine": platform.machine()}
-
-
-def _libraries(environment: Mapping[str, str]) -> dict[str, int]:
-    folder = extensions_folder(environment)
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("**/*.so")}
-
-
-def _own(libraries: Mapping[str, int], op: str) -> dict[str, int]:
-    """Return those of all libraries that belong to an op."""
-    return {path: time_ns for path, time_ns in libraries.items() if Path(path).stem == OPS[op].library}
-
-
-def _read_note(environment: Mapping[str, str]) -> _Prepared | None:
-    path = extensions_folder(environment) / _PREPARED
-    with contextlib.suppress(OSError, InputError):
-        return parse_json(_NOTE, path.read_bytes(), str(path))
-    return None
-
-
-def _note_prepared(op: str, environment: Mapping[str, str], took: OpDuration | None) -> None:
-    """Add an op to the record; those whose libraries have changed since, or that are of other versions, leave it."""
-    libraries, made_with, noted = _libraries(environment), _made_with(environment), _read_note(environment)
-    ops, seconds = {op}, {}
-    if noted is not None and noted.made_with.get("node") == made_with["node"]:
-        seconds = dict(noted.seconds)
-    if noted is not None and noted.made_with == made_with:
-        known = [name for name in noted.ops if name in OPS]
-        ops |= {name for name in known if _own(noted.libraries, name) == _own(libraries, name)}
-    if took is not None:
-        seconds[op] = took
-    with contextlib.suppress(OSError, TranslutionError):
-        note = _Prepared(ops=tuple(sorted(ops)), made_with=made_with, libraries=libraries, seconds=seconds)
-        write_text(extensions_folder(environment) / _PREPARED, note.model_dump_json(indent=2) + "\n")
-
-
-def extensions_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder where torch stores compiled ops.
-
-    Source: torch 2.13, utils/cpp_extension.py and _appdirs.py.
-    """
-    cache = Path(environment.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(environment.get("TORCH_EXTENSIONS_DIR", cache / "torch_extensions"))
 
 
 def shown_folder(environment: Mapping[str, str]) -> str:
@@ -304,13 +244,26 @@ def shown_folder(environment: Mapping[str, str]) -> str:
     return f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else str(folder)
 
 
-def _held_files() -> set[Path]:
-    """Return the files that processes of this machine hold open, as far as this process may see them."""
-    held = set()
+def _holders(paths: Collection[Path]) -> dict[Path, list[int]]:
+    """Return the processes that hold each of some files open, as far as this process may see them."""
+    held: dict[Path, list[int]] = {}
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
-            held.add(link.readlink())
+            if (path := link.readlink()) in paths:
+                held.setdefault(path, []).append(int(link.parent.parent.name))
     return held
+
+
+def _lock_holder(op: str, environment: Mapping[str, str], *, session: int | None = None) -> str | None:
+    """Return in words who holds the lock of an op, or None if nobody does, or only a process of a session."""
+    locks = {path.resolve() for path in extensions_folder(environment).glob(f"**/{OPS[op].library}/lock")}
+    for lock in locks:
+        holders = set(_holders(locks).get(lock, ()))
+        if session is not None and holders & op_process.session_members(session):
+            return None
+        if holders or lock.exists():
+            return f"process {min(holders)}" if holders else f"the process that holds {lock}"
+    return None
 
 
 def remove_stale_locks(environment: Mapping[str, str] = os.environ) -> list[Path]:
@@ -330,7 +283,7 @@ def remove_stale_locks(environment: Mapping[str, str] = os.environ) -> list[Path
     locks = [path.resolve() for path in extensions_folder(environment).glob("**/lock")]
     if not locks or not Path("/proc/self/fd").exists():
         return []
-    held, removed = _held_files(), []
+    held, removed = _holders(locks), list[Path]()
     for lock in locks:
         with contextlib.suppress(OSError):
             if lock not in held and (_is_local(lock) or time.time() - lock.stat().st_mtime > COMPILE_SECONDS):

@@ -144,8 +144,8 @@ def living_owners(nvme_path: Path | str) -> list[str]:
     return [_read_owner(folder) for folder, descriptor in _owned(nvme_path) if descriptor is None]
 
 
-def _kind(path: Path) -> str:
-    """Return the kind of tensor in a swap file, from DeepSpeed's file name."""
+def kind_of_swap_file(path: Path) -> str:
+    """Return the kind of tensor in a swap file, from DeepSpeed's file name, such as ``exp_avg``."""
     if path.parent.parent.name.endswith("params"):
         return "parameters"
     for kind in ("gradient", "exp_avg_sq", "exp_avg"):
@@ -159,7 +159,7 @@ def disk_bytes(folder: Path | None) -> dict[str, int]:
     result: dict[str, int] = {}
     for path in folder.rglob("*") if folder is not None else ():
         if path.is_file() and path.name != OWNER:
-            kind = _kind(path)
+            kind = kind_of_swap_file(path)
             result[kind] = result.get(kind, 0) + path.stat().st_size
     return result
 

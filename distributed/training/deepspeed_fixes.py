@@ -12,6 +12,8 @@ checkpoint. The pipelined swapper copies them to locked buffers, writes those, a
 it reads the states again, in the next step: the states of all sub-groups are then in memory at once, 8 bytes per
 element of the rank with AdamW. The patch releases them as soon as they are copied.
 
+`check_swap_files`: the swappers' I/O handles compare what they read with what they wrote (swap_checksums.py).
+
 `cache_processor`: DeepSpeed asks py-cpuinfo for the processor three times to load one optimizer of the host, and each
 time py-cpuinfo starts a process that takes over a second. The patch keeps the first answer.
 
@@ -29,10 +31,13 @@ import functools
 import operator
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .swap_checksums import CheckedHandle, SwapChecksums
 
 BLOCK_BYTES = 4096
 """Largest block size of a drive in bytes; buffers are page-aligned."""
@@ -75,8 +80,9 @@ def read_file(path: str, tensor: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _without_unaligned(info: Any, buffer: Tensor) -> Iterator[None]:
+def _without_unaligned(aio_handle: Any, info: Any, buffer: Tensor) -> Iterator[None]:
     """Read the unaligned gradients into the buffer, and hide them from DeepSpeed within the block."""
+    checksums: SwapChecksums | None = getattr(aio_handle, "checksums", None)
     every = info.swapped_gradients
     aligned = {}
     for offset, gradient in every.items():
@@ -84,12 +90,44 @@ def _without_unaligned(info: Any, buffer: Tensor) -> Iterator[None]:
         if is_aligned(part):
             aligned[offset] = gradient
         else:
+            if checksums is not None:
+                checksums.require_size(gradient.path)
             read_file(gradient.path, part)
+            if checksums is not None:
+                checksums.compare(gradient.path, part)
     info.swapped_gradients = aligned
     try:
         yield
     finally:
         info.swapped_gradients = every
+
+
+def check_swap_files(rank: int) -> SwapChecksums:
+    """Let the swappers that this process makes from now on compare what they read from NVMe with what they wrote.
+
+    Args:
+        rank: number of the rank, for messages.
+
+    Returns:
+        The checksums.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.runtime.swap_tensor import (
+        partitioned_optimizer_swapper,
+        partitioned_param_swapper,
+        pipelined_optimizer_swapper,
+    )
+
+    checksums = SwapChecksums(rank)
+
+    class CheckedBuilder(AsyncIOBuilder):
+        def load(self, verbose: bool = True) -> Any:
+            library = super().load(verbose)
+            return SimpleNamespace(aio_handle=lambda **options: CheckedHandle(library.aio_handle(**options), checksums))
+
+    for module in (partitioned_optimizer_swapper, partitioned_param_swapper, pipelined_optimizer_swapper):
+        module.AsyncIOBuilder = CheckedBuilder
+    return checksums
 
 
 def patch_nvme_optimizers() -> None:
@@ -112,7 +150,7 @@ def _patch_gradient_reads() -> None:
 
     def swap_in_pinned_gradients(self: Any, aio_handle: Any, parameter: Any, gradient_tensor: Tensor) -> None:
         info = self.swap_params_info[OptimizerSwapper.parameter_id(parameter)]
-        with _without_unaligned(info, gradient_tensor):
+        with _without_unaligned(aio_handle, info, gradient_tensor):
             if info.swapped_gradients:
                 read_all(self, aio_handle, parameter, gradient_tensor)
 
@@ -122,7 +160,7 @@ def _patch_gradient_reads() -> None:
         operation = swap_in(self, aio_handle, parameter)
         info = self.swap_params_info.get(OptimizerSwapper.parameter_id(parameter))
         if info is not None and info.swapped_gradients and parameter.grad is not None:
-            with _without_unaligned(info, parameter.grad):
+            with _without_unaligned(aio_handle, info, parameter.grad):
                 pass
         return operation
 

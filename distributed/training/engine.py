@@ -16,14 +16,18 @@ from translution.planner.config import ModelSpec, PatchSpec
 from translution.planner.plans import Plan
 
 from ..data.base import Samples
+from ..runs.mode import checks_swap
 from ..runs.progress import Progress
 from ..system.compiled_ops import has_gpu_compiler
 from ..system.network import interface_towards
 from ..system.nvme_swap import SwapFolder
-from .deepspeed_fixes import cache_processor, patch_nvme_optimizers
+from .deepspeed_fixes import cache_processor, check_swap_files, patch_nvme_optimizers
+from .swap_checksums import SwapChecksums
 
 COLLECTIVE_LIMIT = datetime.timedelta(days=7)
 """Time limit of a collective: a rank may wait for a slow drive of another one. `rank_watch` ends runs that hang."""
+_OPTIMIZER_FOLDER = "optimizer"
+"""Folder of the optimizer's swap files. Source: DeepSpeed 0.19.8, runtime/swap_tensor/optimizer_utils.py."""
 MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -73,6 +77,8 @@ class Engine:
         """This rank's folder under each NVMe path of the plan, once `claim_swap_folders` has run."""
         self.progress = Progress()
         """Says where this rank is."""
+        self.swap_checksums: SwapChecksums | None = None
+        """Checksums of this rank's swap files; None before `build_model`, and if nobody has asked for them."""
         self._sums = torch.zeros(4, dtype=torch.float64)
 
     def claim_swap_folders(self, run: Path) -> None:
@@ -126,6 +132,8 @@ class Engine:
         import deepspeed
 
         self.progress.move(Phase.INIT)
+        if self.plan.zero.uses_nvme and checks_swap():
+            self.swap_checksums = check_swap_files(self.rank)
         torch.manual_seed(self.plan.training.seed)
         with deepspeed.zero.Init(config_dict_or_path=self.deepspeed_config(), enabled=self.plan.zero.stage == 3):
             self.model = self.build_network()
@@ -149,6 +157,20 @@ class Engine:
             optimizer=self._quantized_adam if self.plan.training.quantizes_states else None,
         )
         wait_without_limit()
+
+    def compare_swap_files(self) -> None:
+        """Compare the optimizer's swap files, which a checkpoint copies, with what was written, if they are checked.
+
+        Raises:
+            SwapChangedError: names a file that has changed.
+        """
+        if self.swap_checksums is not None:
+            self.swap_checksums.compare_files(_OPTIMIZER_FOLDER)
+
+    def forget_swap_files(self) -> None:
+        """Forget what the optimizer's swap files hold: to load a checkpoint, DeepSpeed copies its files over them."""
+        if self.swap_checksums is not None:
+            self.swap_checksums.forget(_OPTIMIZER_FOLDER)
 
     def _quantized_adam(self, parameters: Any) -> torch.optim.Optimizer:
         """Return bitsandbytes' AdamW of the plan, whose moments have 8 bits per element."""

@@ -10,15 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..runs.progress import Cause
+from ..runs.verdict import tells_lost_connection
 
 _FULL_BYTES = 16 * 2**20
 """A drive with less room is full: what a rank could not write may have been larger than what is left."""
-_CONNECTION = (
-    "gloo/transport", "connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "socket timeout",
-    "timed out waiting", "wait timeout", "store->get", "tcpstore", "connection refused", "connection was closed",
-    "application timeout",
-)  # fmt: skip
-"""What messages of a broken collective contain, in lower case."""
 _WRITES = (
     "pytorchstreamwriter", "inline_container", "unexpected pos", "file write failed", "parent directory", "aio",
     "swap", "no space",
@@ -66,8 +61,7 @@ def _words(error: BaseException) -> str:
 def _is_connection(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.filename:
         return False
-    text = str(error).lower()
-    return type(error).__name__.startswith("Dist") or any(part in text for part in _CONNECTION)
+    return type(error).__name__.startswith("Dist") or tells_lost_connection(str(error))
 
 
 def _is_about_files(error: BaseException) -> bool:

@@ -227,6 +227,7 @@ class Trainer:
         tag = f"process_{self.step}" if self.mode is RunMode.MEASURE_PROCESS else None
         self.engine.progress.move(Phase.SAVE)
         folder, engine = self.run / CHECKPOINT, self.engine.deepspeed_engine
+        self.engine.compare_swap_files()
         self.recorder.record(
             Phase.SAVE,
             lambda: save_checkpoint(
@@ -255,6 +256,7 @@ class Trainer:
             verify_checkpoint(ref, part=self.engine.rank, parts=self.engine.world_size)
             require_harmless(ref.path, part=self.engine.rank, parts=self.engine.world_size)
             torch.distributed.barrier()  # No rank begins to load what another one finds damaged.
+        self.engine.forget_swap_files()
         if layout_changes(self.plan, ref.plan()):
             dtype = MODEL_DTYPES[self.plan.training.states_dtype]
             self.recorder.record(Phase.RESUME, lambda: load_resharded(engine, ref, dtype))

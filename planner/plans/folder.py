@@ -169,10 +169,10 @@ def environment_variables(cluster: ClusterSpec) -> dict[str, str]:
     return variables | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False", "DEEPSPEED_TIMEOUT": "60"}
 
 
-def environment_script(cluster: ClusterSpec) -> str:
+def environment_script(plan: Plan) -> str:
     """Return ``environment.sh``, which every other script reads; it keeps variables that are already set."""
     lines = ["# The scripts of this folder read this file. Variables that are already set keep their values."]
-    for name, value in environment_variables(cluster).items():
+    for name, value in environment_variables(plan.cluster).items():
         lines.append(f"export {name}=${{{name}:-{shlex.quote(value)}}}")
     lines += [
         "# Network interface of the ranks, if the default is wrong:",
@@ -180,6 +180,8 @@ def environment_script(cluster: ClusterSpec) -> str:
         "# Folder of DeepSpeed's compiled ops, on each node's own disk:",
         "# export TORCH_EXTENSIONS_DIR=/tmp/torch_extensions",
     ]
+    if plan.zero.uses_nvme:
+        lines += ["# End the run if a value changes on an NVMe drive:", "# export TRANSLUTION_CHECK_SWAP=1"]
     return "\n".join(lines) + "\n"
 
 
@@ -261,7 +263,7 @@ def launch_files(plan: Plan) -> dict[str, str]:
     """Return the launch files by name; those that end in .sh or .sbatch are executable."""
     cluster = plan.cluster
     files = {
-        "environment.sh": environment_script(cluster),
+        "environment.sh": environment_script(plan),
         "launch-torchrun.sh": torchrun_script(cluster),
         "job.sbatch": slurm_script(plan),
     }

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from helpers.runs import run_plan, run_ranks_of, write_plan
 
-from translution.distributed.runs.folder import METRICS
+from translution.distributed.checkpoint.manifest import checkpoint_tags
+from translution.distributed.runs.folder import CHECKPOINT, METRICS
+from translution.distributed.runs.verdict import raise_unless_finished
+from translution.planner.common.errors import RunFailedError
 from translution.planner.common.machine import usable_cores
 
 pytestmark = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
@@ -75,3 +78,49 @@ def test_two_runs_on_one_drive_at_once_do_not_disturb_each_other(tmp_path: Path)
     assert two != alone
     assert len(two) == len(alone) == 7
     assert not list((tmp_path / "drive").iterdir())
+
+
+CHANGES = {
+    "parameters": "it holds parameters, and bytes 0 to 2609152 differ from what was written",
+    "gradients": "it holds gradients, and bytes 0 to ",
+    "exp_avg": "it holds exp_avg, and bytes 0 to ",
+    "short": "it holds exp_avg_sq, and it has ",
+    "checkpoint": "it holds exp_avg, and bytes 0 to ",
+}
+
+
+def checked_plan(tmp_path: Path, ranks: int, zero: dict[str, object] | None = None) -> Path:
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    return write_plan(
+        tmp_path / "plan", ranks, model=WIDE, tile=52, offload="nvme", nvme_path=drive, steps=2, zero_overrides=zero
+    )
+
+
+def test_values_that_change_on_the_drive_end_the_run_and_reach_no_checkpoint(tmp_path: Path, root: Path) -> None:
+    """A run of which nothing changes, and one that resumes it, whose files DeepSpeed replaces, notice nothing."""
+    folder = checked_plan(tmp_path, 1)
+    program = root / "tests" / "programs" / "changed_swap.py"
+    run_ranks_of([program, folder, "nothing", *CHANGES], 1, tmp_path / "log")
+    assert (folder / "nothing" / "result").read_text() == ""
+    for case, found in CHANGES.items():
+        text = (folder / case / "result").read_text()
+        assert text.startswith(f"SwapChangedError: rank 0: swap file {tmp_path}/drive/"), (case, text)
+        assert found in text
+        assert "resume from the newest checkpoint (translution launch PLAN_FOLDER --resume)" in text
+    assert checkpoint_tags(folder / "checkpoint" / CHECKPOINT) == []
+    assert checkpoint_tags(folder / "nothing" / CHECKPOINT) == ["step_2"]
+    run_ranks_of([program, folder, "nothing"], 1, tmp_path / "log")
+    assert (folder / "nothing" / "result").read_text() == ""
+
+
+def test_a_rank_whose_values_change_on_the_drive_fails_by_name(tmp_path: Path, root: Path) -> None:
+    """Its swapper reads and writes ahead; the other rank loses its connection."""
+    ahead = {"offload_optimizer.pipeline_read": True, "offload_optimizer.pipeline_write": True}
+    folder = checked_plan(tmp_path, 2, ahead | {"offload_optimizer.buffer_count": 12})
+    with pytest.raises(AssertionError, match="SwapChangedError"):
+        run_ranks_of([root / "tests" / "programs" / "changed_swap.py", folder, "exp_avg"], 2, tmp_path / "log")
+    with pytest.raises(
+        RunFailedError, match=r"rank 1 failed at step 1: SwapChangedError: rank 1: swap file .*swp chan"
+    ):
+        raise_unless_finished(folder / "exp_avg", 2, exit_code=1)

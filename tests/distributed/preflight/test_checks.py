@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from helpers.runs import TINY, without_version_notes, write_plan
 
 from translution.cli.main import run
 from translution.distributed.preflight import checks
+from translution.distributed.runs.folder import new_run_folder
+from translution.distributed.system import filesystem
 from translution.distributed.system.nvme_swap import PREFIX
 from translution.planner.common.errors import InputError
 from translution.planner.common.machine import usable_cores
@@ -43,7 +46,7 @@ def test_a_plan_that_can_run_here_passes(tmp_path: Path, capsys: pytest.CaptureF
     folder = write_plan(tmp_path / "plan", 2)
     assert run(["preflight", str(folder), "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)["checks"]
-    names = {"host memory", "/dev/shm", "disk for 1 checkpoint", "locks of compiled ops", "ops"}
+    names = {"shared memory", "host memory", "/dev/shm", "disk for 1 checkpoint", "locks of compiled ops", "ops"}
     assert names == {check["name"] for check in checks}
     assert all(check["passed"] for check in checks)
 
@@ -144,6 +147,35 @@ def test_what_a_killed_run_left_is_not_needed_again(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(checks.shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         assert checks._checkpoints(plan, tmp_path, states).passed is fits
         assert next(check for check in checks._nvme(plan, tmp_path) if "folder" in check.name).passed is fits
+
+
+def test_what_dead_ranks_left_in_memory_and_on_a_drive_of_an_earlier_plan_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan of an earlier run names the drive, which the plan of today does not use."""
+    memory, drive, now = tmp_path / "shm", tmp_path / "drive", time.time()
+    monkeypatch.setattr(filesystem, "SHARED_MEMORY", memory)
+    monkeypatch.setattr(filesystem.time, "time", lambda: now + filesystem.STARTING_SECONDS + 60)
+    left = drive / f"{PREFIX}0123456789ab-rank0"
+    for folder in (memory, left):
+        folder.mkdir(parents=True)
+    for rank in range(2):
+        (memory / f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_29500_{rank}").write_bytes(bytes(8192))
+    (left / "owner").write_text("a dead process")
+    (left / "1.tensor.swp").write_bytes(bytes(2048))
+    folder = write_plan(tmp_path / "plan", 2, model=SWAPPED, tile=16, offload="nvme", nvme_path=drive)
+    new_run_folder(folder, None)
+    write_plan(folder, 2, force=True)
+    assert run(["preflight", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "ok      shared memory: removed 2 stale buffers, 16.00 KiB\n" in printed
+    assert f"ok      NVMe folder {drive}: removed 2.00 KiB that dead runs left\n" in printed
+    assert not list(memory.iterdir())
+    assert not list(drive.iterdir())
+    assert run(["preflight", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "ok      shared memory: no stale buffer\n" in printed
+    assert "NVMe" not in printed
 
 
 def test_another_process_asks_a_gpu_for_its_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

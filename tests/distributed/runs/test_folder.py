@@ -56,6 +56,15 @@ def test_a_failed_rank_is_named_first(run: Path) -> None:
         raise_unless_finished(run, 2, exit_code=1)
 
 
+def test_the_rank_that_others_lost_is_named(run: Path) -> None:
+    report(run, 0, "failed", "RuntimeError: [/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]")
+    with pytest.raises(RunFailedError, match=r"rank 0 lost its connection at step 7: RuntimeError: .* closed by peer"):
+        raise_unless_finished(run, 2, exit_code=1)
+    report(run, 1, "failed", "SwapChangedError: rank 1: swap file a.swp changed on the drive")
+    with pytest.raises(RunFailedError, match="rank 1 failed at step 7: SwapChangedError: rank 1: swap file"):
+        raise_unless_finished(run, 2, exit_code=1)
+
+
 def test_only_the_given_ranks_are_checked(run: Path) -> None:
     report(run, 5, "finished")
     raise_unless_finished(run, [5], exit_code=0)

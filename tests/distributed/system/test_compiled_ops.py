@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.fake_ops import FakeOps
+from helpers.fake_ops import FakeOps, compilers
 from helpers.runs import write_plan
-from helpers.waiting import PATIENCE_S, wait_until
 from torch.utils.file_baton import FileBaton
 
 from translution.distributed.system import compiled_ops as ops
 from translution.distributed.system.compile_times import OPS, OpDuration, estimate_seconds
-from translution.distributed.system.compiled_ops import (
-    COMPILE_SECONDS,
-    extensions_folder,
-    needed_ops,
-    remove_stale_locks,
-)
+from translution.distributed.system.compiled_ops import COMPILE_SECONDS, needed_ops, remove_stale_locks
+from translution.distributed.system.op_records import extensions_folder, record_path
 from translution.planner.common.errors import RunFailedError
 from translution.planner.common.machine import usable_cores
 from translution.planner.plans.plan import Plan, load_plan
@@ -44,52 +35,6 @@ def test_only_a_lock_that_no_process_holds_is_removed(tmp_path: Path) -> None:
     assert not stale.exists()
     assert held.exists()
     batons[1].release()
-
-
-def compilers(folder: Path) -> list[int]:
-    """Return the processes that compile into a folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if f"TORCH_EXTENSIONS_DIR={folder}".encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-    return found
-
-
-@pytest.mark.slow
-def test_a_killed_compilation_leaves_no_lock_that_blocks_the_next(
-    tmp_path: Path,
-) -> None:
-    folder, extensions = write_plan(tmp_path / "plan", 1), tmp_path / "extensions"
-    command = [sys.executable, "-m", "translution.cli", "launch", str(folder)]
-    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(extensions)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        locks = wait_until(lambda: list(extensions.glob("**/lock")), process=process)
-        (compiling,) = [
-            pid for pid in compilers(extensions) if "-c" in arguments_of(pid) and int(parent_of(pid)) == process.pid
-        ]
-        os.kill(compiling, signal.SIGKILL)
-        printed, errors = process.communicate(timeout=PATIENCE_S)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 1
-    assert "compiling DeepSpeed's ShareMemComm (1 of 1): about " in printed
-    assert "compiled" not in printed
-    assert errors.count("\n") == 1
-    assert "DeepSpeed's ops do not compile: ShareMemCommBuilder" in errors
-    assert not compilers(extensions)
-    assert all(lock.exists() for lock in locks)
-    assert remove_stale_locks(environment) == locks
-
-
-def arguments_of(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-
-
-def parent_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
 
 
 class Compiled:
@@ -122,8 +67,8 @@ class Compiled:
         return texts
 
     def record(self) -> dict[str, Any]:
-        """Return the record in the folder of ops."""
-        return json.loads((self.fakes.extensions / "translution-prepared.json").read_text())
+        """Return the record of this environment in the folder of ops."""
+        return json.loads(record_path(os.environ).read_text())
 
 
 @pytest.fixture
@@ -141,15 +86,31 @@ def test_compiled_ops_are_not_loaded_again(prepare: Compiled, fake_ops: FakeOps)
     assert prepare(adam) == []
     assert prepare(adam, io) == [io]
     assert prepare(io) == prepare(adam) == []
-    assert prepare(adam, CXX="another") == [adam]
-    assert prepare(adam) == [adam]
     os.utime(fake_ops.library(adam), ns=(1, 1))  # Another process has compiled it again.
     assert prepare(adam) == [adam]
     assert prepare(adam) == []
     fake_ops.library(adam).unlink()
     assert prepare(adam) == [adam]
-    (fake_ops.extensions / "translution-prepared.json").write_text("{")
+    record_path(os.environ).write_text("{")
     assert prepare(adam) == [adam]
+
+
+def test_environments_that_share_the_folder_keep_their_own_records(prepare: Compiled) -> None:
+    adam, io = "CPUAdamBuilder", "AsyncIOBuilder"
+    for _ in range(2):
+        loaded = [prepare(adam), prepare(adam, io, CXX="another"), prepare(adam, io, CXX="a third")]
+    assert loaded == [[], [], []]
+
+
+def test_an_environment_without_times_takes_those_of_another_on_this_machine(
+    prepare: Compiled, fake_ops: FakeOps
+) -> None:
+    adam = "CPUAdamBuilder"
+    prepare(adam)
+    fake_ops.library(adam).unlink()
+    prepare.said()
+    prepare(adam, CXX="another")
+    assert " as before on this machine; " in prepare.said()[0]
 
 
 def test_an_op_that_another_process_compiles_leaves_the_others_compiled(prepare: Compiled, fake_ops: FakeOps) -> None:
@@ -187,7 +148,7 @@ def test_the_time_that_this_machine_took_replaces_the_estimate(prepare: Compiled
     took = prepare.record()["seconds"][name]
     assert took["jobs"] == usable_cores()
     assert 0 < took["seconds"] < COMPILE_SECONDS
-    path = fake_ops.extensions / "translution-prepared.json"
+    path = record_path(os.environ)
     record = prepare.record() | {"seconds": {name: {"seconds": 77.0, "jobs": usable_cores()}}}
     path.write_text(json.dumps(record))
     fake_ops.library(name).unlink()
@@ -267,6 +228,29 @@ def test_an_op_that_takes_too_long_names_itself_and_its_process_ends(
     with pytest.raises(RunFailedError, match=r"did not compile in 0 s: CPUAdamBuilder: .* lock under .* \(log: "):
         prepare("CPUAdamBuilder")
     assert compilers(fake_ops.extensions) == []
+
+
+def test_a_launch_says_whose_compilation_it_waits_for(
+    prepare: Compiled, fake_ops: FakeOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "MESSAGE_SECONDS", 0.05)
+    monkeypatch.setattr(ops, "COMPILE_SECONDS", 60.0)
+    fifo, lock = fake_ops.block("CPUAdamBuilder"), fake_ops.library("CPUAdamBuilder").parent / "lock"
+    lock.parent.mkdir()
+    baton = FileBaton(str(lock))
+    assert baton.try_acquire()
+
+    def release(_: str) -> None:
+        if len(prepare.messages) == 2:
+            baton.release()
+            fifo.write_text("")
+
+    prepare("CPUAdamBuilder", on_message=release)
+    texts = without_seconds(prepare.said())
+    waiting = f"waiting for process {os.getpid()}, which compiles CPUAdam"
+    assert texts[:2] == [waiting, f"still {waiting}, after # s"]
+    assert texts[-1] == "CPUAdam is compiled, after waiting; it was loaded in # s"
+    assert prepare.record()["seconds"] == {}
 
 
 def test_the_number_of_jobs_is_at_most_the_usable_cores(prepare: Compiled, fake_ops: FakeOps) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.runs import TINY
+from helpers.runs import TINY, write_plan
 from rich.console import Console
 
 from translution import planner
@@ -17,6 +17,7 @@ from translution.cli.commands.training import launch
 from translution.cli.commands.training.launch import LaunchProgress
 from translution.cli.main import run
 from translution.distributed.remote.rank_command import RankCommand
+from translution.distributed.runs.mode import CHECK_SWAP, checks_swap
 from translution.planner.hardware.cluster import local_cpu_cluster
 
 Captured = pytest.CaptureFixture[str]
@@ -65,6 +66,47 @@ def test_a_plan_for_several_nodes_needs_a_hostfile(tmp_path: Path, capsys: Captu
     assert (decoded.plan_folder, decoded.run) == (tmp_path / "plan", tmp_path / "plan" / "runs" / "001")
     assert decoded.environment["OMP_NUM_THREADS"] == "14"
     assert not (tmp_path / "plan" / "runs").exists()
+
+
+def test_the_choice_to_check_swap_files_reaches_the_ranks_wherever_they_run(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("one slots=1\ntwo slots=1\n")
+    offload: dict[str, Any] = {"model": TINY | {"dim": 256}, "tile": 16, "offload": "nvme", "nvme_path": tmp_path}
+    here, several = (str(write_plan(tmp_path / str(n), 1, nodes=n, **offload)) for n in (1, 2))
+    by_ssh = ["launch", several, "--hostfile", str(hosts), "--dry-run"]
+
+    def payload() -> dict[str, str]:
+        return RankCommand.from_payload(capsys.readouterr().out.split()[-1]).environment
+
+    assert run(["launch", here, "--check-swap", "--dry-run"]) == 0
+    assert f"{CHECK_SWAP}=1 " in capsys.readouterr().out
+    assert run(["launch", here, "--dry-run"]) == 0
+    assert CHECK_SWAP not in capsys.readouterr().out
+    assert run([*by_ssh, "--check-swap"]) == 0
+    assert payload()[CHECK_SWAP] == "1"
+    assert run(by_ssh) == 0
+    assert CHECK_SWAP not in payload()
+    # The variable of this shell, which scripts of the plan folder also pass on.
+    monkeypatch.setenv(CHECK_SWAP, "1")
+    assert run(by_ssh) == 0
+    assert payload()[CHECK_SWAP] == "1"
+    assert checks_swap()
+    monkeypatch.setenv(CHECK_SWAP, "0")
+    assert not checks_swap()
+    assert f"# export {CHECK_SWAP}=1\n" in (tmp_path / "1" / "environment.sh").read_text()
+
+
+def test_a_plan_without_nvme_has_no_swap_files_to_check(tmp_path: Path, capsys: Captured) -> None:
+    folder = write_plan(tmp_path / "plan", 1)
+    for words in ([], ["--dry-run"]):
+        assert run(["launch", str(folder), "--check-swap", *words]) == 2
+        assert capsys.readouterr().err == (
+            "translution: error: check-swap: is not allowed: the plan puts nothing on NVMe\n"
+        )
+    assert not (folder / "runs").exists()
+    assert CHECK_SWAP not in (folder / "environment.sh").read_text()
 
 
 @pytest.fixture
