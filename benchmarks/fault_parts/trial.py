@@ -86,7 +86,7 @@ class Trial:
         return done.returncode, last_line(done.stderr)
 
     def launch(self, *words: object, environment: Mapping[str, str] | None = None, prefix: Sequence[str] = ()) -> None:
-        """Start the run, or go on with it; `prefix` is a command that runs the launcher."""
+        """Start the run, or resume it; `prefix` is a command that runs the launcher."""
         command = [*prefix, *PROGRAM, "launch", str(self.plan), "--run", str(self.run), *map(str, words)]
         with (self.folder / "out.log").open("w") as out:
             self.process = subprocess.Popen(

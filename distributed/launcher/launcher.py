@@ -26,12 +26,12 @@ from ..runs.mode import CHECK_SWAP, RunMode
 from ..runs.rank_watch import RankWatch, hang_limits
 from ..runs.status import clear_statuses
 from ..runs.verdict import raise_unless_finished
-from ..system.compiled_ops import needed_ops, prepare_ops
+from ..system.compiled_ops import OnMessage, needed_ops, prepare_ops
 from ..system.environment import free_port, launch_environment, version_warnings
 from ..system.filesystem import remove_shared_buffers
 from ..system.nvme_swap import remove_stale
 from .command import launch_command
-from .local_processes import OnMessage, OnMetrics, run_ranks
+from .local_processes import OnMetrics, run_ranks
 from .pdsh import run_remote_ranks
 
 

@@ -18,6 +18,7 @@ from ..runs.folder import LOG, METRICS, log_path
 from ..runs.rank_watch import RankWatch
 from ..runs.status import RankStatus, read_statuses, resume_hint
 from ..runs.watchdog import LAUNCHER_PID
+from ..system.compiled_ops import OnMessage
 from ..system.signals import EndedError, ending_signals_raise
 
 GRACE_SECONDS = 15.0
@@ -34,8 +35,6 @@ HUNG_SECONDS = 20.0
 _WAIT_MESSAGE_SECONDS = 15.0
 """Seconds between two messages about what a stopping run waits for."""
 
-OnMessage = Callable[[str], None]
-"""Called with a line of text for the user."""
 OnMetrics = Callable[[Mapping[str, Any]], None]
 """Called with each line of the metrics file, as a mapping."""
 

@@ -16,15 +16,15 @@ from translution.planner.common import RunFailedError
 from ..remote.ssh import SSH_ARGUMENTS
 from ..runs.folder import LOG, METRICS
 from ..runs.heartbeat import control_path, keep_heartbeat, request_stop
-from ..runs.progress import BEAT_SECONDS, STACKS_REQUEST
+from ..runs.progress import HEARTBEAT_SECONDS, STACKS_REQUEST
 from ..runs.rank_watch import RankWatch
 from ..runs.status import read_statuses, resume_hint
+from ..system.compiled_ops import OnMessage
 from ..system.signals import EndedError, ending_signals_raise
 from .local_processes import (
     GRACE_SECONDS,
     POLL_SECONDS,
     MetricsReader,
-    OnMessage,
     OnMetrics,
     describe_outcome,
     wait_for_moves,
@@ -118,7 +118,7 @@ def _save_hung(process: subprocess.Popen[bytes], watch: RankWatch, hang: str, on
     on_message(f"{hang}; the ranks are asked to save and end")
     with contextlib.suppress(OSError):
         control_path(watch.run, STACKS_REQUEST).touch()
-    time.sleep(2 * BEAT_SECONDS)
+    time.sleep(2 * HEARTBEAT_SECONDS)
     request_stop(watch.run)
     wait_for_moves(process, watch)
 

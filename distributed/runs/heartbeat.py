@@ -26,7 +26,7 @@ HEARTBEAT, STOP_REQUEST = "beat", "stop"
 FOLLOW_HEARTBEAT = "TRANSLUTION_FOLLOW_HEARTBEAT"
 """Environment variable that is set for ranks that must exit when the heartbeat in their run folder stops."""
 SILENT_SECONDS = 60.0
-"""Seconds without a change of the heartbeat after which the launcher counts as dead."""
+"""Seconds without a change of its heartbeat after which a launcher, or a rank on another host, counts as dead."""
 _HEARTBEAT_SECONDS = 2.0
 _POLL_SECONDS = 1.0
 

@@ -31,8 +31,8 @@ ENDED = "end"
 """The phase of a rank that has done everything."""
 STACKS_REQUEST = "stacks"
 """Name of the control file that asks all ranks to print their stacks to their logs."""
-BEAT_SECONDS = 2.0
-"""Seconds between two beats."""
+HEARTBEAT_SECONDS = 2.0
+"""Seconds between two heartbeats."""
 _FILE_BYTES = 2048
 _FAILURE_CHARACTERS = 600
 _PHASES: dict[str, str] = {
@@ -59,7 +59,7 @@ class RankProgress(Schema):
     """The phase of the step, or what it does outside of steps."""
     moves: int = 0
     """Number of phases begun; all ranks begin the same phases."""
-    beat: int = 0
+    heartbeat: int = 0
     """Grows while the process runs."""
     failure: str = ""
     """The error with which it ended; also there if its status could not be written."""
@@ -95,13 +95,13 @@ class Progress:
     def __init__(self) -> None:
         self.step = self.steps_begun = self.moves = 0
         self.phase: str = Phase.INIT
-        self._rank, self._beat, self._failure = 0, 0, ("", "")
+        self._rank, self._heartbeat, self._failure = 0, 0, ("", "")
         self._path: Path | None = None
         self._file = -1
         self._lock = threading.Lock()
 
     def open(self, run: Path, rank: int) -> None:
-        """Create the file and begin to beat; on SIGUSR2 the process prints the stacks of its threads to its log."""
+        """Create the file and begin the heartbeats; on SIGUSR2 the process prints the stacks of its threads to its log."""
         self._path, self._rank = progress_path(run, rank), rank
         try:
             self._path.parent.mkdir(exist_ok=True)
@@ -111,7 +111,7 @@ class Progress:
         self._write(self._file)
         with contextlib.suppress(ValueError, OSError):  # Under pytest, stderr may be no file.
             faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
-        threading.Thread(target=self._beat_forever, args=(control_path(run, STACKS_REQUEST),), daemon=True).start()
+        threading.Thread(target=self._report_forever, args=(control_path(run, STACKS_REQUEST),), daemon=True).start()
 
     def begin_step(self, step: int) -> None:
         """Say that a step begins, numbered from 0."""
@@ -143,7 +143,7 @@ class Progress:
                 "steps_begun": self.steps_begun,
                 "phase": self.phase,
                 "moves": self.moves,
-                "beat": self._beat,
+                "heartbeat": self._heartbeat,
                 "failure": self._failure[0],
                 "cause": self._failure[1],
             }
@@ -154,11 +154,11 @@ class Progress:
             with contextlib.suppress(OSError):
                 os.pwrite(file, text.encode("ascii").ljust(_FILE_BYTES - 1) + b"\n", 0)
 
-    def _beat_forever(self, request: Path) -> None:
+    def _report_forever(self, request: Path) -> None:
         assert self._path is not None
         printed = False
         while True:
-            self._beat += 1
+            self._heartbeat += 1
             with contextlib.suppress(OSError):
                 # Opened and closed: other nodes see what a process has closed.
                 file = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
@@ -167,4 +167,4 @@ class Progress:
             if not printed and request.exists():
                 printed = True
                 faulthandler.dump_traceback(all_threads=True)
-            time.sleep(BEAT_SECONDS)
+            time.sleep(HEARTBEAT_SECONDS)

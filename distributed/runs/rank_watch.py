@@ -17,13 +17,12 @@ from translution.planner.common import InputError, Phase
 from translution.planner.costs import count_parameters
 from translution.planner.plans import Plan
 
+from .heartbeat import SILENT_SECONDS
 from .progress import ENDED, RankProgress, read_progress
 from .watchdog import ProcessState, process_state
 
 HANG_MINUTES = "TRANSLUTION_HANG_MINUTES"
 """Environment variable: minutes after which a rank that stands still hangs; 0 never ends a run for that."""
-SILENT_SECONDS = 60.0
-"""Seconds without a beat after which a rank on another host hangs."""
 STOPPED_SECONDS = 30.0
 """Seconds after which a rank of this host that a signal has stopped hangs."""
 _STEP_SECONDS, _UNKNOWN_STEP_SECONDS, _SLOW_SECONDS = 600.0, 1800.0, 1800.0
@@ -171,9 +170,9 @@ class RankWatch:
         state = process_state(before.progress.pid) if here else ProcessState(alive=True)
         before.stopped_s = before.stopped_s + passed if state.stopped else 0.0
         moved = progress is not None and progress.moves != before.progress.moves
-        beats = progress is not None and progress.beat != before.progress.beat
+        heartbeats = progress is not None and progress.heartbeat != before.progress.heartbeat
         before.idle_s = 0.0 if moved else before.idle_s + passed
-        before.silent_s = 0.0 if moved or beats else before.silent_s + passed
+        before.silent_s = 0.0 if moved or heartbeats else before.silent_s + passed
         before.progress = progress or before.progress
         return self._judge(before, here=here)
 

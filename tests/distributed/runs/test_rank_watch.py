@@ -49,15 +49,15 @@ class Ranks:
         self.ranks[rank] = self.ranks[rank].model_copy(update=values)
         progress_path(self.run, rank).write_text(self.ranks[rank].model_dump_json())
 
-    def beat(self, *ranks: int, **values: Any) -> None:
+    def heartbeat(self, *ranks: int, **values: Any) -> None:
         for rank in ranks:
-            self.change(rank, beat=self.ranks[rank].beat + 1, **values)
+            self.change(rank, heartbeat=self.ranks[rank].heartbeat + 1, **values)
 
-    def pass_seconds(self, seconds: float, *beating: int) -> str:
+    def pass_seconds(self, seconds: float, *reporting: int) -> str:
         """Let seconds pass, one after the other; return the first hang that is found."""
         for _ in range(round(seconds)):
             self.now += 1.0
-            self.beat(*beating)
+            self.heartbeat(*reporting)
             if text := self.watch.find_hang():
                 return text
         return ""
@@ -122,7 +122,7 @@ def test_only_a_rank_on_another_host_may_not_be_silent(tmp_path: Path) -> None:
     there.change(1, host="node7")
     text = there.pass_seconds(61, 0)
     assert text == "rank 1 on node7 has given no sign of life for 60 s, at step 5, in forward"
-    assert Ranks(tmp_path / "beating").pass_seconds(61, 0, 1) == ""
+    assert Ranks(tmp_path / "reporting").pass_seconds(61, 0, 1) == ""
 
 
 def test_a_rank_that_has_ended_or_failed_does_not_hang(tmp_path: Path) -> None:
