@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .trial import PROGRAM, Outcome, Trial
+from .trial import PROGRAM, Outcome, Trial, model
 
 _FSYNC = """\
 #define _GNU_SOURCE
@@ -101,7 +101,7 @@ def swap_file_changed(folder: Path) -> Outcome:
 def _with_swap(folder: Path, change: Callable[[Path], None], *words: str) -> Outcome:
     nvme = folder / "nvme"
     nvme.mkdir(parents=True)
-    trial = Trial(folder, "--offload", "nvme", "--nvme-path", nvme)
+    trial = Trial(folder, "--offload", "nvme", "--nvme-path", nvme, network=model(192))
     with contextlib.closing(trial):
         trial.launch(*words)
         trial.wait_for_step(7)
@@ -198,5 +198,5 @@ def data_exchanged(folder: Path) -> Outcome:
         path = data / "train.bin"
         path.write_bytes(path.read_bytes()[::-1])
 
-    model = "family: gpt\ncontext: 16\nvocabulary: 256\ndim: 64\ndepth: 1\nheads: 2\n"
-    return _resume_after(folder, change, "--train", f"data_path={data}", model=model, data="tokens")
+    network = "family: gpt\ncontext: 16\nvocabulary: 256\ndim: 64\ndepth: 1\nheads: 2\n"
+    return _resume_after(folder, change, "--train", f"data_path={data}", network=network, data="tokens")

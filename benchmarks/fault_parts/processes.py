@@ -11,18 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .trial import PROGRAM, Outcome, Trial, is_running, last_line
+from .trial import PROGRAM, Outcome, Trial, is_running, last_line, model
 
-_LARGE = """\
-family: vit
-image: 16
-patch: 4
-channels: 1
-classes: 10
-dim: 512
-depth: 2
-heads: 2
-"""
 _ALLOWED_BYTES = 1000 * 2**20
 """Less than two ranks of this model need."""
 
@@ -166,7 +156,7 @@ def _signalled(folder: Path, number: int, rank: int | None) -> Outcome:
 
 def out_of_memory(folder: Path) -> Outcome:
     """The kernel kills a rank because its control group has no memory left."""
-    trial = Trial(folder, model=_LARGE)
+    trial = Trial(folder, network=model(512))
     with contextlib.closing(trial), _memory_group(_ALLOWED_BYTES) as prefix:
         began = time.monotonic()
         trial.launch("--force", prefix=prefix)

@@ -72,7 +72,9 @@ FAULTS = (
     Fault("full", files.full_drive, "No space left on device", needs_root=True, quick=True, lost_steps=6),
     Fault("read-only", files.read_only_folder, "Read-only file system", needs_root=True),
     Fault("slow", files.slow_drive, "^$", exit_code=0, lost_steps=0, limit_s=300.0),
-    Fault("deleted", files.swap_file_deleted, "rank 1 failed .*swap", quick=True),
+    Fault(
+        "deleted", files.swap_file_deleted, r"rank 1 failed at step \d+, .*\.swp does not exist any more", quick=True
+    ),
     Fault("corrupted", files.swap_file_changed, "rank 1 failed .*swap file .* changed"),
     Fault(
         "corrupted",

@@ -18,16 +18,13 @@ PATIENCE_S = 300.0
 """Longest wait for anything: it is reached only by a program that hangs."""
 LIMIT_S = 60.0
 """Seconds within which a fault must end the run, if it must end it."""
-_MODEL = """\
-family: vit
-image: 16
-patch: 4
-channels: 1
-classes: 10
-dim: 64
-depth: 2
-heads: 2
-"""
+
+
+def model(width: int) -> str:
+    """Return the YAML of a small network."""
+    return f"family: vit\nimage: 16\npatch: 4\nchannels: 1\nclasses: 10\ndim: {width}\ndepth: 2\nheads: 2\n"
+
+
 PROGRAM = (sys.executable, "-m", "translution.cli")
 """The command line of the toolkit."""
 
@@ -55,7 +52,7 @@ class Trial:
         steps: steps of the plan.
         checkpoint_steps: steps between two checkpoints.
         options: more words for `translution plan`.
-        model: the model's YAML.
+        network: the model's YAML; by default a small one.
         data: the data it is trained on.
     """
 
@@ -65,12 +62,12 @@ class Trial:
         *options: object,
         steps: int = 4000,
         checkpoint_steps: int = 5,
-        model: str = _MODEL,
+        network: str = "",
         data: str = "synthetic",
     ) -> None:
         self.folder, self.plan, self.run = folder, folder / "plan", folder / "run"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "model.yaml").write_text(model)
+        (folder / "model.yaml").write_text(network or model(64))
         words = ["plan", folder / "model.yaml", "--cluster", "cpu:2", "--stage", "3", "--micro-batch", "4"]
         words += ["--steps", steps, "--train", f"checkpoint_steps={checkpoint_steps}", "--data", data]
         words += [] if "--offload" in options else ["--offload", "none"]

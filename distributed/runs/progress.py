@@ -101,7 +101,7 @@ class Progress:
         self._lock = threading.Lock()
 
     def open(self, run: Path, rank: int) -> None:
-        """Create the file and begin the heartbeats; on SIGUSR2 the process prints the stacks of its threads to its log."""
+        """Create the file and begin the heartbeats; on SIGUSR2 the process prints its threads' stacks to its log."""
         self._path, self._rank = progress_path(run, rank), rank
         try:
             self._path.parent.mkdir(exist_ok=True)

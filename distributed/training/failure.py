@@ -32,7 +32,7 @@ def describe_failure(error: BaseException, folders: Iterable[Path]) -> tuple[str
     text = f"{type(error).__name__}: {_words(error)}"
     if any(_is_connection(each) for each in chain):
         return text, "connection"
-    if any(_is_about_files(each) for each in chain) and (trouble := _trouble(folders)) and trouble not in text:
+    if any(_is_about_files(each) for each in chain) and (trouble := _missing_file(error) or _trouble(folders)):
         text = f"{text}; {trouble}"
     return text, "own"
 
@@ -68,6 +68,16 @@ def _is_about_files(error: BaseException) -> bool:
     if isinstance(error, OSError | AssertionError):
         return True
     return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in _WRITES)
+
+
+def _missing_file(error: BaseException) -> str:
+    """Return which file is missing, if the function that failed has its path in a variable."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for name in ("path", "swap_path", "filename"):
+            path = frame.f_locals.get(name)
+            if isinstance(path, str) and Path(path).is_absolute() and not Path(path).exists():
+                return f"{path} does not exist any more"
+    return ""
 
 
 def _trouble(folders: Iterable[Path]) -> str:

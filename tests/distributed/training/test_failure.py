@@ -52,6 +52,16 @@ def test_a_write_that_torch_reports_vaguely_names_the_full_drive(
     assert describe_failure(FloatingPointError("loss is nan"), [tmp_path])[0] == "FloatingPointError: loss is nan"
 
 
+def test_a_file_that_is_gone_is_named_by_the_function_that_reads_it(tmp_path: Path) -> None:
+    def read(path: str) -> None:  # The variable's name tells what it is.
+        raise AssertionError("a read failed")
+
+    for gone, text in ((tmp_path / "x.swp", f"; {tmp_path / 'x.swp'} does not exist any more"), (tmp_path, "")):
+        with pytest.raises(AssertionError) as found:
+            read(str(gone))
+        assert describe_failure(found.value, [tmp_path])[0] == f"AssertionError: a read failed{text}"
+
+
 def test_a_folder_that_is_gone_or_read_only_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = caught(AssertionError())
     assert describe_failure(error, [tmp_path / "gone"])[0].endswith(f"; {tmp_path / 'gone'} does not exist any more")
