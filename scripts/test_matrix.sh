@@ -5,7 +5,7 @@
 set -eu
 uv=$1
 shift
-cd "$(dirname "$0")/.."
+CDPATH= cd -- "$(dirname -- "$0")/.."
 export UV_INDEX_STRATEGY=unsafe-best-match
 
 # The packages that a user's environment has; those that only test this project are the newest.
