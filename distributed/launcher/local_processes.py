@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from translution.planner.common import InputError, read_json
 
 from ..runs.folder import LOG, METRICS
 from ..runs.status import read_statuses, resume_hint
@@ -69,8 +70,8 @@ class MetricsReader:
                     break
                 self._offset += len(line)
                 # A line that a full disk has damaged is left out.
-                with contextlib.suppress(ValueError):
-                    self._on_metrics(json.loads(line))
+                with contextlib.suppress(InputError):
+                    self._on_metrics(read_json(line, str(self._path)))
 
 
 def run_ranks(command: Sequence[str], environment: Mapping[str, str], run: Path, on_metrics: OnMetrics) -> int:
