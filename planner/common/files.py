@@ -44,7 +44,7 @@ def read_json(text: str | bytes, what: str) -> Any:
         what: name of the text, which begins the error line.
 
     Raises:
-        InputError: if the text is not valid JSON, or is nested more deeply than `MOST_JSON_LEVELS`: to print, compare or
+        InputError: if the text is not valid JSON, or is nested more deeply than `MOST_JSON_LEVELS`: to print or to
             validate such a value could take more frames than Python has.
     """
     import json

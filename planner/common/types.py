@@ -34,7 +34,7 @@ def check_line(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text whose control characters are written as escape sequences, such as ``\\x1b``."""
+    """Return a text whose control characters are written as Python writes them in a literal."""
     return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
 
 

@@ -44,7 +44,7 @@ def test_a_run_folder_is_one_line_and_names_its_first_weights(run: Path, tmp_pat
     set_first_weights(run, tmp_path / "network.safetensors")
     assert first_weights(run) == tmp_path / "network.safetensors"
     (run / "first_weights.json").write_text(100_000 * "[")
-    with pytest.raises(InputError, match="first_weights.json: not valid JSON: nested too deeply"):
+    with pytest.raises(InputError, match=r"first_weights\.json: not valid JSON: nested too deeply"):
         first_weights(run)
 
 

@@ -65,7 +65,7 @@ def test_the_error_for_a_name_or_a_path_names_field_and_value(field: str, make: 
 
 def test_the_name_of_a_cluster_file_is_its_clusters_name(tmp_path: Path) -> None:
     (tmp_path / "a\nb.yaml").write_text("base: 8xH100\n")
-    with pytest.raises(InputError, match="name: 'a.nb' is not allowed") as error:
+    with pytest.raises(InputError, match=r"name: 'a.nb' is not allowed") as error:
         load_cluster(tmp_path / "a\nb.yaml")
     assert str(error.value).isprintable()
 
