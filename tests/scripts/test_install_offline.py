@@ -33,7 +33,7 @@ def install(bundle: Path, *words: object, **more: str) -> subprocess.CompletedPr
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
     environment["PIP_INDEX_URL"] = "http://127.0.0.1:9/simple"
     # A path relative to the folder above, as a person types it.
-    command = ["sh", f"{bundle.name}/install_offline.sh", *map(str, words)]
+    command = ["sh", str(Path(bundle.name, "install_offline.sh")), *map(str, words)]
     return subprocess.run(command, env=environment | more, cwd=bundle.parent, capture_output=True, text=True)
 
 
