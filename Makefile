@@ -1,16 +1,16 @@
 # make demo | make test | make quick | make fuzz | make test-matrix | make check | make docs | make reports | make public |
-# make dist | make offline-bundle | make bigger-than-memory | make faults:
+# make dist | make lock | make offline-bundle | make bigger-than-memory | make faults:
 # each creates the environment if there is none.
 PYTHON ?= python3
 # Tests start hundreds of processes, which would otherwise compile every module again.
 export PYTHONDONTWRITEBYTECODE :=
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+LOCKS := $(wildcard requirements/*.lock) scripts/install_locked.sh
 SOURCES := planner models distributed reports cli
 
-.PHONY: demo test quick fuzz test-matrix system-packages check format docs reports public dist offline-bundle \
-	bigger-than-memory faults clean
+.PHONY: demo test quick fuzz test-matrix system-packages check format docs reports public dist lock \
+	offline-bundle bigger-than-memory faults clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -92,25 +92,34 @@ bigger-than-memory: $(VENV)/.demo
 faults: system-packages $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/faults.py --out reports/faults.md
 
-# The wheel and the sdist of a release, checked; TAG is the release's tag, for the last step of CONTRIBUTING.md.
+# The wheel and the sdist of a release, checked, and the list of the packages that it was tested with (CycloneDX); TAG is the
+# release's tag, for the last step of CONTRIBUTING.md.
 dist: $(VENV)/.dev
 	$(BIN)/python scripts/check_release.py $(TAG)
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/twine check --strict dist/*
+	mkdir -p build/release
+	cat requirements/torch-cuda.lock requirements/build.lock requirements/demo.lock requirements/use.lock | \
+		PYTHONWARNINGS=ignore $(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --mc-type library --output-reproducible \
+		--output-format JSON --output-file build/release/translution-scale.cdx.json -
 
 # The wheels that a machine with torch and without a network needs; BUNDLE has options of the script, such as --python.
 offline-bundle: $(VENV)/.dev
 	$(BIN)/python scripts/offline_bundle.py --out build/offline $(BUNDLE)
 
-$(VENV)/.demo: pyproject.toml constraints.txt scripts/check_system.sh
+# The versions and hashes of every package that an environment holds; after a change of pyproject.toml or constraints.txt.
+lock: $(VENV)/.dev
+	$(BIN)/python scripts/lock_requirements.py
+
+$(VENV)/.demo: pyproject.toml $(LOCKS) scripts/check_system.sh
 	sh scripts/check_system.sh $(PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) --editable '.[train,report]'
+	sh scripts/install_locked.sh $(BIN)/python requirements/demo.lock
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP_INSTALL) --editable '.[train,report,dev]'
+	sh scripts/install_locked.sh $(BIN)/python requirements/demo.lock requirements/use.lock requirements/dev.lock
 	touch $@
 
 clean:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from translution.planner.common import TranslutionError
+from translution.planner.common import TranslutionError, check_line, printable
 
 from .commands import app
 
@@ -77,6 +77,11 @@ def run(arguments: Sequence[str]) -> int:
         The exit code.
     """
     try:
+        for word in arguments:
+            check_line(word)
+    except ValueError as error:
+        return _fail(f"argument: {error}", 2)
+    try:
         app_of_command = _app_for(arguments)
         if not gc.isenabled() and arguments and arguments[0] not in SHORT:
             gc.set_threshold(50_000, 20, 20)
@@ -118,5 +123,5 @@ def _app_with(names: Iterable[str]) -> typer.Typer:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"translution: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"translution: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from translution.planner.common import printable
+
 
 def console(*, stderr: bool = False) -> Console:
     """Return the console for tables; it is 100 columns wide unless the output is a terminal."""
@@ -42,4 +44,4 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 def note(text: str) -> None:
     """Print a note on stderr, so that stdout holds results only."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    print(f"note: {printable(text)}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The main job, end to end, on this machine: cost, plan, run, prediction next to measurement, report.
 set -eu
-cd "$(dirname "$0")/.."
+CDPATH= cd -- "$(dirname -- "$0")/.."
 
 echo "1/5 What ViT-base/16 costs"
 translution estimate vit-base/16

@@ -33,19 +33,19 @@ while [ $# -gt 0 ]; do
     esac
 done
 
-here=$(cd "$(dirname "$0")" && pwd)
+here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 if [ -f "$here/SHA256SUMS" ] || [ ! -f "$here/../pyproject.toml" ]; then
     bundle=$here
 else
-    bundle=$(dirname "$here")/build/offline
+    bundle=$(dirname -- "$here")/build/offline
 fi
 [ -f "$bundle/SHA256SUMS" ] && [ -f "$bundle/MANIFEST" ] ||
     fail "no bundle in $bundle: SHA256SUMS or MANIFEST is missing; 'make offline-bundle' writes one on a machine with a network"
 
 # sha256sum prints "FILE: FAILED" for a damaged file, and "FILE: FAILED open or read" for a missing one.
-damaged=$(cd "$bundle" && sha256sum --check SHA256SUMS 2>/dev/null | sed -n 's/: FAILED.*//p' | tr '\n' ' ')
+damaged=$(CDPATH= cd -- "$bundle" && sha256sum --check SHA256SUMS 2>/dev/null | sed -n 's/: FAILED.*//p' | tr '\n' ' ')
 [ -z "$damaged" ] || fail "$bundle: damaged or missing: ${damaged% }; copy the bundle again"
-(cd "$bundle" && sha256sum --check --strict --status SHA256SUMS 2>/dev/null) ||
+(CDPATH= cd -- "$bundle" && sha256sum --check --strict --status SHA256SUMS 2>/dev/null) ||
     fail "$bundle/SHA256SUMS: damaged; copy the bundle again"
 for file in "$bundle"/*.whl; do
     grep -qF "  ${file##*/}" "$bundle/SHA256SUMS" || fail "$file: not in SHA256SUMS; copy the bundle again"
@@ -57,13 +57,13 @@ found=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fai
 [ "$found" = "$wanted" ] || fail "--python: $python is Python $found; the bundle is for Python $wanted"
 "$python" -m pip --version >/dev/null 2>&1 || fail "--python: $python has no pip; install its pip (Debian: python3-pip)"
 
-target=${target:-$(dirname "$bundle")/offline-site}
+target=${target:-$(dirname -- "$bundle")/offline-site}
 case $target in *:*) fail "--target: $target: a colon is not allowed, it separates the folders in PYTHONPATH" ;; esac
 if [ -e "$target" ] && [ ! -f "$target/env.sh" ] && [ -n "$(ls -A "$target" 2>/dev/null || echo file)" ]; then
     fail "--target: $target holds other files; name a new or an empty folder"
 fi
-mkdir -p "$(dirname "$target")" || fail "--target: $target: its folder cannot be made"
-target=$(cd "$(dirname "$target")" && pwd)/$(basename "$target")
+mkdir -p -- "$(dirname -- "$target")" || fail "--target: $target: its folder cannot be made"
+target=$(CDPATH= cd -- "$(dirname -- "$target")" && pwd)/$(basename -- "$target")
 
 # The wheels are named one by one, without dependencies, an index or settings: pip can neither replace torch nor look
 # anywhere else.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from translution.planner.common import flush_folder, usable_cores, write_text
+from translution.planner.common import flush_folder, read_json, usable_cores, write_text
 
 from .manifest import CheckpointRef, FileRecord, damage
 
@@ -84,7 +84,7 @@ def collect_records(folder: Path) -> dict[str, FileRecord]:
     """
     noted: dict[str, tuple[int, str]] = {}
     for path in sorted((folder / _SUMS).glob("rank_*.json")):
-        noted |= {name: (size, checksum) for name, (size, checksum) in json.loads(path.read_text()).items()}
+        noted |= {name: (size, checksum) for name, (size, checksum) in read_json(path.read_bytes(), str(path)).items()}
     shutil.rmtree(folder / _SUMS)
     records = {}
     for path in _files(folder):

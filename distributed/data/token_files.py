@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import TypeAdapter
 
-from translution.planner.common import InputError, MissingPackageError, Positive, Schema, parse_json
+from translution.planner.common import InputError, Line, MissingPackageError, Positive, Schema, parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,7 @@ class TokenMeta(Schema):
     dtype: Literal["uint16", "uint32"] = "uint16"
     vocabulary: Positive | None = None
     """Size of the vocabulary; every token is below it."""
-    tokenizer: str | None = None
+    tokenizer: Line | None = None
     """Name of the tokenizer file in the folder; null if every byte is a token."""
     training_tokens: Positive | None = None
     """Number of tokens in train.bin."""

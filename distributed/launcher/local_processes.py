@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from translution.planner.common import RunFailedError
+from translution.planner.common import InputError, RunFailedError, read_json
 
 from ..runs.folder import LOG, METRICS, log_path
 from ..runs.rank_watch import RankWatch
@@ -84,8 +83,8 @@ class MetricsReader:
                     break
                 self._offset += len(line)
                 # A line that a full disk has damaged is left out.
-                with contextlib.suppress(ValueError):
-                    self._on_metrics(json.loads(line))
+                with contextlib.suppress(InputError):
+                    self._on_metrics(read_json(line, str(self._path)))
 
 
 def run_ranks(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from translution.planner.common import InputError, Schema, parse_json, write_text
+from translution.planner.common import InputError, Line, Schema, parse_json, write_text
 from translution.planner.plans import PLAN_FILE, Plan, load_plan
 
 from ..system.compiled_ops import OnMessage, needed_ops, prepare_ops
@@ -29,13 +29,13 @@ _CONNECT_SECONDS = 5.0
 class NodeReport(Schema):
     """Checks and versions of one node."""
 
-    host: str
+    host: Line
     """Name of the node."""
     checks: tuple[Check, ...]
     """Results of its checks."""
-    versions: dict[str, str]
+    versions: dict[Line, Line]
     """Versions that must be equal on all nodes, by package."""
-    plan_digest: str
+    plan_digest: Line
     """SHA-256 of its plan.json, which must be equal on all nodes."""
     port: int | None = None
     """Port on which it listens while the other nodes try to reach it; None if it does not listen."""

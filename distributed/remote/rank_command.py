@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import Field, TypeAdapter
 
-from translution.planner.common import InputError, Schema, parse_json
+from translution.planner.common import InputError, Schema, parse_json, read_json
 from translution.planner.hardware import ClusterSpec
 from translution.planner.plans import environment_variables
 
@@ -114,7 +114,7 @@ def read_secrets(run: Path) -> dict[str, str]:
     path = run / _SECRETS
     if not path.is_file():
         return {}
-    secrets: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    secrets: dict[str, str] = read_json(path.read_bytes(), str(path))
     return secrets
 
 

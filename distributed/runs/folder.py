@@ -16,16 +16,25 @@ and only if, every rank has written the status ``finished``.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 
-from translution.planner.common import InputError, write_text
+from pydantic import TypeAdapter
+
+from translution.planner.common import InputError, Schema, parse_json, require_line, write_text
 from translution.planner.plans import PLAN_FILE, RUNS
 
 METRICS, LOG, CHECKPOINT = "metrics.jsonl", "launcher.log", "checkpoint"
 _FIRST_WEIGHTS = "first_weights.json"
+
+
+class _FirstWeights(Schema):
+    path: Path
+    """The network file."""
+
+
+_WEIGHTS: TypeAdapter[_FirstWeights] = TypeAdapter(_FirstWeights)
 
 
 def status_path(run: Path, rank: int) -> Path:
@@ -80,8 +89,9 @@ def new_run_folder(plan_folder: Path, run: Path | None, *, shared: bool = False)
         shared: accept an existing folder, because every node creates the same one.
 
     Raises:
-        InputError: if `run` exists and is not shared, or the folder cannot be written.
+        InputError: if `run` exists and is not shared or holds control characters, or the folder cannot be written.
     """
+    require_line(run or plan_folder, "run folder")
     try:
         while True:
             folder = run or next_run_folder(plan_folder)
@@ -100,13 +110,17 @@ def new_run_folder(plan_folder: Path, run: Path | None, *, shared: bool = False)
 def set_first_weights(run: Path, path: Path | None) -> None:
     """Make the ranks of a new run start from a network file, if there is one."""
     if path is not None:
-        write_text(run / _FIRST_WEIGHTS, json.dumps({"path": str(path.resolve())}))
+        write_text(run / _FIRST_WEIGHTS, _FirstWeights(path=path.resolve()).model_dump_json())
 
 
 def first_weights(run: Path) -> Path | None:
-    """Return the network file from which a run starts; None if its weights are drawn."""
+    """Return the network file from which a run starts; None if its weights are drawn.
+
+    Raises:
+        InputError: if the file that names it is damaged.
+    """
     path = run / _FIRST_WEIGHTS
-    return Path(json.loads(path.read_text(encoding="utf-8"))["path"]) if path.is_file() else None
+    return parse_json(_WEIGHTS, path.read_bytes(), str(path)).path if path.is_file() else None
 
 
 def trim_metrics(run: Path) -> None:

@@ -8,7 +8,9 @@ from .files import SPEC_SUFFIXES as SPEC_SUFFIXES
 from .files import check_new_folder as check_new_folder
 from .files import flush_folder as flush_folder
 from .files import new_folder as new_folder
+from .files import read_json as read_json
 from .files import read_yaml as read_yaml
+from .files import require_line as require_line
 from .files import write_bytes as write_bytes
 from .files import write_text as write_text
 from .machine import available_memory_bytes as available_memory_bytes
@@ -26,8 +28,11 @@ from .schema import parse_json as parse_json
 from .schema import stored_as as stored_as
 from .schema import validate as validate
 from .types import DTYPE_BYTES as DTYPE_BYTES
+from .types import Line as Line
 from .types import Positive as Positive
 from .types import Precision as Precision
+from .types import check_line as check_line
+from .types import printable as printable
 from .units import GIB as GIB
 from .units import KIB as KIB
 from .units import MIB as MIB

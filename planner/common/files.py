@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
@@ -13,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .types import check_line
 
 SPEC_SUFFIXES = (".yaml", ".yml", ".json")
 MOST_YAML_VALUES = 100_000
 """Values of a YAML text, with aliases written out, of which the largest spec has some hundred."""
+MOST_JSON_LEVELS = 64
+"""Objects and arrays of a JSON text that may be nested; charts of a report have fewer than twenty."""
 
 
 def read_mapping(path: Path) -> Any:
@@ -31,12 +33,53 @@ def read_mapping(path: Path) -> Any:
         raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    if path.suffix == ".json":
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not valid JSON: {error}") from None
-    return read_yaml(text, str(path))
+    return read_json(text, str(path)) if path.suffix == ".json" else read_yaml(text, str(path))
+
+
+def read_json(text: str | bytes, what: str) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+        text: the JSON text.
+        what: name of the text, which begins the error line.
+
+    Raises:
+        InputError: if the text is not valid JSON, or is nested more deeply than `MOST_JSON_LEVELS`: to print or to
+            validate such a value could take more frames than Python has.
+    """
+    import json
+
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise InputError(f"{what}: not valid JSON: nested too deeply") from None
+    except ValueError as error:
+        raise InputError(f"{what}: not valid JSON: {error}") from None
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MOST_JSON_LEVELS):
+        if not level:
+            return value
+        parts = (part for outer in level for part in (outer.values() if isinstance(outer, dict) else outer))
+        level = [part for part in parts if isinstance(part, dict | list)]
+    if level:
+        raise InputError(f"{what}: not valid JSON: nested too deeply: at most {MOST_JSON_LEVELS} levels are allowed")
+    return value
+
+
+def require_line(path: Path, what: str) -> None:
+    """Refuse a path with control characters, which would get into messages, scripts and command lines.
+
+    Args:
+        path: the path.
+        what: name of the path, which begins the error line.
+
+    Raises:
+        InputError: with the path and what is allowed.
+    """
+    try:
+        check_line(str(path))
+    except ValueError as error:
+        raise InputError(f"{what}: {error}") from None
 
 
 def read_yaml(text: str, what: str) -> Any:
@@ -139,8 +182,10 @@ def check_new_folder(target: Path, *, marker: str, force: bool = False) -> bool:
         target, marker, force: as in `new_folder`.
 
     Raises:
-        InputError: if the folder exists and force is false, does not hold the marker, or cannot be accessed.
+        InputError: if the folder exists and force is false, does not hold the marker, or cannot be accessed, or its
+            path holds control characters.
     """
+    require_line(target, "folder")
     try:
         exists = target.exists()
         kind = (target / marker).is_file()

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from .errors import InputError, nearest
+from .files import read_json
+from .types import printable
 
 _T = TypeVar("_T")
 
@@ -75,7 +77,7 @@ def validate(adapter: TypeAdapter[_T], data: object, what: str, known_fields: tu
         details = error.errors(include_url=False)
         rest = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
         text = f"{what}: {_describe(details[0], known_fields)}{rest}"
-        raise InputError(" ".join(text.split())) from None
+        raise InputError(printable(" ".join(text.split()))) from None
 
 
 def parse_json(adapter: TypeAdapter[_T], text: str | bytes, what: str) -> _T:
@@ -86,14 +88,6 @@ def parse_json(adapter: TypeAdapter[_T], text: str | bytes, what: str) -> _T:
         text: the JSON document.
 
     Raises:
-        InputError: as in `validate`, and if the text is not valid JSON.
+        InputError: as in `validate`, and as `read_json` does.
     """
-    import json
-
-    try:
-        data: Any = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{what}: not valid JSON: {error}") from None
-    except RecursionError:
-        raise InputError(f"{what}: not valid JSON: nested too deeply") from None
-    return validate(adapter, data, what, ())
+    return validate(adapter, read_json(text, what), what, ())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..common.errors import InputError, nearest
-from ..common.files import SPEC_SUFFIXES, read_mapping, write_text
+from ..common.files import SPEC_SUFFIXES, read_json, read_mapping, write_text
 from .model import GptSpec, ModelSpec, VideoSpec, VitSpec, override, parse_model_spec
 
 
@@ -57,21 +57,18 @@ def network_spec(path: Path) -> ModelSpec:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length) if length <= _LONGEST_HEADER_BYTES else b""
-        header = json.loads(text)
+        header = read_json(text, "header")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, InputError) as error:
         raise InputError(f"{path}: not a complete safetensors file: {error}") from None
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or SPEC_KEY not in metadata:
         raise InputError(
             f"{path}: has no {SPEC_KEY!r} in its metadata: must be written by translution export or import"
         )
-    try:
-        values = json.loads(str(metadata[SPEC_KEY]))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: {SPEC_KEY} is not valid JSON: {error}") from None
-    return parse_model_spec(values, what=f"{path}: {SPEC_KEY}")
+    what = f"{path}: {SPEC_KEY}"
+    return parse_model_spec(read_json(str(metadata[SPEC_KEY]), what), what)
 
 
 def dump_model(spec: ModelSpec, suffix: str = ".yaml") -> str:

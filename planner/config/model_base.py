@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ..common.errors import InputError
 from ..common.schema import Schema
+from ..common.types import Line
 from .geometry import RelationGeometry, Window
 
 Operator: TypeAlias = Literal["attention", "translution", "alpha", "bias", "shaw", "absolute"]
@@ -103,7 +104,7 @@ class ModelSpecBase(Schema):
     Frozen; unknown keys are rejected. ``head_dim`` defaults to ``dim / heads`` and ``ffn_dim`` to `default_ffn_dim`.
     """
 
-    name: str = "custom"
+    name: Line = "custom"
     """Name of the model in reports."""
     dim: Size
     """Model width, C."""

@@ -8,7 +8,16 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, TypeAdapter, model_validator
 
 from ..common.schema import Schema, stored_as, validate
-from ..common.types import DTYPE_BYTES, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Precision, UnitFraction
+from ..common.types import (
+    DTYPE_BYTES,
+    Line,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Precision,
+    UnitFraction,
+)
 from .datasets import PLACED_DIGITS, READ_FROM_PATH, TEXTS, DataKind
 
 LossKind: TypeAlias = Literal["whole", "chunked", "mixed", "smoothed"]
@@ -65,7 +74,7 @@ class TrainingSpec(Schema):
     model's shape."""
     evaluation_data: DataKind | None = None
     """Kind of data whose held-out samples are evaluated; null is the training data."""
-    data_path: str | None = None
+    data_path: Line | None = None
     """Folder of images or tokens, as seen by every node."""
     digit_pixels: Positive | None = None
     """Height and width in pixels of a digit that does not fill the image; null is half the image's shorter side."""

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ..common.errors import InputError, nearest
 from ..common.schema import Schema
-from ..common.types import NonNegative, Positive
+from ..common.types import Line, NonNegative, Positive
 
 OffloadDevice: TypeAlias = Literal["none", "cpu", "nvme"]
 
@@ -72,7 +72,7 @@ class OffloadOptimizer(Schema):
     """Read the next sub-group from NVMe during an update."""
     pipeline_write: bool = False
     """Write the last sub-group to NVMe during an update."""
-    nvme_path: str | None = None
+    nvme_path: Line | None = None
     """A folder on every node's NVMe drive."""
 
     @model_validator(mode="after")
@@ -108,7 +108,7 @@ class OffloadParam(Schema):
     """Elements of one buffer, at least those of the largest partition."""
     max_in_cpu_elements: NonNegative = 0
     """Elements of a rank's partitions that stay on the host before NVMe is used."""
-    nvme_path: str | None = None
+    nvme_path: Line | None = None
     """A folder on every node's NVMe drive."""
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, model_vali
 from ..common.errors import InputError
 from ..common.phases import Tier
 from ..common.schema import Schema, validate
+from ..common.types import Line
 
 _T = TypeVar("_T")
 Generation: TypeAlias = Literal["volta", "ampere", "ada", "hopper", "blackwell", "cdna3", "cdna4"]
@@ -205,7 +206,7 @@ class ByteInterval(Schema):
     low_bytes: Bytes
     likely_bytes: Bytes
     high_bytes: Bytes
-    source: str = "given by the user"
+    source: Line = "given by the user"
 
     @model_validator(mode="after")
     def _ordered(self) -> ByteInterval:
@@ -220,13 +221,13 @@ class ByteInterval(Schema):
 class OverheadItem(ByteInterval):
     """One item of the overhead: memory on a rank's device or host that torch's tensors do not account for."""
 
-    name: str
+    name: Line
     tier: Tier = Tier.DEVICE
     in_torch: bool = False
     """Whether torch counts it as allocated memory."""
-    formula: str
+    formula: Line
     """How the bytes are computed, in words."""
-    source: str
+    source: Line
     """Page, file or code that states the figures."""
 
     def of(self, level: Level) -> int:
@@ -240,7 +241,7 @@ class FractionInterval(Schema):
     low: Fraction
     likely: Fraction
     high: Fraction
-    source: str = "given by the user"
+    source: Line = "given by the user"
 
     @model_validator(mode="after")
     def _ordered(self) -> FractionInterval:

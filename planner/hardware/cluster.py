@@ -19,7 +19,7 @@ from ..common.errors import InputError
 from ..common.files import SPEC_SUFFIXES, read_mapping
 from ..common.machine import total_memory_bytes, usable_cores
 from ..common.schema import Schema, validate
-from ..common.types import Positive, Precision
+from ..common.types import Line, Positive, Precision
 from ..common.units import GIB
 from .catalog import (
     GpuSpec,
@@ -39,7 +39,7 @@ _DEFAULT_HOST_BYTES = 1024 * GIB
 class ClusterSpec(Schema):
     """A set of equal nodes. Rates are peaks, per direction; None if unknown."""
 
-    name: str = "custom"
+    name: Line = "custom"
     device: Literal["cpu", "cuda"] = "cuda"
     """Device on which a rank computes; the device memory of a CPU rank is its share of the node's memory."""
     nodes: Positive = 1
@@ -50,7 +50,7 @@ class ClusterSpec(Schema):
     """Bytes of memory of one rank's device, as its driver reports them."""
     host_memory_bytes: Positive = _DEFAULT_HOST_BYTES
     """Bytes of host memory of one node."""
-    gpu: str | None = None
+    gpu: Line | None = None
     """Name of the GPU in the catalog."""
     bf16_flops_per_s: Rate | None = None
     """Dense bf16 FLOP/s of one device."""
@@ -274,10 +274,10 @@ class MatmulRate(Schema):
 class MeasuredRates(Schema):
     """Measured rates of one machine; None if a rate was not measured."""
 
-    command: str = ""
+    command: Line = ""
     """Command that measured the rates."""
-    time_utc: str = ""
-    machine: str = ""
+    time_utc: Line = ""
+    machine: Line = ""
     """Processor, number of cores, versions."""
     ranks: Annotated[int, Field(gt=0)] = 1
     """Number of ranks that ran at the same time while compute and collectives were measured."""

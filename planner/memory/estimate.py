@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from ..common.phases import Phase, Tier
 from ..common.schema import Schema, stored_as
+from ..common.types import Line
 from ..common.units import format_bytes
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
@@ -48,11 +49,11 @@ FRAGMENTED = "fragmentation"
 class BreakdownItem(Schema):
     """One item of a memory breakdown."""
 
-    name: str
+    name: Line
     bytes: int
-    formula: str
+    formula: Line
     """How the bytes are counted, in words."""
-    source: str
+    source: Line
 
 
 class PhasePeak(Schema):
@@ -61,7 +62,7 @@ class PhasePeak(Schema):
     phase: Phase
     tier: Tier
     bytes: int
-    site: str = stored_as("moment")
+    site: Line = stored_as("moment")
     """Where in the schedule the peak occurs."""
     breakdown: tuple[BreakdownItem, ...] = stored_as("entries")
     """Largest first."""

@@ -24,7 +24,7 @@ RUNS = "runs"
 _LAUNCH = """#!/bin/sh
 # Runs the plan in this folder. Arguments are passed on: try ./launch.sh --dry-run
 set -eu
-here=$(cd "$(dirname "$0")" && pwd)
+here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 exec translution launch "$here" "$@"
 """
 
@@ -137,7 +137,7 @@ PORT = 29500
 _HEAD = """#!/bin/sh
 # {what}
 set -eu
-here=$(cd "$(dirname "$0")" && pwd)
+here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 . "$here/environment.sh"
 """
 _RUN = """# The run folder, visible to all nodes: the argument, or the next runs/NNN of this plan.
@@ -235,7 +235,7 @@ def slurm_script(plan: Plan) -> str:
 {gpus}#SBATCH --signal=USR1@120
 #SBATCH --output=slurm-%j.log
 set -eu
-here=${{SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")" && pwd)}}
+here=${{SLURM_SUBMIT_DIR:-$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)}}
 . "$here/environment.sh"
 run=${{1:-$here/runs/slurm-$SLURM_JOB_ID}}
 MASTER_ADDR=${{MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}}

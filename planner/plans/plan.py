@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
 from ..common.errors import InputError
+from ..common.files import read_json
 from ..common.schema import Schema, parse_json
-from ..common.types import Positive
+from ..common.types import Line, Positive
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
@@ -31,7 +31,7 @@ class Plan(Schema):
     """Everything a run needs, and its prediction. ``schema_version`` increases when a field changes its meaning."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
-    made_by: str
+    made_by: Line
     """Distribution and version that wrote the plan."""
     model: ModelSpec
     cluster: ClusterSpec
@@ -44,8 +44,8 @@ class Plan(Schema):
     """Predicted time of a step; null if the cluster lacks a rate."""
     evaluation: EvaluationPlan | None = None
     """How held-out samples are evaluated; null if they are not, or in the plan of an earlier version."""
-    deepspeed_version: str = DEEPSPEED_VERSION
-    torch_version: str = TORCH_VERSION
+    deepspeed_version: Line = DEEPSPEED_VERSION
+    torch_version: Line = TORCH_VERSION
     """Versions that the knobs and predictions were made for."""
 
     @property
@@ -120,8 +120,8 @@ def load_plan(folder: str | Path) -> Plan:
 def _newer_schema(text: bytes) -> int | None:
     """Return the schema version if it is newer than this toolkit knows, else None."""
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
+        data = read_json(text, PLAN_FILE)
+    except InputError:
         return None
     found = data.get("schema_version") if isinstance(data, dict) else None
     return found if isinstance(found, int) and found > SCHEMA_VERSION else None

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ..common.errors import InputError
 from ..common.schema import Schema, stored_as
-from ..common.types import Positive
+from ..common.types import Line, Positive
 from ..config.model import ModelSpec
 from ..config.zero import OffloadMode, ZeroSpec, min_buffers
 from ..costs.parameters import table_entries
@@ -259,7 +259,7 @@ class SearchConstraints(Schema):
     """Offload mode: none, cpu-optimizer, cpu, nvme-optimizer or nvme."""
     offload_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
     """Fraction of the optimizer's sub-groups that are offloaded."""
-    nvme_path: str | None = None
+    nvme_path: Line | None = None
     """A folder on every node's NVMe drive; None rules out the nvme modes."""
     checkpointing: Checkpointing | None = None
     """Activation checkpointing."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from ..common.schema import Schema, stored_as
-from ..common.types import DTYPE_BYTES
+from ..common.types import DTYPE_BYTES, Line
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
@@ -30,11 +30,11 @@ TILE_OPERATIONS = 40
 class StepPart(Schema):
     """One part of a step, summed over all micro-batches."""
 
-    name: str
+    name: Line
     low_s: float
     likely_s: float
     high_s: float
-    bound: str
+    bound: Line
     """The resource that limits it."""
     overlaps: bool
     """Whether it overlaps with forward and backward."""
@@ -48,7 +48,7 @@ class StepTime(Schema):
     low_s: float
     likely_s: float
     high_s: float
-    bound: str
+    bound: Line
     """The resource whose parts have the largest sum of seconds."""
     samples_per_s: float
     """Samples per second of all ranks at the likely time."""

@@ -7,130 +7,55 @@ import contextlib
 import ipaddress
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from types import FrameType
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from translution.planner.common import InputError, usable_cores
 
 from .choice import Choice, ChoiceError, parse_choice
+from .connections import ConnectionLimits, connection_settings
+from .guard import LOOPBACK, RequestGuard, comes_from_other_site, error_response
 from .pages import asset, render_answer, render_page, render_plan
 from .result import Costs, Outcome, costs_of, plan_zip
 from .search_pool import QueueFullError, SearchEntry, SearchPool
 
-MAX_QUERY_LENGTH = 2048
 POLL_S = 8.0
 """Maximum time in seconds that a request waits for a plan."""
 HEARTBEAT_S = 0.5
 """Seconds between two checks that a waiting client is still connected."""
 MAX_WORKERS = 64
-MAX_CONNECTIONS = 512
-KEEP_ALIVE_S = 30
-"""Idle time after which a connection is closed; long enough for a reader who studies a plan."""
+LIMITS = ConnectionLimits()
 SHUTDOWN_S = 3
 """Time for responses in progress when the server shuts down."""
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
-
-
-def _host_of(header: str) -> str:
-    """Return the name or address in a Host header; empty if there is none."""
-    try:
-        return urlsplit(f"//{header}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-class _RequestGuard:
-    """Middleware that adds the common headers and rejects long URLs, other host names, and requests by other sites.
-
-    Args:
-        app: application that answers accepted requests.
-        names: host names that requests may use for this server.
-        any_address: accept any IP address as host too; DNS rebinding needs a name, so addresses are safe.
-    """
-
-    def __init__(self, app: ASGIApp, names: frozenset[str], *, any_address: bool) -> None:
-        self._app, self._names, self._any_address = app, names, any_address
-
-    def _rejection(self, scope: Scope) -> Response | None:
-        headers = Headers(scope=scope)
-        if len(scope["query_string"]) > MAX_QUERY_LENGTH or len(scope["path"]) > MAX_QUERY_LENGTH:
-            return _error(414, f"the address is too long: at most {MAX_QUERY_LENGTH} characters after the ?")
-        host = _host_of(headers.get("host", ""))
-        if host not in self._names and not (self._any_address and _is_address(host)):
-            return _error(400, f"Host: {host[:60]!r} is not allowed: must be a name or address of this server")
-        if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
-            return _error(403, "pages of other sites may link here, but not send requests")
-        return None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                more = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
-                message["headers"] = [*message.get("headers", ()), *more]
-            await send(message)
-
-        await (self._rejection(scope) or self._app)(scope, receive, send_with_headers)
-
-
-def _error(
-    status: int, message: str, field: str | None = None, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
-    return JSONResponse({"error": {"field": field, "message": message}}, status, headers)
 
 
 async def _choice_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ChoiceError)
-    return _error(422, error.message, error.field)
+    return error_response(422, error.message, error.field)
 
 
 async def _queue_full(_: Request, error: Exception) -> Response:
     assert isinstance(error, QueueFullError)
-    return _error(503, str(error), headers={"Retry-After": str(error.retry_s)})
+    return error_response(503, str(error), headers={"Retry-After": str(error.retry_s)})
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     texts = {404: "there is nothing at this address", 405: "only GET is allowed"}
-    return _error(error.status_code, texts.get(error.status_code, error.detail), headers=error.headers)
+    return error_response(error.status_code, texts.get(error.status_code, error.detail), headers=error.headers)
 
 
 async def _internal_error(_: Request, error: Exception) -> Response:
-    return _error(500, f"the calculator failed ({type(error).__name__}); see the server's log")
+    return error_response(500, f"the calculator failed ({type(error).__name__}); see the server's log")
 
 
 def _raise_if_refused(outcome: Outcome) -> None:
@@ -171,10 +96,16 @@ class _Routes:
         return choice, search
 
     async def home(self, request: Request) -> Response:
-        """Return the page; a rejected choice is shown with its error."""
+        """Return the page; a rejected choice is shown with its error.
+
+        If another site chose, nothing is computed before the user presses the button: a page full of links or images
+        could otherwise fill the queue with searches.
+        """
         choice, costs, outcome = Choice(), None, None
         try:
             choice = parse_choice(request.query_params.multi_items())
+            if choice.changed and comes_from_other_site(request.headers):
+                return HTMLResponse(await run_in_threadpool(render_page, choice, None, None, None))
             costs, outcome = await self._answer(choice)
         except ChoiceError as error:
             return HTMLResponse(render_page(choice, None, None, error), 422)
@@ -213,9 +144,9 @@ class _Routes:
         plan, outcome = search.plan, search.outcome
         _raise_if_refused(outcome)
         if outcome.state == "searching":
-            return _error(503, "the search is running: try again in 2 s", headers={"Retry-After": "2"})
+            return error_response(503, "the search is running: try again in 2 s", headers={"Retry-After": "2"})
         if plan is None:
-            return _error(409, outcome.message)
+            return error_response(409, outcome.message)
         name = f"plan-{choice.model}-{choice.nodes}x{choice.gpus}x{choice.gpu}.zip".replace("/", "-")
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
         return Response(await run_in_threadpool(plan_zip, plan), media_type="application/zip", headers=headers)
@@ -260,9 +191,7 @@ def make_app(searches: SearchPool, hosts: Iterable[str] = (), *, any_address: bo
     return Starlette(
         routes=[Route(path, endpoint, methods=["GET"]) for path, endpoint in routes.items()],
         middleware=[
-            Middleware(
-                _RequestGuard, frozenset((*LOOPBACK, *(host.lower() for host in hosts))), any_address=any_address
-            )
+            Middleware(RequestGuard, frozenset((*LOOPBACK, *(host.lower() for host in hosts))), any_address=any_address)
         ],
         exception_handlers={
             ChoiceError: _choice_error,
@@ -299,7 +228,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError):
         raise InputError(f"--host: {host[:80]!r} is not allowed: must be a name or address of this machine") from None
     try:
-        return socket.create_server((str(address[0]), int(address[1])), family=family, backlog=MAX_CONNECTIONS)
+        return socket.create_server((str(address[0]), int(address[1])), family=family, backlog=LIMITS.total)
     except OSError as error:
         allowed = "must be a free port of this machine" if port else "must be a name or address of this machine"
         raise InputError(f"--host {host} --port {port}: is not allowed: {allowed}: {error.strerror}") from None
@@ -343,9 +272,8 @@ def serve(host: str, port: int, *, workers: int | None, warm: bool, on_start: Ca
         server_header=False,
         proxy_headers=False,
         ws="none",
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=SHUTDOWN_S,
+        **connection_settings(LIMITS),
     )
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = [signal.signal(number, _interrupt) for number in signals]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from translution.distributed.runs import CHECKPOINT, METRICS, MemoryMeasurement, read_memory, require_run, status_path
-from translution.planner.common import InputError, Phase, Tier
+from translution.planner.common import InputError, Phase, Tier, read_json
 from translution.planner.memory import MemoryEstimate, estimate_memory
 from translution.planner.plans import RUNS, Plan, load_plan, with_evaluation
 from translution.planner.simulator.engine import OPTIMIZER_STATES
@@ -151,10 +150,10 @@ def read_metrics(run: Path) -> pd.DataFrame:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            rows.append(read_json(line, f"{path}: line {number}"))
+        except InputError:
             if number < len(lines):
-                raise InputError(f"{path}: line {number} is not valid JSON") from None
+                raise
     metrics: pd.DataFrame = pd.DataFrame(rows, columns=None if rows else ["event"])
     if "step" in metrics:
         repeated = (metrics["event"] == "step") & metrics.duplicated(["event", "step"], keep="last")

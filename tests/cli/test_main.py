@@ -73,6 +73,9 @@ BAD: list[tuple[str, list[str], int]] = [
     ("must end in .md", ["compare", "vit-tiny/56", "--out", "OUT"], 2),
     ("did you mean 'H100'", ["compare", "vit-tiny/56", "--gpu", "H10"], 2),
     ("is not a plan folder", ["launch", "EXISTING"], 2),
+    (r"argument: 'a\nb' is not allowed: must be one line", ["launch", "EXISTING", "--run", "a\nb"], 2),
+    (r"argument: 'x\x1b[2J' is not allowed: must be one line", ["estimate", "x\x1b[2J"], 2),
+    (r"name: 'a\nb' is not allowed: must be one line", ["estimate", "vit-base/16", "--set", r'name="a\nb"'], 2),
     ("is not a run folder", ["verify", "EXISTING"], 2),
 ]
 
@@ -94,6 +97,7 @@ def test_bad_input_is_a_one_line_error_and_writes_nothing(
     assert captured.out == ""
     assert captured.err.startswith("translution: error: ")
     assert captured.err.count("\n") == 1
+    assert captured.err[:-1].isprintable()
     assert message in captured.err
     assert [path.name for path in tmp_path.rglob("*")] == ["existing"]
 

@@ -28,12 +28,13 @@ def bundle(made_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made_bundle, tmp_path / "bundle"))
 
 
-def install(bundle: Path, *words: object) -> subprocess.CompletedProcess[str]:
+def install(bundle: Path, *words: object, **more: str) -> subprocess.CompletedProcess[str]:
     """Run the bundle's installer where every index that pip might ask is out of reach."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
     environment["PIP_INDEX_URL"] = "http://127.0.0.1:9/simple"
-    command = ["sh", str(bundle / "install_offline.sh"), *map(str, words)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    # A path relative to the folder above, as a person types it.
+    command = ["sh", str(Path(bundle.name, "install_offline.sh")), *map(str, words)]
+    return subprocess.run(command, env=environment | more, cwd=bundle.parent, capture_output=True, text=True)
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], message: str) -> None:
@@ -62,7 +63,8 @@ def test_the_packages_are_installed_and_what_is_missing_is_named(
     printed = subprocess.run(["sh", "-c", typed], check=True, capture_output=True, text=True).stdout
     assert printed.startswith(f"{target}/translution/planner/__init__.py {target}/deepspeed.py {target}/bin:")
 
-    again = install(bundle, "--python", bare_python, "--target", target)
+    # With CDPATH, cd prints the folder that it finds.
+    again = install(bundle, "--python", bare_python, "--target", target.name, CDPATH=str(tmp_path))
     assert again.returncode == 0, again.stderr
     assert again.stdout == first.stdout
     assert not (target / "left_from_before.py").exists()

@@ -7,12 +7,11 @@ row, in the field or column ``text``, as OpenWebText and other collections of we
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from translution.planner.common import InputError, MissingPackageError
+from translution.planner.common import InputError, MissingPackageError, read_json
 
 FIELD = "text"
 """Name of the field or column with the text of a document."""
@@ -66,10 +65,7 @@ def _read_json_lines(path: Path) -> Iterator[str]:
 
 
 def _document(line: bytes, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise InputError(f"{where}: is not valid JSON") from None
+    row = read_json(line, where)
     text = row.get(FIELD) if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{where}: must be an object with the text of a document: {{"{FIELD}": "..."}}')

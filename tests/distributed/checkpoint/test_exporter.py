@@ -153,7 +153,7 @@ def test_a_file_that_does_not_fit_the_model_is_refused_in_one_line(tmp_path: Pat
         "tensor tail is not in the model": ({"tail": torch.zeros(1)}, None),
         r"head.bias: shape \(9,\) is not allowed: must be \(10,\)": ({"head.bias": torch.zeros(9)}, None),
         "has no 'model_spec' in its metadata": ({}, {"format": "pt"}),
-        "model_spec is not valid JSON": ({}, {"model_spec": "{"}),
+        "model_spec: not valid JSON": ({}, {"model_spec": "{"}),
         "model_spec: dim: ": ({}, {"model_spec": json.dumps(TINY | {"dim": 0})}),
     }
     for text, (change, metadata) in cases.items():

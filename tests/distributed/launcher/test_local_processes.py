@@ -13,7 +13,7 @@ def test_a_damaged_line_of_the_metrics_is_left_out(tmp_path: Path) -> None:
     path, seen = tmp_path / "metrics.jsonl", list[Mapping[str, Any]]()
     reader = MetricsReader(path, seen.append)
     reader.poll()
-    path.write_bytes(b'{"step": 1}\n{"st\n\x00\x00\n{"step": 2}\n{"step": 3')
+    path.write_bytes(b'{"step": 1}\n{"st\n\x00\x00\n' + 100_000 * b"[" + b'\n{"step": 2}\n{"step": 3')
     reader.poll()
     assert seen == [{"step": 1}, {"step": 2}]
     with path.open("ab") as file:

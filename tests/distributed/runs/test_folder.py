@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from translution.distributed.runs.folder import make_run_folders, status_path
+from translution.distributed.runs.folder import (
+    first_weights,
+    make_run_folders,
+    new_run_folder,
+    set_first_weights,
+    status_path,
+)
 from translution.distributed.runs.status import (
     RankStatus,
     clear_statuses,
@@ -29,6 +35,17 @@ def run(tmp_path: Path) -> Path:
 
 def report(run: Path, rank: int, state: str, message: str = "") -> None:
     write_status(run, RankStatus.model_validate({"rank": rank, "state": state, "step": 7, "message": message}))
+
+
+def test_a_run_folder_is_one_line_and_names_its_first_weights(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^run folder: '.*a.nb' is not allowed: must be one line"):
+        new_run_folder(tmp_path / "plan", tmp_path / "a\nb")
+    assert first_weights(run) is None
+    set_first_weights(run, tmp_path / "network.safetensors")
+    assert first_weights(run) == tmp_path / "network.safetensors"
+    (run / "first_weights.json").write_text(100_000 * "[")
+    with pytest.raises(InputError, match=r"first_weights\.json: not valid JSON: nested too deeply"):
+        first_weights(run)
 
 
 def test_all_finished_is_success_even_with_a_bad_exit_code(run: Path) -> None:

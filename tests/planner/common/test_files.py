@@ -9,7 +9,7 @@ import pytest
 
 from translution.planner.common import files
 from translution.planner.common.errors import InputError
-from translution.planner.common.files import read_yaml, write_text
+from translution.planner.common.files import MOST_JSON_LEVELS, read_json, read_mapping, read_yaml, write_text
 
 
 def aliases(levels: int) -> str:
@@ -37,6 +37,18 @@ def test_values_that_contain_themselves_or_nest_too_deeply_are_refused(text: str
 @pytest.mark.parametrize(("text", "value"), [("", None), ("3", 3), ("a: [1, {b: x}]", {"a": [1, {"b": "x"}]})])
 def test_ordinary_values_are_read(text: str, value: object) -> None:
     assert read_yaml(text, "spec") == value
+
+
+@pytest.mark.parametrize("levels", [MOST_JSON_LEVELS + 1, 900, 100_000])
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a": ', "}")], ids=["list", "object"])
+def test_deeply_nested_json_is_one_line(levels: int, opening: str, closing: str, tmp_path: Path) -> None:
+    text = levels * opening + "1" + levels * closing
+    (tmp_path / "spec.json").write_text(text)
+    for read in (lambda: read_json(text, "spec"), lambda: read_mapping(tmp_path / "spec.json")):
+        with pytest.raises(InputError, match=r"^[^\n]*: not valid JSON: nested too deeply[^\n]*$"):
+            read()
+    allowed = MOST_JSON_LEVELS * opening + "1" + MOST_JSON_LEVELS * closing
+    assert read_json(allowed.encode(), "spec")
 
 
 def test_a_link_under_a_temporary_name_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,31 @@ def test_the_folder_holds_the_plan_and_its_files(plan: Plan, tmp_path: Path) -> 
     assert [path.name for path in target.parent.iterdir()] == ["plan"]
 
 
+@pytest.mark.parametrize("script", ["launch.sh", "launch-ssh.sh", "launch-torchrun.sh", "job.sbatch"])
+def test_scripts_find_their_folder_where_cdpath_is_exported(script: str, plan: Plan, tmp_path: Path) -> None:
+    # With CDPATH, cd prints the folder that it finds, and may prefer another one of the same name.
+    cluster = plan.cluster.model_copy(update={"nodes": 2})
+    folder, other = tmp_path / "my plans" / "small one", tmp_path / "other" / "small one"
+    write_plan_folder(plan.model_copy(update={"cluster": cluster}), folder)
+    other.mkdir(parents=True)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("translution", "torchrun", "srun", "scontrol"):
+        (programs / name).write_text('#!/bin/sh\nfor word; do echo "<$word>" >> "$SEEN"; done\n')
+        (programs / name).chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | {
+        "CDPATH": f"{other.parent}:{folder.parent}", "SEEN": str(tmp_path / "seen"), "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[1-2]", "NODE_RANK": "0", "MASTER_ADDR": "node1",
+        "PATH": os.pathsep.join([str(programs), os.environ["PATH"]]),
+    }  # fmt: skip
+    shell = "bash" if script == "job.sbatch" else "sh"
+    subprocess.run([shell, f"{folder.name}/{script}", "runs/own"], check=True, cwd=folder.parent, env=environment)
+    words = (tmp_path / "seen").read_text()
+    assert f"<{folder}>\n" in words
+    assert str(other) not in words
+    assert f"{folder}\n{folder}" not in words
+
+
 def test_an_existing_folder_is_replaced_only_with_force(plan: Plan, tmp_path: Path) -> None:
     target = tmp_path / "plan"
     write_plan_folder(plan, target)

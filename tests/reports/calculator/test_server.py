@@ -187,14 +187,23 @@ def test_only_get_requests_for_its_own_host_names_are_accepted(server: Server) -
         assert "Host: " in str(get(server, "/", Host=foreign).error["message"])
     for own in (f"localhost:{server.port}", "[::1]", "LOCALHOST"):
         assert get(server, "/", Host=own).status == 200
-    other_site = {"Sec-Fetch-Site": "cross-site"}
-    assert get(server, "/plan", **other_site, **{"Sec-Fetch-Mode": "no-cors"}).status == 403
-    assert get(server, "/", **other_site, **{"Sec-Fetch-Mode": "navigate"}).status == 200
     answer = get(server, "/", Origin="http://attacker.example")
     assert not [name for name in answer.headers if name.startswith("access-control")]
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "unsafe" not in answer.headers["content-security-policy"]
     assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_button_starts_the_search_that_another_site_chose(server: Server, browser: Browser) -> None:
+    browser.open("data:text/html,other")
+    browser.evaluate(f"setTimeout(() => location.assign('{server.url}?{OTHER}')) && true")
+    asked = browser.wait(
+        "location.hostname === '127.0.0.1' && document.readyState === 'complete' && "
+        "document.getElementById('status')?.textContent"
+    )
+    assert "Press Calculate" in asked
+    browser.evaluate("document.querySelector('#choice button').click()")
+    assert "2 GPUs" in shown(browser)["Cluster"]
 
 
 def test_page_without_scripts_includes_form_and_answer(server: Server) -> None:

@@ -180,7 +180,8 @@ BAD: list[tuple[str, list[str]]] = [
     ("--png: 'FOLDER/x.jpg' is not allowed", ["FOLDER/plan", "--out", "FOLDER/x.html", "--png", "FOLDER/x.jpg"]),
     ("--svg: 'FOLDER/x' is not allowed", ["FOLDER/plan", "--out", "FOLDER/x.html", "--svg", "FOLDER/x"]),
     ("rank_0.json: not valid JSON", ["FOLDER/damaged", "--out", "FOLDER/x.html"]),
-    ("metrics.jsonl: line 1 is not valid JSON", ["FOLDER/torn/runs/001", "--out", "FOLDER/x.html"]),
+    ("metrics.jsonl: line 1: not valid JSON", ["FOLDER/torn/runs/001", "--out", "FOLDER/x.html"]),
+    ("metrics.jsonl: line 1: not valid JSON: nested too", ["FOLDER/deep/runs/001", "--out", "FOLDER/x.html"]),
 ]
 
 
@@ -189,10 +190,11 @@ def test_invalid_input_is_one_error_line_and_writes_nothing(
     message: str, arguments: list[str], tmp_path: Path, capsys: Captured
 ) -> None:
     (tmp_path / "empty").mkdir()
-    for name in ("plan", "damaged", "torn"):
+    for name in ("plan", "damaged", "torn", "deep"):
         plan_folder(tmp_path / name)
     (run_folder(tmp_path / "damaged", "001") / "memory" / "rank_0.json").write_text("{")
     (run_folder(tmp_path / "torn", "001") / "metrics.jsonl").write_text("{\n{}\n")
+    (run_folder(tmp_path / "deep", "001") / "metrics.jsonl").write_text(100_000 * "[" + "\n{}\n")
     before = sorted(tmp_path.rglob("*"))
     assert run(["report", *(text.replace("FOLDER", str(tmp_path)) for text in arguments)]) == 2
     error = capsys.readouterr().err

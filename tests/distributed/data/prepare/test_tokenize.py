@@ -222,7 +222,7 @@ def test_a_data_set_with_a_held_out_part_keeps_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text"\n', "a.jsonl: line 2: is not valid JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text"\n', "a.jsonl: line 2: not valid JSON"),
         (
             "a.jsonl",
             b'{"body": "a"}\n',
