@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .trial import PROGRAM, Outcome, Trial, model
+from .trial import PATIENCE_S, PROGRAM, Outcome, Trial, model
 
 _FSYNC = """\
 #define _GNU_SOURCE
@@ -107,8 +111,14 @@ def _with_swap(folder: Path, change: Callable[[Path], None], *words: str) -> Out
         trial.wait_for_step(7)
         trial.note_port()
         files = [path for path in nvme.rglob("*.swp") if "optimizer" in str(path) and "rank1" in str(path)]
+        largest = max(files, key=lambda path: path.stat().st_size)
+        assert trial.process is not None
         began = time.monotonic()
-        change(max(files, key=lambda path: path.stat().st_size))
+        # Until it is noticed: a change before the next write does no harm.
+        while trial.process.poll() is None and time.monotonic() - began < PATIENCE_S:
+            with contextlib.suppress(FileNotFoundError):
+                change(largest)
+            time.sleep(0.05)
         return trial.end(began)
 
 
@@ -171,16 +181,35 @@ def _largest(trial: Trial) -> Path:
     return max(_newest(trial).rglob("*_states.pt"), key=lambda path: path.stat().st_size)
 
 
-def _resume_after(folder: Path, change: Callable[[Trial], object], *options: object, **data: str) -> Outcome:
+def _resume_after(folder: Path, change: Callable[[Trial], object]) -> Outcome:
     """Interrupt a run that has two checkpoints, change a file, and resume it."""
-    trial = Trial(folder, "--train", "keep_checkpoints=2", *options, steps=24, **data)
+    shutil.copytree(_interrupted_run(), folder, dirs_exist_ok=True)
+    return _resume(Trial(folder, planned=True), change)
+
+
+@functools.cache
+def _interrupted_run() -> Path:
+    """Return the folder of a trial whose run has been interrupted; it exists until this process ends."""
+    parent = tempfile.mkdtemp(prefix="translution-fault-")
+    atexit.register(shutil.rmtree, parent, ignore_errors=True)
+    folder = Path(parent) / "trial"
+    _interrupt(Trial(folder, "--train", "keep_checkpoints=2", steps=16))
+    return folder
+
+
+def _interrupt(trial: Trial) -> None:
     with contextlib.closing(trial):
         trial.launch()
-        trial.wait_for_step(14)
+        trial.wait_for_step(12)
         trial.note_port()
         assert trial.process is not None
         trial.process.send_signal(signal.SIGINT)
         trial.end(time.monotonic())
+
+
+def _resume(trial: Trial, change: Callable[[Trial], object]) -> Outcome:
+    """Change something and resume the run."""
+    with contextlib.closing(trial):
         change(trial)
         began = time.monotonic()
         code, message = trial.command("launch", trial.plan, "--run", trial.run, "--resume", ok=False)
@@ -199,4 +228,6 @@ def data_exchanged(folder: Path) -> Outcome:
         path.write_bytes(path.read_bytes()[::-1])
 
     network = "family: gpt\ncontext: 16\nvocabulary: 256\ndim: 64\ndepth: 1\nheads: 2\n"
-    return _resume_after(folder, change, "--train", f"data_path={data}", network=network, data="tokens")
+    trial = Trial(folder, "--train", f"data_path={data}", steps=16, network=network, data="tokens")
+    _interrupt(trial)
+    return _resume(trial, change)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from translution.planner.common import Provenance, make_provenance
 
 from . import files, processes
-from .trial import LIMIT_S, Outcome
+from .trial import LIMIT_S, PATIENCE_S, Outcome
 
 PACKAGES = ("torch", "deepspeed")
 
@@ -79,14 +80,16 @@ FAULTS = (
     Fault(
         "corrupted",
         files.damaged,
-        r"checkpoint/step_14/.*damaged; remove .* to resume from step_10",
+        r"checkpoint/step_\d+/.*damaged; remove .* to resume from step_\d+",
         exit_code=2,
         lost_steps=0,
         quick=True,
     ),
-    Fault("exchanged", files.exchanged, r"checkpoint/step_\d+/", exit_code=2, lost_steps=0),
-    Fault("deleted", files.file_deleted, r"checkpoint/step_\d+", exit_code=2, lost_steps=0),
-    Fault("corrupted", files.manifest_cut, r"checkpoint/step_\d+/manifest.json", exit_code=2, lost_steps=14),
+    Fault("exchanged", files.exchanged, r"checkpoint/step_\d+/", exit_code=2, lost_steps=0, quick=True),
+    Fault("deleted", files.file_deleted, r"checkpoint/step_\d+", exit_code=2, lost_steps=0, quick=True),
+    Fault(
+        "corrupted", files.manifest_cut, r"checkpoint/step_\d+/manifest.json", exit_code=2, lost_steps=14, quick=True
+    ),
     Fault("corrupted", files.metrics_damaged, "^$", exit_code=0, lost_steps=0),
     Fault("exchanged", files.data_exchanged, "data: .* its content is not what", exit_code=1, lost_steps=0, quick=True),
 )
@@ -136,7 +139,10 @@ def main() -> int:
             print(f"{fault.name}: left out: needs root", flush=True)
             continue
         with tempfile.TemporaryDirectory(prefix="translution-fault-") as parent:
-            outcome = run_fault(fault, Path(parent) / "trial")
+            try:
+                outcome = run_fault(fault, Path(parent) / "trial")
+            except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+                outcome = Outcome(PATIENCE_S, -1, f"{type(error).__name__}: {error}", 0, ())
         rows.append((fault, outcome))
         problems = fault.problems(outcome)
         bad += bool(problems)

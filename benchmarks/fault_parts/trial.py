@@ -54,6 +54,7 @@ class Trial:
         options: more words for `translution plan`.
         network: the model's YAML; by default a small one.
         data: the data it is trained on.
+        planned: the folder has the plan already.
     """
 
     def __init__(
@@ -64,16 +65,19 @@ class Trial:
         checkpoint_steps: int = 5,
         network: str = "",
         data: str = "synthetic",
+        planned: bool = False,
     ) -> None:
         self.folder, self.plan, self.run = folder, folder / "plan", folder / "run"
+        self.process: subprocess.Popen[str] | None = None
+        self._pids: list[int] = []
+        if planned:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model.yaml").write_text(network or model(64))
         words = ["plan", folder / "model.yaml", "--cluster", "cpu:2", "--stage", "3", "--micro-batch", "4"]
         words += ["--steps", steps, "--train", f"checkpoint_steps={checkpoint_steps}", "--data", data]
         words += [] if "--offload" in options else ["--offload", "none"]
         self.command(*words, *options, "--out", self.plan)
-        self.process: subprocess.Popen[str] | None = None
-        self._pids: list[int] = []
 
     def command(self, *words: object, ok: bool = True) -> tuple[int, str]:
         """Run a command of the toolkit; return its exit code and its last line on stderr."""

@@ -19,6 +19,8 @@ from .progress import STACKS_REQUEST, progress_path, read_progress
 
 UNDER_WAY = ("started", "training", "evaluating")
 """States of ranks that have not ended."""
+ANOTHER_RANK = "a signal to another rank"
+"""What stopped a rank that was not asked itself."""
 
 
 class RankStatus(Schema):

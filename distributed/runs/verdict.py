@@ -17,7 +17,7 @@ from .folder import LOG, log_path
 from .memory_kills import count_memory_kills
 from .progress import RankProgress, read_progress
 from .rank_watch import Death, signal_name
-from .status import UNDER_WAY, RankStatus, readable_status, resume_hint
+from .status import ANOTHER_RANK, UNDER_WAY, RankStatus, readable_status, resume_hint
 
 _HOST_RETURN_CODE = re.compile(rb"^(?:(\S+): )?.*exits with return code = (-?\d+)", re.MULTILINE)
 """What DeepSpeed's launcher logs when one of its ranks has failed; pdsh puts the host before it."""
@@ -76,9 +76,11 @@ def raise_unless_finished(
         for failure in failures:
             if failure.cause == cause:
                 raise RunFailedError(failure.text)
-    stopped = next((status for status in statuses.values() if status is not None and status.state == "stopped"), None)
-    if stopped is not None:
-        raise RunFailedError(f"stopped by {stopped.message}; {resume_hint(run)}")
+    stopped = [status.message for status in statuses.values() if status is not None and status.state == "stopped"]
+    if stopped:
+        # Other ranks know only that one of them was asked.
+        known = [message for message in stopped if message != ANOTHER_RANK]
+        raise RunFailedError(f"stopped by {(known or stopped)[0]}; {resume_hint(run)}")
     unfinished = [_last_seen(rank, status, places[rank]) for rank, status in statuses.items()]
     raise RunFailedError(
         f"{'; '.join(filter(None, unfinished))}; launcher exit code {exit_code} "

@@ -28,6 +28,7 @@ from ..profiling.recorder import MemoryKind, Recorder, RunPhase, StateSnapshot, 
 from ..runs.folder import CHECKPOINT, first_weights, memory_path
 from ..runs.measurement import MemoryMeasurement, read_memory
 from ..runs.mode import RunMode
+from ..runs.status import ANOTHER_RANK
 from ..system.signals import IntervalTimer, StopRequest
 from .deepspeed_fixes import settled_collectives
 from .engine import MODEL_DTYPES, Engine
@@ -386,7 +387,7 @@ class Trainer:
                 self.save_checkpoint(None, result)
                 timer.restart()
                 if stop:
-                    return self.stop.name or "a signal to another rank"
+                    return self.stop.name or ANOTHER_RANK
         return ""
 
     def checked_step(self, batches: list[Samples], measured: int | None) -> float:

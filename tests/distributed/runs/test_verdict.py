@@ -13,7 +13,7 @@ from translution.distributed.runs.folder import LOG
 from translution.distributed.runs.memory_kills import count_memory_kills
 from translution.distributed.runs.progress import RankProgress, progress_path
 from translution.distributed.runs.rank_watch import Death
-from translution.distributed.runs.status import RankStatus, write_status
+from translution.distributed.runs.status import ANOTHER_RANK, RankStatus, write_status
 from translution.distributed.runs.verdict import raise_unless_finished
 from translution.planner.common.errors import RunFailedError
 
@@ -148,3 +148,9 @@ def test_kills_for_memory_are_counted_in_the_control_group_or_the_machine(tmp_pa
     (cgroups / "job").mkdir(parents=True)
     (cgroups / "job" / "memory.events").write_text("low 0\noom 7\noom_kill 5\noom_group_kill 0\n")
     assert count_memory_kills(proc, cgroups) == 5
+
+
+def test_the_rank_that_was_asked_to_end_says_by_what(run: Path) -> None:
+    report(run, 0, "stopped", ANOTHER_RANK, step=7)
+    report(run, 1, "stopped", "SIGTERM", step=7)
+    assert said(run).startswith("stopped by SIGTERM; saved at step 7: resume it with")
