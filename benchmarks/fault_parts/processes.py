@@ -79,6 +79,29 @@ def killed_launcher(folder: Path) -> Outcome:
         return trial.outcome(seconds, *_status(trial))
 
 
+def killed_together(folder: Path) -> Outcome:
+    """The launcher and its ranks are killed at once; the next launch clears what they left in shared memory."""
+    trial = Trial(folder)
+    with contextlib.closing(trial):
+        trial.launch()
+        trial.wait_for_step(12)
+        trial.note_port()
+        assert trial.process is not None
+        launcher = os.getpgid(trial.pid(0))
+        began = time.monotonic()
+        trial.process.kill()
+        os.killpg(launcher, signal.SIGKILL)
+        trial.process.wait()
+        while any(is_running(trial.pid(rank)) for rank in range(2)):
+            time.sleep(0.1)
+        seconds = time.monotonic() - began
+        for path in trial.buffers():
+            os.utime(path, (0, 0))  # Younger ones may be those of a run that starts.
+        code, said = _status(trial)
+        trial.command("preflight", trial.plan)
+        return trial.outcome(seconds, code, said)
+
+
 def _status(trial: Trial) -> tuple[int, str]:
     """Return the exit code and the last line of the run's status."""
     done = subprocess.run([*PROGRAM, "status", str(trial.run)], capture_output=True, text=True)

@@ -64,6 +64,7 @@ FAULTS = (
     Fault("kill", processes.killed_first_rank, r"rank 0 was killed by SIGKILL at step \d+, in"),
     Fault("kill", processes.killed_while_saving, r"rank 1 was killed by SIGKILL at step \d+, in a checkpoint's saving"),
     Fault("kill", processes.killed_launcher, r"rank 1: died while training at step \d+, in"),
+    Fault("kill", processes.killed_together, r"rank 1: died while training at step \d+, in"),
     Fault("stop", processes.stopped, r"rank 1 was stopped by a signal .* saved at step \d+", lost_steps=0, quick=True),
     Fault("stop", processes.stopped_for_ever, r"rank 1 was stopped by a signal \d+ s ago, at step \d+"),
     Fault("end", processes.interrupted, r"interrupted; saved at step \d+", exit_code=130, lost_steps=0),

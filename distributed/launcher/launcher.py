@@ -32,7 +32,7 @@ from ..system.filesystem import remove_shared_buffers
 from ..system.nvme_swap import remove_stale
 from .command import launch_command
 from .local_processes import OnMetrics, run_ranks
-from .pdsh import run_remote_ranks
+from .pdsh import run_remote_ranks, signals_of_hosts
 
 
 def _ignore_metrics(_: Mapping[str, Any]) -> None:
@@ -257,7 +257,13 @@ def start_ranks(
     if target.over_ssh:
         with hand_over_secrets(run, plan.cluster):
             exit_code = run_remote_ranks(
-                launched.command, runner_environment(), run, on_metrics, watch=watch, on_message=on_message
+                launched.command,
+                runner_environment(),
+                run,
+                on_metrics,
+                watch=watch,
+                on_message=on_message,
+                signal_rank=signals_of_hosts(target.hosts(plan), per_node, target.ssh_port),
             )
     else:
         try:

@@ -8,15 +8,15 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from translution.planner.common import RunFailedError
 
-from ..remote.ssh import SSH_ARGUMENTS
+from ..remote.ssh import SSH_ARGUMENTS, Ssh, run_on_hosts
 from ..runs.folder import LOG, METRICS
 from ..runs.heartbeat import control_path, keep_heartbeat, request_stop
-from ..runs.progress import HEARTBEAT_SECONDS, STACKS_REQUEST
+from ..runs.progress import HEARTBEAT_SECONDS, STACKS_REQUEST, RankProgress
 from ..runs.rank_watch import RankWatch
 from ..runs.status import read_statuses, resume_hint
 from ..system.compiled_ops import OnMessage
@@ -31,6 +31,9 @@ from .local_processes import (
     wait_for_saving,
 )
 
+SignalRank = Callable[[RankProgress, str], None]
+"""Sends a signal to a rank, on its host."""
+_SIGNAL_SECONDS = 15.0
 _HOST_FAILED = re.compile(rb"^pdsh@[^:]*: [^:]*: ssh exited with exit code (\d+)", re.MULTILINE)
 """What pdsh prints when the command of one host has failed, while those of other hosts still run."""
 
@@ -43,6 +46,7 @@ def run_remote_ranks(
     *,
     watch: RankWatch,
     on_message: OnMessage,
+    signal_rank: SignalRank,
 ) -> int:
     """Run DeepSpeed's runner and wait for it; the ranks on all hosts end when the run folder's heartbeat stops.
 
@@ -53,6 +57,7 @@ def run_remote_ranks(
         on_metrics: called with each line of the metrics file as it is written.
         watch: notices ranks that stand still.
         on_message: called with what a stopping run waits for.
+        signal_rank: sends a signal to a rank, on its host.
 
     Returns:
         The runner's exit code, or that of the first host that failed.
@@ -83,7 +88,8 @@ def run_remote_ranks(
                 time.sleep(POLL_SECONDS)
                 failed = _failed(run, offset)
                 if not failed and (hang := watch.find_hang()):
-                    _save_hung(process, watch, hang, on_message)
+                    on_message(f"{hang}; the ranks are asked to save and end")
+                    _save_hung(process, watch, signal_rank)
                     raise RunFailedError("; ".join(filter(None, [hang, describe_outcome(run)])))
             if failed:
                 # Usually the other ranks notice by themselves and report an error.
@@ -103,6 +109,24 @@ def run_remote_ranks(
     return failed or process.returncode
 
 
+def signals_of_hosts(hosts: Sequence[str], ranks_per_node: int, ssh_port: int | None) -> SignalRank:
+    """Return a function that sends a signal to a rank of one of the hosts through ssh; what fails is left.
+
+    Args:
+        hosts: the hosts, in the order of the nodes.
+        ranks_per_node: ranks of each host.
+        ssh_port: port of the ssh servers.
+    """
+
+    def send(rank: RankProgress, name: str) -> None:
+        # By now the number may be that of another process.
+        check = f"grep -q translution /proc/{rank.pid}/cmdline && kill -{name} {rank.pid}"
+        host = hosts[rank.rank // ranks_per_node]
+        run_on_hosts([host], [["sh", "-c", check]], Ssh(ssh_port), {}, _SIGNAL_SECONDS)
+
+    return send
+
+
 def _failed(run: Path, offset: int) -> int:
     """Return the exit code of a host whose command failed, 1 if a rank reports a failure, otherwise 0."""
     with (run / LOG).open("rb") as log:
@@ -113,14 +137,18 @@ def _failed(run: Path, offset: int) -> int:
     return int(any(status.state == "failed" for status in read_statuses(run)))
 
 
-def _save_hung(process: subprocess.Popen[bytes], watch: RankWatch, hang: str, on_message: OnMessage) -> None:
-    """Let the ranks of a run in which one hangs print their stacks, and save if they still can."""
-    on_message(f"{hang}; the ranks are asked to save and end")
+def _save_hung(process: subprocess.Popen[bytes], watch: RankWatch, signal_rank: SignalRank) -> None:
+    """Let ranks print their stacks after one of them hung, and save if they still can; kill the one that cannot."""
+    hung = watch.hung
     with contextlib.suppress(OSError):
         control_path(watch.run, STACKS_REQUEST).touch()
+    if hung is not None:
+        signal_rank(hung, "CONT")
     time.sleep(2 * HEARTBEAT_SECONDS)
     request_stop(watch.run)
-    wait_for_moves(process, watch)
+    if not wait_for_moves(process, watch) and hung is not None:
+        # Without a process that runs it does not see that its launcher has ended.
+        signal_rank(hung, "KILL")
 
 
 def _abandon(process: subprocess.Popen[bytes]) -> None:

@@ -126,6 +126,8 @@ class RankWatch:
         self.run, self.ranks, self.world_size, self.limits = run, tuple(ranks), world_size, limits
         self.deaths: list[Death] = []
         """Deaths of ranks of this host, in the order in which they were noticed."""
+        self.hung: RankProgress | None = None
+        """The rank that was found to hang."""
         self._seen: dict[int, _Seen] = {}
         self._clock = clock
         self._host, self._before, self._elapsed = socket.gethostname(), clock(), 0.0
@@ -181,6 +183,7 @@ class RankWatch:
         assert limits is not None
         if progress.failure or progress.phase == ENDED:
             return ""
+        self.hung = progress
         if seen.stopped_s >= limits.stopped_s:
             return f"rank {progress.rank} was stopped by a signal {seen.stopped_s:.0f} s ago, {progress.place}"
         if not here and seen.silent_s >= limits.silent_s:
@@ -190,6 +193,7 @@ class RankWatch:
             )
         if seen.idle_s >= limits.of(progress):
             return self._name_slowest(seen.idle_s)
+        self.hung = None
         return ""
 
     def _name_slowest(self, idle_s: float) -> str:
@@ -197,6 +201,7 @@ class RankWatch:
         found = [read_progress(self.run, rank) for rank in range(self.world_size)]
         known = [progress for progress in found if progress is not None]
         slowest = min(known, key=lambda progress: progress.moves)
+        self.hung = slowest
         behind = [progress for progress in known if progress.moves == slowest.moves]
         what = f"has done nothing for {idle_s:.0f} s, {slowest.place}"
         if len(behind) == len(known) > 1:

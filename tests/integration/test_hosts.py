@@ -137,6 +137,25 @@ def test_a_launch_trains_on_two_hosts_is_stopped_and_resumes(hosts: Hosts, tmp_p
 
 
 @needs_hosts
+def test_a_rank_of_another_host_that_hangs_is_continued_and_the_run_is_saved(hosts: Hosts, tmp_path: Path) -> None:
+    folder = write_plan(tmp_path / "plan", 1, nodes=2, steps=100_000)
+    run = folder / "runs" / "001"
+    process = launch(hosts, folder, "--ssh-port", SSH_PORT, "--hang-minutes", 0.05)
+    pids = wait_for_steps(run, process)
+    os.kill(pids[1], signal.SIGSTOP)
+    printed, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1
+    assert re.match(r"translution: error: rank 1 was stopped by a signal \d+ s ago, at step \d+, in ", errors)
+    saved = newest_checkpoint(run / CHECKPOINT)
+    assert saved is not None
+    assert f"; saved at step {saved.manifest.step}: resume it with " in errors
+    assert "the ranks are asked to save and end" in printed
+    # Both were asked for their stacks.
+    assert "Current thread" in (run / "logs" / "rank_0.log").read_text()
+    wait_until(lambda: not any(map(process_is_alive, pids)))
+
+
+@needs_hosts
 def test_every_node_starts_its_own_ranks_without_ssh(hosts: Hosts, tmp_path: Path) -> None:
     folder = write_plan(tmp_path / "plan", 1, nodes=2, steps=2)
     options = ("--no-ssh", "--run", folder / "runs" / "own", "--node-rank")

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.digits import load_digits
 from translution.distributed.runs.folder import CHECKPOINT, METRICS, make_run_folders, memory_path
 from translution.distributed.runs.measurement import read_memory
+from translution.distributed.runs.progress import read_progress
+from translution.distributed.runs.rank_watch import HANG_MINUTES
 from translution.distributed.runs.status import read_status
 from translution.distributed.runs.verdict import raise_unless_finished
 from translution.distributed.runs.watchdog import process_is_alive
 from translution.distributed.system.environment import free_port
 from translution.models import build
+from translution.planner.common.errors import RunFailedError
 from translution.planner.common.machine import usable_cores
 from translution.planner.config.model import parse_model_spec
 
@@ -198,6 +202,29 @@ def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) 
     assert len(pids) == 2
     wait_until(lambda: not any(map(process_is_alive, pids)))
     assert not any(Path("/dev/shm").glob(buffers))
+
+
+def test_ranks_without_a_launcher_watch_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under Slurm and torchrun: the rank before one that is stopped ends, and says which one and where."""
+    monkeypatch.setenv(HANG_MINUTES, "0.05")
+    folder = write_plan(tmp_path / "plan", 2, steps=100_000)
+    run, stopped = folder / "runs" / "by-hand", list[int]()
+
+    def stop() -> None:
+        wait_until(lambda: stepping(run))
+        place = read_progress(run, 1)
+        assert place is not None
+        stopped.append(place.pid)
+        os.kill(place.pid, signal.SIGSTOP)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(AssertionError):
+        run_plan(folder, 2)
+    thread.join()
+    with pytest.raises(RunFailedError, match=r"^rank 1 was stopped by a signal \d+ s ago, at step \d+, in .*stacks: "):
+        raise_unless_finished(run, 2, exit_code=1)
+    assert not process_is_alive(stopped[0])
 
 
 def test_the_printed_command_runs_a_plan_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
