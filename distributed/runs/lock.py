@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 
 from translution.planner.common import InputError
 
 from ..system.filesystem import try_lock
+from .watchdog import process_state
 
-_FOLDER = "control"
+_FOLDER, _POLL_SECONDS = "control", 0.05
 _held: list[int] = []
 """Descriptors of the locks of this process, which end with it."""
 
@@ -21,6 +23,18 @@ def _path(run: Path, rank: int) -> Path:
 
 def _holder(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+
+
+def _is_ending(path: Path) -> bool:
+    """Return True if the holder of a lock is a process of this host that is dead but has not yet closed its files."""
+    words = _holder(path).split()
+    return (
+        len(words) == 4
+        and words[1].isdecimal()
+        and words[3] == socket.gethostname()
+        and not process_state(int(words[1])).alive
+        and Path(f"/proc/{words[1]}").exists()
+    )
 
 
 def lock_rank(run: Path, rank: int) -> None:
@@ -62,7 +76,8 @@ def require_unlocked(run: Path) -> None:
     """
     for path in sorted((run / _FOLDER).glob("rank_*.lock")):
         try:
-            descriptor = try_lock(path)
+            while (descriptor := try_lock(path)) is None and _is_ending(path):
+                time.sleep(_POLL_SECONDS)
         except OSError:
             continue
         if descriptor is None:

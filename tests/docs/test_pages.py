@@ -52,8 +52,9 @@ RANKS, HOSTS, SERVER = "integration", "integration/test_hosts.py", "reports/calc
 ELSEWHERE = {
     "launch": f"{RANKS}/test_runs.py::test_the_command_line_runs_a_plan_and_verifies_it",
     "launch --from": "distributed/checkpoint/test_weights.py::test_a_run_starts_from_a_network_file",
+    # With changed files in test_offload.py.
     "launch --check-swap": (
-        f"{RANKS}/test_offload.py::test_values_that_change_on_the_drive_end_the_run_and_reach_no_checkpoint"
+        "cli/commands/training/test_launch.py::test_the_choice_to_check_swap_files_reaches_the_ranks_wherever_they_run"
     ),
     "launch --resume": f"{RANKS}/test_reshard.py::test_a_run_resumes_on_fewer_ranks_then_on_more_with_other_offload",
     "launch --hostfile": f"{HOSTS}::test_a_launch_trains_on_two_hosts_is_stopped_and_resumes",
@@ -124,7 +125,9 @@ class SerialExecutor:
         return done
 
 
-def forked_ranks(command: Sequence[str], environment: Mapping[str, str], folder: Path, on_metrics: OnMetrics) -> int:
+def forked_ranks(
+    command: Sequence[str], environment: Mapping[str, str], folder: Path, on_metrics: OnMetrics, **_: object
+) -> int:
     """`run_ranks` without DeepSpeed's launcher: ranks forked from a process that has imported everything."""
     reader = MetricsReader(folder / METRICS, on_metrics)
     words = command[command.index("translution.cli") + 1 :]

@@ -121,6 +121,6 @@ def test_a_rank_whose_values_change_on_the_drive_fails_by_name(tmp_path: Path, r
     with pytest.raises(AssertionError, match="SwapChangedError"):
         run_ranks_of([root / "tests" / "programs" / "changed_swap.py", folder, "exp_avg"], 2, tmp_path / "log")
     with pytest.raises(
-        RunFailedError, match=r"rank 1 failed at step 1: SwapChangedError: rank 1: swap file .*swp chan"
+        RunFailedError, match=r"rank 1 failed at step 2, in its update: SwapChangedError: rank 1: swap file .*swp chan"
     ):
         raise_unless_finished(folder / "exp_avg", 2, exit_code=1)

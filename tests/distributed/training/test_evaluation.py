@@ -13,6 +13,7 @@ from helpers.runs import TINY
 
 from translution.distributed.data.base import Samples
 from translution.distributed.runs.folder import METRICS, make_run_folders
+from translution.distributed.runs.progress import Progress
 from translution.distributed.runs.status import read_status
 from translution.distributed.system.signals import StopRequest
 from translution.distributed.training import evaluation, run_log
@@ -34,7 +35,7 @@ class FakeEngine:
     scores = Engine.scores
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+        self.plan, self.progress = plan, Progress()
         self.modes: list[str] = []
         self.batches: list[int] = []
         self.deepspeed_engine = SimpleNamespace(
