@@ -103,6 +103,11 @@ class _Seen:
     silent_s: float = 0.0
     stopped_s: float = 0.0
 
+    @property
+    def has_ended(self) -> bool:
+        """True if the rank has said that it ends."""
+        return bool(self.progress.failure) or self.progress.phase == ENDED
+
 
 class RankWatch:
     """Watches some ranks of a run.
@@ -157,17 +162,25 @@ class RankWatch:
             return ""
         passed, self._elapsed = self._elapsed, 0.0
         dead = {death.rank for death in self.deaths}
-        texts = [self._examine(rank, passed) for rank in self.ranks if rank not in dead]
-        return next((text for text in texts if text), "")
+        for rank in self.ranks:
+            if rank not in dead:
+                self._observe(rank, passed)
+        seen = [found for rank, found in sorted(self._seen.items()) if rank not in dead]
+        # The cause first: others stand still because of it.
+        for judge in (self._judge_process, self._judge_phase):
+            if text := next(filter(None, map(judge, seen)), ""):
+                return text
+        return ""
 
-    def _examine(self, rank: int, passed: float) -> str:
+    def _observe(self, rank: int, passed: float) -> None:
+        """Note for how long a rank has not changed."""
         progress, before = read_progress(self.run, rank), self._seen.get(rank)
         if progress is None and before is None:
-            return ""  # It is still importing; its launcher sees if it dies.
+            return  # It is still importing; its launcher sees if it dies.
         if before is None or (progress is not None and progress.pid != before.progress.pid):
             assert progress is not None
             self._seen[rank] = _Seen(progress)
-            return ""
+            return
         here = before.progress.host == self._host
         state = process_state(before.progress.pid) if here else ProcessState(alive=True)
         before.stopped_s = before.stopped_s + passed if state.stopped else 0.0
@@ -176,25 +189,36 @@ class RankWatch:
         before.idle_s = 0.0 if moved else before.idle_s + passed
         before.silent_s = 0.0 if moved or heartbeats else before.silent_s + passed
         before.progress = progress or before.progress
-        return self._judge(before, here=here)
 
-    def _judge(self, seen: _Seen, *, here: bool) -> str:
+    def _judge_process(self, seen: _Seen) -> str:
+        """Return whether a process is stopped or gone; an empty string if not."""
         limits, progress = self.limits, seen.progress
         assert limits is not None
-        if progress.failure or progress.phase == ENDED:
+        if seen.has_ended:
             return ""
         self.hung = progress
         if seen.stopped_s >= limits.stopped_s:
-            return f"rank {progress.rank} was stopped by a signal {seen.stopped_s:.0f} s ago, {progress.place}"
-        if not here and seen.silent_s >= limits.silent_s:
+            return self._name_stopped(seen)
+        if progress.host != self._host and seen.silent_s >= limits.silent_s:
             return (
                 f"rank {progress.rank} on {progress.host} has given no sign of life for {seen.silent_s:.0f} s, "
                 f"{progress.place}"
             )
-        if seen.idle_s >= limits.of(progress):
-            return self._name_slowest(seen.idle_s)
         self.hung = None
         return ""
+
+    def _judge_phase(self, seen: _Seen) -> str:
+        """Return whether a rank stands still; an empty string if not."""
+        assert self.limits is not None
+        if seen.has_ended or seen.idle_s < self.limits.of(seen.progress):
+            return ""
+        # Soon it would have been found by itself.
+        stopped = next((found for found in self._seen.values() if found.stopped_s and not found.has_ended), None)
+        return self._name_slowest(seen.idle_s) if stopped is None else self._name_stopped(stopped)
+
+    def _name_stopped(self, seen: _Seen) -> str:
+        self.hung = progress = seen.progress
+        return f"rank {progress.rank} was stopped by a signal {seen.stopped_s:.0f} s ago, {progress.place}"
 
     def _name_slowest(self, idle_s: float) -> str:
         """Name the rank that is behind the others, which wait for it."""

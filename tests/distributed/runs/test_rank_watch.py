@@ -201,3 +201,19 @@ def test_limits_of_ranks_without_a_launcher(plan: Plan) -> None:
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return load_plan(write_plan(tmp_path_factory.mktemp("plans") / "plan", 2))
+
+
+def test_a_stopped_rank_is_named_rather_than_those_that_wait_for_it(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    ranks = Ranks(tmp_path, limits=HangLimits(step_s=6.0, slow_s=6.0))
+    ranks.change(1, pid=sleeper.pid)
+    ranks.pass_seconds(1, 0)
+    sleeper.send_signal(signal.SIGSTOP)
+    wait_until(lambda: process_state(sleeper.pid).stopped)
+    # Both have the same limit, and rank 0 has stood still for longer.
+    ranks.now += 5.0
+    ranks.heartbeat(0)
+    assert ranks.pass_seconds(2, 0).startswith("rank 1 was stopped by a signal 5 s ago")
+    assert ranks.watch.hung is not None
+    assert ranks.watch.hung.rank == 1
