@@ -91,7 +91,7 @@ FAULTS = (
     Fault(
         "corrupted", files.manifest_cut, r"checkpoint/step_\d+/manifest.json", exit_code=2, lost_steps=14, quick=True
     ),
-    Fault("corrupted", files.metrics_damaged, "^$", exit_code=0, lost_steps=0),
+    Fault("corrupted", files.metrics_damaged, "^$", exit_code=0, lost_steps=0, quick=True),
     Fault("exchanged", files.data_exchanged, "data: .* its content is not what", exit_code=1, lost_steps=0),
 )
 """All faults, in the order of the table."""

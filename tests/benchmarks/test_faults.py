@@ -18,7 +18,11 @@ from fault_parts import table  # noqa: E402  # The benchmarks are no package of 
 from fault_parts.trial import Outcome  # noqa: E402
 
 QUICK = [fault for fault in table.FAULTS if fault.quick]
-RESUMED = [fault for fault in QUICK if fault.name in ("damaged", "exchanged", "file_deleted", "manifest_cut")]
+RESUMED = [
+    fault
+    for fault in QUICK
+    if fault.name in ("damaged", "exchanged", "file_deleted", "manifest_cut", "metrics_damaged")
+]
 needs_two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
 
 
@@ -64,4 +68,4 @@ def test_the_table_has_every_kind_of_fault() -> None:
     names = [fault.name for fault in table.FAULTS]
     assert len(set(names)) == len(names)
     assert len(QUICK) >= 9
-    assert len(RESUMED) == 4
+    assert len(RESUMED) == 5
