@@ -154,3 +154,9 @@ def test_the_rank_that_was_asked_to_end_says_by_what(run: Path) -> None:
     report(run, 0, "stopped", ANOTHER_RANK, step=7)
     report(run, 1, "stopped", "SIGTERM", step=7)
     assert said(run).startswith("stopped by SIGTERM; saved at step 7: resume it with")
+
+
+def test_a_hang_comes_before_the_connections_that_it_broke(run: Path) -> None:
+    fail(run, 0, BROKEN, "connection")
+    fail(run, 1, "rank 2 on node7 has given no sign of life for 60 s, at step 9, in backward", "other")
+    assert said(run).startswith("rank 2 on node7 has given no sign of life for 60 s, at step 9, in backward (stacks: ")
