@@ -29,23 +29,26 @@ def killed_while_starting(folder: Path) -> Outcome:
         return _kill(trial, 1)
 
 
-def killed_while_training(folder: Path) -> Outcome:
-    """Rank 1 is killed in the middle of a step."""
+@contextlib.contextmanager
+def _training(folder: Path, *words: object) -> Iterator[Trial]:
+    """Launch a run, and end what is left of it after the block; the ranks are in the middle of training."""
     trial = Trial(folder)
     with contextlib.closing(trial):
-        trial.launch()
+        trial.launch(*words)
         trial.wait_for_step(12)
         trial.note_port()
+        yield trial
+
+
+def killed_while_training(folder: Path) -> Outcome:
+    """Rank 1 is killed in the middle of a step."""
+    with _training(folder) as trial:
         return _kill(trial, 1)
 
 
 def killed_first_rank(folder: Path) -> Outcome:
     """Rank 0, which writes the metrics, is killed in the middle of a step."""
-    trial = Trial(folder)
-    with contextlib.closing(trial):
-        trial.launch()
-        trial.wait_for_step(12)
-        trial.note_port()
+    with _training(folder) as trial:
         return _kill(trial, 0)
 
 
@@ -66,11 +69,7 @@ def _kill(trial: Trial, rank: int) -> Outcome:
 
 def killed_launcher(folder: Path) -> Outcome:
     """The launcher is killed: nobody is left to say anything, so `translution status` does."""
-    trial = Trial(folder)
-    with contextlib.closing(trial):
-        trial.launch()
-        trial.wait_for_step(12)
-        trial.note_port()
+    with _training(folder) as trial:
         assert trial.process is not None
         began = time.monotonic()
         trial.process.kill()
@@ -83,11 +82,7 @@ def killed_launcher(folder: Path) -> Outcome:
 
 def killed_together(folder: Path) -> Outcome:
     """The launcher and its ranks are killed at once; the next launch clears what they left in shared memory."""
-    trial = Trial(folder)
-    with contextlib.closing(trial):
-        trial.launch()
-        trial.wait_for_step(12)
-        trial.note_port()
+    with _training(folder) as trial:
         assert trial.process is not None
         launcher = os.getpgid(trial.pid(0))
         began = time.monotonic()
@@ -111,11 +106,7 @@ def _status(trial: Trial) -> tuple[int, str]:
 
 def stopped(folder: Path) -> Outcome:
     """A signal stops rank 1."""
-    trial = Trial(folder)
-    with contextlib.closing(trial):
-        trial.launch("--hang-minutes", 0.1)
-        trial.wait_for_step(12)
-        trial.note_port()
+    with _training(folder, "--hang-minutes", 0.1) as trial:
         began = time.monotonic()
         os.kill(trial.pid(1), signal.SIGSTOP)
         return trial.end(began)
@@ -123,11 +114,7 @@ def stopped(folder: Path) -> Outcome:
 
 def stopped_for_ever(folder: Path) -> Outcome:
     """Rank 1 is stopped, as by a debugger, and does not go on when it is told to."""
-    trial = Trial(folder)
-    with contextlib.closing(trial):
-        trial.launch("--hang-minutes", 0.1)
-        trial.wait_for_step(12)
-        trial.note_port()
+    with _training(folder, "--hang-minutes", 0.1) as trial:
         began = time.monotonic()
         with _debugger(trial.pid(1)):
             return trial.end(began)
@@ -167,11 +154,7 @@ def rank_asked_to_end(folder: Path) -> Outcome:
 
 
 def _signalled(folder: Path, number: int, rank: int | None) -> Outcome:
-    trial = Trial(folder)
-    with contextlib.closing(trial):
-        trial.launch()
-        trial.wait_for_step(12)
-        trial.note_port()
+    with _training(folder) as trial:
         assert trial.process is not None
         began = time.monotonic()
         os.kill(trial.process.pid if rank is None else trial.pid(rank), number)
@@ -205,11 +188,7 @@ def _memory_group(limit_bytes: int) -> Iterator[list[str]]:
 
 def launched_twice(folder: Path) -> Outcome:
     """A run that still trains is resumed."""
-    trial = Trial(folder)
-    with contextlib.closing(trial):
-        trial.launch()
-        trial.wait_for_step(12)
-        trial.note_port()
+    with _training(folder) as trial:
         began = time.monotonic()
         code, message = trial.command("launch", trial.plan, "--run", trial.run, "--resume", ok=False)
         seconds = time.monotonic() - began

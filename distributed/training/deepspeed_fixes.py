@@ -31,6 +31,7 @@ import functools
 import operator
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,7 +71,7 @@ def read_file(path: str, tensor: Tensor) -> None:
         OSError: if the file is shorter than the tensor.
     """
     view = memoryview(tensor.view(torch.uint8).numpy().data)
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a Path has no readinto that is shorter
+    with Path(path).open("rb", buffering=0) as file:
         done = 0
         while done < len(view):
             read = file.readinto(view[done:])

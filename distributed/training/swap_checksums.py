@@ -144,7 +144,7 @@ class SwapChecksums:
             if part not in Path(path).parts or kind_of_swap_file(Path(path)) == "gradients":
                 continue
             self.require_size(path)
-            with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - as in deepspeed_fixes.read_file
+            with Path(path).open("rb") as file:  # Buffered: an unbuffered read may return less than is asked for.
                 for block in blocks.values():
                     view = room[: block.end - block.start]
                     file.seek(block.start)
