@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.runs import TINY, run_plan, run_ranks_of, shared_buffers, write_plan
+from helpers.runs import TINY, run_plan, run_ranks_of, write_plan
 from helpers.waiting import PATIENCE_S, wait_until
 
 from translution.cli.main import run as run_cli
-from translution.distributed.checkpoint.manifest import newest_checkpoint
 from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.digits import load_digits
-from translution.distributed.runs.folder import CHECKPOINT, METRICS, make_run_folders, memory_path
+from translution.distributed.runs.folder import METRICS, make_run_folders, memory_path
 from translution.distributed.runs.measurement import read_memory
 from translution.distributed.runs.progress import read_progress
 from translution.distributed.runs.rank_watch import HANG_MINUTES
@@ -171,39 +170,7 @@ def test_a_killed_launcher_fails_the_launch_and_leaves_nothing_behind(tmp_path: 
     assert not any(process_is_alive(pid) for pid in pids)
 
 
-# SIGUSR1 ends a Slurm job in test_slurm.py.
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=lambda end: end.name)
-def test_ending_the_launch_ends_every_rank(tmp_path: Path, end: signal.Signals) -> None:
-    folder = write_plan(tmp_path / "plan", 2, steps=100_000)
-    run = folder / "runs" / "001"
-    command = [sys.executable, "-m", "translution.cli", "launch", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        wait_until(lambda: stepping(run), process=process)
-        pids = [status.pid for rank in (0, 1) if (status := read_status(run, rank)) is not None]
-        buffers = shared_buffers(pids[0])
-        process.send_signal(end)
-        _, errors = process.communicate(timeout=PATIENCE_S)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}.get(end, 1)
-    if end != signal.SIGKILL:
-        # The ranks have saved before they ended.
-        reason = "interrupted" if end == signal.SIGINT else f"ended by {end.name}"
-        assert re.fullmatch(
-            rf"translution: error: {reason}; saved at step (\d+): resume it with "
-            r"translution launch PLAN_FOLDER --resume --run \S+\n",
-            errors,
-        )
-        saved = newest_checkpoint(run / CHECKPOINT)
-        assert saved is not None
-        assert f"saved at step {saved.manifest.step}:" in errors
-    assert len(pids) == 2
-    wait_until(lambda: not any(map(process_is_alive, pids)))
-    assert not any(Path("/dev/shm").glob(buffers))
-
-
+# Ctrl-C and SIGKILL to the launch are in the fault table (tests/benchmarks/test_faults.py), SIGUSR1 in test_slurm.py.
 def test_ranks_without_a_launcher_watch_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As under Slurm and torchrun: the rank before one that is stopped ends, and says which one and where."""
     monkeypatch.setenv(HANG_MINUTES, "0.05")
