@@ -192,6 +192,8 @@ class Trial:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        if self.process is not None and self.process.stderr is not None:
+            self.process.stderr.close()
         for path in self.buffers():
             path.unlink(missing_ok=True)
 
