@@ -106,7 +106,7 @@ def _status(trial: Trial) -> tuple[int, str]:
 
 def stopped(folder: Path) -> Outcome:
     """A signal stops rank 1."""
-    with _training(folder, "--hang-minutes", 0.1) as trial:
+    with _training(folder, "--hang-minutes", 0.25) as trial:
         began = time.monotonic()
         os.kill(trial.pid(1), signal.SIGSTOP)
         return trial.end(began)
@@ -114,7 +114,7 @@ def stopped(folder: Path) -> Outcome:
 
 def stopped_for_ever(folder: Path) -> Outcome:
     """Rank 1 is stopped, as by a debugger, and does not go on when it is told to."""
-    with _training(folder, "--hang-minutes", 0.1) as trial:
+    with _training(folder, "--hang-minutes", 0.25) as trial:
         began = time.monotonic()
         with _debugger(trial.pid(1)):
             return trial.end(began)
