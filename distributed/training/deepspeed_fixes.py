@@ -14,8 +14,9 @@ element of the rank with AdamW. The patch releases them as soon as they are copi
 
 `check_swap_files`: the swappers' I/O handles compare what they read with what they wrote (swap_checksums.py).
 
-`cache_processor`: DeepSpeed asks py-cpuinfo for the processor three times to load one optimizer of the host, and each
-time py-cpuinfo starts a process that takes over a second. The patch keeps the first answer.
+`answer_for_processor`: DeepSpeed asks py-cpuinfo for the processor three times to load one optimizer of the host; each
+time py-cpuinfo starts a process that takes over a second. The patch reads the two values that DeepSpeed uses from
+/proc/cpuinfo; on another processor than x86-64 it keeps py-cpuinfo's first answer.
 
 `settled_collectives`: gloo frees a collective's tensors in its own thread at a random later time. While memory is
 traced, each collective ends only once they are free.
@@ -29,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,12 +53,32 @@ _COLLECTIVES = (
 )  # fmt: skip
 
 
-def cache_processor() -> None:
-    """Let py-cpuinfo describe the processor once per process."""
+def answer_for_processor(path: Path = Path("/proc/cpuinfo")) -> None:
+    """Answer DeepSpeed's questions about the processor in place of py-cpuinfo.
+
+    Args:
+        path: Linux's description of the processor.
+
+    Source: DeepSpeed 0.19.8, ops/op_builder/builder.py (`cpu_arch`, `simd_width`).
+    """
     import cpuinfo
 
     if not hasattr(cpuinfo.get_cpu_info, "cache_info"):
-        cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+        described = _described_processor(path)
+        ask = cpuinfo.get_cpu_info if described is None else lambda: described
+        cpuinfo.get_cpu_info = functools.cache(ask)
+
+
+def _described_processor(path: Path) -> dict[str, object] | None:
+    """Return the architecture and flags of an x86-64 processor, as py-cpuinfo names them; None for any other."""
+    if platform.machine() != "x86_64":
+        return None
+    with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name.strip() == "flags":
+                return {"arch": "X86_64", "flags": sorted(value.split())}
+    return None
 
 
 def is_aligned(tensor: Tensor) -> bool:

@@ -21,7 +21,7 @@ from ..runs.progress import Progress
 from ..system.compiled_ops import has_gpu_compiler
 from ..system.network import interface_towards
 from ..system.nvme_swap import SwapFolder
-from .deepspeed_fixes import cache_processor, check_swap_files, patch_nvme_optimizers
+from .deepspeed_fixes import answer_for_processor, check_swap_files, patch_nvme_optimizers
 from .swap_checksums import SwapChecksums
 
 COLLECTIVE_LIMIT = datetime.timedelta(days=7)
@@ -147,7 +147,7 @@ class Engine:
         torch.manual_seed(self.plan.training.seed + 1 + self.rank)
         model, self.model = self.model, None
         assert model is not None
-        cache_processor()
+        answer_for_processor()
         if self.plan.zero.offload_optimizer.device == "nvme":
             patch_nvme_optimizers()
         self.deepspeed_engine, *_ = deepspeed.initialize(

@@ -1,10 +1,10 @@
-"""Imported by the fork server of ranks: all its forks know the processor, which takes seconds to find out."""
+"""Imported by the fork server of ranks: all its forks know the processor."""
 
 from __future__ import annotations
 
 import cpuinfo
 
-from translution.distributed.training.deepspeed_fixes import cache_processor
+from translution.distributed.training.deepspeed_fixes import answer_for_processor
 
-cache_processor()
+answer_for_processor()
 cpuinfo.get_cpu_info()

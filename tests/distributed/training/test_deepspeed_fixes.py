@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from translution.distributed.training.deepspeed_fixes import (
-    cache_processor,
+    answer_for_processor,
     is_aligned,
     read_file,
     settled_collectives,
@@ -39,13 +40,33 @@ def test_a_file_that_is_too_short_is_an_error(tmp_path: Path) -> None:
         read_file(str(path), torch.empty(100))
 
 
-def test_the_processor_is_described_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[None] = []
-    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: calls.append(None) or {"arch": "known"})
+@pytest.mark.parametrize("text", [None, "processor : 0\n", "flags\t\t: fpu avx2\n"], ids=["none", "no flags", "flags"])
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_processor_is_described_once(
+    machine: str, text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = tmp_path / "cpuinfo", list[None]()
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: asked.append(None) or {"arch": "known"})
+    read = machine == "x86_64" and text is not None and "flags" in text
     for _ in range(2):
-        cache_processor()
-        assert cpuinfo.get_cpu_info() == {"arch": "known"}
-    assert len(calls) == 1
+        answer_for_processor(path)
+        assert cpuinfo.get_cpu_info() == ({"arch": "X86_64", "flags": ["avx2", "fpu"]} if read else {"arch": "known"})
+    assert len(asked) == (0 if read else 1)
+
+
+def test_the_answer_for_this_processor_compiles_the_same_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("CPUAdamBuilder")
+    assert builder is not None
+    expected = builder.cpu_arch(), builder.simd_width()
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: {"arch": "PPC_64", "flags": []})
+    assert (builder.cpu_arch(), builder.simd_width()) != expected
+    answer_for_processor()
+    assert (builder.cpu_arch(), builder.simd_width()) == expected
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
