@@ -16,6 +16,9 @@ import pytest
 from helpers.browser import Browser
 from helpers.doc_pages import ROOT, links, reader_pages
 
+from translution.planner import load_model
+from translution.planner.config import RelationGeometry
+
 LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src"}
 """Attributes whose address a browser loads with the page; for <link>, of style sheets and icons."""
 
@@ -122,6 +125,18 @@ def test_the_search_works_from_disk(site: Path, browser: Browser) -> None:
 def test_the_picture_of_the_packages_is_current() -> None:
     script = load_script("import_graph")
     assert script.PICTURE.read_text(encoding="utf-8") == script.picture(), "the picture is old: make docs"
+
+
+def test_the_drawings_of_the_operator_are_current_and_true() -> None:
+    script = load_script("drawings")
+    pictures = {"operator": script.operator_picture(), "tiles": script.tiles_picture()}
+    for name, picture in pictures.items():
+        assert (script.IMAGES / f"{name}.svg").read_text(encoding="utf-8") == picture, "the drawings are old: make docs"
+    colors = set(re.findall(r'class="offset" style="fill:(hsl[^"]*)"', pictures["operator"]))
+    grid = RelationGeometry.grid(script.SIDE, script.SIDE)
+    assert len(colors) == grid.relations == script.OFFSETS**2
+    table = load_model("vit-base/16").geometry
+    assert f"{table.relations} matrices" in pictures["tiles"]
 
 
 def test_imports_in_a_circle_have_no_picture() -> None:
