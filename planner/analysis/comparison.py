@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..common.errors import MissingPackageError
+from ..common.progress import OnProgress, ignore_progress
 from ..common.schema import Schema, stored_as
 from ..common.types import DTYPE_BYTES
 from ..config.loading import load_model
@@ -194,6 +195,7 @@ def compare(
     gpu: str = "H100",
     precision: str = "bf16",
     alpha_ranks: Sequence[int] = ALPHA_RANKS,
+    on_progress: OnProgress = ignore_progress,
 ) -> Comparison:
     """Compare full Translution with α-Translution and attention in the place of each model.
 
@@ -202,18 +204,22 @@ def compare(
         gpu: GPU of the clusters.
         precision: dtype of training: fp32, bf16 or fp16.
         alpha_ranks: ranks c1 = c2 of α-Translution.
+        on_progress: called after each operator of a model and each of the largest models.
 
     Raises:
         InputError: for an unknown name, a bad value, or a rank that does not suit a model.
     """
     specs = [load_model(model) for model in models]
     training = parse_training({"precision": precision, "data": "synthetic"}, "compare")
-    return Comparison(
-        gpu=gpu,
-        precision=precision,
-        rows=tuple(row for spec in specs for row in comparison_rows(spec, gpu, training, alpha_ranks)),
-        thresholds=tuple(limit for spec in specs[:1] for limit in thresholds(spec, gpu, training)),
-    )
+    total = len(specs) * (len(alpha_ranks) + 2) + len(AXES) * len(THRESHOLD_NODES)
+    rows, limits = [], []
+    for row in (row for spec in specs for row in comparison_rows(spec, gpu, training, alpha_ranks)):
+        rows.append(row)
+        on_progress(len(rows), total)
+    for limit in (limit for spec in specs[:1] for limit in thresholds(spec, gpu, training)):
+        limits.append(limit)
+        on_progress(len(rows) + len(limits), total)
+    return Comparison(gpu=gpu, precision=precision, rows=tuple(rows), thresholds=tuple(limits))
 
 
 def scaled(spec: ModelSpec, axis: Axis, step: int) -> tuple[int, ModelSpec]:

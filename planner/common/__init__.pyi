@@ -19,6 +19,8 @@ from .machine import usable_cores as usable_cores
 from .phases import TRAINING_PHASES as TRAINING_PHASES
 from .phases import Phase as Phase
 from .phases import Tier as Tier
+from .progress import OnProgress as OnProgress
+from .progress import ignore_progress as ignore_progress
 from .provenance import DISTRIBUTION as DISTRIBUTION
 from .provenance import Provenance as Provenance
 from .provenance import make_provenance as make_provenance
@@ -39,4 +41,5 @@ from .units import MIB as MIB
 from .units import TIB as TIB
 from .units import format_bytes as format_bytes
 from .units import format_count as format_count
+from .units import format_duration as format_duration
 from .units import format_flops as format_flops

@@ -15,6 +15,14 @@ def format_bytes(count: int) -> str:
     return f"{count} B"
 
 
+def format_duration(seconds: float) -> str:
+    """Return a duration in the unit that suits it, such as ``36.6 s``, ``12.5 min``, ``7.25 h`` or ``12.5 days``."""
+    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.3g} {name}"
+    return f"{seconds:.3g} s"
+
+
 def _powers_of_1000(value: float, suffixes: tuple[str, ...]) -> str:
     for exponent in range(len(suffixes), 0, -1):
         if abs(value) >= 1000**exponent:

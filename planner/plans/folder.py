@@ -111,13 +111,14 @@ are not counted.
 {time_table(plan)}"""
 
 
-def write_plan_folder(plan: Plan, target: Path, *, force: bool = False) -> None:
+def write_plan_folder(plan: Plan, target: Path, *, force: bool = False, notes: str = "") -> None:
     """Write a complete plan folder, or nothing.
 
     Args:
         plan: the plan.
         target: the folder to create.
         force: write into an existing plan folder; its runs stay as they are.
+        notes: Markdown that ends the folder's README, such as the reasons of a search.
 
     Raises:
         InputError: if the folder exists and ``force`` is false, is no plan folder, or cannot be written.
@@ -126,7 +127,7 @@ def write_plan_folder(plan: Plan, target: Path, *, force: bool = False) -> None:
         (folder / PLAN_FILE).write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
         config = json.dumps(plan.deepspeed_config(), indent=2)
         (folder / "ds_config.json").write_text(config + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(folder_readme(plan), encoding="utf-8")
+        (folder / "README.md").write_text(folder_readme(plan) + notes, encoding="utf-8")
         for name, text in {"launch.sh": _LAUNCH, **launch_files(plan)}.items():
             (folder / name).write_text(text, encoding="utf-8")
             if name.endswith((".sh", ".sbatch")) and name != "environment.sh":

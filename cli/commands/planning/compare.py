@@ -60,10 +60,9 @@ def compare_cli(
 
 
 def _cells(row: planner.ComparisonRow) -> tuple[str, ...]:
-    names = {"full Translution": "full", "α-Translution": f"α {row.alpha_rank}"}
     places = [name.rpartition("x")[0] if name else "none" for name in (row.cluster, row.offload_cluster)]
     return (
-        names.get(row.operator, row.operator),
+        row.operator if row.alpha_rank is None else f"{row.operator} {row.alpha_rank}",
         format_count(row.parameters),
         format_flops(row.training_flops),
         format_bytes(row.states_bytes),
@@ -75,17 +74,17 @@ def _cells(row: planner.ComparisonRow) -> tuple[str, ...]:
 
 def _print(comparison: planner.Comparison, outs: Sequence[Path]) -> None:
     rows, limits, to = comparison.rows, comparison.thresholds, console()
-    columns = ("operator", "parameters", "train / sample", "states", "saved", "smallest", "offloaded", "time")
+    columns = ("operator", "parameters", "train / sample", "states", "saved", "no offload", "offload", "time")
     for model in dict.fromkeys(row.model for row in rows):
         cells = [_cells(row) for row in rows if row.model == model]
-        title = f"{model}: cost per sample, and the smallest cluster (nodes x GPUs of {comparison.gpu}) that trains it"
+        title = f"{model}: cost per sample, and the smallest cluster (nodes x GPUs, {comparison.gpu}) that trains it"
         to.print(make_table(title, columns, cells))
     nodes = list(dict.fromkeys(limit.nodes for limit in limits))
     lines = [
         (axis, *(str(limit.largest or "none") for limit in limits if limit.axis == axis))
         for axis in dict.fromkeys(limit.axis for limit in limits)
     ]
-    title = f"{rows[0].model}, full: largest without offload"
-    to.print(make_table(title, ("axis", *(f"{count} node(s)" for count in nodes)), lines))
+    title = f"{rows[0].model}: largest full Translution without offload"
+    to.print(make_table(title, ("axis", *(f"{count} node{'s' if count > 1 else ''}" for count in nodes)), lines))
     for path in outs:
         to.print(f"wrote {path}")
