@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, otherwise a line every few seconds, both with an estimate of what is left."""
+"""Progress on stderr: a bar on a terminal, otherwise a line every few seconds, with what is left."""
 
 from __future__ import annotations
 

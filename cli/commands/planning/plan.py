@@ -14,7 +14,13 @@ from translution.planner.deepspeed import config_warnings
 from translution.planner.plans import PLAN_FILE
 from translution.planner.search import HybridRow, save_hybrids, write_search_folder
 
+from ...completion import choices, complete_cluster, complete_data
 from ...options import (
+    BATCH,
+    OUTPUT,
+    SEARCH,
+    STRATEGY,
+    TRAINING,
     C1Option,
     C2Option,
     JsonOption,
@@ -28,6 +34,7 @@ from ...options import (
     TileOption,
     TrainOption,
     ZeroOption,
+    complete_offload,
 )
 from ...output import console, note, print_json
 from ...progress import WorkProgress
@@ -55,9 +62,11 @@ def plan_cli(
     model: ModelArgument,
     cluster: Annotated[
         str,
-        typer.Option(help="cpu:RANKS (this machine), [NODESx]GPUSxNAME, [NODESx]NODE, or a YAML/JSON file."),
+        typer.Option(
+            help="cpu:RANKS (this machine), [NODESx]GPUSxNAME, [NODESx]NODE, or a YAML/JSON file.",
+            autocompletion=complete_cluster,
+        ),
     ],
-    out: Annotated[Path | None, typer.Option(help="Plan folder to write; without it the plan is only printed.")] = None,
     operator: OperatorOption = None,
     roles: RolesOption = None,
     c1: C1Option = None,
@@ -65,10 +74,11 @@ def plan_cli(
     relative_layers: RelativeLayersOption = None,
     settings: SetOption = None,
     global_batch: Annotated[
-        int | None, typer.Option(help="Samples per optimizer step over all ranks; 8 per rank by default.")
+        int | None,
+        typer.Option(help="Samples per optimizer step over all ranks; 8 per rank by default.", rich_help_panel=BATCH),
     ] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(help="Samples per rank and forward pass; chosen by default.")
+        int | None, typer.Option(help="Samples per rank and forward pass; chosen by default.", rich_help_panel=BATCH)
     ] = None,
     gradient_accumulation_steps: Annotated[
         int | None,
@@ -76,24 +86,41 @@ def plan_cli(
             "--accumulation",
             "--gradient-accumulation-steps",
             help="Micro-batches per optimizer step; chosen by default.",
+            rich_help_panel=BATCH,
         ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Train as published, unless other options say otherwise: translution-vit, translution-gpt."),
+        typer.Option(
+            help="Train as published, unless other options say otherwise: translution-vit, translution-gpt.",
+            rich_help_panel=TRAINING,
+            autocompletion=choices("translution-vit", "translution-gpt"),
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="100")] = None,
-    samples: Annotated[int | None, typer.Option(help="Samples of an epoch; with --epochs sets the steps.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over --samples.", show_default="1")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps.", show_default="100", rich_help_panel=TRAINING)
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples of an epoch; with --epochs sets the steps.", rich_help_panel=TRAINING)
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over --samples.", show_default="1", rich_help_panel=TRAINING)
+    ] = None,
     warmup_steps: Annotated[
-        int | None, typer.Option(help="Steps of linear warm-up before the cosine decay.", show_default="0")
+        int | None,
+        typer.Option(
+            help="Steps of linear warm-up before the cosine decay.", show_default="0", rich_help_panel=TRAINING
+        ),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate of AdamW.", show_default="0.001")
+        float | None, typer.Option(help="Peak learning rate of AdamW.", show_default="0.001", rich_help_panel=TRAINING)
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Weight decay of AdamW.", show_default="0.05")] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Weight decay of AdamW.", show_default="0.05", rich_help_panel=TRAINING)
+    ] = None,
     gradient_clipping: Annotated[
-        float | None, typer.Option(help="Maximum gradient norm; 0 disables clipping.", show_default="1")
+        float | None,
+        typer.Option(help="Maximum gradient norm; 0 disables clipping.", show_default="1", rich_help_panel=TRAINING),
     ] = None,
     precision: PrecisionOption = "fp32",
     data: Annotated[
@@ -101,34 +128,73 @@ def plan_cli(
         typer.Option(
             help="digits, digits-static, digits-shifted, digits-patches, images, tokens, stdlib or synthetic.",
             show_default="digits",
+            rich_help_panel=TRAINING,
+            autocompletion=complete_data,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the weights and the sample order.")] = 0,
-    stage: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage; chosen by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and the sample order.", rich_help_panel=TRAINING)] = 0,
+    stage: Annotated[
+        int | None, typer.Option(min=0, max=3, help="ZeRO stage; chosen by default.", rich_help_panel=STRATEGY)
+    ] = None,
     tile_relations: TileOption = None,
     offload: Annotated[
         str | None,
-        typer.Option(help="What is offloaded: none, cpu-optimizer, cpu, nvme-optimizer or nvme; chosen by default."),
+        typer.Option(
+            help="What is offloaded: none, cpu-optimizer, cpu, nvme-optimizer or nvme; chosen by default.",
+            rich_help_panel=STRATEGY,
+            autocompletion=complete_offload,
+        ),
     ] = None,
     nvme_path: NvmePathOption = None,
     offload_ratio: Annotated[
         float | None,
-        typer.Option(help="Fraction of the optimizer state to offload, for cpu-optimizer; chosen by default."),
+        typer.Option(
+            help="Fraction of the optimizer state to offload, for cpu-optimizer; chosen by default.",
+            rich_help_panel=STRATEGY,
+        ),
     ] = None,
     checkpointing: Annotated[
         str | None,
-        typer.Option(help="none, block or offload; by default the model's, or chosen if the model has none."),
+        typer.Option(
+            help="none, block or offload; by default the model's, or chosen if the model has none.",
+            rich_help_panel=STRATEGY,
+            autocompletion=choices("none", "block", "offload"),
+        ),
     ] = None,
-    minimize: Annotated[str, typer.Option(help="time, nodes, cost or memory.")] = "time",
-    headroom: Annotated[float, typer.Option(help="Fraction of every memory that must stay free.")] = 0.08,
-    all_nodes: Annotated[bool, typer.Option("--all-nodes", help="Use every node of the cluster.")] = False,
+    minimize: Annotated[
+        str,
+        typer.Option(
+            help="time, nodes, cost or memory.",
+            rich_help_panel=SEARCH,
+            autocompletion=choices("time", "nodes", "cost", "memory"),
+        ),
+    ] = "time",
+    headroom: Annotated[
+        float, typer.Option(help="Fraction of every memory that must stay free.", rich_help_panel=SEARCH)
+    ] = 0.08,
+    all_nodes: Annotated[
+        bool, typer.Option("--all-nodes", help="Use every node of the cluster.", rich_help_panel=SEARCH)
+    ] = False,
     quantized: Annotated[
-        bool, typer.Option("--quantized", help="Allow ZeRO++ to round what ranks exchange to integers (qwZ, qgZ).")
+        bool,
+        typer.Option(
+            "--quantized",
+            help="Allow ZeRO++ to round what ranks exchange to integers (qwZ, qgZ).",
+            rich_help_panel=STRATEGY,
+        ),
     ] = False,
     training_settings: TrainOption = None,
     zero_settings: ZeroOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing plan folder; its runs stay.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also print every reason, time and size.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Plan folder to write; without it the plan is only printed.", rich_help_panel=OUTPUT),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing plan folder; its runs stay.", rich_help_panel=OUTPUT)
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also print every reason, time and size.", rich_help_panel=OUTPUT)
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find the fastest way to train a model on a cluster that fits, and write it as a plan folder."""
@@ -217,7 +283,7 @@ def _print_no_plan(
     as_json: bool,
     verbose: bool,
 ) -> None:
-    """Print what would fit and, if asked for, what was tried; with a folder's name write a spec file for each hybrid."""
+    """Print what would fit and, if asked for, what was tried; next to a folder write a spec file for each hybrid."""
     hybrids: dict[Path | int, HybridRow] = dict(enumerate(error.hybrids))
     if out is not None:
         hybrids = dict(save_hybrids(spec, error.hybrids, out.with_name(f"{out.name}-hybrids")))
