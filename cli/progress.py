@@ -65,7 +65,7 @@ class WorkProgress:
         """
         now = self._clock()
         elapsed = now - self._began
-        left = f"about {format_duration(elapsed * (total - done) / done)} left" if done else ""
+        left = f"about {_rounded(elapsed * (total - done) / done)} left" if done else ""
         if self._bar is not None:
             title = f"{self._title}: {text}" if text else self._title
             task = self._bar.task_ids[0]
@@ -73,5 +73,9 @@ class WorkProgress:
         elif elapsed >= _QUIET_S and now - self._printed >= min(_LINE_S, elapsed) and done < total:
             self._printed = now
             count = f"{done:,} of {total:,} {self._unit}" if self._unit else f"{done / total:.0%}"
-            parts = [f"{self._title}: {count}", text, format_duration(elapsed) + " so far", left]
+            parts = [f"{self._title}: {count}", text, f"{_rounded(elapsed)} so far", left]
             print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+
+def _rounded(seconds: float) -> str:
+    return format_duration(round(seconds) if seconds < 120 else round(seconds / 60) * 60)

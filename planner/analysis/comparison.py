@@ -29,6 +29,8 @@ ALPHA_RANKS = (4, 8, 16, 32, 64)
 MAX_COMPARED_NODES = 512
 THRESHOLD_NODES = (1, 2, 8)
 """Numbers of nodes for which `thresholds` finds the largest model."""
+_ROWS_PER_THRESHOLD = 8
+"""How often as long the search of a largest model takes as a row, for estimates of what is left."""
 if TYPE_CHECKING:
     import pandas
 
@@ -211,14 +213,14 @@ def compare(
     """
     specs = [load_model(model) for model in models]
     training = parse_training({"precision": precision, "data": "synthetic"}, "compare")
-    total = len(specs) * (len(alpha_ranks) + 2) + len(AXES) * len(THRESHOLD_NODES)
+    total = len(specs) * (len(alpha_ranks) + 2) + len(AXES) * len(THRESHOLD_NODES) * _ROWS_PER_THRESHOLD
     rows, limits = [], []
     for row in (row for spec in specs for row in comparison_rows(spec, gpu, training, alpha_ranks)):
         rows.append(row)
         on_progress(len(rows), total)
     for limit in (limit for spec in specs[:1] for limit in thresholds(spec, gpu, training)):
         limits.append(limit)
-        on_progress(len(rows) + len(limits), total)
+        on_progress(len(rows) + len(limits) * _ROWS_PER_THRESHOLD, total)
     return Comparison(gpu=gpu, precision=precision, rows=tuple(rows), thresholds=tuple(limits))
 
 

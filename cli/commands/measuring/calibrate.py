@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from translution.distributed.calibration import calibrate_to_file
 from translution.planner.hardware import MeasuredRates, Transfer
 
 from ...options import JsonOption
 from ...output import console, make_table, print_json
+from ...progress import WorkProgress
 from .. import app
 
 
@@ -57,19 +57,12 @@ def calibrate_cli(
 ) -> None:
     """Measure the compute and transfer rates of this machine, for predictions of time."""
     began = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, console=console(stderr=True))
-    task = progress.add_task("")
+    with WorkProgress("calibrating") as progress:
 
-    def show(line: str, number: int, total: int) -> None:
-        progress.start()
-        progress.update(task, description=line, completed=number, total=total)
+        def show(line: str, number: int, total: int) -> None:
+            progress.show(number, total, line)
 
-    try:
         rates = calibrate_to_file(cluster_name, out, nvme_path, shlex.join(["translution", *sys.argv[1:]]), show)
-    finally:
-        if progress.live.is_started:
-            progress.stop()
     if as_json:
         print_json({"file": str(out), "measured": rates.model_dump(mode="json")})
         return

@@ -28,6 +28,7 @@ from ...options import (
     TrainOption,
     ZeroOption,
 )
+from ...progress import WorkProgress
 from .. import app
 from .verify import print_verification
 
@@ -91,7 +92,8 @@ def _measure(plan: planner.Plan, out: Path | None, *, resume: bool, as_json: boo
     try:
         folder = temporary / "plan" if temporary is not None else out
         assert folder is not None
-        run = measure_plan(few_steps(plan), folder, console.print, resume=resume)
+        with WorkProgress("measuring", "runs of the ranks") as progress:
+            run = measure_plan(few_steps(plan), folder, console.print, resume=resume, on_progress=progress.show)
         print_verification(run, as_json=as_json)
     finally:
         if temporary is not None:
