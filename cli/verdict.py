@@ -50,11 +50,11 @@ def print_verdict(result: planner.SearchResult, folder: Path | None, minimize: s
     to.print(f"wrote {folder}; run it: translution launch {name}{hosts}", soft_wrap=True)
 
 
-def _lines(rows: Iterable[tuple[str, str]], width: int) -> list[str]:
+def _lines(rows: Iterable[tuple[str, str]], width: int, label: int = _LABEL) -> list[str]:
     """Return labelled texts as lines of at most a width; only a longer word makes a longer line."""
     lines = []
-    for label, text in rows:
-        head, indent = f"{label:{_LABEL}}", " " * _LABEL
+    for name, text in rows:
+        head, indent = f"{name:{label}}", " " * label
         lines += textwrap.wrap(
             text, width, initial_indent=head, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         )
@@ -162,12 +162,13 @@ def print_no_plan(
     if not rows:
         to.print("no change was found that makes a plan fit; what was tried: --verbose")
         return
-    to.print("any one of these changes makes a plan fit:")
+    to.print("Any one of these changes makes a plan fit:")
+    label = 2 + max(len(kind) for kind, _ in rows)
     shown: list[str] = []
     for number, row in enumerate(rows):
-        lines = _lines([row], to.width)
+        lines = _lines([row], to.width, label)
         if len(shown) + len(lines) > _ADVISED_LINES:
-            shown.append(f"{'':{_LABEL}}and {len(rows) - number} more")
+            shown.append(f"{'':{label}}and {len(rows) - number} more")
             break
         shown += lines
     to.print("\n".join(shown), soft_wrap=True)

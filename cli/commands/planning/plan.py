@@ -16,11 +16,11 @@ from translution.planner.search import HybridRow, save_hybrids, write_search_fol
 
 from ...completion import choices, complete_cluster, complete_data
 from ...options import (
-    BATCH,
-    OUTPUT,
-    SEARCH,
-    STRATEGY,
-    TRAINING,
+    BATCH_PANEL,
+    OUTPUT_PANEL,
+    SEARCH_PANEL,
+    STRATEGY_PANEL,
+    TRAINING_PANEL,
     C1Option,
     C2Option,
     JsonOption,
@@ -75,10 +75,13 @@ def plan_cli(
     settings: SetOption = None,
     global_batch: Annotated[
         int | None,
-        typer.Option(help="Samples per optimizer step over all ranks; 8 per rank by default.", rich_help_panel=BATCH),
+        typer.Option(
+            help="Samples per optimizer step over all ranks; 8 per rank by default.", rich_help_panel=BATCH_PANEL
+        ),
     ] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(help="Samples per rank and forward pass; chosen by default.", rich_help_panel=BATCH)
+        int | None,
+        typer.Option(help="Samples per rank and forward pass; chosen by default.", rich_help_panel=BATCH_PANEL),
     ] = None,
     gradient_accumulation_steps: Annotated[
         int | None,
@@ -86,41 +89,45 @@ def plan_cli(
             "--accumulation",
             "--gradient-accumulation-steps",
             help="Micro-batches per optimizer step; chosen by default.",
-            rich_help_panel=BATCH,
+            rich_help_panel=BATCH_PANEL,
         ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
             help="Train as published, unless other options say otherwise: translution-vit, translution-gpt.",
-            rich_help_panel=TRAINING,
+            rich_help_panel=TRAINING_PANEL,
             autocompletion=choices("translution-vit", "translution-gpt"),
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps.", show_default="100", rich_help_panel=TRAINING)
+        int | None, typer.Option(help="Optimizer steps.", show_default="100", rich_help_panel=TRAINING_PANEL)
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Samples of an epoch; with --epochs sets the steps.", rich_help_panel=TRAINING)
+        int | None,
+        typer.Option(help="Samples of an epoch; with --epochs sets the steps.", rich_help_panel=TRAINING_PANEL),
     ] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Passes over --samples.", show_default="1", rich_help_panel=TRAINING)
+        float | None, typer.Option(help="Passes over --samples.", show_default="1", rich_help_panel=TRAINING_PANEL)
     ] = None,
     warmup_steps: Annotated[
         int | None,
         typer.Option(
-            help="Steps of linear warm-up before the cosine decay.", show_default="0", rich_help_panel=TRAINING
+            help="Steps of linear warm-up before the cosine decay.", show_default="0", rich_help_panel=TRAINING_PANEL
         ),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate of AdamW.", show_default="0.001", rich_help_panel=TRAINING)
+        float | None,
+        typer.Option(help="Peak learning rate of AdamW.", show_default="0.001", rich_help_panel=TRAINING_PANEL),
     ] = None,
     weight_decay: Annotated[
-        float | None, typer.Option(help="Weight decay of AdamW.", show_default="0.05", rich_help_panel=TRAINING)
+        float | None, typer.Option(help="Weight decay of AdamW.", show_default="0.05", rich_help_panel=TRAINING_PANEL)
     ] = None,
     gradient_clipping: Annotated[
         float | None,
-        typer.Option(help="Maximum gradient norm; 0 disables clipping.", show_default="1", rich_help_panel=TRAINING),
+        typer.Option(
+            help="Maximum gradient norm; 0 disables clipping.", show_default="1", rich_help_panel=TRAINING_PANEL
+        ),
     ] = None,
     precision: PrecisionOption = "fp32",
     data: Annotated[
@@ -128,20 +135,22 @@ def plan_cli(
         typer.Option(
             help="digits, digits-static, digits-shifted, digits-patches, images, tokens, stdlib or synthetic.",
             show_default="digits",
-            rich_help_panel=TRAINING,
+            rich_help_panel=TRAINING_PANEL,
             autocompletion=complete_data,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the weights and the sample order.", rich_help_panel=TRAINING)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the weights and the sample order.", rich_help_panel=TRAINING_PANEL)
+    ] = 0,
     stage: Annotated[
-        int | None, typer.Option(min=0, max=3, help="ZeRO stage; chosen by default.", rich_help_panel=STRATEGY)
+        int | None, typer.Option(min=0, max=3, help="ZeRO stage; chosen by default.", rich_help_panel=STRATEGY_PANEL)
     ] = None,
     tile_relations: TileOption = None,
     offload: Annotated[
         str | None,
         typer.Option(
             help="What is offloaded: none, cpu-optimizer, cpu, nvme-optimizer or nvme; chosen by default.",
-            rich_help_panel=STRATEGY,
+            rich_help_panel=STRATEGY_PANEL,
             autocompletion=complete_offload,
         ),
     ] = None,
@@ -150,14 +159,14 @@ def plan_cli(
         float | None,
         typer.Option(
             help="Fraction of the optimizer state to offload, for cpu-optimizer; chosen by default.",
-            rich_help_panel=STRATEGY,
+            rich_help_panel=STRATEGY_PANEL,
         ),
     ] = None,
     checkpointing: Annotated[
         str | None,
         typer.Option(
             help="none, block or offload; by default the model's, or chosen if the model has none.",
-            rich_help_panel=STRATEGY,
+            rich_help_panel=STRATEGY_PANEL,
             autocompletion=choices("none", "block", "offload"),
         ),
     ] = None,
@@ -165,35 +174,37 @@ def plan_cli(
         str,
         typer.Option(
             help="time, nodes, cost or memory.",
-            rich_help_panel=SEARCH,
+            rich_help_panel=SEARCH_PANEL,
             autocompletion=choices("time", "nodes", "cost", "memory"),
         ),
     ] = "time",
     headroom: Annotated[
-        float, typer.Option(help="Fraction of every memory that must stay free.", rich_help_panel=SEARCH)
+        float, typer.Option(help="Fraction of every memory that must stay free.", rich_help_panel=SEARCH_PANEL)
     ] = 0.08,
     all_nodes: Annotated[
-        bool, typer.Option("--all-nodes", help="Use every node of the cluster.", rich_help_panel=SEARCH)
+        bool, typer.Option("--all-nodes", help="Use every node of the cluster.", rich_help_panel=SEARCH_PANEL)
     ] = False,
     quantized: Annotated[
         bool,
         typer.Option(
             "--quantized",
             help="Allow ZeRO++ to round what ranks exchange to integers (qwZ, qgZ).",
-            rich_help_panel=STRATEGY,
+            rich_help_panel=STRATEGY_PANEL,
         ),
     ] = False,
     training_settings: TrainOption = None,
     zero_settings: ZeroOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Plan folder to write; without it the plan is only printed.", rich_help_panel=OUTPUT),
+        typer.Option(help="Plan folder to write; without it the plan is only printed.", rich_help_panel=OUTPUT_PANEL),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing plan folder; its runs stay.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option("--force", help="Replace an existing plan folder; its runs stay.", rich_help_panel=OUTPUT_PANEL),
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Also print every reason, time and size.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option("--verbose", "-v", help="Also print every reason, time and size.", rich_help_panel=OUTPUT_PANEL),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -286,7 +297,7 @@ def _print_no_plan(
     """Print what would fit and, if asked for, what was tried; next to a folder write a spec file for each hybrid."""
     hybrids: dict[Path | int, HybridRow] = dict(enumerate(error.hybrids))
     if out is not None:
-        hybrids = dict(save_hybrids(spec, error.hybrids, out.with_name(f"{out.name}-hybrids")))
+        hybrids = {**save_hybrids(spec, error.hybrids, out.with_name(f"{out.name}-hybrids"))}
     if as_json:
         files = [{"file": str(path)} if isinstance(path, Path) else {} for path in hybrids]
         print_json(

@@ -21,7 +21,7 @@ from translution.planner.common import InputError, format_bytes
 from translution.planner.plans import Plan, load_plan
 
 from ...options import (
-    HOSTS,
+    HOSTS_PANEL,
     HostfileOption,
     JsonOption,
     MasterAddressOption,
@@ -161,11 +161,11 @@ def launch_cli(
         typer.Option(
             "--no-ssh",
             help="Start only this host's ranks; run the same command on every other host.",
-            rich_help_panel=HOSTS,
+            rich_help_panel=HOSTS_PANEL,
         ),
     ] = False,
     node_rank: Annotated[
-        int, typer.Option(help="With --no-ssh: this host's line in the hostfile, from 0.", rich_help_panel=HOSTS)
+        int, typer.Option(help="With --no-ssh: this host's line in the hostfile, from 0.", rich_help_panel=HOSTS_PANEL)
     ] = 0,
     master_addr: MasterAddressOption = None,
     master_port: MasterPortOption = None,
