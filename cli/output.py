@@ -20,6 +20,14 @@ def console(*, stderr: bool = False) -> Console:
     return Console(highlight=False, markup=False, stderr=stderr)
 
 
+_LONG_WORD = 24
+"""Characters of the longest word that a text column keeps whole; longer ones are paths and addresses."""
+
+
+def _longest_word(texts: Sequence[str]) -> int:
+    return max((len(word) for text in texts for word in text.split()), default=1)
+
+
 def fit_columns(columns: Sequence[Sequence[str]], available: int, solid: Sequence[bool]) -> tuple[list[int], int]:
     """Choose the widths at which the columns of a table fit, without breaking a word if there is a way to.
 
@@ -32,7 +40,10 @@ def fit_columns(columns: Sequence[Sequence[str]], available: int, solid: Sequenc
         The width of each column, and the spaces between two of them.
     """
     widths = [max(len(text) for text in texts) for texts in columns]
-    words = [max((len(word) for text in texts for word in text.split()), default=1) for texts in columns]
+    words = [
+        _longest_word(texts) if whole else min(_longest_word(texts), _LONG_WORD)
+        for texts, whole in zip(columns, solid, strict=True)
+    ]
     cells = [max(len(text) for text in texts[1:]) if texts[1:] and whole else 0
              for texts, whole in zip(columns, solid, strict=True)]  # fmt: skip
     least = [max(pair) for pair in zip(words, cells, strict=True)]

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from translution import planner
 from translution.planner.analysis import OPERATOR_LABELS
-from translution.planner.common import Tier, format_bytes, format_count, format_duration
+from translution.planner.common import Tier, duration_unit, format_bytes, format_count
 from translution.planner.costs import count_parameters
 from translution.planner.plans import PLAN_FILE
 from translution.planner.search import Advice, HybridRow, describe_hybrid, next_best
@@ -38,7 +38,7 @@ def print_verdict(result: planner.SearchResult, folder: Path | None, minimize: s
     aim = "" if minimize == "time" else f", with the least {minimize}"
     to.print(Text(f"{plan.model.name} on {plan.cluster.name}: fits{aim}", style="bold"))
     other = "next best" if minimize == "time" else "fastest"
-    rows = (*_plan_rows(plan), *_memory_rows(plan), *_time_rows(plan), (other, _next_best(result)))
+    rows = (*_plan_rows(result), *_memory_rows(plan), *_time_rows(plan), (other, _next_best(result)))
     for line in _lines(rows, to.width):
         to.print(line, soft_wrap=True)
     if folder is None:
@@ -65,30 +65,20 @@ def _nodes(count: int) -> str:
     return f"{count} node{'s' if count > 1 else ''}"
 
 
-def _plan_rows(plan: planner.Plan) -> Iterator[tuple[str, str]]:
+def _plan_rows(result: planner.SearchResult) -> Iterator[tuple[str, str]]:
+    plan = result.plan
     model, training, cluster = plan.model, plan.training, plan.cluster
-    parameters = format_count(count_parameters(model).total)
-    yield "model", f"{parameters} parameters, {OPERATOR_LABELS[model.operator]}, {training.precision}"
     tiles = "" if plan.tile_relations is None else f"; tiles of {plan.tile_relations} relations"
-    kept = _offloaded(plan)
-    yield "strategy", f"ZeRO-{plan.zero.stage}, {kept}; {plan.world_size} ranks on {_nodes(cluster.nodes)}{tiles}"
+    parameters = format_count(count_parameters(model).total)
+    yield "model", f"{parameters} parameters, {OPERATOR_LABELS[model.operator]}, {training.precision}{tiles}"
+    strategy = next(verdict.strategy for verdict in result.strategies if verdict.chosen)
+    yield "strategy", f"{strategy}; {plan.world_size} ranks on {_nodes(cluster.nodes)}"
     accumulated = training.gradient_accumulation_steps
     split = f"{training.micro_batch} a rank" + (f" x {accumulated} accumulated" if accumulated > 1 else "")
     checkpointing = {"none": "no checkpointing", "block": "checkpointing of blocks"}.get(
         model.checkpointing, "checkpointing, offloaded"
     )
     yield "batch", f"{plan.global_batch:,} samples a step: {split}; {checkpointing}"
-
-
-def _offloaded(plan: planner.Plan) -> str:
-    optimizer, parameters = plan.zero.offload_optimizer, plan.zero.offload_param
-    names = {"cpu": "the host", "nvme": "NVMe"}
-    if parameters.device != "none":
-        return f"all on {names[parameters.device]}"
-    if optimizer.device == "none":
-        return "no offload"
-    share = "" if optimizer.ratio == 1 else f"{optimizer.ratio:.0%} of the "
-    return f"{share}optimizer on {names[optimizer.device]}"
 
 
 def _memory_rows(plan: planner.Plan) -> Iterator[tuple[str, str]]:
@@ -126,11 +116,12 @@ def _time_rows(plan: planner.Plan) -> Iterator[tuple[str, str]]:
         f"{time.likely_s:.3g} s ({time.low_s:.3g} to {time.high_s:.3g}), "
         f"{time.samples_per_s:.3g} samples/s ({slow:.3g} to {fast:.3g})",
     )
-    hours = " to ".join(format_duration(seconds) for seconds in (cost.low_s, cost.high_s))
+    unit_s, unit = duration_unit(cost.likely_s)
+    low, likely, high = (f"{seconds / unit_s:,.3g}" for seconds in (cost.low_s, cost.likely_s, cost.high_s))
     price = "" if cost.price is None else f", price {cost.price:,.0f}"
     yield (
         "run",
-        f"{cost.steps:,} steps in {format_duration(cost.likely_s)} ({hours}), "
+        f"{cost.steps:,} steps in {likely} {unit} ({low} to {high}), "
         f"{cost.gpu_hours:.3g} {'GPU' if plan.cluster.device == 'cuda' else 'rank'}-hours{price}",
     )
 

@@ -39,6 +39,7 @@ from .units import GIB as GIB
 from .units import KIB as KIB
 from .units import MIB as MIB
 from .units import TIB as TIB
+from .units import duration_unit as duration_unit
 from .units import format_bytes as format_bytes
 from .units import format_count as format_count
 from .units import format_duration as format_duration

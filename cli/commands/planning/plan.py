@@ -297,7 +297,8 @@ def _print_no_plan(
     """Print what would fit and, if asked for, what was tried; next to a folder write a spec file for each hybrid."""
     hybrids: dict[Path | int, HybridRow] = dict(enumerate(error.hybrids))
     if out is not None:
-        hybrids = {**save_hybrids(spec, error.hybrids, out.with_name(f"{out.name}-hybrids"))}
+        written = save_hybrids(spec, error.hybrids, out.with_name(f"{out.name}-hybrids"))
+        hybrids = dict[Path | int, HybridRow](written.items())
     if as_json:
         files = [{"file": str(path)} if isinstance(path, Path) else {} for path in hybrids]
         print_json(
