@@ -36,28 +36,29 @@ def print_verdict(result: planner.SearchResult, folder: Path | None, minimize: s
     """
     plan = result.plan
     aim = "" if minimize == "time" else f", with the least {minimize}"
-    to.print(Text(f"{plan.model.name} on {plan.cluster.name}: fits{aim}", style="bold"))
+    to.print(Text(f"{plan.model.name} on {plan.cluster.name}: fits{aim}", style="bold green"))
     other = "next best" if minimize == "time" else "fastest"
     rows = (*_plan_rows(result), *_memory_rows(plan), *_time_rows(plan), (other, _next_best(result)))
-    for line in _lines(rows, to.width):
-        to.print(line, soft_wrap=True)
+    lines = _lines(rows, to.width)
+    if folder is not None:
+        files = f"{PLAN_FILE}, ds_config.json, launch scripts, README.md with all reasons"
+        lines += _lines([("files", files)], to.width)
+    to.print(Text("\n").join(lines), soft_wrap=True)
     if folder is None:
         to.print("nothing written: --out FOLDER writes a plan folder; all reasons: --verbose")
         return
-    to.print(f"{'files':{_LABEL}}{PLAN_FILE}, ds_config.json, launch scripts, README.md with all reasons")
     name = shlex.quote(str(folder))
     hosts = f" --hostfile {shlex.quote(str(folder / 'hostfile'))}" if plan.cluster.nodes > 1 else ""
     to.print(f"wrote {folder}; run it: translution launch {name}{hosts}", soft_wrap=True)
 
 
-def _lines(rows: Iterable[tuple[str, str]], width: int, label: int = _LABEL) -> list[str]:
+def _lines(rows: Iterable[tuple[str, str]], width: int, label: int = _LABEL) -> list[Text]:
     """Return labelled texts as lines of at most a width; only a longer word makes a longer line."""
     lines = []
     for name, text in rows:
-        head, indent = f"{name:{label}}", " " * label
-        lines += textwrap.wrap(
-            text, width, initial_indent=head, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-        )
+        parts = textwrap.wrap(text, width - label, break_long_words=False, break_on_hyphens=False)
+        for number, part in enumerate(parts):
+            lines.append(Text.assemble((f"{'' if number else name:{label}}", "cyan"), part))
     return lines
 
 
@@ -105,6 +106,10 @@ def _peak(used: int, owner: str, capacity: int | None) -> str:
     return f"{text} of {format_bytes(capacity)}, {percent}"
 
 
+def _rate(samples_per_s: float) -> str:
+    return f"{samples_per_s:,.0f}" if samples_per_s >= 100 else f"{samples_per_s:.3g}"
+
+
 def _time_rows(plan: planner.Plan) -> Iterator[tuple[str, str]]:
     time, cost = plan.time, plan.run_cost
     if time is None or cost is None:
@@ -114,7 +119,7 @@ def _time_rows(plan: planner.Plan) -> Iterator[tuple[str, str]]:
     yield (
         "step",
         f"{time.likely_s:.3g} s ({time.low_s:.3g} to {time.high_s:.3g}), "
-        f"{time.samples_per_s:.3g} samples/s ({slow:.3g} to {fast:.3g})",
+        f"{_rate(time.samples_per_s)} samples/s ({_rate(slow)} to {_rate(fast)})",
     )
     unit_s, unit = duration_unit(cost.likely_s)
     low, likely, high = (f"{seconds / unit_s:,.3g}" for seconds in (cost.low_s, cost.likely_s, cost.high_s))
@@ -148,21 +153,21 @@ def print_no_plan(
         hybrids: hybrid models that fit, by the file that was written for each, or by number if none was.
         to: the console.
     """
-    to.print(Text(f"{name} on {cluster}: does not fit", style="bold"))
+    to.print(Text(f"{name} on {cluster}: does not fit", style="bold red"))
     rows = list_changes(error.advice, hybrids)
     if not rows:
         to.print("no change was found that makes a plan fit; what was tried: --verbose")
         return
     to.print("Any one of these changes makes a plan fit:")
     label = 2 + max(len(kind) for kind, _ in rows)
-    shown: list[str] = []
+    shown: list[Text] = []
     for number, row in enumerate(rows):
         lines = _lines([row], to.width, label)
         if len(shown) + len(lines) > _ADVISED_LINES:
-            shown.append(f"{'':{label}}and {len(rows) - number} more")
+            shown.append(Text(f"{'':{label}}and {len(rows) - number} more"))
             break
         shown += lines
-    to.print("\n".join(shown), soft_wrap=True)
+    to.print(Text("\n").join(shown), soft_wrap=True)
     written = next((path for path in hybrids if isinstance(path, Path)), None)
     files = "" if written is None else f"spec files of the hybrids: {written.parent}; "
     to.print(f"{files}what was tried: --verbose", soft_wrap=True)

@@ -124,6 +124,13 @@ def test_the_picture_of_the_packages_is_current() -> None:
     assert script.PICTURE.read_text(encoding="utf-8") == script.picture(), "the picture is old: make docs"
 
 
+def test_the_recording_of_plan_is_current() -> None:
+    script = load_script("record_plan")
+    drawn = script.draw()
+    assert "https://" not in drawn.replace("https://www.textualize.io", ""), "a page loads nothing from the network"
+    assert script.PICTURE.read_text(encoding="utf-8") == drawn, "the recording is old: make docs"
+
+
 def test_imports_in_a_circle_have_no_picture() -> None:
     script = load_script("import_graph")
     edges = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
