@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeAlias
@@ -44,9 +45,8 @@ def complete_cluster(incomplete: str) -> list[str]:
     from translution.planner.hardware import load_catalog
 
     known = load_catalog()
-    count, times, name = incomplete.rpartition("x")
-    if times and count.replace("x", "").isdigit():
-        return [f"{count}x{found}" for found in _starting([*known.gpus, *known.nodes], name)]
+    if counts := re.match(r"(\d+x)+", incomplete):
+        return [counts[0] + name for name in _starting([*known.gpus, *known.nodes], incomplete[counts.end() :])]
     local = [f"cpu:{ranks}" for ranks in range(1, usable_cores() + 1)]
     eight = [f"8x{gpu}" for gpu in known.gpus]
     return [*_starting([*local, *eight, *known.nodes], incomplete), *_files(incomplete)]
