@@ -33,6 +33,7 @@ class WorkProgress:
         self._title, self._unit, self._clock = title, unit, clock
         self._began = self._printed = clock()
         self._bar: Progress | None = None
+        self._done = 0
 
     def __enter__(self) -> WorkProgress:
         if sys.stderr.isatty():
@@ -54,6 +55,16 @@ class WorkProgress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def advance(self, count: int, total: int) -> None:
+        """Show that some more parts, such as bytes, are done.
+
+        Args:
+            count: parts that were done since the last call.
+            total: all parts.
+        """
+        self._done += count
+        self.show(min(self._done, total), total)
 
     def show(self, done: int, total: int, text: str = "") -> None:
         """Show that a number of equal parts is done.

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from translution import planner
-from translution.planner.analysis import OPERATOR_LABELS
 from translution.planner.common import Tier, duration_unit, format_bytes, format_count
+from translution.planner.config import OPERATOR_LABELS
 from translution.planner.costs import count_parameters
 from translution.planner.plans import PLAN_FILE
 from translution.planner.search import Advice, HybridRow, describe_hybrid, next_best

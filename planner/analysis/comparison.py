@@ -12,6 +12,7 @@ from ..common.schema import Schema, stored_as
 from ..common.types import DTYPE_BYTES
 from ..config.loading import load_model
 from ..config.model import ModelSpec, PatchSpec, override
+from ..config.model_base import OPERATOR_LABELS
 from ..config.training import TrainingSpec, parse_training
 from ..costs.optimizer import most_state_bytes, widths
 from ..costs.parameters import count_parameters
@@ -119,10 +120,10 @@ def compared_models(
 ) -> Iterator[tuple[str, int | None, ModelSpec]]:
     """Yield the compared models: operator in words, rank, spec."""
     base = override(spec, operator="translution", relative_layers="all", rotary=False)
-    yield "full Translution", None, base
+    yield OPERATOR_LABELS["translution"], None, base
     for rank in alpha_ranks:
-        yield "α-Translution", rank, override(base, operator="alpha", c1=rank, c2=rank)
-    yield "attention", None, override(base, operator="attention")
+        yield OPERATOR_LABELS["alpha"], rank, override(base, operator="alpha", c1=rank, c2=rank)
+    yield OPERATOR_LABELS["attention"], None, override(base, operator="attention")
 
 
 def growing_clusters(gpu: str) -> Iterator[ClusterSpec]:
@@ -293,7 +294,7 @@ def thresholds(spec: ModelSpec, gpu: str, training: TrainingSpec, axes: Sequence
 
             step = largest_that_fits(fits, 1, 8 * max(_steps(spec, axis)))
             largest = None if step is None else scaled(model, axis, step)[0]
-            yield Threshold(axis=axis, operator="full Translution", nodes=cluster.nodes, largest=largest)
+            yield Threshold(axis=axis, operator=OPERATOR_LABELS["translution"], nodes=cluster.nodes, largest=largest)
 
 
 def _has_full_nodes(cluster: ClusterSpec) -> bool:

@@ -26,15 +26,6 @@ from ..simulator.network.ops import DtypeSizes
 
 ADAMW_STATE_BYTES = 16
 """Bytes per parameter of training in fp32 with AdamW: parameter, gradient and two moments."""
-OPERATOR_LABELS = {
-    "translution": "full Translution",
-    "alpha": "α-Translution",
-    "attention": "attention",
-    "bias": "attention, scalars",
-    "shaw": "attention, vectors",
-    "absolute": "absolute matrices",
-}
-"""Operators in words."""
 
 
 class SavedActivations(Schema):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..common.files import new_folder
 from ..common.units import format_bytes, format_count, format_flops
+from ..config.model_base import OPERATOR_LABELS
 from ..costs.parameters import count_parameters
 from ..costs.workload import count_flops
 from ..hardware.cluster import ClusterSpec
@@ -77,11 +78,12 @@ def folder_readme(plan: Plan) -> str:
     if cluster.nodes > 1:
         several = ", `launch-ssh.sh` on the hosts that `hostfile` names"
         script, command = "launch-ssh.sh", "launch FOLDER --hostfile FOLDER/hostfile"
+    label = OPERATOR_LABELS[model.operator]
     tile = "whole tables" if plan.tile_relations is None else f"{plan.tile_relations} relations per tile"
     return f"""# Plan: {model.name} on {cluster.name}
 
 Made by {plan.made_by}. {model.family} with {format_count(count_parameters(model).total)} parameters
-({model.operator}, {tile}), {cluster.nodes} node(s) of {cluster.ranks_per_node} rank(s) on {cluster.device},
+({label}, {tile}), {cluster.nodes} node(s) of {cluster.ranks_per_node} rank(s) on {cluster.device},
 ZeRO-{plan.zero.stage}, {training.precision_text}, {training.micro_batch} samples per rank and micro-batch,
 {training.global_batch(cluster.world_size)} per step, {training.steps} steps,
 {format_flops(flops.training_step * training.global_batch(cluster.world_size))} of matrix products per step.

@@ -45,6 +45,15 @@ def test_what_ends_within_two_seconds_shows_nothing(capsys: Captured) -> None:
     assert capsys.readouterr().err == ""
 
 
+def test_parts_that_are_done_add_up(capsys: Captured) -> None:
+    clock = Clock()
+    with WorkProgress("verifying", clock=clock) as progress:
+        for _ in range(3):
+            clock.now += 4
+            progress.advance(100, 400)
+    assert capsys.readouterr().err.splitlines() == ["verifying: 25%, 4 s so far, about 12 s left"]
+
+
 def test_before_the_first_part_is_done_nothing_is_foretold(capsys: Captured) -> None:
     clock = Clock()
     with WorkProgress("calibrating", clock=clock) as progress:

@@ -13,6 +13,7 @@ import typer
 from translution.distributed.calibration import calibrate_to_file
 from translution.planner.hardware import MeasuredRates, Transfer
 
+from ...completion import complete_cluster
 from ...options import JsonOption
 from ...output import console, make_table, print_json
 from ...progress import WorkProgress
@@ -48,7 +49,9 @@ def _rows(rates: MeasuredRates) -> list[tuple[str, str]]:
     "--cluster laptop.yaml --out plans/small**",
 )
 def calibrate_cli(
-    cluster_name: Annotated[str, typer.Option("--cluster", help="cpu:RANKS, or GPUSxNAME of this machine.")],
+    cluster_name: Annotated[
+        str, typer.Option("--cluster", help="cpu:RANKS, or GPUSxNAME of this machine.", autocompletion=complete_cluster)
+    ],
     out: Annotated[Path, typer.Option(help="Cluster file to write (YAML); plans take it as --cluster.")],
     nvme_path: Annotated[
         str | None, typer.Option(help="Folder on the NVMe drive to measure; without it no drive is measured.")
