@@ -1,4 +1,3 @@
-from ..config.model_base import OPERATOR_LABELS as OPERATOR_LABELS
 from .comparison import ALPHA_RANKS as ALPHA_RANKS
 from .comparison import AXES as AXES
 from .comparison import ComparisonRow as ComparisonRow
@@ -7,6 +6,7 @@ from .comparison import Threshold as Threshold
 from .comparison import comparison_rows as comparison_rows
 from .comparison import scale_points as scale_points
 from .comparison import thresholds as thresholds
+from .estimate_model import OPERATOR_LABELS as OPERATOR_LABELS
 from .estimate_model import compare_operators as compare_operators
 from .estimate_model import operator_costs as operator_costs
 from .estimate_model import with_operator as with_operator

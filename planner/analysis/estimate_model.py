@@ -14,6 +14,7 @@ from ..common.errors import InputError
 from ..common.schema import Schema, stored_as
 from ..config.loading import load_model
 from ..config.model import ModelSpec, parse_model_spec
+from ..config.model_base import OPERATOR_LABELS as OPERATOR_LABELS
 from ..config.model_base import OPERATORS, Operator
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec, parse_training
