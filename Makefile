@@ -59,7 +59,7 @@ format: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python scripts/import_graph.py
-	$(BIN)/python scripts/record_plan.py
+	$(BIN)/python scripts/pictures/record_plan.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo wrote build/site/index.html
 

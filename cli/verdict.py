@@ -121,12 +121,15 @@ def _time_rows(plan: planner.Plan) -> Iterator[tuple[str, str]]:
         f"{time.likely_s:.3g} s ({time.low_s:.3g} to {time.high_s:.3g}), "
         f"{_rate(time.samples_per_s)} samples/s ({_rate(slow)} to {_rate(fast)})",
     )
+    epochs = ""
+    if plan.training.epoch_steps is not None:
+        epochs = f" ({plan.training.steps / plan.training.epoch_steps:.3g} epochs)"
     unit_s, unit = duration_unit(cost.likely_s)
     low, likely, high = (f"{seconds / unit_s:,.3g}" for seconds in (cost.low_s, cost.likely_s, cost.high_s))
     price = "" if cost.price is None else f", price {cost.price:,.0f}"
     yield (
         "run",
-        f"{cost.steps:,} steps in {likely} {unit} ({low} to {high}), "
+        f"{cost.steps:,} steps{epochs} in {likely} {unit} ({low} to {high}), "
         f"{cost.gpu_hours:.3g} {'GPU' if plan.cluster.device == 'cuda' else 'rank'}-hours{price}",
     )
 

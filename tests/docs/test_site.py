@@ -125,7 +125,7 @@ def test_the_picture_of_the_packages_is_current() -> None:
 
 
 def test_the_recording_of_plan_is_current() -> None:
-    script = load_script("record_plan")
+    script = load_script("pictures/record_plan")
     drawn = script.draw()
     assert "https://" not in drawn.replace("https://www.textualize.io", ""), "a page loads nothing from the network"
     assert script.PICTURE.read_text(encoding="utf-8") == drawn, "the recording is old: make docs"

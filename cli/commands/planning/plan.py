@@ -269,9 +269,6 @@ def plan_cli(
 
 def _print_details(result: planner.SearchResult, to: Console) -> None:
     plan = result.plan
-    if plan.training.epoch_steps is not None:
-        epochs = plan.training.steps / plan.training.epoch_steps
-        to.print(f"\n{plan.training.steps:,} steps: {epochs:g} epochs of {plan.training.epoch_steps:,} steps")
     tables = [strategies_table(result.strategies), knobs_table(result), pareto_table(result)]
     if plan.time is not None:
         tables.append(step_time_table(plan, plan.time))

@@ -1,6 +1,6 @@
 """Draw docs/images/plan.svg: what `translution plan` prints in a terminal of 80 columns.
 
-python scripts/record_plan.py
+python scripts/pictures/record_plan.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "docs" / "images" / "plan.svg"
 COMMAND = "translution plan vit-base/16 --cluster 8xH100 --precision bf16 --data synthetic"
 WIDTH = 80
