@@ -58,8 +58,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/.dev
-	$(BIN)/python scripts/import_graph.py
-	$(BIN)/python scripts/drawings.py
+	$(BIN)/python scripts/pictures/import_graph.py
+	$(BIN)/python scripts/pictures/drawings.py
+	$(BIN)/python scripts/pictures/record_plan.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo wrote build/site/index.html
 

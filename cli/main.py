@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import json
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -14,26 +16,57 @@ import typer
 from translution.planner.common import TranslutionError, check_line, printable
 
 from .commands import app
+from .completion import words_to_complete
 
+COST, PLAN, RUN, INSPECT = "What it costs", "Plan", "Run", "Inspect what ran"
+PANELS = {
+    COST: {
+        "estimate": "What a model costs: parameters, memory, operations.",
+        "compare": "Full Translution, α-Translution and attention compared.",
+        "clusters": "GPUs and nodes that --cluster knows, with sources.",
+    },
+    PLAN: {
+        "plan": "The fastest way to train a model that fits a cluster.",
+        "serve": "Costs and plans as a page in a browser.",
+        "calibrate": "Measure this machine, for better predicted times.",
+    },
+    RUN: {
+        "prepare": "Make training data of texts or image archives.",
+        "preflight": "Check whether a plan can run here or on hosts.",
+        "launch": "Train a plan on this machine or on several hosts.",
+        "export": "Write a run's network as one file.",
+        "import": "Read a checkpoint of the authors' code.",
+        "experiment": "Answer a question of the paper with small models.",
+    },
+    INSPECT: {
+        "status": "How far each rank of a run is.",
+        "verify": "Predicted against measured memory of a run.",
+        "verify-checkpoint": "Compare checkpoints with their checksums.",
+        "measure": "Run a few steps and compare memory with its prediction.",
+        "rehearse": "Run one rank of a large plan alone, for its memory.",
+        "report": "A page about plans, runs, models and experiments.",
+    },
+}
+"""The visible commands by panel of ``translution --help``, with their lines there."""
 MODULES = {
     "estimate": "planning.estimate",
-    "plan": "planning.plan",
     "compare": "planning.compare",
     "clusters": "planning.clusters",
-    "report": "planning.report",
+    "plan": "planning.plan",
     "serve": "planning.serve",
     "calibrate": "measuring.calibrate",
     "prepare": "training.prepare",
     "preflight": "training.preflight",
     "launch": "training.launch",
-    "status": "training.status",
-    "verify": "measuring.verify",
-    "measure": "measuring.measure",
-    "rehearse": "measuring.rehearse",
-    "verify-checkpoint": "training.verify_checkpoint",
     "export": "training.export",
     "import": "training.import_",
     "experiment": "measuring.experiment",
+    "status": "training.status",
+    "verify": "measuring.verify",
+    "verify-checkpoint": "training.verify_checkpoint",
+    "measure": "measuring.measure",
+    "rehearse": "measuring.rehearse",
+    "report": "planning.report",
     "train": "training.ranks",
     "rank": "training.ranks",
     "calibrate-rank": "training.ranks",
@@ -41,7 +74,7 @@ MODULES = {
     "rehearse-rank": "training.ranks",
 }
 """Name of every command, in the order of ``--help``, and its module in `commands`."""
-SHORT = ("estimate", "clusters", "--help", "--version")
+SHORT = ("estimate", "clusters", "--help", "-h", "--version")
 """Commands without garbage collection: they end within a second."""
 
 
@@ -76,21 +109,23 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit code.
     """
+    fail = partial(_report, as_json="--json" in arguments)
+    arguments = arguments or ["--help"]
     try:
         for word in arguments:
             check_line(word)
     except ValueError as error:
-        return _fail(f"argument: {error}", 2)
+        return fail(f"argument: {error}", 2)
     try:
         app_of_command = _app_for(arguments)
         if not gc.isenabled() and arguments and arguments[0] not in SHORT:
             gc.set_threshold(50_000, 20, 20)
             gc.enable()
-        code = app_of_command(args=list(arguments), standalone_mode=False)
+        code = app_of_command(args=list(arguments), prog_name="translution", standalone_mode=False)
     except TranslutionError as error:
-        return _fail(str(error), error.exit_code)
+        return fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return fail("interrupted", 130)
     except BrokenPipeError:
         # The program that reads our output, such as head, has exited.
         sys.stderr.close()
@@ -99,17 +134,19 @@ def run(arguments: Sequence[str]) -> int:
         # Typer's usage errors: their classes moved between versions, their interface did not.
         if not hasattr(error, "format_message"):
             if type(error).__name__ == "Abort":
-                return _fail("interrupted", 130)
+                return fail("interrupted", 130)
             raise
-        return _fail(error.format_message() or "no command given: see translution --help", 2)
+        return fail(error.format_message() or "no command given: see translution --help", 2)
     return code if isinstance(code, int) else 0
 
 
 def _app_for(arguments: Sequence[str]) -> typer.Typer:
     """Return the application with the requested command only, which is fast; with all for ``--help`` or an error."""
-    if arguments and arguments[0] in MODULES:
-        return _app_with([arguments[0]])
-    return full_app()
+    words = words_to_complete()
+    first = (arguments if words is None else words)[:1]
+    if first and first[0] in MODULES:
+        return _app_with(first)
+    return _app_with([]) if list(first) == ["--version"] else full_app()
 
 
 def _app_with(names: Iterable[str]) -> typer.Typer:
@@ -118,10 +155,17 @@ def _app_with(names: Iterable[str]) -> typer.Typer:
         importlib.import_module(f".commands.{MODULES[name]}", __package__)
     registered = {info.name: info for info in app.registered_commands}
     selected = copy.copy(app)
-    selected.registered_commands = [registered[name] for name in names]
+    selected.registered_commands = [copy.copy(registered[name]) for name in names]
+    for info in selected.registered_commands:
+        for panel, lines in PANELS.items():
+            if info.name in lines:
+                info.rich_help_panel, info.short_help = panel, lines[info.name]
     return selected
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"translution: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+def _report(message: str, code: int, *, as_json: bool) -> int:
+    """Print an error on stderr, as one line of text or of JSON, and return its exit code."""
+    text = printable(" ".join(message.split()))
+    line = json.dumps({"error": text, "exit_code": code}) if as_json else f"translution: error: {text}"
+    print(line, file=sys.stderr)
     return code

@@ -10,6 +10,8 @@ import typer
 from translution.planner import TrainingSpec
 from translution.planner.common import InputError, nearest, read_yaml
 
+from .completion import choices, complete_model
+
 
 def parse_setting(text: str, flag: str = "--set") -> tuple[str, object]:
     """Split ``FIELD=VALUE`` into the field and its value, which is read as YAML.
@@ -44,37 +46,92 @@ def parse_zero_setting(text: str) -> tuple[str, object]:
     return parse_setting(text, "--zero")
 
 
+MODEL_PANEL, TRAINING_PANEL, BATCH_PANEL = "Model", "Training", "Batch"
+STRATEGY_PANEL, SEARCH_PANEL, OUTPUT_PANEL = "ZeRO, tiles and offload", "What is searched for", "Output"
+HOSTS_PANEL = "Hosts"
+"""Panels of options in ``--help``."""
+OPERATOR_HELP = (
+    "translution (full Translution), alpha (α-Translution), attention, bias (attention, scalars), "
+    "shaw (attention, vectors) or absolute (absolute matrices)."
+)
+
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Preset (vit-base/16, gpt-base/1024) or YAML/JSON file.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Preset (vit-base/16, gpt-base/1024) or YAML/JSON file.", autocompletion=complete_model
+    ),
 ]
-OperatorOption = Annotated[str | None, typer.Option(help="translution, alpha, attention, bias, shaw or absolute.")]
-RolesOption = Annotated[str | None, typer.Option(help="Relative roles, a subset of qkv.")]
-C1Option = Annotated[int | None, typer.Option(help="First low rank per head of alpha.")]
-C2Option = Annotated[int | None, typer.Option(help="Second low rank per head of alpha.")]
+OperatorOption = Annotated[
+    str | None,
+    typer.Option(
+        help=OPERATOR_HELP,
+        rich_help_panel=MODEL_PANEL,
+        autocompletion=choices("translution", "alpha", "attention", "bias", "shaw", "absolute"),
+    ),
+]
+RolesOption = Annotated[str | None, typer.Option(help="Relative roles, a subset of qkv.", rich_help_panel=MODEL_PANEL)]
+C1Option = Annotated[int | None, typer.Option(help="First low rank per head of alpha.", rich_help_panel=MODEL_PANEL)]
+C2Option = Annotated[int | None, typer.Option(help="Second low rank per head of alpha.", rich_help_panel=MODEL_PANEL)]
 RelativeLayersOption = Annotated[
-    str | None, typer.Option(help="Relative layers: all, first:K or every:K; the others use attention.")
+    str | None,
+    typer.Option(
+        help="Relative layers: all, first:K or every:K; the others use attention.", rich_help_panel=MODEL_PANEL
+    ),
 ]
 SetOption = Annotated[
     list[Any] | None,
     typer.Option(
-        "--set", metavar="FIELD=VALUE", parser=parse_setting, help="Any other field of the model; repeatable."
+        "--set",
+        metavar="FIELD=VALUE",
+        parser=parse_setting,
+        help="Any other field of the model; repeatable.",
+        rich_help_panel=MODEL_PANEL,
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="fp32, or bf16 or fp16 with an fp32 master copy.")]
-StageOption = Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.")]
-TileOption = Annotated[int | None, typer.Option(help="Relations per tile of a table; chosen by default.")]
-OffloadOption = Annotated[
-    str, typer.Option(help="What is offloaded: none, cpu-optimizer, cpu, nvme-optimizer or nvme.")
+JsonOption = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON document and nothing else; errors as JSON too.", rich_help_panel=OUTPUT_PANEL
+    ),
 ]
-NvmePathOption = Annotated[str | None, typer.Option(help="Folder on every node's NVMe drive, for offload to NVMe.")]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        help="fp32, or bf16 or fp16 with an fp32 master copy.",
+        rich_help_panel=TRAINING_PANEL,
+        autocompletion=choices("fp32", "bf16", "fp16"),
+    ),
+]
+StageOption = Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.", rich_help_panel=STRATEGY_PANEL)]
+TileOption = Annotated[
+    int | None, typer.Option(help="Relations per tile of a table; chosen by default.", rich_help_panel=STRATEGY_PANEL)
+]
+complete_offload = choices("none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme")
+OffloadOption = Annotated[
+    str,
+    typer.Option(
+        help="What is offloaded: none, cpu-optimizer, cpu, nvme-optimizer or nvme.",
+        rich_help_panel=STRATEGY_PANEL,
+        autocompletion=complete_offload,
+    ),
+]
+NvmePathOption = Annotated[
+    str | None,
+    typer.Option(help="Folder on every node's NVMe drive, for offload to NVMe.", rich_help_panel=STRATEGY_PANEL),
+]
 OffloadRatioOption = Annotated[
-    float, typer.Option(help="Fraction of the optimizer state to offload, for cpu-optimizer.")
+    float,
+    typer.Option(help="Fraction of the optimizer state to offload, for cpu-optimizer.", rich_help_panel=STRATEGY_PANEL),
 ]
 TrainOption = Annotated[
     list[Any] | None,
     typer.Option(
-        "--train", metavar="FIELD=VALUE", parser=parse_training_setting, help="Any other field of training; repeatable."
+        "--train",
+        metavar="FIELD=VALUE",
+        parser=parse_training_setting,
+        help="Any other field of training; repeatable.",
+        rich_help_panel=TRAINING_PANEL,
     ),
 ]
 ZeroOption = Annotated[
@@ -84,9 +141,10 @@ ZeroOption = Annotated[
         metavar="FIELD=VALUE",
         parser=parse_zero_setting,
         help="A ZeRO setting to use instead of the chosen one; repeatable.",
+        rich_help_panel=STRATEGY_PANEL,
     ),
 ]
-MicroBatchOption = Annotated[int, typer.Option(help="Samples per rank and forward pass.")]
+MicroBatchOption = Annotated[int, typer.Option(help="Samples per rank and forward pass.", rich_help_panel=BATCH_PANEL)]
 
 PlanFolderArgument = Annotated[
     Path, typer.Argument(metavar="PLAN_FOLDER", help="Folder that `translution plan` wrote.")
@@ -95,12 +153,22 @@ RunFolderOption = Annotated[
     Path | None, typer.Option(help="Run folder to create; the plan's next runs/NNN by default.")
 ]
 HostfileOption = Annotated[
-    Path | None, typer.Option(help="Start on these hosts through ssh and pdsh; one line HOST slots=RANKS per host.")
+    Path | None,
+    typer.Option(
+        help="Start on these hosts through ssh and pdsh; one line HOST slots=RANKS per host.",
+        rich_help_panel=HOSTS_PANEL,
+    ),
 ]
-SshPortOption = Annotated[int | None, typer.Option(help="ssh port of the hosts; by default ssh's own.")]
+SshPortOption = Annotated[
+    int | None, typer.Option(help="ssh port of the hosts; by default ssh's own.", rich_help_panel=HOSTS_PANEL)
+]
 MasterAddressOption = Annotated[
-    str | None, typer.Option(help="Address of the first host; by default its name in the hostfile.")
+    str | None,
+    typer.Option(help="Address of the first host; by default its name in the hostfile.", rich_help_panel=HOSTS_PANEL),
 ]
 MasterPortOption = Annotated[
-    int | None, typer.Option(help="Port where the ranks meet; by default a free one, or 29500 with --no-ssh.")
+    int | None,
+    typer.Option(
+        help="Port where the ranks meet; by default a free one, or 29500 with --no-ssh.", rich_help_panel=HOSTS_PANEL
+    ),
 ]

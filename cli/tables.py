@@ -10,9 +10,10 @@ from rich.table import Table
 from translution import planner
 from translution.planner.common import Phase, Tier, format_bytes
 from translution.planner.memory import MemoryEstimate
-from translution.planner.search import Advice, HybridRow, StrategyVerdict, describe_hybrid
+from translution.planner.search import Advice, HybridRow, StrategyVerdict
 
 from .output import make_table
+from .verdict import list_changes
 
 
 def strategies_table(strategies: Sequence[StrategyVerdict]) -> Table:
@@ -32,17 +33,18 @@ def pareto_table(result: planner.SearchResult) -> Table:
     """Return the Pareto set of time, device memory and nodes."""
     rows = [
         (
+            point.strategy,
+            point.checkpointing,
+            str(point.micro_batch),
+            str(point.nodes),
             f"{point.step_s:.3g}",
             format_bytes(point.device_bytes),
-            str(point.nodes),
-            point.strategy,
-            str(point.micro_batch),
-            point.checkpointing,
         )
         for point in result.pareto
     ]
-    columns = ("seconds", "device, at most", "nodes", "strategy", "micro-batch", "checkpointing")
-    return make_table("Pareto set: nothing faster needs less memory or fewer nodes", columns, rows)
+    columns = ("strategy", "checkpointing", "micro-batch", "nodes", "seconds", "device, at most")
+    title = "Pareto set: nothing faster needs less memory or fewer nodes"
+    return make_table(title, columns, rows, text_columns=2)
 
 
 def step_time_table(plan: planner.Plan, time: planner.StepTime) -> Table:
@@ -89,16 +91,15 @@ def format_evaluation(plan: planner.Plan) -> str:
     return f"{text}, {passes * evaluation.likely_s:.3g} s in all"
 
 
-def advice_table(advice: Sequence[Advice], hybrids: Mapping[Path, HybridRow]) -> Table:
+def advice_table(advice: Sequence[Advice], hybrids: Mapping[Path | int, HybridRow]) -> Table:
     """Return the changes that each make a plan fit.
 
     Args:
         advice: changes, cheapest first.
-        hybrids: hybrid models by their spec file.
+        hybrids: hybrid models by their spec file, or by number if none was written.
     """
-    rows = [(entry.kind, entry.text) for entry in advice]
-    rows += [("hybrid", f"{describe_hybrid(row)} ({path})") for path, row in hybrids.items()]
-    return make_table("Any one of these changes makes a plan fit", ("change", "to"), rows, text_columns=2)
+    title = "Any one of these changes makes a plan fit"
+    return make_table(title, ("change", "to"), list_changes(advice, hybrids), text_columns=2)
 
 
 def phase_table(title: str, prediction: MemoryEstimate) -> Table:

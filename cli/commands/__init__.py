@@ -13,7 +13,7 @@ app = typer.Typer(
     name="translution",
     help="Plan and train full Translution models.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )

@@ -1,1 +1,2 @@
+from .launcher import LaunchResult as LaunchResult
 from .launcher import launch as launch

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..common.errors import MissingPackageError
+from ..common.progress import OnProgress, ignore_progress
 from ..common.schema import Schema, stored_as
 from ..common.types import DTYPE_BYTES
 from ..config.loading import load_model
 from ..config.model import ModelSpec, PatchSpec, override
+from ..config.model_base import OPERATOR_LABELS
 from ..config.training import TrainingSpec, parse_training
 from ..costs.optimizer import most_state_bytes, widths
 from ..costs.parameters import count_parameters
@@ -28,6 +30,8 @@ ALPHA_RANKS = (4, 8, 16, 32, 64)
 MAX_COMPARED_NODES = 512
 THRESHOLD_NODES = (1, 2, 8)
 """Numbers of nodes for which `thresholds` finds the largest model."""
+_ROWS_PER_THRESHOLD = 8
+"""How often as long the search of a largest model takes as a row, for estimates of what is left."""
 if TYPE_CHECKING:
     import pandas
 
@@ -116,10 +120,10 @@ def compared_models(
 ) -> Iterator[tuple[str, int | None, ModelSpec]]:
     """Yield the compared models: operator in words, rank, spec."""
     base = override(spec, operator="translution", relative_layers="all", rotary=False)
-    yield "full Translution", None, base
+    yield OPERATOR_LABELS["translution"], None, base
     for rank in alpha_ranks:
-        yield "α-Translution", rank, override(base, operator="alpha", c1=rank, c2=rank)
-    yield "attention", None, override(base, operator="attention")
+        yield OPERATOR_LABELS["alpha"], rank, override(base, operator="alpha", c1=rank, c2=rank)
+    yield OPERATOR_LABELS["attention"], None, override(base, operator="attention")
 
 
 def growing_clusters(gpu: str) -> Iterator[ClusterSpec]:
@@ -194,6 +198,7 @@ def compare(
     gpu: str = "H100",
     precision: str = "bf16",
     alpha_ranks: Sequence[int] = ALPHA_RANKS,
+    on_progress: OnProgress = ignore_progress,
 ) -> Comparison:
     """Compare full Translution with α-Translution and attention in the place of each model.
 
@@ -202,18 +207,22 @@ def compare(
         gpu: GPU of the clusters.
         precision: dtype of training: fp32, bf16 or fp16.
         alpha_ranks: ranks c1 = c2 of α-Translution.
+        on_progress: called after each operator of a model and each of the largest models.
 
     Raises:
         InputError: for an unknown name, a bad value, or a rank that does not suit a model.
     """
     specs = [load_model(model) for model in models]
     training = parse_training({"precision": precision, "data": "synthetic"}, "compare")
-    return Comparison(
-        gpu=gpu,
-        precision=precision,
-        rows=tuple(row for spec in specs for row in comparison_rows(spec, gpu, training, alpha_ranks)),
-        thresholds=tuple(limit for spec in specs[:1] for limit in thresholds(spec, gpu, training)),
-    )
+    total = len(specs) * (len(alpha_ranks) + 2) + len(AXES) * len(THRESHOLD_NODES) * _ROWS_PER_THRESHOLD
+    rows, limits = [], []
+    for row in (row for spec in specs for row in comparison_rows(spec, gpu, training, alpha_ranks)):
+        rows.append(row)
+        on_progress(len(rows), total)
+    for limit in (limit for spec in specs[:1] for limit in thresholds(spec, gpu, training)):
+        limits.append(limit)
+        on_progress(len(rows) + len(limits) * _ROWS_PER_THRESHOLD, total)
+    return Comparison(gpu=gpu, precision=precision, rows=tuple(rows), thresholds=tuple(limits))
 
 
 def scaled(spec: ModelSpec, axis: Axis, step: int) -> tuple[int, ModelSpec]:
@@ -285,7 +294,7 @@ def thresholds(spec: ModelSpec, gpu: str, training: TrainingSpec, axes: Sequence
 
             step = largest_that_fits(fits, 1, 8 * max(_steps(spec, axis)))
             largest = None if step is None else scaled(model, axis, step)[0]
-            yield Threshold(axis=axis, operator="full Translution", nodes=cluster.nodes, largest=largest)
+            yield Threshold(axis=axis, operator=OPERATOR_LABELS["translution"], nodes=cluster.nodes, largest=largest)
 
 
 def _has_full_nodes(cluster: ClusterSpec) -> bool:

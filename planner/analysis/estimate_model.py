@@ -14,6 +14,7 @@ from ..common.errors import InputError
 from ..common.schema import Schema, stored_as
 from ..config.loading import load_model
 from ..config.model import ModelSpec, parse_model_spec
+from ..config.model_base import OPERATOR_LABELS as OPERATOR_LABELS
 from ..config.model_base import OPERATORS, Operator
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec, parse_training
@@ -26,15 +27,6 @@ from ..simulator.network.ops import DtypeSizes
 
 ADAMW_STATE_BYTES = 16
 """Bytes per parameter of training in fp32 with AdamW: parameter, gradient and two moments."""
-OPERATOR_LABELS = {
-    "translution": "full Translution",
-    "alpha": "α-Translution",
-    "attention": "attention",
-    "bias": "attention, scalars",
-    "shaw": "attention, vectors",
-    "absolute": "absolute matrices",
-}
-"""Operators in words."""
 
 
 class SavedActivations(Schema):

@@ -19,6 +19,8 @@ from .machine import usable_cores as usable_cores
 from .phases import TRAINING_PHASES as TRAINING_PHASES
 from .phases import Phase as Phase
 from .phases import Tier as Tier
+from .progress import OnProgress as OnProgress
+from .progress import ignore_progress as ignore_progress
 from .provenance import DISTRIBUTION as DISTRIBUTION
 from .provenance import Provenance as Provenance
 from .provenance import make_provenance as make_provenance
@@ -37,6 +39,8 @@ from .units import GIB as GIB
 from .units import KIB as KIB
 from .units import MIB as MIB
 from .units import TIB as TIB
+from .units import duration_unit as duration_unit
 from .units import format_bytes as format_bytes
 from .units import format_count as format_count
+from .units import format_duration as format_duration
 from .units import format_flops as format_flops

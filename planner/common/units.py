@@ -15,6 +15,20 @@ def format_bytes(count: int) -> str:
     return f"{count} B"
 
 
+def duration_unit(seconds: float) -> tuple[int, str]:
+    """Return the seconds and the name of the unit that suits a duration: hours, minutes or seconds."""
+    for unit, name in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return unit, name
+    return 1, "s"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in the unit that suits it, such as ``36.6 s``, ``12.5 min`` or ``7.25 h``."""
+    unit, name = duration_unit(seconds)
+    return f"{seconds / unit:,.3g} {name}"
+
+
 def _powers_of_1000(value: float, suffixes: tuple[str, ...]) -> str:
     for exponent in range(len(suffixes), 0, -1):
         if abs(value) >= 1000**exponent:

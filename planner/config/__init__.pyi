@@ -24,6 +24,7 @@ from .model import override as override
 from .model import parse_model_spec as parse_model_spec
 from .model_base import DEFAULT_WORKSPACE_BYTES as DEFAULT_WORKSPACE_BYTES
 from .model_base import LOSS_CHUNK_ELEMENTS as LOSS_CHUNK_ELEMENTS
+from .model_base import OPERATOR_LABELS as OPERATOR_LABELS
 from .model_base import OPERATORS as OPERATORS
 from .model_base import Operator as Operator
 from .model_base import canonical_roles as canonical_roles

@@ -21,6 +21,16 @@ OPERATORS: tuple[Operator, ...] = ("translution", "alpha", "attention", "bias", 
 """Full and low-rank Translution; self-attention plain, with a scalar (bias) or vectors (shaw) per
 relation; and a matrix per position (absolute)."""
 
+OPERATOR_LABELS: dict[str, str] = {
+    "translution": "full Translution",
+    "alpha": "α-Translution",
+    "attention": "attention",
+    "bias": "attention, scalars",
+    "shaw": "attention, vectors",
+    "absolute": "absolute matrices",
+}
+"""Operators in words, as every table and page names them."""
+
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
 """Default limit of the scratch memory of one operator call, in bytes."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..common.files import new_folder
 from ..common.units import format_bytes, format_count, format_flops
+from ..config.model_base import OPERATOR_LABELS
 from ..costs.parameters import count_parameters
 from ..costs.workload import count_flops
 from ..hardware.cluster import ClusterSpec
@@ -77,11 +78,12 @@ def folder_readme(plan: Plan) -> str:
     if cluster.nodes > 1:
         several = ", `launch-ssh.sh` on the hosts that `hostfile` names"
         script, command = "launch-ssh.sh", "launch FOLDER --hostfile FOLDER/hostfile"
+    label = OPERATOR_LABELS[model.operator]
     tile = "whole tables" if plan.tile_relations is None else f"{plan.tile_relations} relations per tile"
     return f"""# Plan: {model.name} on {cluster.name}
 
 Made by {plan.made_by}. {model.family} with {format_count(count_parameters(model).total)} parameters
-({model.operator}, {tile}), {cluster.nodes} node(s) of {cluster.ranks_per_node} rank(s) on {cluster.device},
+({label}, {tile}), {cluster.nodes} node(s) of {cluster.ranks_per_node} rank(s) on {cluster.device},
 ZeRO-{plan.zero.stage}, {training.precision_text}, {training.micro_batch} samples per rank and micro-batch,
 {training.global_batch(cluster.world_size)} per step, {training.steps} steps,
 {format_flops(flops.training_step * training.global_batch(cluster.world_size))} of matrix products per step.
@@ -111,13 +113,14 @@ are not counted.
 {time_table(plan)}"""
 
 
-def write_plan_folder(plan: Plan, target: Path, *, force: bool = False) -> None:
+def write_plan_folder(plan: Plan, target: Path, *, force: bool = False, notes: str = "") -> None:
     """Write a complete plan folder, or nothing.
 
     Args:
         plan: the plan.
         target: the folder to create.
         force: write into an existing plan folder; its runs stay as they are.
+        notes: Markdown that ends the folder's README, such as the reasons of a search.
 
     Raises:
         InputError: if the folder exists and ``force`` is false, is no plan folder, or cannot be written.
@@ -126,7 +129,7 @@ def write_plan_folder(plan: Plan, target: Path, *, force: bool = False) -> None:
         (folder / PLAN_FILE).write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
         config = json.dumps(plan.deepspeed_config(), indent=2)
         (folder / "ds_config.json").write_text(config + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(folder_readme(plan), encoding="utf-8")
+        (folder / "README.md").write_text(folder_readme(plan) + notes, encoding="utf-8")
         for name, text in {"launch.sh": _LAUNCH, **launch_files(plan)}.items():
             (folder / name).write_text(text, encoding="utf-8")
             if name.endswith((".sh", ".sbatch")) and name != "environment.sh":

@@ -2,6 +2,9 @@ from .advice import Advice as Advice
 from .advice import HybridRow as HybridRow
 from .advice import describe_hybrid as describe_hybrid
 from .advice import save_hybrids as save_hybrids
+from .explanation import next_best as next_best
+from .explanation import search_notes as search_notes
+from .explanation import write_search_folder as write_search_folder
 from .plan_search import KnobReason as KnobReason
 from .plan_search import NoPlanFits as NoPlanFits
 from .plan_search import ParetoPoint as ParetoPoint

@@ -12,6 +12,7 @@ from ..common.schema import Schema
 from ..common.units import format_bytes, format_count
 from ..config.loading import save_model
 from ..config.model import GptSpec, ModelSpec, PatchSpec, override
+from ..config.model_base import OPERATOR_LABELS
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
 from ..costs.parameters import TABLES, count_parameters, table_entries
@@ -296,7 +297,7 @@ class FixAdvisor:
 
 def describe_hybrid(row: HybridRow) -> str:
     """Describe a hybrid in words."""
-    rest = f"α-Translution with c1 = c2 = {row.c1}" if row.c1 else "self-attention"
+    rest = f"{OPERATOR_LABELS['alpha']} with c1 = c2 = {row.c1}" if row.c1 else OPERATOR_LABELS["attention"]
     return f"{row.full_layers} full layers, the others {rest}: {format_count(row.parameters)} parameters"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ..common.errors import DoesNotFitError, InputError, nearest
+from ..common.progress import OnProgress, ignore_progress
 from ..common.schema import Schema, stored_as, validate
 from ..common.types import Positive
 from ..common.units import format_bytes
@@ -62,6 +63,7 @@ def plan(
     recipe: str | None = None,
     samples: int | None = None,
     epochs: float | None = None,
+    on_progress: OnProgress = ignore_progress,
     **settings: Any,
 ) -> SearchResult:
     """Find the best plan of a model on a cluster.
@@ -73,6 +75,7 @@ def plan(
             ``"translution-gpt"``.
         samples: samples of one epoch; with it the number of steps follows from ``epochs`` and the global batch.
         epochs: passes over ``samples``; the recipe's by default, or 1.
+        on_progress: called while candidates are collected.
         settings: fields of `TrainingSpec` (``precision="bf16"``, ``steps=1000``, ``data="images"``; the data is
             ``"synthetic"`` unless given) and of `SearchConstraints` (``global_batch=512``, ``stage=3``,
             ``offload="cpu"``). ``micro_batch`` and ``gradient_accumulation_steps`` fix what the search would choose;
@@ -110,7 +113,7 @@ def plan(
     elif epochs is not None:
         raise InputError(f"epochs: {epochs} is not allowed: must be used with samples or a recipe")
     training = parse_training({"data": "synthetic"} | fields, "plan")
-    return search_plan(spec, where, training, constraints)
+    return search_plan(spec, where, training, constraints, on_progress)
 
 
 def _recipe_fields(
@@ -148,7 +151,11 @@ def steps_for_epochs(samples: int, epochs: float, constraints: SearchConstraints
 
 
 def search_plan(
-    spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, constraints: SearchConstraints | None = None
+    spec: ModelSpec,
+    cluster: ClusterSpec,
+    training: TrainingSpec,
+    constraints: SearchConstraints | None = None,
+    on_progress: OnProgress = ignore_progress,
 ) -> SearchResult:
     """Find the best plan of a model on a cluster, from validated specs.
 
@@ -157,12 +164,13 @@ def search_plan(
         cluster: all available nodes.
         training: precision, optimizer, data and steps; the search chooses micro-batch and accumulation.
         constraints: what the user fixes; by default nothing.
+        on_progress: called while candidates are collected.
 
     Raises:
         InputError: if the constraints contradict one another, or the cluster lacks a rate.
         NoPlanFits: if no plan fits.
     """
-    searcher = Searcher(spec, cluster, training, constraints or SearchConstraints())
+    searcher = Searcher(spec, cluster, training, constraints or SearchConstraints(), on_progress)
     best = searcher.best()
     if best is not None:
         return explain(searcher, best)

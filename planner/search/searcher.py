@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from ..common.errors import InputError
 from ..common.phases import Tier
+from ..common.progress import OnProgress, ignore_progress
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
@@ -54,13 +55,19 @@ class Searcher:
         cluster: all available nodes.
         training: precision, optimizer and data; the search chooses its batch.
         constraints: what the user fixes.
+        on_progress: called while candidates are collected, which takes nearly all of the time.
 
     Raises:
         InputError: if the constraints contradict one another, or the cluster lacks a rate.
     """
 
     def __init__(
-        self, spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, constraints: SearchConstraints
+        self,
+        spec: ModelSpec,
+        cluster: ClusterSpec,
+        training: TrainingSpec,
+        constraints: SearchConstraints,
+        on_progress: OnProgress = ignore_progress,
     ) -> None:
         self.spec, self.cluster, self.training, self.constraints = spec, cluster, training, constraints
         self.strategies, self.infeasible = list_strategies(constraints, cluster)
@@ -75,7 +82,7 @@ class Searcher:
         check_data(spec, training, self.global_batch)
         # A wrong name or value of a knob is an error of the input, whatever the strategy.
         override_zero(ZeroSpec(), constraints.zero_overrides)
-        self._collect()
+        self._collect(on_progress)
 
     def _models(self) -> list[ModelSpec]:
         modes: tuple[Checkpointing, ...] = ("none", "block", "offload")
@@ -90,26 +97,27 @@ class Searcher:
             for mode in modes
         ]
 
-    def _collect(self) -> None:
-        divides = False
+    def _collect(self, on_progress: OnProgress) -> None:
+        parts: list[tuple[Strategy, RunConfig, Rates]] = []
         for nodes in node_counts(self.cluster, self.constraints):
             cluster = with_nodes(self.cluster, nodes)
-            pairs = batches(self.constraints, self.global_batch, cluster.world_size)
-            divides = divides or bool(pairs)
             self.capacities[nodes] = Capacity.of(cluster, self.constraints.headroom)
             rates = Rates(cluster, self.training.compute_precision)
             rates.check()
-            for micro_batch, steps in pairs:
+            for micro_batch, steps in batches(self.constraints, self.global_batch, cluster.world_size):
                 update = {"micro_batch": micro_batch, "gradient_accumulation_steps": steps}
                 training = self.training.model_copy(update=update)
                 for model in self._models():
-                    for strategy in self.strategies:
-                        self._try_strategy(strategy, RunConfig(model, cluster, training, ZeroSpec()), rates)
-        if not divides:
+                    run = RunConfig(model, cluster, training, ZeroSpec())
+                    parts += [(strategy, run, rates) for strategy in self.strategies]
+        if not parts and self.strategies:
             raise InputError(
                 f"global_batch: {self.global_batch} is not allowed: must be a multiple of the "
                 f"{self.cluster.world_size} ranks, and of micro_batch and accumulation where they are given"
             )
+        for number, part in enumerate(parts):
+            on_progress(number, len(parts))
+            self._try_strategy(*part)
 
     def _try_strategy(self, strategy: Strategy, base: RunConfig, rates: Rates) -> None:
         """Evaluate every tile size and knob set of a strategy; ``base`` gives the rest of the configuration."""

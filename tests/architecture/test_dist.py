@@ -47,6 +47,7 @@ def test_the_wheel_has_every_module_and_data_file_and_nothing_else(built: dict[s
     kept = (".py", ".pyi", ".typed", ".yaml", ".j2", ".css", ".js")
     data = "planner/hardware/data/"
     expected = {f"translution/{name}" for name in tracked if name.endswith(kept) or name.startswith(data)}
+    expected.add("translution/__main__.py")
     with zipfile.ZipFile(built["wheel"]) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert found == expected
@@ -71,6 +72,7 @@ def test_the_wheel_installed_alone_plans(built: dict[str, Path], tmp_path: Path)
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     words = ["plan", "vit-tiny/56", "--cluster", "2xH100", "--data", "synthetic", "--out", tmp_path / "plan"]
     run(tmp_path / "venv" / "bin" / "translution", *words, cwd=tmp_path, env=variables)
+    assert run(python, "-m", "translution", "--version", cwd=tmp_path, env=variables).startswith("translution-scale ")
     plan = json.loads((tmp_path / "plan" / "plan.json").read_text())
     version = tomllib.loads((built["root"] / "pyproject.toml").read_text())["project"]["version"]
     assert plan["made_by"] == f"translution-scale {version}"

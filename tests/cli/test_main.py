@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import typer
 
 from translution.cli import commands
-from translution.cli.main import MODULES, full_app, run
+from translution.cli.main import MODULES, PANELS, full_app, run
 from translution.planner.common.machine import usable_cores
 
 Captured = pytest.CaptureFixture[str]
@@ -25,6 +26,49 @@ def test_help_shows_examples(capsys: Captured) -> None:
 def test_the_version_is_the_distribution_version(capsys: Captured) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out.startswith("translution-scale ")
+
+
+def test_the_overview_shows_every_command_in_its_panel(capsys: Captured) -> None:
+    shown = []
+    for words in ([], ["-h"], ["--help"]):
+        assert run(words) == 0
+        shown.append(capsys.readouterr().out)
+    assert len(set(shown)) == 1
+    hidden = {name for name, module in MODULES.items() if module == "training.ranks"}
+    assert {name for lines in PANELS.values() for name in lines} == set(MODULES) - hidden
+    place = 0
+    for panel, lines in PANELS.items():
+        place = shown[0].index(f"─ {panel} ─", place)
+        for name, text in lines.items():
+            place = shown[0].index(f"│ {name} ", place)
+            assert shown[0][place:].split("\n")[0].endswith("│")
+            assert text in shown[0][place:].split("\n")[0], "one line of 80 columns"
+    assert not any(f"│ {name} " in shown[0] for name in hidden)
+
+
+def test_options_are_in_panels(capsys: Captured) -> None:
+    assert run(["plan", "-h"]) == 0
+    panels = capsys.readouterr().out
+    for panel in ("Model", "Batch", "Training", "ZeRO, tiles and offload", "What is searched for", "Output"):
+        assert f"─ {panel} ─" in panels
+
+
+def test_the_command_line_is_a_module_too(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "translution", "--version"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.startswith("translution-scale ")
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    program = (
+        "import sys\nfrom translution.cli.main import run\nassert run([{word!r}]) == 0\n"
+        "print(*{{'torch', 'numpy', 'pandas', 'deepspeed'}} & set(sys.modules), file=sys.stderr)"
+    )
+    for word in ("--help", "--version"):
+        words = [sys.executable, "-c", program.format(word=word)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert done.stderr.strip() == ""
 
 
 BAD: list[tuple[str, list[str], int]] = [
@@ -100,6 +144,25 @@ def test_bad_input_is_a_one_line_error_and_writes_nothing(
     assert captured.err[:-1].isprintable()
     assert message in captured.err
     assert [path.name for path in tmp_path.rglob("*")] == ["existing"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["estimate", "vit-bse/16"], 2),
+        (["estimate", "vit-base/16", "--opertor", "alpha"], 2),
+        (["launch", "MISSING"], 2),
+        (["plan", "vit-base/16", "--cluster", "8xH100", "--force"], 2),
+    ],
+)
+def test_errors_are_json_with_json(words: list[str], code: int, tmp_path: Path, capsys: Captured) -> None:
+    words = [str(tmp_path / "missing") if word == "MISSING" else word for word in words]
+    assert run(words) == code
+    text = capsys.readouterr().err.removeprefix("translution: error: ").removesuffix("\n")
+    assert run([*words, "--json"]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert json.loads(captured.err) == {"error": text, "exit_code": code}
 
 
 def test_every_module_of_a_command_has_its_commands(capsys: Captured) -> None:

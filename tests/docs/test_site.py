@@ -123,12 +123,12 @@ def test_the_search_works_from_disk(site: Path, browser: Browser) -> None:
 
 
 def test_the_picture_of_the_packages_is_current() -> None:
-    script = load_script("import_graph")
+    script = load_script("pictures/import_graph")
     assert script.PICTURE.read_text(encoding="utf-8") == script.picture(), "the picture is old: make docs"
 
 
 def test_the_drawings_of_the_operator_are_current_and_true() -> None:
-    script = load_script("drawings")
+    script = load_script("pictures/drawings")
     pictures = {"operator": script.operator_picture(), "tiles": script.tiles_picture()}
     for name, picture in pictures.items():
         assert (script.IMAGES / f"{name}.svg").read_text(encoding="utf-8") == picture, "the drawings are old: make docs"
@@ -139,8 +139,15 @@ def test_the_drawings_of_the_operator_are_current_and_true() -> None:
     assert f"{table.relations} matrices" in pictures["tiles"]
 
 
+def test_the_recording_of_plan_is_current() -> None:
+    script = load_script("pictures/record_plan")
+    drawn = script.draw()
+    assert "https://" not in drawn.replace("https://www.textualize.io", ""), "a page loads nothing from the network"
+    assert script.PICTURE.read_text(encoding="utf-8") == drawn, "the recording is old: make docs"
+
+
 def test_imports_in_a_circle_have_no_picture() -> None:
-    script = load_script("import_graph")
+    script = load_script("pictures/import_graph")
     edges = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
     with pytest.raises(ValueError, match="packages import each other: a, b, c"):
         script._rows(edges)

@@ -16,10 +16,11 @@ from helpers.html_page import cells, table
 
 from translution.cli.main import full_app, run
 from translution.planner.analysis.comparison import comparison_rows
-from translution.planner.analysis.estimate_model import OPERATOR_LABELS, operator_costs, with_operator
+from translution.planner.analysis.estimate_model import operator_costs, with_operator
 from translution.planner.analysis.growth import PlanPoint, best_points
 from translution.planner.common.provenance import make_provenance
 from translution.planner.config.loading import preset
+from translution.planner.config.model_base import OPERATOR_LABELS
 from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
 from translution.planner.plans.plan import load_plan

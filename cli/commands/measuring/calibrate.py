@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from translution.distributed.calibration import calibrate_to_file
 from translution.planner.hardware import MeasuredRates, Transfer
 
+from ...completion import complete_cluster
 from ...options import JsonOption
 from ...output import console, make_table, print_json
+from ...progress import WorkProgress
 from .. import app
 
 
@@ -48,7 +49,9 @@ def _rows(rates: MeasuredRates) -> list[tuple[str, str]]:
     "--cluster laptop.yaml --out plans/small**",
 )
 def calibrate_cli(
-    cluster_name: Annotated[str, typer.Option("--cluster", help="cpu:RANKS, or GPUSxNAME of this machine.")],
+    cluster_name: Annotated[
+        str, typer.Option("--cluster", help="cpu:RANKS, or GPUSxNAME of this machine.", autocompletion=complete_cluster)
+    ],
     out: Annotated[Path, typer.Option(help="Cluster file to write (YAML); plans take it as --cluster.")],
     nvme_path: Annotated[
         str | None, typer.Option(help="Folder on the NVMe drive to measure; without it no drive is measured.")
@@ -57,23 +60,19 @@ def calibrate_cli(
 ) -> None:
     """Measure the compute and transfer rates of this machine, for predictions of time."""
     began = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, console=console(stderr=True))
-    task = progress.add_task("")
+    with WorkProgress("calibrating") as progress:
 
-    def show(line: str, number: int, total: int) -> None:
-        progress.start()
-        progress.update(task, description=line, completed=number, total=total)
+        def show(line: str, number: int, total: int) -> None:
+            progress.show(number, total, line)
 
-    try:
         rates = calibrate_to_file(cluster_name, out, nvme_path, shlex.join(["translution", *sys.argv[1:]]), show)
-    finally:
-        if progress.live.is_started:
-            progress.stop()
     if as_json:
         print_json({"file": str(out), "measured": rates.model_dump(mode="json")})
         return
     seconds = time.monotonic() - began
     title = f"{rates.machine}: {rates.ranks} rank(s) in parallel, {seconds:.0f} s"
     console().print(make_table(title, ("operation", "rate"), _rows(rates), text_columns=2))
-    console().print(f"wrote {out}; plan with it: translution plan MODEL --cluster {out} --out FOLDER")
+    console().print(
+        f"wrote {out}; plan with it: translution plan MODEL --cluster {shlex.quote(str(out))} --out FOLDER",
+        soft_wrap=True,
+    )

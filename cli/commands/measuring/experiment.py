@@ -9,10 +9,14 @@ import typer
 
 from translution.distributed.experiments import Trial, find_experiment, run_experiment
 
+from ...completion import choices
 from ...extras import requires_extra
 from ...options import JsonOption
 from ...output import console, make_table, note, print_json
+from ...progress import WorkProgress
 from .. import app
+
+complete_name = choices("shift", "ablation", "rank", "roles", "language")
 
 
 @app.command(
@@ -20,7 +24,10 @@ from .. import app
     epilog="Examples: **translution experiment shift** · **translution experiment language --quick --out quick**",
 )
 def experiment_cli(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="shift, ablation, rank, roles or language.")],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="shift, ablation, rank, roles or language.", autocompletion=complete_name),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="Folder to write: raw figures, a table and a picture; experiments/NAME by default."),
@@ -39,10 +46,13 @@ def experiment_cli(
     out = Path("experiments", name) if out is None else out
     reports.check_experiment_folder(out, force=force)
 
-    def show(trial: Trial, number: int, count: int) -> None:
-        note(f"{number}/{count}: {trial.variant}, {trial.train}, seed {trial.seed}: {trial.seconds:.0f} s")
+    with WorkProgress("training", "models") as progress:
 
-    result = run_experiment(experiment, quick=quick, seeds=seeds, steps=steps, on_trial=show)
+        def show(trial: Trial, number: int, count: int) -> None:
+            note(f"{number}/{count}: {trial.variant}, {trial.train}, seed {trial.seed}: {trial.seconds:.0f} s")
+            progress.show(number, count)
+
+        result = run_experiment(experiment, quick=quick, seeds=seeds, steps=steps, on_trial=show)
     reports.write_experiment(result, out, force=force)
     if as_json:
         print_json({"summaries": [row.model_dump() for row in result.summaries()], "seconds": result.seconds})

@@ -14,6 +14,7 @@ from translution import planner
 from translution.planner.config import parse_training
 from translution.planner.search import Stage
 
+from ...completion import complete_cluster, complete_model
 from ...extras import requires_extra
 from ...options import (
     JsonOption,
@@ -28,6 +29,7 @@ from ...options import (
     TrainOption,
     ZeroOption,
 )
+from ...progress import WorkProgress
 from .. import app
 from .verify import print_verification
 
@@ -38,8 +40,15 @@ from .verify import print_verification
     "--stage 2** · **translution measure my.yaml --cluster cpu:2 --offload nvme --nvme-path /nvme/swap**",
 )
 def measure_cli(
-    target: Annotated[str, typer.Argument(metavar="PLAN_OR_MODEL", help="A plan folder, or a preset or model file.")],
-    cluster: Annotated[str, typer.Option(help="cpu:RANKS, or GPUSxNAME of this machine; for a model.")] = "cpu:1",
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="PLAN_OR_MODEL", help="A plan folder, or a preset or model file.", autocompletion=complete_model
+        ),
+    ],
+    cluster: Annotated[
+        str, typer.Option(help="cpu:RANKS, or GPUSxNAME of this machine; for a model.", autocompletion=complete_cluster)
+    ] = "cpu:1",
     settings: SetOption = None,
     precision: PrecisionOption = "fp32",
     micro_batch: MicroBatchOption = 1,
@@ -91,7 +100,8 @@ def _measure(plan: planner.Plan, out: Path | None, *, resume: bool, as_json: boo
     try:
         folder = temporary / "plan" if temporary is not None else out
         assert folder is not None
-        run = measure_plan(few_steps(plan), folder, console.print, resume=resume)
+        with WorkProgress("measuring", "runs of the ranks") as progress:
+            run = measure_plan(few_steps(plan), folder, console.print, resume=resume, on_progress=progress.show)
         print_verification(run, as_json=as_json)
     finally:
         if temporary is not None:

@@ -115,10 +115,13 @@ def print_rehearsal(rehearsal: Rehearsal, run: Path, *, as_json: bool) -> None:
     title = f"Rank {rehearsal.rank} of {rehearsal.ranks}, {rehearsal.plan}: {rehearsal.depth} layers, {method}"
     out.print(make_table(title, ("item", "predicted", figure, f"predicted / {figure}"), cells))
     planned = ", ".join(f"{format_bytes(size)} of {tier}" for tier, size in rehearsal.planned_bytes.items())
-    out.print(f"the plan predicts for the full lifecycle of the rank: {planned}; here all tiers are host memory")
+    out.print(
+        f"the plan predicts for the full lifecycle of the rank: {planned}; here all tiers are host memory",
+        soft_wrap=True,
+    )
     for count, seconds in rehearsal.seconds.items():
         phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "all")
-        out.print(f"{format_layers(count)} took {seconds['all']:.0f} s ({phases})")
+        out.print(f"{format_layers(count)} took {seconds['all']:.0f} s ({phases})", soft_wrap=True)
     products = "computed" if rehearsal.computed else "allocated and not computed"
-    out.print(f"{MEANINGLESS} Matrix products were {products}; no other rank took part.")
+    out.print(f"{MEANINGLESS} Matrix products were {products}; no other rank took part.", soft_wrap=True)
     out.print(f"wrote {run}", soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from translution.planner.common import format_bytes
+from translution.planner.common import GIB, format_bytes
 from translution.planner.hardware import (
     Catalog,
     DeviceOverhead,
@@ -34,6 +34,10 @@ def _giga(figure: Figure) -> str:
     return _scaled(figure, 1e9)
 
 
+def _gibibytes(figure: Figure) -> str:
+    return f"{figure.value / GIB:,.{0 if figure.value >= 100 * GIB else 1}f}"
+
+
 def _numbers(spec: BaseModel, known: Catalog) -> str:
     """Return the numbers of the sources of a GPU's or node's figures, as in the printed list of sources."""
     numbers = {key: number for number, key in enumerate(known.sources, start=1)}
@@ -49,7 +53,7 @@ def _gpu_row(name: str, gpu: GpuSpec, known: Catalog) -> tuple[str, ...]:
         bf16 if bf16 == fp16 else f"{bf16}, {fp16}",
         tf32,
         fp32,
-        format_bytes(int(gpu.memory_bytes.value)),
+        _gibibytes(gpu.memory_bytes),
         _giga(gpu.memory_bytes_per_s),
         _giga(gpu.link_bytes_per_s),
         str(gpu.pcie_generation.value),
@@ -62,13 +66,13 @@ def _node_row(name: str, node: NodeSpec, known: Catalog) -> tuple[str, ...]:
     return (
         name,
         str(node.gpus.value),
-        format_bytes(int(node.host_memory_bytes.value)),
+        _gibibytes(node.host_memory_bytes),
         _giga(node.host_memory_bytes_per_s),
         str(node.host_cores.value),
         _giga(node.intra_node_bytes_per_s),
         f"{node.nics.value} x {_giga(node.nic_bytes_per_s)}",
         _scaled(node.nvme_bytes, 1e12),
-        f"{_giga(node.nvme_read_bytes_per_s)} / {_giga(node.nvme_write_bytes_per_s)}",
+        f"{_giga(node.nvme_read_bytes_per_s)}/{_giga(node.nvme_write_bytes_per_s)}",
         _numbers(node, known),
     )
 
@@ -76,20 +80,23 @@ def _node_row(name: str, node: NodeSpec, known: Catalog) -> tuple[str, ...]:
 def _overhead_row(name: str, overhead: DeviceOverhead) -> tuple[str, ...]:
     low, likely, high = (format_bytes(overhead.total(level)) for level in _LEVELS)
     entries = (format_bytes(entry.likely_bytes) for entry in overhead.breakdown if entry.tier == "device")
-    return (name, *entries, likely, f"{low} to {high}")
+    return (name, *entries, low, likely, high)
 
 
-_GPU_COLUMNS = ("GPU", "bf16, fp16", "tf32", "fp32", "memory", "GB/s", "link", "PCIe", "node", "sources")
-_NODE_COLUMNS = ("node", "GPUs", "RAM", "GB/s", "cores", "link", "network", "NVMe", "GB/s", "sources")
-_OVERHEAD_COLUMNS = ("GPU", "driver", "context", "BLAS", "NCCL", "total", "interval")
+_GPU_COLUMNS = ("GPU", "bf16, fp16", "tf32", "fp32", "GiB", "GB/s", "link", "PCIe", "node", "sources")
+_NODE_COLUMNS = ("node", "GPUs", "GiB", "GB/s", "cores", "link", "network", "NVMe", "GB/s", "sources")
+_OVERHEAD_COLUMNS = ("GPU", "driver", "context", "BLAS", "NCCL", "lowest", "likely", "highest")
 
 
 def _print_tables(known: Catalog, overhead: dict[str, DeviceOverhead]) -> None:
     out = console()
     rows = [_gpu_row(name, gpu, known) for name, gpu in known.gpus.items()]
-    out.print(make_table("GPUs: dense TFLOP/s; GB/s of memory; GB/s of the link, per direction", _GPU_COLUMNS, rows))
+    out.print(
+        make_table("GPUs: dense TFLOP/s; GiB and GB/s of memory; GB/s of the link, per direction", _GPU_COLUMNS, rows)
+    )
     rows = [_node_row(name, node, known) for name, node in known.nodes.items()]
-    out.print(make_table("Nodes: GB/s per direction, link per GPU; NVMe in TB, read / write GB/s", _NODE_COLUMNS, rows))
+    title = "Nodes: GiB and GB/s of RAM; GB/s per direction of link and network; TB, read/write GB/s of NVMe"
+    out.print(make_table(title, _NODE_COLUMNS, rows))
     rows = [_overhead_row(name, entry) for name, entry in overhead.items()]
     out.print(make_table("Device memory outside torch's tensors, on one such node", _OVERHEAD_COLUMNS, rows))
     out.print("Sources", style="bold")

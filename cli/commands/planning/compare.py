@@ -12,9 +12,11 @@ from translution import planner
 from translution.planner.analysis import ALPHA_RANKS
 from translution.planner.common import InputError, format_bytes, format_count, format_flops
 
+from ...completion import choices, complete_gpu, complete_model
 from ...extras import requires_extra
 from ...options import JsonOption
 from ...output import console, make_table, print_json
+from ...progress import WorkProgress
 from .. import app
 
 FORMATS = (".md", ".csv", ".json", ".png", ".svg")
@@ -26,9 +28,16 @@ FORMATS = (".md", ".csv", ".json", ".png", ".svg")
     "--out table.md** · **translution compare vit-base/16 --out scaling.png**",
 )
 def compare_cli(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Presets, or YAML/JSON files.")],
-    gpu: Annotated[str, typer.Option(help="GPU of the clusters; `translution clusters` lists them.")] = "H100",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Presets, or YAML/JSON files.", autocompletion=complete_model),
+    ],
+    gpu: Annotated[
+        str, typer.Option(help="GPU of the clusters; `translution clusters` lists them.", autocompletion=complete_gpu)
+    ] = "H100",
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16 or fp16.", autocompletion=choices("fp32", "bf16", "fp16"))
+    ] = "bf16",
     alpha_rank: Annotated[
         list[int] | None, typer.Option(help="c1 = c2 of an α-Translution; repeatable; 4 to 64 by default.")
     ] = None,
@@ -42,7 +51,9 @@ def compare_cli(
     for path in outs:
         if path.suffix not in FORMATS:
             raise InputError(f"out: {str(path)!r} is not allowed: must end in {', '.join(FORMATS)}")
-    comparison = planner.compare(specs, gpu=gpu, precision=precision, alpha_ranks=alpha_rank or ALPHA_RANKS)
+    ranks = alpha_rank or ALPHA_RANKS
+    with WorkProgress("comparing") as progress:
+        comparison = planner.compare(specs, gpu=gpu, precision=precision, alpha_ranks=ranks, on_progress=progress.show)
     if outs:
         with requires_extra("report"):
             from translution.reports import write_comparison
@@ -60,10 +71,9 @@ def compare_cli(
 
 
 def _cells(row: planner.ComparisonRow) -> tuple[str, ...]:
-    names = {"full Translution": "full", "α-Translution": f"α {row.alpha_rank}"}
     places = [name.rpartition("x")[0] if name else "none" for name in (row.cluster, row.offload_cluster)]
     return (
-        names.get(row.operator, row.operator),
+        row.operator if row.alpha_rank is None else f"{row.operator} {row.alpha_rank}",
         format_count(row.parameters),
         format_flops(row.training_flops),
         format_bytes(row.states_bytes),
@@ -75,17 +85,17 @@ def _cells(row: planner.ComparisonRow) -> tuple[str, ...]:
 
 def _print(comparison: planner.Comparison, outs: Sequence[Path]) -> None:
     rows, limits, to = comparison.rows, comparison.thresholds, console()
-    columns = ("operator", "parameters", "train / sample", "states", "saved", "smallest", "offloaded", "time")
+    columns = ("operator", "parameters", "train / sample", "states", "saved", "GPUs", "with offload", "time")
     for model in dict.fromkeys(row.model for row in rows):
         cells = [_cells(row) for row in rows if row.model == model]
-        title = f"{model}: cost per sample, and the smallest cluster (nodes x GPUs of {comparison.gpu}) that trains it"
+        title = f"{model}: cost per sample, and the smallest cluster (nodes x GPUs, {comparison.gpu}) that trains it"
         to.print(make_table(title, columns, cells))
     nodes = list(dict.fromkeys(limit.nodes for limit in limits))
     lines = [
         (axis, *(str(limit.largest or "none") for limit in limits if limit.axis == axis))
         for axis in dict.fromkeys(limit.axis for limit in limits)
     ]
-    title = f"{rows[0].model}, full: largest without offload"
-    to.print(make_table(title, ("axis", *(f"{count} node(s)" for count in nodes)), lines))
+    title = f"{rows[0].model}: largest full Translution without offload"
+    to.print(make_table(title, ("axis", *(f"{count} node{'s' if count > 1 else ''}" for count in nodes)), lines))
     for path in outs:
         to.print(f"wrote {path}")

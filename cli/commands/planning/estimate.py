@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from translution import planner
-from translution.planner.analysis import OPERATOR_LABELS
 from translution.planner.common import Phase, format_bytes, format_count, format_flops
+from translution.planner.config import OPERATOR_LABELS
 from translution.planner.costs import TABLES
 
 from ...options import (

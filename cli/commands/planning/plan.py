@@ -6,15 +6,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from translution import planner
-from translution.planner.common import check_new_folder, format_count
-from translution.planner.costs import count_parameters
+from translution.planner.common import InputError, check_new_folder
 from translution.planner.deepspeed import config_warnings
 from translution.planner.plans import PLAN_FILE
-from translution.planner.search import save_hybrids
+from translution.planner.search import HybridRow, save_hybrids, write_search_folder
 
+from ...completion import choices, complete_cluster, complete_data
 from ...options import (
+    BATCH_PANEL,
+    OUTPUT_PANEL,
+    SEARCH_PANEL,
+    STRATEGY_PANEL,
+    TRAINING_PANEL,
     C1Option,
     C2Option,
     JsonOption,
@@ -28,8 +34,10 @@ from ...options import (
     TileOption,
     TrainOption,
     ZeroOption,
+    complete_offload,
 )
-from ...output import console, print_json
+from ...output import console, note, print_json
+from ...progress import WorkProgress
 from ...tables import (
     advice_table,
     format_evaluation,
@@ -41,6 +49,7 @@ from ...tables import (
     step_time_table,
     strategies_table,
 )
+from ...verdict import print_no_plan, print_verdict
 from .. import app
 
 
@@ -53,9 +62,11 @@ def plan_cli(
     model: ModelArgument,
     cluster: Annotated[
         str,
-        typer.Option(help="cpu:RANKS (this machine), [NODESx]GPUSxNAME, [NODESx]NODE, or a YAML/JSON file."),
+        typer.Option(
+            help="cpu:RANKS (this machine), [NODESx]GPUSxNAME, [NODESx]NODE, or a YAML/JSON file.",
+            autocompletion=complete_cluster,
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Plan folder to write.")],
     operator: OperatorOption = None,
     roles: RolesOption = None,
     c1: C1Option = None,
@@ -63,10 +74,14 @@ def plan_cli(
     relative_layers: RelativeLayersOption = None,
     settings: SetOption = None,
     global_batch: Annotated[
-        int | None, typer.Option(help="Samples per optimizer step over all ranks; 8 per rank by default.")
+        int | None,
+        typer.Option(
+            help="Samples per optimizer step over all ranks; 8 per rank by default.", rich_help_panel=BATCH_PANEL
+        ),
     ] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(help="Samples per rank and forward pass; chosen by default.")
+        int | None,
+        typer.Option(help="Samples per rank and forward pass; chosen by default.", rich_help_panel=BATCH_PANEL),
     ] = None,
     gradient_accumulation_steps: Annotated[
         int | None,
@@ -74,24 +89,45 @@ def plan_cli(
             "--accumulation",
             "--gradient-accumulation-steps",
             help="Micro-batches per optimizer step; chosen by default.",
+            rich_help_panel=BATCH_PANEL,
         ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Train as published, unless other options say otherwise: translution-vit, translution-gpt."),
+        typer.Option(
+            help="Train as published, unless other options say otherwise: translution-vit, translution-gpt.",
+            rich_help_panel=TRAINING_PANEL,
+            autocompletion=choices("translution-vit", "translution-gpt"),
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="100")] = None,
-    samples: Annotated[int | None, typer.Option(help="Samples of an epoch; with --epochs sets the steps.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over --samples.", show_default="1")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps.", show_default="100", rich_help_panel=TRAINING_PANEL)
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Samples of an epoch; with --epochs sets the steps.", rich_help_panel=TRAINING_PANEL),
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over --samples.", show_default="1", rich_help_panel=TRAINING_PANEL)
+    ] = None,
     warmup_steps: Annotated[
-        int | None, typer.Option(help="Steps of linear warm-up before the cosine decay.", show_default="0")
+        int | None,
+        typer.Option(
+            help="Steps of linear warm-up before the cosine decay.", show_default="0", rich_help_panel=TRAINING_PANEL
+        ),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate of AdamW.", show_default="0.001")
+        float | None,
+        typer.Option(help="Peak learning rate of AdamW.", show_default="0.001", rich_help_panel=TRAINING_PANEL),
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Weight decay of AdamW.", show_default="0.05")] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Weight decay of AdamW.", show_default="0.05", rich_help_panel=TRAINING_PANEL)
+    ] = None,
     gradient_clipping: Annotated[
-        float | None, typer.Option(help="Maximum gradient norm; 0 disables clipping.", show_default="1")
+        float | None,
+        typer.Option(
+            help="Maximum gradient norm; 0 disables clipping.", show_default="1", rich_help_panel=TRAINING_PANEL
+        ),
     ] = None,
     precision: PrecisionOption = "fp32",
     data: Annotated[
@@ -99,36 +135,80 @@ def plan_cli(
         typer.Option(
             help="digits, digits-static, digits-shifted, digits-patches, images, tokens, stdlib or synthetic.",
             show_default="digits",
+            rich_help_panel=TRAINING_PANEL,
+            autocompletion=complete_data,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the weights and the sample order.")] = 0,
-    stage: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage; chosen by default.")] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the weights and the sample order.", rich_help_panel=TRAINING_PANEL)
+    ] = 0,
+    stage: Annotated[
+        int | None, typer.Option(min=0, max=3, help="ZeRO stage; chosen by default.", rich_help_panel=STRATEGY_PANEL)
+    ] = None,
     tile_relations: TileOption = None,
     offload: Annotated[
         str | None,
-        typer.Option(help="What is offloaded: none, cpu-optimizer, cpu, nvme-optimizer or nvme; chosen by default."),
+        typer.Option(
+            help="What is offloaded: none, cpu-optimizer, cpu, nvme-optimizer or nvme; chosen by default.",
+            rich_help_panel=STRATEGY_PANEL,
+            autocompletion=complete_offload,
+        ),
     ] = None,
     nvme_path: NvmePathOption = None,
     offload_ratio: Annotated[
         float | None,
-        typer.Option(help="Fraction of the optimizer state to offload, for cpu-optimizer; chosen by default."),
+        typer.Option(
+            help="Fraction of the optimizer state to offload, for cpu-optimizer; chosen by default.",
+            rich_help_panel=STRATEGY_PANEL,
+        ),
     ] = None,
     checkpointing: Annotated[
         str | None,
-        typer.Option(help="none, block or offload; by default the model's, or chosen if the model has none."),
+        typer.Option(
+            help="none, block or offload; by default the model's, or chosen if the model has none.",
+            rich_help_panel=STRATEGY_PANEL,
+            autocompletion=choices("none", "block", "offload"),
+        ),
     ] = None,
-    minimize: Annotated[str, typer.Option(help="time, nodes, cost or memory.")] = "time",
-    headroom: Annotated[float, typer.Option(help="Fraction of every memory that must stay free.")] = 0.08,
-    all_nodes: Annotated[bool, typer.Option("--all-nodes", help="Use every node of the cluster.")] = False,
+    minimize: Annotated[
+        str,
+        typer.Option(
+            help="time, nodes, cost or memory.",
+            rich_help_panel=SEARCH_PANEL,
+            autocompletion=choices("time", "nodes", "cost", "memory"),
+        ),
+    ] = "time",
+    headroom: Annotated[
+        float, typer.Option(help="Fraction of every memory that must stay free.", rich_help_panel=SEARCH_PANEL)
+    ] = 0.08,
+    all_nodes: Annotated[
+        bool, typer.Option("--all-nodes", help="Use every node of the cluster.", rich_help_panel=SEARCH_PANEL)
+    ] = False,
     quantized: Annotated[
-        bool, typer.Option("--quantized", help="Allow ZeRO++ to round what ranks exchange to integers (qwZ, qgZ).")
+        bool,
+        typer.Option(
+            "--quantized",
+            help="Allow ZeRO++ to round what ranks exchange to integers (qwZ, qgZ).",
+            rich_help_panel=STRATEGY_PANEL,
+        ),
     ] = False,
     training_settings: TrainOption = None,
     zero_settings: ZeroOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing plan folder; its runs stay.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Plan folder to write; without it the plan is only printed.", rich_help_panel=OUTPUT_PANEL),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace an existing plan folder; its runs stay.", rich_help_panel=OUTPUT_PANEL),
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Also print every reason, time and size.", rich_help_panel=OUTPUT_PANEL),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Search for the best plan for a cluster, explain the choice and write the plan folder."""
+    """Find the fastest way to train a model on a cluster that fits, and write it as a plan folder."""
     flags = {"operator": operator, "roles": roles, "c1": c1, "c2": c2, "relative_layers": relative_layers}
     spec = planner.load_model(model, **(flags | dict(settings or ())))
     given: dict[str, object] = {
@@ -159,60 +239,77 @@ def plan_cli(
         "data": "digits" if data is None and recipe is None else data,
     }
     given |= {name: value for name, value in training.items() if value is not None} | dict(training_settings or ())
-    check_new_folder(out.absolute(), marker=PLAN_FILE, force=force)
+    if out is None and force:
+        raise InputError("force: is not allowed: must be used with --out")
+    if out is not None:
+        check_new_folder(out.absolute(), marker=PLAN_FILE, force=force)
     try:
-        result = planner.plan(spec, cluster, recipe=recipe, samples=samples, epochs=epochs, **given)
+        with WorkProgress("searching") as progress:
+            result = planner.plan(
+                spec, cluster, recipe=recipe, samples=samples, epochs=epochs, on_progress=progress.show, **given
+            )
     except planner.NoPlanFits as error:
-        _print_no_plan(error, spec, out, as_json=as_json)
+        where = planner.load_cluster(cluster).name
+        _print_no_plan(error, spec, where, out, as_json=as_json, verbose=verbose)
         raise
-    result.plan.write(out, force=force)
+    if out is not None:
+        write_search_folder(result, out, force=force)
     if as_json:
         cost = result.plan.run_cost
-        document = {"folder": str(out), **result.model_dump(mode="json")}
+        document = {"folder": None if out is None else str(out), **result.model_dump(mode="json")}
         print_json(document | {"run": None if cost is None else cost.model_dump()})
         return
-    _print_result(result, out)
+    to = console()
+    print_verdict(result, out, minimize, to)
+    for remark in config_warnings(result.plan.training, result.plan.zero):
+        note(remark)
+    if verbose:
+        _print_details(result, to)
 
 
-def _print_result(result: planner.SearchResult, out: Path) -> None:
-    plan, to = result.plan, console()
-    tiles = "" if plan.tile_relations is None else f", {plan.tile_relations} relations per tile"
-    to.print(
-        f"{plan.model.name}: {format_count(count_parameters(plan.model).total)} parameters, ZeRO-{plan.zero.stage} on "
-        f"{plan.world_size} ranks ({plan.cluster.name}){tiles}, {plan.global_batch} samples per step"
-    )
-    if plan.training.epoch_steps is not None:
-        epochs = plan.training.steps / plan.training.epoch_steps
-        to.print(f"{plan.training.steps:,} steps: {epochs:g} epochs of {plan.training.epoch_steps:,} steps")
-    for table in (strategies_table(result.strategies), knobs_table(result), pareto_table(result)):
+def _print_details(result: planner.SearchResult, to: Console) -> None:
+    plan = result.plan
+    tables = [strategies_table(result.strategies), knobs_table(result), pareto_table(result)]
+    if plan.time is not None:
+        tables.append(step_time_table(plan, plan.time))
+    tables += [phase_table("Predicted peak memory per rank", plan.prediction), *peak_tables(plan.prediction)]
+    for table in tables:
+        to.print()
         to.print(table)
+    to.print()
     if plan.time is not None and plan.run_cost is not None:
-        to.print(step_time_table(plan, plan.time))
         to.print(format_run_cost(plan.run_cost, plan.time))
     to.print(format_evaluation(plan))
-    to.print(phase_table("Predicted peak memory per rank", plan.prediction))
-    for table in peak_tables(plan.prediction):
-        to.print(table)
-    for remark in config_warnings(plan.training, plan.zero):
-        to.print(f"note: {remark}")
-    hosts = f" --hostfile {out / 'hostfile'}" if plan.cluster.nodes > 1 else ""
-    to.print(f"wrote {out}; run it: translution launch {out}{hosts}", soft_wrap=True)
 
 
-def _print_no_plan(error: planner.NoPlanFits, spec: planner.ModelSpec, out: Path, *, as_json: bool) -> None:
-    """Print the strategies tried and the changes that would fit; write a spec file for each hybrid model."""
-    hybrids = save_hybrids(spec, error.hybrids, out.with_name(f"{out.name}-hybrids"))
+def _print_no_plan(
+    error: planner.NoPlanFits,
+    spec: planner.ModelSpec,
+    cluster: str,
+    out: Path | None,
+    *,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Print what would fit and, if asked for, what was tried; next to a folder write a spec file for each hybrid."""
+    hybrids: dict[Path | int, HybridRow] = dict(enumerate(error.hybrids))
+    if out is not None:
+        written = save_hybrids(spec, error.hybrids, out.with_name(f"{out.name}-hybrids"))
+        hybrids = dict[Path | int, HybridRow](written.items())
     if as_json:
+        files = [{"file": str(path)} if isinstance(path, Path) else {} for path in hybrids]
         print_json(
             {
                 "error": str(error),
                 "families": [verdict.model_dump() for verdict in error.strategies],
                 "advice": [advice.model_dump() for advice in error.advice],
-                "hybrids": [row.model_dump() | {"file": str(path)} for path, row in hybrids.items()],
+                "hybrids": [row.model_dump() | file for row, file in zip(hybrids.values(), files, strict=True)],
             }
         )
         return
     to = console()
-    to.print(strategies_table(error.strategies))
-    if error.advice or hybrids:
-        to.print(advice_table(error.advice, hybrids))
+    print_no_plan(error, spec.name, cluster, hybrids, to)
+    if verbose:
+        for table in (advice_table(error.advice, hybrids), strategies_table(error.strategies)):
+            to.print()
+            to.print(table)

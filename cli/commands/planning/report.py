@@ -12,6 +12,7 @@ from translution.planner.common import format_bytes
 from ...extras import requires_extra
 from ...options import JsonOption
 from ...output import print_json
+from ...progress import WorkProgress
 from .. import app
 
 
@@ -68,7 +69,8 @@ def report_cli(
         gpu=gpu,
         public=public,
     )
-    sizes = write_report(request, ReportFiles(out, png, svg, markdown, data))
+    with WorkProgress("writing the report"):
+        sizes = write_report(request, ReportFiles(out, png, svg, markdown, data))
     if as_json:
         print_json({"files": {str(path): size for path, size in sizes.items()}})
         return

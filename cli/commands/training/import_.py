@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from translution.planner.common import InputError, format_bytes
+from translution.planner.config import OPERATOR_LABELS
 
 from ...extras import requires_extra
 from ...options import JsonOption
@@ -59,7 +60,8 @@ def import_cli(
         print_json(json.loads(made.model_dump_json()))
         return
     spec = made.spec
-    operator = spec.operator if spec.operator == "attention" else f"{spec.operator} of {spec.roles}"
+    label = OPERATOR_LABELS[spec.operator]
+    operator = label if spec.operator == "attention" else f"{label} of {spec.roles}"
     console().print(
         f"{made.out}: {spec.family}, {operator}, width {spec.dim}, {spec.depth} layers, "
         f"{spec.heads} heads, {made.parameters:,} parameters, {format_bytes(made.file_bytes)}",

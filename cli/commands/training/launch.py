@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -14,20 +15,22 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from translution.distributed.launcher import launch
+from translution.distributed.launcher import LaunchResult, launch
 from translution.distributed.remote import LaunchTarget
 from translution.planner.common import InputError, format_bytes
 from translution.planner.plans import Plan, load_plan
 
 from ...options import (
+    HOSTS_PANEL,
     HostfileOption,
+    JsonOption,
     MasterAddressOption,
     MasterPortOption,
     PlanFolderArgument,
     RunFolderOption,
     SshPortOption,
 )
-from ...output import note
+from ...output import console, note, print_json
 from .. import app
 
 _STEPS_PER_LINE = 20
@@ -154,12 +157,20 @@ def launch_cli(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
     hostfile: HostfileOption = None,
     no_ssh: Annotated[
-        bool, typer.Option("--no-ssh", help="Start only this host's ranks; run the same command on every other host.")
+        bool,
+        typer.Option(
+            "--no-ssh",
+            help="Start only this host's ranks; run the same command on every other host.",
+            rich_help_panel=HOSTS_PANEL,
+        ),
     ] = False,
-    node_rank: Annotated[int, typer.Option(help="With --no-ssh: this host's line in the hostfile, from 0.")] = 0,
+    node_rank: Annotated[
+        int, typer.Option(help="With --no-ssh: this host's line in the hostfile, from 0.", rich_help_panel=HOSTS_PANEL)
+    ] = 0,
     master_addr: MasterAddressOption = None,
     master_port: MasterPortOption = None,
     ssh_port: SshPortOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Run a plan through DeepSpeed's launcher, on this machine or on the hosts of a hostfile."""
     if no_verify and not resume:
@@ -177,10 +188,20 @@ def launch_cli(
         )
         if planned.rank_command is not None:
             note("the last argument is the encoded command of every rank: " + planned.rank_command.model_dump_json())
-        print(planned.shell_line())
+        if as_json:
+            print_json(_document(planned) | {"shell": planned.shell_line()})
+        else:
+            print(planned.shell_line())
         return
-    console = Console(highlight=False, markup=False)
-    with LaunchProgress(console, load_plan(plan_folder)) as display:
+    # One JSON document is all that programs want on stdout.
+    to = console(stderr=as_json)
+    last: dict[str, Mapping[str, Any]] = {}
+
+    def show(metrics: Mapping[str, Any]) -> None:
+        last[metrics["event"]] = metrics
+        display.show(metrics)
+
+    with LaunchProgress(to, load_plan(plan_folder)) as display:
         launched = launch(
             plan_folder,
             run=run,
@@ -191,9 +212,16 @@ def launch_cli(
             verify=not no_verify,
             hang_minutes=hang_minutes,
             check_swap=check_swap,
-            on_metrics=display.show,
-            on_message=partial(console.print, soft_wrap=True),
+            on_metrics=show,
+            on_message=partial(to.print, soft_wrap=True),
             on_warning=note,
         )
-    console.print(f"finished: {launched.run}")
-    console.print(f"predicted against measured memory: translution verify {launched.run}")
+    if as_json:
+        print_json(_document(launched) | {name: last.get(name) for name in ("step", "evaluation")})
+        return
+    to.print(f"finished: {launched.run}", soft_wrap=True)
+    to.print(f"predicted against measured memory: translution verify {shlex.quote(str(launched.run))}", soft_wrap=True)
+
+
+def _document(launched: LaunchResult) -> dict[str, object]:
+    return {"run": str(launched.run), "command": launched.command, "environment": launched.environment}

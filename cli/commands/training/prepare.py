@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from translution.distributed.data import is_archive, prepare_images, prepare_tokens
 from translution.planner.common import InputError
 
 from ...options import JsonOption
 from ...output import console, print_json
+from ...progress import WorkProgress
 from .. import app
 
 
@@ -68,13 +68,10 @@ def prepare_cli(
 
 
 def _prepare_images(archives: list[Path], out: Path, labels: Path | None, *, force: bool, as_json: bool) -> None:
-    columns = TextColumn("unpacking"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    errors = console(stderr=True)
-    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as progress:
-        total = sum(path.stat().st_size for path in archives if path.is_file())
-        task = progress.add_task("unpack", total=total)
+    total_bytes = sum(path.stat().st_size for path in archives if path.is_file())
+    with WorkProgress("unpacking") as progress:
         made = prepare_images(
-            archives, out, labels=labels, force=force, on_image=lambda count: progress.advance(task, count)
+            archives, out, labels=labels, force=force, on_image=lambda count: progress.advance(count, total_bytes)
         )
     if as_json:
         print_json({"folder": str(out), **made.model_dump()})

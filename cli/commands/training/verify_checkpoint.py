@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from translution.planner.common import format_bytes
 
 from ...extras import requires_extra
 from ...options import JsonOption
 from ...output import console, print_json
+from ...progress import WorkProgress
 from .. import app
 
 
@@ -30,12 +30,10 @@ def verify_checkpoint_cli(
     with requires_extra("train"):
         from translution.distributed.checkpoint import run_checkpoints, verify_checkpoint
     found = run_checkpoints(run_folder)
-    errors = console(stderr=True)
-    columns = TextColumn("verifying"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as progress:
-        task = progress.add_task("verify", total=sum(ref.manifest.total_bytes for ref in found))
+    total_bytes = sum(ref.manifest.total_bytes for ref in found)
+    with WorkProgress("verifying") as progress:
         for ref in found:
-            verify_checkpoint(ref, lambda count: progress.advance(task, count))
+            verify_checkpoint(ref, lambda count: progress.advance(count, total_bytes))
     if as_json:
         rows = [{"checkpoint": str(ref.path), **ref.manifest.model_dump(mode="json")} for ref in found]
         print_json({"run": str(run_folder), "checkpoints": rows})

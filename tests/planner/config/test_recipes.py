@@ -125,4 +125,4 @@ def test_contradictions_are_one_line(
 def test_the_printed_plan_tells_the_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "gpt-tiny/160", "--cluster", "1xH100", "--recipe", "translution-gpt", "--stage", "0"]
     assert run([*command, "--train", "data_path=/data/text", "--out", str(tmp_path / "plan")]) == 0
-    assert "1,200,000 steps: 300 epochs of 4,000 steps" in capsys.readouterr().out
+    assert "1,200,000 steps (300 epochs) in " in capsys.readouterr().out

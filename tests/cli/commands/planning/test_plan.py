@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,32 @@ import pytest
 from translution.cli.main import run
 
 Captured = pytest.CaptureFixture[str]
+
+
+def test_without_a_folder_nothing_is_written(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["plan", "vit-tiny/56", "--cluster", "2xH100", "--data", "synthetic"]
+    assert run(words) == 0
+    assert "nothing written: --out FOLDER writes a plan folder" in capsys.readouterr().out
+    assert run([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["folder"] is None
+    assert list(tmp_path.iterdir()) == []
+    assert run([*words, "--force"]) == 2
+    assert "force: is not allowed: must be used with --out" in capsys.readouterr().err
+
+
+def test_verbose_and_the_readme_give_every_reason(tmp_path: Path, capsys: Captured) -> None:
+    words = ["plan", "vit-tiny/56", "--cluster", "2xH100", "--data", "synthetic", "--out", str(tmp_path / "plan")]
+    assert run(words) == 0
+    short = capsys.readouterr().out
+    assert run([*words, "--force", "--verbose"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(short)
+    readme = (tmp_path / "plan" / "README.md").read_text(encoding="utf-8")
+    for title in ("Strategies tried", "Pareto set: nothing faster", "Predicted time of a step", "max_live_elements"):
+        assert title in out
+        assert title in readme
+        assert title not in short
 
 
 def test_names_with_markup_are_printed_literally(tmp_path: Path, root: Path, capsys: Captured) -> None:

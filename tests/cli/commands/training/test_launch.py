@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from translution import planner
 from translution.cli.commands.training import launch
 from translution.cli.commands.training.launch import LaunchProgress
 from translution.cli.main import run
+from translution.distributed.launcher.launcher import LaunchResult
 from translution.distributed.remote.rank_command import RankCommand
 from translution.distributed.runs.mode import CHECK_SWAP, checks_swap
 from translution.planner.hardware.cluster import local_cpu_cluster
@@ -32,6 +34,11 @@ def test_plan_writes_a_folder_and_dry_run_prints_the_command(tmp_path: Path, roo
     assert sizes["backward"] > sizes["between steps"] > 0
     assert run(["launch", str(folder), "--dry-run"]) == 0
     command = capsys.readouterr().out
+    assert run(["launch", str(folder), "--dry-run", "--json"]) == 0
+    dry = json.loads(capsys.readouterr().out)
+    assert (dry["shell"], dry["run"]) == (command.rstrip("\n"), str(folder / "runs" / "001"))
+    assert dry["environment"]["DS_ACCELERATOR"] == "cpu"
+    assert set(dry["command"]) <= set(shlex.split(command))
     assert "deepspeed.launcher.launch --master_addr 127.0.0.1 --world_info=" in command
     assert "DS_ACCELERATOR=cpu" in command
     assert command.rstrip().endswith("runs/001")
@@ -177,3 +184,28 @@ def test_a_plan_without_rates_shows_no_predicted_time() -> None:
     )
     text, _ = shown(plan, [step_line(1, 0.25)])
     assert text == "step 1/5: loss 2.5000, 32 samples/s, 0.25 s per step\n"
+
+
+def test_json_has_the_result_on_stdout_and_the_progress_on_stderr(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_plan(tmp_path / "plan", 1)
+
+    def trained(_: Path, *, on_metrics: Any, on_message: Any, **__: Any) -> LaunchResult:
+        on_message("starting 1 ranks")
+        for step in (1, 2):
+            on_metrics(step_line(step, 0.5))
+        return LaunchResult(folder / "runs" / "001", ("program", "word"), {"A": "b"})
+
+    monkeypatch.setattr(launch, "launch", trained)
+    assert run(["launch", str(folder), "--json"]) == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert document == {
+        "run": str(folder / "runs" / "001"),
+        "command": ["program", "word"],
+        "environment": {"A": "b"},
+        "step": step_line(2, 0.5),
+        "evaluation": None,
+    }
+    assert captured.err.startswith("starting 1 ranks\nstep 1/")

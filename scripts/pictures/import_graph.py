@@ -1,6 +1,6 @@
 """Draw docs/images/architecture.svg: the packages in layers, from the imports in the sources.
 
-    python scripts/import_graph.py
+    python scripts/pictures/import_graph.py
 
 A box is a package, or a module that stands directly in a top folder. In a frame, each box stands above all that it
 imports. A line is an import that does not follow from other lines; a frame's head names the other frames it imports.
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "docs" / "images" / "architecture.svg"
 LAYERS = {
     "cli": "the translution command: one file a command",

@@ -1,6 +1,6 @@
 """Draw docs/images/operator.svg and docs/images/tiles.svg: what Translution is, and how ZeRO-3 gathers its tables.
 
-python scripts/drawings.py
+    python scripts/pictures/drawings.py
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
+IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
 SIDE = 4
 """Rows and columns of the drawn grid of tokens."""
 OFFSETS = 2 * SIDE - 1
