@@ -256,10 +256,8 @@ class RelationTables(OperatorChain):
         """
         table = table[self._order(role)]
         for tile in self.value_tiles if role == "value" else self.logit_tiles:
-            assert isinstance(tile, Tile)
-            weight = tile.tile(role)
-            assert weight is not None
-            weight.copy_(table[tile.first : tile.first + len(weight)])
+            if isinstance(tile, Tile) and (weight := tile.tile(role)) is not None:
+                weight.copy_(table[tile.first : tile.first + len(weight)])
 
     def _order(self, role: str) -> list[int]:
         """Return the paper's number of each relation in a role's table."""
