@@ -1,0 +1,1 @@
+from .huggingface import trainer_arguments as trainer_arguments
