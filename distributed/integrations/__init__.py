@@ -1,7 +1,7 @@
 """Plans for other training frameworks.
 
 huggingface    arguments of Hugging Face's Trainer (`trainer_arguments`)
-lightning      Lightning's DeepSpeed strategy (`deepspeed_strategy`)
+lightning      arguments of Lightning's Trainer (`lightning_options`)
 """
 
 import lazy_loader

@@ -34,6 +34,8 @@ _FILLED = (
 def trainer_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return a DeepSpeed configuration with "auto" for every key that the Trainer fills in.
 
+    ZeRO-3 gathers the weights when the Trainer saves the model.
+
     Args:
         config: the content of ``ds_config.json``.
     """
@@ -45,6 +47,9 @@ def trainer_config(config: dict[str, Any]) -> dict[str, Any]:
             section = section.get(name, {})
         if leaf in section:
             section[leaf] = AUTO
+    if result["zero_optimization"]["stage"] == 3:
+        # Otherwise the Trainer's model is saved as shards that `from_pretrained` cannot read.
+        result["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     return result
 
 
