@@ -31,7 +31,7 @@ def environment_variable(name: str, value: str) -> Iterator[None]:
 
 
 def trainer_arguments(plan_folder: str | Path, output: str | Path, **options: Any) -> TrainingArguments:
-    """Return the arguments of a Trainer that trains as a plan says: batch, optimizer, schedule, precision and DeepSpeed.
+    """Return the arguments of a Trainer that trains as a plan says: batch, optimizer, schedule, DeepSpeed.
 
     The Trainer starts no ranks: start the script with DeepSpeed's launcher, torchrun or ``accelerate launch``, with as
     many ranks as the plan has.

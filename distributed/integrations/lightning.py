@@ -15,8 +15,8 @@ _SET_BY_LIGHTNING = ("train_batch_size", "gradient_accumulation_steps")
 def lightning_options(plan_folder: str | Path) -> dict[str, Any]:
     """Return arguments of ``lightning.Trainer``: a plan's ranks, steps, batch, precision and DeepSpeed strategy.
 
-    Lightning runs DeepSpeed on GPUs only (2.6, pytorch/strategies/deepspeed.py). For a plan of CPU ranks the strategy is
-    DDP with gloo, which keeps the whole training state on every rank.
+    Lightning runs DeepSpeed on GPUs only (2.6, pytorch/strategies/deepspeed.py). For a plan of CPU ranks the strategy
+    is DDP with gloo, which keeps the whole training state on every rank.
 
     Args:
         plan_folder: a folder that ``translution plan`` has written.

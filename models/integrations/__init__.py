@@ -2,7 +2,7 @@
 
 replacement         replace the attention of timm's or Hugging Face's vision transformers (`replace_attention`)
 huggingface         the networks as `PreTrainedModel`s; needs transformers, so nothing imports it by default
-timm                the presets as models of timm; needs timm, likewise
+timm                the presets as models of timm; needs timm, so nothing imports it by default
 published           networks of the published code, both ways (`load_published`, `to_published`)
 published_tables    load relation tables of the published code (`tables_from_state_dict`, `load_tables`)
 """

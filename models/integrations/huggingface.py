@@ -144,7 +144,7 @@ class TranslutionForCausalLM(TranslutionPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding of the tokens."""
-        return self.network.embedding  # type: ignore[return-value]
+        return self.network.embedding
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
         """Return the logits, and the mean cross-entropy of the next tokens if there are labels.

@@ -1,7 +1,7 @@
 """The presets of this project as models of timm: ``timm.create_model("translution_vit_tiny_patch56_224")``.
 
-Importing this module needs timm and registers models by operator (``translution`` or ``alpha_translution``), size, side of a
-patch and side of the image. Source of timm's names: timm 1.0.31, models/_registry.py.
+Importing this module needs timm and registers models by operator (``translution`` or ``alpha_translution``), size,
+side of a patch and side of the image. Source of timm's names: timm 1.0.31, models/_registry.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PREFIXES: dict[str, Operator] = {"translution": "translution", "alpha_transluti
 
 
 class TimmVisionTransformer(nn.Module):
-    """A vision transformer of this project with the methods of timm's: images (B, channels, H, W) → logits (B, classes).
+    """A vision transformer with the methods of timm's: images (B, channels, H, W) → logits (B, classes).
 
     Args:
         spec: the model.
@@ -84,13 +84,15 @@ class TimmVisionTransformer(nn.Module):
             raise InputError(f"global_pool: {global_pool!r} is not allowed: must be None")
         old = self.network.head
         self.num_classes = num_classes
-        head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        head: Any = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
         weight = next(self.network.parameters())
         self.network.head = head.to(weight.device, weight.dtype).train(old.training)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the Parameters that timm's optimizers must not decay: tokens and positions."""
-        return {name for name, _ in self.named_parameters() if name.endswith(("class_token.weight", "positions.weight"))}
+        return {
+            name for name, _ in self.named_parameters() if name.endswith(("class_token.weight", "positions.weight"))
+        }
 
 
 def _entrypoint(name: str, operator: Operator, preset: str) -> Callable[..., TimmVisionTransformer]:

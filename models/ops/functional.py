@@ -1,10 +1,11 @@
 """The operator in torch's own functions, for `torch.func`: vmap, grad, jvp and what is built of them.
 
-The grouped operator shares buffers between its autograd functions, which torch.func's transforms cannot follow. Here every
-step returns a new tensor. Autograd saves the projected rows of all pairs, (b, p, e) per role, so this takes more memory
-than the grouped operator, but no matrix is copied for a pair.
+The grouped operator shares buffers between its autograd functions, which torch.func's transforms cannot follow. Here
+every step returns a new tensor. Autograd saves the projected rows of all pairs, (b, p, e) per role, so this takes more
+memory than the grouped operator, but no matrix is copied for a pair.
 
-Legend of shapes: b batch, n tokens, p pairs of all relations, h heads, d width per head, c input width, e = h·d, R relations.
+Legend of shapes: b batch, n tokens, p pairs of all relations, h heads, d width per head, c input width, e = h·d,
+R relations.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class _Pairs:
         """Return the values of all pairs as (b, h, n, n)."""
         rest = values_bph.new_full((1, 1, 1), missing).expand(len(values_bph), 1, values_bph.shape[2])
         flat = torch.cat([values_bph, rest], dim=1)[:, self.slots]
-        return flat.unflatten(1, self.index.shape).permute(0, 3, 1, 2)
+        square: Tensor = flat.unflatten(1, self.index.shape)
+        return square.permute(0, 3, 1, 2)
 
 
 def functional_attention(
@@ -111,9 +113,7 @@ def functional_attention(
     return relative, plain
 
 
-def _logits(
-    pairs: _Pairs, heads: int, scale: float, sources: Mapping[str, Tensor], terms: RelationTerms
-) -> Tensor:
+def _logits(pairs: _Pairs, heads: int, scale: float, sources: Mapping[str, Tensor], terms: RelationTerms) -> Tensor:
     """Return the summed logits before the scale, (b, h, n, n); any value where a pair does not exist."""
     found: list[Tensor] = []
     if "query" in sources:

@@ -38,9 +38,7 @@ def follow(page: str, folder: Path) -> Shown:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["ddp", "huggingface"])
-def test_the_script_of_a_page_runs_on_two_ranks(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_script_of_a_page_runs_on_two_ranks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     typed = follow(page, tmp_path)
     assert typed.words == ["torchrun", "--nproc_per_node", "2", "train.py"]

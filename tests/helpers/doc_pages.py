@@ -10,7 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("translution", "make", "python", "sbatch", "cd", "pip", "export", "sh", "tensorboard", "torchrun", "sudo", "apt-get")
+PROGRAMS = (
+    "translution",
+    "make",
+    "python",
+    "sbatch",
+    "cd",
+    "pip",
+    "export",
+    "sh",
+    "tensorboard",
+    "torchrun",
+    "sudo",
+    "apt-get",
+)
 """First words of commands in indented blocks; in a ``sh`` or ``console`` fence every line is a command."""
 _UNIT = r"(?:[KMGTP]iB|[kMGTP]?FLOP|ms|s|B|k|M|G|T)"
 

@@ -17,7 +17,7 @@ from .wrapped import WrappedLayer
 
 
 @dataclass(frozen=True)
-class _Wish:
+class _Options:
     """The arguments of `replace_attention` that concern every block."""
 
     layout: TokenLayout | None
@@ -38,8 +38,9 @@ def replace_attention(
 
     The blocks are those in ``model.blocks``, or else all modules with ``attn`` or ``attention`` in their order: timm's
     ViT, DeiT and Swin, Hugging Face's ViT, DeiT and Swin, and networks of the same form. The attention has one Linear
-    ``qkv`` or three (``q_proj`` or ``query``, and so on), ``num_heads``, and an output projection, which the layer takes
-    over with the dropout after it. A new layer maps (B, N, C) to (B, N, C) as the attention did and takes the same masks.
+    ``qkv`` or three (``q_proj`` or ``query``, and so on), ``num_heads``, and an output projection, which the layer
+    takes over with the dropout after it. A new layer maps (B, N, C) to (B, N, C) as the attention did and takes the
+    same masks.
 
     Tokens other than the class token and the patches, such as DeiT's distillation token or registers, get rows of the
     layer's grid above the patches; what remains of these rows is padding.
@@ -66,7 +67,7 @@ def replace_attention(
     """
     blocks = find_blocks(model)
     chosen = list(layers)
-    wish = _Wish(_layout(model, grid, class_token), start_from_attention, options)
+    asked = _Options(_layout(model, grid, class_token), start_from_attention, options)
     made: dict[int, tuple[str, WrappedLayer]] = {}
     for number in chosen:
         if not 0 <= number < len(blocks):
@@ -77,7 +78,7 @@ def replace_attention(
                 f"layers: block {number} is not allowed: must have attn.qkv, attn.num_heads and attn.proj, or the "
                 "attention of Hugging Face's ViT, DeiT or Swin"
             )
-        made[number] = found.name, _layer_for(found, number, wish)
+        made[number] = found.name, _layer_for(found, number, asked)
     for number, (name, layer) in made.items():
         setattr(blocks[number], name, layer)
     return model
@@ -99,11 +100,11 @@ def _layout(model: nn.Module, grid: tuple[int, int] | None, class_token: bool | 
 
 
 @torch.no_grad()
-def _layer_for(found: FoundAttention, number: int, wish: _Wish) -> WrappedLayer:
-    layout = wish.layout if found.window is None else TokenLayout(found.window, class_token=False)
+def _layer_for(found: FoundAttention, number: int, asked: _Options) -> WrappedLayer:
+    layout = asked.layout if found.window is None else TokenLayout(found.window, class_token=False)
     if layout is None:
         raise InputError("grid: None is not allowed: give the height and width of the grid, and class_token")
-    if wish.start and found.obstacle:
+    if asked.start and found.obstacle:
         raise InputError(
             f"start_from_attention: True is not allowed: must be False where the attention {found.obstacle} "
             f"(block {number})"
@@ -112,21 +113,21 @@ def _layer_for(found: FoundAttention, number: int, wish: _Wish) -> WrappedLayer:
     rows = -(-extra // width)
     weight, bias = found.weights["q"]
     inner, dim = weight.shape
-    options: dict[str, Any] = {"dropout": found.dropout} | dict(wish.options)
+    options: dict[str, Any] = {"dropout": found.dropout} | dict(asked.options)
     layer = AdaptedTranslution(
         dim,
         found.heads,
         head_dim=inner // found.heads,
         grid=(height + rows, width),
         class_token=layout.class_token,
-        key_term=wish.start and bias is not None,
-        relation_bias=wish.start and found.relation_bias is not None,
+        key_term=asked.start and bias is not None,
+        relation_bias=asked.start and found.relation_bias is not None,
         **options,
     )
     layer.output.get_parameter("weight").copy_(found.projection.weight)
     own = dict(found.projection.named_parameters()).get("bias")
     layer.output.get_parameter("bias").copy_(own if own is not None else torch.zeros(()))
-    if wish.start:
+    if asked.start:
         layer.start_from(found.weights, found.relation_bias)
     before = layout.class_token + extra
     first = layout.class_token + rows * width

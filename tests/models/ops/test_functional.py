@@ -30,9 +30,7 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 
 @every_layout
 @every_layer
-def test_vmap_over_layers_and_over_batches(
-    layer: type[Any], options: dict[str, Any], layout: dict[str, Any]
-) -> None:
+def test_vmap_over_layers_and_over_batches(layer: type[Any], options: dict[str, Any], layout: dict[str, Any]) -> None:
     torch.manual_seed(0)
     members = [layer(6, 2, head_dim=4, **layout, **options) for _ in range(3)]
     x, padding = torch.randn(2, 4, 7, 6), torch.zeros(4, 7, dtype=torch.bool)
