@@ -10,7 +10,7 @@ Networks:
     VisionTransformer          images (B, channels, H, W) → logits (B, classes)
     LanguageModel              token ids (B, context) → logits (B, context, vocabulary)
 Other networks and weights:
-    replace_attention          Translution in a timm-style vision transformer, changed in place
+    replace_attention          Translution in timm's or Hugging Face's vision transformer, changed in place
     tables_from_state_dict     tables of the published code, (R, C, C') for each role
     load_tables                copy such tables into a layer of any tiling
     load_published             network of a checkpoint of the published code

@@ -28,8 +28,10 @@ for lock; do
     install --require-hashes --requirement "$lock"
 done
 install --editable "$here"
-# Names a package that the locks lack.
-problems=$("$python" -m pip check) || {
+# Names a package that the locks lack. torchvision is left out on purpose: see lock_requirements.py.
+problems=$("$python" -m pip check | grep -v -e '^timm .* requires torchvision, which is not installed' \
+    -e '^No broken requirements found') || :
+if [ -n "$problems" ]; then
     printf '%s\n' "$problems" >&2
     exit 1
-}
+fi

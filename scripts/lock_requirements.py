@@ -31,6 +31,8 @@ BUILD_TOOLS = ("setuptools",)
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _CUDA = re.compile(r"(nvidia|cuda)-.*|triton")
 """Packages that only torch's CUDA build needs."""
+LEFT_OUT = ("torchvision",)
+"""What no environment here holds: PyPI has only builds of torchvision for CUDA, and of timm's tests none needs it."""
 _HASHED = ("--universal", "--generate-hashes")
 _HEAD = "# Made by `make lock`; do not edit.\n"
 
@@ -54,7 +56,7 @@ def split_locks(resolved: dict[str, Entries], cpu_torch: str) -> dict[str, str]:
         cpu_torch: block of torch's CPU build.
     """
     whole = resolved["dev.lock"]
-    special = {name for name in whole if name == "torch" or name in BUILD_TOOLS or _CUDA.fullmatch(name)}
+    special = {name for name in whole if name in ("torch", *BUILD_TOOLS, *LEFT_OUT) or _CUDA.fullmatch(name)}
     locks = {
         "build.lock": [name for name in whole if name in BUILD_TOOLS],
         "torch-cuda.lock": [name for name in whole if name == "torch" or _CUDA.fullmatch(name)],

@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STARTS_RANKS = (
     "tests/integration",
     "tests/benchmarks/test_faults.py",
+    "tests/docs/test_integrations.py",
     "tests/docs/test_pages.py",
     "tests/distributed/checkpoint/test_weights.py",
 )

@@ -1,105 +1,137 @@
-"""Replace the attention of a timm-style vision transformer by Translution."""
+"""The presets of this project as models of timm: ``timm.create_model("translution_vit_tiny_patch56_224")``.
+
+Importing this module needs timm and registers models by operator (``translution`` or ``alpha_translution``), size,
+side of a patch and side of the image. Source of timm's names: timm 1.0.31, models/_registry.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from translution.planner.common import InputError
+from translution.planner.common import InputError, MissingPackageError
+from translution.planner.config import Operator, VitSpec, load_model
 
-from ..layers.tables import ROLE_NAMES
-from ..layers.translution import Translution
+from ..networks.build import build
+from ..networks.vit import VisionTransformer
 
+try:
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from timm.models import register_model
+except ImportError:
+    raise MissingPackageError("timm is missing: pip install 'translution-scale[integrations]'") from None
 
-class _Attention(nn.Module):
-    """A layer with the call signature of timm's attention."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x_bnc: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """(B, N, C) → (B, N, C).
-
-        Raises:
-            InputError: if there is an attention mask, which the layer does not support.
-        """
-        if attn_mask is not None:
-            raise InputError("attn_mask: a tensor is not allowed: must be None")
-        result: Tensor = self.layer(x_bnc)
-        return result
+SIZE_NAMES = ("tiny", "mini", "small", "base", "large")
+PATCHES = (8, 14, 16, 28, 32, 56)
+"""Sides of a patch in pixels; each divides the image's 224."""
+_SIDE = 224
+_PREFIXES: dict[str, Operator] = {"translution": "translution", "alpha_translution": "alpha"}
 
 
-def replace_attention(
-    model: nn.Module,
-    layers: Iterable[int],
-    *,
-    grid: tuple[int, int],
-    class_token: bool,
-    start_from_attention: bool = False,
-    **options: Any,
-) -> nn.Module:
-    """Replace the attention of some blocks of a timm-style vision transformer by full Translution.
-
-    Each block in ``model.blocks`` must have ``attn.qkv`` (one Linear for queries, keys and values),
-    ``attn.num_heads`` and ``attn.proj``, whose weights are copied. A new layer maps (B, N, C) to
-    (B, N, C) as the attention did; N is height · width, plus 1 with a class token.
+class TimmVisionTransformer(nn.Module):
+    """A vision transformer with the methods of timm's: images (B, channels, H, W) → logits (B, classes).
 
     Args:
-        model: network to change in place.
-        layers: numbers of the blocks.
-        grid: (height, width) of the grid of patches.
-        class_token: True if one class token precedes the patches.
-        start_from_attention: True to start with every matrix of a table equal to the attention's, so
-            that the model's outputs do not change; the attention's qkv must then have no bias.
-        options: further arguments of `Translution`, such as roles or tile_relations.
-
-    Returns:
-        The model.
-
-    Raises:
-        InputError: naming a block that does not exist or lacks these attributes; the model is then unchanged.
+        spec: the model.
+        tile_relations: relations per tile of a table; None stores each table as one Parameter.
     """
-    blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList | nn.Sequential):
-        raise InputError(f"model: {type(model).__name__} is not allowed: must have its blocks in .blocks")
-    chosen = list(layers)
-    made = {}
-    for number in chosen:
-        if not 0 <= number < len(blocks):
-            raise InputError(f"layers: {number} is not allowed: must be from 0 to {len(blocks) - 1}")
-        made[number] = _translution_for(blocks[number], number, grid, class_token, start_from_attention, options)
-    for number, layer in made.items():
-        blocks[number].attn = _Attention(layer)
-    return model
+
+    def __init__(self, spec: VitSpec, tile_relations: int | None = None) -> None:
+        super().__init__()
+        network = build(spec, tile_relations=tile_relations)
+        assert isinstance(network, VisionTransformer)
+        self.network = network
+        self.num_classes = spec.classes
+        self.num_features = self.embed_dim = self.head_hidden_size = spec.dim
+        self.pretrained_cfg = self.default_cfg = {
+            "input_size": spec.sample_shape,
+            "num_classes": spec.classes,
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "interpolation": "bicubic",
+            "crop_pct": 0.9,
+            "classifier": "network.head",
+        }
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images → tokens after the last norm, (B, N, C)."""
+        return self.network.features(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, N, C) → logits (B, classes), or the pooled tokens (B, C) with ``pre_logits``."""
+        pooled = self.network.pooled(x)
+        result: Tensor = pooled if pre_logits else self.network.head(pooled)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) → (B, classes), or (B, C) without classes."""
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head."""
+        return self.network.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the model a new head; the pooled tokens are the output with zero classes.
+
+        Args:
+            num_classes: number of classes, at least 0.
+            global_pool: must be None: the spec says how tokens are pooled.
+        """
+        if global_pool is not None:
+            raise InputError(f"global_pool: {global_pool!r} is not allowed: must be None")
+        old = self.network.head
+        self.num_classes = num_classes
+        head: Any = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        weight = next(self.network.parameters())
+        self.network.head = head.to(weight.device, weight.dtype).train(old.training)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the Parameters that timm's optimizers must not decay: tokens and positions."""
+        return {
+            name for name, _ in self.named_parameters() if name.endswith(("class_token.weight", "positions.weight"))
+        }
 
 
-@torch.no_grad()
-def _translution_for(
-    block: nn.Module, number: int, grid: tuple[int, int], class_token: bool, start: bool, options: Mapping[str, Any]
-) -> Translution:
-    attention = getattr(block, "attn", None)
-    qkv, heads, projection = (getattr(attention, name, None) for name in ("qkv", "num_heads", "proj"))
-    if not (isinstance(qkv, nn.Linear) and isinstance(heads, int) and isinstance(projection, nn.Linear)):
-        raise InputError(f"layers: block {number} is not allowed: must have attn.qkv, attn.num_heads and attn.proj")
-    if start and "bias" in dict(qkv.named_parameters()):
-        raise InputError("start_from_attention: True is not allowed: must be False where attn.qkv has a bias")
-    dim, inner = qkv.in_features, qkv.out_features // 3
-    layer = Translution(dim, heads, head_dim=inner // heads, grid=grid, class_token=class_token, **options)
-    if isinstance(layer.output, nn.Linear):
-        layer.output.weight.copy_(projection.weight)
-        layer.output.bias.zero_()
-        if "bias" in dict(projection.named_parameters()):
-            layer.output.bias.copy_(projection.bias)
-    if start:
-        for role, weight in zip("qkv", qkv.weight.view(3, inner, dim), strict=True):
-            if role in layer.roles:
-                layer.tables.load_table(ROLE_NAMES[role], weight.t().expand(layer.geometry.relations, dim, inner))
-            else:
-                plain = layer.plain[role]
-                assert isinstance(plain, nn.Linear)
-                plain.weight.copy_(weight)
-    return layer.to(qkv.weight.device, qkv.weight.dtype)
+def _entrypoint(name: str, operator: Operator, preset: str) -> Callable[..., TimmVisionTransformer]:
+    """Return the function that timm calls to make a model."""
+
+    def make(
+        pretrained: bool = False,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        img_size: int = _SIDE,
+        drop_rate: float = 0.0,
+        tile_relations: int | None = None,
+        **fields: Any,
+    ) -> TimmVisionTransformer:
+        if pretrained:
+            raise InputError(f"pretrained: True is not allowed: there are no weights of {name}")
+        # What timm passes to every model, and this one does not use.
+        own = {key: value for key, value in fields.items() if key not in ("pretrained_cfg", "cache_dir")}
+        own.pop("pretrained_cfg_overlay", None)
+        sizes = {"channels": in_chans, "image": img_size, "classes": max(1, num_classes), "dropout": drop_rate}
+        spec = load_model(preset, **({"operator": operator} | sizes | own))
+        assert isinstance(spec, VitSpec)
+        model = TimmVisionTransformer(spec, tile_relations)
+        if num_classes == 0:
+            model.reset_classifier(0)
+        return model
+
+    make.__name__ = make.__qualname__ = name
+    make.__module__ = __name__
+    return make
+
+
+def _register_models() -> None:
+    for prefix, operator in _PREFIXES.items():
+        for size in SIZE_NAMES:
+            for patch in PATCHES:
+                name = f"{prefix}_vit_{size}_patch{patch}_{_SIDE}"
+                register_model(_entrypoint(name, operator, f"vit-{size}/{patch}"))
+
+
+_register_models()

@@ -244,9 +244,13 @@ class PositionTile(nn.Module):
 
     def __init__(self, first: int, count: int, d_in: int, d_out: int) -> None:
         super().__init__()
-        self.positions = slice(first, first + count)
+        self.positions, self.sizes = slice(first, first + count), (d_in, d_out)
         self.weight = nn.Parameter(torch.empty(count, d_in, d_out))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def extra_repr(self) -> str:
+        """Say how many matrices the tile holds, and their sizes."""
+        return f"{self.positions.stop - self.positions.start} positions, {self.sizes[0]} x {self.sizes[1]}"
 
     def forward(self, x_bnc: Tensor) -> Tensor:
         """Multiply the tile's tokens of (B, N, C) by their own matrices; returns a (B, count, C') view."""

@@ -97,6 +97,24 @@ class OperatorLayer(nn.Module):
             return nn.Identity()
         return nn.Linear(self.inner_dim, self.dim, bias=self.bias)
 
+    def extra_repr(self) -> str:
+        """Say the sizes, the geometry, the options that differ from the defaults, and the number of parameters."""
+        geometry = self.geometry
+        place = f"length={geometry.tokens}" if geometry.is_sequence else f"grid={geometry.axes}"
+        options = {
+            "class_token": geometry.class_token or None,
+            "causal": geometry.causal or None,
+            "window": geometry.window,
+            "roles": getattr(self, "roles", None),
+            "dropout": self.dropout or None,
+        }
+        given = [f"{name}={value!r}" for name, value in options.items() if value is not None]
+        # Under ZeRO-3 a Parameter is empty until its module is called.
+        parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.parameters())
+        sizes = f"dim={self.dim}, heads={self.heads}, head_dim={self.head_dim}"
+        counts = f"{geometry.relations} relations, {parameters:,} parameters"
+        return ", ".join([sizes, place, *given, counts])
+
     def _check(self, x_bnc: Tensor, key_padding: Tensor | None) -> None:
         """Check the shapes of a call's arguments."""
         tokens = self.geometry.tokens

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from translution.planner.config import DEFAULT_WORKSPACE_BYTES, RelationGeometry
 from translution.planner.costs import table_tiles
 
-from ..ops import grouped
+from ..ops import RelationBias, RelationVectors, grouped
 from ..ops.context import RelationContext, dropout_noise
+from ..ops.functional import RelationTerms, functional_attention
 from ..ops.grouped_mm import Products
 from ..ops.naive import gather_attention
 
@@ -40,7 +41,7 @@ class Tile(nn.Module):
 
     def __init__(self, first: int, count: int, d_in: int, d_out: int, roles: tuple[str, ...]) -> None:
         super().__init__()
-        self.first = first
+        self.first, self.sizes = first, (count, d_in, d_out)
         for role in roles:
             weight = nn.Parameter(torch.empty(count, d_in, d_out))
             # The published layer's initialization of its (R, C, C') table. The bound does not depend on the
@@ -51,6 +52,11 @@ class Tile(nn.Module):
     def tile(self, role: str) -> Tensor | None:
         """Return the Parameter of a role, (count, d_in, d_out), or None if the role has no table."""
         return self._parameters.get(role)
+
+    def extra_repr(self) -> str:
+        """Say how many matrices the tile holds, their sizes and roles; equal tiles are printed once."""
+        count, d_in, d_out = self.sizes
+        return f"{count} relations, {d_in} x {d_out}, {', '.join(self._parameters)}"
 
 
 class LogitTile(Tile):
@@ -133,17 +139,48 @@ class OperatorChain(nn.Module):
 
     def _attend(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         device = next(iter(sources.values())).device.type
+        run = self._run_transformed if torch._C._are_functorch_transforms_active() else self._run
         if not torch.amp.is_autocast_available(device):
-            return self._run(sources, key_padding)
+            return run(sources, key_padding)
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             sources = {name: x.to(dtype) for name, x in sources.items()}
         with torch.autocast(device, enabled=False):
-            return self._run(sources, key_padding)
+            return run(sources, key_padding)
 
     def draw_seed(self) -> int:
         """Draw the seed of this call's dropout from torch's default generator; zero without dropout."""
         return int(torch.randint(2**63 - 1, (), dtype=torch.int64)) if self.dropout and self.training else 0
+
+    def stored_tables(self) -> dict[str, Tensor]:
+        """Return the tables by the names of their roles, (R, d_in, d_out) each, in the order of the tiles' pairs."""
+        found: dict[str, Tensor] = {}
+        for role in ROLE_NAMES.values():
+            tiles = self.value_tiles if role == "value" else self.logit_tiles
+            parts = [tile.tile(role) for tile in tiles if isinstance(tile, Tile)]
+            if given := [part for part in parts if part is not None]:
+                found[role] = torch.cat(given)
+        return found
+
+    def _run_transformed(
+        self, sources: dict[str, Tensor], key_padding: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Attend under a transform of torch.func, such as vmap."""
+        terms: dict[str, Tensor] = {}
+        for tile in (*self.logit_tiles, *self.value_tiles):
+            if isinstance(tile, RelationBias):
+                terms["bias"] = tile.table
+            elif isinstance(tile, RelationVectors):
+                terms[f"{tile.role}_vectors"] = tile.vectors
+        return functional_attention(
+            self.geometry,
+            self.heads,
+            self.scale,
+            sources,
+            RelationTerms(self.stored_tables(), **terms),
+            key_padding=key_padding,
+            dropout=self.dropout if self.training else 0.0,
+        )
 
     def _run(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         context = RelationContext(self.geometry, self.heads, self.scale, self.workspace_bytes)
@@ -240,11 +277,7 @@ class RelationTables(OperatorChain):
         Args:
             role: "query", "key" or "value".
         """
-        tiles = self.value_tiles if role == "value" else self.logit_tiles
-        table = torch.cat(
-            [weight for tile in tiles if isinstance(tile, Tile) and (weight := tile.tile(role)) is not None]
-        )
-        return table[self._order(role)]
+        return self.stored_tables()[role][self._order(role)]
 
     @torch.no_grad()
     def load_table(self, role: str, table: Tensor) -> None:
@@ -256,10 +289,8 @@ class RelationTables(OperatorChain):
         """
         table = table[self._order(role)]
         for tile in self.value_tiles if role == "value" else self.logit_tiles:
-            assert isinstance(tile, Tile)
-            weight = tile.tile(role)
-            assert weight is not None
-            weight.copy_(table[tile.first : tile.first + len(weight)])
+            if isinstance(tile, Tile) and (weight := tile.tile(role)) is not None:
+                weight.copy_(table[tile.first : tile.first + len(weight)])
 
     def _order(self, role: str) -> list[int]:
         """Return the paper's number of each relation in a role's table."""

@@ -86,15 +86,19 @@ class Translution(OperatorLayer):
     def forward(self, x_bnc: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """(B, N, C) → (B, N, C); the mask (B, N) is true where a token is padding and must not be attended to."""
         self._check(x_bnc, key_padding_mask)
+        relative, plain = self.tables(self._sources(x_bnc), key_padding_mask)
+        result: Tensor = self.output(relative if relative is not None else plain)
+        return result
+
+    def _sources(self, x_bnc: Tensor) -> dict[str, Tensor]:
+        """Return the inputs of the operator, (B, N, width) each, named as in `OperatorChain.forward`."""
         rows = {role: x_bnc if role in self.roles else self.plain[role](x_bnc) for role in "qkv"}
         if "q" in self.roles or "k" in self.roles:
             sources = {"query": rows["q"], "key": rows["k"]}
         else:
             sources = {"plain_query": rows["q"], "plain_key": rows["k"]}
         sources["value" if "v" in self.roles else "plain_value"] = rows["v"]
-        relative, plain = self.tables(sources, key_padding_mask)
-        result: Tensor = self.output(relative if relative is not None else plain)
-        return result
+        return sources
 
 
 class AlphaTranslution(OperatorLayer):

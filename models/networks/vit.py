@@ -63,8 +63,8 @@ class VisionTransformer(nn.Module):
         self.norm = make_norm(spec, spec.dim)
         self.head = nn.Linear(spec.dim, spec.classes, bias=spec.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) or (B, channels, frames, H, W) → (B, classes)."""
+    def features(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) or (B, channels, frames, H, W) → tokens after the last norm, (B, N, C)."""
         x = self.embedding(x)
         if self.class_token is not None:
             x = torch.cat([self.class_token(len(x)), x], dim=1)
@@ -73,6 +73,15 @@ class VisionTransformer(nn.Module):
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x)
-        result: Tensor = self.head(x[:, 0] if self.pool == "class" else x.mean(dim=1))
+        result: Tensor = self.norm(x)
+        return result
+
+    def pooled(self, x_bnc: Tensor) -> Tensor:
+        """Tokens (B, N, C) → the class token or the mean over tokens, (B, C)."""
+        return x_bnc[:, 0] if self.pool == "class" else x_bnc.mean(dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) or (B, channels, frames, H, W) → (B, classes)."""
+        x = self.features(x)
+        result: Tensor = self.head(self.pooled(x))
         return result

@@ -17,6 +17,7 @@ from ..common.units import format_bytes, format_count, format_flops
 from ..config.model_base import OPERATOR_LABELS
 from ..costs.parameters import count_parameters
 from ..costs.workload import count_flops
+from ..deepspeed.frameworks import ACCELERATE_FILE, TRAINER_CONFIG_FILE, accelerate_config, trainer_config
 from ..hardware.cluster import ClusterSpec
 from .plan import PLAN_FILE, Plan
 
@@ -100,6 +101,7 @@ Each run gets its own folder under `{RUNS}/` with metrics, logs, measured memory
 
 - `{PLAN_FILE}` the complete plan, the only file that the ranks read
 - `ds_config.json` its DeepSpeed configuration, for your own training script
+- `{TRAINER_CONFIG_FILE}` the same for Hugging Face's Trainer, `{ACCELERATE_FILE}` for `accelerate launch`
 - `launch.sh` starts the run on one node{several}
 - `launch-torchrun.sh` starts it through torchrun, `job.sbatch` through Slurm
 - `environment.sh` environment variables of every rank
@@ -129,6 +131,9 @@ def write_plan_folder(plan: Plan, target: Path, *, force: bool = False, notes: s
         (folder / PLAN_FILE).write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
         config = json.dumps(plan.deepspeed_config(), indent=2)
         (folder / "ds_config.json").write_text(config + "\n", encoding="utf-8")
+        config = json.dumps(trainer_config(plan.deepspeed_config()), indent=2)
+        (folder / TRAINER_CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        (folder / ACCELERATE_FILE).write_text(accelerate_config(plan.cluster, plan.zero.stage), encoding="utf-8")
         (folder / "README.md").write_text(folder_readme(plan) + notes, encoding="utf-8")
         for name, text in {"launch.sh": _LAUNCH, **launch_files(plan)}.items():
             (folder / name).write_text(text, encoding="utf-8")

@@ -30,6 +30,7 @@ from helpers.doc_pages import (
     reader_pages,
     source_with_helpers,
 )
+from helpers.packages.timm import load_timm
 from helpers.runs import run_ranks_of
 
 from translution.cli.main import run
@@ -75,6 +76,8 @@ ELSEWHERE = {
     "sbatch job.sbatch": f"{RANKS}/test_slurm.py::test_a_job_saves_before_its_limit_and_resumes_when_submitted_again",
     "python benchmarks/accuracy.py": "docs/test_pages.py::test_the_comparison_of_memory_is_made",
     "python scripts/gpu_check.py": f"{RANKS}/test_gpu_check.py::test_a_rehearsal_runs_every_part",
+    "torchrun --nproc_per_node": "docs/test_integrations.py::test_the_script_of_a_page_runs_on_two_ranks",
+    "accelerate launch": "docs/test_integrations.py::test_accelerate_launches_a_plan",
     "make demo": "docs/test_pages.py::test_the_demo_is_made_of_commands_that_are_tested",
     "make test": ".ci/run",
     "make bigger-than-memory": f"{RANKS}/test_accuracy.py::test_a_process_holds_what_is_predicted",
@@ -270,7 +273,12 @@ def test_the_commands_of_a_page_work(
         _trained.append(Path(shutil.copytree(tmp_path / "plans" / "digits" / "runs" / "001", kept)))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if programs(ROOT / page)])
+ON_RANKS = tuple(f"docs/integrations/{name}.md" for name in ("accelerate", "ddp", "huggingface"))
+"""Pages whose Python runs on several ranks, in tests/docs/test_integrations.py."""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(lightning|torchmetrics)")
+@pytest.mark.parametrize("page", [page for page in PAGES if programs(ROOT / page) and page not in ON_RANKS])
 def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path, page)
@@ -279,6 +287,10 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
         pytest.importorskip("safetensors")
         assert _trained, "docs/commands.md is tested first"
         assert run(["export", str(_trained[0]), "--out", "digits.safetensors"]) == 0
+    if "import timm" in text:
+        load_timm()
+    if "import lightning" in text:
+        assert all(run(shown.words[1:]) == 0 for shown in commands(ROOT / page))
     if "small.json" in text:
         assert run(["report", "plans/small", "--out", "small.html", "--data", "small.json"]) == 0
     if "deepspeed" in text:

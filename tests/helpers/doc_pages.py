@@ -10,14 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("translution", "make", "python", "sbatch", "cd", "pip", "export", "sh", "tensorboard", "sudo", "apt-get")
+PROGRAMS = (
+    "translution",
+    "make",
+    "python",
+    "sbatch",
+    "cd",
+    "pip",
+    "export",
+    "sh",
+    "tensorboard",
+    "torchrun",
+    "sudo",
+    "apt-get",
+)
 """First words of commands in indented blocks; in a ``sh`` or ``console`` fence every line is a command."""
 _UNIT = r"(?:[KMGTP]iB|[kMGTP]?FLOP|ms|s|B|k|M|G|T)"
 
 
 def reader_pages() -> list[Path]:
     """Return the README and the pages in docs/."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @dataclass(frozen=True)

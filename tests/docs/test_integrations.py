@@ -1,0 +1,73 @@
+"""The pages of docs/integrations whose scripts run on several ranks."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.doc_pages import ROOT, Shown, commands, fences, programs
+from helpers.runs import run_ranks_of
+from sklearn.datasets import load_digits
+from transformers import AutoModelForImageClassification
+
+import translution.models.integrations.huggingface
+from translution.cli.main import run
+from translution.distributed.system.environment import free_port, launch_environment
+from translution.planner.hardware.cluster import local_cpu_cluster
+
+assert translution.models.integrations.huggingface
+
+
+def follow(page: str, folder: Path) -> Shown:
+    """Write a page's files, run its commands but for the last one, and return that."""
+    path = ROOT / "docs" / "integrations" / f"{page}.md"
+    for fence in fences(path.read_text(encoding="utf-8")):
+        if fence.language == "yaml":
+            (folder / fence.lines[0].removeprefix("# ")).write_text("\n".join(fence.lines))
+    (script,) = programs(path)
+    (folder / script.lines[0].removeprefix("# ")).write_text("\n".join(script.lines))
+    *before, last = commands(path)
+    assert all(run(shown.words[1:]) == 0 for shown in before)
+    return last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["ddp", "huggingface"])
+def test_the_script_of_a_page_runs_on_two_ranks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = follow(page, tmp_path)
+    assert typed.words == ["torchrun", "--nproc_per_node", "2", "train.py"]
+    run_ranks_of(["train.py"], 2, tmp_path / "log")
+    if page == "huggingface":
+        model = AutoModelForImageClassification.from_pretrained("trained").eval()
+        digits = load_digits()
+        images = torch.tensor(digits.images[:320], dtype=torch.float32)[:, None] / 16
+        with torch.no_grad():
+            loss = model(images, labels=torch.tensor(digits.target[:320])).loss.item()
+        # Twenty steps teach little: the script itself checks that they were made. The saved weights are
+        # those of a network, not the empty ones of a rank.
+        assert loss < 1.5 * math.log(10)
+
+
+@pytest.mark.slow
+def test_accelerate_launches_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = follow("accelerate", tmp_path)
+    assert typed.words[:2] == ["accelerate", "launch"]
+    # The command of that name imports timm, which needs torchvision.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
+    done = subprocess.run(
+        [*command, *typed.words[2:]],
+        cwd=tmp_path / "plans" / "small",
+        env=os.environ | launch_environment(local_cpu_cluster(2)),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert "2 ranks, DistributedType.DEEPSPEED, loss " in done.stdout
