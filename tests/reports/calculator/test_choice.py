@@ -21,8 +21,7 @@ from translution.reports.calculator.choice import (
     Choice,
     ChoiceError,
     choice_arguments,
-    cluster_file,
-    cluster_file_name,
+    spec_files,
     parse_choice,
     search_input,
 )
