@@ -150,7 +150,9 @@ def step_chart(time: StepTime) -> StepChart:
     which the first lane shows as waiting.
     """
     total = time.likely_s
-    numbers = {part.name: number % SERIES for number, part in enumerate(time.breakdown)}
+    longest = sorted(time.breakdown, key=lambda part: -part.likely_s)[:SERIES]
+    coloured = [part.name for part in time.breakdown if part in longest]
+    numbers = {p.name: coloured.index(p.name) if p.name in coloured else SERIES for p in time.breakdown}
     parts = [(part.name, part.likely_s, numbers[part.name]) for part in time.breakdown if not part.overlaps]
     waiting = total - sum(seconds for _, seconds, _ in parts)
     if waiting > 1e-6 * total:

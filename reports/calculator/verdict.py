@@ -11,7 +11,7 @@ from translution.planner.common import GIB, MIB, TIB, Tier, format_count
 
 from .charts import seconds_text
 from .choice import FIELDS, Choice, ChoiceError, parse_choice
-from .form import form_sections, value_text
+from .form import FormField, form_sections, value_text
 from .result import Costs, Outcome, PlanView, TierUse
 
 COMPARE = "compare"
@@ -121,7 +121,7 @@ def plan_figures(plan: PlanView) -> tuple[Figure, ...]:
         found.append(Figure("hours", "GPU-hours", hours_text(run.gpu_hours), detail, run.gpu_hours))
         if run.price is not None:
             price = f"{run.price:,.0f}" if run.price >= 100 else f"{run.price:,.2f}"
-            found.append(Figure("price", "price of the run", price, "at the price of a GPU-hour", run.price))
+            found.append(Figure("price", "price of the run", price, f"at {run.price / run.gpu_hours:.4g} a GPU-hour", run.price))
     return tuple(found)
 
 
@@ -158,9 +158,9 @@ def status_line(outcome: Outcome) -> str:
 
 def compared_rows(a: Answer, b: Answer) -> tuple[ComparedRow, ...]:
     """Return two choices row by row: first the fields in which they differ, then their figures."""
-    labels = {f.name: f.label for s in form_sections() for f in (*s.fields, *s.more, *s.own)}
+    fields = {field.name: field for part in form_sections() for field in (*part.fields, *part.more, *part.own)}
     rows = [
-        ComparedRow(labels[name], _value(a.choice, name), _value(b.choice, name))
+        ComparedRow(fields[name].label, _value(a.choice, fields[name]), _value(b.choice, fields[name]))
         for name in FIELDS
         if getattr(a.choice, name) != getattr(b.choice, name)
     ]
@@ -177,11 +177,14 @@ def compared_rows(a: Answer, b: Answer) -> tuple[ComparedRow, ...]:
     return tuple(rows)
 
 
-def _value(choice: Choice, name: str) -> str:
-    value = getattr(choice, name)
-    if name.endswith("_yaml"):
+def _value(choice: Choice, field: FormField) -> str:
+    value = getattr(choice, field.name)
+    if field.kind == "textarea":
         return "none" if value is None else "pasted"
-    return ("yes" if value else "no") if isinstance(value, bool) else value_text(value) or "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = value_text(value)
+    return dict(field.options).get(text, text) or field.placeholder
 
 
 def _plan_words(plan: PlanView | None) -> str:

@@ -164,7 +164,13 @@ def test_concurrent_requests_for_a_choice_share_its_search(server: Server) -> No
         ("/api/plan?offload=nvme", 422, "nvme_path", "is required"),
         ("/plan.zip?gpu=H1", 422, "gpu", "did you mean"),
         ("/api/answer?model=%00%ff", 422, "model", "is not allowed"),
-        ("/answer?" + "a" * 3000, 414, None, "too long"),
+        ("/answer?" + "a" * 17000, 414, None, "too long"),
+        ("/answer?compare=heads%3D5", 422, None, "compare: "),
+        ("/plan?compare=modle%3D5", 422, None, "compare: unknown key 'modle'"),
+        ("/api/answer?compare=gpus%3D2", 422, None, "unknown key 'compare'"),
+        ("/answer?model_yaml=" + "a" * 4001, 422, "model_yaml", "at most 4000"),
+        ("/answer?model_yaml=family:%20bert", 422, "model_yaml", "must be vit, gpt or video"),
+        ("/answer?cluster_yaml=base:%20cpu:2", 422, "cluster_yaml", "must be a cluster of GPUs"),
         ("/plans", 404, None, "nothing at this address"),
         ("/../../etc/passwd", 404, None, "nothing at this address"),
     ],
@@ -175,6 +181,15 @@ def test_invalid_request_gets_an_error(server: Server, path: str, status: int, f
     assert answer.error["field"] == field
     assert text in str(answer.error["message"])
     assert answer.headers["content-type"] == "application/json"
+
+
+def test_health_is_told_without_a_search(server: Server) -> None:
+    answer = get(server, "/healthz")
+    assert answer.status == 200
+    state = json.loads(answer.body)
+    assert (state["status"], state["workers"]) == ("ok", 1)
+    assert {"running", "waiting"} <= set(state)
+    assert get(server, "/healthz", Host="attacker.example").status == 400
 
 
 def test_only_get_requests_for_its_own_host_names_are_accepted(server: Server) -> None:
@@ -211,6 +226,8 @@ def test_page_without_scripts_includes_form_and_answer(server: Server) -> None:
     html = get(server, f"/?{SMALL}&stage=").body.decode()
     assert '<option value="vit-tiny/56" selected>' in html
     assert "Plan: ZeRO-" in html
+    assert "GPU-hours" in html.split('<div class="columns">')[0]
+    assert "https://arxiv.org/abs/2510.10060" in html
     assert 'http-equiv="refresh"' not in html
     refused = get(server, "/?heads=5")
     assert refused.status == 422
