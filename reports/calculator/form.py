@@ -69,9 +69,9 @@ _PRESET, _SEARCHED = "the model's", "chosen"
 _OFFLOADS = (
     ("none", "none"),
     ("cpu-optimizer", "optimizer on the host"),
-    ("cpu", "optimizer and parameters on the host"),
+    ("cpu", "all on the host"),
     ("nvme-optimizer", "optimizer on NVMe"),
-    ("nvme", "optimizer and parameters on NVMe"),
+    ("nvme", "all on NVMe"),
 )
 CHECKPOINTING_WORDS = {"none": "none", "block": "per block", "offload": "per block, inputs on the host"}
 """Values of activation checkpointing in words."""

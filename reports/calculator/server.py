@@ -74,16 +74,17 @@ class _Routes:
     def __init__(self, searches: SearchPool) -> None:
         self._searches = searches
 
-    async def _answer(self, choice: Choice, label: str = "") -> Answer:
-        """Return costs and outcome without waiting; start the search if it is new.
+    async def _answer(self, choice: Choice, search: SearchEntry | None = None, label: str = "") -> Answer:
+        """Return costs and outcome without waiting.
 
         Args:
             choice: the choice.
+            search: its search; None starts one, or finds it.
             label: begins the line of an error.
         """
         try:
             costs = await run_in_threadpool(costs_of, choice)
-            outcome = self._searches.ask(choice).outcome
+            outcome = (search or self._searches.ask(choice)).outcome
             _raise_if_refused(outcome)
         except QueueFullError as error:
             outcome = Outcome(state="busy", message=str(error))
@@ -91,16 +92,22 @@ class _Routes:
             raise ChoiceError(label + error.message, None if label else error.field) from None
         return Answer(choice, costs, outcome)
 
-    async def _answers(self, page: PageChoice) -> tuple[Answer, Answer | None, PlanView | None]:
-        """Return what the page shows: the choice, choice A of a comparison, and the plan with the trade-off."""
-        answer = await self._answer(page.choice)
-        other = None if page.other is None else await self._answer(page.other, f"{COMPARE}: ")
+    async def _answers(self, page: PageChoice, *searches: SearchEntry) -> tuple[Answer, Answer | None, PlanView | None]:
+        """Return what the page shows: the choice, choice A of a comparison, and the plan with the trade-off.
+
+        Args:
+            page: what the address asks for.
+            searches: searches of the choice and of choice A, if they were waited for.
+        """
+        first, second = (*searches, None, None)[:2]
+        answer = await self._answer(page.choice, first)
+        other = None if page.other is None else await self._answer(page.other, second, f"{COMPARE}: ")
         free = free_choice(page)
         known = None if free == page.choice else self._searches.known(free)
         return answer, other, None if known is None else known.outcome.plan
 
-    async def _wait(self, request: Request, *choices: Choice) -> SearchEntry:
-        """Return the search of the first choice once all searches are done, or after `POLL_S`."""
+    async def _wait(self, request: Request, *choices: Choice) -> list[SearchEntry]:
+        """Return the searches of choices once all are done, or after `POLL_S`."""
         searches = []
         for choice in choices:
             await run_in_threadpool(costs_of, choice)  # Raises ChoiceError for an invalid choice.
@@ -111,11 +118,11 @@ class _Routes:
             while not self._searches.ending and clock() < deadline and not await request.is_disconnected():
                 if await self._searches.wait(search, HEARTBEAT_S):
                     break
-        return searches[0]
+        return searches
 
     async def _outcome(self, request: Request) -> tuple[Choice, SearchEntry]:
         choice = parse_choice(request.query_params.multi_items())
-        return choice, await self._wait(request, choice)
+        return choice, (await self._wait(request, choice))[0]
 
     async def home(self, request: Request) -> Response:
         """Return the page; a rejected choice is shown with its error.
@@ -142,8 +149,9 @@ class _Routes:
     async def plan(self, request: Request) -> Response:
         """Return the same parts once the plans are found."""
         page = parse_page(request.query_params.multi_items())
-        await self._wait(request, page.choice, *([] if page.other is None else [page.other]))
-        return await self.answer(request)
+        searches = await self._wait(request, page.choice, *([] if page.other is None else [page.other]))
+        answer, other, front = await self._answers(page, *searches)
+        return HTMLResponse(await run_in_threadpool(render_answer, page, answer, other, front))
 
     async def health(self, _: Request) -> Response:
         """Return whether the server can search, without a search."""
