@@ -230,7 +230,12 @@ class _KnobCosts:
 
 
 _BUCKETS = ("prefetch_bucket_elements", "max_live_elements", "reduce_bucket_elements", "sub_group_elements")
-_VARIED: dict[int, tuple[str, ...]] = {0: (), 1: ("overlap_comm",), 2: ("overlap_comm",), 3: ("overlap_comm", *_BUCKETS)}
+_VARIED: dict[int, tuple[str, ...]] = {
+    0: (),
+    1: ("overlap_comm",),
+    2: ("overlap_comm",),
+    3: ("overlap_comm", *_BUCKETS),
+}
 """Knobs of each stage for which `knob_sets` tries several values."""
 
 

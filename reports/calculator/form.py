@@ -127,9 +127,7 @@ def _cluster() -> FormSection:
         _select("gpu", "GPU", gpus),
         _number("gpus", "GPUs per node", MAX_GPUS, ""),
         _number("nodes", "Nodes", MAX_NODES, "", "at most; the plan uses fewer if more are not better"),
-        FormField(
-            "price", "Price of a GPU-hour", placeholder="unknown", hint="in any currency", minimum=0, step="any"
-        ),
+        FormField("price", "Price of a GPU-hour", placeholder="unknown", hint="in any currency", minimum=0, step="any"),
     )
     more = (
         _number("host_memory", "Host memory per node, GiB", 2**16, "catalog's"),
@@ -155,18 +153,22 @@ def _training() -> FormSection:
         _number("steps", "Optimizer steps", 10**9, "", "for the total time"),
     )
     more = (
-        _select("optimizer", "Optimizer", (("adamw", "AdamW"), ("lion", "Lion"), ("adagrad", "Adagrad"), ("sgd", "SGD"))),
+        _select(
+            "optimizer", "Optimizer", (("adamw", "AdamW"), ("lion", "Lion"), ("adagrad", "Adagrad"), ("sgd", "SGD"))
+        ),
         _select("stage", "ZeRO stage", _CHOSEN + _same("0", "1", "2", "3")),
         _select("offload", "Offload", _CHOSEN + _OFFLOADS),
-        FormField(
-            "offload_ratio", "Fraction of the optimizer offloaded", placeholder=_SEARCHED, minimum=0, step="any"
-        ),
+        FormField("offload_ratio", "Fraction of the optimizer offloaded", placeholder=_SEARCHED, minimum=0, step="any"),
         _select("checkpointing", "Activation checkpointing", _CHOSEN + tuple(CHECKPOINTING_WORDS.items())),
         _number("tile_relations", "Relations per tile", 2**20, _SEARCHED),
         _number("micro_batch", "Micro-batch", 2**16, _SEARCHED, "samples per GPU and forward pass"),
         _number("accumulation", "Micro-batches per optimizer step", 2**16, _SEARCHED),
         FormField(
-            "zero", "Settings of ZeRO", "text", placeholder=_SEARCHED, hint="name=value,name=value, as --zero takes them"
+            "zero",
+            "Settings of ZeRO",
+            "text",
+            placeholder=_SEARCHED,
+            hint="name=value,name=value, as --zero takes them",
         ),
     )
     return FormSection("Training", fields, "Fix what the search chooses", more)

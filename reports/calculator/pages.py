@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.resources import files
 from urllib.parse import urlencode
@@ -105,18 +106,19 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FunctionLoader(asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
+    filters: dict[str, Callable[..., object]] = {
         "bytes": format_bytes,
         "count": format_count,
         "flops": format_flops,
         "seconds": seconds_text,
         "text": value_text,
         "config": lambda config: json.dumps(config, indent=2),
-        "checkpointing": lambda value: CHECKPOINTING_WORDS.get(value, value),
-        "setting": lambda value: SETTING_WORDS.get(value, value),
+        "checkpointing": lambda name: CHECKPOINTING_WORDS.get(name, name),
+        "setting": lambda name: SETTING_WORDS.get(name, name),
         "status": status_line,
         "verdict": verdict_words,
     }
+    environment.filters |= filters
     environment.globals |= {
         "changed_query": _with,
         "compared_rows": compared_rows,
@@ -133,7 +135,7 @@ def _environment() -> Environment:
 
 def _values(page: PageChoice, answer: Answer | None, other: Answer | None, front: PlanView | None) -> dict[str, object]:
     outcome = None if answer is None else answer.outcome
-    own = None if outcome is None else outcome.plan
+    drawn = front or (None if outcome is None else outcome.plan)
     return {
         "page": page,
         "choice": page.choice,
@@ -141,16 +143,14 @@ def _values(page: PageChoice, answer: Answer | None, other: Answer | None, front
         "outcome": outcome,
         "costs": None if answer is None else answer.costs,
         "other": other,
-        "points": (front or own).pareto if front or own else (),
+        "points": () if drawn is None else drawn.pareto,
         "fixed": any(name in FIXED_FIELDS for name in page.choice.changed),
         "free_query": page_query(free_choice(page), page.other),
         "query": query_of(page.choice),
     }
 
 
-def render_answer(
-    page: PageChoice, answer: Answer, other: Answer | None = None, front: PlanView | None = None
-) -> str:
+def render_answer(page: PageChoice, answer: Answer, other: Answer | None = None, front: PlanView | None = None) -> str:
     """Return the parts of the page that change with the choice: verdict, plan and costs.
 
     Args:

@@ -106,12 +106,13 @@ def plan_figures(plan: PlanView) -> tuple[Figure, ...]:
     found = [_memory(tier) for tier in plan.tiers]
     if plan.time is not None:
         time = plan.time
+        speed = f"{time.samples_per_s:,.0f}" if time.samples_per_s >= 1000 else f"{time.samples_per_s:.3g}"
         found.append(
             Figure(
                 "time",
                 "a step",
                 seconds_text(time.likely_s),
-                f"{seconds_text(time.low_s)} to {seconds_text(time.high_s)}; {time.samples_per_s:,.4g} samples a second",
+                f"{seconds_text(time.low_s)} to {seconds_text(time.high_s)}; {speed} samples a second",
                 time.likely_s,
             )
         )
@@ -121,7 +122,9 @@ def plan_figures(plan: PlanView) -> tuple[Figure, ...]:
         found.append(Figure("hours", "GPU-hours", hours_text(run.gpu_hours), detail, run.gpu_hours))
         if run.price is not None:
             price = f"{run.price:,.0f}" if run.price >= 100 else f"{run.price:,.2f}"
-            found.append(Figure("price", "price of the run", price, f"at {run.price / run.gpu_hours:.4g} a GPU-hour", run.price))
+            found.append(
+                Figure("price", "price of the run", price, f"at {run.price / run.gpu_hours:.4g} a GPU-hour", run.price)
+            )
     return tuple(found)
 
 
@@ -168,7 +171,7 @@ def compared_rows(a: Answer, b: Answer) -> tuple[ComparedRow, ...]:
     rows.append(ComparedRow("parameters", format_count(first), format_count(second), second / first))
     rows.append(ComparedRow("verdict", verdict_words(a.outcome), verdict_words(b.outcome)))
     plans = a.outcome.plan, b.outcome.plan
-    rows.append(ComparedRow("plan", *(_plan_words(plan) for plan in plans)))
+    rows.append(ComparedRow("plan", _plan_words(plans[0]), _plan_words(plans[1])))
     figures = [{f.label: f for f in plan_figures(plan)} if plan is not None else {} for plan in plans]
     for label in dict.fromkeys((*figures[0], *figures[1])):
         one, two = (found.get(label) for found in figures)

@@ -50,9 +50,19 @@ def table(browser: Browser) -> dict[str, list[str]]:
 
 def pick(browser: Browser, field: str, value: str, *events: str) -> None:
     """Give a field a value, as a user does, with these events."""
+    names = json.dumps(events or ("input", "change"))
     browser.evaluate(
         f"(() => {{ const f = document.getElementById({field!r}); f.value = {json.dumps(value)};"
-        f"for (const e of {list(events or ('input', 'change'))}) f.dispatchEvent(new Event(e, {{ bubbles: true }})); }})()"
+        f"for (const name of {names}) f.dispatchEvent(new Event(name, {{ bubbles: true }})); }})()"
+    )
+
+
+def drop(browser: Browser, name: str, text: str) -> None:
+    """Drop a file on the page."""
+    browser.evaluate(
+        f"(() => {{ const dataTransfer = new DataTransfer();"
+        f"dataTransfer.items.add(new File([{json.dumps(text)}], {name!r}));"
+        "document.body.dispatchEvent(new DragEvent('drop', { dataTransfer, bubbles: true, cancelable: true })); })()"
     )
 
 
@@ -160,10 +170,7 @@ def test_own_texts_are_pasted_and_dropped(address: str, browser: Browser) -> Non
     assert browser.evaluate("document.getElementById('model').disabled && document.getElementById('operator').disabled")
     assert "cat > model.json" in browser.evaluate("document.getElementById('command').innerText")
     # A file is dropped; `base` contradicts what the form says about GPUs, which therefore is disabled.
-    browser.evaluate(
-        "(() => { const files = new DataTransfer(); files.items.add(new File(['base: 1x4xA100-80\\nname: ours\\n'], 'c.yaml'));"
-        "document.body.dispatchEvent(new DragEvent('drop', { dataTransfer: files, bubbles: true, cancelable: true })); })()"
-    )
+    drop(browser, "c.yaml", "base: 1x4xA100-80\nname: ours\n")
     browser.wait("document.querySelector('#verdict .what')?.innerText.endsWith('4 GPUs, ours')")
     assert browser.evaluate("document.getElementById('gpus').disabled")
     assert "gpus=" not in search_of(browser) and "cluster_yaml=" in search_of(browser)
@@ -177,10 +184,7 @@ def test_own_texts_are_pasted_and_dropped(address: str, browser: Browser) -> Non
     pick(browser, "model_yaml", MODEL.replace("heads: 2", "heads: 3"))
     error = browser.wait("document.getElementById('error-model_yaml').innerText")
     assert error == "model_yaml: heads: 3 is not allowed: must divide dim 64 when head_dim is not given"
-    browser.evaluate(
-        "(() => { const files = new DataTransfer(); files.items.add(new File(['x'.repeat(20000)], 'big.yaml'));"
-        "document.body.dispatchEvent(new DragEvent('drop', { dataTransfer: files, bubbles: true, cancelable: true })); })()"
-    )
+    drop(browser, "big.yaml", 20000 * "x")
     told = browser.wait("document.getElementById('status').innerText", lambda text: "big.yaml" in str(text))
     assert told == "big.yaml: must be a text of at most 4,000 characters"
     # The refused text is answered with status 422, which the browser reports, and nothing else.
@@ -190,7 +194,8 @@ def test_own_texts_are_pasted_and_dropped(address: str, browser: Browser) -> Non
 CUT_OFF = """[...document.querySelectorAll('body *')].filter((e) => {
   const { right, width } = e.getBoundingClientRect();
   const inline = getComputedStyle(e).display === 'inline';
-  return width && (right > innerWidth + 1 || (!e.closest('svg') && !inline && e.clientWidth && e.scrollWidth > e.clientWidth + 1));
+  const scrolls = !e.closest('svg') && !inline && e.clientWidth && e.scrollWidth > e.clientWidth + 1;
+  return width && (scrolls || right > innerWidth + 1);
 }).map((e) => `${e.tagName}#${e.id}.${e.className}`)"""
 NARROW_SELECTS = """[...document.querySelectorAll('select')].filter((e) => {
   const context = new OffscreenCanvas(1, 1).getContext('2d');
@@ -204,7 +209,9 @@ NARROW_SELECTS = """[...document.querySelectorAll('select')].filter((e) => {
 def test_nothing_is_cut_off_and_the_verdict_is_on_the_first_screen(
     address: str, browser: Browser, width: int, height: int, scheme: str
 ) -> None:
-    nothing = f"{SMALL}&gpu=RTX4090&headroom=0.9&stage=2&offload=none&compare={SMALL.replace('=', '%3D').replace('&', '%26')}"
+    nothing = (
+        f"{SMALL}&gpu=RTX4090&headroom=0.9&stage=2&offload=none&compare={SMALL.replace('=', '%3D').replace('&', '%26')}"
+    )
     for query in ("model=vit-base%2F32&nodes=2&price=2.5&minimize=memory", nothing):
         browser.open(f"{address}?{query}", width=width, height=height, scheme=scheme)
         browser.wait(READY)

@@ -21,9 +21,9 @@ from translution.reports.calculator.choice import (
     Choice,
     ChoiceError,
     choice_arguments,
-    spec_files,
     parse_choice,
     search_input,
+    spec_files,
 )
 from translution.reports.calculator.form import form_sections
 from translution.reports.calculator.pages import (
@@ -52,9 +52,10 @@ SAME = (
     "&relative_layers=first:2&other_layers=alpha&nvme_path=/nvme/a b&window=2",
     "model=vit-tiny/56&gpus=2&price=2.5&stage=3&offload=cpu-optimizer&offload_ratio=0.5&micro_batch=4"
     "&zero=overlap_comm=true,sub_group_elements=4000000",
-    "model_yaml=family: vit%0D%0Adim: 96%0D%0Adepth: 2%0D%0Aheads: 3%0D%0Aimage: 64%0D%0Apatch: 16%0D%0Aclasses: 10%0D%0A"
-    "name: 'END'%0D%0Aoperator: alpha%0D%0Acheckpointing: block&cluster_yaml=base: 1x2xH100%0Aname: ours%0A"
-    "host_memory_bytes: 99999999999%0Agpu_constants: {nccl: 1000000000}&depth=3&price=1",
+    "model_yaml=family: vit%0D%0Adim: 96%0D%0Adepth: 2%0D%0Aheads: 3%0D%0Aimage: 64%0D%0Apatch: 16%0D%0A"
+    "classes: 10%0D%0Aname: 'END'%0D%0Aoperator: alpha%0D%0Acheckpointing: block"
+    "&cluster_yaml=base: 1x2xH100%0Aname: ours%0Ahost_memory_bytes: 99999999999"
+    "%0Agpu_constants: {nccl: 1000000000}&depth=3&price=1",
 )
 
 
@@ -223,7 +224,9 @@ def test_values_of_a_query_are_escaped() -> None:
     assert "<script>alert" not in render_page(page, answer, None, answer)
     error = ChoiceError("model: '<script>' is not allowed", "model")
     assert "<script>'" not in render_page(PageChoice(Choice()), None, error)
-    own = "family: vit\ndim: 96\ndepth: 2\nheads: 3\nimage: 64\npatch: 16\nclasses: 10\nname: </textarea><script>alert(2)"
+    own = (
+        "family: vit\ndim: 96\ndepth: 2\nheads: 3\nimage: 64\npatch: 16\nclasses: 10\nname: </textarea><script>alert(2)"
+    )
     pasted = Choice(model_yaml=own)
     shown = Answer(pasted, costs_of(pasted), Outcome.model_validate_json(search_choice(pasted).outcome))
     html = render_page(PageChoice(pasted, pasted), shown, None, shown)

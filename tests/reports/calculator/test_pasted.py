@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -9,13 +10,18 @@ import pytest
 from translution.planner.common import InputError
 from translution.reports.calculator.pasted import MAX_PASTED, pasted_cluster, pasted_model, spec_file
 
+BOMB = "a: &a [1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join(9 * [f'*{before}'])}]\n" for before, name in itertools.pairwise("abcdefghi")
+)
 MODEL = "family: vit\ndim: 96\ndepth: 2\nheads: 3\nimage: 64\npatch: 16\nclasses: 10\n"
 
 
 def test_a_text_describes_a_model_and_a_cluster() -> None:
     spec = pasted_model(MODEL)
     assert (spec.dim, spec.depth, spec.tokens) == (96, 2, 17)
-    assert pasted_model('{"family": "gpt", "dim": 8, "depth": 1, "heads": 1, "context": 4, "vocabulary": 9}').tokens == 4
+    assert (
+        pasted_model('{"family": "gpt", "dim": 8, "depth": 1, "heads": 1, "context": 4, "vocabulary": 9}').tokens == 4
+    )
     cluster = pasted_cluster("base: 2x8xH100\nhost_memory_bytes: 1000000000000\nname: ours\n")
     assert (cluster.world_size, cluster.host_memory_bytes, cluster.name) == (16, 10**12, "ours")
 
@@ -42,9 +48,7 @@ def test_the_file_of_a_spec_reads_back_and_no_line_ends_a_shell_document() -> No
         (MODEL.replace("heads: 3", "heads: 192\ndim: 192").replace("dim: 96\n", ""), "heads: 192 is not allowed"),
         ("family: vit\ndim: [", "not valid YAML"),
         ("family: !!python/object/apply:os.system ['true']", "not valid YAML"),
-        ("a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
-            f"{y}: &{y} [*{x},*{x},*{x},*{x},*{x},*{x},*{x},*{x},*{x}]\n" for x, y in zip("abcdefgh", "bcdefghi", strict=True)
-        ), "more than 100,000 values"),
+        (BOMB, "more than 100,000 values"),
         ("[" * (MAX_PASTED - 1), "not valid YAML"),
         ("name: \"\\e[2J\"\n" + MODEL, "must be one line without control characters"),
     ],

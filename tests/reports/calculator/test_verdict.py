@@ -52,7 +52,9 @@ def test_two_choices_are_compared_where_they_differ(full: Answer) -> None:
 
 
 def test_a_choice_that_does_not_fit_can_be_compared(full: Answer) -> None:
-    small = answer_of(Choice(model="gpt-tiny/160", gpu="RTX4090", gpus=1, headroom=0.9, stage=2, offload="none", global_batch=1))
+    small = answer_of(
+        Choice(model="gpt-tiny/160", gpu="RTX4090", gpus=1, headroom=0.9, stage=2, offload="none", global_batch=1)
+    )
     assert small.outcome.state == "nothing fits"
     rows = {row.label: row for row in compared_rows(small, full)}
     assert (rows["verdict"].a, rows["verdict"].b) == ("Does not fit", "Fits")
