@@ -40,7 +40,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class VerdictFigure:
     """One figure of a verdict."""
 
     key: Literal["memory", "host", "time", "hours", "price"]
@@ -101,14 +101,14 @@ def hours_text(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
-def plan_figures(plan: PlanView) -> tuple[Figure, ...]:
+def plan_figures(plan: PlanView) -> tuple[VerdictFigure, ...]:
     """Return the figures of a plan: memory, time of a step, GPU-hours and price."""
     found = [_memory(tier) for tier in plan.tiers]
     if plan.time is not None:
         time = plan.time
         speed = f"{time.samples_per_s:,.0f}" if time.samples_per_s >= 1000 else f"{time.samples_per_s:.3g}"
         found.append(
-            Figure(
+            VerdictFigure(
                 "time",
                 "a step",
                 seconds_text(time.likely_s),
@@ -119,22 +119,26 @@ def plan_figures(plan: PlanView) -> tuple[Figure, ...]:
     if plan.run is not None:
         run = plan.run
         detail = f"{seconds_text(run.likely_s)} on {plan.ranks:,} GPUs for {run.steps:,} steps"
-        found.append(Figure("hours", "GPU-hours", hours_text(run.gpu_hours), detail, run.gpu_hours))
+        found.append(VerdictFigure("hours", "GPU-hours", hours_text(run.gpu_hours), detail, run.gpu_hours))
         if run.price is not None:
             price = f"{run.price:,.0f}" if run.price >= 100 else f"{run.price:,.2f}"
             found.append(
-                Figure("price", "price of the run", price, f"at {run.price / run.gpu_hours:.4g} a GPU-hour", run.price)
+                VerdictFigure(
+                    "price", "price of the run", price, f"at {run.price / run.gpu_hours:.4g} a GPU-hour", run.price
+                )
             )
     return tuple(found)
 
 
-def _memory(tier: TierUse) -> Figure:
+def _memory(tier: TierUse) -> VerdictFigure:
     share = f"{100 * tier.peak_bytes / tier.capacity_bytes:.0f}% used" if tier.capacity_bytes else "capacity unknown"
     text = _of_capacity(tier.peak_bytes, tier.capacity_bytes)
     if tier.tier == Tier.DEVICE:
-        return Figure("memory", "memory of each GPU", text, f"{share}, peak in {tier.phase}", tier.peak_bytes)
+        return VerdictFigure("memory", "memory of each GPU", text, f"{share}, peak in {tier.phase}", tier.peak_bytes)
     where = {Tier.HOST: "host memory", Tier.PINNED: "pinned host memory", Tier.NVME: "NVMe"}[tier.tier]
-    return Figure("host", f"{where} of each GPU's process", text, f"{share}, peak in {tier.phase}", tier.peak_bytes)
+    return VerdictFigure(
+        "host", f"{where} of each GPU's process", text, f"{share}, peak in {tier.phase}", tier.peak_bytes
+    )
 
 
 def verdict_words(outcome: Outcome) -> str:
