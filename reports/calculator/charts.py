@@ -134,11 +134,13 @@ class StepChart:
 
 
 def seconds_text(value: float) -> str:
-    """Return a time for people: milliseconds, seconds, hours or days."""
+    """Return a time for people: from milliseconds to days."""
     if value < 1:
         return f"{1000 * value:.3g} ms"
     if value < 600:
         return f"{value:.3g} s"
+    if value < 3600:
+        return f"{value / 60:.3g} min"
     hours = value / 3600
     return f"{hours:.3g} h" if hours < 100 else f"{hours / 24:,.0f} days"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import parse_qsl
 
-from translution.planner.common import GIB, MIB, TIB, Tier, format_count
+from translution.planner.common import GIB, MIB, TIB, Tier, format_bytes, format_count
 
 from .charts import seconds_text
 from .choice import FIELDS, Choice, ChoiceError, parse_choice
@@ -93,6 +93,8 @@ def _of_capacity(used: int, capacity: int | None) -> str:
     unit, name = next(((unit, name) for unit, name in ((TIB, "TiB"), (GIB, "GiB")) if size >= unit), (MIB, "MiB"))
     if capacity is None:
         return f"{used / unit:,.1f} {name}"
+    if used < unit / 20:
+        return f"{format_bytes(used)} of {capacity / unit:,.1f} {name}"
     return f"{used / unit:,.1f} of {capacity / unit:,.1f} {name}"
 
 

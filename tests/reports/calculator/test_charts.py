@@ -131,8 +131,8 @@ def test_bars_of_operators_are_logarithmic() -> None:
 
 
 def test_times_are_in_the_unit_that_people_use() -> None:
-    texts = [seconds_text(value) for value in (0.0123, 1.5, 599.0, 7200.0, 10.0**6)]
-    assert texts == ["12.3 ms", "1.5 s", "599 s", "2 h", "12 days"]
+    texts = [seconds_text(value) for value in (0.0123, 1.5, 599.0, 1800.0, 7200.0, 10.0**6)]
+    assert texts == ["12.3 ms", "1.5 s", "599 s", "30 min", "2 h", "12 days"]
 
 
 def test_colours_are_those_of_the_reports() -> None:

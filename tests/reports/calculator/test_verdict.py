@@ -31,6 +31,9 @@ def test_figures_are_those_of_the_plan(full: Answer) -> None:
     assert figures["hours"].value == plan.run.gpu_hours
     assert figures["price"].value == pytest.approx(2 * plan.run.gpu_hours)
     assert "at 2 a GPU-hour" in figures["price"].detail
+    host = plan.tiers[1].model_copy(update={"peak_bytes": 2**20, "capacity_bytes": 256 * GIB})
+    little = {figure.key: figure for figure in plan_figures(plan.model_copy(update={"tiers": (device, host)}))}
+    assert little["host"].text == "1.00 MiB of 256.0 GiB"
     assert status_line(full.outcome).startswith(f"Fits: {used:.1f} of {capacity:.1f} GiB, ")
     assert status_line(full.outcome).endswith("GPU-hours")
     without = answer_of(Choice(model="vit-small/32")).outcome.plan
