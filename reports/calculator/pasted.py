@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 
-from translution.planner.common import InputError, read_yaml
+from translution.planner.common import GIB, InputError, read_yaml
 from translution.planner.config import ModelSpec, parse_model_spec
 from translution.planner.hardware import ClusterSpec, load_cluster
 
@@ -55,6 +55,10 @@ def pasted_cluster(text: str) -> ClusterSpec:
         raise InputError(f"cluster_yaml: {str(error).removeprefix('cluster: ')}") from None
     _at_most("cluster_yaml", "nodes", cluster.nodes, MAX_NODES)
     _at_most("cluster_yaml", "ranks_per_node", cluster.ranks_per_node, MAX_GPUS)
+    for name in ("device_memory_bytes", "host_memory_bytes", "nvme_bytes"):
+        size = getattr(cluster, name)
+        if size is not None and size < GIB:
+            raise InputError(f"cluster_yaml: {name}: {size:,} is not allowed: must be at least {GIB:,}, 1 GiB")
     return cluster
 
 

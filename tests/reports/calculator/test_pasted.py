@@ -72,6 +72,8 @@ def test_a_bad_model_is_one_line(text: str, message: str) -> None:
         ("device: cpu\nranks_per_node: 2\ndevice_memory_bytes: 1", "device: cpu is not allowed"),
         ("base: 2000x8xH100", "nodes: 2,000 is not allowed: must be at most 1,024"),
         ("base: 8xH100\nranks_per_node: 64", "ranks_per_node: 64 is not allowed: must be at most 16"),
+        ("base: 8xH100\ndevice_memory_bytes: 80", "device_memory_bytes: 80 is not allowed: must be at least"),
+        ("base: 8xH100\nnvme_bytes: 1", "nvme_bytes: 1 is not allowed: must be at least"),
         ("base: 8xH100\nhost_memory: 5", "unknown key 'host_memory'"),
     ],
 )
