@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from ..common.errors import DoesNotFitError, InputError, nearest
 from ..common.progress import OnProgress, ignore_progress
@@ -225,6 +225,8 @@ class ParetoPoint(Schema):
     step_s: float
     device_bytes: int
     """Upper bound of the device bytes of a rank."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Values of `SearchConstraints` with which a search on that many nodes chooses this plan."""
 
 
 class SearchResult(Schema):
@@ -375,6 +377,7 @@ def pareto(searcher: Searcher) -> tuple[ParetoPoint, ...]:
             tile_relations=c.run.tile_relations,
             step_s=c.seconds,
             device_bytes=c.bounds.device,
+            settings=c.settings,
         )
         for c in chosen[::step]
     )

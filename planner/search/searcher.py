@@ -29,6 +29,8 @@ from ..timing.engine_time import PartTime, engine_parts, weight_uses
 from ..timing.rates import Rates
 from ..timing.step_time import model_parts, run_volumes, total_seconds
 from .space import (
+    SWAP_KNOBS,
+    ZERO_PLUS_PLUS,
     Checkpointing,
     Objective,
     SearchConstraints,
@@ -235,6 +237,16 @@ class _KnobCosts:
         return self._parts[key]
 
 
+_BUCKETS = ("prefetch_bucket_elements", "max_live_elements", "reduce_bucket_elements", "sub_group_elements")
+_VARIED: dict[int, tuple[str, ...]] = {
+    0: (),
+    1: ("overlap_comm",),
+    2: ("overlap_comm",),
+    3: ("overlap_comm", *_BUCKETS),
+}
+"""Knobs of each stage for which `knob_sets` tries several values."""
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One run configuration with its predicted time and an upper bound of its memory."""
@@ -268,6 +280,26 @@ class Candidate:
                 return nodes * seconds, seconds, extras, memory
             case "memory":
                 return memory, seconds, nodes, extras
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What `SearchConstraints` must fix so that a search on this candidate's nodes finds it and no other."""
+        zero, strategy = self.run.zero, self.strategy
+        fixed: dict[str, object] = {
+            "stage": strategy.stage,
+            "offload": strategy.offload.value,
+            "offload_ratio": strategy.ratio if (strategy.stage, strategy.offload) == (3, "cpu-optimizer") else None,
+            "checkpointing": self.run.model.checkpointing,
+            "tile_relations": self.run.tile_relations,
+            "micro_batch": self.run.training.micro_batch,
+            "accumulation": self.run.training.gradient_accumulation_steps,
+        }
+        several = self.nodes > 1 and (strategy.stage, strategy.offload) == (3, "none")
+        knobs = _VARIED[strategy.stage] + ZERO_PLUS_PLUS * several
+        overrides: dict[str, object] = {name: getattr(zero, name) for name in knobs}
+        if strategy.offload.uses_nvme:
+            overrides |= {f"offload_optimizer.{name}": getattr(zero.offload_optimizer, name) for name in SWAP_KNOBS}
+        return {name: value for name, value in fixed.items() if value is not None} | {"zero_overrides": overrides}
 
     @property
     def footprint_key(self) -> tuple[object, ...]:

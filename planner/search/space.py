@@ -85,9 +85,15 @@ def list_strategies(constraints: SearchConstraints, cluster: ClusterSpec) -> tup
     return chosen, infeasible
 
 
+ZERO_PLUS_PLUS = ("hpz_ranks", "quantized_weights", "quantized_gradients")
+"""Fields of `ZeroSpec` that make ZeRO++."""
+SWAP_KNOBS = ("pipeline_read", "pipeline_write", "buffer_count")
+"""Fields of the optimizer's offload to NVMe that the search varies."""
+
+
 def _zero_plus_plus(cluster: ClusterSpec, constraints: SearchConstraints) -> list[Strategy]:
     """Strategies of ZeRO++, which differ from ZeRO-3 only on several nodes of several ranks."""
-    given = {"hpz_ranks", "quantized_weights", "quantized_gradients"} & set(constraints.zero_overrides)
+    given = set(ZERO_PLUS_PLUS) & set(constraints.zero_overrides)
     if cluster.nodes == 1 or cluster.ranks_per_node == 1 or given:
         return []
     kinds = (False, True) if cluster.device == "cuda" else (False,)

@@ -11,8 +11,19 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, Field, TypeAdapter
 
 from translution.planner.common import GIB, InputError, Precision, Schema, validate
-from translution.planner.config import ModelSpec, Operator, Optimizer, TrainingSpec, override, preset, preset_name
+from translution.planner.config import (
+    ModelSpec,
+    Operator,
+    Optimizer,
+    TrainingSpec,
+    ZeroSpec,
+    override,
+    preset,
+    preset_name,
+)
+from translution.planner.costs import count_parameters
 from translution.planner.hardware import ClusterSpec, find_gpu, named_cluster
+from translution.planner.plans import override_zero
 from translution.planner.search import (
     HEADROOM,
     Checkpointing,
@@ -26,10 +37,18 @@ from translution.planner.search import (
     tiles,
 )
 
-MAX_TOKENS = 8192
-MAX_LAYERS, MAX_WIDTH, MAX_HEADS = 128, 16384, 128
-MAX_GPUS, MAX_NODES = 16, 512
-"""Upper bounds of a choice: larger ones would take minutes to search."""
+from .pasted import (
+    MAX_GPUS,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_NODES,
+    MAX_PASTED,
+    MAX_TOKENS,
+    MAX_WIDTH,
+    pasted_cluster,
+    pasted_model,
+    spec_file,
+)
 
 OffloadChoice: TypeAlias = Literal["none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme"]
 
@@ -52,6 +71,16 @@ def _path(text: str) -> str:
     return text
 
 
+def _pasted(text: str) -> str:
+    # A form sends line breaks as CR LF.
+    return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+
+
+Pasted: TypeAlias = Annotated[str, Field(max_length=MAX_PASTED), AfterValidator(_pasted)]
+"""A YAML text of the user."""
+_KNOB = r"[a-z_.]{1,60}=(true|false|[0-9]{1,12})"
+
+
 class Choice(Schema):
     """The values of the form; None leaves a field to the preset, to its default, or to the search.
 
@@ -59,6 +88,8 @@ class Choice(Schema):
     """
 
     model: Annotated[str, Field(max_length=60), AfterValidator(_plain_model)] = "vit-base/16"
+    model_yaml: Pasted | None = None
+    """A model of one's own in place of a preset."""
     operator: Operator = "translution"
     dim: int | None = _up_to(MAX_WIDTH)
     depth: int | None = _up_to(MAX_LAYERS)
@@ -73,12 +104,16 @@ class Choice(Schema):
     window: int | None = _up_to(MAX_TOKENS, 0)
     relative_layers: Annotated[str, Field(pattern=r"^(all|(first|every):\d{1,4})$")] | None = None
     other_layers: Literal["attention", "alpha"] | None = None
+    cluster_yaml: Pasted | None = None
+    """A cluster of one's own in place of GPU, GPUs per node, nodes and host memory."""
     gpu: Annotated[str, Field(max_length=40), AfterValidator(_plain_gpu)] = "H100"
     gpus: Annotated[int, Field(ge=1, le=MAX_GPUS)] = 8
     """GPUs per node."""
     nodes: Annotated[int, Field(ge=1, le=MAX_NODES)] = 1
     host_memory: int | None = _up_to(2**16)
     """Host memory per node in GiB; None uses the catalog's."""
+    price: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    """Price of one GPU for one hour, in any currency; None uses the pasted cluster's."""
     nvme_path: Annotated[str, Field(max_length=200), AfterValidator(_path)] | None = None
     """NVMe folder on every node; it is only written into the plan, never accessed."""
     all_nodes: bool = False
@@ -90,10 +125,13 @@ class Choice(Schema):
     minimize: Objective = "time"
     stage: Stage | None = None
     offload: OffloadChoice | None = None
+    offload_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
     checkpointing: Checkpointing | None = None
     tile_relations: int | None = _up_to(2**20)
     micro_batch: int | None = _up_to(2**16)
     accumulation: int | None = _up_to(2**16)
+    zero: Annotated[str, Field(max_length=600, pattern=rf"^{_KNOB}(,{_KNOB})*$")] | None = None
+    """Fields of ZeRO to use instead of the chosen ones, such as ``overlap_comm=true,sub_group_elements=1000000``."""
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -112,7 +150,15 @@ _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
 _CONSTRAINTS: TypeAdapter[SearchConstraints] = TypeAdapter(SearchConstraints)
 _OVERRIDES = ("operator", "roles", "c1", "c2", "relative_layers")
 _SETTINGS = ("dim", "depth", "heads", "image", "patch", "context", "window", "other_layers")
-_CONSTRAINT_FIELDS = ("stage", "offload", "nvme_path", "checkpointing", "tile_relations", "micro_batch", "accumulation")
+_CONSTRAINT_FIELDS = (
+    "stage", "offload", "offload_ratio", "nvme_path", "checkpointing", "tile_relations", "micro_batch", "accumulation",
+)  # fmt: skip
+FIXED_FIELDS = (*(name for name in _CONSTRAINT_FIELDS if name != "nvme_path"), "zero")
+"""Fields that the search chooses unless they are given."""
+INSTEAD = {"model_yaml": ("model", "operator"), "cluster_yaml": ("gpu", "gpus", "nodes", "host_memory")}
+"""Fields that a pasted text takes the place of."""
+MAX_PARTS = 100_000
+"""Sub-groups, or buckets, that the parameters may be cut into: each takes time and memory to simulate."""
 _ALIASES = {"head_dim": "heads", "ffn_dim": "dim", "cluster": "gpu", "global batch": "global_batch"}
 """Form fields for names in the planner's error lines."""
 
@@ -182,26 +228,60 @@ class SearchInput:
 
 
 def cluster_of(choice: Choice) -> ClusterSpec:
-    """Return the cluster of a choice."""
-    cluster = named_cluster(f"{choice.nodes}x{choice.gpus}x{choice.gpu}")
+    """Return the cluster of a choice.
+
+    Raises:
+        InputError: if the pasted cluster is invalid.
+    """
+    price = {} if choice.price is None else {"price_per_gpu_hour": choice.price}
+    if choice.cluster_yaml is not None:
+        return pasted_cluster(choice.cluster_yaml).model_copy(update=price)
+    cluster = named_cluster(_cluster_name(choice))
     if choice.host_memory is None:
-        return cluster
+        return cluster.model_copy(update=price)
     size = choice.host_memory * GIB
-    return cluster.model_copy(update={"host_memory_bytes": size, "name": cluster_file_name(choice)})
+    name = f"{_cluster_name(choice)}-{choice.host_memory}GiB"
+    return cluster.model_copy(update={"host_memory_bytes": size, "name": name} | price)
 
 
-def cluster_file_name(choice: Choice) -> str:
-    """Return the file name, without suffix, of a cluster with changed host memory."""
-    return f"{choice.nodes}x{choice.gpus}x{choice.gpu}-{choice.host_memory}GiB"
+def _cluster_name(choice: Choice) -> str:
+    return f"{choice.nodes}x{choice.gpus}x{choice.gpu}"
 
 
 def _spec_of(choice: Choice) -> ModelSpec:
+    for field, others in INSTEAD.items():
+        given = [name for name in others if name in choice.changed] if getattr(choice, field) is not None else []
+        if given:
+            value = getattr(choice, given[0])
+            raise InputError(f"{given[0]}: {value!r} is not allowed: must be left out with {field}, which has it")
     fields = {name: getattr(choice, name) for name in (*_OVERRIDES, *_SETTINGS)}
-    spec = override(preset(choice.model), **fields)
+    if choice.model_yaml is None:
+        spec = override(preset(choice.model), **fields)
+    else:
+        # The operator of the form is its default here, which must not replace the text's.
+        spec = override(pasted_model(choice.model_yaml), **fields | {"operator": None})
     if spec.tokens > MAX_TOKENS:
-        name = "context" if spec.family == "gpt" else "patch"
+        name = "model_yaml" if choice.model_yaml else "context" if spec.family == "gpt" else "patch"
         raise InputError(f"{name}: {spec.tokens:,} tokens are not allowed: must be at most {MAX_TOKENS:,}")
     return spec
+
+
+def _overrides(choice: Choice, spec: ModelSpec) -> dict[str, bool | int]:
+    """Return the fields of ZeRO that the choice fixes."""
+    values: dict[str, bool | int] = {}
+    parameters = count_parameters(spec).total
+    for pair in (choice.zero or "").split(",") if choice.zero else ():
+        name, _, text = pair.partition("=")
+        value = text == "true" if text in ("true", "false") else int(text)
+        if name in ("sub_group_elements", "reduce_bucket_elements") and value * MAX_PARTS < parameters:
+            least = -(-parameters // MAX_PARTS)
+            raise InputError(f"zero: {name}: {value:,} is not allowed: must be at least {least:,}")
+        values[name] = value
+    try:
+        override_zero(ZeroSpec(), values)
+    except InputError as error:
+        raise InputError(f"zero: {str(error).removeprefix('plan: ')}") from None
+    return values
 
 
 def search_input(choice: Choice) -> SearchInput:
@@ -214,12 +294,12 @@ def search_input(choice: Choice) -> SearchInput:
         spec, cluster = _spec_of(choice), cluster_of(choice)
         fields = {"precision": choice.precision, "optimizer": choice.optimizer, "steps": choice.steps}
         training = validate(_TRAINING, fields | {"data": "synthetic"}, "plan", tuple(TrainingSpec.model_fields))
-        limits = {
-            name: getattr(choice, name) for name in (*_CONSTRAINT_FIELDS, "global_batch", "all_nodes", "headroom")
-        }
-        constraints = validate(
-            _CONSTRAINTS, limits | {"minimize": choice.minimize}, "plan", tuple(SearchConstraints.model_fields)
-        )
+        names = (*_CONSTRAINT_FIELDS, "global_batch", "all_nodes", "headroom", "minimize")
+        limits: dict[str, Any] = {name: getattr(choice, name) for name in names}
+        limits["zero_overrides"] = _overrides(choice, spec)
+        if choice.checkpointing is None and spec.checkpointing != "none":
+            limits["checkpointing"] = spec.checkpointing
+        constraints = validate(_CONSTRAINTS, limits, "plan", tuple(SearchConstraints.model_fields))
         _check(SearchInput(spec, cluster, training, constraints))
     except ChoiceError:
         raise
@@ -249,10 +329,12 @@ def _check(question: SearchInput) -> None:
 def choice_arguments(choice: Choice) -> list[str]:
     """Return the command that makes the same plan, as a list of words."""
     changed = choice.changed
-    cluster = f"{choice.nodes}x{choice.gpus}x{choice.gpu}"
-    name = f"{choice.model}-{cluster}".replace("/", "-")
-    words = ["translution", "plan", choice.model]
-    words += ["--cluster", cluster if choice.host_memory is None else f"{cluster_file_name(choice)}.yaml"]
+    files = spec_files(choice)
+    cluster = next((name for name in files if name.startswith("cluster")), _cluster_name(choice))
+    model = choice.model if choice.model_yaml is None else "model.json"
+    where = _cluster_name(choice) if choice.cluster_yaml is None else "cluster"
+    name = f"{model.removesuffix('.json')}-{where}".replace("/", "-")
+    words = ["translution", "plan", model, "--cluster", cluster]
     for field in _OVERRIDES:
         if field in changed:
             words += [f"--{field.replace('_', '-')}", str(changed[field])]
@@ -265,21 +347,27 @@ def choice_arguments(choice: Choice) -> list[str]:
     for field in (*_CONSTRAINT_FIELDS, "global_batch", "minimize", "headroom"):
         if field in changed:
             words += [f"--{field.replace('_', '-')}", str(changed[field])]
+    for pair in choice.zero.split(",") if choice.zero else ():
+        words += ["--zero", pair]
     return [*words, *(["--all-nodes"] if choice.all_nodes else []), "--out", f"plans/{name}"]
 
 
 def choice_command(choice: Choice) -> str:
-    """Return the command as shell text, after the lines that write the cluster file if one is needed."""
-    line = shlex.join(choice_arguments(choice))
-    text = cluster_file(choice)
-    if text is None:
-        return line
-    return f"cat > {cluster_file_name(choice)}.yaml <<'END'\n{text}END\n{line}"
+    """Return the command as shell text, after the lines that write the files that it needs."""
+    files = "".join(f"cat > {name} <<'END'\n{text}END\n" for name, text in spec_files(choice).items())
+    return files + shlex.join(choice_arguments(choice))
 
 
-def cluster_file(choice: Choice) -> str | None:
-    """Return the content of the cluster file for changed host memory; None if the choice does not change it."""
-    if choice.host_memory is None:
-        return None
-    base = f"{choice.nodes}x{choice.gpus}x{choice.gpu}"
-    return f"base: {base}\nhost_memory_bytes: {choice.host_memory * GIB}\n"
+def spec_files(choice: Choice) -> dict[str, str]:
+    """Return the files that the command reads, by name: of a pasted model, and of a cluster that no name describes."""
+    files = {}
+    if choice.model_yaml is not None:
+        files["model.json"] = spec_file(pasted_model(choice.model_yaml))
+    if choice.cluster_yaml is not None:
+        files["cluster.json"] = spec_file(cluster_of(choice))
+    elif {"host_memory", "price"} & set(choice.changed):
+        cluster = cluster_of(choice)
+        text = f"base: {_cluster_name(choice)}\nname: {cluster.name}\n"
+        text += "" if choice.host_memory is None else f"host_memory_bytes: {cluster.host_memory_bytes}\n"
+        files["cluster.yaml"] = text + ("" if choice.price is None else f"price_per_gpu_hour: {choice.price}\n")
+    return files

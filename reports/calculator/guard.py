@@ -10,7 +10,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_QUERY_LENGTH = 2048
+MAX_QUERY_LENGTH = 16384
+"""Characters of a query, which may hold two pasted texts, percent-encoded."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _HEADERS = {
     "Content-Security-Policy": (

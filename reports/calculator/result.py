@@ -180,6 +180,9 @@ def _capacity(tier: Tier, cluster: ClusterSpec) -> int | None:
     return None if node_bytes is None else node_bytes // cluster.ranks_per_node
 
 
+_TIER_WORDS = {Tier.DEVICE: "GPU", Tier.HOST: "pageable host"}
+
+
 def _tiers(prediction: MemoryEstimate, cluster: ClusterSpec) -> tuple[TierUse, ...]:
     uses = []
     for tier in prediction.tiers:
@@ -189,7 +192,7 @@ def _tiers(prediction: MemoryEstimate, cluster: ClusterSpec) -> tuple[TierUse, .
         uses.append(
             TierUse(
                 tier=tier,
-                name="pageable host" if tier == "host" else tier_name(tier),
+                name=_TIER_WORDS.get(tier) or tier_name(tier),
                 peak_bytes=worst.bytes,
                 capacity_bytes=_capacity(tier, cluster),
                 low_bytes=low,

@@ -23,7 +23,8 @@ from pydantic import TypeAdapter
 from translution.planner.common import parse_json
 from translution.planner.config import OPERATORS, PRESET_NAMES
 
-from .choice import MAX_NODES, Choice
+from .choice import FIXED_FIELDS, Choice
+from .pasted import MAX_NODES
 from .result import Outcome, WorkerResult, search_choice
 
 LIMIT_S = 60.0
@@ -100,7 +101,12 @@ def popular_choices() -> Iterator[Choice]:
 
 
 def neighbour_choices(choice: Choice) -> Iterator[Choice]:
-    """Yield choices that a user may request next: the choice with one of its main fields changed."""
+    """Yield choices that a user may request next: with one of the main fields changed, or nothing fixed."""
+    if not {*FIXED_FIELDS}.isdisjoint(choice.changed):
+        yield choice.replacing(**dict.fromkeys(FIXED_FIELDS))
+    if choice.model_yaml is not None or choice.cluster_yaml is not None:
+        # Other presets or sizes contradict the text, or do not change it.
+        return
     # A window or other layers may not be valid with another operator.
     if {"window", "other_layers"}.isdisjoint(choice.changed):
         yield from (choice.replacing(operator=operator) for operator in OPERATORS if operator != choice.operator)
@@ -183,6 +189,19 @@ class SearchPool:
         found.requested, found.requested_at = True, time.monotonic()
         self._pump()
         return found
+
+    def known(self, choice: Choice) -> SearchEntry | None:
+        """Return the finished search of a choice; None if there is none. Never starts one."""
+        return self._known.get(choice)
+
+    @property
+    def state(self) -> dict[str, str | int]:
+        """Whether searches are accepted ("ok", "busy" or "stopping"), and how many run and wait."""
+        if self._closed or self.ending or not self._pool.active:
+            status = "stopping"
+        else:
+            status = "busy" if len(self._queued) >= self._queue_size else "ok"
+        return {"status": status, "workers": self.workers, "running": len(self._running), "waiting": len(self._queued)}
 
     def _enqueue(self, choice: Choice) -> SearchEntry:
         self._drop_abandoned()

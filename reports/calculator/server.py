@@ -24,9 +24,10 @@ from translution.planner.common import InputError, usable_cores
 from .choice import Choice, ChoiceError, parse_choice
 from .connections import ConnectionLimits, connection_settings
 from .guard import LOOPBACK, RequestGuard, comes_from_other_site, error_response
-from .pages import asset, render_answer, render_page, render_plan
-from .result import Costs, Outcome, costs_of, plan_zip
+from .pages import asset, free_choice, render_answer, render_page
+from .result import Outcome, PlanView, costs_of, plan_zip
 from .search_pool import QueueFullError, SearchEntry, SearchPool
+from .verdict import COMPARE, Answer, PageChoice, parse_page
 
 POLL_S = 8.0
 """Maximum time in seconds that a request waits for a plan."""
@@ -73,27 +74,55 @@ class _Routes:
     def __init__(self, searches: SearchPool) -> None:
         self._searches = searches
 
-    async def _answer(self, choice: Choice) -> tuple[Costs, Outcome]:
-        """Return costs and outcome without waiting; start the search if it is new."""
-        costs = await run_in_threadpool(costs_of, choice)
+    async def _answer(self, choice: Choice, search: SearchEntry | None = None, label: str = "") -> Answer:
+        """Return costs and outcome without waiting.
+
+        Args:
+            choice: the choice.
+            search: its search; None starts one, or finds it.
+            label: begins the line of an error.
+        """
         try:
-            outcome = self._searches.ask(choice).outcome
+            costs = await run_in_threadpool(costs_of, choice)
+            outcome = (search or self._searches.ask(choice)).outcome
+            _raise_if_refused(outcome)
         except QueueFullError as error:
             outcome = Outcome(state="busy", message=str(error))
-        _raise_if_refused(outcome)
-        return costs, outcome
+        except ChoiceError as error:
+            raise ChoiceError(label + error.message, None if label else error.field) from None
+        return Answer(choice, costs, outcome)
 
-    async def _outcome(self, request: Request) -> tuple[Choice, SearchEntry]:
-        """Return the search of a request once it is done, or after `POLL_S`."""
-        choice = parse_choice(request.query_params.multi_items())
-        await run_in_threadpool(costs_of, choice)  # Raises ChoiceError for an invalid choice.
-        search = self._searches.ask(choice)
+    async def _answers(self, page: PageChoice, *searches: SearchEntry) -> tuple[Answer, Answer | None, PlanView | None]:
+        """Return what the page shows: the choice, choice A of a comparison, and the plan with the trade-off.
+
+        Args:
+            page: what the address asks for.
+            searches: searches of the choice and of choice A, if they were waited for.
+        """
+        first, second = (*searches, None, None)[:2]
+        answer = await self._answer(page.choice, first)
+        other = None if page.other is None else await self._answer(page.other, second, f"{COMPARE}: ")
+        free = free_choice(page)
+        known = None if free == page.choice else self._searches.known(free)
+        return answer, other, None if known is None else known.outcome.plan
+
+    async def _wait(self, request: Request, *choices: Choice) -> list[SearchEntry]:
+        """Return the searches of choices once all are done, or after `POLL_S`."""
+        searches = []
+        for choice in choices:
+            await run_in_threadpool(costs_of, choice)  # Raises ChoiceError for an invalid choice.
+            searches.append(self._searches.ask(choice))
         clock = asyncio.get_running_loop().time
         deadline = clock() + POLL_S
-        while not self._searches.ending and clock() < deadline and not await request.is_disconnected():
-            if await self._searches.wait(search, HEARTBEAT_S):
-                break
-        return choice, search
+        for search in searches:
+            while not self._searches.ending and clock() < deadline and not await request.is_disconnected():
+                if await self._searches.wait(search, HEARTBEAT_S):
+                    break
+        return searches
+
+    async def _outcome(self, request: Request) -> tuple[Choice, SearchEntry]:
+        choice = parse_choice(request.query_params.multi_items())
+        return choice, (await self._wait(request, choice))[0]
 
     async def home(self, request: Request) -> Response:
         """Return the page; a rejected choice is shown with its error.
@@ -101,35 +130,40 @@ class _Routes:
         If another site chose, nothing is computed before the user presses the button: a page full of links or images
         could otherwise fill the queue with searches.
         """
-        choice, costs, outcome = Choice(), None, None
+        page = PageChoice(Choice())
         try:
-            choice = parse_choice(request.query_params.multi_items())
-            if choice.changed and comes_from_other_site(request.headers):
-                return HTMLResponse(await run_in_threadpool(render_page, choice, None, None, None))
-            costs, outcome = await self._answer(choice)
+            page = parse_page(request.query_params.multi_items())
+            if page != PageChoice(Choice()) and comes_from_other_site(request.headers):
+                return HTMLResponse(await run_in_threadpool(render_page, page, None, None))
+            answer, other, front = await self._answers(page)
         except ChoiceError as error:
-            return HTMLResponse(render_page(choice, None, None, error), 422)
-        return HTMLResponse(await run_in_threadpool(render_page, choice, costs, outcome, None))
+            return HTMLResponse(render_page(page, None, error), 422)
+        return HTMLResponse(await run_in_threadpool(render_page, page, answer, None, other, front))
 
     async def answer(self, request: Request) -> Response:
-        """Return the part of the page that changes with the form."""
-        choice = parse_choice(request.query_params.multi_items())
-        costs, outcome = await self._answer(choice)
-        return HTMLResponse(await run_in_threadpool(render_answer, choice, costs, outcome))
+        """Return the parts of the page that change with the form."""
+        page = parse_page(request.query_params.multi_items())
+        answer, other, front = await self._answers(page)
+        return HTMLResponse(await run_in_threadpool(render_answer, page, answer, other, front))
 
     async def plan(self, request: Request) -> Response:
-        """Return the part of the page that shows the plan, once it is found."""
-        choice, search = await self._outcome(request)
-        outcome = search.outcome
-        _raise_if_refused(outcome)
-        return HTMLResponse(await run_in_threadpool(render_plan, choice, outcome))
+        """Return the same parts once the plans are found."""
+        page = parse_page(request.query_params.multi_items())
+        searches = await self._wait(request, page.choice, *([] if page.other is None else [page.other]))
+        answer, other, front = await self._answers(page, *searches)
+        return HTMLResponse(await run_in_threadpool(render_answer, page, answer, other, front))
+
+    async def health(self, _: Request) -> Response:
+        """Return whether the server can search, without a search."""
+        state = self._searches.state
+        return JSONResponse(state, 200 if state["status"] == "ok" else 503)
 
     async def api_answer(self, request: Request) -> Response:
         """Return costs and outcome as JSON."""
         choice = parse_choice(request.query_params.multi_items())
-        costs, outcome = await self._answer(choice)
-        document = {"choice": choice.model_dump(), "costs": costs.model_dump(), "plan": outcome.model_dump(mode="json")}
-        return JSONResponse(document)
+        answer = await self._answer(choice)
+        plan = answer.outcome.model_dump(mode="json")
+        return JSONResponse({"choice": choice.model_dump(), "costs": answer.costs.model_dump(), "plan": plan})
 
     async def api_plan(self, request: Request) -> Response:
         """Return the outcome as JSON; the status is 202 while the search runs."""
@@ -170,7 +204,8 @@ def make_app(searches: SearchPool, hosts: Iterable[str] = (), *, any_address: bo
     """
     handlers = _Routes(searches)
     # Read the catalog and compile the templates now, not during the first request.
-    render_page(Choice(), costs_of(Choice()), Outcome(state="searching"), None)
+    start = Choice()
+    render_page(PageChoice(start), Answer(start, costs_of(start), Outcome(state="searching")), None)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -185,6 +220,7 @@ def make_app(searches: SearchPool, hosts: Iterable[str] = (), *, any_address: bo
         "/plan.zip": handlers.folder,
         "/api/answer": handlers.api_answer,
         "/api/plan": handlers.api_plan,
+        "/healthz": handlers.health,
         "/calculator.css": _asset("calculator.css", "text/css"),
         "/calculator.js": _asset("calculator.js", "text/javascript"),
     }

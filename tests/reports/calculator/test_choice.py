@@ -21,15 +21,22 @@ from translution.reports.calculator.choice import (
     Choice,
     ChoiceError,
     choice_arguments,
-    cluster_file,
-    cluster_file_name,
     parse_choice,
     search_input,
+    spec_files,
 )
 from translution.reports.calculator.form import form_sections
-from translution.reports.calculator.pages import query_of, render_page, render_plan
+from translution.reports.calculator.pages import (
+    free_choice,
+    page_query,
+    point_choice,
+    query_of,
+    render_answer,
+    render_page,
+)
 from translution.reports.calculator.result import Outcome, costs_of, plan_zip, search_choice
 from translution.reports.calculator.search_pool import neighbour_choices, popular_choices
+from translution.reports.calculator.verdict import Answer, PageChoice, parse_page
 
 
 def choice_of(query: str) -> Choice:
@@ -43,6 +50,12 @@ SAME = (
     "&checkpointing=block&micro_batch=4&accumulation=2&minimize=memory&headroom=0.2",
     "model=vit-tiny/56&gpus=2&nodes=2&host_memory=64&all_nodes=true&stage=3&tile_relations=5&gpu=a100-80"
     "&relative_layers=first:2&other_layers=alpha&nvme_path=/nvme/a b&window=2",
+    "model=vit-tiny/56&gpus=2&price=2.5&stage=3&offload=cpu-optimizer&offload_ratio=0.5&micro_batch=4"
+    "&zero=overlap_comm=true,sub_group_elements=4000000",
+    "model_yaml=family: vit%0D%0Adim: 96%0D%0Adepth: 2%0D%0Aheads: 3%0D%0Aimage: 64%0D%0Apatch: 16%0D%0A"
+    "classes: 10%0D%0Aname: 'END'%0D%0Aoperator: alpha%0D%0Acheckpointing: block"
+    "&cluster_yaml=base: 1x2xH100%0Aname: ours%0Ahost_memory_bytes: 99999999999"
+    "%0Agpu_constants: {nccl: 1000000000}&depth=3&price=1",
 )
 
 
@@ -55,9 +68,8 @@ def test_shown_command_makes_the_same_plan_and_folder(
     found = search_choice(choice)
     assert found.plan is not None, found.outcome
     monkeypatch.chdir(tmp_path)
-    text = cluster_file(choice)
-    if text is not None:
-        Path(f"{cluster_file_name(choice)}.yaml").write_text(text)
+    for name, text in spec_files(choice).items():
+        Path(name).write_text(text)
     words = choice_arguments(choice)
     assert run(words[1:]) == 0, capsys.readouterr().err
     folder = Path(words[-1])
@@ -117,7 +129,15 @@ def test_costs_equal_those_of_estimate(capsys: pytest.CaptureFixture[str]) -> No
         ("nvme_path=/a%0Ab", "nvme_path", "absolute path"),
         ("headroom=nan", "headroom", "is not allowed"),
         ("gpus=2&gpus=4", "gpus", "given twice"),
-        ("nodes=513", "nodes", "less than or equal to 512"),
+        ("nodes=1025", "nodes", "less than or equal to 1024"),
+        ("price=0", "price", "greater than 0"),
+        ("offload_ratio=2", "offload_ratio", "less than or equal to 1"),
+        ("zero=stage", "zero", "is not allowed"),
+        ("zero=overlap=true", "zero", "unknown key 'overlap'"),
+        ("zero=sub_group_elements=1", "zero", "sub_group_elements: 1 is not allowed: must be at least 156"),
+        ("model=vit-base/32&model_yaml=family: vit", "model", "must be left out with model_yaml"),
+        ("operator=alpha&model_yaml=family: vit", "operator", "must be left out with model_yaml"),
+        ("nodes=2&cluster_yaml=base: 8xH100", "nodes", "must be left out with cluster_yaml"),
     ],
 )
 def test_invalid_choice_is_rejected_with_one_line_that_names_the_field(
@@ -183,8 +203,9 @@ def test_page_links_to_advice_when_nothing_fits() -> None:
     outcome = Outcome.model_validate_json(search_choice(choice).outcome)
     assert outcome.state == "nothing fits"
     assert outcome.no_plan is not None
-    html = render_plan(choice, outcome)
+    html = render_answer(PageChoice(choice), Answer(choice, costs_of(choice), outcome))
     assert "does not fit" in html
+    assert '<h2 id="verdict-title" class="bad">Does not fit</h2>' in html
     changed = next(advice for advice in outcome.no_plan.advice if advice.kind == "hybrid")
     better = choice.replacing(**changed.changes)
     assert f'href="./?{query_of(better).replace("&", "&amp;")}"' in html
@@ -192,13 +213,63 @@ def test_page_links_to_advice_when_nothing_fits() -> None:
 
 
 def test_form_has_every_field_once() -> None:
-    names = [field.name for section in form_sections() for field in (*section.fields, *section.more)]
+    names = [field.name for section in form_sections() for field in (*section.fields, *section.more, *section.own)]
     assert sorted(names) == sorted(FIELDS)
 
 
 def test_values_of_a_query_are_escaped() -> None:
     choice = choice_of("nvme_path=/<script>alert(1)</script>%22'")
-    html = render_page(choice, costs_of(choice), Outcome(state="searching"), None)
-    assert "<script>alert" not in html
+    page = PageChoice(choice, choice)
+    answer = Answer(choice, costs_of(choice), Outcome(state="searching"))
+    assert "<script>alert" not in render_page(page, answer, None, answer)
     error = ChoiceError("model: '<script>' is not allowed", "model")
-    assert "<script>'" not in render_page(Choice(), None, None, error)
+    assert "<script>'" not in render_page(PageChoice(Choice()), None, error)
+    own = (
+        "family: vit\ndim: 96\ndepth: 2\nheads: 3\nimage: 64\npatch: 16\nclasses: 10\nname: </textarea><script>alert(2)"
+    )
+    pasted = Choice(model_yaml=own)
+    shown = Answer(pasted, costs_of(pasted), Outcome.model_validate_json(search_choice(pasted).outcome))
+    html = render_page(PageChoice(pasted, pasted), shown, None, shown)
+    assert "<script>alert" not in html
+    assert "&lt;/textarea&gt;&lt;script&gt;alert(2)" in html
+
+
+def test_a_page_holds_two_choices_and_restores_them() -> None:
+    for a, b in ((Choice(), choice_of(SAME[1])), (choice_of(SAME[4]), Choice(price=2.5))):
+        page = PageChoice(b, a, 4)
+        assert parse_page(parse_qsl(page_query(b, a, 4))) == page
+    with pytest.raises(ChoiceError, match=r"^compare: heads: 'x' is not allowed"):
+        parse_page([("compare", "heads=x")])
+    with pytest.raises(ChoiceError, match="compare: is given twice"):
+        parse_page([("compare", "gpus=2"), ("compare", "gpus=2")])
+    assert parse_page([("front_nodes", "9" * 99)]) == PageChoice(Choice())
+
+
+def test_a_point_of_the_trade_off_is_a_choice_with_the_same_front() -> None:
+    page = PageChoice(choice_of("model=vit-base/32&nodes=2&minimize=nodes&global_batch=128"))
+    found = Outcome.model_validate_json(search_choice(page.choice).outcome).plan
+    assert found is not None
+    point = found.pareto[-1]
+    assert point.nodes == 1
+    picked = point_choice(page, point)
+    assert picked is not None
+    again = PageChoice(choice_of(query_of(picked)), None, 2)
+    assert free_choice(again) == page.choice
+    plan = Outcome.model_validate_json(search_choice(again.choice).outcome).plan
+    assert plan is not None and plan.time is not None
+    assert plan.time.likely_s == pytest.approx(point.step_s)
+    answer = Answer(again.choice, costs_of(again.choice), Outcome(state="found", plan=plan))
+    html = render_answer(again, answer, None, found)
+    assert html.count('class="point chosen"') == 1
+    assert html.count('class="point') == len(found.pareto)
+    # What another choice has in place of nodes cannot be picked.
+    pasted = PageChoice(Choice(cluster_yaml="base: 2x8xH100"))
+    assert point_choice(pasted, point) is None
+
+
+def test_price_and_thousands_of_gpus() -> None:
+    choice = choice_of("model=gpt-base/1024&nodes=1024&price=2.5&all_nodes=true")
+    plan = Outcome.model_validate_json(search_choice(choice).outcome).plan
+    assert plan is not None and plan.run is not None
+    assert plan.ranks == 8192
+    assert plan.run.price == pytest.approx(2.5 * plan.run.gpu_hours)

@@ -164,7 +164,13 @@ def test_concurrent_requests_for_a_choice_share_its_search(server: Server) -> No
         ("/api/plan?offload=nvme", 422, "nvme_path", "is required"),
         ("/plan.zip?gpu=H1", 422, "gpu", "did you mean"),
         ("/api/answer?model=%00%ff", 422, "model", "is not allowed"),
-        ("/answer?" + "a" * 3000, 414, None, "too long"),
+        ("/answer?" + "a" * 17000, 414, None, "too long"),
+        ("/answer?compare=heads%3D5", 422, None, "compare: "),
+        ("/plan?compare=modle%3D5", 422, None, "compare: unknown key 'modle'"),
+        ("/api/answer?compare=gpus%3D2", 422, None, "unknown key 'compare'"),
+        ("/answer?model_yaml=" + "a" * 4001, 422, "model_yaml", "at most 4000"),
+        ("/answer?model_yaml=family:%20bert", 422, "model_yaml", "must be vit, gpt or video"),
+        ("/answer?cluster_yaml=base:%20cpu:2", 422, "cluster_yaml", "must be a cluster of GPUs"),
         ("/plans", 404, None, "nothing at this address"),
         ("/../../etc/passwd", 404, None, "nothing at this address"),
     ],
@@ -175,6 +181,15 @@ def test_invalid_request_gets_an_error(server: Server, path: str, status: int, f
     assert answer.error["field"] == field
     assert text in str(answer.error["message"])
     assert answer.headers["content-type"] == "application/json"
+
+
+def test_health_is_told_without_a_search(server: Server) -> None:
+    answer = get(server, "/healthz")
+    assert answer.status == 200
+    state = json.loads(answer.body)
+    assert (state["status"], state["workers"]) == ("ok", 1)
+    assert {"running", "waiting"} <= set(state)
+    assert get(server, "/healthz", Host="attacker.example").status == 400
 
 
 def test_only_get_requests_for_its_own_host_names_are_accepted(server: Server) -> None:
@@ -211,6 +226,8 @@ def test_page_without_scripts_includes_form_and_answer(server: Server) -> None:
     html = get(server, f"/?{SMALL}&stage=").body.decode()
     assert '<option value="vit-tiny/56" selected>' in html
     assert "Plan: ZeRO-" in html
+    assert "GPU-hours" in html.split('<div class="columns">')[0]
+    assert "https://arxiv.org/abs/2510.10060" in html
     assert 'http-equiv="refresh"' not in html
     refused = get(server, "/?heads=5")
     assert refused.status == 422
@@ -235,14 +252,16 @@ def test_changing_the_form_updates_plan_and_url(server: Server, browser: Browser
     browser.open(f"{server.url}?{SMALL}")
     assert "2 GPUs" in shown(browser)["Cluster"]
     pick(browser, "operator", "attention")
-    browser.wait("document.querySelector('tr.own th').innerText", lambda text: text.startswith("attention"))
+    browser.wait(
+        "document.querySelector('#operators tr.own th').textContent", lambda text: text.startswith("attention")
+    )
     facts = shown(browser)
     assert browser.evaluate("location.search").lstrip("?").split("&") == OTHER.split("&")
-    assert browser.wait("document.getElementById('status').textContent", lambda text: text.startswith("Plan found"))
+    assert browser.wait("document.getElementById('status').textContent", lambda text: text.startswith("Fits: "))
     assert browser.evaluate("document.getElementById('command').innerText").startswith(
         "translution plan vit-tiny/56 --cluster 1x2xH100 --operator attention"
     )
-    config = json.loads(browser.evaluate("document.getElementById('config').innerText"))
+    config = json.loads(browser.evaluate("document.getElementById('config').textContent"))
     micro, *_ = facts["Batch"].split(" ")
     assert config["train_micro_batch_size_per_gpu"] == int(micro)
     browser.call("Page.reload")
@@ -278,16 +297,20 @@ def test_page_fits_the_window_and_every_control_has_a_label(
     browser.open(f"{server.url}?{SMALL}", width=width, scheme=scheme)
     shown(browser)
     assert browser.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [width, width]
-    nameless = "[...document.forms[0].elements].filter((e) => e.name && !e.labels.length).map((e) => e.id)"
+    named = "[...document.forms[0].elements].filter((e) => e.name && e.type !== 'hidden')"
+    nameless = f"{named}.filter((e) => !e.labels.length).map((e) => e.id)"
     assert browser.evaluate(nameless) == []
     tables = "[...document.querySelectorAll('table')].every((e) => e.caption.innerText !== undefined)"
     assert browser.evaluate(tables)
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(13, 17, 23)" if scheme == "dark" else "rgb(255, 255, 255)")
-    browser.call("Input.dispatchKeyEvent", type="keyDown", key="Tab", code="Tab", windowsVirtualKeyCode=9)
-    assert browser.evaluate("document.activeElement.className") == "skip"
-    browser.call("Input.dispatchKeyEvent", type="keyDown", key="Tab", code="Tab", windowsVirtualKeyCode=9)
-    assert browser.evaluate("document.activeElement.id") == "model"
+    reached = []
+    for _ in range(4):
+        browser.call("Input.dispatchKeyEvent", type="keyDown", key="Tab", code="Tab", windowsVirtualKeyCode=9)
+        reached.append(
+            browser.evaluate("(({ id, className, href }) => id || className || href)(document.activeElement)")
+        )
+    assert reached == ["skip", "https://arxiv.org/abs/2510.10060", "keep", "model"]
     assert browser.complaints() == []
 
 
