@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter
 from translution.planner.common import InputError, Schema, parse_json, write_text
 from translution.planner.plans import load_plan
 
-from .folder import require_run, status_path
+from .folder import find_run, status_path
 from .heartbeat import control_path
 from .lock import is_rank_alive
 from .progress import STACKS_REQUEST, progress_path, read_progress
@@ -110,12 +110,13 @@ def read_run_status(run: Path) -> RunStatus:
     """Read the status of a run.
 
     Args:
-        run: the run folder.
+        run: the run folder, or a plan folder whose newest run is used.
 
     Raises:
-        InputError: if the folder is not a run folder, or one of its files is damaged.
+        InputError: if the folder is neither, or one of its files is damaged.
     """
-    world_size = load_plan(require_run(run)).cluster.world_size
+    run = find_run(run)
+    world_size = load_plan(run).cluster.world_size
     ranks = tuple(status for rank in _reported_ranks(run) if (status := read_status(run, rank)) is not None)
     at_work = [status.rank for status in ranks if status.state in UNDER_WAY]
     return RunStatus(

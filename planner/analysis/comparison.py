@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from ..common.errors import MissingPackageError
 from ..common.schema import Schema, stored_as
 from ..common.types import DTYPE_BYTES
+from ..config.defaults import default_precision
 from ..config.loading import load_model
 from ..config.model import ModelSpec, PatchSpec, override
 from ..config.training import TrainingSpec, parse_training
@@ -192,7 +193,7 @@ def compare(
     models: Iterable[ModelSpec | Mapping[str, object] | str | Path],
     *,
     gpu: str = "H100",
-    precision: str = "bf16",
+    precision: str | None = None,
     alpha_ranks: Sequence[int] = ALPHA_RANKS,
 ) -> Comparison:
     """Compare full Translution with α-Translution and attention in the place of each model.
@@ -200,13 +201,15 @@ def compare(
     Args:
         models: specs, preset names, files or mappings, as `load_model` takes them.
         gpu: GPU of the clusters.
-        precision: dtype of training: fp32, bf16 or fp16.
+        precision: dtype of training: fp32, bf16 or fp16; by default that of `default_precision`.
         alpha_ranks: ranks c1 = c2 of α-Translution.
 
     Raises:
         InputError: for an unknown name, a bad value, or a rank that does not suit a model.
     """
     specs = [load_model(model) for model in models]
+    if precision is None:
+        precision = default_precision(named_cluster(f"1x{gpu}"))
     training = parse_training({"precision": precision, "data": "synthetic"}, "compare")
     return Comparison(
         gpu=gpu,

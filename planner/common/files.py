@@ -128,8 +128,8 @@ def read_yaml(text: str, what: str) -> Any:
         what: name of the text, which begins the error line.
 
     Raises:
-        InputError: if the text is not valid YAML, contains an impossible date, is nested too deeply, has a key twice, or
-            has more values than `MOST_YAML_VALUES` when its aliases are written out.
+        InputError: if the text is not valid YAML, contains an impossible date, is nested too deeply, has a key twice,
+            or has more values than `MOST_YAML_VALUES` when its aliases are written out.
     """
     import yaml
 

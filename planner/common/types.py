@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import AfterValidator, Field
 
 Positive: TypeAlias = Annotated[int, Field(ge=1, le=2**60, strict=True)]
-NonNegative: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
+NonNegative: TypeAlias = Annotated[int, Field(ge=0, le=2**60, strict=True)]
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
 NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
 UnitFraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]

@@ -58,6 +58,8 @@ def make_plan(
     relations = table_entries(spec)
     if tile_relations is None:
         tile_relations = choose_tile(spec, cluster.world_size)
+    elif choose_tile(spec, cluster.world_size) is None:
+        raise InputError(f"tile_relations: {tile_relations} is not allowed: the model has no tables")
     elif not 1 <= tile_relations <= relations:
         raise InputError(f"tile_relations: {tile_relations} is not allowed: must be from 1 to {relations}")
     zero = choose_zero(

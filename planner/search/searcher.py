@@ -27,6 +27,7 @@ from ..plans.defaults import override_zero
 from ..timing.engine_time import PartTime, engine_parts, weight_uses
 from ..timing.rates import Rates
 from ..timing.step_time import model_parts, run_volumes, total_seconds
+from .conflicts import check_constraints
 from .space import (
     Checkpointing,
     Objective,
@@ -63,12 +64,15 @@ class Searcher:
         self, spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, constraints: SearchConstraints
     ) -> None:
         self.spec, self.cluster, self.training, self.constraints = spec, cluster, training, constraints
+        check_constraints(constraints)
         self.strategies, self.infeasible = list_strategies(constraints, cluster)
         self.global_batch = resolve_global_batch(constraints, cluster)
         self.capacities: dict[int, Capacity] = {}
         """Capacity of a rank by number of nodes."""
         self.candidates: list[Candidate] = []
         self.considered = 0
+        self._refused: list[InputError] = []
+        """Why strategies contradict the training or one another, whatever the memory is."""
         self._knobs: dict[object, list[_KnobCosts]] = {}
         self.closest: dict[Strategy, Candidate] = {}
         """The candidate of each strategy with the lowest utilization."""
@@ -110,6 +114,8 @@ class Searcher:
                 f"global_batch: {self.global_batch} is not allowed: must be a multiple of the "
                 f"{self.cluster.world_size} ranks, and of micro_batch and accumulation where they are given"
             )
+        if self._refused and not self.considered:
+            raise self._refused[0]
 
     def _try_strategy(self, strategy: Strategy, base: RunConfig, rates: Rates) -> None:
         """Evaluate every tile size and knob set of a strategy; ``base`` gives the rest of the configuration."""
@@ -122,6 +128,7 @@ class Searcher:
                     self._try_tile(strategy, base.replace(tile_relations=tile), rates)
                 except InputError as error:
                     self.infeasible[strategy] = str(error)
+                    self._refused.append(error)
                     return
 
     def _try_tile(self, strategy: Strategy, base: RunConfig, rates: Rates) -> None:

@@ -11,7 +11,17 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, Field, TypeAdapter
 
 from translution.planner.common import GIB, InputError, Precision, Schema, validate
-from translution.planner.config import ModelSpec, Operator, Optimizer, TrainingSpec, override, preset, preset_name
+from translution.planner.config import (
+    GPU_PRECISION,
+    ModelSpec,
+    Operator,
+    Optimizer,
+    TrainingSpec,
+    default_data,
+    override,
+    preset,
+    preset_name,
+)
 from translution.planner.hardware import ClusterSpec, find_gpu, named_cluster
 from translution.planner.search import (
     HEADROOM,
@@ -20,8 +30,9 @@ from translution.planner.search import (
     SearchConstraints,
     Stage,
     batches,
-    list_strategies,
+    check_constraints,
     node_counts,
+    parse_constraints,
     resolve_global_batch,
     tiles,
 )
@@ -83,7 +94,7 @@ class Choice(Schema):
     """NVMe folder on every node; it is only written into the plan, never accessed."""
     all_nodes: bool = False
     headroom: Annotated[float, Field(ge=0, le=0.9)] = HEADROOM
-    precision: Precision = "bf16"
+    precision: Precision = GPU_PRECISION
     optimizer: Optimizer = "adamw"
     global_batch: int | None = _up_to(2**20)
     steps: Annotated[int, Field(ge=1, le=10**9)] = 10_000
@@ -109,7 +120,6 @@ FIELDS = tuple(Choice.model_fields)
 _DEFAULTS = {name: field.default for name, field in Choice.model_fields.items()}
 _CHOICE: TypeAdapter[Choice] = TypeAdapter(Choice)
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
-_CONSTRAINTS: TypeAdapter[SearchConstraints] = TypeAdapter(SearchConstraints)
 _OVERRIDES = ("operator", "roles", "c1", "c2", "relative_layers")
 _SETTINGS = ("dim", "depth", "heads", "image", "patch", "context", "window", "other_layers")
 _CONSTRAINT_FIELDS = ("stage", "offload", "nvme_path", "checkpointing", "tile_relations", "micro_batch", "accumulation")
@@ -213,13 +223,11 @@ def search_input(choice: Choice) -> SearchInput:
     try:
         spec, cluster = _spec_of(choice), cluster_of(choice)
         fields = {"precision": choice.precision, "optimizer": choice.optimizer, "steps": choice.steps}
-        training = validate(_TRAINING, fields | {"data": "synthetic"}, "plan", tuple(TrainingSpec.model_fields))
+        training = validate(_TRAINING, fields | {"data": default_data(spec)}, "plan", tuple(TrainingSpec.model_fields))
         limits = {
             name: getattr(choice, name) for name in (*_CONSTRAINT_FIELDS, "global_batch", "all_nodes", "headroom")
         }
-        constraints = validate(
-            _CONSTRAINTS, limits | {"minimize": choice.minimize}, "plan", tuple(SearchConstraints.model_fields)
-        )
+        constraints = parse_constraints(limits | {"minimize": choice.minimize}, "plan")
         _check(SearchInput(spec, cluster, training, constraints))
     except ChoiceError:
         raise
@@ -231,11 +239,7 @@ def search_input(choice: Choice) -> SearchInput:
 def _check(question: SearchInput) -> None:
     """Raise InputError for input that a search would reject at once."""
     spec, cluster, constraints = question.spec, question.cluster, question.constraints
-    if not list_strategies(constraints, cluster)[0]:
-        needs = ": nvme_path must be given" if constraints.offload and "nvme" in constraints.offload else ""
-        raise InputError(f"offload: {constraints.offload!r} is not allowed with stage {constraints.stage}{needs}")
-    if constraints.offload and "nvme" in constraints.offload and constraints.nvme_path is None:
-        raise InputError(f"nvme_path: is required with offload {constraints.offload}")
+    check_constraints(constraints)
     tiles(spec, cluster.world_size, 3, constraints)
     batch = resolve_global_batch(constraints, cluster)
     counts = [cluster.ranks_per_node * nodes for nodes in node_counts(cluster, constraints)]

@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from translution.distributed.runs import CHECKPOINT, METRICS, MemoryMeasurement, read_memory, require_run, status_path
+from translution.distributed.runs import CHECKPOINT, METRICS, MemoryMeasurement, read_memory, require_run
 from translution.planner.common import InputError, Phase, Tier, read_json
 from translution.planner.memory import MemoryEstimate, estimate_memory
-from translution.planner.plans import RUNS, Plan, load_plan, with_evaluation
+from translution.planner.plans import Plan, load_plan, with_evaluation
 from translution.planner.simulator.engine import OPTIMIZER_STATES
 
 _COLUMNS = ("rank", "tier", "what", "predicted_bytes", "measured_bytes", "ratio")
@@ -32,20 +32,6 @@ _SWAP_ITEMS = {"exp_avg": OPTIMIZER_STATES, "exp_avg_sq": OPTIMIZER_STATES}
 def current_label(label: str) -> str:
     """Return the present form of a row's label in a record of an earlier version."""
     return _OLD_LABELS.get(label, label)
-
-
-def find_run(folder: Path) -> Path:
-    """Return the folder itself if it is a run folder, or the newest run of a plan folder.
-
-    Raises:
-        InputError: if it is neither, or the plan has no run yet.
-    """
-    if status_path(folder, 0).parent.is_dir():
-        return require_run(folder)
-    runs = sorted((path for path in (folder / RUNS).glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise InputError(f"{folder}: is not a run folder, nor a plan folder with runs")
-    return require_run(runs[-1])
 
 
 def predicted_and_measured(

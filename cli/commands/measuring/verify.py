@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from translution.distributed.runs import find_run
 from translution.distributed.verification import read_rehearsal
 from translution.planner.common import format_bytes
 
@@ -39,7 +40,7 @@ def print_verification(folder: Path, *, as_json: bool) -> None:
         as_json: print JSON instead of a table.
     """
     with requires_extra("train"):
-        from translution.reports.inputs import compare_run, find_run, read_metrics, run_files
+        from translution.reports.inputs import compare_run, read_metrics, run_files
     run = find_run(folder)
     rehearsal = read_rehearsal(run)
     if rehearsal is not None:

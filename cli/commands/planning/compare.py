@@ -13,7 +13,7 @@ from translution.planner.analysis import ALPHA_RANKS
 from translution.planner.common import InputError, format_bytes, format_count, format_flops
 
 from ...extras import requires_extra
-from ...options import JsonOption
+from ...options import JsonOption, PrecisionOption
 from ...output import console, make_table, print_json
 from .. import app
 
@@ -28,7 +28,7 @@ FORMATS = (".md", ".csv", ".json", ".png", ".svg")
 def compare_cli(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Presets, or YAML/JSON files.")],
     gpu: Annotated[str, typer.Option(help="GPU of the clusters; `translution clusters` lists them.")] = "H100",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    precision: PrecisionOption = None,
     alpha_rank: Annotated[
         list[int] | None, typer.Option(help="c1 = c2 of an α-Translution; repeatable; 4 to 64 by default.")
     ] = None,

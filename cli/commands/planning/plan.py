@@ -28,8 +28,9 @@ from ...options import (
     TileOption,
     TrainOption,
     ZeroOption,
+    join_settings,
 )
-from ...output import console, print_json
+from ...output import console, note, print_json
 from ...tables import (
     advice_table,
     format_evaluation,
@@ -93,15 +94,17 @@ def plan_cli(
     gradient_clipping: Annotated[
         float | None, typer.Option(help="Maximum gradient norm; 0 disables clipping.", show_default="1")
     ] = None,
-    precision: PrecisionOption = "fp32",
+    precision: PrecisionOption = None,
     data: Annotated[
         str | None,
         typer.Option(
             help="digits, digits-static, digits-shifted, digits-patches, images, tokens, stdlib or synthetic.",
-            show_default="digits",
+            show_default="synthetic, or digits for a model of one channel and ten classes",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the weights and the sample order.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the weights and the sample order.", show_default="0")
+    ] = None,
     stage: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage; chosen by default.")] = None,
     tile_relations: TileOption = None,
     offload: Annotated[
@@ -130,13 +133,9 @@ def plan_cli(
 ) -> None:
     """Search for the best plan for a cluster, explain the choice and write the plan folder."""
     flags = {"operator": operator, "roles": roles, "c1": c1, "c2": c2, "relative_layers": relative_layers}
-    spec = planner.load_model(model, **(flags | dict(settings or ())))
+    spec = planner.load_model(model, **join_settings(flags | {"checkpointing": checkpointing}, settings, "--set"))
     given: dict[str, object] = {
         "global_batch": global_batch,
-        "micro_batch": micro_batch,
-        "accumulation": gradient_accumulation_steps,
-        "precision": precision,
-        "seed": seed,
         "stage": stage,
         "tile_relations": tile_relations,
         "offload": offload,
@@ -147,21 +146,28 @@ def plan_cli(
         "headroom": headroom,
         "all_nodes": all_nodes,
         "quantized": quantized,
-        "zero_overrides": dict(zero_settings or ()),
+        "zero_overrides": join_settings({}, zero_settings, "--zero"),
     }
     # The recipe, or else the defaults, decide about these fields unless they are given.
     training = {
+        "micro_batch": micro_batch,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "precision": precision,
+        "seed": seed,
         "steps": steps,
         "warmup_steps": warmup_steps,
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
         "gradient_clipping": gradient_clipping,
-        "data": "digits" if data is None and recipe is None else data,
+        "data": data,
     }
-    given |= {name: value for name, value in training.items() if value is not None} | dict(training_settings or ())
+    given |= join_settings(training, training_settings, "--train")
     check_new_folder(out.absolute(), marker=PLAN_FILE, force=force)
+    where = planner.load_cluster(cluster)
+    if minimize == "cost" and where.price_per_gpu_hour is None:
+        note("--minimize cost: the cluster has no price_per_gpu_hour, so the plan takes the fewest GPU-hours")
     try:
-        result = planner.plan(spec, cluster, recipe=recipe, samples=samples, epochs=epochs, **given)
+        result = planner.plan(spec, where, recipe=recipe, samples=samples, epochs=epochs, **given)
     except planner.NoPlanFits as error:
         _print_no_plan(error, spec, out, as_json=as_json)
         raise

@@ -156,7 +156,9 @@ def launch_cli(
     no_ssh: Annotated[
         bool, typer.Option("--no-ssh", help="Start only this host's ranks; run the same command on every other host.")
     ] = False,
-    node_rank: Annotated[int, typer.Option(help="With --no-ssh: this host's line in the hostfile, from 0.")] = 0,
+    node_rank: Annotated[
+        int | None, typer.Option(help="With --no-ssh: this host's line in the hostfile, from 0.", show_default="0")
+    ] = None,
     master_addr: MasterAddressOption = None,
     master_port: MasterPortOption = None,
     ssh_port: SshPortOption = None,
