@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import importlib
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Annotated
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -81,6 +83,11 @@ def run(arguments: Sequence[str]) -> int:
             check_line(word)
     except ValueError as error:
         return _fail(f"argument: {error}", 2)
+    with _warnings_as_notes():
+        return _run_command(arguments)
+
+
+def _run_command(arguments: Sequence[str]) -> int:
     try:
         app_of_command = _app_for(arguments)
         if not gc.isenabled() and arguments and arguments[0] not in SHORT:
@@ -103,6 +110,25 @@ def run(arguments: Sequence[str]) -> int:
             raise
         return _fail(error.format_message() or "no command given: see translution --help", 2)
     return code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Print the toolkit's own warnings as one line each, once; others stay as they are."""
+    show, shown = warnings.showwarning, set()
+
+    def print_note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if category.__name__ != "EditedPlanWarning":
+            show(message, category, *place, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            print(f"note: {printable(str(message))}", file=sys.stderr, flush=True)
+
+    warnings.showwarning = print_note
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
 
 
 def _app_for(arguments: Sequence[str]) -> typer.Typer:

@@ -45,8 +45,8 @@ def load_model(source: ModelSpec | Mapping[str, object] | str | Path, /, **overr
     for name, operators in _USED_BY.items():
         if overrides.get(name) is not None and not set(operators) & set(changed.layer_operators):
             raise InputError(
-                f"{name}: {overrides[name]!r} is not allowed with operator {changed.operator!r}, which ignores it: must "
-                f"be used with {' or '.join(operators)}"
+                f"{name}: {overrides[name]!r} is not allowed with operator {changed.operator!r}, which ignores it: "
+                f"must be used with {' or '.join(operators)}"
             )
     return changed
 

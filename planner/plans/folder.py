@@ -17,7 +17,7 @@ from ..common.units import format_bytes, format_count, format_flops
 from ..costs.parameters import count_parameters
 from ..costs.workload import count_flops
 from ..hardware.cluster import ClusterSpec
-from .plan import PLAN_FILE, Plan
+from .plan import PLAN_FILE, Plan, dump_plan
 
 RUNS = "runs"
 
@@ -123,7 +123,7 @@ def write_plan_folder(plan: Plan, target: Path, *, force: bool = False) -> None:
         InputError: if the folder exists and ``force`` is false, is no plan folder, or cannot be written.
     """
     with new_folder(target, marker=PLAN_FILE, force=force) as folder:
-        (folder / PLAN_FILE).write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / PLAN_FILE).write_text(dump_plan(plan), encoding="utf-8")
         config = json.dumps(plan.deepspeed_config(), indent=2)
         (folder / "ds_config.json").write_text(config + "\n", encoding="utf-8")
         (folder / "README.md").write_text(folder_readme(plan), encoding="utf-8")
