@@ -244,6 +244,25 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_new_file(path: Path, what: str, *, force: bool = False) -> None:
+    """Check that a file may be written, before the work on its content begins.
+
+    Args:
+        path: the file.
+        what: name of the path, such as the option that gives it; begins the error line.
+        force: accept an existing file, which is then replaced.
+
+    Raises:
+        InputError: if its folder is absent, or it exists and force is false, or is no regular file.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"{what}: {str(path)!r} is not allowed: {path.parent} must be a folder")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{what}: {str(path)!r} is not allowed: must be a file")
+    if not force and (path.exists() or path.is_symlink()):
+        raise InputError(f"{what}: {path} exists already: choose another file or pass --force to replace it")
+
+
 def check_new_folder(target: Path, *, marker: str, force: bool = False) -> bool:
     """Check that `new_folder` may create or replace a folder; return True if the folder exists.
 

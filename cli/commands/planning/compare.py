@@ -10,14 +10,12 @@ import typer
 
 from translution import planner
 from translution.planner.analysis import ALPHA_RANKS
-from translution.planner.common import InputError, format_bytes, format_count, format_flops
+from translution.planner.common import format_bytes, format_count, format_flops
 
 from ...extras import requires_extra
 from ...options import JsonOption, PrecisionOption
 from ...output import console, make_table, print_json
 from .. import app
-
-FORMATS = (".md", ".csv", ".json", ".png", ".svg")
 
 
 @app.command(
@@ -35,19 +33,18 @@ def compare_cli(
     out: Annotated[
         list[Path] | None, typer.Option(help="File to write: .md, .csv, .json, .png or .svg; repeatable.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare full Translution with α-Translution and attention: cost, memory, smallest cluster, time."""
     specs, outs = [planner.load_model(model) for model in models], out or ()
-    for path in outs:
-        if path.suffix not in FORMATS:
-            raise InputError(f"out: {str(path)!r} is not allowed: must end in {', '.join(FORMATS)}")
-    comparison = planner.compare(specs, gpu=gpu, precision=precision, alpha_ranks=alpha_rank or ALPHA_RANKS)
     if outs:
         with requires_extra("report"):
-            from translution.reports import write_comparison
-        for path in outs:
-            write_comparison(comparison, specs, path)
+            from translution.reports import check_comparison_files, write_comparison
+        check_comparison_files(outs, specs, force=force)
+    comparison = planner.compare(specs, gpu=gpu, precision=precision, alpha_ranks=alpha_rank or ALPHA_RANKS)
+    if outs:
+        write_comparison(comparison, specs, outs, force=force)
     if as_json:
         print_json(
             {
