@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import gc
 import importlib
+import io
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -78,6 +81,10 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit code.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # An encoding that lacks a character, such as ASCII, shows a question mark.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     try:
         for word in arguments:
             check_line(word)
@@ -94,6 +101,7 @@ def _run_command(arguments: Sequence[str]) -> int:
             gc.set_threshold(50_000, 20, 20)
             gc.enable()
         code = app_of_command(args=list(arguments), standalone_mode=False)
+        sys.stdout.flush()
     except TranslutionError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -102,6 +110,12 @@ def _run_command(arguments: Sequence[str]) -> int:
         # The program that reads our output, such as head, has exited.
         sys.stderr.close()
         return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        # What is left in the buffer must not fail again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _fail(f"standard output: cannot be written: {error.strerror}", 1)
     except Exception as error:
         # Typer's usage errors: their classes moved between versions, their interface did not.
         if not hasattr(error, "format_message"):

@@ -129,14 +129,14 @@ def read_metrics(run: Path) -> pd.DataFrame:
     For steps that a resumed run repeated, the last row is returned.
 
     Raises:
-        InputError: if another line is not valid JSON.
+        InputError: if another line is not valid JSON, or lacks its event or a figure of it.
     """
     path = run / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(read_json(line, f"{path}: line {number}"))
+            rows.append(_checked_row(read_json(line, f"{path}: line {number}"), f"{path}: line {number}"))
         except InputError:
             if number < len(lines):
                 raise
@@ -145,6 +145,19 @@ def read_metrics(run: Path) -> pd.DataFrame:
         repeated = (metrics["event"] == "step") & metrics.duplicated(["event", "step"], keep="last")
         metrics = metrics[~repeated].reset_index(drop=True)
     return metrics
+
+
+_FIGURES = {"step": ("step", "loss", "seconds"), "evaluation": ("step", "loss", "accuracy")}
+"""Figures that every line of an event has, and that tables and pictures need."""
+
+
+def _checked_row(row: object, what: str) -> dict[str, Any]:
+    if not isinstance(row, dict) or not isinstance(row.get("event"), str):
+        raise InputError(f"{what}: event: is required, the kind of the line as text")
+    for name in _FIGURES.get(row["event"], ()):
+        if not isinstance(row.get(name), int | float):
+            raise InputError(f"{what}: {name}: {row.get(name)!r} is not allowed: must be a number")
+    return row
 
 
 def run_files(run: Path) -> dict[str, Path]:
