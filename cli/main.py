@@ -123,7 +123,8 @@ def _run_command(arguments: Sequence[str]) -> int:
                 return _fail("interrupted", 130)
             raise
         return _fail(error.format_message() or "no command given: see translution --help", 2)
-    return code if isinstance(code, int) else 0
+    # Typer turns Ctrl-C into this code and prints nothing.
+    return _fail("interrupted", 130) if code == 130 else code if isinstance(code, int) else 0
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from translution.planner.hardware import ClusterSpec, MeasuredRates, load_cluste
 from ..launcher.local_processes import run_processes
 from ..runs.watchdog import end_with_launcher
 from ..system.compiled_ops import NVME_OPS, prepare_ops
-from ..system.environment import check_packages, free_port, launch_environment
+from ..system.environment import check_gpus, check_packages, free_port, launch_environment
 
 _RATES: TypeAdapter[MeasuredRates] = TypeAdapter(MeasuredRates)
 _LOG, _PROGRESS = "calibrate.log", "progress"
@@ -80,7 +80,7 @@ def calibrate(
         Medians of the ranks' measurements.
 
     Raises:
-        InputError: if the cluster has more than one node, or the NVMe folder cannot be written.
+        InputError: if the cluster has more than one node or more GPUs than this machine, or the NVMe folder cannot be written.
         RunFailedError: if a rank failed.
     """
     if cluster.nodes > 1:
@@ -90,6 +90,8 @@ def calibrate(
     ops = ["ShareMemCommBuilder"] if cluster.device == "cpu" else []
     ops += ["CPUAdamBuilder", *(NVME_OPS if nvme_path else ())]
     check_packages(ops)
+    if cluster.device == "cuda":
+        check_gpus(cluster.ranks_per_node)
     with tempfile.TemporaryDirectory(prefix="translution-calibrate-") as folder:
         log = Path(folder) / _LOG
         prepare_ops(ops, launch_environment(cluster), log, on_line)

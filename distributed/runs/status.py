@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from typing import Literal
 from pydantic import Field, TypeAdapter
 
 from translution.planner.common import InputError, Schema, parse_json, write_text
-from translution.planner.plans import load_plan
+from translution.planner.plans import PLAN_FILE, RUNS, load_plan
 
 from .folder import find_run, status_path
 from .heartbeat import control_path
@@ -103,7 +104,11 @@ def resume_hint(run: Path) -> str:
     statuses = read_statuses(run)
     if not statuses or any(status.state != "stopped" for status in statuses):
         return ""
-    return f"saved at step {statuses[0].step}: resume it with translution launch PLAN_FOLDER --resume --run {run}"
+    # A run folder elsewhere tells nothing of its plan folder, but holds the plan.
+    known = run.parent.name == RUNS and (run.parent.parent / PLAN_FILE).is_file()
+    folder = run.parent.parent if known else run
+    command = shlex.join(["translution", "launch", str(folder), "--resume", "--run", str(run)])
+    return f"saved at step {statuses[0].step}: resume it with {command}"
 
 
 def read_run_status(run: Path) -> RunStatus:

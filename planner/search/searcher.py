@@ -256,8 +256,8 @@ class Candidate:
     def cost(self, objective: Objective) -> tuple[float, ...]:
         """Sort key: what the objective minimizes, then what decides between equals."""
         nodes, memory = float(self.nodes), float(self.bounds.device)
-        # A difference below the fourth digit is no reason for ZeRO++, which needs more memory or rounds.
-        seconds, extras = float(f"{self.sample_seconds:.4g}"), float(self.strategy.hpz + self.strategy.quantized)
+        # A difference below the fourth digit is no reason for a plan with more features.
+        seconds, extras = float(f"{self.sample_seconds:.4g}"), float(self.features)
         match objective:
             case "time":
                 return seconds, nodes, extras, memory
@@ -267,6 +267,13 @@ class Candidate:
                 return nodes * seconds, seconds, extras, memory
             case "memory":
                 return memory, seconds, nodes, extras
+
+    @property
+    def features(self) -> int:
+        """Number of features that the plan has beyond ZeRO: checkpointing, offload, and the parts of ZeRO++."""
+        strategy, offloads = self.strategy, self.strategy.offload is not OffloadMode.NONE
+        checkpoints = self.run.model.checkpointing != "none"
+        return checkpoints + offloads + (strategy.ratio < 1) + strategy.hpz + strategy.quantized
 
     @property
     def footprint_key(self) -> tuple[object, ...]:

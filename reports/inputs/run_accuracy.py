@@ -147,7 +147,7 @@ def read_metrics(run: Path) -> pd.DataFrame:
     return metrics
 
 
-_FIGURES = {"step": ("step", "loss", "seconds"), "evaluation": ("step", "loss", "accuracy")}
+_FIGURES = {"step": ("step", "loss", "learning_rate", "samples_per_s"), "evaluation": ("step", "loss", "accuracy")}
 """Figures that every line of an event has, and that tables and pictures need."""
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from translution import cli
 from translution.cli.main import run
 
 
@@ -29,21 +27,19 @@ def test_an_encoding_that_lacks_characters_shows_question_marks(encoding: str, m
 
 def test_a_full_disk_is_one_line() -> None:
     command = [sys.executable, "-m", "translution.cli", "estimate", "vit-tiny/56"]
-    with open("/dev/full", "w", encoding="utf-8") as full:
+    with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "translution: error: standard output: cannot be written: No space left on device\n"
 
 
-def test_ctrl_c_during_the_imports_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*words: Any, **more: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli.gc, "disable", lambda: None)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(builtins, "__import__", interrupted)
-        cli.main()
-    assert ended.value.code == 130
-    assert capsys.readouterr().err == "translution: error: interrupted\n"
+def test_ctrl_c_during_the_imports_is_one_line() -> None:
+    program = (
+        "import sys\nfrom translution.cli import main\n"
+        "class Finder:\n"
+        "    def find_spec(self, *_):\n"
+        "        raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder())\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "translution: error: interrupted\n")

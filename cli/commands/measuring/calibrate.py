@@ -76,4 +76,4 @@ def calibrate_cli(
     seconds = time.monotonic() - began
     title = f"{rates.machine}: {rates.ranks} rank(s) in parallel, {seconds:.0f} s"
     console().print(make_table(title, ("operation", "rate"), _rows(rates), text_columns=2))
-    console().print(f"wrote {out}; plan with it: translution plan MODEL --cluster {out} --out FOLDER")
+    console().print(f"wrote {out}; plan with it: translution plan MODEL --cluster {shlex.quote(str(out))} --out FOLDER")

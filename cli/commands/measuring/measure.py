@@ -114,7 +114,7 @@ def _measure(plan: planner.Plan, out: Path | None, *, resume: bool, as_json: boo
         folder = temporary / "plan" if temporary is not None else out
         assert folder is not None
         run = measure_plan(few_steps(plan), folder, console.print, resume=resume)
-        print_verification(run, as_json=as_json)
+        print_verification(run, as_json=as_json, kept=temporary is None)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -201,8 +202,9 @@ def _print_result(result: planner.SearchResult, out: Path) -> None:
         to.print(table)
     for remark in config_warnings(plan.training, plan.zero):
         to.print(f"note: {remark}")
-    hosts = f" --hostfile {out / 'hostfile'}" if plan.cluster.nodes > 1 else ""
-    to.print(f"wrote {out}; run it: translution launch {out}{hosts}", soft_wrap=True)
+    hosts = ["--hostfile", str(out / "hostfile")] if plan.cluster.nodes > 1 else []
+    command = shlex.join(["translution", "launch", str(out), *hosts])
+    to.print(f"wrote {out}; run it: {command}", soft_wrap=True)
 
 
 def _print_no_plan(error: planner.NoPlanFits, spec: planner.ModelSpec, out: Path, *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -198,4 +199,4 @@ def launch_cli(
             on_warning=note,
         )
     console.print(f"finished: {launched.run}")
-    console.print(f"predicted against measured memory: translution verify {launched.run}")
+    console.print(f"predicted against measured memory: translution verify {shlex.quote(str(launched.run))}")
