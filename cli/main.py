@@ -8,6 +8,7 @@ import errno
 import gc
 import importlib
 import io
+import itertools
 import os
 import sys
 import warnings
@@ -122,7 +123,8 @@ def _run_command(arguments: Sequence[str]) -> int:
             if type(error).__name__ == "Abort":
                 return _fail("interrupted", 130)
             raise
-        return _fail(error.format_message() or "no command given: see translution --help", 2)
+        message = error.format_message() or "no command given: see translution --help"
+        return _fail(_with_value(message, arguments), 2)
     # Typer turns Ctrl-C into this code and prints nothing.
     return _fail("interrupted", 130) if code == 130 else code if isinstance(code, int) else 0
 
@@ -144,6 +146,16 @@ def _warnings_as_notes() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = show
+
+
+def _with_value(message: str, arguments: Sequence[str]) -> str:
+    """Add the value to a usage error of Typer, of which some name only the option."""
+    if not message.startswith("Invalid value for "):
+        return message
+    for option, value in itertools.pairwise(arguments):
+        if f"'{option}'" in message and option.startswith("-") and repr(value) not in message:
+            return f"{message}: {value[:60]!r} is not allowed"
+    return message
 
 
 def _app_for(arguments: Sequence[str]) -> typer.Typer:

@@ -80,7 +80,8 @@ def calibrate(
         Medians of the ranks' measurements.
 
     Raises:
-        InputError: if the cluster has more than one node or more GPUs than this machine, or the NVMe folder cannot be written.
+        InputError: if the cluster has more than one node or more GPUs than this machine, or the NVMe folder cannot be
+            written.
         RunFailedError: if a rank failed.
     """
     if cluster.nodes > 1:

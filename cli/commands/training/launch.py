@@ -175,6 +175,7 @@ def launch_cli(
             target=target,
             resume=resume,
             weights=weights,
+            hang_minutes=hang_minutes,
             check_swap=check_swap,
             dry_run=True,
         )

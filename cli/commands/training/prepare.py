@@ -82,7 +82,8 @@ def _prepare_images(archives: list[Path], out: Path, labels: Path | None, *, for
         return
     console().print(
         f"wrote {out}: {made.training_images:,} images to train on, {made.held_out_images:,} held out, "
-        f"{made.classes:,} classes; plan with them: translution plan MODEL --data images --train {shlex.quote(f'data_path={out}')}",
+        f"{made.classes:,} classes; plan with them: translution plan MODEL --data images "
+        f"--train {shlex.quote(f'data_path={out}')}",
         soft_wrap=True,
     )
 
