@@ -58,6 +58,7 @@ def calibrate_to_file(
     cluster = load_cluster(cluster_name)
     total = _PARTS + (nvme_path is not None) + (cluster.device == "cuda")
     numbers = itertools.count(1)
+    _check_gpus_of(cluster)
     on_progress("starting", 0, total)
     rates = calibrate(cluster, nvme_path, command, lambda line: on_progress(line, next(numbers), total))
     write_text(out, machine_file(cluster_name, rates, nvme_path))
@@ -91,8 +92,7 @@ def calibrate(
     ops = ["ShareMemCommBuilder"] if cluster.device == "cpu" else []
     ops += ["CPUAdamBuilder", *(NVME_OPS if nvme_path else ())]
     check_packages(ops)
-    if cluster.device == "cuda":
-        check_gpus(cluster.ranks_per_node)
+    _check_gpus_of(cluster)
     with tempfile.TemporaryDirectory(prefix="translution-calibrate-") as folder:
         log = Path(folder) / _LOG
         prepare_ops(ops, launch_environment(cluster), log, on_line)
@@ -107,6 +107,12 @@ def calibrate(
             "machine": ", ".join([made.machine, f"{made.cores} cores", *map(" ".join, made.versions.items())]),
         }
     )
+
+
+def _check_gpus_of(cluster: ClusterSpec) -> None:
+    """Check that this machine has the GPUs of a cluster, before minutes of compiling."""
+    if cluster.device == "cuda":
+        check_gpus(cluster.ranks_per_node)
 
 
 def _run(cluster: ClusterSpec, nvme_path: str | None, folder: Path, on_line: OnLine, *options: str) -> None:

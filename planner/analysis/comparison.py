@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from ..common.errors import MissingPackageError
+from ..common.errors import InputError, MissingPackageError
 from ..common.schema import Schema, stored_as
 from ..common.types import DTYPE_BYTES
 from ..config.defaults import default_precision
@@ -208,6 +208,9 @@ def compare(
         InputError: for an unknown name, a bad value, or a rank that does not suit a model.
     """
     specs = [load_model(model) for model in models]
+    for rank in alpha_ranks:
+        if rank < 1:
+            raise InputError(f"alpha_rank: {rank} is not allowed: must be at least 1")
     if precision is None:
         precision = default_precision(named_cluster(f"1x{gpu}"))
     training = parse_training({"precision": precision, "data": "synthetic"}, "compare")

@@ -94,7 +94,7 @@ ESTIMATE: dict[str, tuple[str, ...]] = {
     "--micro-batch": ("0", "-1", HUGE, *NUMBERS),
     "--precision": ("fp8", *WORDS),
     "--operator": ("conv", *WORDS),
-    "--set": ("window=x", "patch=[1]", "classes=0", "dropout=1", "ffn=relu", "norm=batch", "kv_heads=2", "rotary=1"),
+    "--set": ("window=x", "patch=[1]", "classes=0", "dropout=1", "ffn=relu", "norm=batch", "kv_heads=2", "rotary=x"),
 }  # fmt: skip
 COMPARE: dict[str, tuple[str, ...]] = {
     "MODEL": ("", "vit", "nothing.json", "vit-base/15"),
