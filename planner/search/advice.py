@@ -160,7 +160,7 @@ class FixAdvisor:
     def all(self) -> tuple[Advice, ...]:
         """All advice, cheapest change first."""
         if self._fits(self.spec):
-            return ()  # What rules the plans out, such as a knob of ZeRO, is nothing that these changes would mend.
+            return ()  # What rules the plans out, such as a knob of ZeRO, is nothing that these changes would change.
         found = [self.tile(), self.host_or_nvme(), self.nodes(), self.smaller_input(), self.narrower()]
         return tuple(advice for advice in found if advice is not None)
 

@@ -21,7 +21,7 @@ def found(model: str, cluster: str, **constraints: Any) -> SearchResult:
 
 
 def test_no_advice_proposes_what_was_given() -> None:
-    """What rules these plans out is a knob, and nothing that the model or the cluster could mend."""
+    """What rules these plans out is a knob, and nothing that the model or the cluster could change."""
     huge = {"max_live_elements": 10**12, "max_reuse_distance_elements": 10**12}
     with pytest.raises(NoPlanFits) as caught:
         found("vit-large/16", "8x8xH100", micro_batch=1, stage=3, offload="none", zero_overrides=huge)
