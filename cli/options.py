@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import typer
 
 from translution.planner import TrainingSpec
 from translution.planner.common import InputError, nearest, read_yaml
 
-Fields: TypeAlias = dict[str, Any]
-"""Values by field."""
 
-
-def join_settings(flags: Mapping[str, object], settings: Sequence[tuple[str, object]] | None, option: str) -> Fields:
+def join_settings(
+    flags: Mapping[str, object], settings: Sequence[tuple[str, object]] | None, option: str
+) -> dict[str, Any]:
     """Return the fields that flags of their own and a repeatable ``FIELD=VALUE`` option set.
 
     Args:
