@@ -72,7 +72,7 @@ EXPERIMENTS := $(if $(wildcard reports/experiments/*/result.json),--experiments 
 reports: $(VENV)/.demo
 	$(BIN)/translution plan vit-base/16 --cluster 2x8xH100 --precision bf16 --data synthetic --out $(PLANS)/vit-base --force
 	mkdir -p $(GALLERY)
-	rm -f $(GALLERY)/*.svg
+	rm -f $(GALLERY)/*.svg $(GALLERY)/index.html $(GALLERY)/README.md $(GALLERY)/gallery.json
 	$(BIN)/translution report $(PLANS)/vit-base \
 		--model vit-base/16 --model vit-tiny/56 --model vit-small/16 --model vit-large/16 \
 		--model gpt-small/160 --model gpt-base/1024 --model gpt-large/1024 \

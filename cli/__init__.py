@@ -19,8 +19,13 @@ def main() -> None:
     gc.disable()
     # Looking for plugins of pydantic, of which this project uses none, reads the metadata of every installed package.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    from .main import run
+    try:
+        from .main import run
 
-    code = run(sys.argv[1:])
-    gc.freeze()
+        code = run(sys.argv[1:])
+        gc.freeze()
+    except KeyboardInterrupt:
+        # While a module is imported; `run` answers a later one itself.
+        print("translution: error: interrupted", file=sys.stderr)
+        code = 130
     sys.exit(code)

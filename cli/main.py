@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
 import gc
 import importlib
+import io
+import itertools
 import json
+import os
 import sys
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -111,17 +117,27 @@ def run(arguments: Sequence[str]) -> int:
     """
     fail = partial(_report, as_json="--json" in arguments)
     arguments = arguments or ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        # An encoding that lacks a character, such as ASCII, shows a question mark.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     try:
         for word in arguments:
             check_line(word)
     except ValueError as error:
         return fail(f"argument: {error}", 2)
+    with _warnings_as_notes():
+        return _run_command(arguments, fail)
+
+
+def _run_command(arguments: Sequence[str], fail: Callable[[str, int], int]) -> int:
     try:
         app_of_command = _app_for(arguments)
         if not gc.isenabled() and arguments and arguments[0] not in SHORT:
             gc.set_threshold(50_000, 20, 20)
             gc.enable()
         code = app_of_command(args=list(arguments), prog_name="translution", standalone_mode=False)
+        sys.stdout.flush()
     except TranslutionError as error:
         return fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -130,14 +146,51 @@ def run(arguments: Sequence[str]) -> int:
         # The program that reads our output, such as head, has exited.
         sys.stderr.close()
         return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        # What is left in the buffer must not fail again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return fail(f"standard output: cannot be written: {error.strerror}", 1)
     except Exception as error:
         # Typer's usage errors: their classes moved between versions, their interface did not.
         if not hasattr(error, "format_message"):
             if type(error).__name__ == "Abort":
                 return fail("interrupted", 130)
             raise
-        return fail(error.format_message() or "no command given: see translution --help", 2)
-    return code if isinstance(code, int) else 0
+        message = error.format_message() or "no command given: see translution --help"
+        return fail(_with_value(message, arguments), 2)
+    # Typer turns Ctrl-C into this code and prints nothing.
+    return fail("interrupted", 130) if code == 130 else code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Print the toolkit's own warnings as one line each, once; others stay as they are."""
+    show, shown = warnings.showwarning, set()
+
+    def print_note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if category.__name__ != "EditedPlanWarning":
+            show(message, category, *place, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            print(f"note: {printable(str(message))}", file=sys.stderr, flush=True)
+
+    warnings.showwarning = print_note
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+
+
+def _with_value(message: str, arguments: Sequence[str]) -> str:
+    """Add the value to a usage error of Typer, of which some name only the option."""
+    if not message.startswith("Invalid value for "):
+        return message
+    for option, value in itertools.pairwise(arguments):
+        if f"'{option}'" in message and option.startswith("-") and repr(value) not in message:
+            return f"{message}: {value[:60]!r} is not allowed"
+    return message
 
 
 def _app_for(arguments: Sequence[str]) -> typer.Typer:

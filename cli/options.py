@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,29 @@ from translution.planner import TrainingSpec
 from translution.planner.common import InputError, nearest, read_yaml
 
 from .completion import choices, complete_model
+
+
+def join_settings(
+    flags: Mapping[str, object], settings: Sequence[tuple[str, object]] | None, option: str
+) -> dict[str, Any]:
+    """Return the fields that flags of their own and a repeatable ``FIELD=VALUE`` option set.
+
+    Args:
+        flags: values by field; None is a flag that is not given.
+        settings: what `parse_setting` made of each use of the option.
+        option: the option, such as "--set".
+
+    Raises:
+        InputError: if a field is given twice, by the option and its flag or twice by the option.
+    """
+    given = {field: value for field, value in flags.items() if value is not None}
+    for field, value in settings or ():
+        if field in given:
+            flag = f"--{field.replace('_', '-')}"
+            other = flag if flags.get(field) is not None else f"{option} {field}"
+            raise InputError(f"{option} {field}: {value!r} is not allowed: {other} gives it too, as {given[field]!r}")
+        given[field] = value
+    return given
 
 
 def parse_setting(text: str, flag: str = "--set") -> tuple[str, object]:
@@ -38,7 +62,7 @@ def parse_training_setting(text: str) -> tuple[str, object]:
     known = (*TrainingSpec.model_fields, "accumulation")
     if field not in known:
         raise InputError(f"--train: unknown key {field!r}{nearest(field, known)}; allowed: {', '.join(known)}")
-    return field, value
+    return "gradient_accumulation_steps" if field == "accumulation" else field, value
 
 
 def parse_zero_setting(text: str) -> tuple[str, object]:
@@ -95,11 +119,12 @@ JsonOption = Annotated[
     ),
 ]
 PrecisionOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--precision",
         help="fp32, or bf16 or fp16 with an fp32 master copy.",
         rich_help_panel=TRAINING_PANEL,
+        show_default="bf16 on GPUs, or fp16 where they lack bf16; fp32 on CPUs",
         autocompletion=choices("fp32", "bf16", "fp16"),
     ),
 ]
@@ -121,8 +146,12 @@ NvmePathOption = Annotated[
     typer.Option(help="Folder on every node's NVMe drive, for offload to NVMe.", rich_help_panel=STRATEGY_PANEL),
 ]
 OffloadRatioOption = Annotated[
-    float,
-    typer.Option(help="Fraction of the optimizer state to offload, for cpu-optimizer.", rich_help_panel=STRATEGY_PANEL),
+    float | None,
+    typer.Option(
+        help="Fraction of the optimizer state to offload, for cpu-optimizer.",
+        show_default="1",
+        rich_help_panel=STRATEGY_PANEL,
+    ),
 ]
 TrainOption = Annotated[
     list[Any] | None,

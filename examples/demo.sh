@@ -4,7 +4,7 @@ set -eu
 CDPATH= cd -- "$(dirname -- "$0")/.."
 
 echo "1/5 What ViT-base/16 costs"
-translution estimate vit-base/16
+translution estimate vit-base/16 --precision fp32
 
 echo
 echo "2/5 A plan for handwritten digits on this machine, 2 CPU ranks"

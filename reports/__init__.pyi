@@ -5,6 +5,7 @@ from .render.document import load_document as load_document
 from .result_files import EXPERIMENT_FILE as EXPERIMENT_FILE
 from .result_files import EXPERIMENT_PICTURE as EXPERIMENT_PICTURE
 from .result_files import EXPERIMENT_TABLE as EXPERIMENT_TABLE
+from .result_files import check_comparison_files as check_comparison_files
 from .result_files import check_experiment_folder as check_experiment_folder
 from .result_files import write_comparison as write_comparison
 from .result_files import write_experiment as write_experiment

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from translution.planner.analysis import comparison_rows, growth_points, scale_points, thresholds
-from translution.planner.common import InputError, Precision, Provenance, make_provenance, write_bytes
-from translution.planner.config import ModelSpec, TrainingSpec, load_model
+from translution.planner.common import InputError, Provenance, check_new_file, make_provenance, write_bytes
+from translution.planner.config import GPU_PRECISION, ModelSpec, TrainingSpec, load_model
 from translution.planner.hardware import ClusterSpec, load_cluster
 
 from .inputs.benchmark_records import Accuracy, PublicRuns, StepTimes, load_record
@@ -28,8 +28,6 @@ from .sections.plan import PlanReport, report_plan
 from .sections.public_runs import public_section
 from .sections.scaling import scaling_section
 
-PRECISION: Precision = "bf16"
-"""Precision of every plan that a report makes."""
 PACKAGES = ("pydantic", "altair", "vl-convert-python")
 """Packages whose versions the provenance of a report names."""
 
@@ -146,6 +144,8 @@ class ReportFiles:
     """Markdown; its pictures are SVG files next to it."""
     data: Path | None = None
     """JSON with all content of the report."""
+    force: bool = False
+    """Whether files that exist are replaced; a picture of the Markdown only if that Markdown links to it."""
 
     def by_option(self) -> dict[str, tuple[Path, str]]:
         """Return path and required suffix of each requested file, by its option of `translution report`."""
@@ -170,7 +170,7 @@ class ReportBuilder:
 
     def __init__(self, request: ReportRequest, made: Provenance, page: str) -> None:
         self._request, self._made, self._page = request, made, page
-        self._training = TrainingSpec(precision=PRECISION, data="synthetic")
+        self._training = TrainingSpec(precision=GPU_PRECISION, data="synthetic")
 
     def _made_by(self, *words: str) -> Provenance:
         return self._made.model_copy(update={"command": shlex.join(["translution", *words])})
@@ -198,7 +198,7 @@ class ReportBuilder:
         rows = [row for spec in specs for row in comparison_rows(spec, cluster.gpu, self._training)]
         limits = tuple(thresholds(specs[0], cluster.gpu, self._training))
         points = tuple(scale_points(specs[0], self._training))
-        made = self._made_by("compare", *request.compared, "--gpu", cluster.gpu, "--precision", PRECISION)
+        made = self._made_by("compare", *request.compared, "--gpu", cluster.gpu, "--precision", GPU_PRECISION)
         return [comparison_section(rows, limits, points, cluster.gpu, made)]
 
     def _scaling(self) -> list[Section]:
@@ -207,7 +207,7 @@ class ReportBuilder:
         (name, spec), (cluster_name, cluster) = self._request.scaled, self._request.required_cluster()
         points = tuple(growth_points(spec, cluster, self._training))
         made = self._made_by_report("--scaling", name, "--cluster", cluster_name)
-        return [scaling_section(points, name, cluster, PRECISION, made)]
+        return [scaling_section(points, name, cluster, GPU_PRECISION, made)]
 
     def plans(self) -> list[PlanReport]:
         """Return the sections of each plan; in a report with other contents, their titles name the plan."""
@@ -274,7 +274,7 @@ class ReportBuilder:
 
 
 def write_report(request: ReportRequest, files: ReportFiles) -> dict[Path, int]:
-    """Write a report in all requested formats; write nothing if any part fails.
+    """Write a report in all requested formats; write nothing if any part fails or a file may not be replaced.
 
     Args:
         request: contents of the report.
@@ -284,14 +284,17 @@ def write_report(request: ReportRequest, files: ReportFiles) -> dict[Path, int]:
         The size in bytes of every file written, pictures of the Markdown included.
 
     Raises:
-        InputError: if nothing is requested, a path is not allowed, or an input is missing or invalid.
+        InputError: if nothing is requested, a path is not allowed, a file exists that may not be replaced, or an input
+            is missing or invalid.
     """
     _check_request(request, files)
     options = [word for option, (path, _) in files.by_option().items() for word in (option, str(path))]
     made = make_provenance(shlex.join(["translution", "report", *request.arguments(), *options]), PACKAGES)
     builder = ReportBuilder(request, made, str(files.page))
     plans = builder.plans()
-    contents = _contents(builder.document(plans), plans, files)
+    document = builder.document(plans)
+    _check_pictures(document, files)
+    contents = _contents(document, plans, files)
     for path, content in contents.items():
         write_bytes(path, content)
     return {path: len(content) for path, content in contents.items()}
@@ -301,13 +304,31 @@ def _check_request(request: ReportRequest, files: ReportFiles) -> None:
     for option, (path, suffix) in files.by_option().items():
         if path.suffix.lower() != suffix:
             raise InputError(f"{option}: {str(path)!r} is not allowed: must end in {suffix}")
-        if not path.parent.is_dir():
-            raise InputError(f"{option}: {str(path)!r} is not allowed: {path.parent} must be a folder")
+        check_new_file(path, option, force=files.force)
     if request == ReportRequest():
         raise InputError("nothing to report: give a plan or run folder, --model, or another of the options")
     for option in ("--png", "--svg"):
         if option in files.by_option() and len(request.plans) != 1:
             raise InputError(f"{option}: is not allowed with {len(request.plans)} plans: must be exactly one")
+
+
+def _check_pictures(document: Document, files: ReportFiles) -> None:
+    """Check the files of the Markdown's pictures, whose names the user does not choose.
+
+    Raises:
+        InputError: if one exists that is not of the Markdown which is replaced, or another option names it.
+    """
+    if files.markdown is None:
+        return
+    linked = files.markdown.read_text(encoding="utf-8", errors="replace") if files.markdown.is_file() else ""
+    for name in picture_files(document):
+        path = files.markdown.with_name(name)
+        if any(path.absolute() == other.absolute() for other, _ in files.by_option().values()):
+            raise InputError(f"--markdown: writes a picture {path} too: choose another file for --svg")
+        if (path.exists() or path.is_symlink()) and not (files.force and f"]({name})" in linked):
+            raise InputError(
+                f"--markdown: its picture {path} exists already and is not of this report: choose another folder"
+            )
 
 
 def _contents(document: Document, plans: Sequence[PlanReport], files: ReportFiles) -> dict[Path, bytes]:

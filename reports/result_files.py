@@ -8,41 +8,71 @@ from pathlib import Path
 from translution.distributed.experiments import ExperimentResult
 from translution.planner import Comparison, ModelSpec
 from translution.planner.analysis import scale_points
-from translution.planner.common import InputError, check_new_folder, new_folder, write_bytes, write_text
+from translution.planner.common import InputError, check_new_file, check_new_folder, new_folder, write_bytes
 from translution.planner.config import parse_training
 
 from .render.vega import png, svg
 from .sections.comparison import comparison_frame, comparison_markdown, comparison_picture
 from .sections.experiment import experiment_markdown, experiment_picture
 
+COMPARISON_SUFFIXES = (".md", ".csv", ".json", ".png", ".svg")
 EXPERIMENT_FILE, EXPERIMENT_TABLE, EXPERIMENT_PICTURE = "result.json", "README.md", "figure"
 
 
-def write_comparison(comparison: Comparison, models: Sequence[ModelSpec], path: Path) -> None:
-    """Write a comparison in the format of the path's suffix.
+def check_comparison_files(paths: Sequence[Path], models: Sequence[ModelSpec], *, force: bool = False) -> None:
+    """Check that a comparison can be written, before minutes are spent on it.
+
+    Args:
+        paths: files to write, as in `write_comparison`.
+        models: the compared models.
+        force: accept existing files, which are then replaced.
+
+    Raises:
+        InputError: for another suffix, a file that is named twice, a picture of several models, an absent folder, or a
+            file that exists although ``force`` is false.
+    """
+    for number, path in enumerate(paths):
+        if path.suffix not in COMPARISON_SUFFIXES:
+            allowed = ", ".join(COMPARISON_SUFFIXES)
+            raise InputError(f"out: {str(path)!r} is not allowed: must end in {allowed}")
+        if path.absolute() in [other.absolute() for other in paths[:number]]:
+            raise InputError(f"out: {str(path)!r} is not allowed twice")
+        if path.suffix in (".png", ".svg") and len(models) != 1:
+            raise InputError(f"out: {str(path)!r} is not allowed: a picture shows one model, not {len(models)}")
+        check_new_file(path, "out", force=force)
+
+
+def write_comparison(
+    comparison: Comparison, models: Sequence[ModelSpec], paths: Sequence[Path], *, force: bool = False
+) -> None:
+    """Write a comparison in the format of each path's suffix: all files, or none if one may not be written.
 
     Args:
         comparison: the comparison.
         models: the compared models.
-        path: file to write: .md, .csv or .json with the table, .png or .svg with a picture of memory against size.
+        paths: files to write: .md, .csv or .json with the table, .png or .svg with a picture of memory against size.
+        force: replace existing files.
 
     Raises:
-        InputError: if a picture is requested for several models, or the file cannot be written.
+        InputError: as `check_comparison_files` does, and if a file cannot be written.
     """
-    if path.suffix == ".md":
-        write_text(path, comparison_markdown(comparison.rows, comparison.thresholds))
-    elif path.suffix == ".csv":
-        write_text(path, comparison_frame(comparison.rows).to_csv(index=False))
-    elif path.suffix == ".json":
-        write_text(path, comparison_frame(comparison.rows).to_json(orient="records", indent=2) + "\n")
-    else:
-        if len(models) != 1:
-            raise InputError(f"out: {str(path)!r} is not allowed: a picture shows one model, not {len(models)}")
-        training = parse_training({"precision": comparison.precision, "data": "synthetic"}, "compare")
-        points = list(scale_points(models[0], training))
-        title = f"{models[0].name}: memory over all ranks"
-        picture = comparison_picture(points, comparison.thresholds, title)
-        write_bytes(path, png(picture)) if path.suffix == ".png" else write_text(path, svg(picture))
+    check_comparison_files(paths, models, force=force)
+    contents = {path: _comparison_file(comparison, models, path.suffix) for path in paths}
+    for path, content in contents.items():
+        write_bytes(path, content)
+
+
+def _comparison_file(comparison: Comparison, models: Sequence[ModelSpec], suffix: str) -> bytes:
+    if suffix == ".md":
+        return comparison_markdown(comparison.rows, comparison.thresholds).encode()
+    if suffix == ".csv":
+        return comparison_frame(comparison.rows).to_csv(index=False).encode()
+    if suffix == ".json":
+        return (comparison_frame(comparison.rows).to_json(orient="records", indent=2) + "\n").encode()
+    training = parse_training({"precision": comparison.precision, "data": "synthetic"}, "compare")
+    points = list(scale_points(models[0], training))
+    picture = comparison_picture(points, comparison.thresholds, f"{models[0].name}: memory over all ranks")
+    return png(picture) if suffix == ".png" else svg(picture).encode()
 
 
 def check_experiment_folder(folder: Path, *, force: bool) -> None:

@@ -26,7 +26,7 @@ from translution.planner.hardware import ClusterSpec, MeasuredRates, load_cluste
 from ..launcher.local_processes import run_processes
 from ..runs.watchdog import end_with_launcher
 from ..system.compiled_ops import NVME_OPS, prepare_ops
-from ..system.environment import check_packages, free_port, launch_environment
+from ..system.environment import check_gpus, check_packages, free_port, launch_environment
 
 _RATES: TypeAdapter[MeasuredRates] = TypeAdapter(MeasuredRates)
 _LOG, _PROGRESS = "calibrate.log", "progress"
@@ -58,6 +58,7 @@ def calibrate_to_file(
     cluster = load_cluster(cluster_name)
     total = _PARTS + (nvme_path is not None) + (cluster.device == "cuda")
     numbers = itertools.count(1)
+    _check_gpus_of(cluster)
     on_progress("starting", 0, total)
     rates = calibrate(cluster, nvme_path, command, lambda line: on_progress(line, next(numbers), total))
     write_text(out, machine_file(cluster_name, rates, nvme_path))
@@ -80,7 +81,8 @@ def calibrate(
         Medians of the ranks' measurements.
 
     Raises:
-        InputError: if the cluster has more than one node, or the NVMe folder cannot be written.
+        InputError: if the cluster has more than one node or more GPUs than this machine, or the NVMe folder cannot be
+            written.
         RunFailedError: if a rank failed.
     """
     if cluster.nodes > 1:
@@ -90,6 +92,7 @@ def calibrate(
     ops = ["ShareMemCommBuilder"] if cluster.device == "cpu" else []
     ops += ["CPUAdamBuilder", *(NVME_OPS if nvme_path else ())]
     check_packages(ops)
+    _check_gpus_of(cluster)
     with tempfile.TemporaryDirectory(prefix="translution-calibrate-") as folder:
         log = Path(folder) / _LOG
         prepare_ops(ops, launch_environment(cluster), log, on_line)
@@ -104,6 +107,12 @@ def calibrate(
             "machine": ", ".join([made.machine, f"{made.cores} cores", *map(" ".join, made.versions.items())]),
         }
     )
+
+
+def _check_gpus_of(cluster: ClusterSpec) -> None:
+    """Check that this machine has the GPUs of a cluster, before minutes of compiling."""
+    if cluster.device == "cuda":
+        check_gpus(cluster.ranks_per_node)
 
 
 def _run(cluster: ClusterSpec, nvme_path: str | None, folder: Path, on_line: OnLine, *options: str) -> None:

@@ -25,7 +25,7 @@ from translution.planner.common import InputError, Schema
 from translution.planner.config import SPEC_KEY, ModelSpec
 from translution.planner.plans import version
 
-from ..runs.folder import CHECKPOINT, require_run
+from ..runs.folder import CHECKPOINT, find_run
 from .manifest import best_checkpoint, newest_checkpoint
 from .reader import MASTER_COPY, CheckpointReader
 
@@ -143,7 +143,7 @@ def export(
     """Write the network of a run's newest checkpoint to a file.
 
     Args:
-        run: the run folder.
+        run: the run folder, or a plan folder whose newest run is used.
         out: the file to write.
         dtype: dtype of the tensors; "bf16" rounds the master copy as training in bf16 does.
         best: take the checkpoint with the best evaluation instead of the newest one.
@@ -153,7 +153,8 @@ def export(
     Raises:
         InputError: if the run has no such checkpoint, or the file exists or cannot be written; no partial file is left.
     """
-    ref = (best_checkpoint if best else newest_checkpoint)(require_run(run) / CHECKPOINT)
+    run = find_run(run)
+    ref = (best_checkpoint if best else newest_checkpoint)(run / CHECKPOINT)
     if ref is None:
         kind = "checkpoint that was evaluated" if best else "complete checkpoint to export"
         raise InputError(f"{run / CHECKPOINT}: holds no {kind}")

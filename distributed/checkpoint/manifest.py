@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from translution.planner.common import InputError, Schema, parse_json, write_text
 from translution.planner.plans import PLAN_FILE, Plan, load_plan
 
-from ..runs.folder import CHECKPOINT, require_run
+from ..runs.folder import CHECKPOINT, find_run
 
 MANIFEST = "manifest.json"
 _TAG = re.compile(r"step_(\d+)")
@@ -138,10 +138,13 @@ def newest_checkpoint(folder: Path) -> CheckpointRef | None:
 def run_checkpoints(run: Path) -> list[CheckpointRef]:
     """Return all complete checkpoints of a run, the oldest first, after checking their manifests and files' sizes.
 
+    Args:
+        run: the run folder, or a plan folder whose newest run is used.
+
     Raises:
-        InputError: if the folder is no run folder, holds no complete checkpoint, or one is damaged.
+        InputError: if the folder is neither, holds no complete checkpoint, or one is damaged.
     """
-    folder = require_run(run) / CHECKPOINT
+    folder = find_run(run) / CHECKPOINT
     found = [_checked(folder, tag) for tag in checkpoint_tags(folder)]
     if not found:
         raise InputError(f"{folder}: holds no complete checkpoint")

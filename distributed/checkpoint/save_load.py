@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from translution.planner.common import TranslutionError, flush_folder, write_text
-from translution.planner.plans import PLAN_FILE, Plan
+from translution.planner.plans import PLAN_FILE, Plan, dump_plan
 
 from .integrity import collect_records, record_own_files
 from .manifest import MANIFEST, EvaluationResult, Manifest, best_tag, checkpoint_tags, write_manifest
@@ -81,7 +81,7 @@ def save_checkpoint(
         record_own_files(folder / partial, rank, torch.distributed.get_world_size())
         torch.distributed.barrier()
         if rank == 0:
-            write_text(folder / partial / PLAN_FILE, plan.model_dump_json(indent=2) + "\n")
+            write_text(folder / partial / PLAN_FILE, dump_plan(plan))
             records = collect_records(folder / partial)
             manifest = Manifest(
                 step=step,

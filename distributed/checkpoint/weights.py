@@ -71,7 +71,7 @@ def export_published(source: Path, out: Path, *, best: bool = False, force: bool
     """Write a network as a state dict for the authors' present code.
 
     Args:
-        source: a run folder, whose newest checkpoint is taken, or a network file.
+        source: a run folder, or a plan folder with runs, whose newest checkpoint is taken, or a network file.
         out: the file to write: safetensors if it ends so, otherwise as torch.save does.
         best: take a run's checkpoint with the best evaluation instead of the newest one.
         force: replace an existing file.

@@ -6,11 +6,12 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
@@ -32,6 +33,10 @@ _WARMUP = 0.1
 """Fraction of the steps in which the learning rate rises."""
 OnTrial = Callable[["Trial", int, int], None]
 """Called with a finished trial, the number of finished trials and the number of all trials."""
+OnWait = Callable[[int, int, int], None]
+"""Called with the number of finished trials, of all trials, and of trials that run at the same time."""
+SECONDS_BETWEEN_SIGNS = 20.0
+"""Longest time in which an experiment says nothing."""
 
 
 class Trial(Schema):
@@ -210,6 +215,8 @@ def _end_with_parent() -> None:
     """End this trial if the process that started it is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
+    # A terminal sends Ctrl-C to every process; the experiment ends the trials itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch(sentinel: int) -> None:
         multiprocessing.connection.wait([sentinel])
@@ -222,6 +229,10 @@ def _ignore_trial(_: Trial, __: int, ___: int) -> None:
     """Default of `on_trial`: do nothing."""
 
 
+def _ignore_wait(_: int, __: int, ___: int) -> None:
+    """Default of `on_wait`: do nothing."""
+
+
 def run_experiment(
     experiment: Experiment,
     *,
@@ -229,8 +240,9 @@ def run_experiment(
     seeds: int | None = None,
     steps: int | None = None,
     on_trial: OnTrial = _ignore_trial,
+    on_wait: OnWait = _ignore_wait,
 ) -> ExperimentResult:
-    """Run all trials of an experiment, one per core at a time.
+    """Run all trials of an experiment, one per core at a time; Ctrl-C or an error ends the running ones.
 
     Args:
         experiment: the experiment, as `find_experiment` returns it.
@@ -238,6 +250,8 @@ def run_experiment(
         seeds: number of seeds; None is the experiment's, or 1 for a quick run.
         steps: training steps of each model; None is the experiment's number.
         on_trial: called with each finished trial, the number of finished trials and the number of all trials.
+        on_wait: called at the start, and every `SECONDS_BETWEEN_SIGNS` in which no trial finishes, with the number of
+            finished trials, that of all trials, and that of trials that run at the same time.
 
     Returns:
         The result, with the command that repeats it.
@@ -253,11 +267,24 @@ def run_experiment(
     jobs, trials, began = list(_jobs(experiment, count)), [], time.perf_counter()
     context = multiprocessing.get_context("spawn")
     workers = min(len(jobs), usable_cores())
-    with ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=_end_with_parent) as pool:
-        running = [pool.submit(run_trial, *job, steps, experiment.learning_rate) for job in jobs]
-        for number, future in enumerate(as_completed(running), start=1):
-            trials.append(future.result())
-            on_trial(trials[-1], number, len(jobs))
+    pool = ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=_end_with_parent)
+    try:
+        waiting = {pool.submit(run_trial, *job, steps, experiment.learning_rate) for job in jobs}
+        on_wait(0, len(jobs), workers)
+        while waiting:
+            done, waiting = wait(waiting, timeout=SECONDS_BETWEEN_SIGNS, return_when=FIRST_COMPLETED)
+            for future in done:
+                trials.append(future.result())
+                on_trial(trials[-1], len(trials), len(jobs))
+            if not done:
+                on_wait(len(trials), len(jobs), workers)
+    except BaseException:
+        # After Ctrl-C or an error nobody wants the other trials, for which the pool would wait.
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
     order = {(variant.name, task.train, seed): n for n, (variant, task, seed) in enumerate(jobs)}
     trials.sort(key=lambda trial: order[trial.variant, trial.train, trial.seed])
     return ExperimentResult(

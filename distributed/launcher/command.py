@@ -51,7 +51,7 @@ def launch_command(
         address = target.master_addr or read_hostfile(target.hostfile, plan.cluster)[0].rpartition("@")[2]
         runner += ["--hostfile", str(target.hostfile.resolve()), "--master_addr", address]
         if target.no_ssh:
-            runner += ["--no_ssh", "--node_rank", str(target.node_rank)]
+            runner += ["--no_ssh", "--node_rank", str(target.node_rank or 0)]
         else:
             runner += ["--launcher", "pdsh", "--force_multi", "--no_ssh_check"]
             runner += [] if target.ssh_port is None else ["--ssh_port", str(target.ssh_port)]

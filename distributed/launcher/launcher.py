@@ -249,7 +249,8 @@ def start_ranks(
     per_node = plan.cluster.ranks_per_node
     ranks = range(plan.cluster.world_size)
     if target.no_ssh:
-        ranks = range(target.node_rank * per_node, (target.node_rank + 1) * per_node)
+        first = (target.node_rank or 0) * per_node
+        ranks = range(first, first + per_node)
     clear_statuses(run, ranks, plan.cluster.world_size)
     watch = RankWatch(run, ranks, plan.cluster.world_size, hang_limits(plan, hang_minutes))
     offset = (run / LOG).stat().st_size if (run / LOG).exists() else 0

@@ -84,7 +84,9 @@ class MetricsReader:
                 self._offset += len(line)
                 # A line that a full disk has damaged is left out.
                 with contextlib.suppress(InputError):
-                    self._on_metrics(read_json(line, str(self._path)))
+                    found = read_json(line, str(self._path))
+                    if isinstance(found, dict) and "event" in found:
+                        self._on_metrics(found)
 
 
 def run_ranks(

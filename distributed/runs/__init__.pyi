@@ -1,5 +1,6 @@
 from .folder import CHECKPOINT as CHECKPOINT
 from .folder import METRICS as METRICS
+from .folder import find_run as find_run
 from .folder import log_path as log_path
 from .folder import log_to_own_file as log_to_own_file
 from .folder import make_run_folders as make_run_folders

@@ -133,6 +133,20 @@ def trim_metrics(run: Path) -> None:
         file.truncate(text.rfind(b"\n") + 1)
 
 
+def find_run(folder: Path) -> Path:
+    """Return the folder itself if it is a run folder, or the newest run of a plan folder.
+
+    Raises:
+        InputError: if it is neither, or the plan has no run yet.
+    """
+    if status_path(folder, 0).parent.is_dir():
+        return require_run(folder)
+    runs = sorted((path for path in (folder / RUNS).glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise InputError(f"{folder}: is not a run folder, nor a plan folder with runs")
+    return require_run(runs[-1])
+
+
 def require_run(run: Path) -> Path:
     """Return the folder if it is a run folder.
 

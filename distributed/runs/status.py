@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -10,9 +11,9 @@ from typing import Literal
 from pydantic import Field, TypeAdapter
 
 from translution.planner.common import InputError, Schema, parse_json, write_text
-from translution.planner.plans import load_plan
+from translution.planner.plans import PLAN_FILE, RUNS, load_plan
 
-from .folder import require_run, status_path
+from .folder import find_run, status_path
 from .heartbeat import control_path
 from .lock import is_rank_alive
 from .progress import STACKS_REQUEST, progress_path, read_progress
@@ -103,19 +104,24 @@ def resume_hint(run: Path) -> str:
     statuses = read_statuses(run)
     if not statuses or any(status.state != "stopped" for status in statuses):
         return ""
-    return f"saved at step {statuses[0].step}: resume it with translution launch PLAN_FOLDER --resume --run {run}"
+    # A run folder elsewhere tells nothing of its plan folder, but holds the plan.
+    known = run.parent.name == RUNS and (run.parent.parent / PLAN_FILE).is_file()
+    folder = run.parent.parent if known else run
+    command = shlex.join(["translution", "launch", str(folder), "--resume", "--run", str(run)])
+    return f"saved at step {statuses[0].step}: resume it with {command}"
 
 
 def read_run_status(run: Path) -> RunStatus:
     """Read the status of a run.
 
     Args:
-        run: the run folder.
+        run: the run folder, or a plan folder whose newest run is used.
 
     Raises:
-        InputError: if the folder is not a run folder, or one of its files is damaged.
+        InputError: if the folder is neither, or one of its files is damaged.
     """
-    world_size = load_plan(require_run(run)).cluster.world_size
+    run = find_run(run)
+    world_size = load_plan(run).cluster.world_size
     ranks = tuple(status for rank in _reported_ranks(run) if (status := read_status(run, rank)) is not None)
     at_work = [status.rank for status in ranks if status.state in UNDER_WAY]
     return RunStatus(

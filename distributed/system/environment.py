@@ -93,9 +93,17 @@ def check_machine(plan: Plan) -> None:
         if cluster.ranks_per_node > cores:
             raise InputError(f"ranks: {cluster.ranks_per_node} is not allowed: this machine has {cores} cores")
         return
+    check_gpus(cluster.ranks_per_node)
+
+
+def check_gpus(count: int) -> None:
+    """Check that this machine has a number of GPUs.
+
+    Raises:
+        InputError: if it has fewer.
+    """
     import torch
 
-    if torch.cuda.device_count() < cluster.ranks_per_node:
-        raise InputError(
-            f"ranks_per_node: {cluster.ranks_per_node} is not allowed: found {torch.cuda.device_count()} GPUs"
-        )
+    found = torch.cuda.device_count()
+    if found < count:
+        raise InputError(f"ranks_per_node: {count} is not allowed: found {found} GPUs")

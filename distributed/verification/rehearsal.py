@@ -36,7 +36,7 @@ from translution.planner.config import ZeroSpec, override
 from translution.planner.deepspeed import check_training_state
 from translution.planner.hardware import local_cpu_cluster
 from translution.planner.memory import MemoryEstimate, summarize_simulation
-from translution.planner.plans import PLAN_FILE, Plan, load_plan
+from translution.planner.plans import PLAN_FILE, Plan, dump_plan, load_plan
 from translution.planner.simulator import simulate
 from translution.planner.simulator.engine import EngineConfig
 
@@ -269,7 +269,7 @@ def rehearse(
         on_message(f"rehearsing rank {rank} of {plan.cluster.world_size} with {format_layers(count)}")
         folder = run if all_layers else run / f"layers_{count}"
         folder.mkdir(exist_ok=True)
-        write_text(folder / PLAN_FILE, part.model_dump_json(indent=2) + "\n")
+        write_text(folder / PLAN_FILE, dump_plan(part))
         make_run_folders(folder, folder)
         seconds[count] = _run(part, rank, folder, compute=compute, on_metrics=on_metrics)
         measured[count] = _measured(folder, rank)

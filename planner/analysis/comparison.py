@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from ..common.errors import MissingPackageError
+from ..common.errors import InputError, MissingPackageError
 from ..common.progress import OnProgress, ignore_progress
 from ..common.schema import Schema, stored_as
 from ..common.types import DTYPE_BYTES
+from ..config.defaults import default_precision
 from ..config.loading import load_model
 from ..config.model import ModelSpec, PatchSpec, override
 from ..config.model_base import OPERATOR_LABELS
@@ -196,7 +197,7 @@ def compare(
     models: Iterable[ModelSpec | Mapping[str, object] | str | Path],
     *,
     gpu: str = "H100",
-    precision: str = "bf16",
+    precision: str | None = None,
     alpha_ranks: Sequence[int] = ALPHA_RANKS,
     on_progress: OnProgress = ignore_progress,
 ) -> Comparison:
@@ -205,7 +206,7 @@ def compare(
     Args:
         models: specs, preset names, files or mappings, as `load_model` takes them.
         gpu: GPU of the clusters.
-        precision: dtype of training: fp32, bf16 or fp16.
+        precision: dtype of training: fp32, bf16 or fp16; by default that of `default_precision`.
         alpha_ranks: ranks c1 = c2 of α-Translution.
         on_progress: called after each operator of a model and each of the largest models.
 
@@ -213,6 +214,11 @@ def compare(
         InputError: for an unknown name, a bad value, or a rank that does not suit a model.
     """
     specs = [load_model(model) for model in models]
+    for rank in alpha_ranks:
+        if rank < 1:
+            raise InputError(f"alpha_rank: {rank} is not allowed: must be at least 1")
+    if precision is None:
+        precision = default_precision(named_cluster(f"1x{gpu}"))
     training = parse_training({"precision": precision, "data": "synthetic"}, "compare")
     total = len(specs) * (len(alpha_ranks) + 2) + len(AXES) * len(THRESHOLD_NODES) * _ROWS_PER_THRESHOLD
     rows, limits = [], []

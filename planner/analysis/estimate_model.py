@@ -12,6 +12,7 @@ from typing import Any
 
 from ..common.errors import InputError
 from ..common.schema import Schema, stored_as
+from ..config.defaults import GPU_PRECISION, default_precision
 from ..config.loading import load_model
 from ..config.model import ModelSpec, parse_model_spec
 from ..config.model_base import OPERATOR_LABELS as OPERATOR_LABELS
@@ -158,7 +159,7 @@ def estimate(
     model: ModelSpec | Mapping[str, object] | str | Path,
     *,
     cluster: ClusterSpec | Mapping[str, object] | str | Path | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     micro_batch: int = 1,
 ) -> ModelCosts:
     """Estimate what a model costs.
@@ -167,7 +168,8 @@ def estimate(
         model: a spec, a preset name, a file or a mapping, as `load_model` takes it.
         cluster: a spec, a name, a file or a mapping, as `load_cluster` takes it; with it the result has the memory of
             a rank at each ZeRO stage.
-        precision: dtype of parameters and activations: fp32, bf16 or fp16.
+        precision: dtype of parameters and activations: fp32, bf16 or fp16; by default that of `default_precision`, on
+            GPUs without a cluster.
         micro_batch: samples per rank and forward pass.
 
     Raises:
@@ -175,6 +177,8 @@ def estimate(
     """
     spec = load_model(model)
     where = None if cluster is None else load_cluster(cluster)
+    if precision is None:
+        precision = GPU_PRECISION if where is None else default_precision(where)
     values = {"micro_batch": micro_batch, "precision": precision, "data": "synthetic"}
     training = parse_training(values, "estimate")
     sizes = DtypeSizes.of_training(training, "cuda" if where is None else where.device)

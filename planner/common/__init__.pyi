@@ -5,6 +5,7 @@ from .errors import RunFailedError as RunFailedError
 from .errors import TranslutionError as TranslutionError
 from .errors import nearest as nearest
 from .files import SPEC_SUFFIXES as SPEC_SUFFIXES
+from .files import check_new_file as check_new_file
 from .files import check_new_folder as check_new_folder
 from .files import flush_folder as flush_folder
 from .files import new_folder as new_folder

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -44,13 +46,14 @@ def read_json(text: str | bytes, what: str) -> Any:
         what: name of the text, which begins the error line.
 
     Raises:
-        InputError: if the text is not valid JSON, or is nested more deeply than `MOST_JSON_LEVELS`: to print or to
-            validate such a value could take more frames than Python has.
+        InputError: if the text is not valid JSON, an object has a key twice, or it is nested more deeply than
+            `MOST_JSON_LEVELS`: to print or to validate such a value could take more frames than Python has.
     """
-    import json
-
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object_of_pairs)
+    except _RepeatedKeyError:
+        found = text if isinstance(text, str) else text.decode(json.detect_encoding(text))
+        raise InputError(f"{what}: {_repeated_json_key(found)}") from None
     except RecursionError:
         raise InputError(f"{what}: not valid JSON: nested too deeply") from None
     except ValueError as error:
@@ -64,6 +67,41 @@ def read_json(text: str | bytes, what: str) -> Any:
     if level:
         raise InputError(f"{what}: not valid JSON: nested too deeply: at most {MOST_JSON_LEVELS} levels are allowed")
     return value
+
+
+class _RepeatedKeyError(Exception):
+    """An object has a key twice."""
+
+
+def _object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of its keys and values, of which json keeps the last one of equal keys."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _RepeatedKeyError
+    return found
+
+
+def _describe_repeated(key: str, first: int, second: int) -> str:
+    return f"key {key!r} is not allowed twice: it is on line {first} and again on line {second}"
+
+
+_JSON_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}]', re.DOTALL)
+
+
+def _repeated_json_key(text: str) -> str:
+    """Describe the first repeated key of a valid JSON text; the parser itself tells no lines."""
+    objects: list[dict[str, int]] = []
+    for token in _JSON_TOKEN.finditer(text):
+        if token[0] == "{":
+            objects.append({})
+        elif token[0] == "}":
+            objects.pop()
+        elif token[2]:
+            key, line = json.loads(token[1]), text.count("\n", 0, token.start()) + 1
+            if key in objects[-1]:
+                return _describe_repeated(key, objects[-1][key], line)
+            objects[-1][key] = line
+    return "a key is not allowed twice"
 
 
 def require_line(path: Path, what: str) -> None:
@@ -90,21 +128,52 @@ def read_yaml(text: str, what: str) -> Any:
         what: name of the text, which begins the error line.
 
     Raises:
-        InputError: if the text is not valid YAML, contains an impossible date, is nested too deeply, or has more values
-            than `MOST_YAML_VALUES` when its aliases are written out.
+        InputError: if the text is not valid YAML, contains an impossible date, is nested too deeply, has a key twice,
+            or has more values than `MOST_YAML_VALUES` when its aliases are written out.
     """
     import yaml
 
     try:
         # Aliases are references, which nothing has written out yet: a few lines can stand for billions of values.
-        values = _count_values(yaml.compose(text, Loader=yaml.SafeLoader), {})
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = _count_values(tree, {})
         if values > MOST_YAML_VALUES:
             raise InputError(
                 f"{what}: more than {MOST_YAML_VALUES:,} values are not allowed; with aliases it has {values:,}"
             )
+        if (repeated := _repeated_yaml_key(tree)) is not None:
+            raise InputError(f"{what}: {repeated}")
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{what}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _repeated_yaml_key(root: Any) -> str | None:
+    """Describe the first key that a mapping of a YAML tree has twice; None if there is none.
+
+    YAML itself keeps the last of equal keys and says nothing.
+    """
+    import yaml
+
+    nodes, known = [root], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in known or not isinstance(node, yaml.CollectionNode):
+            continue
+        known.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += reversed(node.value)
+            continue
+        keys: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                # A merge, "<<", may be written several times: what it brings in gives way to the mapping's own keys.
+                if (key.tag, key.value) in keys and key.tag != "tag:yaml.org,2002:merge":
+                    return _describe_repeated(key.value, keys[key.tag, key.value], line)
+                keys[key.tag, key.value] = line
+        nodes += [value for _, value in reversed(node.value)]
+    return None
 
 
 def _count_values(node: Any, counted: dict[int, int]) -> int:
@@ -173,6 +242,25 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_new_file(path: Path, what: str, *, force: bool = False) -> None:
+    """Check that a file may be written, before the work on its content begins.
+
+    Args:
+        path: the file.
+        what: name of the path, such as the option that gives it; begins the error line.
+        force: accept an existing file, which is then replaced.
+
+    Raises:
+        InputError: if its folder is absent, or it exists and force is false, or is no regular file.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"{what}: {str(path)!r} is not allowed: {path.parent} must be a folder")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{what}: {str(path)!r} is not allowed: must be a file")
+    if not force and (path.exists() or path.is_symlink()):
+        raise InputError(f"{what}: {path} exists already: choose another file or pass --force to replace it")
 
 
 def check_new_folder(target: Path, *, marker: str, force: bool = False) -> bool:

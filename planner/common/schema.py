@@ -75,6 +75,8 @@ def validate(adapter: TypeAdapter[_T], data: object, what: str, known_fields: tu
         return adapter.validate_python(data)
     except ValidationError as error:
         details = error.errors(include_url=False)
+        # A mistyped key explains why the right one is missing.
+        details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
         rest = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
         text = f"{what}: {_describe(details[0], known_fields)}{rest}"
         raise InputError(printable(" ".join(text.split()))) from None

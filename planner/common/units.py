@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
+import re
+from fractions import Fraction
+
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 FP32_BYTES = 4
 """Bytes of an fp32 element."""
+
+
+_UNIT_BYTES = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": TIB,
+}
+
+
+def parse_bytes(value: object) -> object:
+    """Return the bytes of a text with a unit, such as ``512GB``, ``80 GiB`` or ``1.5TB``; other values as they are.
+
+    GB and its like are powers of 1000, GiB and its like powers of 1024.
+
+    Raises:
+        ValueError: with the text and what is allowed.
+    """
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) *([kmgt]?i?b)", value.strip(), re.ASCII | re.IGNORECASE)
+    size = found and _UNIT_BYTES.get(found[2].lower())
+    if not found or not size:
+        raise ValueError(f"{value!r} is not allowed: must be a number of bytes, or one with a unit such as GB or GiB")
+    return round(Fraction(found[1]) * size)
 
 
 def format_bytes(count: int) -> str:

@@ -5,6 +5,9 @@ from .datasets import PLACED_DIGITS as PLACED_DIGITS
 from .datasets import DataKind as DataKind
 from .datasets import check_kind as check_kind
 from .datasets import digit_size as digit_size
+from .defaults import GPU_PRECISION as GPU_PRECISION
+from .defaults import default_data as default_data
+from .defaults import default_precision as default_precision
 from .geometry import RelationGeometry as RelationGeometry
 from .geometry import RelationPairs as RelationPairs
 from .geometry import TokenBlock as TokenBlock

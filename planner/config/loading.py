@@ -15,6 +15,7 @@ from typing import NamedTuple
 from ..common.errors import InputError, nearest
 from ..common.files import SPEC_SUFFIXES, read_json, read_mapping, write_text
 from .model import GptSpec, ModelSpec, VideoSpec, VitSpec, override, parse_model_spec
+from .model_base import OPERATORS
 
 
 def load_model(source: ModelSpec | Mapping[str, object] | str | Path, /, **overrides: object) -> ModelSpec:
@@ -26,7 +27,8 @@ def load_model(source: ModelSpec | Mapping[str, object] | str | Path, /, **overr
         overrides: fields of the spec to replace, such as ``operator="alpha"``; None leaves a field as it is.
 
     Raises:
-        InputError: for an unknown name, a missing or damaged file, or a bad field.
+        InputError: for an unknown name, a missing or damaged file, a bad field, or an override of a field that the
+            model's operators do not use.
     """
     spec: ModelSpec
     if isinstance(source, VitSpec | GptSpec | VideoSpec):
@@ -39,9 +41,24 @@ def load_model(source: ModelSpec | Mapping[str, object] | str | Path, /, **overr
         spec = network_spec(Path(source))
     else:
         spec = preset(str(source))
-    return override(spec, **overrides)
+    changed = override(spec, **overrides)
+    for name, operators in _USED_BY.items():
+        if overrides.get(name) is not None and not set(operators) & set(changed.layer_operators):
+            raise InputError(
+                f"{name}: {overrides[name]!r} is not allowed with operator {changed.operator!r}, which ignores it: "
+                f"must be used with {' or '.join(operators)}"
+            )
+    return changed
 
 
+_RELATIVE = tuple(name for name in OPERATORS if name != "attention")
+_USED_BY = {
+    "c1": ("alpha",),
+    "c2": ("alpha",),
+    "roles": ("translution", "alpha", "absolute"),
+    "relative_layers": _RELATIVE,
+}
+"""Operators that use a field, for fields that have a value with every operator."""
 SPEC_KEY = "model_spec"
 """Metadata key of the model's spec in a network file, stored as JSON."""
 _LONGEST_HEADER_BYTES = 100 * 2**20

@@ -45,6 +45,7 @@ class Recipe(Schema):
 
 
 _COMMON: dict[str, object] = {
+    "precision": "fp32",
     "optimizer": "adamw",
     "learning_rate": 3e-4,
     "weight_decay": 0.05,

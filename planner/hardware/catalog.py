@@ -171,7 +171,10 @@ def find_gpu(name: str, what: str = "gpu", others: Iterable[str] = ()) -> tuple[
     key = {key.lower(): key for key in known}.get(name.lower())
     if key is None:
         hint = nearest_names(name, (*known, *others))
-        raise InputError(f"{what}: GPU {name[:60]!r} is not allowed: must be one of {', '.join(known)}{hint}")
+        raise InputError(
+            f"{what}: GPU {name[:60]!r} is not allowed: must be one of {', '.join(known)}{hint}; a cluster file can "
+            "describe another one by ranks_per_node, device_memory_bytes and its rates"
+        )
     return key, _gpu(key)
 
 

@@ -19,7 +19,7 @@ from ..common.errors import InputError
 from ..common.files import SPEC_SUFFIXES, read_mapping
 from ..common.machine import total_memory_bytes, usable_cores
 from ..common.schema import Schema, validate
-from ..common.types import Line, Positive, Precision
+from ..common.types import ByteCount, Line, Positive, Precision
 from ..common.units import GIB
 from .catalog import (
     GpuSpec,
@@ -46,9 +46,9 @@ class ClusterSpec(Schema):
     """Number of nodes."""
     ranks_per_node: Positive
     """Ranks per node: one per GPU, or one per CPU process."""
-    device_memory_bytes: Positive
+    device_memory_bytes: ByteCount
     """Bytes of memory of one rank's device, as its driver reports them."""
-    host_memory_bytes: Positive = _DEFAULT_HOST_BYTES
+    host_memory_bytes: ByteCount = _DEFAULT_HOST_BYTES
     """Bytes of host memory of one node."""
     gpu: Line | None = None
     """Name of the GPU in the catalog."""
@@ -74,7 +74,7 @@ class ClusterSpec(Schema):
     """Network adapters of one node."""
     nic_bytes_per_s: Rate | None = None
     """Bandwidth of one network adapter."""
-    nvme_bytes: Positive | None = None
+    nvme_bytes: ByteCount | None = None
     """Bytes of all NVMe drives of one node."""
     nvme_read_bytes_per_s: Rate | None = None
     """Read bandwidth of all NVMe drives of one node together."""

@@ -55,20 +55,44 @@ def make_plan(
     """
     check_data(spec, training, training.global_batch(cluster.world_size))
     OffloadMode.parse(offload)
-    relations = table_entries(spec)
     if tile_relations is None:
         tile_relations = choose_tile(spec, cluster.world_size)
-    elif not 1 <= tile_relations <= relations:
-        raise InputError(f"tile_relations: {tile_relations} is not allowed: must be from 1 to {relations}")
+    else:
+        _check_tile(spec, tile_relations, cluster.world_size)
     zero = choose_zero(
         spec, tile_relations, stage, cluster.world_size, offload=offload, nvme_path=nvme_path, ratio=offload_ratio
     )
     if zero_overrides:
         zero = override_zero(zero, zero_overrides)
-    check_training_state(training, zero, cluster.device)
-    plan = predict_plan(RunConfig(spec, cluster, training, zero, tile_relations))
+    return predict_checked(RunConfig(spec, cluster, training, zero, tile_relations))
+
+
+def predict_checked(run: RunConfig) -> Plan:
+    """Return the plan of a complete run configuration that can run, with its predicted memory and time.
+
+    Args:
+        run: the configuration.
+
+    Raises:
+        InputError: if the data does not suit the model, the tile size is out of range, or DeepSpeed does not support
+            the combination of optimizer, dtypes and offload.
+        DoesNotFitError: if the prediction exceeds the memory of a rank's device or of a node's host.
+    """
+    check_data(run.model, run.training, run.global_batch)
+    if run.tile_relations is not None:
+        _check_tile(run.model, run.tile_relations, run.world_size)
+    check_training_state(run.training, run.zero, run.cluster.device)
+    plan = predict_plan(run)
     check_capacity(plan)
     return plan
+
+
+def _check_tile(spec: ModelSpec, tile_relations: int, world_size: int) -> None:
+    if choose_tile(spec, world_size) is None:
+        raise InputError(f"tile_relations: {tile_relations} is not allowed: the model has no tables")
+    relations = table_entries(spec)
+    if not 1 <= tile_relations <= relations:
+        raise InputError(f"tile_relations: {tile_relations} is not allowed: must be from 1 to {relations}")
 
 
 def predict_plan(run: RunConfig) -> Plan:

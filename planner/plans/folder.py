@@ -19,7 +19,7 @@ from ..costs.parameters import count_parameters
 from ..costs.workload import count_flops
 from ..deepspeed.frameworks import ACCELERATE_FILE, TRAINER_CONFIG_FILE, accelerate_config, trainer_config
 from ..hardware.cluster import ClusterSpec
-from .plan import PLAN_FILE, Plan
+from .plan import PLAN_FILE, Plan, dump_plan
 
 RUNS = "runs"
 
@@ -128,7 +128,7 @@ def write_plan_folder(plan: Plan, target: Path, *, force: bool = False, notes: s
         InputError: if the folder exists and ``force`` is false, is no plan folder, or cannot be written.
     """
     with new_folder(target, marker=PLAN_FILE, force=force) as folder:
-        (folder / PLAN_FILE).write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / PLAN_FILE).write_text(dump_plan(plan), encoding="utf-8")
         config = json.dumps(plan.deepspeed_config(), indent=2)
         (folder / "ds_config.json").write_text(config + "\n", encoding="utf-8")
         config = json.dumps(trainer_config(plan.deepspeed_config()), indent=2)

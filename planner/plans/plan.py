@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from ..common.errors import InputError
+from ..common.errors import InputError, TranslutionError
 from ..common.files import read_json
-from ..common.schema import Schema, parse_json
+from ..common.schema import Schema, validate
 from ..common.types import Line, Positive
+from ..common.units import format_bytes
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
@@ -88,6 +93,31 @@ class Plan(Schema):
 
 
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
+_PLANNED = ("model", "cluster", "training", "zero", "tile_relations")
+_DIGEST = "digest"
+
+
+class EditedPlanWarning(UserWarning):
+    """A plan file has changed since it was planned, and was predicted anew; the command line prints it as a note."""
+
+
+def dump_plan(plan: Plan) -> str:
+    """Return the content of ``plan.json``: the plan, and a digest of what it was predicted for.
+
+    Args:
+        plan: a plan whose prediction is that of its run configuration.
+    """
+    document = json.loads(plan.model_dump_json())
+    return json.dumps(document | {_DIGEST: _digest(document)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _digest(document: Mapping[str, object]) -> str:
+    """Return the SHA-256 of the fields of a plan file that the prediction follows from.
+
+    It is taken of the file's content and not of a `Plan`, which a later version of the toolkit fills with new fields.
+    """
+    planned = {name: document.get(name) for name in _PLANNED}
+    return hashlib.sha256(json.dumps(planned, sort_keys=True).encode()).hexdigest()
 
 
 def version() -> str:
@@ -98,8 +128,13 @@ def version() -> str:
 def load_plan(folder: str | Path) -> Plan:
     """Read the plan of a plan folder or a run folder.
 
+    A plan whose model, cluster, training, ZeRO or tile size has been edited since is predicted anew, with an
+    `EditedPlanWarning`. Plans of earlier versions have no digest, by which this is noticed.
+
     Raises:
-        InputError: if the folder holds no plan, the plan is damaged, or a newer version wrote it.
+        InputError: if the folder holds no plan, the plan is damaged, a newer version wrote it, or what was edited
+            cannot run.
+        DoesNotFitError: if the edited plan needs more memory than its cluster has.
     """
     path = Path(folder) / PLAN_FILE
     try:
@@ -107,14 +142,34 @@ def load_plan(folder: str | Path) -> Plan:
     except OSError:
         raise InputError(f"{folder}: is not a plan folder: must hold {PLAN_FILE}") from None
     try:
-        return parse_json(_PLAN, text, str(path))
+        document = read_json(text, str(path))
+        digest = document.pop(_DIGEST, None) if isinstance(document, dict) else None
+        found = validate(_PLAN, document, str(path), ())
     except InputError:
-        if (found := _newer_schema(text)) is not None:
+        if (newer := _newer_schema(text)) is not None:
             raise InputError(
-                f"{path}: schema_version: {found} is not allowed: must be {SCHEMA_VERSION}: a newer translution-scale "
+                f"{path}: schema_version: {newer} is not allowed: must be {SCHEMA_VERSION}: a newer translution-scale "
                 "made this plan: install that here, or plan again"
             ) from None
         raise
+    return found if digest in (None, _digest(document)) else _predicted_anew(found, path)
+
+
+def _predicted_anew(plan: Plan, path: Path) -> Plan:
+    """Return an edited plan with a new prediction, after the checks that planning makes."""
+    from .build import predict_checked
+
+    try:
+        new = predict_checked(plan.run_config)
+    except TranslutionError as error:
+        raise type(error)(f"{path}: was edited after it was planned: {error}") from None
+    old, now = (format_bytes(each.prediction.peak_bytes) for each in (plan, new))
+    warnings.warn(
+        f"{path} was edited after it was planned; its memory and time are predicted anew: {now} a rank, {old} before",
+        EditedPlanWarning,
+        stacklevel=3,
+    )
+    return new.model_copy(update={"made_by": plan.made_by})
 
 
 def _newer_schema(text: bytes) -> int | None:

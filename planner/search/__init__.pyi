@@ -2,6 +2,7 @@ from .advice import Advice as Advice
 from .advice import HybridRow as HybridRow
 from .advice import describe_hybrid as describe_hybrid
 from .advice import save_hybrids as save_hybrids
+from .conflicts import check_constraints as check_constraints
 from .explanation import next_best as next_best
 from .explanation import search_notes as search_notes
 from .explanation import write_search_folder as write_search_folder
@@ -20,5 +21,6 @@ from .space import Stage as Stage
 from .space import batches as batches
 from .space import list_strategies as list_strategies
 from .space import node_counts as node_counts
+from .space import parse_constraints as parse_constraints
 from .space import resolve_global_batch as resolve_global_batch
 from .space import tiles as tiles

@@ -69,10 +69,12 @@ def min_utilization(
         spec: the model.
         cluster: all available nodes.
         training: precision and optimizer.
-        constraints: what the user fixes; the batch is ignored unless the micro-batch is fixed.
+        constraints: what the user fixes; the batch is ignored unless it or the micro-batch fixes the latter.
     """
     capacity = Capacity.of(cluster, constraints.headroom)
-    one = training.model_copy(update={"micro_batch": constraints.micro_batch or 1, "gradient_accumulation_steps": 1})
+    one = training.model_copy(
+        update={"micro_batch": _least_micro_batch(constraints, cluster), "gradient_accumulation_steps": 1}
+    )
     setups = sorted(
         (
             (capacity.peak_utilization(bound_memory(run)), run)
@@ -94,6 +96,14 @@ def min_utilization(
         if lowest <= 1 or lowest > HOPELESS_UTILIZATION:
             break
     return lowest
+
+
+def _least_micro_batch(constraints: SearchConstraints, cluster: ClusterSpec) -> int:
+    """Return the smallest micro-batch that the constraints allow; a batch and its accumulation leave only one."""
+    batch, steps = constraints.global_batch, constraints.gradient_accumulation_steps
+    if constraints.micro_batch is None and batch is not None and steps is not None:
+        return max(1, batch // (steps * cluster.world_size))
+    return constraints.micro_batch or 1
 
 
 def _minimal_setups(
@@ -150,6 +160,8 @@ class FixAdvisor:
 
     def all(self) -> tuple[Advice, ...]:
         """All advice, cheapest change first."""
+        if self._fits(self.spec):
+            return ()  # What rules the plans out, such as a knob of ZeRO, is nothing that these changes would change.
         found = [self.tile(), self.host_or_nvme(), self.nodes(), self.smaller_input(), self.narrower()]
         return tuple(advice for advice in found if advice is not None)
 
@@ -264,7 +276,7 @@ class FixAdvisor:
 
     def hybrids(self) -> tuple[HybridRow, ...]:
         """For each operator of the other layers, the hybrid with the most full layers; best hybrid first."""
-        if self.spec.operator != "translution":
+        if self.spec.operator != "translution" or self._fits(self.spec):
             return ()
         rows = [self._hybrid("alpha", rank) for rank in HYBRID_RANKS] + [self._hybrid("attention", None)]
         found = [row for row in rows if row is not None]

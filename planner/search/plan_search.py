@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from ..common.errors import DoesNotFitError, InputError, nearest
 from ..common.progress import OnProgress, ignore_progress
-from ..common.schema import Schema, stored_as, validate
+from ..common.schema import Schema, stored_as
 from ..common.types import Positive
 from ..common.units import format_bytes
+from ..config.defaults import default_data, default_precision
 from ..config.loading import load_model
 from ..config.model import ModelSpec
 from ..config.recipes import Recipe, find_recipe
@@ -26,9 +27,8 @@ from ..plans.build import predict_plan
 from ..plans.plan import Plan
 from .advice import Advice, FixAdvisor, HybridRow
 from .searcher import Candidate, Capacity, Searcher
-from .space import SearchConstraints, Strategy, resolve_global_batch
+from .space import SearchConstraints, Strategy, parse_constraints, resolve_global_batch
 
-_CONSTRAINTS: TypeAdapter[SearchConstraints] = TypeAdapter(SearchConstraints)
 _TRAINING_FIELDS = tuple(TrainingSpec.model_fields)
 _CONSTRAINT_FIELDS = tuple(SearchConstraints.model_fields)
 _OTHER_NAMES = {"accumulation": "gradient_accumulation_steps"}
@@ -76,10 +76,10 @@ def plan(
         samples: samples of one epoch; with it the number of steps follows from ``epochs`` and the global batch.
         epochs: passes over ``samples``; the recipe's by default, or 1.
         on_progress: called while candidates are collected.
-        settings: fields of `TrainingSpec` (``precision="bf16"``, ``steps=1000``, ``data="images"``; the data is
-            ``"synthetic"`` unless given) and of `SearchConstraints` (``global_batch=512``, ``stage=3``,
-            ``offload="cpu"``). ``micro_batch`` and ``gradient_accumulation_steps`` fix what the search would choose;
-            so does ``checkpointing``, which is the model's own unless that is "none".
+        settings: fields of `TrainingSpec` (``precision="bf16"``, ``steps=1000``, ``data="images"``; precision and data
+            are those of `default_precision` and `default_data` unless given) and of `SearchConstraints`
+            (``global_batch=512``, ``stage=3``, ``offload="cpu"``). ``micro_batch`` and ``gradient_accumulation_steps``
+            fix what the search would choose; so does ``checkpointing``, which is the model's own unless that is "none".
 
     Returns:
         The chosen plan (``.plan``), a verdict for every strategy (``.strategies``), a reason for every knob
@@ -102,7 +102,7 @@ def plan(
         fixed["global_batch"] = used.global_batch
     if fixed.get("checkpointing") is None and spec.checkpointing != "none":
         fixed["checkpointing"] = spec.checkpointing
-    constraints = validate(_CONSTRAINTS, fixed, "plan", _CONSTRAINT_FIELDS)
+    constraints = parse_constraints(fixed, "plan")
     if "steps" in fields and (samples, epochs) != (None, None):
         name = "epochs" if samples is None else "samples"
         raise InputError(f"steps: {fields['steps']} is not allowed: must be left out with {name}, which sets them")
@@ -112,7 +112,8 @@ def plan(
         fields["steps"] = steps_for_epochs(samples, 1.0 if epochs is None else epochs, constraints, where)
     elif epochs is not None:
         raise InputError(f"epochs: {epochs} is not allowed: must be used with samples or a recipe")
-    training = parse_training({"data": "synthetic"} | fields, "plan")
+    fields = {"precision": default_precision(where), "data": default_data(spec)} | fields
+    training = parse_training(fields, "plan")
     return search_plan(spec, where, training, constraints, on_progress)
 
 

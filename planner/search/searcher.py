@@ -28,6 +28,7 @@ from ..plans.defaults import override_zero
 from ..timing.engine_time import PartTime, engine_parts, weight_uses
 from ..timing.rates import Rates
 from ..timing.step_time import model_parts, run_volumes, total_seconds
+from .conflicts import check_constraints
 from .space import (
     SWAP_KNOBS,
     ZERO_PLUS_PLUS,
@@ -72,12 +73,15 @@ class Searcher:
         on_progress: OnProgress = ignore_progress,
     ) -> None:
         self.spec, self.cluster, self.training, self.constraints = spec, cluster, training, constraints
+        check_constraints(constraints)
         self.strategies, self.infeasible = list_strategies(constraints, cluster)
         self.global_batch = resolve_global_batch(constraints, cluster)
         self.capacities: dict[int, Capacity] = {}
         """Capacity of a rank by number of nodes."""
         self.candidates: list[Candidate] = []
         self.considered = 0
+        self._refused: list[InputError] = []
+        """Why strategies contradict the training or one another, whatever the memory is."""
         self._knobs: dict[object, list[_KnobCosts]] = {}
         self.closest: dict[Strategy, Candidate] = {}
         """The candidate of each strategy with the lowest utilization."""
@@ -120,6 +124,8 @@ class Searcher:
         for number, part in enumerate(parts):
             on_progress(number, len(parts))
             self._try_strategy(*part)
+        if self._refused and not self.considered:
+            raise self._refused[0]
 
     def _try_strategy(self, strategy: Strategy, base: RunConfig, rates: Rates) -> None:
         """Evaluate every tile size and knob set of a strategy; ``base`` gives the rest of the configuration."""
@@ -132,6 +138,7 @@ class Searcher:
                     self._try_tile(strategy, base.replace(tile_relations=tile), rates)
                 except InputError as error:
                     self.infeasible[strategy] = str(error)
+                    self._refused.append(error)
                     return
 
     def _try_tile(self, strategy: Strategy, base: RunConfig, rates: Rates) -> None:
@@ -269,8 +276,8 @@ class Candidate:
     def cost(self, objective: Objective) -> tuple[float, ...]:
         """Sort key: what the objective minimizes, then what decides between equals."""
         nodes, memory = float(self.nodes), float(self.bounds.device)
-        # A difference below the fourth digit is no reason for ZeRO++, which needs more memory or rounds.
-        seconds, extras = float(f"{self.sample_seconds:.4g}"), float(self.strategy.hpz + self.strategy.quantized)
+        # A difference below the fourth digit is no reason for a plan with more features.
+        seconds, extras = float(f"{self.sample_seconds:.4g}"), float(self.features)
         match objective:
             case "time":
                 return seconds, nodes, extras, memory
@@ -300,6 +307,13 @@ class Candidate:
         if strategy.offload.uses_nvme:
             overrides |= {f"offload_optimizer.{name}": getattr(zero.offload_optimizer, name) for name in SWAP_KNOBS}
         return {name: value for name, value in fixed.items() if value is not None} | {"zero_overrides": overrides}
+
+    @property
+    def features(self) -> int:
+        """Number of features that the plan has beyond ZeRO: checkpointing, offload, and the parts of ZeRO++."""
+        strategy, offloads = self.strategy, self.strategy.offload is not OffloadMode.NONE
+        checkpoints = self.run.model.checkpointing != "none"
+        return checkpoints + offloads + (strategy.ratio < 1) + strategy.hpz + strategy.quantized
 
     @property
     def footprint_key(self) -> tuple[object, ...]:

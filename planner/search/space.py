@@ -5,14 +5,14 @@ The space has strategies (ZeRO stage and offload mode), node counts, batch split
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from ..common.errors import InputError
-from ..common.schema import Schema, stored_as
+from ..common.schema import Schema, stored_as, validate
 from ..common.types import Line, Positive
 from ..config.model import ModelSpec
 from ..config.zero import OffloadMode, ZeroSpec, min_buffers
@@ -151,6 +151,8 @@ def tiles(spec: ModelSpec, world_size: int, stage: int, constraints: SearchConst
     relations = table_entries(spec)
     chosen = choose_tile(spec, world_size)
     if constraints.tile_relations is not None:
+        if chosen is None:
+            raise InputError(f"tile_relations: {constraints.tile_relations} is not allowed: the model has no tables")
         if constraints.tile_relations > relations:
             raise InputError(
                 f"tile_relations: {constraints.tile_relations} is not allowed: must be from 1 to {relations}"
@@ -281,6 +283,22 @@ class SearchConstraints(Schema):
     """What the search minimizes: the time of a sample, the nodes, the cost of a sample, or device memory."""
     zero_overrides: dict[str, Any] = Field(default_factory=dict)
     """Fields of `ZeroSpec` that replace the search's choice, as in `make_plan`."""
+
+
+_CONSTRAINTS: TypeAdapter[SearchConstraints] = TypeAdapter(SearchConstraints)
+
+
+def parse_constraints(fields: Mapping[str, object], what: str) -> SearchConstraints:
+    """Return validated constraints.
+
+    Args:
+        fields: fields of `SearchConstraints` by name.
+        what: name of the fields' origin, for error messages.
+
+    Raises:
+        InputError: for an unknown field or a bad value.
+    """
+    return validate(_CONSTRAINTS, dict(fields), what, tuple(SearchConstraints.model_fields))
 
 
 def resolve_global_batch(constraints: SearchConstraints, cluster: ClusterSpec) -> int:

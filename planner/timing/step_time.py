@@ -16,15 +16,10 @@ from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
 from ..costs.workload import Volumes, count_flops, count_work, volumes
 from ..hardware.cluster import ClusterSpec
-from .engine_time import PartTime, engine_parts, forward_parts
+from .engine_time import PartTime, engine_parts, forward_parts, launch_seconds
 from .rates import RATE_LEVELS, RateLevel, Rates
 
 _FORWARD, _BACKWARD, _RECOMPUTE = "forward", "backward", "recomputation"
-VISIT_OPERATIONS = 18
-"""Small operations per relation and role in forward, views included; backward has three times as many. Fitted to runs
-of a layer on a CPU."""
-TILE_OPERATIONS = 40
-"""Small operations per tile in forward on a GPU, which computes the relations of a tile together."""
 
 
 class StepPart(Schema):
@@ -84,8 +79,7 @@ def compute_seconds(spec: ModelSpec, batch: int, tiles: int, rates: Rates) -> tu
     width = DTYPE_BYTES[rates.precision]
     forward += work.forward_elements * batch * width / rates.memory_bytes_per_s
     backward += work.backward_elements * batch * width / rates.memory_bytes_per_s
-    calls = work.operations + (work.relation_visits * VISIT_OPERATIONS if rates.on_cpu else tiles * TILE_OPERATIONS)
-    overhead = calls * rates.operation_s
+    overhead = launch_seconds(spec, tiles, rates)
     if rates.on_cpu:
         return forward + overhead, backward + 3 * overhead
     # A GPU computes while Python launches the next operations: the slower of the two determines the time.

@@ -12,11 +12,13 @@ from pydantic import AfterValidator, Field, TypeAdapter
 
 from translution.planner.common import GIB, InputError, Precision, Schema, validate
 from translution.planner.config import (
+    GPU_PRECISION,
     ModelSpec,
     Operator,
     Optimizer,
     TrainingSpec,
     ZeroSpec,
+    default_data,
     override,
     preset,
     preset_name,
@@ -31,8 +33,9 @@ from translution.planner.search import (
     SearchConstraints,
     Stage,
     batches,
-    list_strategies,
+    check_constraints,
     node_counts,
+    parse_constraints,
     resolve_global_batch,
     tiles,
 )
@@ -118,7 +121,7 @@ class Choice(Schema):
     """NVMe folder on every node; it is only written into the plan, never accessed."""
     all_nodes: bool = False
     headroom: Annotated[float, Field(ge=0, le=0.9)] = HEADROOM
-    precision: Precision = "bf16"
+    precision: Precision = GPU_PRECISION
     optimizer: Optimizer = "adamw"
     global_batch: int | None = _up_to(2**20)
     steps: Annotated[int, Field(ge=1, le=10**9)] = 10_000
@@ -147,7 +150,6 @@ FIELDS = tuple(Choice.model_fields)
 _DEFAULTS = {name: field.default for name, field in Choice.model_fields.items()}
 _CHOICE: TypeAdapter[Choice] = TypeAdapter(Choice)
 _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
-_CONSTRAINTS: TypeAdapter[SearchConstraints] = TypeAdapter(SearchConstraints)
 _OVERRIDES = ("operator", "roles", "c1", "c2", "relative_layers")
 _SETTINGS = ("dim", "depth", "heads", "image", "patch", "context", "window", "other_layers")
 _CONSTRAINT_FIELDS = (
@@ -293,13 +295,13 @@ def search_input(choice: Choice) -> SearchInput:
     try:
         spec, cluster = _spec_of(choice), cluster_of(choice)
         fields = {"precision": choice.precision, "optimizer": choice.optimizer, "steps": choice.steps}
-        training = validate(_TRAINING, fields | {"data": "synthetic"}, "plan", tuple(TrainingSpec.model_fields))
+        training = validate(_TRAINING, fields | {"data": default_data(spec)}, "plan", tuple(TrainingSpec.model_fields))
         names = (*_CONSTRAINT_FIELDS, "global_batch", "all_nodes", "headroom", "minimize")
         limits: dict[str, Any] = {name: getattr(choice, name) for name in names}
         limits["zero_overrides"] = _overrides(choice, spec)
         if choice.checkpointing is None and spec.checkpointing != "none":
             limits["checkpointing"] = spec.checkpointing
-        constraints = validate(_CONSTRAINTS, limits, "plan", tuple(SearchConstraints.model_fields))
+        constraints = parse_constraints(limits, "plan")
         _check(SearchInput(spec, cluster, training, constraints))
     except ChoiceError:
         raise
@@ -311,11 +313,7 @@ def search_input(choice: Choice) -> SearchInput:
 def _check(question: SearchInput) -> None:
     """Raise InputError for input that a search would reject at once."""
     spec, cluster, constraints = question.spec, question.cluster, question.constraints
-    if not list_strategies(constraints, cluster)[0]:
-        needs = ": nvme_path must be given" if constraints.offload and "nvme" in constraints.offload else ""
-        raise InputError(f"offload: {constraints.offload!r} is not allowed with stage {constraints.stage}{needs}")
-    if constraints.offload and "nvme" in constraints.offload and constraints.nvme_path is None:
-        raise InputError(f"nvme_path: is required with offload {constraints.offload}")
+    check_constraints(constraints)
     tiles(spec, cluster.world_size, 3, constraints)
     batch = resolve_global_batch(constraints, cluster)
     counts = [cluster.ranks_per_node * nodes for nodes in node_counts(cluster, constraints)]

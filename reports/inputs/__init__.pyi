@@ -3,7 +3,6 @@ from .run_accuracy import RESIDENT as RESIDENT
 from .run_accuracy import SAVED as SAVED
 from .run_accuracy import compare_run as compare_run
 from .run_accuracy import current_label as current_label
-from .run_accuracy import find_run as find_run
 from .run_accuracy import predict_rank as predict_rank
 from .run_accuracy import predicted_and_measured as predicted_and_measured
 from .run_accuracy import read_metrics as read_metrics

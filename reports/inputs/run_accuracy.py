@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from translution.distributed.runs import CHECKPOINT, METRICS, MemoryMeasurement, read_memory, require_run, status_path
+from translution.distributed.runs import CHECKPOINT, METRICS, MemoryMeasurement, read_memory, require_run
 from translution.planner.common import InputError, Phase, Tier, read_json
 from translution.planner.memory import MemoryEstimate, estimate_memory
-from translution.planner.plans import RUNS, Plan, load_plan, with_evaluation
+from translution.planner.plans import Plan, load_plan, with_evaluation
 from translution.planner.simulator.engine import OPTIMIZER_STATES
 
 _COLUMNS = ("rank", "tier", "what", "predicted_bytes", "measured_bytes", "ratio")
@@ -32,20 +32,6 @@ _SWAP_ITEMS = {"exp_avg": OPTIMIZER_STATES, "exp_avg_sq": OPTIMIZER_STATES}
 def current_label(label: str) -> str:
     """Return the present form of a row's label in a record of an earlier version."""
     return _OLD_LABELS.get(label, label)
-
-
-def find_run(folder: Path) -> Path:
-    """Return the folder itself if it is a run folder, or the newest run of a plan folder.
-
-    Raises:
-        InputError: if it is neither, or the plan has no run yet.
-    """
-    if status_path(folder, 0).parent.is_dir():
-        return require_run(folder)
-    runs = sorted((path for path in (folder / RUNS).glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise InputError(f"{folder}: is not a run folder, nor a plan folder with runs")
-    return require_run(runs[-1])
 
 
 def predicted_and_measured(
@@ -143,14 +129,14 @@ def read_metrics(run: Path) -> pd.DataFrame:
     For steps that a resumed run repeated, the last row is returned.
 
     Raises:
-        InputError: if another line is not valid JSON.
+        InputError: if another line is not valid JSON, or lacks its event or a figure of it.
     """
     path = run / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(read_json(line, f"{path}: line {number}"))
+            rows.append(_checked_row(read_json(line, f"{path}: line {number}"), f"{path}: line {number}"))
         except InputError:
             if number < len(lines):
                 raise
@@ -159,6 +145,19 @@ def read_metrics(run: Path) -> pd.DataFrame:
         repeated = (metrics["event"] == "step") & metrics.duplicated(["event", "step"], keep="last")
         metrics = metrics[~repeated].reset_index(drop=True)
     return metrics
+
+
+_FIGURES = {"step": ("step", "loss", "learning_rate", "samples_per_s"), "evaluation": ("step", "loss", "accuracy")}
+"""Figures that every line of an event has, and that tables and pictures need."""
+
+
+def _checked_row(row: object, what: str) -> dict[str, Any]:
+    if not isinstance(row, dict) or not isinstance(row.get("event"), str):
+        raise InputError(f"{what}: event: is required, the kind of the line as text")
+    for name in _FIGURES.get(row["event"], ()):
+        if not isinstance(row.get(name), int | float):
+            raise InputError(f"{what}: {name}: {row.get(name)!r} is not allowed: must be a number")
+    return row
 
 
 def run_files(run: Path) -> dict[str, Path]:

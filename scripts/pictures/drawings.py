@@ -1,6 +1,6 @@
 """Draw docs/images/operator.svg and docs/images/tiles.svg: what Translution is, and how ZeRO-3 gathers its tables.
 
-    python scripts/pictures/drawings.py
+python scripts/pictures/drawings.py
 """
 
 from __future__ import annotations

@@ -92,6 +92,7 @@ PUBLIC: dict[str, list[str]] = {
         "EXPERIMENT_TABLE",
         "ReportFiles",
         "ReportRequest",
+        "check_comparison_files",
         "check_experiment_folder",
         "load_document",
         "write_comparison",

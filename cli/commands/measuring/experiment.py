@@ -52,7 +52,10 @@ def experiment_cli(
             note(f"{number}/{count}: {trial.variant}, {trial.train}, seed {trial.seed}: {trial.seconds:.0f} s")
             progress.show(number, count)
 
-        result = run_experiment(experiment, quick=quick, seeds=seeds, steps=steps, on_trial=show)
+        def show_waiting(finished: int, count: int, workers: int) -> None:
+            note(f"{finished} of {count} trials finished; {min(workers, count - finished)} running")
+
+        result = run_experiment(experiment, quick=quick, seeds=seeds, steps=steps, on_trial=show, on_wait=show_waiting)
     reports.write_experiment(result, out, force=force)
     if as_json:
         print_json({"summaries": [row.model_dump() for row in result.summaries()], "seconds": result.seconds})

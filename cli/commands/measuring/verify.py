@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from translution.distributed.runs import find_run
 from translution.distributed.verification import read_rehearsal
 from translution.planner.common import format_bytes
 
@@ -31,15 +32,16 @@ def verify_cli(
     print_verification(folder, as_json=as_json)
 
 
-def print_verification(folder: Path, *, as_json: bool) -> None:
+def print_verification(folder: Path, *, as_json: bool, kept: bool = True) -> None:
     """Print predicted and measured memory of a run or a rehearsal.
 
     Args:
         folder: a run folder, or a plan folder whose newest run is used.
         as_json: print JSON instead of a table.
+        kept: whether the folder outlives the command, so that its files are worth naming.
     """
     with requires_extra("train"):
-        from translution.reports.inputs import compare_run, find_run, read_metrics, run_files
+        from translution.reports.inputs import compare_run, read_metrics, run_files
     run = find_run(folder)
     rehearsal = read_rehearsal(run)
     if rehearsal is not None:
@@ -49,10 +51,10 @@ def print_verification(folder: Path, *, as_json: bool) -> None:
     metrics = read_metrics(run)
     evaluations = metrics[metrics["event"] == "evaluation"]
     accuracy = None if evaluations.empty else float(evaluations["accuracy"].iloc[-1])
-    files = {name: str(path) for name, path in run_files(run).items()}
+    files = {name: str(path) for name, path in run_files(run).items() if kept}
     if as_json:
         memory = json.loads(rows.to_json(orient="records"))
-        print_json({"run": str(run), "accuracy": accuracy, "memory": memory, "files": files})
+        print_json({"run": str(run) if kept else None, "accuracy": accuracy, "memory": memory, "files": files})
         return
     cells = [
         (
@@ -67,7 +69,7 @@ def print_verification(folder: Path, *, as_json: bool) -> None:
     ]
     columns = ("rank", "tier", "item", "predicted", "measured", "predicted / measured")
     out = console()
-    out.print(make_table(f"Memory per rank of {run}", columns, cells, text_columns=3))
+    out.print(make_table(f"Memory per rank of {run}" if kept else "Memory per rank", columns, cells, text_columns=3))
     if accuracy is not None:
         out.print(f"accuracy on held-out samples: {accuracy:.2%}")
     for name, path in files.items():

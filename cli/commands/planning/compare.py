@@ -10,16 +10,14 @@ import typer
 
 from translution import planner
 from translution.planner.analysis import ALPHA_RANKS
-from translution.planner.common import InputError, format_bytes, format_count, format_flops
+from translution.planner.common import format_bytes, format_count, format_flops
 
-from ...completion import choices, complete_gpu, complete_model
+from ...completion import complete_gpu, complete_model
 from ...extras import requires_extra
-from ...options import JsonOption
+from ...options import JsonOption, PrecisionOption
 from ...output import console, make_table, print_json
 from ...progress import WorkProgress
 from .. import app
-
-FORMATS = (".md", ".csv", ".json", ".png", ".svg")
 
 
 @app.command(
@@ -35,30 +33,27 @@ def compare_cli(
     gpu: Annotated[
         str, typer.Option(help="GPU of the clusters; `translution clusters` lists them.", autocompletion=complete_gpu)
     ] = "H100",
-    precision: Annotated[
-        str, typer.Option(help="fp32, bf16 or fp16.", autocompletion=choices("fp32", "bf16", "fp16"))
-    ] = "bf16",
+    precision: PrecisionOption = None,
     alpha_rank: Annotated[
         list[int] | None, typer.Option(help="c1 = c2 of an α-Translution; repeatable; 4 to 64 by default.")
     ] = None,
     out: Annotated[
         list[Path] | None, typer.Option(help="File to write: .md, .csv, .json, .png or .svg; repeatable.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare full Translution with α-Translution and attention: cost, memory, smallest cluster, time."""
     specs, outs = [planner.load_model(model) for model in models], out or ()
-    for path in outs:
-        if path.suffix not in FORMATS:
-            raise InputError(f"out: {str(path)!r} is not allowed: must end in {', '.join(FORMATS)}")
+    if outs:
+        with requires_extra("report"):
+            from translution.reports import check_comparison_files, write_comparison
+        check_comparison_files(outs, specs, force=force)
     ranks = alpha_rank or ALPHA_RANKS
     with WorkProgress("comparing") as progress:
         comparison = planner.compare(specs, gpu=gpu, precision=precision, alpha_ranks=ranks, on_progress=progress.show)
     if outs:
-        with requires_extra("report"):
-            from translution.reports import write_comparison
-        for path in outs:
-            write_comparison(comparison, specs, path)
+        write_comparison(comparison, specs, outs, force=force)
     if as_json:
         print_json(
             {

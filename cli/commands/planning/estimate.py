@@ -25,6 +25,7 @@ from ...options import (
     RelativeLayersOption,
     RolesOption,
     SetOption,
+    join_settings,
 )
 from ...output import console, make_table, note, print_json
 from .. import app
@@ -45,12 +46,12 @@ def estimate_cli(
     settings: SetOption = None,
     ranks: Annotated[int, typer.Option(min=1, max=2**20, help="Ranks that share the training state.")] = 8,
     micro_batch: MicroBatchOption = 1,
-    precision: PrecisionOption = "fp32",
+    precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print what a model costs: parameters, activations, operations, and memory per rank."""
     flags = {"operator": operator, "roles": roles, "c1": c1, "c2": c2, "relative_layers": relative_layers}
-    spec = planner.load_model(model, **(flags | dict(settings or ())))
+    spec = planner.load_model(model, **join_settings(flags, settings, "--set"))
     # One node of H100s with unlimited memory: every stage is shown, whether it fits or not.
     cluster = planner.ClusterSpec(name="any", gpu="H100", ranks_per_node=ranks, device_memory_bytes=2**60)
     costs = planner.estimate(spec, cluster=cluster, precision=precision, micro_batch=micro_batch)

@@ -35,6 +35,7 @@ from ...options import (
     TrainOption,
     ZeroOption,
     complete_offload,
+    join_settings,
 )
 from ...output import console, note, print_json
 from ...progress import WorkProgress
@@ -129,19 +130,22 @@ def plan_cli(
             help="Maximum gradient norm; 0 disables clipping.", show_default="1", rich_help_panel=TRAINING_PANEL
         ),
     ] = None,
-    precision: PrecisionOption = "fp32",
+    precision: PrecisionOption = None,
     data: Annotated[
         str | None,
         typer.Option(
             help="digits, digits-static, digits-shifted, digits-patches, images, tokens, stdlib or synthetic.",
-            show_default="digits",
+            show_default="synthetic, or digits for a model of one channel and ten classes",
             rich_help_panel=TRAINING_PANEL,
             autocompletion=complete_data,
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Seed of the weights and the sample order.", rich_help_panel=TRAINING_PANEL)
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="Seed of the weights and the sample order.", show_default="0", rich_help_panel=TRAINING_PANEL
+        ),
+    ] = None,
     stage: Annotated[
         int | None, typer.Option(min=0, max=3, help="ZeRO stage; chosen by default.", rich_help_panel=STRATEGY_PANEL)
     ] = None,
@@ -210,13 +214,9 @@ def plan_cli(
 ) -> None:
     """Find the fastest way to train a model on a cluster that fits, and write it as a plan folder."""
     flags = {"operator": operator, "roles": roles, "c1": c1, "c2": c2, "relative_layers": relative_layers}
-    spec = planner.load_model(model, **(flags | dict(settings or ())))
+    spec = planner.load_model(model, **join_settings(flags | {"checkpointing": checkpointing}, settings, "--set"))
     given: dict[str, object] = {
         "global_batch": global_batch,
-        "micro_batch": micro_batch,
-        "accumulation": gradient_accumulation_steps,
-        "precision": precision,
-        "seed": seed,
         "stage": stage,
         "tile_relations": tile_relations,
         "offload": offload,
@@ -227,30 +227,36 @@ def plan_cli(
         "headroom": headroom,
         "all_nodes": all_nodes,
         "quantized": quantized,
-        "zero_overrides": dict(zero_settings or ()),
+        "zero_overrides": join_settings({}, zero_settings, "--zero"),
     }
     # The recipe, or else the defaults, decide about these fields unless they are given.
     training = {
+        "micro_batch": micro_batch,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "precision": precision,
+        "seed": seed,
         "steps": steps,
         "warmup_steps": warmup_steps,
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
         "gradient_clipping": gradient_clipping,
-        "data": "digits" if data is None and recipe is None else data,
+        "data": data,
     }
-    given |= {name: value for name, value in training.items() if value is not None} | dict(training_settings or ())
+    given |= join_settings(training, training_settings, "--train")
     if out is None and force:
         raise InputError("force: is not allowed: must be used with --out")
     if out is not None:
         check_new_folder(out.absolute(), marker=PLAN_FILE, force=force)
+    where = planner.load_cluster(cluster)
+    if minimize == "cost" and where.price_per_gpu_hour is None:
+        note("--minimize cost: the cluster has no price_per_gpu_hour, so the plan takes the fewest GPU-hours")
     try:
         with WorkProgress("searching") as progress:
             result = planner.plan(
-                spec, cluster, recipe=recipe, samples=samples, epochs=epochs, on_progress=progress.show, **given
+                spec, where, recipe=recipe, samples=samples, epochs=epochs, on_progress=progress.show, **given
             )
     except planner.NoPlanFits as error:
-        where = planner.load_cluster(cluster).name
-        _print_no_plan(error, spec, where, out, as_json=as_json, verbose=verbose)
+        _print_no_plan(error, spec, where.name, out, as_json=as_json, verbose=verbose)
         raise
     if out is not None:
         write_search_folder(result, out, force=force)

@@ -51,6 +51,7 @@ def report_cli(
         Path | None, typer.Option(help="Also write Markdown, with its pictures as SVG files next to it.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Also write all content of the report as JSON.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a page about plans, runs, models, experiments and benchmarks."""
@@ -70,7 +71,7 @@ def report_cli(
         public=public,
     )
     with WorkProgress("writing the report"):
-        sizes = write_report(request, ReportFiles(out, png, svg, markdown, data))
+        sizes = write_report(request, ReportFiles(out, png, svg, markdown, data, force))
     if as_json:
         print_json({"files": {str(path): size for path, size in sizes.items()}})
         return

@@ -30,7 +30,8 @@ def export_cli(
         Path,
         typer.Argument(
             metavar="RUN_FOLDER",
-            help="Run folder whose newest checkpoint is exported; with --published also a network file.",
+            help="Run folder, or plan folder with runs, whose newest checkpoint is exported; with --published also a "
+            "network file.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="File to write (safetensors).")],

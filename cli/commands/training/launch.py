@@ -165,8 +165,13 @@ def launch_cli(
         ),
     ] = False,
     node_rank: Annotated[
-        int, typer.Option(help="With --no-ssh: this host's line in the hostfile, from 0.", rich_help_panel=HOSTS_PANEL)
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="With --no-ssh: this host's line in the hostfile, from 0.",
+            show_default="0",
+            rich_help_panel=HOSTS_PANEL,
+        ),
+    ] = None,
     master_addr: MasterAddressOption = None,
     master_port: MasterPortOption = None,
     ssh_port: SshPortOption = None,
@@ -183,6 +188,7 @@ def launch_cli(
             target=target,
             resume=resume,
             weights=weights,
+            hang_minutes=hang_minutes,
             check_swap=check_swap,
             dry_run=True,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -78,7 +79,8 @@ def _prepare_images(archives: list[Path], out: Path, labels: Path | None, *, for
         return
     console().print(
         f"wrote {out}: {made.training_images:,} images to train on, {made.held_out_images:,} held out, "
-        f"{made.classes:,} classes; plan with them: translution plan MODEL --data images --train data_path={out}",
+        f"{made.classes:,} classes; plan with them: translution plan MODEL --data images "
+        f"--train {shlex.quote(f'data_path={out}')}",
         soft_wrap=True,
     )
 
@@ -94,6 +96,6 @@ def _prepare_tokens(
     console().print(
         f"wrote {out}: {meta.training_tokens:,} tokens to train on, {meta.held_out_tokens:,} held out, {meta.dtype}, "
         f"vocabulary {meta.vocabulary:,} ({made}); plan with them: translution plan MODEL --data tokens "
-        f"--train data_path={out}",
+        f"--train {shlex.quote(f'data_path={out}')}",
         soft_wrap=True,
     )

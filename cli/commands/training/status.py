@@ -16,7 +16,9 @@ from .. import app
 
 @app.command("status", epilog="Example: **translution status plans/small/runs/001**")
 def status_cli(
-    run: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder, or a plan folder whose newest run is used.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Print the last status of every rank, or that it has died; exit with 0 if all have finished, otherwise with 1."""

@@ -22,7 +22,11 @@ from .. import app
 )
 def verify_checkpoint_cli(
     run_folder: Annotated[
-        Path, typer.Argument(metavar="RUN_FOLDER", help="Run folder whose checkpoints are verified.")
+        Path,
+        typer.Argument(
+            metavar="RUN_FOLDER",
+            help="Run folder whose checkpoints are verified, or a plan folder whose newest run is.",
+        ),
     ],
     as_json: JsonOption = False,
 ) -> None:

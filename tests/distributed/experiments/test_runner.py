@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,16 +91,28 @@ def test_the_experiments_compare_the_models_of_the_paper() -> None:
 
 
 @pytest.mark.slow
-def test_no_trial_outlives_a_killed_experiment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_trial_outlives_an_experiment_that_ends_early(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "translution.cli", "experiment", "shift", "--steps", "100000", "--seeds", "1"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as program:
+    errors = tmp_path / "errors"
+    with (
+        errors.open("w") as file,
+        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=file) as program,
+    ):
         try:
             trials = wait_until(
                 lambda: [child for child in _children(program.pid) if "spawn_main" in _command_of(child)]
             )
+            wait_until(lambda: "0 of 12 trials finished" in errors.read_text())
+            program.send_signal(number)
+            code = program.wait(60)
         finally:
             program.kill()
     wait_until(lambda: not any("spawn_main" in _command_of(child) for child in trials))
+    assert code == (130 if number == signal.SIGINT else -number)
+    if number == signal.SIGINT:
+        assert errors.read_text().splitlines()[-1] == "translution: error: interrupted"
+        assert "Traceback" not in errors.read_text()
 
 
 def _command_of(process: int) -> str:

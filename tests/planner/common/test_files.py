@@ -69,3 +69,34 @@ def current_umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "first", "second"),
+    [
+        ("spec.yaml", "dim: 8\nheads: 2\ndim: 16\n", 1, 3),
+        ("spec.yaml", "a: 1\nb: {dim: 8,\n dim: 16}\n", 2, 3),
+        ("spec.yaml", "b: 1\na:\n - dim: 8\n   'dim': 16\n", 3, 4),
+        ("spec.json", '{"dim": 8,\n "b": "dim",\n "dim": 16}', 1, 3),
+        ("spec.json", '[{"dim": 8}, {"c": "{", "dim": 8,\n\n "d\\u0069m": 16}]', 1, 3),
+    ],
+)
+def test_a_repeated_key_is_an_error_with_its_lines(
+    name: str, text: str, first: int, second: int, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_mapping(path)
+    assert str(caught.value) == (
+        f"{path}: key 'dim' is not allowed twice: it is on line {first} and again on line {second}"
+    )
+
+
+def test_a_key_may_stand_in_several_mappings() -> None:
+    value = {"a": {"dim": 1}, "b": {"dim": 2}, "dim": 3, "1": 4}
+    assert read_yaml("a: &a {dim: 1}\nb:\n  <<: *a\n  dim: 2\ndim: 3\n'1': 4\n1: 5", "spec") == value | {1: 5}
+    assert read_json('{"a": {"dim": 1}, "b": {"dim": 2}, "dim": 3, "1": 4}', "spec") == value
+    assert read_json('{"a": {"dim": 1}, "b": {"dim": 2}, "dim": 3, "1": 4}'.encode("utf-16"), "spec") == value
+    with pytest.raises(InputError, match="key 'é' is not allowed twice: it is on line 1 and again on line 2"):
+        read_json('{"é": 1,\n"é": 2}'.encode("utf-16"), "spec")

@@ -108,7 +108,7 @@ def test_a_recipe_holds_only_fields_of_training(name: str) -> None:
         ),
         (
             ["vit-tiny/56", "--train", "evaluation_crop=0.9"],
-            "evaluation_crop: 0.9 is not allowed: must be 1 with data d",
+            "evaluation_crop: 0.9 is not allowed: must be 1 with data s",
         ),
     ],
 )
