@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from translution.planner.hardware import ClusterSpec, load_cluster
 
 from .inputs.benchmark_records import Accuracy, PublicRuns, StepTimes, load_record
 from .inputs.gpu_record import load_gpu_check
+from .inputs.training_runs import read_runs
 from .render.document import Document, Section
 from .render.html import render_html
 from .render.markdown import picture_files, render_markdown
@@ -24,9 +26,10 @@ from .sections.comparison import comparison_section
 from .sections.experiment import experiment_section, load_results
 from .sections.gpu import gpu_section
 from .sections.model_costs import costs_section, overview_section
-from .sections.plan import PlanReport, report_plan
+from .sections.plan import PlanReport, report_plan, verdict
 from .sections.public_runs import public_section
 from .sections.scaling import scaling_section
+from .sections.training import training_section
 
 PRECISION: Precision = "bf16"
 """Precision of every plan that a report makes."""
@@ -159,6 +162,12 @@ class ReportFiles:
         return {option: (path, suffix) for option, (path, suffix) in every.items() if path is not None}
 
 
+def _titled(sections: Iterable[Section], name: str) -> Iterator[Section]:
+    """Yield the sections with the name of their plan in the title."""
+    for section in sections:
+        yield section.model_copy(update={"title": f"{section.title}: {name}"})
+
+
 class ReportBuilder:
     """Makes the sections of a report, each with the command that reproduces it alone.
 
@@ -210,18 +219,34 @@ class ReportBuilder:
         return [scaling_section(points, name, cluster, PRECISION, made)]
 
     def plans(self) -> list[PlanReport]:
-        """Return the sections of each plan; in a report with other contents, their titles name the plan."""
-        reports = []
+        """Return the sections of each plan; in a report with other contents, their titles name the plan.
+
+        Runs of one plan have its sections once.
+        """
+        reports: list[PlanReport] = []
         for number, folder in enumerate(self._request.plans, start=1):
             found = report_plan(folder, self._made_by_report(str(folder)), f"plan-{number}-" if number > 1 else "")
-            if not self._request.of_one_plan:
-                sections = tuple(
-                    section.model_copy(update={"title": f"{section.title}: {found.title}"})
-                    for section in found.sections
-                )
-                found = PlanReport(found.title, found.plan, sections, found.picture, found.measured)
+            if any(found.plan == other.plan for other in reports):
+                found = dataclasses.replace(found, sections=())
+            elif not self._request.of_one_plan:
+                found = dataclasses.replace(found, sections=tuple(_titled(found.sections, found.title)))
             reports.append(found)
         return reports
+
+    def _about_runs(self) -> list[Section]:
+        """Return the section on the runs of all folders, in one chart for each figure."""
+        runs = read_runs(self._request.plans)
+        folders = [str(folder) for folder in self._request.plans]
+        return [training_section(runs, self._made_by_report(*folders))] if runs else []
+
+    def _about_plans(self, plans: list[PlanReport]) -> list[Section]:
+        """Return the sections of the plans and their runs: those of one plan begin with its memory."""
+        measured = [plan.measured for plan in plans if plan.measured is not None]
+        sections = [section for plan in plans for section in plan.sections]
+        training = self._about_runs()
+        if len(plans) == 1:
+            return [*sections[:1], *training, *sections[1:], *measured]
+        return [*training, *sections, *measured]
 
     def _recorded(self) -> list[Section]:
         request, sections = self._request, []
@@ -252,13 +277,15 @@ class ReportBuilder:
         recorded = self._recorded()
         if self._request.of_one_plan:
             (plan,) = plans
-            measured = ", and the measurements of a run" if plan.measured else ""
-            text = f"Predicted memory of one rank in a training step{measured}."
             return Document(
-                title=plan.title, about="memory report", text=(text,), sections=plan.sections, made=self._made
+                title=plan.title,
+                about="memory report",
+                text=(verdict(plan.plan),),
+                sections=tuple(self._about_plans(plans)),
+                made=self._made,
             )
         sections = self._about_models() + self._comparison() + self._scaling()
-        sections += [section for plan in plans for section in plan.sections] + recorded
+        sections += self._about_plans(plans) + recorded
         text = (
             "Full Translution has separate weight matrices for every relation between two tokens. This report shows "
             "what that costs, which plans train it with DeepSpeed ZeRO, and how predictions compare with measurements. "

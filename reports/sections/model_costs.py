@@ -14,9 +14,9 @@ from translution.planner.costs import TABLES
 from translution.planner.hardware import ClusterSpec
 from translution.planner.simulator.network import DtypeSizes
 
+from ..charts.memory_timeline import CHART_WIDTH
 from ..render.document import CellValue, Column, Picture, Section, Table, format_value
 from ..render.vega import COLOURS
-from .memory_timeline import CHART_WIDTH
 
 _FULL, _PLAIN = "full Translution", "attention"
 _STEP, _PLAN = Column(title="step (interval)", kind="seconds"), Column(title="best plan", kind="sentence")

@@ -16,7 +16,7 @@ from translution.planner.memory.timeline import Timeline, make_timeline
 from translution.planner.simulator.core import Event
 from translution.reports.render import vega
 from translution.reports.render.vega import COLOURS, REST_COLOUR
-from translution.reports.sections.memory_timeline import (
+from translution.reports.charts.memory_timeline import (
     assign_colours,
     combined_picture,
     describe_timeline,
