@@ -34,6 +34,8 @@ _LINE_HEIGHT = 14
 _MAX_CAPACITY_RATIO = 5.0
 """A tier's capacity is drawn to scale if it is at most this multiple of the peak, else it is written at the top."""
 _SHADE = "#808080"
+_LINE_COLOUR = "#e5484d"
+_MEASURED_NUMBER = 99
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,12 +263,27 @@ def _capacity_above(size: int, peak_bytes: int) -> alt.Chart:
     return chart
 
 
+def _predicted(line: Sequence[tuple[float, int]], unit: int) -> alt.Chart:
+    """Return a line of live bytes over the areas, from pairs of a position and bytes."""
+    rows = [{"x": x, "y": size / unit} for x, size in line]
+    base = alt.Chart(alt.InlineData(values=rows))
+    chart: alt.Chart = base.mark_line(
+        interpolate="step-after", color=_LINE_COLOUR, strokeWidth=1.5, clip=True, aria=False
+    ).encode(x="x:Q", y="y:Q")
+    return chart
+
+
 def _draw(
-    timeline: Timeline, series: _Series, title: alt.TitleParams, capacity: int | None, number: int
+    timeline: Timeline,
+    series: _Series,
+    title: alt.TitleParams,
+    capacity: int | None,
+    number: int,
+    predicted: Sequence[tuple[float, int]] = (),
 ) -> alt.LayerChart:
     position, zoom = _axis(timeline), Zoom(number)
     to_scale = capacity is not None and capacity <= _MAX_CAPACITY_RATIO * timeline.peak_bytes
-    highest = max(timeline.peak_bytes, capacity or 0) if to_scale else timeline.peak_bytes
+    highest = max(timeline.peak_bytes, *(size for _, size in predicted), capacity or 0 if to_scale else 0)
     unit, unit_name = next((pair for pair in _UNITS if timeline.peak_bytes >= pair[0]), (1, "B"))
     rows = _rows(timeline, series, position)
     data = alt.InlineData(values=rows)
@@ -277,6 +294,7 @@ def _draw(
     layers: list[alt.Chart | alt.LayerChart] = [
         *([_bands(timeline, position, zoom)] if timeline.phases else []),
         _areas(data, series, series.sizes[timeline.peak_point], unit).encode(x=x, y=y),
+        *([_predicted(predicted, unit)] if predicted else []),
         _peak(timeline, rows[timeline.peak_point], unit),
         _hover(data, series, f"hover_{number}"),
     ]
@@ -326,6 +344,30 @@ def draw_timelines(
         chart = _draw(timeline, _series(timeline, mine), above, capacities.get(tier), number)
         charts[tier] = chart.properties(description=describe_timeline(timeline, heading))
     return charts
+
+
+def draw_measured(
+    timeline: Timeline, predicted: Sequence[tuple[float, int]], title: str, subtitle: str, capacity: int
+) -> dict[str, Any]:
+    """Draw a measured timeline with the predicted live bytes as a line over it.
+
+    Args:
+        timeline: what was measured.
+        predicted: pairs of a position, 0 to 1, and the bytes from there on.
+        title: title of the chart.
+        subtitle: what was measured, in one line.
+        capacity: bytes of the memory.
+
+    Returns:
+        Vega-Lite specification.
+    """
+    (colours,) = assign_colours([named_categories(timeline)])
+    above = alt.TitleParams(title, subtitle=subtitle, offset=16)
+    # No other chart of a page has this number.
+    chart = _draw(timeline, _series(timeline, colours), above, capacity, _MEASURED_NUMBER, predicted)
+    peak = max(size for _, size in predicted)
+    text = f"{describe_timeline(timeline, title)} Line: predicted, with a peak of {format_bytes(peak)}."
+    return dict(chart.properties(description=text).to_dict())
 
 
 def combined_picture(charts: Mapping[str, alt.LayerChart]) -> dict[str, Any]:

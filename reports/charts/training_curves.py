@@ -121,7 +121,7 @@ def draw_figure(
     scale = alt.Scale(type="log") if wide else alt.Scale(zero=True)
     y = alt.Y("y:Q", title=figure.axis_title, scale=scale)
     x = alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickMinStep=1, format="d"))
-    legend = alt.Legend(orient="bottom") if len(labels) > 1 else None
+    legend = alt.Legend(orient="bottom", symbolOpacity=1) if len(labels) > 1 else None
     colour = alt.Color(
         "run:N", title=None, scale=alt.Scale(domain=labels, range=list(COLOURS[: len(labels)])), legend=legend
     )

@@ -92,6 +92,7 @@
     still.before(chart);
     const columns = Math.max(1, Math.floor(chart.clientWidth / 230));
     const own = read(figure.dataset.spec);
+    if (own.facet && chart.clientWidth < 700) own.columns = 1;
     const width = { width: "container", autosize: { type: "fit-x", contains: "padding" } };
     const spec = figure.classList.contains("live") ? { ...own, ...width } : own;
     const options = {

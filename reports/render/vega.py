@@ -39,6 +39,7 @@ def config(ink: str, faint: str, page: str, legend_columns: int) -> dict[str, An
         "axis": text | {"gridColor": faint, "domainColor": faint, "tickColor": faint, "titleFontWeight": "normal"},
         "legend": text | {"titleFontWeight": "normal", "labelLimit": 0, "titleLimit": 0, "columns": legend_columns},
         "title": {"color": ink, "subtitleColor": ink, "fontSize": 15, "subtitleFontSize": 12, "anchor": "start"},
+        "header": {"labelColor": ink, "titleColor": ink},
         "text": {"color": ink, "fontSize": 12},
         "rule": {"color": ink},
         "point": {"color": ink},

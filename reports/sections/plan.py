@@ -179,8 +179,9 @@ def _timelines(plan: Plan, title: str, prefix: str, made: Provenance) -> tuple[S
 def verdict(plan: Plan) -> str:
     """Return whether a plan fits, what a rank needs at most, and the predicted time of a step, as sentences."""
     peak, capacity = plan.prediction.peak_bytes, plan.cluster.device_memory_bytes
+    share = f"{peak / capacity:.0%}" if peak >= 0.01 * capacity else "under 1%"
     text = (
-        f"A rank needs at most {format_bytes(peak)} of {format_bytes(capacity)} ({peak / capacity:.0%}): the plan "
+        f"A rank needs at most {format_bytes(peak)} of {format_bytes(capacity)} ({share}): the plan "
         f"{'fits' if peak <= capacity else 'does not fit'}."
     )
     if plan.time is None:
