@@ -210,14 +210,13 @@ class ReportBuilder:
         sections = self._about_models() + self._comparison() + self._scaling()
         sections += self._about_plans(plans) + recorded
         text = (
-            "Full Translution has separate weight matrices for every relation between two tokens. This report shows "
-            "what that costs, which plans train it with DeepSpeed ZeRO, and how predictions compare with measurements. "
-            "Every table and chart names the command that reproduces it."
+            "Full Translution has separate weight matrices for every relation between two tokens: what that costs, "
+            "which plans train it with DeepSpeed ZeRO, and how predictions compare with measurements."
         )
         return Document(
             title="Full Translution: costs, plans and measurements",
             about="report",
-            text=(text, f"Made at {self._made.time_utc}."),
+            text=(text,),
             sections=tuple(sections),
             made=self._made,
         )

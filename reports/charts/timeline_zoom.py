@@ -62,6 +62,7 @@ def zoom_choices(timeline: Timeline, position: Callable[[int], float], top: floa
     parts = [
         {"name": phase.name, "from": begin, "to": end}
         for phase, begin, end in zip(timeline.phases, begins, ends, strict=True)
+        if len(timeline.phases) > 1
     ]
     lowest, peak = min(point.total_bytes for point in timeline.points) / unit, timeline.peak_bytes / unit
     ranges = [{"name": "everything", "from": 0.0, "to": top}]

@@ -1,8 +1,8 @@
 """Reads memory snapshots of torch: what its allocator did on one GPU, and which code asked for the memory.
 
-``torch.cuda.memory._dump_snapshot`` writes a pickle of dicts, lists, texts and numbers. It may come from anywhere, so it
-is read without Python's unpickler, by a small machine that knows the instructions for those values and no others. The
-same content as JSON is read too. Format: torch 2.13, torch/cuda/memory.py, ``_snapshot``.
+``torch.cuda.memory._dump_snapshot`` writes a pickle of dicts, lists, texts and numbers. It may come from anywhere, so
+it is read without Python's unpickler, by a small machine that knows the instructions for those values and no others.
+The same content as JSON is read too. Format: torch 2.13, torch/cuda/memory.py, ``_snapshot``.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@
       marks.push([made, low, high, from, to]);
       return made;
     };
-    const steps = [{ name: "whole step", from: 0, to: 1 }, ...parts];
+    const steps = [{ name: "all", from: 0, to: 1 }, ...parts];
     bar.append(label("Show"), ...steps.map((part) => choice("start", "end", part)));
     bar.append(button("+", "Zoom in", change(0, 0.5)), button("\u2212", "Zoom out", change(0, 2)));
     bar.append(button("\u2190", "Earlier", change(-0.5, 1)), button("\u2192", "Later", change(0.5, 1)));
