@@ -374,4 +374,8 @@ def combined_picture(charts: Mapping[str, alt.LayerChart]) -> dict[str, Any]:
     """Return one Vega-Lite specification with the charts of all tiers below each other."""
     if len(charts) == 1:
         return dict(next(iter(charts.values())).to_dict())
-    return dict(alt.vconcat(*charts.values()).resolve_scale(color="independent").to_dict())
+    # Only a chart of its own can have data for the page.
+    parts = [chart.copy(deep=False) for chart in charts.values()]
+    for part in parts:
+        part.usermeta = alt.Undefined
+    return dict(alt.vconcat(*parts).resolve_scale(color="independent").to_dict())
