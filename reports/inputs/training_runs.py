@@ -119,9 +119,9 @@ def read_runs(folders: Sequence[Path]) -> list[TrainingRun]:
     Raises:
         InputError: if there are more than `MAX_RUNS`, or a file is invalid.
     """
-    shown = list(dict.fromkeys(run for folder in folders if (run := find_shown_run(folder)) is not None))
-    names = [run.name for run in shown]
-    labels = names if len(set(names)) == len(names) else [str(run) for run in shown]
+    shown = list(dict.fromkeys(path for folder in folders if (path := find_shown_run(folder)) is not None))
+    names = [path.name for path in shown]
+    labels = names if len(set(names)) == len(names) else [str(path) for path in shown]
     found = [run for path, label in zip(shown, labels, strict=True) if (run := read_run(path, label)) is not None]
     if len(found) > MAX_RUNS:
         raise InputError(f"{len(found)} runs are not allowed in one report: at most {MAX_RUNS}, one for each colour")

@@ -85,7 +85,9 @@ def chance_value(result: ExperimentResult) -> float:
 
 def _trial_rows(result: ExperimentResult) -> list[dict[str, Any]]:
     """Return a row per trial and test set, with the mean over the seeds."""
-    means = {(row.variant, row.train, row.test): row.mean for row in result.summaries()}
+    means: dict[tuple[str, str, str], float] = {
+        (row.variant, row.train, row.test): row.mean for row in result.summaries()
+    }
     rows: list[dict[str, Any]] = [
         {
             "model": f"{trial.variant} ({format_count(trial.parameters)})",
