@@ -60,7 +60,8 @@ def test_page_is_drawn_and_legible(
     behind, written, largest = shares(browser, browser.screenshot(), paper, ink, COLOURS[0])
     assert behind > 0.4
     assert written > 0.003
-    assert largest > 0.005
+    # On a phone the chart is as narrow as the page, which is long.
+    assert largest > 0.003
 
 
 def test_tooltip_shows_live_bytes_and_where_they_are(browser: Browser, report_page: Path) -> None:
