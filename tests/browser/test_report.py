@@ -91,7 +91,7 @@ def test_timeline_is_zoomed_by_buttons_and_by_dragging(browser: Browser, report_
     names = "[...document.querySelectorAll('figure .zoom button')].map((button) => button.textContent)"
     shown = browser.evaluate(names)
     assert shown[:4] == ["all", "forward", "backward", "optimizer step"] and "what changes" in shown
-    phases = "[...document.querySelectorAll('figure .zoom ~ .scroll svg text')].map((text) => text.textContent)"
+    phases = "[...document.querySelectorAll('figure .zoom ~ .scroll svg text')].map((text) => text.textContent.trim())"
     assert "forward" in browser.evaluate(phases)
 
     def press(name: str) -> str:
