@@ -70,7 +70,7 @@ GALLERY := reports/gallery
 EXPERIMENTS := $(if $(wildcard reports/experiments/*/result.json),--experiments reports/experiments)
 
 reports: $(VENV)/.demo
-	$(BIN)/translution plan vit-base/16 --cluster 2x8xH100 --precision bf16 --data synthetic --out $(PLANS)/vit-base --force
+	$(BIN)/translution plan vit-base/16 --cluster 8xH100 --precision bf16 --data synthetic --out $(PLANS)/vit-base --force
 	mkdir -p $(GALLERY)
 	rm -f $(GALLERY)/*.svg $(GALLERY)/index.html $(GALLERY)/README.md $(GALLERY)/gallery.json
 	$(BIN)/translution report $(PLANS)/vit-base \

@@ -1,7 +1,7 @@
 from .builder import ReportFiles as ReportFiles
-from .builder import ReportRequest as ReportRequest
 from .builder import write_report as write_report
 from .render.document import load_document as load_document
+from .request import ReportRequest as ReportRequest
 from .result_files import EXPERIMENT_FILE as EXPERIMENT_FILE
 from .result_files import EXPERIMENT_PICTURE as EXPERIMENT_PICTURE
 from .result_files import EXPERIMENT_TABLE as EXPERIMENT_TABLE

@@ -2,132 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from translution.planner.analysis import comparison_rows, growth_points, scale_points, thresholds
 from translution.planner.common import InputError, Provenance, check_new_file, make_provenance, write_bytes
-from translution.planner.config import GPU_PRECISION, ModelSpec, TrainingSpec, load_model
-from translution.planner.hardware import ClusterSpec, load_cluster
+from translution.planner.config import GPU_PRECISION, TrainingSpec
 
 from .inputs.benchmark_records import Accuracy, PublicRuns, StepTimes, load_record
 from .inputs.gpu_record import load_gpu_check
+from .inputs.training_runs import read_runs
 from .render.document import Document, Section
 from .render.html import render_html
 from .render.markdown import picture_files, render_markdown
 from .render.vega import png, svg
+from .request import ReportRequest
 from .sections.accuracy import accuracy_section, step_time_section
 from .sections.benchmarks import benchmark_sections
 from .sections.comparison import comparison_section
 from .sections.experiment import experiment_section, load_results
 from .sections.gpu import gpu_section
 from .sections.model_costs import costs_section, overview_section
-from .sections.plan import PlanReport, report_plan
+from .sections.plan import PlanReport, report_plan, verdict
 from .sections.public_runs import public_section
 from .sections.scaling import scaling_section
+from .sections.snapshot import snapshot_section
+from .sections.training import training_section
 
 PACKAGES = ("pydantic", "altair", "vl-convert-python")
 """Packages whose versions the provenance of a report names."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReportRequest:
-    """The contents of a report; models and clusters by the names that the user gave."""
-
-    plans: tuple[Path, ...] = ()
-    models: dict[str, ModelSpec] = field(default_factory=dict)
-    compared: dict[str, ModelSpec] = field(default_factory=dict)
-    scaled: tuple[str, ModelSpec] | None = None
-    cluster: tuple[str, ClusterSpec] | None = None
-    experiments: Path | None = None
-    accuracy: Path | None = None
-    step_time: Path | None = None
-    benchmarks: Path | None = None
-    gpu: Path | None = None
-    public: Path | None = None
-
-    @property
-    def of_one_plan(self) -> bool:
-        """True if the request is for one plan and nothing else."""
-        return self == ReportRequest(plans=self.plans, cluster=self.cluster) and len(self.plans) == 1
-
-    def required_cluster(self) -> tuple[str, ClusterSpec]:
-        """Return the name of the cluster that models are planned for, and the cluster."""
-        assert self.cluster is not None
-        return self.cluster
-
-    @classmethod
-    def load(
-        cls,
-        *,
-        plans: Sequence[Path],
-        models: Sequence[str],
-        compared: Sequence[str],
-        scaled: str | None,
-        cluster: str,
-        experiments: Path | None,
-        accuracy: Path | None,
-        step_time: Path | None,
-        benchmarks: Path | None,
-        gpu: Path | None = None,
-        public: Path | None = None,
-    ) -> ReportRequest:
-        """Return the request with its models and cluster read.
-
-        Args:
-            plans: plan folders or run folders.
-            models: presets or files whose costs and best plans are shown.
-            compared: presets or files whose operators are compared.
-            scaled: preset or file from which sizes and nodes are scaled up.
-            cluster: name or file; read only if there is a model.
-            experiments: folder of experiment results.
-            accuracy: file with measured accuracy of the predictions.
-            step_time: file with measured step times.
-            benchmarks: folder of benchmark results.
-            gpu: folder of the results of ``scripts/gpu_check.py``.
-            public: file with predicted and published step times.
-
-        Raises:
-            InputError: if a name is unknown, or a file is invalid.
-        """
-        has_models = bool(models or compared or scaled is not None)
-        return cls(
-            plans=tuple(plans),
-            models={name: load_model(name) for name in models},
-            compared={name: load_model(name) for name in compared},
-            scaled=None if scaled is None else (scaled, load_model(scaled)),
-            cluster=(cluster, load_cluster(cluster)) if has_models else None,
-            experiments=experiments,
-            accuracy=accuracy,
-            step_time=step_time,
-            benchmarks=benchmarks,
-            gpu=gpu,
-            public=public,
-        )
-
-    def arguments(self) -> Iterator[str]:
-        """Yield the arguments of `translution report` that make this request."""
-        yield from map(str, self.plans)
-        for option, names in (("--model", self.models), ("--compare", self.compared)):
-            for name in names:
-                yield from (option, name)
-        if self.scaled is not None:
-            yield from ("--scaling", self.scaled[0])
-        if self.cluster is not None:
-            yield from ("--cluster", self.cluster[0])
-        files = {
-            "--accuracy": self.accuracy,
-            "--step-time": self.step_time,
-            "--experiments": self.experiments,
-            "--benchmarks": self.benchmarks,
-            "--gpu": self.gpu,
-            "--public": self.public,
-        }
-        for option, path in files.items():
-            if path is not None:
-                yield from (option, str(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +63,12 @@ class ReportFiles:
             "--data": (self.data, ".json"),
         }
         return {option: (path, suffix) for option, (path, suffix) in every.items() if path is not None}
+
+
+def _titled(sections: Iterable[Section], name: str) -> Iterator[Section]:
+    """Yield the sections with the name of their plan in the title."""
+    for section in sections:
+        yield section.model_copy(update={"title": f"{section.title}: {name}"})
 
 
 class ReportBuilder:
@@ -210,18 +122,45 @@ class ReportBuilder:
         return [scaling_section(points, name, cluster, GPU_PRECISION, made)]
 
     def plans(self) -> list[PlanReport]:
-        """Return the sections of each plan; in a report with other contents, their titles name the plan."""
-        reports = []
+        """Return the sections of each plan; in a report with other contents, their titles name the plan.
+
+        Runs of one plan have its sections once.
+        """
+        reports: list[PlanReport] = []
         for number, folder in enumerate(self._request.plans, start=1):
             found = report_plan(folder, self._made_by_report(str(folder)), f"plan-{number}-" if number > 1 else "")
-            if not self._request.of_one_plan:
-                sections = tuple(
-                    section.model_copy(update={"title": f"{section.title}: {found.title}"})
-                    for section in found.sections
-                )
-                found = PlanReport(found.title, found.plan, sections, found.picture, found.measured)
+            if any(found.plan == other.plan for other in reports):
+                found = dataclasses.replace(found, sections=())
+            elif not self._request.of_one_plan:
+                found = dataclasses.replace(found, sections=tuple(_titled(found.sections, found.title)))
             reports.append(found)
         return reports
+
+    def _about_runs(self) -> list[Section]:
+        """Return the section on the runs of all folders, in one chart for each figure."""
+        runs = read_runs(self._request.plans)
+        folders = [str(folder) for folder in self._request.plans]
+        return [training_section(runs, self._made_by_report(*folders))] if runs else []
+
+    def _snapshot(self, plans: list[PlanReport]) -> list[Section]:
+        """Return the section on the memory snapshot of the single plan, if there is one."""
+        request = self._request
+        if request.snapshot is None:
+            return []
+        words = [str(request.plans[0]), "--snapshot", str(request.snapshot)]
+        if request.snapshot_steps != 1:
+            words += ["--snapshot-steps", str(request.snapshot_steps)]
+        made = self._made_by_report(*words)
+        return [snapshot_section(plans[0].plan, request.snapshot, request.snapshot_steps, made)]
+
+    def _about_plans(self, plans: list[PlanReport]) -> list[Section]:
+        """Return the sections of the plans and their runs: those of one plan begin with its memory."""
+        measured = [plan.measured for plan in plans if plan.measured is not None]
+        sections = [section for plan in plans for section in plan.sections]
+        training = self._about_runs()
+        if len(plans) == 1:
+            return [*sections[:1], *self._snapshot(plans), *training, *sections[1:], *measured]
+        return [*training, *sections, *measured]
 
     def _recorded(self) -> list[Section]:
         request, sections = self._request, []
@@ -252,22 +191,32 @@ class ReportBuilder:
         recorded = self._recorded()
         if self._request.of_one_plan:
             (plan,) = plans
-            measured = ", and the measurements of a run" if plan.measured else ""
-            text = f"Predicted memory of one rank in a training step{measured}."
             return Document(
-                title=plan.title, about="memory report", text=(text,), sections=plan.sections, made=self._made
+                title=plan.title,
+                about="memory report",
+                text=(verdict(plan.plan),),
+                sections=tuple(self._about_plans(plans)),
+                made=self._made,
+            )
+        if self._request.of_plans:
+            distinct = {plan.title: verdict(plan.plan) for plan in plans if plan.sections}
+            return Document(
+                title=f"{len(plans)} plans and runs",
+                about="report",
+                text=tuple(f"{title}: {text}" for title, text in distinct.items()),
+                sections=tuple(self._about_plans(plans)),
+                made=self._made,
             )
         sections = self._about_models() + self._comparison() + self._scaling()
-        sections += [section for plan in plans for section in plan.sections] + recorded
+        sections += self._about_plans(plans) + recorded
         text = (
-            "Full Translution has separate weight matrices for every relation between two tokens. This report shows "
-            "what that costs, which plans train it with DeepSpeed ZeRO, and how predictions compare with measurements. "
-            "Every table and chart names the command that reproduces it."
+            "Full Translution has separate weight matrices for every relation between two tokens: what that costs, "
+            "which plans train it with DeepSpeed ZeRO, and how predictions compare with measurements."
         )
         return Document(
             title="Full Translution: costs, plans and measurements",
             about="report",
-            text=(text, f"Made at {self._made.time_utc}."),
+            text=(text,),
             sections=tuple(sections),
             made=self._made,
         )
@@ -305,8 +254,12 @@ def _check_request(request: ReportRequest, files: ReportFiles) -> None:
         if path.suffix.lower() != suffix:
             raise InputError(f"{option}: {str(path)!r} is not allowed: must end in {suffix}")
         check_new_file(path, option, force=files.force)
-    if request == ReportRequest():
+    if request in (ReportRequest(), ReportRequest(snapshot=request.snapshot)):
         raise InputError("nothing to report: give a plan or run folder, --model, or another of the options")
+    if request.snapshot is not None and len(request.plans) != 1:
+        raise InputError(f"--snapshot: is not allowed with {len(request.plans)} plans: must be exactly one")
+    if request.snapshot is None and request.snapshot_steps != 1:
+        raise InputError("--snapshot-steps: is not allowed without --snapshot")
     for option in ("--png", "--svg"):
         if option in files.by_option() and len(request.plans) != 1:
             raise InputError(f"{option}: is not allowed with {len(request.plans)} plans: must be exactly one")

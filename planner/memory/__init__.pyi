@@ -1,3 +1,4 @@
+from .estimate import NOT_ALLOCATED as NOT_ALLOCATED
 from .estimate import BreakdownItem as BreakdownItem
 from .estimate import MemoryEstimate as MemoryEstimate
 from .estimate import estimate_memory as estimate_memory

@@ -44,6 +44,8 @@ BOOKKEEPING_BYTES = 2**16
 OUTSIDE_TORCH = ("driver reserve", "context", "nccl")
 """Items of a GPU's memory that torch's allocator does not hold."""
 FRAGMENTED = "fragmentation"
+NOT_ALLOCATED = (*OUTSIDE_TORCH, FRAGMENTED, names.STREAMS)
+"""Items of a GPU's memory that torch does not count as allocated."""
 
 
 class BreakdownItem(Schema):
@@ -82,7 +84,7 @@ class PhasePeak(Schema):
 
         Torch does not count blocks that are freed while another stream still uses them.
         """
-        return self.reserved_bytes - self.of(FRAGMENTED) - self.of(names.STREAMS)
+        return self.bytes - sum(self.of(name) for name in NOT_ALLOCATED)
 
 
 class MemoryEstimate(Schema):

@@ -71,6 +71,8 @@ class Picture(Schema):
     spec: dict[str, Any]
     half: bool = False
     """Show the picture at half width, two in a row, if the page is wide enough."""
+    narrow: bool = False
+    """The picture is legible at the width of a phone; others scroll there."""
     how: str = "Counted by"
     """Words that introduce the provenance."""
     made: Provenance | None

@@ -19,7 +19,7 @@ _LIVE = vega.config("currentColor", "var(--line)", "var(--page)", legend_columns
 """Chart colours taken from the page, so that charts follow its dark or light theme."""
 _SCALE = 1.5
 """Pixels of a static image per CSS pixel."""
-_CONTENTS = 5
+_CONTENTS = 3
 """Minimum number of sections for a table of contents."""
 
 

@@ -1,9 +1,90 @@
-// Replaces each static image with a live chart, and adds sorting and filtering to tables.
-// Without this script the page shows the static images and the complete tables.
+// Replaces each static image with a live chart that can be zoomed, adds sorting and filtering to tables, and shows in the
+// contents which section is read. Without this script the page shows the static images and the complete tables.
 (() => {
   "use strict";
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const config = read("config");
+
+  const button = (text, label, press) => {
+    const made = document.createElement("button");
+    made.type = "button";
+    made.textContent = text;
+    made.title = label;
+    made.addEventListener("click", press);
+    return made;
+  };
+  const label = (text) => Object.assign(document.createElement("span"), { textContent: text });
+
+  // Sets the ends of a timeline's axes, which are parameters of the chart, with buttons or by dragging with the mouse.
+  const addZoom = (chart, view, { number, parts, ranges }) => {
+    const bar = document.createElement("div");
+    bar.className = "zoom";
+    bar.setAttribute("role", "group");
+    bar.setAttribute("aria-label", "Zoom");
+    const get = (name) => view.signal(`${name}_${number}`);
+    const marks = [];
+    const mark = () => {
+      for (const [shown, low, high, from, to] of marks) {
+        shown.setAttribute("aria-pressed", String(get(low) === from && get(high) === to));
+      }
+    };
+    const set = (low, high, from, to) => {
+      view.signal(`${low}_${number}`, from).signal(`${high}_${number}`, to).run();
+      mark();
+    };
+    const setStep = (from, to) => {
+      const length = Math.min(1, Math.max(to - from, 0.005));
+      const start = Math.min(Math.max(0, from), 1 - length);
+      set("start", "end", start, start + length);
+    };
+    // Moves by a share of what is shown and shows a multiple of it.
+    const change = (shift, factor) => () => {
+      const length = get("end") - get("start");
+      const middle = (get("start") + get("end")) / 2 + shift * length;
+      setStep(middle - (factor * length) / 2, middle + (factor * length) / 2);
+    };
+    const choice = (low, high, { name, from, to }) => {
+      const made = button(name, `Show ${name}`, () => set(low, high, from, to));
+      marks.push([made, low, high, from, to]);
+      return made;
+    };
+    const steps = [{ name: "all", from: 0, to: 1 }, ...parts];
+    bar.append(label("Show"), ...steps.map((part) => choice("start", "end", part)));
+    bar.append(button("+", "Zoom in", change(0, 0.5)), button("\u2212", "Zoom out", change(0, 2)));
+    bar.append(button("\u2190", "Earlier", change(-0.5, 1)), button("\u2192", "Later", change(0.5, 1)));
+    bar.append(label("Height"), ...ranges.map((range) => choice("bottom", "top", range)));
+    chart.closest(".scroll").before(bar);
+    mark();
+
+    // Share of the step under the pointer.
+    const place = (event) => {
+      const drawn = chart.querySelector("svg").getBoundingClientRect();
+      const x = (event.clientX - drawn.left - view.origin()[0]) / view.width();
+      return get("start") + Math.min(1, Math.max(0, x)) * (get("end") - get("start"));
+    };
+    chart.addEventListener("pointerdown", (down) => {
+      if (down.pointerType !== "mouse" || down.button !== 0) return;
+      down.preventDefault();
+      const band = Object.assign(document.createElement("div"), { className: "drag" });
+      chart.append(band);
+      const left = chart.getBoundingClientRect().left;
+      const move = (event) => {
+        band.style.left = `${Math.min(event.clientX, down.clientX) - left}px`;
+        band.style.width = `${Math.abs(event.clientX - down.clientX)}px`;
+      };
+      const up = (event) => {
+        removeEventListener("pointermove", move);
+        removeEventListener("pointerup", up);
+        band.remove();
+        if (Math.abs(event.clientX - down.clientX) < 8) return;
+        const ends = [place(down), place(event)];
+        setStep(Math.min(...ends), Math.max(...ends));
+      };
+      addEventListener("pointermove", move);
+      addEventListener("pointerup", up);
+    });
+  };
+
   for (const figure of document.querySelectorAll("figure[data-spec]")) {
     const still = figure.querySelector("img");
     const chart = document.createElement("div");
@@ -11,6 +92,7 @@
     still.before(chart);
     const columns = Math.max(1, Math.floor(chart.clientWidth / 230));
     const own = read(figure.dataset.spec);
+    if (own.facet && chart.clientWidth < 700) own.columns = 1;
     const width = { width: "container", autosize: { type: "fit-x", contains: "padding" } };
     const spec = figure.classList.contains("live") ? { ...own, ...width } : own;
     const options = {
@@ -22,7 +104,10 @@
       tooltip: { disableDefaultStyle: true },
     };
     vegaEmbed(chart, spec, options).then(
-      () => still.remove(),
+      ({ view }) => {
+        still.remove();
+        if (own.usermeta?.zoom) addZoom(chart, view, own.usermeta.zoom);
+      },
       (error) => {
         chart.remove();
         console.error(error);
@@ -52,11 +137,10 @@
 
   for (const table of document.querySelectorAll("table[data-sortable]")) {
     for (const heading of table.tHead.rows[0].cells) {
-      const button = document.createElement("button");
-      button.type = "button";
-      button.append(...heading.childNodes);
-      button.addEventListener("click", () => sort(table, heading));
-      heading.append(button);
+      const sorter = button("", "", () => sort(table, heading));
+      sorter.removeAttribute("title");
+      sorter.append(...heading.childNodes);
+      heading.append(sorter);
     }
   }
 
@@ -67,12 +151,48 @@
     const select = document.createElement("select");
     const values = new Set(rows.map((row) => row.cells[index].textContent));
     select.append(new Option(`every ${name}`, ""), ...[...values].map((value) => new Option(value)));
-    select.addEventListener("change", () => {
+    const show = () => {
       for (const row of rows) row.hidden = select.value !== "" && row.cells[index].textContent !== select.value;
+    };
+    select.addEventListener("change", show);
+    if (rows.length > 12 && values.size > 1) {
+      [select.value] = values;
+      show();
+    }
+    const choose = document.createElement("label");
+    choose.className = "choose";
+    choose.append(`Show ${name} `, select);
+    table.parentElement.before(choose);
+  }
+
+  const contents = document.querySelector("nav details");
+  if (contents) {
+    const summary = contents.querySelector("summary");
+    const here = label("");
+    summary.append(here);
+    const entries = [...contents.querySelectorAll("a")].map((link) => [
+      link,
+      document.getElementById(decodeURIComponent(link.hash.slice(1))),
+    ]);
+    const follow = () => {
+      const edge = summary.getBoundingClientRect().bottom + 16;
+      const read = entries.filter(([, heading]) => heading.getBoundingClientRect().top <= edge).at(-1) ?? entries[0];
+      for (const [link] of entries) link.removeAttribute("aria-current");
+      read[0].setAttribute("aria-current", "true");
+      here.textContent = read[0].textContent;
+    };
+    addEventListener("scroll", () => requestAnimationFrame(follow), { passive: true });
+    follow();
+    const close = () => {
+      contents.open = false;
+    };
+    contents.addEventListener("click", (event) => event.target.closest("a") && close());
+    document.addEventListener("click", (event) => contents.contains(event.target) || close());
+    document.addEventListener("keydown", (event) => {
+      if (event.key === "Escape" && contents.open) {
+        close();
+        summary.focus();
+      }
     });
-    const label = document.createElement("label");
-    label.className = "choose";
-    label.append(`Show ${name} `, select);
-    table.parentElement.before(label);
   }
 })();

@@ -15,7 +15,7 @@ import vl_convert
 COLOURS = ("#3c54d8", "#f09c3c", "#84c090", "#d884fc", "#90003c", "#24d8e4", "#a88448", "#6c489c", "#6c4800")
 """Chart colours, distinguishable from each other and from the grey with any colour vision, on white and near-black.
 
-Source: our own search for the largest minimum difference; `tests/reports/sections/test_memory_timeline.py` checks it.
+Source: our own search for the largest minimum difference; `tests/reports/charts/test_memory_timeline.py` checks it.
 """
 REST_COLOUR = "#8a8f98"
 """Grey of the summed-up remainder."""
@@ -39,6 +39,7 @@ def config(ink: str, faint: str, page: str, legend_columns: int) -> dict[str, An
         "axis": text | {"gridColor": faint, "domainColor": faint, "tickColor": faint, "titleFontWeight": "normal"},
         "legend": text | {"titleFontWeight": "normal", "labelLimit": 0, "titleLimit": 0, "columns": legend_columns},
         "title": {"color": ink, "subtitleColor": ink, "fontSize": 15, "subtitleFontSize": 12, "anchor": "start"},
+        "header": {"labelColor": ink, "titleColor": ink},
         "text": {"color": ink, "fontSize": 12},
         "rule": {"color": ink},
         "point": {"color": ink},

@@ -7,11 +7,11 @@ from typing import Any
 
 import altair as alt
 
+from ..charts.memory_timeline import CHART_WIDTH
 from ..inputs.benchmark_records import Accuracy, PairRow, RankRow, RehearsalRecord, StepRow, StepTimes
 from ..inputs.run_accuracy import PROCESS_PREFIX, RESIDENT, SAVED
 from ..render.document import CellValue, Column, Picture, Section, SectionPart, Table
 from ..render.vega import COLOURS
-from .memory_timeline import CHART_WIDTH
 
 _KINDS: dict[str, Callable[[RankRow], bool]] = {
     "states between steps": lambda row: row.what == RESIDENT,

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import altair as alt
-import pandas as pd
 
 from translution.distributed.experiments import EXPERIMENT_RESULT, ExperimentResult, Summary
 from translution.planner.common import InputError, format_count, parse_json
+from translution.planner.config import GptSpec
 
+from ..charts.memory_timeline import CHART_WIDTH
 from ..render.document import CellValue, Column, Picture, Section, Table, read_input
-from ..render.vega import COLOURS, REST_COLOUR
+from ..render.vega import COLOURS
 
-_PICTURE_WIDTH, _ROW_HEIGHT = 320, 22
+_FACET_WIDTH, _ROW_HEIGHT = 320, 22
 _KINDS = {
     "digits-static": "centred",
     "digits-patches": "patches away",
@@ -73,39 +75,78 @@ def experiment_markdown(result: ExperimentResult) -> str:
     return "\n".join(lines) + "\n"
 
 
-def experiment_picture(result: ExperimentResult) -> dict[str, Any]:
-    """Return a Vega-Lite specification that shows every trial as a dot and each mean as a bar."""
-    names = [variant.name for variant in result.experiment.variants]
-    parameters = {trial.variant: format_count(trial.parameters) for trial in result.trials}
-    rows = [
+def chance_value(result: ExperimentResult) -> float:
+    """Return the metric of a model that knows nothing: one over the classes, or the bits of an equally likely token."""
+    model = result.experiment.variants[0].model
+    if isinstance(model, GptSpec):
+        return math.log2(model.vocabulary)
+    return 1 / model.classes
+
+
+def _trial_rows(result: ExperimentResult) -> list[dict[str, Any]]:
+    """Return a row per trial and test set, with the mean over the seeds."""
+    means: dict[tuple[str, str, str], float] = {
+        (row.variant, row.train, row.test): row.mean for row in result.summaries()
+    }
+    rows: list[dict[str, Any]] = [
         {
-            "model": f"{trial.variant} ({parameters[trial.variant]})",
-            "test": f"trained {kind_name(trial.train)}, tested {kind_name(test)}",
+            "model": f"{trial.variant} ({format_count(trial.parameters)})",
+            "test": _test_name(trial.train, test),
             "value": result.value(trial, test),
+            "mean": means[trial.variant, trial.train, test],
             "seed": trial.seed,
         }
         for trial in result.trials
         for test in trial.losses
     ]
-    data = pd.DataFrame(rows)
-    accuracy = result.experiment.metric == "accuracy"
-    axis = alt.Axis(format="%") if accuracy else alt.Axis()
-    order = [f"{name} ({parameters[name]})" for name in names]
-    x = alt.X("mean(value):Q", title=result.experiment.metric, axis=axis)
-    y = alt.Y("model:N", title=None, sort=order, axis=alt.Axis(labelLimit=0))
-    base = alt.Chart(data)
-    tooltip = ["model:N", "test:N", alt.Tooltip("value:Q", format=".4f"), "seed:Q"]
-    bars = base.mark_bar(color=COLOURS[0], opacity=0.75).encode(x=x, y=y)
-    dots = base.mark_point(color=REST_COLOUR, filled=True, size=28, opacity=1).encode(
-        x=alt.X("value:Q"), y=y, tooltip=tooltip
-    )
-    size = {"width": _PICTURE_WIDTH, "height": _ROW_HEIGHT * len(names)}
-    tests = list(dict.fromkeys(data["test"]))
-    charts = [
-        alt.layer(bars, dots).transform_filter(alt.datum.test == test).properties(title=test, **size) for test in tests
-    ]
-    spec: dict[str, Any] = alt.vconcat(*charts).properties(title=result.experiment.question).to_dict()
-    return spec
+    seen: set[str] = set()
+    for row in rows:
+        # One row of each pair of training and test set carries the chance line.
+        row["first"] = row["test"] not in seen
+        seen.add(str(row["test"]))
+    return rows
+
+
+def _test_name(train: str, test: str) -> str:
+    return f"trained {kind_name(train)}, tested {kind_name(test)}"
+
+
+def experiment_picture(result: ExperimentResult) -> dict[str, Any]:
+    """Return a Vega-Lite specification that shows every trial as a dot and each mean as a bar.
+
+    All pairs of training and test set have the same axes, and a dashed line where a model that knows nothing is.
+    """
+    metric, rows = result.experiment.metric, _trial_rows(result)
+    is_accuracy = metric == "accuracy"
+    chance = chance_value(result)
+    highest = 1.0 if is_accuracy else 1.05 * max(chance, *(row["value"] for row in rows))
+    chance_text = f"chance {chance:.0%}" if is_accuracy else f"chance {chance:.3g}"
+    scale = alt.Scale(domain=[0, highest], nice=False)
+    axis = alt.Axis(format="%", tickCount=5) if is_accuracy else alt.Axis(tickCount=5)
+    x, of_mean = (alt.X(f"{name}:Q", title=metric, axis=axis, scale=scale, stack=None) for name in ("value", "mean"))
+    order = [variant.name for variant in result.experiment.variants]
+    models = sorted({row["model"] for row in rows}, key=lambda model: order.index(model.rpartition(" (")[0]))
+    y = alt.Y("model:N", title=None, scale=alt.Scale(domain=models), axis=alt.Axis(labelLimit=0))
+    tooltip = ["model:N", "test:N", alt.Tooltip("value:Q", format=".4f"), alt.Tooltip("mean:Q", format=".4f"), "seed:Q"]
+    data = alt.InlineData(values=rows)
+    base = alt.Chart().encode(y=y)
+    # Each seed has a bar of the same mean: only one of them is drawn.
+    first = min(row["seed"] for row in rows)
+    bars = base.transform_filter(f"datum.seed == {first}").mark_bar(color=COLOURS[0], opacity=0.75).encode(x=of_mean)
+    dots = base.mark_point(color=COLOURS[1], filled=True, size=28, opacity=1).encode(x=x, tooltip=tooltip)
+    at_chance = alt.Chart().transform_filter("datum.first").encode(x=alt.datum(chance))
+    rule = at_chance.mark_rule(strokeDash=[4, 3], strokeWidth=1.5)
+    name = at_chance.mark_text(align="left", baseline="bottom", dx=3, dy=-3).encode(y=alt.value(0))
+    layers = [bars, dots, rule, name.encode(text=alt.value(chance_text))]
+    width = _FACET_WIDTH if len({row["test"] for row in rows}) > 1 else CHART_WIDTH
+    chart = alt.LayerChart(layer=layers, width=width, height=_ROW_HEIGHT * len(models))
+    tests = list(dict.fromkeys(row["test"] for row in rows))
+    title = alt.TitleParams(result.experiment.question, offset=24)
+    if len(tests) == 1:
+        return dict(chart.properties(title=title, data=data).to_dict())
+    header = alt.Header(labelPadding=20, labelFontWeight="bold", labelAnchor="start", labelFontSize=12)
+    facet = alt.Facet("test:N", title=None, sort=tests, header=header)
+    return dict(chart.facet(facet=facet, columns=2, data=data).properties(title=title).to_dict())
 
 
 _RESULT_FILE = "result.json"
@@ -141,10 +182,7 @@ def _table(result: ExperimentResult, summaries: list[Summary]) -> Table:
         own = [found[variant.name, test] for test in tests]
         rows.append((variant.name, own[0].parameters, *((row.mean, row.deviation) for row in own)))
     kind = "share" if experiment.metric == "accuracy" else "number"
-    columns = [
-        Column.model_validate({"title": f"trained {kind_name(train)}, tested {kind_name(test)}", "kind": kind})
-        for train, test in tests
-    ]
+    columns = [Column.model_validate({"title": _test_name(train, test), "kind": kind}) for train, test in tests]
     seeds = max(row.seeds for row in summaries)
     spread = f"mean ± sample standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     return Table(
@@ -157,6 +195,14 @@ def _table(result: ExperimentResult, summaries: list[Summary]) -> Table:
     )
 
 
+def _chance_words(result: ExperimentResult) -> str:
+    """Return what a model that knows nothing reaches, in words."""
+    chance = chance_value(result)
+    if result.experiment.metric == "accuracy":
+        return f"{chance:.0%} for a guess among {round(1 / chance)} classes"
+    return f"{chance:.3g} bits if every byte is equally likely"
+
+
 def experiment_section(result: ExperimentResult) -> Section:
     """Return the section of an experiment: a table of means and deviations, and a chart of all trials."""
     experiment, summaries = result.experiment, result.summaries()
@@ -167,7 +213,7 @@ def experiment_section(result: ExperimentResult) -> Section:
     means = "; ".join(f"{row.variant}, {kind_name(row.test)}: {row.mean:.3f}" for row in summaries)
     chart = Picture(
         key=f"experiment-{experiment.name}",
-        caption="Each dot is a trial; the bar is the mean.",
+        caption=f"Each dot is a trial; the bar is the mean. Dashed: chance, {_chance_words(result)}.",
         name=f"Trials of {experiment.name}",
         spec=experiment_picture(result) | {"description": f"{experiment.question} Mean {experiment.metric}: {means}."},
         how="Measured by",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import altair as alt
@@ -14,10 +14,11 @@ from translution.planner.costs import TABLES
 from translution.planner.hardware import ClusterSpec
 from translution.planner.simulator.network import DtypeSizes
 
+from ..charts.memory_timeline import CHART_WIDTH
 from ..render.document import CellValue, Column, Picture, Section, Table, format_value
 from ..render.vega import COLOURS
-from .memory_timeline import CHART_WIDTH
 
+_GLANCE_WIDTH, _GLANCE_ROW = 440, 30
 _FULL, _PLAIN = "full Translution", "attention"
 _STEP, _PLAN = Column(title="step (interval)", kind="seconds"), Column(title="best plan", kind="sentence")
 _DEVICE = Column(title="device memory of a rank", kind="bytes")
@@ -76,6 +77,81 @@ def _sentences(points: Sequence[PlanPoint], cluster: ClusterSpec) -> tuple[str, 
     return tuple(texts)
 
 
+def _glance_chart(
+    points: Sequence[PlanPoint], values: list[dict[str, Any]], title: str, more: Sequence[alt.Chart]
+) -> alt.LayerChart:
+    """Return a chart with a dot for each model and operator, or a cross where no plan fits.
+
+    Args:
+        points: best plans.
+        values: a row for each that fits: "model", "operator", "x", "low" and "high" on the axis, and "text".
+        title: title of the axis.
+        more: further layers.
+    """
+    operators = list(dict.fromkeys(point.operator for point in points))
+    models = list(dict.fromkeys(point.model for point in points))
+    colour = alt.Color(
+        "operator:N",
+        title=None,
+        scale=alt.Scale(domain=operators, range=list(COLOURS[: len(operators)])),
+        legend=alt.Legend(orient="top", columns=3, symbolOpacity=1),
+    )
+    y = alt.Y("model:N", title=None, scale=alt.Scale(domain=models), axis=alt.Axis(labelLimit=0, grid=True))
+    scale, axis = alt.Scale(type="log"), alt.Axis(format="~g", tickCount=4)
+    tooltip = ["model:N", "operator:N", alt.Tooltip("text:N", title=title), alt.Tooltip("plan:N")]
+    base = alt.Chart(alt.InlineData(values=values)).encode(y=y, color=colour)
+    x, low = (alt.X(f"{name}:Q", title=title, scale=scale, axis=axis) for name in ("x", "low"))
+    lines = base.mark_rule(strokeWidth=2, opacity=0.5).encode(x=low, x2="high:Q")
+    dots = base.mark_point(filled=True, size=80, opacity=1).encode(x=x, tooltip=tooltip)
+    missing = [
+        {"model": point.model, "operator": point.operator, "plan": _plan(point)} for point in points if not point.plan
+    ]
+    crosses = alt.Chart(alt.InlineData(values=missing)).mark_point(
+        shape="cross", angle=45, filled=True, size=110, opacity=1
+    )
+    marks = [crosses.encode(x=alt.value(8), y=y, color=colour, tooltip=["model:N", "operator:N", "plan:N"])]
+    return alt.LayerChart(
+        layer=[lines, dots, *(marks if missing else []), *more],
+        width=_GLANCE_WIDTH,
+        height=_GLANCE_ROW * max(3, len(models)),
+    )
+
+
+def _glance_pictures(points: Sequence[PlanPoint], cluster: ClusterSpec, made: Provenance) -> Iterator[Picture]:
+    """Yield the pictures of the memory of a rank against the capacity, and of the time of a step."""
+    memory = [
+        {"model": p.model, "operator": p.operator, "x": p.device_bytes / GIB, "low": p.device_bytes / GIB}
+        | {"high": p.device_bytes / GIB, "text": format_bytes(p.device_bytes), "plan": _plan(p)}
+        for p in points
+        if p.device_bytes is not None
+    ]
+    times = [
+        {"model": p.model, "operator": p.operator, "x": p.likely_s, "low": p.low_s, "high": p.high_s}
+        | {"text": format_value(_time(p), "seconds"), "plan": _plan(p)}
+        for p in points
+        if p.likely_s is not None
+    ]
+    size = cluster.device_memory_bytes
+    capacity = alt.Chart(alt.InlineData(values=[{"x": size / GIB, "text": f"capacity {format_bytes(size)}"}]))
+    rule = capacity.mark_rule(strokeDash=[6, 4]).encode(x="x:Q")
+    name = capacity.mark_text(align="right", baseline="bottom", dx=-4, dy=-2).encode(
+        x="x:Q", y=alt.value(0), text="text:N"
+    )
+    cross = " A cross: no plan fits." if any(point.plan is None for point in points) else ""
+    charts = {
+        "Device memory of a rank": (memory, "GiB, peak", [rule, name], f"On {cluster.name}.{cross}"),
+        "Time of a step": (times, "seconds per step", [], f"{points[0].samples} samples, with the interval.{cross}"),
+    }
+    for number, (title, (values, axis, more, caption)) in enumerate(charts.items()):
+        if not values:
+            continue
+        chart = _glance_chart(points, values, axis, more)
+        text = "; ".join(f"{row['model']} with {row['operator']} {row['text']}" for row in values)
+        spec = chart.properties(title=title, description=f"{title} of the best plan on {cluster.name}: {text}.")
+        key = f"glance-{number}"
+        yield Picture(key=key, caption=caption, name=title, spec=dict(spec.to_dict()), half=True, made=made)
+
+
 def overview_section(
     specs: Iterable[ModelSpec], cluster: ClusterSpec, training: TrainingSpec, made: Provenance
 ) -> Section:
@@ -108,14 +184,14 @@ def overview_section(
         ),
         rows=rows,
         chosen_by=0,
+        text="Memory is predicted by replaying every allocation. A plan leaves 8% of each memory free, and "
+        "α-Translution has c1 = c2 = 16. Times on GPUs are not measured: they are estimated as fractions of the "
+        "vendors' peak rates, with an interval.",
         made=made,
     )
-    note = (
-        "Memory is predicted by replaying every allocation. A plan leaves 8% of each memory free, and α-Translution "
-        "has c1 = c2 = 16. Times on GPUs are not measured: they are estimated as fractions of the vendors' peak rates, "
-        "with an interval."
-    )
-    return Section(key="glance", title="At a glance", text=(*_sentences(points, cluster), note), parts=(table,))
+    pictures = _glance_pictures(points, cluster, made)
+    text = " ".join(_sentences(points, cluster))
+    return Section(key="glance", title="At a glance", text=(text,), parts=(*pictures, table))
 
 
 _COLUMNS = (

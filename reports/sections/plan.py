@@ -1,4 +1,4 @@
-"""The report of a plan: summary, memory timelines, memory breakdown, and the newest measured run."""
+"""The report of a plan: memory timelines, summary, memory breakdown, and the measured memory of a run."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from translution.distributed.runs import memory_path
 from translution.planner.common import Provenance, Tier, format_bytes, format_count, format_flops
 from translution.planner.costs import TABLES, count_flops, count_parameters
-from translution.planner.plans import RUNS, Plan, load_plan
+from translution.planner.plans import Plan, load_plan
 
+from ..charts.memory_timeline import combined_picture, describe_constant, draw_timelines, is_constant
 from ..inputs.plan_command import plan_command
 from ..inputs.prediction import breakdown_rows, tier_name, timelines_of
-from ..inputs.run_accuracy import compare_run, read_metrics
-from ..render.document import CellValue, Column, Picture, Section, SectionPart, Table
-from .memory_timeline import combined_picture, draw_timelines
-from .training_curve import draw_curve
+from ..inputs.run_accuracy import compare_run
+from ..inputs.training_runs import find_shown_run, has_measurement, read_run
+from ..render.document import CellValue, Column, Picture, Section, Table, format_value
 
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """Sections and charts of one plan."""
+    """Sections and charts of one plan, and of its run."""
 
     title: str
     plan: Plan
     sections: tuple[Section, ...]
     picture: dict[str, Any]
     """Memory timelines of all tiers as one Vega-Lite specification."""
-    measured: bool
-    """True if the sections include a measured run."""
+    measured: Section | None
+    """Predicted and measured memory of the run, if it measured any."""
 
 
 def summarize(plan: Plan) -> tuple[tuple[str, str], ...]:
@@ -76,54 +75,55 @@ def _breakdown_table(tier: str, own: list[Mapping[str, Any]], key: str, made: Pr
     phases = {row["phase"]: row for row in own}
     rows: list[tuple[CellValue, ...]] = []
     for name in dict.fromkeys(row["name"] for row in own):
-        named = [row for row in own if row["name"] == name]
-        sizes = [[row["bytes"] for row in named if row["phase"] == phase] for phase in phases]
-        cells = tuple(sum(found) if found else None for found in sizes)
-        rows.append((name, *cells, _once(row["formula"] for row in named), _once(row["source"] for row in named)))
-    foot: list[tuple[CellValue, ...]] = [("peak", *(row["peak_bytes"] for row in phases.values()), "", "")]
+        sizes = [[row["bytes"] for row in own if (row["name"], row["phase"]) == (name, phase)] for phase in phases]
+        rows.append((name, *(sum(found) if found else None for found in sizes)))
+    foot: list[tuple[CellValue, ...]] = [("peak", *(row["peak_bytes"] for row in phases.values()))]
     sites = tuple(row["site"] for row in phases.values())
     if any(sites):
-        foot.append(("where", *sites, "", ""))
+        foot.append(("where", *sites))
     return Table(
         key=key,
         heading=_heading(tier),
         caption=f"Bytes of one rank, {tier} memory, by phase",
-        columns=(
-            Column(title="item"),
-            *(Column(title=phase, kind="bytes") for phase in phases),
-            Column(title="how it is counted", kind="sentence"),
-            Column(title="source", kind="code"),
-        ),
+        columns=(Column(title="item"), *(Column(title=phase, kind="bytes") for phase in phases)),
         rows=tuple(rows),
         foot=tuple(foot),
         made=made,
     )
 
 
+def _sources_table(tier: str, own: list[Mapping[str, Any]], key: str, made: Provenance) -> Table:
+    """Return the table that says how each item of a tier is counted."""
+    rows: list[tuple[CellValue, ...]] = []
+    for name in dict.fromkeys(row["name"] for row in own):
+        named = [row for row in own if row["name"] == name]
+        rows.append((name, _once(row["formula"] for row in named), _once(row["source"] for row in named)))
+    return Table(
+        key=f"{key}-sources",
+        caption=f"How each item of {tier} memory is counted",
+        columns=(
+            Column(title="item"),
+            Column(title="how it is counted", kind="sentence"),
+            Column(title="source", kind="code"),
+        ),
+        rows=tuple(rows),
+        made=made,
+    )
+
+
 def breakdown_tables(rows: Iterable[Mapping[str, Any]], prefix: str, made: Provenance) -> Iterator[Table]:
-    """Yield one table per tier from the rows of `breakdown_rows`."""
+    """Yield two tables per tier from the rows of `breakdown_rows`: its sizes by phase, and how they are counted."""
     tiers: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         tiers.setdefault(tier_name(row["tier"]), []).append(row)
     for number, (tier, own) in enumerate(tiers.items()):
-        yield _breakdown_table(tier, own, f"{prefix}breakdown-{number}", made)
-
-
-def _measured_run(folder: Path) -> Path | None:
-    """Return the folder if it is a measured run, else the newest measured run of the plan folder, if any."""
-    runs = sorted((folder / RUNS).glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    measured = (run for run in [folder, *runs] if any(memory_path(run, 0).parent.glob("rank_*.json")))
-    return next(measured, None)
+        key = f"{prefix}breakdown-{number}"
+        yield from (_breakdown_table(tier, own, key, made), _sources_table(tier, own, key, made))
 
 
 def _measured(run: Path, key: str) -> Section:
-    """Return the section with predicted and measured memory and the training curve of a run."""
-    metrics = read_metrics(run)
-    evaluations = metrics[metrics["event"] == "evaluation"]
-    steps = metrics[metrics["event"] == "step"]
-    started = metrics[metrics["event"] == "start"].to_dict("records")
-    found = started[-1].get("made") if started else None
-    made = Provenance.model_validate(found) if isinstance(found, dict) else None
+    """Return the section with predicted and measured memory of a run."""
+    found = read_run(run, run.name)
     rows: list[tuple[CellValue, ...]] = []
     for row in compare_run(run).to_dict("records"):
         ratio = float(row["ratio"])
@@ -131,30 +131,15 @@ def _measured(run: Path, key: str) -> Section:
         rows.append((row["what"], int(row["rank"]), *sizes, ratio if ratio == ratio else None))
     titles = {"rank": "integer", "predicted": "bytes", "measured": "bytes", "predicted / measured": "ratio"}
     columns = [Column.model_validate({"title": title, "kind": kind}) for title, kind in titles.items()]
-    parts: list[SectionPart] = [
-        Table(
-            key=f"{key}-memory",
-            caption=f"Memory per rank of {run}",
-            columns=(Column(title="item"), *columns),
-            rows=tuple(rows),
-            how="Measured by",
-            made=made,
-        )
-    ]
-    if not steps.empty:
-        accuracy = "" if evaluations.empty else f"; accuracy on held-out samples {evaluations['accuracy'].iloc[-1]:.2%}"
-        parts.append(
-            Picture(
-                key="curve" if key == "measured" else f"{key}-curve",
-                heading="Training",
-                caption=f"Mean loss over all ranks at each step{accuracy}.",
-                name="Training curve",
-                spec=dict(draw_curve(steps, f"Loss of {run.name}").to_dict()),
-                how="Measured by",
-                made=made,
-            )
-        )
-    return Section(key=key, title="Predicted and measured", parts=tuple(parts))
+    table = Table(
+        key=f"{key}-memory",
+        caption=f"Memory per rank of {run}",
+        columns=(Column(title="item"), *columns),
+        rows=tuple(rows),
+        how="Measured by",
+        made=None if found is None else found.made,
+    )
+    return Section(key=key, title=f"Predicted and measured memory of run {run.name}", parts=(table,))
 
 
 def _timelines(plan: Plan, title: str, prefix: str, made: Provenance) -> tuple[Section, dict[str, Any]]:
@@ -167,23 +152,43 @@ def _timelines(plan: Plan, title: str, prefix: str, made: Provenance) -> tuple[S
     capacities: dict[str, int] = {Tier.DEVICE: plan.cluster.device_memory_bytes, Tier.HOST: host_share}
     named = {tier_name(tier): timeline for tier, timeline in timelines_of(plan).items()}
     charts = draw_timelines(named, title, subtitle, capacities)
+    constant = " ".join(describe_constant(each, tier) for tier, each in named.items() if is_constant(each))
+    captions = [f"Live bytes of one rank in {tier} memory; a point is the maximum of its events." for tier in charts]
+    if constant:
+        captions[-1] += f" {constant}"
     pictures = [
         Picture(
             key=f"{prefix}timeline-{number}",
-            heading=_heading(tier),
-            caption=f"Live bytes of one rank in {tier} memory. Each point is the maximum of the events that it covers.",
+            heading=_heading(tier) if len(charts) > 1 else None,
+            caption=caption,
             name=f"Timeline of {tier} memory",
             spec=dict(chart.to_dict()),
+            narrow=True,
             made=made,
         )
-        for number, (tier, chart) in enumerate(charts.items())
+        for number, ((tier, chart), caption) in enumerate(zip(charts.items(), captions, strict=True))
     ]
     text = (
-        "Live bytes after every allocation and release of the step, by category. Hover over the chart, or touch it, to "
-        "see the sizes and where in the step they occur."
+        "Live bytes after every allocation and release of the step. Hover over the chart, or touch it, for sizes; drag "
+        "over it to zoom."
     )
     section = Section(key=f"{prefix}timeline", title="Memory over a step", text=(text,), parts=tuple(pictures))
     return section, combined_picture(charts)
+
+
+def verdict(plan: Plan) -> str:
+    """Return whether a plan fits, what a rank needs at most, and the predicted time of a step, as sentences."""
+    peak, capacity = plan.prediction.peak_bytes, plan.cluster.device_memory_bytes
+    share = f"{peak / capacity:.0%}" if peak >= 0.01 * capacity else "under 1%"
+    text = (
+        f"A rank needs at most {format_bytes(peak)} of {format_bytes(capacity)} ({share}): the plan "
+        f"{'fits' if peak <= capacity else 'does not fit'}."
+    )
+    if plan.time is None:
+        return text
+    seconds = format_value((plan.time.likely_s, plan.time.low_s, plan.time.high_s), "seconds")
+    batch = plan.training.global_batch(plan.cluster.world_size)
+    return f"{text} A step of {batch:,} samples is predicted to take {seconds}."
 
 
 def report_plan(folder: Path, made: Provenance, prefix: str = "") -> PlanReport:
@@ -210,11 +215,10 @@ def report_plan(folder: Path, made: Provenance, prefix: str = "") -> PlanReport:
         made=made,
     )
     timelines, picture = _timelines(plan, title, prefix, made)
-    sections = [Section(key=f"{prefix}plan", title="Plan", parts=(summary,)), timelines]
+    sections = [timelines, Section(key=f"{prefix}plan", title="Plan", parts=(summary,))]
     text = "Every item that is live at the peak of each phase, how it is counted, and the source of the formula."
     breakdowns = tuple(breakdown_tables(breakdown_rows(plan.prediction), prefix, made))
     sections.append(Section(key=f"{prefix}breakdown", title="Memory breakdown", text=(text,), parts=breakdowns))
-    run = _measured_run(folder)
-    if run is not None:
-        sections.append(_measured(run, f"{prefix}measured"))
-    return PlanReport(title, plan, tuple(sections), picture, measured=run is not None)
+    run = find_shown_run(folder)
+    measured = _measured(run, f"{prefix}measured") if run is not None and has_measurement(run) else None
+    return PlanReport(title, plan, tuple(sections), picture, measured)

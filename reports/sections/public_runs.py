@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import altair as alt
 
+from ..charts.memory_timeline import CHART_WIDTH
 from ..inputs.benchmark_records import PublicRuns
 from ..render.document import CellValue, Column, Picture, Section, Table
 from ..render.vega import COLOURS
-from .memory_timeline import CHART_WIDTH
 
 
 def _picture(found: PublicRuns) -> Picture:

@@ -25,14 +25,20 @@ def press(browser: Browser, key: str, code: int, text: str = "") -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "width", "paper"), [("light", 1200, "rgb(255, 255, 255)"), ("dark", 390, "rgb(13, 17, 23)")]
+    ("scheme", "width", "height", "paper"),
+    [("light", 1280, 900, "rgb(255, 255, 255)"), ("dark", 390, 844, "rgb(13, 17, 23)")],
 )
 def test_every_chart_fits_the_width_and_makes_no_requests(
-    browser: Browser, gallery_folder: Path, document: Document, scheme: str, width: int, paper: str
+    browser: Browser, gallery_folder: Path, document: Document, scheme: str, width: int, height: int, paper: str
 ) -> None:
     page = gallery_folder / "index.html"
-    browser.open(page, width=width, scheme=scheme)
+    browser.open(page, width=width, height=height, scheme=scheme)
     browser.wait(DRAWN.format(count=len(document.pictures)))
+    # Most of the first picture is on the first screen.
+    top, bottom = browser.evaluate(
+        "(({top, bottom}) => [top, bottom])(document.querySelector('figure svg').getBoundingClientRect())"
+    )
+    assert (top + bottom) / 2 < height
     assert browser.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [width, width]
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == paper
     # A single chart fits its box; a composed chart scrolls.
@@ -41,8 +47,29 @@ def test_every_chart_fits_the_width_and_makes_no_requests(
         ".filter((box) => box.querySelector('svg').getBoundingClientRect().width > box.scrollWidth + 1).length"
     )
     assert browser.evaluate(overhang) == 0
+    # No table is cut off on a screen; on a phone it scrolls in its own box.
+    cut = (
+        "[...document.querySelectorAll('table')].map((table) => table.parentElement)"
+        ".filter((box) => box.scrollWidth > box.clientWidth + 1).length"
+    )
+    assert (browser.evaluate(cut) == 0) == (width == 1280)
+    check_contents(browser, document)
     assert browser.complaints() == []
     assert browser.requests() == [page.as_uri()]
+
+
+def check_contents(browser: Browser, document: Document) -> None:
+    """Follow the contents, which stay at the top, to the last section."""
+    last = document.sections[-1]
+    browser.evaluate("scrollTo(0, document.body.scrollHeight / 2)")
+    assert browser.evaluate("document.querySelector('nav').getBoundingClientRect().top") == 0
+    browser.evaluate("document.querySelector('nav summary').click()")
+    link = f"document.querySelector('nav a[href=\"#{last.key}\"]')"
+    assert browser.evaluate(f"{link}.checkVisibility()")
+    browser.evaluate(f"{link}.click()")
+    browser.wait("document.querySelector('nav summary').innerText", lambda text: text.endswith(last.title))
+    assert browser.evaluate("document.querySelector('nav details').open") is False
+    assert browser.evaluate(f"{link}.getAttribute('aria-current')") == "true"
 
 
 def test_table_is_sorted_by_value_with_the_keyboard(browser: Browser, gallery_folder: Path) -> None:
@@ -85,6 +112,8 @@ def test_rows_can_be_filtered_by_model(browser: Browser, gallery_folder: Path) -
         "[...new Set([...document.querySelector('#costs-table tbody').rows]"
         ".filter((row) => row.checkVisibility()).map((row) => row.cells[0].textContent))]"
     )
+    # A long table shows one model at first.
+    assert browser.evaluate(shown) == ["vit-tiny/56"]
     for value, expected in (("gpt-tiny/160", ["gpt-tiny/160"]), ("", ["vit-tiny/56", "gpt-tiny/160"])):
         browser.evaluate(
             f"(() => {{ const select = {label}.querySelector('select'); select.value = '{value}';"
@@ -114,6 +143,8 @@ def test_printed_page_has_no_controls(browser: Browser, gallery_folder: Path) ->
     browser.call("Emulation.setEmulatedMedia", media="print", features=[])
     try:
         assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-        assert browser.evaluate("document.querySelector('.choose').checkVisibility()") is False
+        for hidden in (".choose", ".zoom", "nav"):
+            assert browser.evaluate(f"document.querySelector('{hidden}').checkVisibility()") is False
+        assert browser.evaluate("document.querySelector('tr[hidden]').checkVisibility()") is True
     finally:
         browser.call("Emulation.setEmulatedMedia", media="")

@@ -25,7 +25,8 @@ from .. import app
 def report_cli(
     out: Annotated[Path, typer.Option(help="HTML page to write; it needs no network.")],
     folders: Annotated[
-        list[Path] | None, typer.Argument(metavar="[PLAN_OR_RUN]...", help="Plan folders or run folders.")
+        list[Path] | None,
+        typer.Argument(metavar="[PLAN_OR_RUN]...", help="Plan folders or run folders; several runs share charts."),
     ] = None,
     model: Annotated[
         list[str] | None, typer.Option(help="Preset or file whose costs and best plans are shown; repeatable.")
@@ -45,6 +46,10 @@ def report_cli(
     benchmarks: Annotated[Path | None, typer.Option(help="Folder with operator.json and planner.json.")] = None,
     gpu: Annotated[Path | None, typer.Option(help="Folder of scripts/gpu_check.py's results, if any yet.")] = None,
     public: Annotated[Path | None, typer.Option(help="public.json of benchmarks/public_runs.py.")] = None,
+    snapshot: Annotated[
+        Path | None, typer.Option(help="Memory snapshot of torch, pickle or JSON, to lay over the plan's prediction.")
+    ] = None,
+    snapshot_steps: Annotated[int, typer.Option(help="Number of optimizer steps in the snapshot.")] = 1,
     png: Annotated[Path | None, typer.Option(help="Also write a plan's memory timeline as PNG.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Also write a plan's memory timeline as SVG.")] = None,
     markdown: Annotated[
@@ -69,6 +74,8 @@ def report_cli(
         benchmarks=benchmarks,
         gpu=gpu,
         public=public,
+        snapshot=snapshot,
+        snapshot_steps=snapshot_steps,
     )
     with WorkProgress("writing the report"):
         sizes = write_report(request, ReportFiles(out, png, svg, markdown, data, force))

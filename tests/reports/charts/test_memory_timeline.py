@@ -14,14 +14,18 @@ from numpy.typing import NDArray
 from translution.planner.common.units import GIB
 from translution.planner.memory.timeline import Timeline, make_timeline
 from translution.planner.simulator.core import Event
-from translution.reports.render import vega
-from translution.reports.render.vega import COLOURS, REST_COLOUR
-from translution.reports.sections.memory_timeline import (
+from translution.reports.charts.memory_timeline import (
     assign_colours,
     combined_picture,
+    describe_constant,
     describe_timeline,
+    draw_measured,
     draw_timelines,
+    is_constant,
+    named_categories,
 )
+from translution.reports.render import vega
+from translution.reports.render.vega import COLOURS, REST_COLOUR
 
 EVENTS: list[Event] = [
     *(("forward", f"block {number}", "activations", GIB) for number in range(8)),
@@ -79,36 +83,79 @@ def test_peak_and_phases_are_labelled() -> None:
     ]
 
 
-@pytest.mark.parametrize(("capacity", "drawn"), [(20 * GIB, True), (27 * GIB, False), (None, False)])
-def test_capacity_is_drawn_if_it_is_close_to_the_peak(capacity: int | None, drawn: bool) -> None:
+@pytest.mark.parametrize(
+    ("capacity", "shown", "top"),
+    [
+        (20 * GIB, "capacity 20.00 GiB", 20),
+        (130 * GIB, "↑ capacity 130 GiB, 10 × the peak", 13),
+        (10 * GIB, "capacity 10.00 GiB", 13),
+        (None, None, 13),
+    ],
+)
+def test_capacity_is_a_line_or_written_at_the_top(capacity: int | None, shown: str | None, top: int) -> None:
     document = spec(capacity)
-    assert ("capacity 20.00 GiB" in texts(document)) == drawn
-    top = max(
-        layer["encoding"]["y"]["scale"]["domain"][1]
-        for layer in document["layer"]
-        if "color" in layer.get("encoding", {})
-    )
-    assert top == pytest.approx(1.12 * (20 if drawn else 13))
+    assert [text for text in texts(document) if "capacity" in text] == ([] if shown is None else [shown])
+    (first,) = [param["value"] for param in document["params"] if param["name"] == "top_0"]
+    assert first == pytest.approx(1.12 * top)
+
+
+def test_zoom_offers_every_phase_and_what_changes() -> None:
+    zoom = spec(50 * GIB)["usermeta"]["zoom"]
+    assert [part["name"] for part in zoom["parts"]] == ["forward", "backward", "optimizer step"]
+    assert zoom["parts"][0]["from"] == 0 and zoom["parts"][-1]["to"] == 1
+    assert all(one["to"] == other["from"] for one, other in itertools.pairwise(zoom["parts"]))
+    ranges = {each["name"]: (each["from"], each["to"]) for each in zoom["ranges"]}
+    assert list(ranges) == ["everything", "up to the peak", "what changes"]
+    lowest, highest = ranges["what changes"]
+    # 3 GiB of parameters are live throughout, and the first point has 1 GiB of activations or less.
+    assert 3 <= lowest <= 4 and 13 < highest < 17
 
 
 def test_categories_beyond_the_colours_are_summed() -> None:
-    events: list[Event] = [("step", "", f"category {number:02}", 100 - number) for number in range(12)]
-    document = draw_timelines({"host": make_timeline(events)}, "m", "p", {})["host"].to_dict()
+    sizes = {f"category {number:02}": 100 - number for number in range(12)}
+    events: list[Event] = [("step", "", "category 00", size) for size in (-1, -1, 2)]
+    document = draw_timelines({"host": make_timeline(events, sizes)}, "m", "p", {})["host"].to_dict()
     rows = data(document)
-    assert rows[-1]["all"] == sum(rows[-1][f"c{number}"] for number in range(10)) == sum(event[3] for event in events)
+    assert rows[-1]["all"] == sum(rows[-1][f"c{number}"] for number in range(10)) == sum(sizes.values())
     assert rows[-1]["c9"] == 91 + 90 + 89
     assert "3 others" in str(document["layer"])
 
 
-def test_tier_without_events_is_constant() -> None:
-    document = draw_timelines({"nvme": make_timeline([], {"states": GIB})}, "m", "p", {})["nvme"].to_dict()
-    assert [(row["x"], row["c0"]) for row in data(document)] == [(0.0, GIB), (1.0, GIB)]
-    assert texts(document) == ["peak 1.00 GiB: throughout"]
+def test_activations_are_never_among_the_others() -> None:
+    events: list[Event] = [
+        ("forward", "", "activations", 3),
+        *(("forward", "", f"buffer {number:02}", 1000 - number) for number in range(12)),
+        ("backward", "", "activations", -3),
+    ]
+    found = make_timeline(events)
+    assert found.categories[-1] == "activations"
+    assert named_categories(found)[-1] == "activations"
+    assert "activations 3 B" in str(draw_timelines({"device": found}, "m", "p", {})["device"].to_dict()["layer"])
 
 
-def test_empty_tier_is_not_drawn() -> None:
-    charts = draw_timelines({"device": timeline(), "nvme": make_timeline([])}, "m", "p", {})
+def test_categories_that_change_are_named_before_larger_constant_ones() -> None:
+    constant = {f"constant {number}": 100 - number for number in range(9)}
+    events: list[Event] = [("forward", "", "gathered", 50), ("backward", "", "gathered", -50)]
+    named = named_categories(make_timeline(events, constant))
+    assert "gathered" in named and "constant 8" not in named
+
+
+def test_constant_tier_is_a_sentence_and_no_picture() -> None:
+    constant = make_timeline([], {"states": GIB})
+    charts = draw_timelines({"device": timeline(), "nvme": constant, "host": make_timeline([])}, "m", "p", {})
     assert list(charts) == ["device"]
+    assert is_constant(constant) and not is_constant(timeline())
+    assert describe_constant(constant, "NVMe") == "NVMe memory holds 1.00 GiB throughout: states 1.00 GiB."
+
+
+def test_prediction_is_drawn_over_what_was_measured() -> None:
+    document = draw_measured(timeline(), [(0.0, 3 * GIB), (0.5, 40 * GIB), (1.0, GIB)], "m", "p", 80 * GIB)
+    (line,) = [rows for rows in document["datasets"].values() if [row.get("y") for row in rows] == [3, 40, 1]]
+    assert [row["x"] for row in line] == [0.0, 0.5, 1.0]
+    assert "with a peak of 40.00 GiB" in document["description"]
+    (top,) = [param["value"] for param in document["params"] if param["name"].startswith("top_")]
+    # The line is higher than the areas, and 80 GiB are too far above the measured peak of 13 GiB to be drawn.
+    assert top == pytest.approx(1.12 * 40)
 
 
 def test_colours_are_unique_in_a_chart_and_shared_between_charts() -> None:

@@ -1,7 +1,7 @@
 """The chart of a memory timeline: stacked live bytes by category over the events of a step.
 
 As in memory viewers, the axis counts allocations and releases, not seconds; phases with few events are widened to stay
-visible.
+visible. The page zooms by setting the parameters of `Zoom`; a static image shows their first values.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import altair as alt
 
 from translution.planner.common import GIB, KIB, MIB, TIB, format_bytes
 from translution.planner.memory import Timeline, TimelinePoint
+from translution.planner.simulator.network import ACTIVATIONS
 
 from ..render.vega import COLOURS, REST_COLOUR
+from .timeline_zoom import ROOM, Zoom, zoom_choices
 
 CHART_WIDTH, CHART_HEIGHT = 860, 340
 _UNITS = ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
@@ -29,9 +31,11 @@ _LABEL_SHARE = 0.05
 _ONE_LINE_SHARE = 0.2
 """Fraction of the axis below which each word of a phase's name has its own line."""
 _LINE_HEIGHT = 14
-_MAX_CAPACITY_RATIO = 2.0
-"""A tier's capacity is drawn if it is at most this multiple of the peak."""
+_MAX_CAPACITY_RATIO = 5.0
+"""A tier's capacity is drawn to scale if it is at most this multiple of the peak, else it is written at the top."""
 _SHADE = "#808080"
+_LINE_COLOUR = "#e5484d"
+_MEASURED_NUMBER = 99
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +93,36 @@ def assign_colours(charts: Iterable[Sequence[str]]) -> list[dict[str, str]]:
     return result
 
 
+def _named(timeline: Timeline) -> list[int]:
+    """Return the categories that have a colour of their own, in their order: the others are summed.
+
+    Activations always have one. Of the rest, those have one that are large or change much over the step: changes are
+    what the chart shows, and so they count twice.
+    """
+    columns = list(zip(*(point.live_bytes for point in timeline.points), strict=True))
+
+    def weight(number: int) -> tuple[bool, int]:
+        highest, lowest = max(columns[number]), min(columns[number])
+        return timeline.categories[number] == ACTIVATIONS, highest + 2 * (highest - lowest)
+
+    ranked = sorted(range(len(columns)), key=weight, reverse=True)
+    return sorted(ranked[: len(COLOURS)])
+
+
+def named_categories(timeline: Timeline) -> list[str]:
+    """Return the names of the categories that have a colour of their own."""
+    return [timeline.categories[number] for number in _named(timeline)]
+
+
 def _series(timeline: Timeline, colours: Mapping[str, str]) -> _Series:
-    limit = len(COLOURS)
-    names, others = timeline.categories[:limit], timeline.categories[limit:]
-    sizes = [point.live_bytes[:limit] for point in timeline.points]
+    own = _named(timeline)
+    names = tuple(timeline.categories[number] for number in own)
+    sizes = [tuple(point.live_bytes[number] for number in own) for point in timeline.points]
     shades = tuple(colours[name] for name in names)
-    if others:
-        names, shades = (*names, f"{len(others)} others"), (*shades, REST_COLOUR)
-        rest = [sum(point.live_bytes[limit:]) for point in timeline.points]
+    count = len(timeline.categories) - len(own)
+    if count:
+        names, shades = (*names, f"{count} others"), (*shades, REST_COLOUR)
+        rest = [point.total_bytes - sum(row) for point, row in zip(timeline.points, sizes, strict=True)]
         sizes = [(*row, size) for row, size in zip(sizes, rest, strict=True)]
     return _Series(names, tuple(sizes), shades)
 
@@ -143,15 +169,13 @@ def _areas(data: alt.InlineData, series: _Series, at_peak: Sequence[int], unit: 
     labels = json.dumps({key: f"{name} {format_bytes(size)}" for key, name, size in sized})
     minima = [min(column) for column in zip(*series.sizes, strict=True)]
     below = {key: sum(other > size for other in minima) for key, size in zip(keys, minima, strict=True)}
-    if REST_COLOUR in series.colours:
-        below[keys[-1]] = len(keys)
     legend = alt.Legend(title="At the peak", orient="bottom", symbolType="square", labelExpr=f"{labels}[datum.label]")
     scale = alt.Scale(domain=keys, range=list(series.colours))
     chart: alt.Chart = (
         alt.Chart(data)
         .transform_fold([*keys], as_=["key", "bytes"])
         .transform_calculate(order=f"{json.dumps(below)}[datum.key]", y=f"datum.bytes / {unit}")
-        .mark_area(interpolate="step-after")
+        .mark_area(interpolate="step-after", clip=True)
         .encode(color=alt.Color("key:N", scale=scale, legend=legend), order=alt.Order("order:Q"))
     )
     return chart
@@ -177,31 +201,33 @@ def _hover(data: alt.InlineData, series: _Series, name: str) -> alt.Chart:
     chart: alt.Chart = (
         alt.Chart(data)
         .transform_calculate(**texts)
-        .mark_rect(color=_SHADE, aria=False)
+        .mark_rect(color=_SHADE, aria=False, clip=True)
         .encode(x="x:Q", x2="x2:Q", tooltip=tooltip, opacity=alt.condition(hovered, alt.value(0.5), alt.value(0.0)))
         .add_params(hovered)
     )
     return chart
 
 
-def _bands(timeline: Timeline, position: Callable[[int], float]) -> alt.LayerChart:
-    """Return the phases: every other one shaded, each named above the plot."""
+def _bands(timeline: Timeline, position: Callable[[int], float], zoom: Zoom) -> alt.LayerChart:
+    """Return the phases: every other one shaded, each named above the middle of what is visible of it."""
     begins = [position(phase.first_event) for phase in timeline.phases]
     shares = [end - begin for begin, end in zip(begins, [*begins[1:], 1.0], strict=True)]
     lines = [
-        (phase.name.split() if share < _ONE_LINE_SHARE else [phase.name]) if share >= _LABEL_SHARE else [""]
+        phase.name.split() if share < _ONE_LINE_SHARE else [phase.name]
         for phase, share in zip(timeline.phases, shares, strict=True)
     ]
     most = max(map(len, lines))
     rows = [
-        {"x": begin, "x2": begin + share, "middle": begin + share / 2, "dark": number % 2}
-        | {"name": "\n".join([" "] * (most - len(parts)) + parts)}
+        {"x": begin, "x2": begin + share, "dark": number % 2, "name": "\n".join([" "] * (most - len(parts)) + parts)}
         for number, (begin, share, parts) in enumerate(zip(begins, shares, lines, strict=True))
     ]
     base = alt.Chart(alt.InlineData(values=rows))
     shade = alt.Opacity("dark:Q", scale=alt.Scale(domain=[0, 1], range=[0.0, 0.14]), legend=None)
-    bands = base.mark_rect(color=_SHADE).encode(x="x:Q", x2="x2:Q", opacity=shade)
-    names = base.mark_text(baseline="bottom", lineBreak="\n", lineHeight=_LINE_HEIGHT)
+    bands = base.mark_rect(color=_SHADE, clip=True).encode(x="x:Q", x2="x2:Q", opacity=shade)
+    left, right = f"max(datum.x, {zoom.start})", f"min(datum.x2, {zoom.end})"
+    named = base.transform_filter(f"{right} - {left} >= {_LABEL_SHARE} * ({zoom.end} - {zoom.start})")
+    named = named.transform_calculate(middle=f"({left} + {right}) / 2")
+    names = named.mark_text(baseline="bottom", lineBreak="\n", lineHeight=_LINE_HEIGHT)
     # Vega places further lines below the first one.
     above = alt.value(-6 - _LINE_HEIGHT * (most - 1))
     return alt.LayerChart(layer=[bands, names.encode(x="middle:Q", y=above, text="name:N")])
@@ -212,68 +238,144 @@ def _peak(timeline: Timeline, row: Mapping[str, Any], unit: int) -> alt.LayerCha
     x, size = (row["x"] + row["x2"]) / 2, timeline.peak_bytes
     label = {"x": x, "y": size / unit, "text": f"peak {format_bytes(size)}: {describe_point(timeline.peak)}"}
     base = alt.Chart(alt.InlineData(values=[label])).encode(x="x:Q", y="y:Q")
-    point = base.mark_point(shape="triangle-down", filled=True, size=70, yOffset=-6, opacity=1)
-    text = base.mark_text(align="right" if x > 0.5 else "left", dx=-8 if x > 0.5 else 8, dy=-10, fontWeight="bold")
+    point = base.mark_point(shape="triangle-down", filled=True, size=70, yOffset=-6, opacity=1, clip=True)
+    text = base.mark_text(
+        align="right" if x > 0.5 else "left", dx=-8 if x > 0.5 else 8, dy=-10, fontWeight="bold", clip=True
+    )
     return alt.LayerChart(layer=[point, text.encode(text="text:N")])
 
 
 def _capacity(size: int, unit: int) -> alt.LayerChart:
     row = {"y": size / unit, "text": f"capacity {format_bytes(size)}"}
     base = alt.Chart(alt.InlineData(values=[row])).encode(y="y:Q")
-    text = base.mark_text(align="left", dx=4, dy=-8).encode(x=alt.value(0), text="text:N")
-    return alt.LayerChart(layer=[base.mark_rule(strokeDash=[6, 4]), text])
+    text = base.mark_text(align="left", dx=4, dy=-8, clip=True).encode(x=alt.value(0), text="text:N")
+    return alt.LayerChart(layer=[base.mark_rule(strokeDash=[6, 4], clip=True), text])
+
+
+def _capacity_above(size: int, peak_bytes: int) -> alt.Chart:
+    """Return the capacity as a text at the top of the plot, for a tier that is far from full."""
+    row = {"text": f"\u2191 capacity {format_bytes(size)}, {size / peak_bytes:,.0f} \u00d7 the peak"}
+    chart: alt.Chart = (
+        alt.Chart(alt.InlineData(values=[row]))
+        .mark_text(align="left", baseline="top", dx=4, dy=4)
+        .encode(x=alt.value(0), y=alt.value(0), text="text:N")
+    )
+    return chart
+
+
+def _predicted(line: Sequence[tuple[float, int]], unit: int) -> alt.Chart:
+    """Return a line of live bytes over the areas, from pairs of a position and bytes."""
+    rows = [{"x": x, "y": size / unit} for x, size in line]
+    base = alt.Chart(alt.InlineData(values=rows))
+    chart: alt.Chart = base.mark_line(
+        interpolate="step-after", color=_LINE_COLOUR, strokeWidth=1.5, clip=True, aria=False
+    ).encode(x="x:Q", y="y:Q")
+    return chart
 
 
 def _draw(
-    timeline: Timeline, series: _Series, title: alt.TitleParams, capacity: int | None, hover: str
+    timeline: Timeline,
+    series: _Series,
+    title: alt.TitleParams,
+    capacity: int | None,
+    number: int,
+    predicted: Sequence[tuple[float, int]] = (),
 ) -> alt.LayerChart:
-    position = _axis(timeline)
-    shown = capacity if capacity is not None and capacity <= _MAX_CAPACITY_RATIO * timeline.peak_bytes else None
-    top = max(timeline.peak_bytes, shown or 0)
-    unit, unit_name = next((pair for pair in _UNITS if top >= pair[0]), (1, "B"))
+    position, zoom = _axis(timeline), Zoom(number)
+    to_scale = capacity is not None and capacity <= _MAX_CAPACITY_RATIO * timeline.peak_bytes
+    highest = max(timeline.peak_bytes, *(size for _, size in predicted), capacity or 0 if to_scale else 0)
+    unit, unit_name = next((pair for pair in _UNITS if timeline.peak_bytes >= pair[0]), (1, "B"))
     rows = _rows(timeline, series, position)
     data = alt.InlineData(values=rows)
     x_axis = alt.Axis(labels=False, ticks=False, grid=False)
-    x = alt.X("x:Q", title=_axis_title(timeline), axis=x_axis, scale=alt.Scale(domain=[0, 1], nice=False))
-    y_scale = alt.Scale(domain=[0, 1.12 * top / unit], nice=False)
-    y = alt.Y("y:Q", title=f"live, {unit_name}", stack="zero", scale=y_scale)
+    x = alt.X("x:Q", title=_axis_title(timeline), axis=x_axis, scale=zoom.scale_x())
+    y = alt.Y("y:Q", title=f"live, {unit_name}", stack="zero", scale=zoom.scale_y())
+    top = ROOM * highest / unit
     layers: list[alt.Chart | alt.LayerChart] = [
-        *([_bands(timeline, position)] if timeline.phases else []),
+        *([_bands(timeline, position, zoom)] if timeline.phases else []),
         _areas(data, series, series.sizes[timeline.peak_point], unit).encode(x=x, y=y),
+        *([_predicted(predicted, unit)] if predicted else []),
         _peak(timeline, rows[timeline.peak_point], unit),
-        *([] if shown is None else [_capacity(shown, unit)]),
-        _hover(data, series, hover),
+        _hover(data, series, f"hover_{number}"),
     ]
-    return alt.LayerChart(layer=layers, width=CHART_WIDTH, height=CHART_HEIGHT, title=title)
+    if capacity is not None:
+        layers.insert(-1, _capacity(capacity, unit) if to_scale else _capacity_above(capacity, timeline.peak_bytes))
+    return alt.LayerChart(
+        layer=layers,
+        width=CHART_WIDTH,
+        height=CHART_HEIGHT,
+        title=title,
+        usermeta={"zoom": {"number": number} | zoom_choices(timeline, position, top, unit)},
+    ).add_params(*zoom.params(top))
+
+
+def is_constant(timeline: Timeline) -> bool:
+    """Return True if the same bytes are live throughout, which takes a sentence and no picture."""
+    return len({point.live_bytes for point in timeline.points}) == 1
+
+
+def describe_constant(timeline: Timeline, tier: str) -> str:
+    """Return the sentence on a tier whose live bytes do not change."""
+    sizes = zip(timeline.categories, timeline.peak.live_bytes, strict=True)
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes if size)
+    return f"{tier[0].upper()}{tier[1:]} memory holds {format_bytes(timeline.peak_bytes)} throughout: {parts}."
 
 
 def draw_timelines(
     timelines: Mapping[str, Timeline], title: str, subtitle: str, capacities: Mapping[str, int]
 ) -> dict[str, alt.LayerChart]:
-    """Draw the chart of every tier that holds anything.
+    """Draw the chart of every tier whose live bytes change.
 
     Args:
         timelines: timelines by tier.
         title: title of the charts, such as the model and the cluster; the tier is appended.
         subtitle: the plan in one line.
-        capacities: bytes of the tiers whose size is known; drawn if close to the peak.
+        capacities: bytes of the tiers whose size is known; drawn as a line, or written if far above the peak.
 
     Returns:
         Charts by tier.
     """
-    used = {tier: timeline for tier, timeline in timelines.items() if timeline.peak_bytes}
-    colours = assign_colours(timeline.categories[: len(COLOURS)] for timeline in used.values())
+    used = {tier: timeline for tier, timeline in timelines.items() if not is_constant(timeline)}
+    colours = assign_colours(map(named_categories, used.values()))
     charts = {}
     for number, ((tier, timeline), mine) in enumerate(zip(used.items(), colours, strict=True)):
         heading = f"{title}: {tier} memory"
         above = alt.TitleParams(heading, subtitle=subtitle, offset=16)
-        chart = _draw(timeline, _series(timeline, mine), above, capacities.get(tier), f"hover_{number}")
+        chart = _draw(timeline, _series(timeline, mine), above, capacities.get(tier), number)
         charts[tier] = chart.properties(description=describe_timeline(timeline, heading))
     return charts
+
+
+def draw_measured(
+    timeline: Timeline, predicted: Sequence[tuple[float, int]], title: str, subtitle: str, capacity: int
+) -> dict[str, Any]:
+    """Draw a measured timeline with the predicted live bytes as a line over it.
+
+    Args:
+        timeline: what was measured.
+        predicted: pairs of a position, 0 to 1, and the bytes from there on.
+        title: title of the chart.
+        subtitle: what was measured, in one line.
+        capacity: bytes of the memory.
+
+    Returns:
+        Vega-Lite specification.
+    """
+    (colours,) = assign_colours([named_categories(timeline)])
+    above = alt.TitleParams(title, subtitle=subtitle, offset=16)
+    # No other chart of a page has this number.
+    chart = _draw(timeline, _series(timeline, colours), above, capacity, _MEASURED_NUMBER, predicted)
+    peak = max(size for _, size in predicted)
+    text = f"{describe_timeline(timeline, title)} Line: predicted, with a peak of {format_bytes(peak)}."
+    return dict(chart.properties(description=text).to_dict())
 
 
 def combined_picture(charts: Mapping[str, alt.LayerChart]) -> dict[str, Any]:
     """Return one Vega-Lite specification with the charts of all tiers below each other."""
     if len(charts) == 1:
         return dict(next(iter(charts.values())).to_dict())
-    return dict(alt.vconcat(*charts.values()).resolve_scale(color="independent").to_dict())
+    # Only a chart of its own can have data for the page.
+    parts = [chart.copy(deep=False) for chart in charts.values()]
+    for part in parts:
+        part.usermeta = alt.Undefined
+    return dict(alt.vconcat(*parts).resolve_scale(color="independent").to_dict())
