@@ -1,6 +1,7 @@
 """Writes the plan folder: ``plan.json``, ``ds_config.json``, a README, and scripts that launch the plan.
 
-The scripts start ranks on one node, on ssh hosts, through torchrun or in a Slurm job. All values of a plan are quoted.
+The scripts start ranks on one node, on ssh hosts, through torchrun or in a Slurm job; `cluster_files` has those for
+Kubernetes and SkyPilot. All values of a plan are quoted.
 Sources: DeepSpeed 0.19.8, launcher/runner.py (hostfile, exported variables). Slurm's srun sets its own task numbers,
 from which job.sbatch sets the variables that DeepSpeed reads.
 """
@@ -17,6 +18,7 @@ from ..common.units import format_bytes, format_count, format_flops
 from ..costs.parameters import count_parameters
 from ..costs.workload import count_flops
 from ..hardware.cluster import ClusterSpec
+from .cluster_files import JOBSET_FILE, SKYPILOT_FILE, jobset, skypilot_task
 from .plan import PLAN_FILE, Plan
 
 RUNS = "runs"
@@ -100,6 +102,7 @@ Each run gets its own folder under `{RUNS}/` with metrics, logs, measured memory
 - `ds_config.json` its DeepSpeed configuration, for your own training script
 - `launch.sh` starts the run on one node{several}
 - `launch-torchrun.sh` starts it through torchrun, `job.sbatch` through Slurm
+- `{JOBSET_FILE}` runs it on Kubernetes, `{SKYPILOT_FILE}` on the clouds of SkyPilot; the comment at the head says how
 - `environment.sh` environment variables of every rank
 
 ## Predicted memory of one rank
@@ -266,6 +269,8 @@ def launch_files(plan: Plan) -> dict[str, str]:
         "environment.sh": environment_script(plan),
         "launch-torchrun.sh": torchrun_script(cluster),
         "job.sbatch": slurm_script(plan),
+        JOBSET_FILE: jobset(plan),
+        SKYPILOT_FILE: skypilot_task(plan),
     }
     if cluster.nodes > 1:
         files |= {"hostfile": hostfile(cluster), "launch-ssh.sh": _SSH}
