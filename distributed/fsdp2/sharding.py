@@ -85,9 +85,9 @@ def build_sharded(plan: Plan, mesh: DeviceMesh) -> nn.Module:
 
 
 def make_optimizer(plan: Plan, network: nn.Module) -> torch.optim.AdamW:
-    """Return torch's AdamW of the plan over a rank's shares: fused on GPUs, a loop over tensors on CPUs."""
+    """Return torch's AdamW of the plan over a rank's shares: fused, or a loop over tensors as on CPUs."""
     training = plan.training
-    kernel = {"fused": True} if plan.cluster.device == "cuda" else {"foreach": False}
+    kernel = {"foreach": False} if training.adam == "loop" else {"fused": True}
     return torch.optim.AdamW(
         network.parameters(),
         lr=training.learning_rate,

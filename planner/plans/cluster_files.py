@@ -17,6 +17,7 @@ from ..common.phases import Tier
 from ..common.units import GIB
 from ..costs.parameters import count_parameters
 from ..hardware.cluster import ClusterSpec
+from .fsdp2_script import FSDP2_SCRIPT_FILE
 from .plan import Plan
 
 JOBSET_FILE, SKYPILOT_FILE = "jobset.yaml", "skypilot.yaml"
@@ -73,6 +74,11 @@ def _document(comment: str, content: dict[str, Any]) -> str:
     return lines + yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
+def _compile_ops(plan: Plan, folder: str) -> list[str]:
+    """Return the command that compiles DeepSpeed's ops before ranks race for them."""
+    return [] if plan.zero.uses_fsdp2 else [f"translution preflight-node {folder} --compile"]
+
+
 def _nvme_folders(plan: Plan) -> list[str]:
     """Return the folders on each node's NVMe drive that the plan uses."""
     paths = (plan.zero.offload_optimizer.nvme_path, plan.zero.offload_param.nvme_path)
@@ -113,15 +119,15 @@ def _container(plan: Plan, name: str, volumes: list[tuple[str, dict[str, Any]]])
     if cluster.device == "cuda":
         vendor = "amd" if (cluster.gpu or "").startswith("MI") else "nvidia"
         limits[f"{vendor}.com/gpu"] = cluster.ranks_per_node
-    command = (
-        'export NODE_RANK="$JOB_COMPLETION_INDEX"\n'
-        "translution preflight-node /plan --compile\n"
-        'exec sh /plan/launch-torchrun.sh "$RUN"\n'
-    )
+    command = [
+        'export NODE_RANK="$JOB_COMPLETION_INDEX"',
+        *_compile_ops(plan, "/plan"),
+        'exec sh /plan/launch-torchrun.sh "$RUN"\n',
+    ]
     return {
         "name": "ranks",
         "image": "translution",
-        "command": ["sh", "-euc", command],
+        "command": ["sh", "-euc", "\n".join(command)],
         "env": [
             {"name": "RUN", "value": f"/project/runs/{name}"},
             {"name": "MASTER_ADDR", "value": f"{name}-ranks-0-0.{name}"},
@@ -184,7 +190,8 @@ def _skypilot_resources(plan: Plan) -> dict[str, Any]:
 def skypilot_task(plan: Plan) -> str:
     """Return ``skypilot.yaml``, a task that starts the ranks of every node; several nodes share a volume for runs."""
     name, cluster = dns_name(plan.model.name), plan.cluster
-    files = ("plan.json", "environment.sh", "launch-torchrun.sh")
+    files = ["plan.json", "environment.sh", "launch-torchrun.sh"]
+    files += [FSDP2_SCRIPT_FILE] if plan.zero.uses_fsdp2 else []
     run = f"/project/runs/{name}" if cluster.nodes > 1 else f"~/runs/{name}"
     content: dict[str, Any] = {
         "name": name,
@@ -203,7 +210,7 @@ def skypilot_task(plan: Plan) -> str:
             "set -eu",
             'export NODE_RANK="$SKYPILOT_NODE_RANK" MASTER_ADDR=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)',
             *folders,
-            "translution preflight-node ~/plan --compile",
+            *_compile_ops(plan, "~/plan"),
             f"exec sh ~/plan/launch-torchrun.sh {run}\n",
         ]
     )

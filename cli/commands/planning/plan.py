@@ -102,6 +102,7 @@ def plan_cli(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights and the sample order.")] = 0,
+    engine: Annotated[str, typer.Option(help="What shards: deepspeed, or fsdp2 (torch's fully_shard).")] = "deepspeed",
     stage: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage; chosen by default.")] = None,
     tile_relations: TileOption = None,
     offload: Annotated[
@@ -137,6 +138,7 @@ def plan_cli(
         "accumulation": gradient_accumulation_steps,
         "precision": precision,
         "seed": seed,
+        "engine": engine,
         "stage": stage,
         "tile_relations": tile_relations,
         "offload": offload,
@@ -178,7 +180,7 @@ def _print_result(result: planner.SearchResult, out: Path) -> None:
     plan, to = result.plan, console()
     tiles = "" if plan.tile_relations is None else f", {plan.tile_relations} relations per tile"
     to.print(
-        f"{plan.model.name}: {format_count(count_parameters(plan.model).total)} parameters, ZeRO-{plan.zero.stage} on "
+        f"{plan.model.name}: {format_count(count_parameters(plan.model).total)} parameters, {plan.zero.name} on "
         f"{plan.world_size} ranks ({plan.cluster.name}){tiles}, {plan.global_batch} samples per step"
     )
     if plan.training.epoch_steps is not None:
@@ -196,7 +198,8 @@ def _print_result(result: planner.SearchResult, out: Path) -> None:
     for remark in config_warnings(plan.training, plan.zero):
         to.print(f"note: {remark}")
     hosts = f" --hostfile {out / 'hostfile'}" if plan.cluster.nodes > 1 else ""
-    to.print(f"wrote {out}; run it: translution launch {out}{hosts}", soft_wrap=True)
+    start = out / "launch-torchrun.sh" if plan.zero.uses_fsdp2 else f"translution launch {out}{hosts}"
+    to.print(f"wrote {out}; run it: {start}", soft_wrap=True)
 
 
 def _print_no_plan(error: planner.NoPlanFits, spec: planner.ModelSpec, out: Path, *, as_json: bool) -> None:
