@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 FSDP2_SCRIPT_FILE = "train_fsdp2.py"
-FSDP2_SCRIPT = '''"""Train the plan of this folder with torch's FSDP2: launch-torchrun.sh starts it. Change it as you like."""
+FSDP2_SCRIPT = '''"""Train this folder's plan with torch's FSDP2: launch-torchrun.sh starts it. Change it freely."""
 
 import json
 import sys
