@@ -17,7 +17,7 @@ from ..deepspeed.config import check_training_state
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import estimate_memory, gathered_floor_bytes
 from ..timing.step_time import estimate_step_time
-from .defaults import choose_fsdp2, choose_tile, choose_zero, override_zero, require_plain
+from .defaults import choose_fsdp2, choose_tile, choose_zero, override_zero, require_plain, whole_rows
 from .evaluation import plan_evaluation, with_evaluation
 from .plan import Plan, version
 
@@ -60,6 +60,8 @@ def make_plan(
     relations = table_entries(spec)
     if tile_relations is None:
         tile_relations = choose_tile(spec, cluster.world_size)
+        if tile_relations and engine == "fsdp2":
+            tile_relations = whole_rows(tile_relations, cluster.world_size)
     elif not 1 <= tile_relations <= relations:
         raise InputError(f"tile_relations: {tile_relations} is not allowed: must be from 1 to {relations}")
     zero = choose_zero(

@@ -119,6 +119,16 @@ def choose_fsdp2(spec: ModelSpec, tile_relations: int | None, cluster: ClusterSp
     return base.model_copy(update=changes)
 
 
+def whole_rows(tile_relations: int, world_size: int) -> int:
+    """Return the largest tile up to a size that FSDP2 splits evenly; or the size if it is below the ranks.
+
+    Args:
+        tile_relations: relations per tile.
+        world_size: number of ranks.
+    """
+    return tile_relations // world_size * world_size or tile_relations
+
+
 def require_plain(stage: int | None, offload: str | None, zero_overrides: Mapping[str, object] | None) -> None:
     """Refuse what FSDP2 does not have.
 
@@ -130,7 +140,7 @@ def require_plain(stage: int | None, offload: str | None, zero_overrides: Mappin
     Raises:
         InputError: for a stage below 3, an offload mode, or a knob.
     """
-    given = [("stage", stage, 3), ("offload", offload, "none")]
+    given: list[tuple[str, object, object]] = [("stage", stage, 3), ("offload", offload, "none")]
     given += [(f"zero {name}", value, None) for name, value in (zero_overrides or {}).items()]
     for name, value, allowed in given:
         if value not in (None, allowed):

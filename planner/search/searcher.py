@@ -74,6 +74,8 @@ class Searcher:
         self.closest: dict[Strategy, Candidate] = {}
         """The candidate of each strategy with the lowest utilization."""
         check_data(spec, training, self.global_batch)
+        if constraints.engine == "fsdp2":
+            RunConfig(self._models()[0], cluster, training, ZeroSpec(engine="fsdp2"))
         # A wrong name or value of a knob is an error of the input, whatever the strategy.
         override_zero(ZeroSpec(), constraints.zero_overrides)
         self._collect()

@@ -18,7 +18,7 @@ from ..config.model import ModelSpec
 from ..config.zero import OffloadMode, ShardingEngine, ZeroSpec, min_buffers
 from ..costs.parameters import table_entries
 from ..hardware.cluster import ClusterSpec
-from ..plans.defaults import choose_fsdp2, choose_tile, choose_zero, override_zero, require_plain
+from ..plans.defaults import choose_fsdp2, choose_tile, choose_zero, override_zero, require_plain, whole_rows
 
 RATIOS = (0.25, 0.5, 0.75)
 """Offload ratios to try."""
@@ -159,7 +159,9 @@ def tiles(spec: ModelSpec, world_size: int, stage: int, constraints: SearchConst
     if chosen is None or stage < 3:
         # Below stage 3 tiles are not gathered one by one.
         return [chosen]
-    sizes = (chosen, chosen * 2, chosen * 4, chosen // 2, chosen // 4)
+    sizes = [chosen, chosen * 2, chosen * 4, chosen // 2, chosen // 4]
+    if constraints.engine == "fsdp2":
+        sizes = [whole_rows(size, world_size) for size in sizes]
     return list(dict.fromkeys(min(relations, max(1, size)) for size in sizes))
 
 
