@@ -41,15 +41,18 @@ def print_verdict(result: planner.SearchResult, folder: Path | None, minimize: s
     rows = (*_plan_rows(result), *_memory_rows(plan), *_time_rows(plan), (other, _next_best(result)))
     lines = _lines(rows, to.width)
     if folder is not None:
-        files = f"{PLAN_FILE}, ds_config.json, launch scripts, README.md with all reasons"
+        configuration = "train_fsdp2.py" if plan.zero.uses_fsdp2 else "ds_config.json"
+        files = f"{PLAN_FILE}, {configuration}, launch scripts, README.md with all reasons"
         lines += _lines([("files", files)], to.width)
     to.print(Text("\n").join(lines), soft_wrap=True)
     if folder is None:
         to.print("nothing written: --out FOLDER writes a plan folder; all reasons: --verbose")
         return
-    name = shlex.quote(str(folder))
-    hosts = f" --hostfile {shlex.quote(str(folder / 'hostfile'))}" if plan.cluster.nodes > 1 else ""
-    to.print(f"wrote {folder}; run it: translution launch {name}{hosts}", soft_wrap=True)
+    hosts = ["--hostfile", str(folder / "hostfile")] if plan.cluster.nodes > 1 else []
+    command = ["translution", "launch", str(folder), *hosts]
+    if plan.zero.uses_fsdp2:
+        command = ["sh", str(folder / "launch-torchrun.sh")]
+    to.print(f"wrote {folder}; run it: {shlex.join(command)}", soft_wrap=True)
 
 
 def _lines(rows: Iterable[tuple[str, str]], width: int, label: int = _LABEL) -> list[Text]:

@@ -116,6 +116,7 @@ def launch(
     """
     plan_folder, run = Path(plan_folder), None if run is None else Path(run)
     plan = load_plan(plan_folder)
+    plan.require_deepspeed()
     hosts = target.hosts(plan)
     if hosts and target.no_ssh and run is None:
         raise InputError("run: is required with --no-ssh: --run FOLDER, the same on every node")

@@ -114,6 +114,7 @@ def report_node(
         MissingPackageError: if a package that the run needs is not installed.
     """
     plan = load_plan(plan_folder)
+    plan.require_deepspeed()
     check_machine(plan)
     checks, server = [], None
     if reach is not None:
@@ -194,6 +195,7 @@ def compile_on_node(plan_folder: Path, on_message: OnMessage) -> None:
         RunFailedError: if an op does not compile.
     """
     plan = load_plan(plan_folder)
+    plan.require_deepspeed()
     ops = needed_ops(plan)
     check_packages(ops)
     log = Path(tempfile.gettempdir()) / f"translution-ops-{os.getuid()}.log"

@@ -49,6 +49,7 @@ def preflight(
     """
     plan_folder = Path(plan_folder)
     plan = load_plan(plan_folder)
+    plan.require_deepspeed()
     if reports is not None:
         checks = compare_reports(reports, plan.cluster.nodes)
     else:

@@ -51,6 +51,7 @@ def train(plan_folder: Path, run: Path, mode: RunMode = RunMode.TRAIN) -> None:
             does not see the launcher's run folder.
     """
     plan = load_plan(plan_folder)
+    plan.require_deepspeed()
     require_heartbeat(run)
     # A shell on another host, or Slurm's, does not have this environment's PATH.
     os.environ["PATH"] = own_path()

@@ -256,6 +256,7 @@ def rehearse(
         RunFailedError: if the rank did not finish.
     """
     plan = _with_nvme_path(load_plan(plan_folder), nvme_path)
+    plan.require_deepspeed()
     all_layers = layers is None or layers == plan.model.depth
     shown = plan if layers is None else with_layers(plan, layers)
     check_rehearsal(shown, rank)

@@ -8,12 +8,14 @@ head      the language model's head, and its loss in chunks of tokens
 blocks    transformer block, feed-forward network, activation checkpointing
 """
 
+from .blocks import Block
 from .build import build, make_operator
 from .gpt import LanguageModel
 from .load import empty_network, load_network
 from .vit import VisionTransformer
 
 __all__ = [
+    "Block",
     "LanguageModel",
     "VisionTransformer",
     "build",

@@ -32,9 +32,11 @@ class RunConfig:
 
         Raises:
             InputError: if DeepSpeed's fused kernel is asked for on CPU ranks, a chunked loss for an image model, or a
-                group of hpZ that does not divide a node.
+                group of hpZ that does not divide a node, or what does not train under FSDP2.
         """
         training = self.training
+        if self.zero.uses_fsdp2:
+            self._check_fsdp2()
         if training.chunks_loss and self.model.family != "gpt":
             raise InputError("loss: 'chunked' is not allowed: must be whole for a model of images")
         group, per_node = self.zero.hpz_ranks, self.cluster.ranks_per_node
@@ -49,6 +51,22 @@ class RunConfig:
         if training.adam == "auto" and training.optimizer == "adamw":
             resolved = training.model_copy(update={"adam": "loop" if self.on_cpu else "fused"})
             object.__setattr__(self, "training", resolved)
+
+    def _check_fsdp2(self) -> None:
+        training = self.training
+        allowed = (
+            ("optimizer", training.optimizer, ("adamw",)),
+            ("adam", training.adam, ("auto", "fused", "torch", "loop")),
+            ("precision", training.precision, ("fp32", "bf16")),
+            ("torch_autocast", training.torch_autocast, (None,)),
+            ("bf16_master", training.bf16_master, (False,)),
+            ("loss", training.loss, ("whole",)),
+            ("checkpointing", self.model.checkpointing, ("none", "block")),
+        )
+        for name, value, values in allowed:
+            if value not in values:
+                texts = " or ".join(map(str, values))
+                raise InputError(f"{name}: {value!r} is not allowed: must be {texts} under FSDP2")
 
     @property
     def world_size(self) -> int:

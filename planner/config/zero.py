@@ -117,9 +117,16 @@ class OffloadParam(Schema):
         return self
 
 
+ShardingEngine: TypeAlias = Literal["deepspeed", "fsdp2"]
+"""What shards parameters, gradients and states: DeepSpeed's ZeRO, or torch's FSDP2 (``fully_shard``)."""
+
+
 class ZeroSpec(Schema):
     """The ZeRO stage and the knobs that determine its memory; sizes are in elements, as in DeepSpeed."""
 
+    engine: ShardingEngine = "deepspeed"
+    """FSDP2 shards as stage 3 does. Of the other knobs it has one: it prefetches if `prefetch_bucket_elements` is not
+    0, one tile or block in backward."""
     stage: Literal[0, 1, 2, 3] = 3
     reduce_bucket_elements: Positive = 500_000_000
     prefetch_bucket_elements: NonNegative = 0
@@ -153,6 +160,8 @@ class ZeroSpec(Schema):
             raise ValueError(f"{self.zero_plus_plus} is not allowed: must be at its default below stage 3")
         if self.zero_plus_plus and param.device != "none":
             raise ValueError(f"{self.zero_plus_plus} is not allowed: must be at its default with offloaded parameters")
+        if self.uses_fsdp2 and (self.stage < 3 or self.offloads or self.zero_plus_plus):
+            raise ValueError("engine: 'fsdp2' is not allowed: must be deepspeed below stage 3, with offload or ZeRO++")
         if self.stage < 3 and optimizer.ratio < 1:
             raise ValueError(f"offload_optimizer.ratio: {optimizer.ratio} is not allowed: must be 1 below stage 3")
         return self
@@ -166,6 +175,16 @@ class ZeroSpec(Schema):
             "quantized_gradients": self.quantized_gradients,
         }
         return next((f"{name}: {getattr(self, name)}" for name, is_set in values.items() if is_set), "")
+
+    @property
+    def uses_fsdp2(self) -> bool:
+        """True if torch's FSDP2 shards."""
+        return self.engine == "fsdp2"
+
+    @property
+    def name(self) -> str:
+        """The engine with its stage: ``FSDP2`` or ``ZeRO-3``."""
+        return "FSDP2" if self.uses_fsdp2 else f"ZeRO-{self.stage}"
 
     @property
     def offloads(self) -> bool:

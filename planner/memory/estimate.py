@@ -35,6 +35,7 @@ from ..simulator.network.ops import (
 )
 from ..simulator.network.relation_ops import WORKSPACE
 from ..simulator.network.relation_shape import Implementation
+from .fsdp2_items import FSDP2_ITEMS
 
 BOOKKEEPING = "bookkeeping"
 BOOKKEEPING_BYTES = 2**16
@@ -308,9 +309,11 @@ def describe_item(name: str, config: EngineConfig) -> tuple[str, str]:
         name: name of the item.
         config: stage, dtypes and knobs, which formulas mention.
     """
+    training, zero = config.training, config.zero
+    if zero.uses_fsdp2 and name in FSDP2_ITEMS:
+        return FSDP2_ITEMS[name]
     if name in _FIXED:
         return _FIXED[name]
-    training, zero = config.training, config.zero
     optimizer = _ZERO3 if zero.stage == 3 else _ZERO12
 
     def shared(stage: int) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-from typing import NamedTuple
 
 from ..common.units import FP32_BYTES
 from ..config.model import ModelSpec
@@ -25,73 +24,11 @@ from ..simulator.engine.coordinator import ALIGNMENT_BYTES, ceil_div
 from ..simulator.engine.stage3 import NORM_ELEMENTS
 from ..simulator.network.model import MICRO_BATCHES, SimulatedNetwork, replay, sample_bytes
 from ..simulator.network.ops import WEIGHT_GRADIENTS, DtypeSizes
+from .bounds import BatchBound, MemoryUpperBound, WeightsBound, add_bounds
+from .fsdp2_bound import bound_fsdp2
 
 SLACK_BYTES = 2**20
 """Scalars, padding and alignment of small buffers."""
-
-
-class MemoryUpperBound(NamedTuple):
-    """Upper bound of one rank's memory in bytes, per tier; the device of a CPU rank is the host."""
-
-    device: int
-    host: int
-    pinned: int
-    nvme: int
-    states: int
-    """Device bytes that stay allocated between steps."""
-    activations: int
-    """Device bytes of activations while a micro-batch runs."""
-
-
-@dataclass(slots=True)
-class WeightsBound:
-    """The part of an upper bound that depends neither on the micro-batch nor on checkpointing."""
-
-    on_cpu: bool
-    device: int = 0
-    """Device bytes that stay allocated between steps."""
-    host: int = 0
-    pinned: int = 0
-    nvme: int = 0
-    transient: int = 0
-    """Largest transient host allocation in bytes."""
-    running: int = 0
-    """Device bytes in addition to activations while a micro-batch runs."""
-    recomputing: int = 0
-    """Further device bytes if blocks are recomputed."""
-    elsewhere: int = 0
-    """Most device bytes of a phase without activations, in addition to those that stay."""
-    least: int = 0
-    """Device bytes of a phase in which nothing else is allocated."""
-
-    def add_transient(self, size: int) -> None:
-        """Record a transient host allocation; transients never overlap, so only the largest counts."""
-        self.transient = max(self.transient, size)
-
-
-class BatchBound(NamedTuple):
-    """The part of an upper bound that depends on the micro-batch and on checkpointing, not on ZeRO's knobs."""
-
-    activations: int
-    """Device bytes of a micro-batch's activations."""
-    host: int
-    """Bytes of activations and samples on the host."""
-    buffers: int
-    """Device bytes of the network's buffers, which are there in every phase."""
-    recomputes: bool
-    """Whether blocks are recomputed."""
-
-
-def add_bounds(weights: WeightsBound, batch: BatchBound) -> MemoryUpperBound:
-    """Join both parts; on a CPU rank all but pinned buffers and files is one tier."""
-    device, host = weights.device + batch.buffers, weights.host + batch.host
-    states = device + (host if weights.on_cpu else 0)
-    running = batch.activations + weights.running + (weights.recomputing if batch.recomputes else 0)
-    device += max(running, weights.elsewhere)
-    host += weights.transient
-    if weights.on_cpu:
-        device, host = max(device + host, weights.least), 0
-    return MemoryUpperBound(device, host, weights.pinned, weights.nvme, states, batch.activations)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +176,8 @@ def bound_weights(run: RunConfig) -> WeightsBound:
         run: what is trained, where and how; of the accumulated micro-batches it only matters whether there are several.
     """
     zero = run.zero
+    if zero.uses_fsdp2:
+        return bound_fsdp2(run)
     v = volumes(run.model, run.tile_relations, run.world_size, zero.persistence_threshold_elements)
     module, largest = _modules(run.model, run.tile_relations)
     terms, bounds = _Terms(run, volumes=v, module=module, largest=largest), WeightsBound(run.on_cpu)

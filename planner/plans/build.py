@@ -11,13 +11,13 @@ from ..config.datasets import DIGITS, DIGITS_TRAINING_SAMPLES, check_kind
 from ..config.model import ModelSpec, VitSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
-from ..config.zero import OffloadMode
+from ..config.zero import OffloadMode, ShardingEngine
 from ..costs.parameters import table_entries
 from ..deepspeed.config import check_training_state
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import estimate_memory, gathered_floor_bytes
 from ..timing.step_time import estimate_step_time
-from .defaults import choose_tile, choose_zero, override_zero
+from .defaults import choose_fsdp2, choose_tile, choose_zero, override_zero, require_plain, whole_rows
 from .evaluation import plan_evaluation, with_evaluation
 from .plan import Plan, version
 
@@ -33,6 +33,7 @@ def make_plan(
     nvme_path: str | None = None,
     offload_ratio: float = 1.0,
     zero_overrides: Mapping[str, object] | None = None,
+    engine: ShardingEngine = "deepspeed",
 ) -> Plan:
     """Build a plan with a given ZeRO stage and offload mode and default knobs.
 
@@ -47,6 +48,7 @@ def make_plan(
         offload_ratio: fraction of the optimizer's sub-groups that are offloaded.
         zero_overrides: fields of `ZeroSpec` that replace the default knobs; a field of an offload section is written
             ``offload_optimizer.buffer_count``.
+        engine: what shards; ``"fsdp2"`` has no stage below 3, no offload and none of the knobs.
 
     Raises:
         InputError: if the data does not suit the model, the tile size is out of range, or DeepSpeed does not support
@@ -57,11 +59,16 @@ def make_plan(
     OffloadMode.parse(offload)
     if tile_relations is None:
         tile_relations = choose_tile(spec, cluster.world_size)
+        if tile_relations and engine == "fsdp2":
+            tile_relations = whole_rows(tile_relations, cluster.world_size)
     else:
         _check_tile(spec, tile_relations, cluster.world_size)
     zero = choose_zero(
         spec, tile_relations, stage, cluster.world_size, offload=offload, nvme_path=nvme_path, ratio=offload_ratio
     )
+    if engine == "fsdp2":
+        require_plain(stage, offload, zero_overrides)
+        zero = choose_fsdp2(spec, tile_relations, cluster)
     if zero_overrides:
         zero = override_zero(zero, zero_overrides)
     return predict_checked(RunConfig(spec, cluster, training, zero, tile_relations))

@@ -7,10 +7,12 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from ..common.errors import InputError
 from ..common.schema import validate
 from ..config.model import ModelSpec
 from ..config.zero import OffloadMode, ZeroSpec
 from ..costs.parameters import TABLES, parameter_groups, table_entries
+from ..hardware.cluster import ClusterSpec
 from ..simulator.engine.coordinator import partitioned_numel
 
 TILE_ELEMENTS = 2**26
@@ -102,6 +104,48 @@ def choose_zero(
         | (paths | {"buffer_count": PARAM_BUFFERS} if param == "nvme" else {}),
     }
     return validate(_ZERO, values, "plan", tuple(ZeroSpec.model_fields))
+
+
+def choose_fsdp2(spec: ModelSpec, tile_relations: int | None, cluster: ClusterSpec) -> ZeroSpec:
+    """Return the default knobs of FSDP2: one tile at a time is gathered, without prefetch.
+
+    Args:
+        spec: the model.
+        tile_relations: relations per tile; None keeps tables whole.
+        cluster: the ranks; on GPUs collectives have streams of their own.
+    """
+    base = choose_zero(spec, tile_relations, 3, cluster.world_size)
+    changes = {"engine": "fsdp2", "persistence_threshold_elements": 0, "overlap_comm": cluster.device == "cuda"}
+    return base.model_copy(update=changes)
+
+
+def whole_rows(tile_relations: int, world_size: int) -> int:
+    """Return the largest tile up to a size that FSDP2 splits evenly; or the size if it is below the ranks.
+
+    Args:
+        tile_relations: relations per tile.
+        world_size: number of ranks.
+    """
+    return tile_relations // world_size * world_size or tile_relations
+
+
+def require_plain(stage: int | None, offload: str | None, zero_overrides: Mapping[str, object] | None) -> None:
+    """Refuse what FSDP2 does not have.
+
+    Args:
+        stage: the ZeRO stage, None if it is not given.
+        offload: the offload mode, None if it is not given.
+        zero_overrides: fields of `ZeroSpec` that are given.
+
+    Raises:
+        InputError: for a stage below 3, an offload mode, or a knob.
+    """
+    given: list[tuple[str, object, object]] = [("stage", stage, 3), ("offload", offload, "none")]
+    given += [(f"zero {name}", value, None) for name, value in (zero_overrides or {}).items()]
+    for name, value, allowed in given:
+        if value not in (None, allowed):
+            rest = "left out" if allowed is None else str(allowed)
+            raise InputError(f"{name}: {value!r} is not allowed: must be {rest} with engine fsdp2")
 
 
 def override_zero(zero: ZeroSpec, zero_overrides: Mapping[str, object]) -> ZeroSpec:

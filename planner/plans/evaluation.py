@@ -66,7 +66,7 @@ def _extrapolated_fits(
 
 
 def plan_evaluation(run: RunConfig, prediction: MemoryEstimate, time: StepTime | None) -> EvaluationPlan | None:
-    """Plan the evaluations of a run; None if it has none.
+    """Plan the evaluations of a run; None if it has none, as under FSDP2.
 
     The micro-batch is the largest that needs no more memory than training does. By default the number of samples is
     bounded so that all evaluations together take `TRAINING_FRACTION` of the training's likely time.
@@ -77,7 +77,7 @@ def plan_evaluation(run: RunConfig, prediction: MemoryEstimate, time: StepTime |
         time: predicted time of a step; None if the cluster lacks a rate, which leaves the number unbounded.
     """
     training, ranks = run.training, run.world_size
-    if not training.evaluates:
+    if not training.evaluates or run.zero.uses_fsdp2:
         return None
     given = training.evaluation_samples if isinstance(training.evaluation_samples, int) else 0
     wanted = min(MAX_BATCH, -(-given // ranks)) if given else MAX_BATCH

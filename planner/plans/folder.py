@@ -1,6 +1,7 @@
 """Writes the plan folder: ``plan.json``, ``ds_config.json``, a README, and scripts that launch the plan.
 
-The scripts start ranks on one node, on ssh hosts, through torchrun or in a Slurm job. All values of a plan are quoted.
+The scripts start ranks on one node, on ssh hosts, through torchrun or in a Slurm job; `cluster_files` has those for
+Kubernetes and SkyPilot. All values of a plan are quoted.
 Sources: DeepSpeed 0.19.8, launcher/runner.py (hostfile, exported variables). Slurm's srun sets its own task numbers,
 from which job.sbatch sets the variables that DeepSpeed reads.
 """
@@ -19,6 +20,8 @@ from ..costs.parameters import count_parameters
 from ..costs.workload import count_flops
 from ..deepspeed.frameworks import ACCELERATE_FILE, TRAINER_CONFIG_FILE, accelerate_config, trainer_config
 from ..hardware.cluster import ClusterSpec
+from .cluster_files import JOBSET_FILE, SKYPILOT_FILE, jobset, skypilot_task
+from .fsdp2_script import FSDP2_SCRIPT, FSDP2_SCRIPT_FILE
 from .plan import PLAN_FILE, Plan, dump_plan
 
 RUNS = "runs"
@@ -71,25 +74,32 @@ def time_table(plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
-def folder_readme(plan: Plan) -> str:
-    """Return the README of a plan folder."""
-    model, training, cluster = plan.model, plan.training, plan.cluster
-    flops = count_flops(model)
+def _how_to_run(plan: Plan) -> str:
+    """Return how a plan is run, and what its files are, as Markdown."""
+    clouds = (
+        f"- `{JOBSET_FILE}` runs it on Kubernetes, `{SKYPILOT_FILE}` on the clouds of SkyPilot; their heads say how"
+    )
+    if plan.zero.uses_fsdp2:
+        return f"""## Run it
+
+    ./launch-torchrun.sh    # on every node, with NODE_RANK and MASTER_ADDR if there are several
+
+Each run gets its own folder under `{RUNS}/` with metrics and checkpoints of torch.distributed.checkpoint. The script
+does not evaluate, and does not measure memory.
+
+## Files
+
+- `{PLAN_FILE}` the complete plan, which the script reads
+- `{FSDP2_SCRIPT_FILE}` trains it with torch's FSDP2; change it as you like
+- `launch-torchrun.sh` starts that through torchrun
+{clouds}
+- `environment.sh` environment variables of every rank
+"""
     several, script, command = "", "launch.sh", "launch FOLDER"
-    if cluster.nodes > 1:
+    if plan.cluster.nodes > 1:
         several = ", `launch-ssh.sh` on the hosts that `hostfile` names"
         script, command = "launch-ssh.sh", "launch FOLDER --hostfile FOLDER/hostfile"
-    label = OPERATOR_LABELS[model.operator]
-    tile = "whole tables" if plan.tile_relations is None else f"{plan.tile_relations} relations per tile"
-    return f"""# Plan: {model.name} on {cluster.name}
-
-Made by {plan.made_by}. {model.family} with {format_count(count_parameters(model).total)} parameters
-({label}, {tile}), {cluster.nodes} node(s) of {cluster.ranks_per_node} rank(s) on {cluster.device},
-ZeRO-{plan.zero.stage}, {training.precision_text}, {training.micro_batch} samples per rank and micro-batch,
-{training.global_batch(cluster.world_size)} per step, {training.steps} steps,
-{format_flops(flops.training_step * training.global_batch(cluster.world_size))} of matrix products per step.
-
-## Run it
+    return f"""## Run it
 
     ./{script}              # or: translution {command}
     ./{script} --dry-run    # prints the DeepSpeed command and starts nothing
@@ -104,8 +114,25 @@ Each run gets its own folder under `{RUNS}/` with metrics, logs, measured memory
 - `{TRAINER_CONFIG_FILE}` the same for Hugging Face's Trainer, `{ACCELERATE_FILE}` for `accelerate launch`
 - `launch.sh` starts the run on one node{several}
 - `launch-torchrun.sh` starts it through torchrun, `job.sbatch` through Slurm
+{clouds}
 - `environment.sh` environment variables of every rank
+"""
 
+
+def folder_readme(plan: Plan) -> str:
+    """Return the README of a plan folder."""
+    model, training, cluster = plan.model, plan.training, plan.cluster
+    flops, label = count_flops(model), OPERATOR_LABELS[model.operator]
+    tile = "whole tables" if plan.tile_relations is None else f"{plan.tile_relations} relations per tile"
+    return f"""# Plan: {model.name} on {cluster.name}
+
+Made by {plan.made_by}. {model.family} with {format_count(count_parameters(model).total)} parameters
+({label}, {tile}), {cluster.nodes} node(s) of {cluster.ranks_per_node} rank(s) on {cluster.device},
+{plan.zero.name}, {training.precision_text}, {training.micro_batch} samples per rank and micro-batch,
+{training.global_batch(cluster.world_size)} per step, {training.steps} steps,
+{format_flops(flops.training_step * training.global_batch(cluster.world_size))} of matrix products per step.
+
+{_how_to_run(plan)}
 ## Predicted memory of one rank
 
 {memory_table(plan)}
@@ -113,6 +140,16 @@ Each run gets its own folder under `{RUNS}/` with metrics, logs, measured memory
 The device of a rank has {format_bytes(cluster.device_memory_bytes)}. The libraries of the process and the data set
 are not counted.
 {time_table(plan)}"""
+
+
+def _configurations(plan: Plan) -> dict[str, str]:
+    """Return the files for DeepSpeed and what builds on it, by name."""
+    config = plan.deepspeed_config()
+    return {
+        "ds_config.json": json.dumps(config, indent=2) + "\n",
+        TRAINER_CONFIG_FILE: json.dumps(trainer_config(config), indent=2) + "\n",
+        ACCELERATE_FILE: accelerate_config(plan.cluster, plan.zero.stage),
+    }
 
 
 def write_plan_folder(plan: Plan, target: Path, *, force: bool = False, notes: str = "") -> None:
@@ -129,13 +166,11 @@ def write_plan_folder(plan: Plan, target: Path, *, force: bool = False, notes: s
     """
     with new_folder(target, marker=PLAN_FILE, force=force) as folder:
         (folder / PLAN_FILE).write_text(dump_plan(plan), encoding="utf-8")
-        config = json.dumps(plan.deepspeed_config(), indent=2)
-        (folder / "ds_config.json").write_text(config + "\n", encoding="utf-8")
-        config = json.dumps(trainer_config(plan.deepspeed_config()), indent=2)
-        (folder / TRAINER_CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-        (folder / ACCELERATE_FILE).write_text(accelerate_config(plan.cluster, plan.zero.stage), encoding="utf-8")
         (folder / "README.md").write_text(folder_readme(plan) + notes, encoding="utf-8")
-        for name, text in {"launch.sh": _LAUNCH, **launch_files(plan)}.items():
+        files = launch_files(plan)
+        if not plan.zero.uses_fsdp2:
+            files |= {"launch.sh": _LAUNCH, **_configurations(plan)}
+        for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
             if name.endswith((".sh", ".sbatch")) and name != "environment.sh":
                 (folder / name).chmod(0o755)
@@ -209,8 +244,14 @@ _SSH = (
 )
 
 
-def torchrun_script(cluster: ClusterSpec) -> str:
-    """Return ``launch-torchrun.sh``, which runs once on every node."""
+def torchrun_script(cluster: ClusterSpec, script: str | None = None) -> str:
+    """Return ``launch-torchrun.sh``, which runs once on every node.
+
+    Args:
+        cluster: gives the numbers of nodes and ranks.
+        script: the training script in the plan folder; None is ``translution train``.
+    """
+    program = '--module translution.cli train "$here"' if script is None else f'"$here/{script}"'
     what = "Run this on every node: NODE_RANK=0 MASTER_ADDR=first-host ./launch-torchrun.sh RUN_FOLDER; ranks from 0."
     if cluster.nodes == 1:
         what = "Starts all ranks of this node through torchrun."
@@ -221,7 +262,7 @@ def torchrun_script(cluster: ClusterSpec) -> str:
         + needed
         + f"""exec torchrun --nnodes {cluster.nodes} --nproc_per_node {cluster.ranks_per_node} \\
     --node_rank "${{NODE_RANK:-0}}" --master_addr "${{MASTER_ADDR:-127.0.0.1}}" \\
-    --master_port "${{MASTER_PORT:-{PORT}}}" --module translution.cli train "$here" "$run"
+    --master_port "${{MASTER_PORT:-{PORT}}}" {program} "$run"
 """
     )
 
@@ -272,9 +313,13 @@ def launch_files(plan: Plan) -> dict[str, str]:
     cluster = plan.cluster
     files = {
         "environment.sh": environment_script(plan),
-        "launch-torchrun.sh": torchrun_script(cluster),
-        "job.sbatch": slurm_script(plan),
+        "launch-torchrun.sh": torchrun_script(cluster, FSDP2_SCRIPT_FILE if plan.zero.uses_fsdp2 else None),
+        JOBSET_FILE: jobset(plan),
+        SKYPILOT_FILE: skypilot_task(plan),
     }
+    if plan.zero.uses_fsdp2:
+        return files | {FSDP2_SCRIPT_FILE: FSDP2_SCRIPT}
+    files["job.sbatch"] = slurm_script(plan)
     if cluster.nodes > 1:
         files |= {"hostfile": hostfile(cluster), "launch-ssh.sh": _SSH}
     return files

@@ -74,8 +74,22 @@ class Plan(Schema):
         return None if self.time is None else run_cost(self.time, self.cluster, self.training)
 
     def deepspeed_config(self) -> dict[str, Any]:
-        """Return the content of ``ds_config.json``."""
+        """Return the content of ``ds_config.json``.
+
+        Raises:
+            InputError: for a plan of FSDP2.
+        """
+        self.require_deepspeed()
         return deepspeed_config(self.training, self.zero, self.world_size)
+
+    def require_deepspeed(self) -> None:
+        """Refuse a plan that DeepSpeed does not run.
+
+        Raises:
+            InputError: for a plan of FSDP2.
+        """
+        if self.zero.uses_fsdp2:
+            raise InputError("engine: 'fsdp2' is not allowed: must be deepspeed; ./launch-torchrun.sh starts this plan")
 
     def write(self, folder: str | Path, *, force: bool = False) -> None:
         """Write the plan folder: ``plan.json``, ``ds_config.json``, launch scripts and a README.

@@ -337,10 +337,11 @@ def knob_reasons(searcher: Searcher, best: Candidate) -> tuple[KnobReason, ...]:
     """A reason for every knob: the next best value, or why there is none."""
     objective = searcher.constraints.minimize
     reasons, differing = [], _by_first_difference(searcher, best)
+    knobs_of_zero3 = best.run.zero.stage == 3 and not best.run.zero.uses_fsdp2
     for knob, read in _KNOBS.items():
         others = differing[knob]
         feasible = [c for c in others if c.peak_utilization <= 1]
-        if not others and (knob.startswith("swap") or (best.run.zero.stage < 3 and "elements" in knob)):
+        if not others and (knob.startswith("swap") or (not knobs_of_zero3 and "elements" in knob)):
             continue
         if feasible:
             other = min(feasible, key=lambda c: c.cost(objective))
@@ -351,7 +352,7 @@ def knob_reasons(searcher: Searcher, best: Candidate) -> tuple[KnobReason, ...]:
         else:
             reason = "given, or the only possible value"
         reasons.append(KnobReason(knob=knob, value=_shown(read(best)), reason=reason))
-    if best.run.zero.stage == 3:
+    if knobs_of_zero3:
         reasons += [KnobReason(knob=knob, value=str(getattr(best.run.zero, knob)), reason=why) for knob, why in _FIXED]
     return tuple(reasons)
 

@@ -21,8 +21,9 @@ from ..costs.parameters import TABLES, parameter_groups
 from ..costs.workload import Volumes
 from ..deepspeed.config import NVME_BLOCK_BYTES, check_training_state
 from ..hardware.cluster import ClusterSpec
+from ..memory.bounds import BatchBound, MemoryUpperBound, WeightsBound, add_bounds
 from ..memory.estimate import BOOKKEEPING_BYTES, MemoryEstimate, estimate_memory
-from ..memory.upper_bound import BatchBound, MemoryUpperBound, WeightsBound, add_bounds, bound_batch, bound_weights
+from ..memory.upper_bound import bound_batch, bound_weights
 from ..plans.build import check_data
 from ..plans.defaults import override_zero
 from ..timing.engine_time import PartTime, engine_parts, weight_uses
@@ -86,6 +87,8 @@ class Searcher:
         self.closest: dict[Strategy, Candidate] = {}
         """The candidate of each strategy with the lowest utilization."""
         check_data(spec, training, self.global_batch)
+        if constraints.engine == "fsdp2":
+            RunConfig(self._models()[0], cluster, training, ZeroSpec(engine="fsdp2"))
         # A wrong name or value of a knob is an error of the input, whatever the strategy.
         override_zero(ZeroSpec(), constraints.zero_overrides)
         self._collect(on_progress)
@@ -94,9 +97,9 @@ class Searcher:
         modes: tuple[Checkpointing, ...] = ("none", "block", "offload")
         if self.constraints.checkpointing is not None:
             modes = (self.constraints.checkpointing,)
-        elif self.cluster.device == "cpu" or self.training.torch_autocast:
+        elif self.cluster.device == "cpu" or self.training.torch_autocast or self.constraints.engine == "fsdp2":
             # A CPU rank computes in host memory, so that offloading activations to the host saves nothing; and
-            # fairscale recomputes outside of autocast.
+            # fairscale recomputes outside of autocast and hides a block from FSDP2.
             modes = modes[:2]
         return [
             self.spec if self.spec.checkpointing == mode else self.spec.model_copy(update={"checkpointing": mode})

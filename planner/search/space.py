@@ -15,10 +15,10 @@ from ..common.errors import InputError
 from ..common.schema import Schema, stored_as, validate
 from ..common.types import Line, Positive
 from ..config.model import ModelSpec
-from ..config.zero import OffloadMode, ZeroSpec, min_buffers
+from ..config.zero import OffloadMode, ShardingEngine, ZeroSpec, min_buffers
 from ..costs.parameters import table_entries
 from ..hardware.cluster import ClusterSpec
-from ..plans.defaults import choose_tile, choose_zero, override_zero
+from ..plans.defaults import choose_fsdp2, choose_tile, choose_zero, override_zero, require_plain, whole_rows
 
 RATIOS = (0.25, 0.5, 0.75)
 """Offload ratios to try."""
@@ -34,10 +34,13 @@ class Strategy(NamedTuple):
     """Whether every node has a second copy of the parameters: ZeRO++'s hpZ."""
     quantized: bool = False
     """Whether parameters and gradients are communicated as integers: ZeRO++'s qwZ and qgZ."""
+    engine: ShardingEngine = "deepspeed"
 
     @property
     def text(self) -> str:
         """The strategy in words."""
+        if self.engine == "fsdp2":
+            return "FSDP2"
         if self.hpz:
             return f"ZeRO-3 with hpZ{', qwZ and qgZ' if self.quantized else ''}, no offload"
         part = f", {self.ratio:.0%} of it" if self.ratio < 1 else ""
@@ -55,10 +58,13 @@ def list_strategies(constraints: SearchConstraints, cluster: ClusterSpec) -> tup
     """List the strategies to try, and the infeasible ones with the reason.
 
     Raises:
-        InputError: for an unknown offload mode.
+        InputError: for an unknown offload mode, or what FSDP2 does not have.
     """
     if constraints.offload is not None:
         OffloadMode.parse(constraints.offload)
+    if constraints.engine == "fsdp2":
+        require_plain(constraints.stage, constraints.offload, constraints.zero_overrides)
+        return [Strategy(3, OffloadMode.NONE, engine="fsdp2")], {}
     every = [Strategy(0, OffloadMode.NONE)]
     every += [Strategy(stage, offload) for stage in (1, 2) for offload in (OffloadMode.NONE, OffloadMode.CPU_OPTIMIZER)]
     every += [Strategy(3, offload) for offload in OffloadMode]
@@ -161,7 +167,9 @@ def tiles(spec: ModelSpec, world_size: int, stage: int, constraints: SearchConst
     if chosen is None or stage < 3:
         # Below stage 3 tiles are not gathered one by one.
         return [chosen]
-    sizes = (chosen, chosen * 2, chosen * 4, chosen // 2, chosen // 4)
+    sizes = [chosen, chosen * 2, chosen * 4, chosen // 2, chosen // 4]
+    if constraints.engine == "fsdp2":
+        sizes = [whole_rows(size, world_size) for size in sizes]
     return list(dict.fromkeys(min(relations, max(1, size)) for size in sizes))
 
 
@@ -186,6 +194,26 @@ def knob_sets(
     Raises:
         InputError: if the user's overrides contradict the strategy.
     """
+    if strategy.engine == "fsdp2":
+        yield from _fsdp2_knobs(choose_fsdp2(spec, tile_relations, cluster), cluster)
+    else:
+        yield from _zero_knobs(spec, tile_relations, strategy, cluster, constraints)
+
+
+def _fsdp2_knobs(base: ZeroSpec, cluster: ClusterSpec) -> Iterator[KnobSet]:
+    yield KnobSet(base, minimal_memory=True)
+    if cluster.device == "cuda":
+        ahead = {"prefetch_bucket_elements": base.reduce_bucket_elements}
+        yield KnobSet(base.model_copy(update=ahead), minimal_memory=False)
+
+
+def _zero_knobs(
+    spec: ModelSpec,
+    tile_relations: int | None,
+    strategy: Strategy,
+    cluster: ClusterSpec,
+    constraints: SearchConstraints,
+) -> Iterator[KnobSet]:
     base = _minimal_knobs(spec, tile_relations, strategy, cluster, constraints)
     yield KnobSet(base, minimal_memory=True)
     on_gpu, largest = cluster.device == "cuda", base.reduce_bucket_elements
@@ -261,6 +289,8 @@ class SearchConstraints(Schema):
     """Samples per rank and forward pass."""
     gradient_accumulation_steps: Positive | None = stored_as("accumulation", None)
     """Micro-batches per optimizer step."""
+    engine: ShardingEngine = "deepspeed"
+    """What shards: DeepSpeed's ZeRO, or torch's FSDP2."""
     stage: Stage | None = None
     """ZeRO stage."""
     offload: str | None = None

@@ -227,6 +227,8 @@ class ModuleParams:
     """Whether two modules have these parameters."""
     waiting: list[Storage] = field(default_factory=list)
     """Gradients of the first of these modules, until the second's are added."""
+    lengths: tuple[int, ...] = ()
+    """Length of each tensor's first dimension, which FSDP2 splits; empty for tensors of one dimension."""
 
 
 class ParameterHooks:

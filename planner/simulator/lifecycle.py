@@ -12,6 +12,7 @@ from ..common.phases import Phase, Tier
 from ..config.run_config import RunConfig
 from .core import MemoryTracker, ModuleParams, ParameterHooks, Peak, RankMemory, Storage
 from .engine.base import SIMULATED_MICRO_BATCHES, EngineConfig, SimulatedEngine
+from .engine.fsdp2 import Fsdp2Engine
 from .engine.stage0_1_2 import Stage0Engine, Stage12Engine
 from .engine.stage3 import Stage3Engine
 from .network.model import (
@@ -56,6 +57,8 @@ class _Order(ParameterHooks):
 
 def _engine(memory: RankMemory, config: EngineConfig, network: SimulatedNetwork) -> SimulatedEngine:
     zero = config.zero
+    if zero.uses_fsdp2:
+        return Fsdp2Engine(memory, config, network)
     if zero.stage == 0:
         return Stage0Engine(memory, config, network)
     if zero.stage < 3:

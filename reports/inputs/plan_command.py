@@ -58,6 +58,8 @@ def plan_command(plan: Plan) -> str | None:
         else {"none": "none"}.get(optimizer.device, f"{optimizer.device}-optimizer")
     )
     flags |= {"cluster": cluster.name} | chosen | {"stage": zero.stage, "offload": offload}
+    if zero.uses_fsdp2:
+        flags["engine"] = zero.engine
     flags["checkpointing"] = plan.model.checkpointing
     if optimizer.ratio < 1:
         flags["offload_ratio"] = optimizer.ratio

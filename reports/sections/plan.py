@@ -47,7 +47,7 @@ def summarize(plan: Plan) -> tuple[tuple[str, str], ...]:
         ("Operator", f"{model.operator}{relative}"),
         ("Parameters", f"{format_count(parameters.total)}, {tables:.1%} of them in relation tables"),
         ("Cluster", f"{cluster.name}: {cluster.nodes} × {cluster.ranks_per_node} ranks on {cluster.device}"),
-        ("ZeRO", f"stage {zero.stage}, {f'offload of {offload}' if offload else 'no offload'}"),
+        ("Sharding", f"{zero.name}, {f'offload of {offload}' if offload else 'no offload'}"),
         ("Tiles", "full tables" if plan.tile_relations is None else f"{plan.tile_relations} relations per tile"),
         ("Precision", f"{training.precision_text}, master copy {training.master_dtype}, {training.optimizer}"),
         (
@@ -145,9 +145,7 @@ def _measured(run: Path, key: str) -> Section:
 def _timelines(plan: Plan, title: str, prefix: str, made: Provenance) -> tuple[Section, dict[str, Any]]:
     """Return the section of the timelines, and the specification of one chart with all tiers."""
     ranks = f"{plan.cluster.world_size} rank{'s' if plan.cluster.world_size > 1 else ''}"
-    subtitle = (
-        f"ZeRO-{plan.zero.stage} on {ranks}, {plan.training.precision_text}, {plan.training.micro_batch} samples each"
-    )
+    subtitle = f"{plan.zero.name} on {ranks}, {plan.training.precision_text}, {plan.training.micro_batch} samples each"
     host_share = plan.cluster.host_memory_bytes // plan.cluster.ranks_per_node
     capacities: dict[str, int] = {Tier.DEVICE: plan.cluster.device_memory_bytes, Tier.HOST: host_share}
     named = {tier_name(tier): timeline for tier, timeline in timelines_of(plan).items()}

@@ -73,6 +73,9 @@ ELSEWHERE = {
     "serve --port": f"{SERVER}::test_changing_the_form_updates_plan_and_url",
     "serve --open --port": f"{SERVER}::test_open_shows_the_page_in_the_default_browser",
     "serve --host --workers": f"{SERVER}::test_public_server_warns_and_its_workers_end_with_it",
+    "sh plans/fsdp2/launch-torchrun.sh": (
+        "distributed/fsdp2/test_sharding.py::test_a_plan_folder_trains_through_torchrun_and_resumes"
+    ),
     "sbatch job.sbatch": f"{RANKS}/test_slurm.py::test_a_job_saves_before_its_limit_and_resumes_when_submitted_again",
     "python benchmarks/accuracy.py": "docs/test_pages.py::test_the_comparison_of_memory_is_made",
     "python scripts/gpu_check.py": f"{RANKS}/test_gpu_check.py::test_a_rehearsal_runs_every_part",

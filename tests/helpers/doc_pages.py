@@ -29,7 +29,7 @@ _UNIT = r"(?:[KMGTP]iB|[kMGTP]?FLOP|ms|s|B|k|M|G|T)"
 
 
 def reader_pages() -> list[Path]:
-    """Return the README and the pages in docs/."""
+    """Return the README and the pages in docs/ and its folders."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 

@@ -82,10 +82,9 @@ def test_configs_that_fail_later_in_deepspeed_are_rejected() -> None:
 
 
 def test_the_plan_folder_has_the_files_that_its_cluster_needs(tmp_path: Path) -> None:
-    for name, files in {
-        "8xH100": {"environment.sh", "launch-torchrun.sh", "job.sbatch"},
-        "2x8xH100": {"environment.sh", "launch-torchrun.sh", "job.sbatch", "hostfile", "launch-ssh.sh"},
-    }.items():
+    always = {"environment.sh", "launch-torchrun.sh", "job.sbatch", "jobset.yaml", "skypilot.yaml"}
+    for name, more in {"8xH100": set(), "2x8xH100": {"hostfile", "launch-ssh.sh"}}.items():
+        files = always | more
         plan = make_plan(preset("vit-base/32"), load_cluster(name), BF16)
         assert set(launch_files(plan)) == files
         folder = tmp_path / name

@@ -146,6 +146,14 @@ def plan_cli(
             help="Seed of the weights and the sample order.", show_default="0", rich_help_panel=TRAINING_PANEL
         ),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What shards: deepspeed, or fsdp2 (torch's fully_shard).",
+            rich_help_panel=STRATEGY_PANEL,
+            autocompletion=choices("deepspeed", "fsdp2"),
+        ),
+    ] = "deepspeed",
     stage: Annotated[
         int | None, typer.Option(min=0, max=3, help="ZeRO stage; chosen by default.", rich_help_panel=STRATEGY_PANEL)
     ] = None,
@@ -217,6 +225,7 @@ def plan_cli(
     spec = planner.load_model(model, **join_settings(flags | {"checkpointing": checkpointing}, settings, "--set"))
     given: dict[str, object] = {
         "global_batch": global_batch,
+        "engine": engine,
         "stage": stage,
         "tile_relations": tile_relations,
         "offload": offload,

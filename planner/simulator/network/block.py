@@ -32,7 +32,9 @@ _PLAIN = ("plain_query", "plain_key", "plain_value")
 
 def linear_weights(d_in: int, d_out: int, *, bias: bool = True) -> ModuleParams:
     """Return the parameters of a linear layer."""
-    return ModuleParams((d_out * d_in, d_out) if bias else (d_out * d_in,))
+    return ModuleParams(
+        (d_out * d_in, d_out) if bias else (d_out * d_in,), lengths=(d_out, d_out) if bias else (d_out,)
+    )
 
 
 def norm_weights(spec: ModelSpec, width: int) -> ModuleParams:
@@ -96,7 +98,9 @@ class SimulatedBlock:
             self.shape = self._shape(0, spec.inner_dim)
         if operator == "absolute":
             numbers = [n for n, copies in table_tiles(spec.tokens, tile_relations) for _ in range(copies)]
-            self.positions = {role: [(n, ModuleParams((n * dim * inner,))) for n in numbers] for role in spec.roles}
+            self.positions = {
+                role: [(n, ModuleParams((n * dim * inner,), lengths=(n,))) for n in numbers] for role in spec.roles
+            }
 
     @property
     def modules(self) -> list[ModuleParams]:
@@ -144,9 +148,11 @@ class SimulatedBlock:
             numel = count * d_in * d_out
             extent = largest_box(spec.geometry, first, count), pairs_of(spec.geometry, first, count)
             if both:
-                self.logit_tiles.append(SimulatedTile(first, count, ModuleParams((numel,) * both), *extent))
+                self.logit_tiles.append(
+                    SimulatedTile(first, count, ModuleParams((numel,) * both, lengths=(count,) * both), *extent)
+                )
             if "v" in spec.roles:
-                self.value_tiles.append(SimulatedTile(first, count, ModuleParams((numel,)), *extent))
+                self.value_tiles.append(SimulatedTile(first, count, ModuleParams((numel,), lengths=(count,)), *extent))
             first += count
         low1, low2 = d_in, d_out
         coupled = bool(both)

@@ -85,10 +85,12 @@ class SimulatedNetwork:
             )
             self.head = linear_weights(dim, spec.classes, bias=spec.bias)
         else:
-            self.embedding = (ModuleParams((spec.vocabulary * dim,), shared=spec.tied_embeddings),)
+            self.embedding = (
+                ModuleParams((spec.vocabulary * dim,), shared=spec.tied_embeddings, lengths=(spec.vocabulary,)),
+            )
             self.head = self.embedding[0] if spec.tied_embeddings else linear_weights(dim, spec.vocabulary, bias=False)
-        self.class_token = ModuleParams((dim,))
-        self.positions = ModuleParams((spec.tokens * dim,)) if spec.learned_positions else None
+        self.class_token = ModuleParams((dim,), lengths=(1,))
+        self.positions = ModuleParams((spec.tokens * dim,), lengths=(1,)) if spec.learned_positions else None
         self.norm, self.head_norm = norm_weights(spec, dim), norm_weights(spec, dim)
 
     @property

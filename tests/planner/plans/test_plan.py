@@ -138,7 +138,7 @@ def test_the_folder_holds_the_plan_and_its_files(plan: Plan, tmp_path: Path) -> 
     write_plan_folder(plan, target)
     assert sorted(path.name for path in target.iterdir()) == [
         "README.md", "accelerate.yaml", "ds_config.json", "ds_config_hf.json", "environment.sh", "job.sbatch",
-        "launch-torchrun.sh", "launch.sh", "plan.json",
+        "jobset.yaml", "launch-torchrun.sh", "launch.sh", "plan.json", "skypilot.yaml",
     ]  # fmt: skip
     assert load_plan(target) == plan
     assert json.loads((target / "ds_config.json").read_text()) == plan.deepspeed_config()

@@ -1,0 +1,115 @@
+"""Training under FSDP2 on two ranks: losses as in one process, memory as predicted, one tile gathered at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.runs import run_ranks_of
+from helpers.waiting import PATIENCE_S
+
+from translution.distributed.data.batching import micro_batches
+from translution.distributed.data.loaders import load_samples
+from translution.distributed.fsdp2.sharding import make_optimizer
+from translution.distributed.fsdp2.steps import batch_loss, learning_rate, newest_step
+from translution.distributed.system.environment import free_port
+from translution.models import build
+from translution.planner.common.machine import usable_cores
+from translution.planner.config.loading import load_model
+from translution.planner.config.training import TrainingSpec
+from translution.planner.costs.parameters import count_parameters
+from translution.planner.hardware.cluster import local_cpu_cluster
+from translution.planner.plans.build import make_plan
+from translution.planner.plans.folder import write_plan_folder
+from translution.planner.plans.plan import Plan, load_plan
+
+needs_two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
+CASES: list[dict[str, Any]] = [
+    {"accumulation": 2},
+    {"precision": "bf16"},
+    {"checkpointing": "block", "dropout": 0.0},
+]
+
+
+def digits_plan(root: Path, folder: Path, **options: Any) -> Path:
+    model = {name: options.pop(name) for name in ("checkpointing", "dropout") if name in options}
+    spec = load_model(str(root / "examples" / "digits.yaml"), **model)
+    values: dict[str, Any] = {"micro_batch": 8, "steps": 3, "warmup_steps": 1, "data": "digits"} | options
+    plan = make_plan(spec, local_cpu_cluster(2), TrainingSpec(**values), engine="fsdp2")
+    write_plan_folder(plan, folder)
+    return folder
+
+
+def losses_of_one_process(plan: Plan) -> list[float]:
+    """Train the whole network on the micro-batches of all ranks."""
+    training = plan.training
+    torch.manual_seed(training.seed)
+    network = build(plan.model, tile_relations=plan.tile_relations)
+    optimizer = make_optimizer(plan, network)
+    samples, _ = load_samples(plan.model, training, plan.global_batch)
+    count = training.gradient_accumulation_steps
+    ranks = [
+        micro_batches(
+            samples,
+            micro_batch=training.micro_batch,
+            gradient_accumulation_steps=count,
+            rank=rank,
+            world_size=plan.world_size,
+            seed=training.seed,
+        )
+        for rank in range(plan.world_size)
+    ]
+    losses = []
+    for step in range(training.steps):
+        batches = [batch for rank in ranks for batch in next(rank)]
+        parts = [batch_loss(plan, network, batch) / len(batches) for batch in batches]
+        losses.append(sum(part.item() for part in parts))
+        sum(parts, torch.zeros(())).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), training.gradient_clipping)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(plan, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@needs_two_cores
+def test_two_ranks_train_like_one_process_and_hold_what_is_predicted(root: Path, tmp_path: Path) -> None:
+    folders = [digits_plan(root, tmp_path / str(number), **case) for number, case in enumerate(CASES)]
+    program = root / "tests" / "programs" / "fsdp2_ranks.py"
+    run_ranks_of([program, tmp_path / "out.json", *folders], 2, tmp_path / "log")
+    results = json.loads((tmp_path / "out.json").read_text())
+    for folder, case, found in zip(folders, CASES, results, strict=True):
+        plan = load_plan(folder)
+        assert found["most_tiles"] == 1
+        assert found["share"] * 4 == plan.prediction.of("parameters")
+        assert found["share"] < 0.55 * count_parameters(plan.model).total
+        if plan.training.precision == "fp32":
+            assert found["losses"] == pytest.approx(losses_of_one_process(plan), rel=1e-4), case
+        for phase in ("init", "forward", "backward", "optimizer step"):
+            ratio = plan.prediction.bytes_of(phase) / found["peaks"][phase]
+            assert 1 <= ratio <= 1.05, (case, phase, ratio)
+
+
+@needs_two_cores
+def test_a_plan_folder_trains_through_torchrun_and_resumes(root: Path, tmp_path: Path) -> None:
+    folder, run = digits_plan(root, tmp_path / "plan", steps=4, checkpoint_steps=2), tmp_path / "run"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "MASTER_PORT": str(free_port())}
+    command = [str(folder / "launch-torchrun.sh"), str(run)]
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=PATIENCE_S)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert newest_step(run) == 4
+    # As if the run had been killed while it saved for the last time.
+    (run / "step_4" / ".metadata").unlink()
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=PATIENCE_S)
+    again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][4:]
+    assert [row["step"] for row in again] == [3, 4]
+    assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in rows[2:]], rel=1e-6)
