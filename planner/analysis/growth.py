@@ -16,9 +16,10 @@ from ..config.training import TrainingSpec
 from ..costs.parameters import count_parameters
 from ..hardware.cluster import ClusterSpec, load_cluster
 from ..memory.estimate import estimate_memory
-from ..search.plan_search import shortage
-from ..search.searcher import Candidate, Searcher, with_nodes
+from ..search.candidate import Candidate, with_nodes
+from ..search.searcher import Searcher
 from ..search.space import SearchConstraints
+from ..search.verdicts import shortage
 from ..timing.step_time import estimate_step_time
 from .comparison import Axis, compared_models, scaled
 

@@ -6,11 +6,8 @@ from .conflicts import check_constraints as check_constraints
 from .explanation import next_best as next_best
 from .explanation import search_notes as search_notes
 from .explanation import write_search_folder as write_search_folder
-from .plan_search import KnobReason as KnobReason
 from .plan_search import NoPlanFits as NoPlanFits
-from .plan_search import ParetoPoint as ParetoPoint
 from .plan_search import SearchResult as SearchResult
-from .plan_search import StrategyVerdict as StrategyVerdict
 from .plan_search import search_plan as search_plan
 from .searcher import Searcher as Searcher
 from .space import HEADROOM as HEADROOM
@@ -24,3 +21,6 @@ from .space import node_counts as node_counts
 from .space import parse_constraints as parse_constraints
 from .space import resolve_global_batch as resolve_global_batch
 from .space import tiles as tiles
+from .verdicts import KnobReason as KnobReason
+from .verdicts import ParetoPoint as ParetoPoint
+from .verdicts import StrategyVerdict as StrategyVerdict

@@ -20,7 +20,8 @@ from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import estimate_memory
 from ..memory.upper_bound import bound_memory
 from ..plans.defaults import choose_zero
-from .searcher import REPLAY_TOLERANCE, REPLAYS, Capacity, Searcher, with_nodes, writes_to_nvme
+from .candidate import Capacity, with_nodes, writes_to_nvme
+from .searcher import REPLAY_TOLERANCE, REPLAYS, Searcher
 from .space import SearchConstraints, list_strategies, tiles
 
 MAX_ADVISED_NODES = 4096

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..common.units import format_bytes
 from ..plans.folder import write_plan_folder
-from .plan_search import SearchResult, StrategyVerdict
+from .plan_search import SearchResult
+from .verdicts import StrategyVerdict
 
 
 def next_best(result: SearchResult) -> StrategyVerdict | None:
