@@ -296,8 +296,7 @@ def search_input(choice: Choice) -> SearchInput:
         spec, cluster = _spec_of(choice), cluster_of(choice)
         fields = {"precision": choice.precision, "optimizer": choice.optimizer, "steps": choice.steps}
         training = validate(_TRAINING, fields | {"data": default_data(spec)}, "plan", tuple(TrainingSpec.model_fields))
-        names = (*_CONSTRAINT_FIELDS, "global_batch", "all_nodes", "headroom", "minimize")
-        limits: dict[str, Any] = {name: getattr(choice, name) for name in names}
+        limits: dict[str, Any] = {name: getattr(choice, name) for name in _LIMITS} | _ignored(choice)
         limits["zero_overrides"] = _overrides(choice, spec)
         if choice.checkpointing is None and spec.checkpointing != "none":
             limits["checkpointing"] = spec.checkpointing
@@ -308,6 +307,19 @@ def search_input(choice: Choice) -> SearchInput:
     except InputError as error:
         raise choice_error(error, choice) from None
     return SearchInput(spec, cluster, training, constraints)
+
+
+_LIMITS = (*_CONSTRAINT_FIELDS, "global_batch", "all_nodes", "headroom", "minimize")
+
+
+def _ignored(choice: Choice) -> dict[str, object]:
+    """Return the values in place of fields that the form still holds though another one rules them out."""
+    ignored: dict[str, object] = {}
+    if choice.offload is not None and "nvme" not in choice.offload:
+        ignored["nvme_path"] = None
+    if choice.all_nodes and choice.minimize == "nodes":
+        ignored["minimize"] = "time"
+    return ignored
 
 
 def _check(question: SearchInput) -> None:
@@ -339,11 +351,11 @@ def choice_arguments(choice: Choice) -> list[str]:
     for field in _SETTINGS:
         if field in changed:
             words += ["--set", f"{field}={changed[field]}"]
-    words += ["--precision", choice.precision, "--data", "synthetic", "--steps", str(choice.steps)]
+    words += ["--precision", choice.precision, "--steps", str(choice.steps)]
     if "optimizer" in changed:
         words += ["--train", f"optimizer={choice.optimizer}"]
     for field in (*_CONSTRAINT_FIELDS, "global_batch", "minimize", "headroom"):
-        if field in changed:
+        if field in changed and field not in _ignored(choice):
             words += [f"--{field.replace('_', '-')}", str(changed[field])]
     for pair in choice.zero.split(",") if choice.zero else ():
         words += ["--zero", pair]

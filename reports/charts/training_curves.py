@@ -21,7 +21,7 @@ _LOG_RATIO = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Curve:
     """A figure of a step that is drawn against the steps."""
 
     column: str
@@ -72,7 +72,7 @@ def _evaluations(run: TrainingRun) -> list[dict[str, Any]]:
     ]
 
 
-def _describe(rows: Sequence[dict[str, Any]], figure: Figure, expected: Iterable[Expected]) -> str:
+def _describe(rows: Sequence[dict[str, Any]], figure: Curve, expected: Iterable[Expected]) -> str:
     frame = pd.DataFrame(rows)
     parts = []
     for name, own in frame.groupby("run", sort=False):
@@ -99,7 +99,7 @@ def _expected_layers(expected: Sequence[Expected], title: str, scale: alt.Scale)
 
 
 def draw_figure(
-    runs: Sequence[TrainingRun], figure: Figure, expected: Sequence[Expected] = (), *, evaluated: bool = False
+    runs: Sequence[TrainingRun], figure: Curve, expected: Sequence[Expected] = (), *, evaluated: bool = False
 ) -> dict[str, Any] | None:
     """Draw a figure of every step, with a line for each run.
 

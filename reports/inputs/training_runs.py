@@ -16,8 +16,8 @@ from translution.planner.plans import RUNS, Plan, load_plan
 
 from .run_accuracy import read_metrics
 
-LOSS, RATE, NORM, SECONDS, THROUGHPUT = "loss", "learning_rate", "grad_norm", "seconds", "samples_per_s"
-_FIGURES = (LOSS, RATE, NORM, SECONDS, THROUGHPUT)
+LOSS, RATE, GRADIENT_NORM, SECONDS, THROUGHPUT = "loss", "learning_rate", "grad_norm", "seconds", "samples_per_s"
+_FIGURES = (LOSS, RATE, GRADIENT_NORM, SECONDS, THROUGHPUT)
 MAX_RUNS = 9
 """Largest number of runs in one chart, each with a colour of its own."""
 

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from translution.planner.common import Provenance
 
-from ..charts.training_curves import Expected, Figure, draw_figure
-from ..inputs.training_runs import LOSS, NORM, RATE, SECONDS, THROUGHPUT, TrainingRun
+from ..charts.training_curves import Curve, Expected, draw_figure
+from ..inputs.training_runs import GRADIENT_NORM, LOSS, RATE, SECONDS, THROUGHPUT, TrainingRun
 from ..render.document import CellValue, Column, Picture, Section, SectionPart, Table
 
 _FIGURES = {
-    "curve": Figure(LOSS, "loss", half=False),
-    "training-seconds": Figure(SECONDS, "step time", "seconds", logarithmic=True),
-    "training-throughput": Figure(THROUGHPUT, "throughput", "samples per second", logarithmic=True),
-    "training-rate": Figure(RATE, "learning rate", digits=".3g"),
-    "training-norm": Figure(NORM, "gradient norm", logarithmic=True),
+    "curve": Curve(LOSS, "loss", half=False),
+    "training-seconds": Curve(SECONDS, "step time", "seconds", logarithmic=True),
+    "training-throughput": Curve(THROUGHPUT, "throughput", "samples per second", logarithmic=True),
+    "training-rate": Curve(RATE, "learning rate", digits=".3g"),
+    "training-norm": Curve(GRADIENT_NORM, "gradient norm", logarithmic=True),
 }
 """What is drawn, by the key of its picture."""
 

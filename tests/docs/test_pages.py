@@ -125,6 +125,9 @@ class SerialExecutor:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def shutdown(self, **_: object) -> None:
+        pass
+
     def submit(self, function: Any, *arguments: object) -> Future[Any]:
         done: Future[Any] = Future()
         done.set_result(function(*arguments))
@@ -281,6 +284,8 @@ ON_RANKS = tuple(f"docs/integrations/{name}.md" for name in ("accelerate", "ddp"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(lightning|torchmetrics)")
+@pytest.mark.filterwarnings("ignore:The .srun. command is available")  # Where Slurm is installed.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.. is deprecated:FutureWarning")  # Lightning's use of torch.
 @pytest.mark.parametrize("page", [page for page in PAGES if programs(ROOT / page) and page not in ON_RANKS])
 def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -67,6 +67,8 @@ def measured(folder: Path, *modes: RunMode, nodes: int = 1, **options: Any) -> p
     if nvme is not None:
         nvme.mkdir()
     values = {"model": WIDE, "tile": 13, "micro_batch": 8, "data": "synthetic"} | options
+    if values["model"].get("operator") == "attention":
+        values["tile"] = None  # Attention has no tables.
     plan = write_plan(folder / "plan", 2, nvme_path=nvme, nodes=nodes, **values)
     for mode in modes:
         run = run_plan(plan, 2 * nodes, mode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +51,8 @@ def print_verification(folder: Path, *, as_json: bool, kept: bool = True) -> Non
     rows = compare_run(run)
     metrics = read_metrics(run)
     evaluations = metrics[metrics["event"] == "evaluation"]
-    accuracy = None if evaluations.empty else float(evaluations["accuracy"].iloc[-1])
+    last = None if evaluations.empty else evaluations.iloc[-1].get("accuracy")
+    accuracy = float(last) if isinstance(last, int | float) and math.isfinite(last) else None
     files = {name: str(path) for name, path in run_files(run).items() if kept}
     if as_json:
         memory = json.loads(rows.to_json(orient="records"))

@@ -13,10 +13,16 @@ def test_a_damaged_line_of_the_metrics_is_left_out(tmp_path: Path) -> None:
     path, seen = tmp_path / "metrics.jsonl", list[Mapping[str, Any]]()
     reader = MetricsReader(path, seen.append)
     reader.poll()
-    path.write_bytes(b'{"step": 1}\n{"st\n\x00\x00\n' + 100_000 * b"[" + b'\n{"step": 2}\n{"step": 3')
+    path.write_bytes(
+        b'{"event": "step", "step": 1}\n{"step": 7}\n{"st\n\x00\x00\n'
+        + 100_000 * b"["
+        + b'\n{"event": "step", "step": 2}\n'
+    )
+    with path.open("ab") as file:
+        file.write(b'{"event": "step", "step": 3')
     reader.poll()
-    assert seen == [{"step": 1}, {"step": 2}]
+    assert [line["step"] for line in seen] == [1, 2]
     with path.open("ab") as file:
         file.write(b"}\n")
     reader.poll()
-    assert seen[-1] == {"step": 3}
+    assert seen[-1] == {"event": "step", "step": 3}

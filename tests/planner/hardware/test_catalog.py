@@ -219,7 +219,7 @@ def test_an_unknown_name_gets_a_hint_with_the_closest_names() -> None:
 
 
 def test_a_wheel_holds_the_data_files(root: Path, tmp_path: Path) -> None:
-    for folder in ("planner", "models", "distributed", "reports", "cli"):
+    for folder in ("planner", "models", "distributed", "reports", "cli", "translution"):
         shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, tmp_path)

@@ -136,7 +136,7 @@ def test_the_report_has_the_section(
     documents: list[Document] = []
     for folder in (empty, as_if_on_a_gpu()):
         names = [str(tmp_path / name) for name in ("page.html", "page.json")]
-        assert run(["report", "--gpu", str(folder), "--out", names[0], "--data", names[1]]) == 0
+        assert run(["report", "--gpu", str(folder), "--out", names[0], "--data", names[1], "--force"]) == 0
         documents.append(load_document(Path(names[1])))
         assert ("Not yet measured on a GPU" in Path(names[0]).read_text(encoding="utf-8")) == (folder == empty)
     assert [section.key for document in documents for section in document.sections] == ["gpu-section"] * 2

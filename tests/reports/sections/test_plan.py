@@ -145,7 +145,7 @@ def test_run_without_measurement_shows_its_steps_and_the_prediction(tmp_path: Pa
     path = run_folder(tmp_path / "plan", "001")
     (path / "memory" / "rank_0.json").unlink()
     for folder in (tmp_path / "plan", path):
-        assert run(["report", str(folder), "--out", str(tmp_path / "x.html"), "--json"]) == 0
+        assert run(["report", str(folder), "--out", str(tmp_path / "x.html"), "--json", "--force"]) == 0
         sizes = json.loads(capsys.readouterr().out)["files"]
         assert sizes == {str(tmp_path / "x.html"): (tmp_path / "x.html").stat().st_size}
         text = (tmp_path / "x.html").read_text(encoding="utf-8")
@@ -224,7 +224,7 @@ def test_help_has_examples(capsys: Captured) -> None:
 
 
 def test_wheel_includes_the_files_of_the_page(root: Path, tmp_path: Path) -> None:
-    for name in ("planner", "models", "distributed", "reports", "cli"):
+    for name in ("planner", "models", "distributed", "reports", "cli", "translution"):
         shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, tmp_path)

@@ -93,8 +93,9 @@ def test_damaged_figures_are_left_out(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (found,) = read_runs([folder])
     assert found.steps["step"].tolist() == [2, 3] and found.last("loss") is None
-    (folder / "metrics.jsonl").write_text("{}\n")
-    assert read_runs([folder]) == []
+    (folder / "metrics.jsonl").write_text("{}\n{}\n")
+    with pytest.raises(InputError, match="line 1: event: is required, the kind of the line as text"):
+        read_runs([folder])
 
 
 def test_more_runs_than_colours_are_refused(tmp_path: Path) -> None:
