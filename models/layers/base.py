@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from translution.planner.common import InputError
 from translution.planner.config import RelationGeometry, Window, canonical_roles
 
-IMPLEMENTATIONS = ("grouped", "batched", "gather")
+from ..ops.implementations import canonical_implementation
 
 
 def make_geometry(
@@ -113,9 +113,6 @@ def check_operator_options(workspace_bytes: int, implementation: str) -> None:
     Raises:
         InputError: naming the option that is not allowed.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise InputError(
-            f"implementation: {implementation!r} is not allowed: must be one of {', '.join(IMPLEMENTATIONS)}"
-        )
+    canonical_implementation(implementation)
     if workspace_bytes < 1:
         raise InputError(f"workspace_bytes: {workspace_bytes} is not allowed: must be at least 1")

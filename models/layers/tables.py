@@ -18,6 +18,7 @@ from translution.planner.costs import table_tiles
 from ..ops import grouped
 from ..ops.context import RelationContext, dropout_noise
 from ..ops.grouped_mm import Products
+from ..ops.implementations import canonical_implementation, choose_implementation
 from ..ops.naive import gather_attention
 
 ROLE_NAMES = {"q": "query", "k": "key", "v": "value"}
@@ -102,9 +103,10 @@ class OperatorChain(nn.Module):
         super().__init__()
         self.geometry, self.heads, self.scale, self.widths = geometry, heads, scale, widths
         self.dropout, self.workspace_bytes, self.relative = dropout, workspace_bytes, relative
-        self.batched = False
-        self.batches_on_gpu = True
-        """False multiplies one relation at a time on a GPU too, to compare the two."""
+        self.implementation = "auto"
+        """One of `IMPLEMENTATIONS`."""
+        self.deterministic: bool | None = None
+        """Whether the fused kernels give the same result in every run, at some cost; None: if torch's algorithms must."""
         self.products: Products | None = None
         """Products of many relations at a time; None chooses the fastest that proves correct on the device."""
         self.logit_tiles = nn.ModuleList()
@@ -141,6 +143,13 @@ class OperatorChain(nn.Module):
         with torch.autocast(device, enabled=False):
             return self._run(sources, key_padding)
 
+    def _implementation(self, sources: dict[str, Tensor]) -> str:
+        """Return the implementation of a call: "fused", "batched", "grouped" or "naive"."""
+        if not self.relative:
+            return "grouped"  # Without tables there is nothing to choose.
+        first = next(iter(sources.values()))
+        return choose_implementation(self.implementation, first.device, first.dtype, self.widths, self.heads)
+
     def draw_seed(self) -> int:
         """Draw the seed of this call's dropout from torch's default generator; zero without dropout."""
         return int(torch.randint(2**63 - 1, (), dtype=torch.int64)) if self.dropout and self.training else 0
@@ -150,8 +159,10 @@ class OperatorChain(nn.Module):
         context.widths, context.relative = self.widths, self.relative
         context.adds_logits = "plain_query" in sources
         context.key_padding = key_padding
-        on_gpu = next(iter(sources.values())).device.type == "cuda"
-        context.batched = self.batched or (on_gpu and self.batches_on_gpu)
+        context.implementation = self._implementation(sources)
+        context.deterministic = (
+            torch.are_deterministic_algorithms_enabled() if self.deterministic is None else self.deterministic
+        )
         context.products = self.products
         context.dropout = self.dropout if self.training else 0.0
         context.seed = self.draw_seed()
@@ -181,9 +192,7 @@ class RelationTables(OperatorChain):
         d_out: output width of the matrices, all heads together.
         roles: roles with a table, a subset of "qkv".
         tile_relations: number of relations per tile; None stores each table as one tile.
-        implementation: "grouped" multiplies one relation at a time on a CPU and many at a time on a
-            GPU; "batched" multiplies many at a time on every device; "gather" is the published
-            algorithm, a reference that copies a matrix for every pair and sample.
+        implementation: as in `Translution`.
     """
 
     def __init__(
@@ -198,7 +207,7 @@ class RelationTables(OperatorChain):
         dropout: float = 0.0,
         tile_relations: int | None = None,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
-        implementation: str = "grouped",
+        implementation: str = "auto",
     ) -> None:
         relative = frozenset(ROLE_NAMES[role] for role in roles)
         super().__init__(
@@ -210,7 +219,7 @@ class RelationTables(OperatorChain):
             workspace_bytes=workspace_bytes,
             relative=relative,
         )
-        self.implementation, self.batched = implementation, implementation == "batched"
+        self.implementation = canonical_implementation(implementation)
         logit_roles = tuple(ROLE_NAMES[role] for role in "qk" if role in roles)
         first = 0
         sizes = [size for size, copies in table_tiles(geometry.relations, tile_relations) for _ in range(copies)]
@@ -222,7 +231,7 @@ class RelationTables(OperatorChain):
             first += count
 
     def _run(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        if self.implementation != "gather":
+        if self._implementation(sources) != "naive":
             return super()._run(sources, key_padding)
         first = next(iter(sources.values()))
         # Under autocast the rows have a narrower dtype than the tables.
