@@ -106,7 +106,7 @@ class OperatorChain(nn.Module):
         self.implementation = "auto"
         """One of `IMPLEMENTATIONS`."""
         self.deterministic: bool | None = None
-        """Whether the fused kernels give the same result in every run, at some cost; None: if torch's algorithms must."""
+        """Whether fused kernels give the same result in every run, at some cost; None: if torch's algorithms must."""
         self.products: Products | None = None
         """Products of many relations at a time; None chooses the fastest that proves correct on the device."""
         self.logit_tiles = nn.ModuleList()

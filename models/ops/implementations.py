@@ -1,7 +1,7 @@
 """Which implementation of the operator a call uses.
 
 "auto" takes the first of these that serves:
-    fused      on an NVIDIA GPU with Triton: bf16, fp16 or fp32, widths that are multiples of 16
+    fused      on an NVIDIA GPU with Triton: bf16 or fp16, or fp32 if torch allows TF32; widths that are multiples of 16
     batched    on any GPU
     grouped    everywhere
 The reference, "naive", is used only where it is asked for.
@@ -15,7 +15,7 @@ import torch
 
 from translution.planner.common import InputError
 
-from .fused import fused_is_correct, fused_problem
+from .fused import fp32_products_use_tf32, fused_is_correct, fused_problem
 
 IMPLEMENTATIONS = ("auto", "fused", "batched", "grouped", "naive")
 IMPLEMENTATION_ALIASES = {"gather": "naive"}
@@ -68,7 +68,8 @@ def choose_implementation(
         return name
     if device.type != "cuda":
         return "grouped"
-    even = all(width % 16 == 0 for width in widths)
-    if even and fused_problem(device, dtype, widths, heads) is None and fused_is_correct(device, dtype, widths, heads):
+    # Exact products of fp32 do not run on tensor cores, and cuBLAS has the faster ones.
+    fit = all(width % 16 == 0 for width in widths) and (dtype != torch.float32 or fp32_products_use_tf32())
+    if fit and fused_problem(device, dtype, widths, heads) is None and fused_is_correct(device, dtype, widths, heads):
         return "fused"
     return "batched"

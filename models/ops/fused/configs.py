@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,17 +60,29 @@ CANDIDATES: dict[str, tuple[KernelConfig, ...]] = {
     "plain_gradients_kernel": (KernelConfig(32, 64, 64, 4, 1),),
 }
 """Configurations of each kernel; the first is taken where none is timed."""
+_EXACT = {
+    "matrix_gradients_kernel": KernelConfig(16, 64, 64, 4, 2),
+    "input_gradients_kernel": KernelConfig(64, 32, 64, 4, 2),
+    "plain_gradients_kernel": KernelConfig(32, 64, 64, 4, 1),
+}
+"""Products of fp32 without TF32 do not use tensor cores: Triton unrolls them, and larger blocks compile for minutes."""
+_EXACT_PROJECTION = KernelConfig(64, 16, 64, 4, 2)
 _chosen: dict[Hashable, KernelConfig] = {}
 
 
-def candidates(kernel: str, *, interpreted: bool) -> tuple[KernelConfig, ...]:
+def candidates(kernel: str, dtype: torch.dtype, precision: str) -> tuple[KernelConfig, ...]:
     """Return the configurations of a kernel.
 
     Args:
         kernel: name of the kernel.
-        interpreted: whether Triton's interpreter runs the kernels.
+        dtype: dtype of the rows.
+        precision: of the products, "ieee", "tf32" or, in Triton's interpreter, "upcast".
     """
-    return _INTERPRETED if interpreted else CANDIDATES[kernel]
+    if precision == "upcast":
+        return _INTERPRETED
+    if dtype == torch.float32 and precision == "ieee":
+        return (_EXACT.get(kernel, _EXACT_PROJECTION),)
+    return CANDIDATES[kernel]
 
 
 def heads_and_columns(heads: int, head_dim: int, columns: int) -> tuple[int, int]:
@@ -87,9 +99,9 @@ def heads_and_columns(heads: int, head_dim: int, columns: int) -> tuple[int, int
 
 
 def fitted(config: KernelConfig, element_bytes: int, width: int) -> KernelConfig:
-    """Return the configuration with fewer rows for wide heads, and fewer columns at a time for wide elements.
+    """Return the configuration with smaller blocks for wide heads, and fewer loads at a time for wide elements.
 
-    Shared memory holds what the loads of bf16 take, and registers two accumulators.
+    Registers hold two accumulators, and shared memory holds the loads that are on their way.
 
     Args:
         config: sizes for elements of two bytes and heads of up to ``config.columns`` columns.
@@ -97,13 +109,10 @@ def fitted(config: KernelConfig, element_bytes: int, width: int) -> KernelConfig
         width: columns of a head in a program.
     """
     wide = max(1, width // config.columns)
-    return KernelConfig(
-        max(16, config.rows // wide),
-        max(16, config.inner * 2 // max(2, element_bytes)),
-        max(config.columns, width),
-        config.warps,
-        2 if element_bytes > 2 else config.stages,
-    )
+    rows, inner = max(16, config.rows // wide), max(16, config.inner // wide)
+    if element_bytes > 2:
+        return replace(config, rows=rows, inner=max(16, inner // 2), stages=min(config.stages, 2))
+    return replace(config, rows=rows, inner=inner)
 
 
 def fastest(key: Hashable, offered: tuple[KernelConfig, ...], launch: Callable[[KernelConfig], None]) -> KernelConfig:

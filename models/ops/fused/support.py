@@ -27,6 +27,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def fp32_products_use_tf32() -> bool:
+    """True if torch lets products of fp32 round their operands to TF32."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def fused_problem(device: torch.device, dtype: torch.dtype, widths: tuple[int, int], heads: int) -> str | None:
     """Return what the fused operator needs and does not have here, or None.
 
@@ -67,7 +72,7 @@ def fused_is_correct(device: torch.device, dtype: torch.dtype, widths: tuple[int
         warnings.warn(f"the fused operator does not work here: {type(error).__name__}: {lines[0]}", stacklevel=2)
         return False
     expected = _trial(device, dtype, widths, heads, BatchedTile)
-    limit = 32 * torch.finfo(dtype).eps if torch.get_float32_matmul_precision() == "highest" else 2**-6
+    limit = 32 * torch.finfo(dtype).eps if not fp32_products_use_tf32() else 2**-6
     for ours, theirs in zip(found, expected, strict=True):
         if not bool((ours.float() - theirs.float()).abs().max() <= limit * theirs.float().abs().max()):
             warnings.warn("the fused operator gives wrong results here and is not used", stacklevel=2)

@@ -1,7 +1,7 @@
 """The products of one tile through the fused kernels: rows of queries, keys and values do not leave the chip.
 
-Only backward of the logits writes projected rows, the gradients of queries and keys, for a chunk of relations at a time:
-few enough to stay in the L2 cache of a GPU, and within ``workspace_bytes``.
+Only backward of the logits writes projected rows, the gradients of queries and keys, for a chunk of relations at a
+time: few enough to stay in the L2 cache of a GPU, and within ``workspace_bytes``.
 
 Sums over the pairs of a token are atomic additions, whose order changes from run to run. In deterministic mode one
 relation runs after the other: in a relation between patches no token has two pairs. Those with the class token are then
@@ -24,13 +24,13 @@ from .blocks import RelationChunk, pair_lists, relation_chunks, row_blocks
 from .configs import KernelConfig, candidates, fastest, fitted, heads_and_columns
 
 CHUNK_BYTES = 32 * 2**20
-"""Gradients of projected rows that are kept at a time, unless one relation needs more; the L2 cache of an H100 has 50 MB."""
+"""Gradients of projected rows kept at a time, unless one relation needs more; the L2 cache of an H100 has 50 MB."""
 
 
 def launch(
     kernel: str, programs: int, arguments: Sequence[Any], constants: dict[str, Any], config: KernelConfig
 ) -> None:
-    """Run a kernel of kernels.py.
+    """Run a kernel of kernels.py or gradient_kernels.py.
 
     Args:
         kernel: its name.
@@ -39,11 +39,12 @@ def launch(
         constants: values that the kernel is compiled for, by name.
         config: number of warps and of stages.
     """
-    from . import kernels
+    from . import gradient_kernels, kernels
 
+    module = kernels if hasattr(kernels, kernel) else gradient_kernels
     device = next(x.device for x in arguments if isinstance(x, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        run = getattr(kernels, kernel)[(programs,)]
+        run = getattr(module, kernel)[(programs,)]
         run(*arguments, **constants, num_warps=config.warps, num_stages=config.stages)
 
 
@@ -51,7 +52,7 @@ def product_precision(device: torch.device) -> str:
     """Return the precision of products: of fp32 "tf32" if torch allows it, else "ieee"; "upcast" in the interpreter."""
     if device.type != "cuda":
         return "upcast"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 class FusedTile:
@@ -276,8 +277,8 @@ class FusedTile:
             written: tensors that the kernel writes.
             read: tensors that it reads, in the kernel's order.
             constants: the kernel's own constants.
-            per_block: number of programs of a block of rows, from the number of groups of heads and of blocks of columns
-                of the input width.
+            per_block: number of programs of a block of rows, given the number of groups of heads and the number of
+                blocks of columns of the input width.
             first_row: the kernel's argument of this name; None if it has none.
             adds: whether the kernel adds to what it writes.
             whole: whether a program takes all rows of a relation.
@@ -327,7 +328,7 @@ class FusedTile:
 
     def _offered(self, kernel: str) -> tuple[KernelConfig, ...]:
         """Return the configurations to choose from; only one where the result must not depend on measured times."""
-        offered = candidates(kernel, interpreted=self.device.type != "cuda")
+        offered = candidates(kernel, self.dtype, product_precision(self.device))
         return offered if self.tune and not self.context.deterministic else offered[:1]
 
     def _size(self, relations: tuple[int, ...]) -> int:
