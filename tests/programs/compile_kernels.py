@@ -24,7 +24,7 @@ H100 = GPUTarget("cuda", 90, 32)
 
 
 def main() -> None:
-    """Call a layer with a plain role and one with three tables, forward and backward."""
+    """Call a layer with a plain role, forward and backward, in every dtype."""
     label, done = "", set()
 
     def compile_kernel(
@@ -34,7 +34,7 @@ def main() -> None:
         given = dict(zip((n for n in kernel.arg_names if n not in constants), arguments, strict=True))
         types = {n: TYPES[x.dtype] if isinstance(x, torch.Tensor) else "i32" for n, x in given.items()}
         signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
-        key = (label, name, *signature.values(), *constants.items())
+        key = (label, name, *((n, value) for n, value in constants.items() if n != "BY_QUERY"))
         if key in done:
             return
         done.add(key)
@@ -58,9 +58,8 @@ def main() -> None:
     support.interpreted = lambda: True
     for dtype, precision in DTYPES:
         label = str(dtype).removeprefix("torch.") + (" as tf32" if precision == "tf32" else "")
-        for roles in ("qkv", "kv") if dtype == torch.bfloat16 else ("kv",):
-            layer = Translution(768, 12, length=2, roles=roles, implementation="fused").to(dtype)
-            layer(torch.zeros(1, 2, 768, dtype=dtype, requires_grad=True)).sum().backward()
+        layer = Translution(768, 12, length=2, roles="kv", implementation="fused").to(dtype)
+        layer(torch.zeros(1, 2, 768, dtype=dtype, requires_grad=True)).sum().backward()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Tests of the fused kernels on a CPU, in Triton's interpreter, which must be chosen before triton is imported.
 
-tests/models/ops/fused/test_kernels.py runs them: TRITON_INTERPRET=1 python -m pytest tests/programs/interpreted_kernels.py
+tests/models/ops/fused/test_kernels.py runs them:
+TRITON_INTERPRET=1 python -m pytest -n 0 tests/programs/interpreted_kernels.py
 """
 
 from __future__ import annotations
@@ -175,8 +176,8 @@ def test_deterministic_sums_take_one_relation_after_the_other_without_atomics(
     sums = [(blocks, constants["ATOMIC"]) for _, blocks, constants in launches if "ATOMIC" in constants]
     assert {atomic for _, atomic in sums} == {not deterministic}
     relations = [{block[0] for block in blocks} for blocks, _ in sums]
-    # Nine relations of patches; those with the class token are left to the grouped operator. The output, and gradients of
-    # the inputs of queries, keys and values.
+    # The output, and gradients of the inputs of queries, keys and values, for nine relations of patches; those with the
+    # class token are left to the grouped operator.
     assert relations == ([{n} for n in range(9)] * 4 if deterministic else [set(range(12))] * 4)
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="needs the package triton")
 @pytest.mark.parametrize("part", ["geometry", "not geometry"])
 def test_interpreted_kernels_equal_the_reference(part: str, root: Path) -> None:
     """The cases are in tests/programs/interpreted_kernels.py: triton must be imported as an interpreter."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", part,
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-k", part,
                str(root / "tests" / "programs" / "interpreted_kernels.py")]  # fmt: skip
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
