@@ -13,8 +13,7 @@ Each tile's function stores the tile's Parameter itself, never a view: under ZeR
 would keep the gathered storage alive after its release, and the Parameter is gathered again
 before the tile's backward.
 
-Source: arXiv 2510.10060, equations of Translution and α-Translution; shapes as in context.py, and
-k relations of a tile.
+Source: arXiv 2510.10060, equations of Translution and α-Translution; shapes as in context.py, k relations of a tile.
 """
 
 from __future__ import annotations
@@ -42,15 +41,13 @@ from .context import (
 from .fused import FusedTile
 
 SOURCES = ("query", "key", "value", "plain_query", "plain_key", "plain_value")
-"""Inputs of the operator: those of the three relative roles (already projected for a logit role
-without a table), and those of the three roles of a plain attention term."""
+"""Inputs of the three relative roles, projected for a logit role without a table, and of the three plain roles."""
 
 
 def _many_relations(context: RelationContext, first: int, count: int) -> BatchedTile | FusedTile | None:
     """Return what computes many relations of a tile at a time; None to take one after the other."""
-    if context.implementation == "grouped":
-        return None
-    return (FusedTile if context.implementation == "fused" else BatchedTile)(context, first, count)
+    kinds = {"fused": FusedTile, "batched": BatchedTile}
+    return kinds[context.implementation](context, first, count) if context.implementation in kinds else None
 
 
 def _split_heads(x_bne: Tensor, heads: int) -> Tensor:
@@ -82,8 +79,8 @@ class OpenFunction(Function):
         given = {name: x for name, x in zip(SOURCES, sources, strict=True) if x is not None}
         context.wanted = frozenset(name for name, x in given.items() if x.requires_grad)
         context.source = {name: x.detach() for name, x in given.items()}
-        first = next(iter(context.source.values()))
-        shape = (first.shape[0], context.heads, context.geometry.tokens, context.geometry.tokens)
+        first, tokens = next(iter(context.source.values())), context.geometry.tokens
+        shape = (len(first), context.heads, tokens, tokens)
         context.allocate_workspace()
         if "plain_query" in context.source:
             query = _split_heads(context.source["plain_query"], context.heads)

@@ -34,7 +34,8 @@ def main() -> None:
         given = dict(zip((n for n in kernel.arg_names if n not in constants), arguments, strict=True))
         types = {n: TYPES[x.dtype] if isinstance(x, torch.Tensor) else "i32" for n, x in given.items()}
         signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
-        key = (label, name, *((n, value) for n, value in constants.items() if n != "BY_QUERY"))
+        kinds = ("QUERY_TABLE", "ADD", "WEIGHTED") if dtype in (torch.bfloat16, torch.float32) else ()
+        key = (label, name, *(constants.get(n) for n in kinds))
         if key in done:
             return
         done.add(key)

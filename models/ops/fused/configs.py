@@ -148,12 +148,12 @@ def _seconds(launch: Callable[[KernelConfig], None], config: KernelConfig, repea
         launch(config)  # Compiles.
     except (OutOfResources, PTXASError):
         return float("inf")
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         launch(config)
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
+        times.append(float(begin.elapsed_time(end)) / 1000)
     return statistics.median(times)

@@ -41,15 +41,12 @@ GROUPED_DTYPES = [dtype for dtype in DTYPES if grouped_mm_is_correct(DEVICE, dty
 def way_of(name: str, layer: type[Any], options: dict[str, Any], **more: Any) -> nn.Module:
     """A layer that is computed in one of the ways, with several tiles and several chunks."""
     products: dict[str, Products] = {"grouped products": GroupedProducts(), "separate products": SeparateProducts()}
-    implementation = {"gathered": "gather", "one relation at a time": "grouped"}.get(name, "batched")
+    implementation = {"gathered": "naive", "one relation at a time": "grouped", "fused": "fused"}.get(name, "batched")
     torch.manual_seed(0)
-    own: nn.Module = layer(
+    own: Any = layer(
         DIM, HEADS, **options, **more, tile_relations=7, workspace_bytes=100_000, implementation=implementation
     )
-    for module in own.modules():
-        if hasattr(module, "batches_on_gpu"):
-            module.batches_on_gpu = name != "one relation at a time"
-            module.products = products.get(name)
+    own.tables.products = products.get(name)
     return own
 
 
