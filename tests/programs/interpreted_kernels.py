@@ -159,7 +159,7 @@ def test_frozen_tensors_get_no_gradient_and_the_others_the_same(frozen: str) -> 
 def record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[list[int]], dict[str, Any]]]:
     """Record the name, the blocks and the constants of every launch."""
     launches: list[tuple[str, list[list[int]], dict[str, Any]]] = []
-    true = tile.launch
+    true = tile.launch_kernel
 
     def spy(kernel: str, programs: int, arguments: Sequence[Any], constants: dict[str, Any], config: Any) -> None:
         (position,) = [n for n, x in enumerate(arguments) if isinstance(x, Tensor) and x.dtype == torch.int32][:1]
@@ -168,7 +168,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[list[int]], 
         launches.append((kernel, entries[start : start + max(1, programs // per_block)].tolist(), constants))
         true(kernel, programs, arguments, constants, config)
 
-    monkeypatch.setattr(tile, "launch", spy)
+    monkeypatch.setattr(tile, "launch_kernel", spy)
     return launches
 
 
@@ -209,7 +209,7 @@ def test_it_saves_the_same_bytes_as_the_grouped_operator() -> None:
 
 def test_the_trial_tells_right_results_from_wrong_ones_and_from_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused_is_correct(CPU, torch.float32, (16, 32), 2)
-    true = tile.launch
+    true = tile.launch_kernel
 
     def wrong(kernel: str, programs: int, arguments: Sequence[Any], *rest: Any) -> None:
         true(kernel, programs, arguments, *rest)
@@ -221,7 +221,7 @@ def test_the_trial_tells_right_results_from_wrong_ones_and_from_errors(monkeypat
 
     for replacement, text in ((wrong, "wrong results"), (broken, "OSError: no compiler$")):
         support.fused_is_correct.cache_clear()
-        monkeypatch.setattr(tile, "launch", replacement)
+        monkeypatch.setattr(tile, "launch_kernel", replacement)
         with pytest.warns(UserWarning, match=text):
             assert not fused_is_correct(CPU, torch.float32, (16, 32), 2)
 

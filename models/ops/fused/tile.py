@@ -23,11 +23,11 @@ from ..context import RelationContext, accumulation_dtype
 from .blocks import RelationChunk, pair_lists, relation_chunks, row_blocks
 from .configs import KernelConfig, candidates, fastest, fitted, heads_and_columns
 
-CHUNK_BYTES = 32 * 2**20
+GRADIENT_CHUNK_BYTES = 32 * 2**20
 """Gradients of projected rows kept at a time, unless one relation needs more; the L2 cache of an H100 has 50 MB."""
 
 
-def launch(
+def launch_kernel(
     kernel: str, programs: int, arguments: Sequence[Any], constants: dict[str, Any], config: KernelConfig
 ) -> None:
     """Run a kernel of kernels.py or gradient_kernels.py.
@@ -102,7 +102,9 @@ class FusedTile:
             return
         relations = self._set_leftover()
         limit = context.workspace_bytes * 3 // 4
-        chunks, large = relation_chunks(context.geometry, relations, CHUNK_BYTES // pair_bytes, limit // pair_bytes)
+        chunks, large = relation_chunks(
+            context.geometry, relations, GRADIENT_CHUNK_BYTES // pair_bytes, limit // pair_bytes
+        )
         self.leftover += large
         for chunk in chunks:
             rows = self._projected_gradients(chunk, tiles, wanted)
@@ -313,7 +315,7 @@ class FusedTile:
             )
             for start, count in blocks.bounds:
                 arguments = (*targets, *read, blocks.entries, lists.query, lists.key, start, *numbers)
-                launch(kernel, count * per_block(groups, c_blocks), arguments, given, config)
+                launch_kernel(kernel, count * per_block(groups, c_blocks), arguments, given, config)
 
         offered = self._offered(kernel)
         key = (kernel, self.dtype, self.device, self.d_in, self.d_out, context.heads, self._size(relations))
