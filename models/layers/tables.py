@@ -16,6 +16,7 @@ from translution.planner.config import DEFAULT_WORKSPACE_BYTES, RelationGeometry
 from translution.planner.costs import table_tiles
 
 from ..ops import grouped
+from ..ops.compiled import describe_operator
 from ..ops.context import RelationContext, dropout_noise
 from ..ops.grouped_mm import Products
 from ..ops.implementations import canonical_implementation, choose_implementation
@@ -127,11 +128,17 @@ class OperatorChain(nn.Module):
             Outputs of the relative values and of the plain values, (b, n, width) each, or None.
         """
         if torch.compiler.is_compiling():
-            from ..ops.eager import call_eagerly
-
-            found: tuple[Tensor | None, Tensor | None] = call_eagerly(self._attend, sources, key_padding)
-            return found
+            return self._attend_compiled(sources, key_padding)
         return self._attend(sources, key_padding)
+
+    def _attend_compiled(
+        self, sources: dict[str, Tensor], key_padding: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Attend inside a model that is being compiled: torch runs the chain without compiling it."""
+        from ..ops.eager import call_eagerly
+
+        found: tuple[Tensor | None, Tensor | None] = call_eagerly(self._attend, sources, key_padding)
+        return found
 
     def _attend(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         device = next(iter(sources.values())).device.type
@@ -229,6 +236,30 @@ class RelationTables(OperatorChain):
             if "v" in roles:
                 self.value_tiles.append(ValueTile(first, count, d_in, d_out, ("value",)))
             first += count
+        tiles = [tile for tile in (*self.logit_tiles, *self.value_tiles) if isinstance(tile, Tile)]
+        described = [(tile.first, [name for name, _ in tile.named_parameters()]) for tile in tiles]
+        self.description = describe_operator(geometry, heads, scale, (d_in, d_out), described)
+        """What the custom operator needs to know."""
+
+    def _attend_compiled(
+        self, sources: dict[str, Tensor], key_padding: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Attend as one custom operator, unless the reference is asked for or ZeRO-3 gathers tile by tile."""
+        tables = list(self.parameters())
+        if self.implementation == "naive" or self.products is not None or any(hasattr(x, "ds_id") for x in tables):
+            return super()._attend_compiled(sources, key_padding)
+        names = [name for name in grouped.SOURCES if name in sources]
+        rows = [sources[name] for name in names]
+        device = rows[0].device.type
+        if torch.is_autocast_enabled(device):
+            rows = [x.to(torch.get_autocast_dtype(device)) for x in rows]
+        dropout = self.dropout if self.training else 0.0
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64) if dropout else torch.zeros((), dtype=torch.int64)
+        parts = (self.implementation, str(self.deterministic), str(self.workspace_bytes), str(dropout), *names)
+        relative, plain, _ = torch.ops.translution.attend(
+            rows, tables, key_padding, seed, self.description, " ".join(parts)
+        )
+        return relative if "value" in sources else None, plain if "plain_value" in sources else None
 
     def _run(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if self._implementation(sources) != "naive":

@@ -226,6 +226,16 @@ def test_the_trial_tells_right_results_from_wrong_ones_and_from_errors(monkeypat
             assert not fused_is_correct(CPU, torch.float32, (16, 32), 2)
 
 
+def test_the_custom_operator_passes_torchs_own_check_with_fused_kernels() -> None:
+    tables, found = Translution(16, 2, length=2).tables, [torch.randn(1, 2, 16, requires_grad=True) for _ in range(3)]
+    arguments = (found, list(tables.parameters()), None, torch.tensor(0), tables.description)
+    torch.library.opcheck(
+        torch.ops.translution.attend.default,
+        (*arguments, "fused None 100000 0.0 query key value"),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
 def test_it_refuses_what_it_cannot_compute() -> None:
     for layer, text in (
         (Translution(8, 2, length=2, implementation="fused").double(), "not in float64"),
