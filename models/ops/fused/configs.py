@@ -115,29 +115,37 @@ def fitted(config: KernelConfig, element_bytes: int, width: int) -> KernelConfig
     return replace(config, rows=rows, inner=inner)
 
 
-def fastest(key: Hashable, offered: tuple[KernelConfig, ...], launch: Callable[[KernelConfig], None]) -> KernelConfig:
-    """Return the configuration that was found fastest at the first call with this key.
+def choose_config(
+    key: Hashable, offered: tuple[KernelConfig, ...], launch: Callable[[KernelConfig], None], *, timed: bool
+) -> KernelConfig:
+    """Return the fastest configuration, or the first that the device has the resources for, found at the first call.
 
     Args:
         key: what the choice depends on.
         offered: the configurations.
         launch: runs the kernel with a configuration, on memory that may be overwritten.
+        timed: whether to look for the fastest; a choice by time may differ from run to run.
 
     Raises:
         RuntimeError: if no configuration works.
     """
     if len(offered) == 1:
         return offered[0]
-    if key in _chosen:
-        return _chosen[key]
+    if (key, timed) in _chosen:
+        return _chosen[key, timed]
     if torch.cuda.is_current_stream_capturing():
         return offered[0]
-    times = {config: _seconds(launch, config) for config in offered}
-    config = min(times, key=times.__getitem__)
-    if times[config] == float("inf"):
-        launch(config)  # Raises the error.
-    _chosen[key] = config
-    return config
+    best, least = offered[0], float("inf")
+    for config in offered:
+        seconds = _seconds(launch, config)
+        if seconds < least:
+            best, least = config, seconds
+            if not timed:
+                break
+    if least == float("inf"):
+        launch(best)  # Raises the error.
+    _chosen[key, timed] = best
+    return best
 
 
 def _seconds(launch: Callable[[KernelConfig], None], config: KernelConfig, repeats: int = 3) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..context import RelationContext, accumulation_dtype
 from .blocks import RelationChunk, pair_lists, relation_chunks, row_blocks
-from .configs import KernelConfig, candidates, fastest, fitted, heads_and_columns
+from .configs import KernelConfig, candidates, choose_config, fitted, heads_and_columns
 
 GRADIENT_CHUNK_BYTES = 32 * 2**20
 """Gradients of projected rows kept at a time, unless one relation needs more; the L2 cache of an H100 has 50 MB."""
@@ -317,8 +317,10 @@ class FusedTile:
                 arguments = (*targets, *read, blocks.entries, lists.query, lists.key, start, *numbers)
                 launch_kernel(kernel, count * per_block(groups, c_blocks), arguments, given, config)
 
-        offered = self._offered(kernel)
-        key = (kernel, self.dtype, self.device, self.d_in, self.d_out, context.heads, self._size(relations))
+        offered = candidates(kernel, self.dtype, product_precision(self.device))
+        timed = self.tune and not context.deterministic
+        dtypes = tuple(x.dtype for x in read if x is not None)
+        key = (kernel, dtypes, self.device, self.d_in, self.d_out, context.heads, self._size(relations))
         copies: list[Tensor] = []
 
         def trial(config: KernelConfig) -> None:
@@ -326,12 +328,7 @@ class FusedTile:
                 copies.extend(x.clone() for x in written)
             run(config, tuple(copies) or written)
 
-        run(fastest(key, offered, trial), written)
-
-    def _offered(self, kernel: str) -> tuple[KernelConfig, ...]:
-        """Return the configurations to choose from; only one where the result must not depend on measured times."""
-        offered = candidates(kernel, self.dtype, product_precision(self.device))
-        return offered if self.tune and not self.context.deterministic else offered[:1]
+        run(choose_config(key, offered, trial, timed=timed), written)
 
     def _size(self, relations: tuple[int, ...]) -> int:
         """Return the mean number of rows of a relation, as the exponent of a power of two."""
