@@ -102,7 +102,6 @@ def _make(case: Case, way: str, device: str) -> tuple[nn.Module, torch.Tensor]:
         return layer, torch.randn(case.batch, tokens, case.dim).to(**factory).requires_grad_()
     implementation = {GATHERED: "gather", SINGLE: "grouped"}.get(way, "batched")
     own, x = make(case, implementation, **factory)
-    own.tables.batches_on_gpu = way != SINGLE
     own.tables.products = SeparateProducts() if way == SEPARATE else None
     return own, x
 

@@ -33,6 +33,8 @@ _CUDA = re.compile(r"(nvidia|cuda)-.*|triton")
 """Packages that only torch's CUDA build needs."""
 LEFT_OUT = ("torchvision",)
 """What no environment here holds: PyPI has only builds of torchvision for CUDA, and of timm's tests none needs it."""
+TESTED_WITHOUT_CUDA = ("triton",)
+"""Those of them that the tests need with torch's CPU build, too: the last lock repeats them."""
 _HASHED = ("--universal", "--generate-hashes")
 _HEAD = "# Made by `make lock`; do not edit.\n"
 
@@ -65,6 +67,7 @@ def split_locks(resolved: dict[str, Entries], cpu_torch: str) -> dict[str, str]:
     for lock in EXTRAS:
         locks[lock] = [name for name in resolved[lock] if name not in done]
         done = done | set(locks[lock])
+    locks["dev.lock"] = [name for name in whole if name in locks["dev.lock"] or name in TESTED_WITHOUT_CUDA]
     texts = {lock: "".join(block for name in names for block in whole[name]) for lock, names in locks.items()}
     return {lock: _HEAD + text for lock, text in (texts | {"torch-cpu.lock": cpu_torch}).items()}
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from translution.planner.common import InputError
 from translution.planner.config import RelationGeometry, Window, canonical_roles
 
-IMPLEMENTATIONS = ("grouped", "batched", "gather")
+from ..ops.implementations import canonical_implementation
 
 
 def make_geometry(
@@ -87,6 +87,8 @@ class OperatorLayer(nn.Module):
             raise InputError(f"dropout: {dropout!r} is not allowed: must be at least 0 and below 1")
         self.dropout, self.bias = float(dropout), bias
         self.geometry = make_geometry(grid, class_token, length, causal, window)
+        # torch's compiler reads no cached property that is not yet computed.
+        self._tokens = self.geometry.tokens
         self.dim, self.heads = dim, heads
         self.head_dim = dim // heads if head_dim is None else head_dim
         self.inner_dim = heads * self.head_dim
@@ -117,7 +119,7 @@ class OperatorLayer(nn.Module):
 
     def _check(self, x_bnc: Tensor, key_padding: Tensor | None) -> None:
         """Check the shapes of a call's arguments."""
-        tokens = self.geometry.tokens
+        tokens = self._tokens
         if x_bnc.ndim != 3 or x_bnc.shape[1:] != (tokens, self.dim):
             raise InputError(f"x: shape {tuple(x_bnc.shape)} is not allowed: must be (batch, {tokens}, {self.dim})")
         if key_padding is not None and (key_padding.dtype != torch.bool or key_padding.shape != x_bnc.shape[:2]):
@@ -131,9 +133,6 @@ def check_operator_options(workspace_bytes: int, implementation: str) -> None:
     Raises:
         InputError: naming the option that is not allowed.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise InputError(
-            f"implementation: {implementation!r} is not allowed: must be one of {', '.join(IMPLEMENTATIONS)}"
-        )
+    canonical_implementation(implementation)
     if workspace_bytes < 1:
         raise InputError(f"workspace_bytes: {workspace_bytes} is not allowed: must be at least 1")

@@ -16,9 +16,11 @@ from translution.planner.config import DEFAULT_WORKSPACE_BYTES, RelationGeometry
 from translution.planner.costs import table_tiles
 
 from ..ops import RelationBias, RelationVectors, grouped
+from ..ops.compiled import describe_operator
 from ..ops.context import RelationContext, dropout_noise
 from ..ops.functional import RelationTerms, functional_attention
 from ..ops.grouped_mm import Products
+from ..ops.implementations import canonical_implementation, choose_implementation
 from ..ops.naive import gather_attention
 
 ROLE_NAMES = {"q": "query", "k": "key", "v": "value"}
@@ -108,9 +110,10 @@ class OperatorChain(nn.Module):
         super().__init__()
         self.geometry, self.heads, self.scale, self.widths = geometry, heads, scale, widths
         self.dropout, self.workspace_bytes, self.relative = dropout, workspace_bytes, relative
-        self.batched = False
-        self.batches_on_gpu = True
-        """False multiplies one relation at a time on a GPU too, to compare the two."""
+        self.implementation = "auto"
+        """One of `IMPLEMENTATIONS`."""
+        self.deterministic: bool | None = None
+        """Whether fused kernels give the same result in every run, at some cost; None: if torch's algorithms must."""
         self.products: Products | None = None
         """Products of many relations at a time; None chooses the fastest that proves correct on the device."""
         self.logit_tiles = nn.ModuleList()
@@ -131,11 +134,17 @@ class OperatorChain(nn.Module):
             Outputs of the relative values and of the plain values, (b, n, width) each, or None.
         """
         if torch.compiler.is_compiling():
-            from ..ops.eager import call_eagerly
-
-            found: tuple[Tensor | None, Tensor | None] = call_eagerly(self._attend, sources, key_padding)
-            return found
+            return self._attend_compiled(sources, key_padding)
         return self._attend(sources, key_padding)
+
+    def _attend_compiled(
+        self, sources: dict[str, Tensor], key_padding: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Attend inside a model that is being compiled: torch runs the chain without compiling it."""
+        from ..ops.eager import call_eagerly
+
+        found: tuple[Tensor | None, Tensor | None] = call_eagerly(self._attend, sources, key_padding)
+        return found
 
     def _attend(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         device = next(iter(sources.values())).device.type
@@ -147,6 +156,13 @@ class OperatorChain(nn.Module):
             sources = {name: x.to(dtype) for name, x in sources.items()}
         with torch.autocast(device, enabled=False):
             return run(sources, key_padding)
+
+    def _implementation(self, sources: dict[str, Tensor]) -> str:
+        """Return the implementation of a call: "fused", "batched", "grouped" or "naive"."""
+        if not self.relative:
+            return "grouped"  # Without tables there is nothing to choose.
+        first = next(iter(sources.values()))
+        return choose_implementation(self.implementation, first.device, first.dtype, self.widths, self.heads)
 
     def draw_seed(self) -> int:
         """Draw the seed of this call's dropout from torch's default generator; zero without dropout."""
@@ -187,8 +203,10 @@ class OperatorChain(nn.Module):
         context.widths, context.relative = self.widths, self.relative
         context.adds_logits = "plain_query" in sources
         context.key_padding = key_padding
-        on_gpu = next(iter(sources.values())).device.type == "cuda"
-        context.batched = self.batched or (on_gpu and self.batches_on_gpu)
+        context.implementation = self._implementation(sources)
+        context.deterministic = (
+            torch.are_deterministic_algorithms_enabled() if self.deterministic is None else self.deterministic
+        )
         context.products = self.products
         context.dropout = self.dropout if self.training else 0.0
         context.seed = self.draw_seed()
@@ -218,9 +236,7 @@ class RelationTables(OperatorChain):
         d_out: output width of the matrices, all heads together.
         roles: roles with a table, a subset of "qkv".
         tile_relations: number of relations per tile; None stores each table as one tile.
-        implementation: "grouped" multiplies one relation at a time on a CPU and many at a time on a
-            GPU; "batched" multiplies many at a time on every device; "gather" is the published
-            algorithm, a reference that copies a matrix for every pair and sample.
+        implementation: as in `Translution`.
     """
 
     def __init__(
@@ -235,7 +251,7 @@ class RelationTables(OperatorChain):
         dropout: float = 0.0,
         tile_relations: int | None = None,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
-        implementation: str = "grouped",
+        implementation: str = "auto",
     ) -> None:
         relative = frozenset(ROLE_NAMES[role] for role in roles)
         super().__init__(
@@ -247,7 +263,7 @@ class RelationTables(OperatorChain):
             workspace_bytes=workspace_bytes,
             relative=relative,
         )
-        self.implementation, self.batched = implementation, implementation == "batched"
+        self.implementation = canonical_implementation(implementation)
         logit_roles = tuple(ROLE_NAMES[role] for role in "qk" if role in roles)
         first = 0
         sizes = [size for size, copies in table_tiles(geometry.relations, tile_relations) for _ in range(copies)]
@@ -257,9 +273,33 @@ class RelationTables(OperatorChain):
             if "v" in roles:
                 self.value_tiles.append(ValueTile(first, count, d_in, d_out, ("value",)))
             first += count
+        tiles = [tile for tile in (*self.logit_tiles, *self.value_tiles) if isinstance(tile, Tile)]
+        described = [(tile.first, [name for name, _ in tile.named_parameters()]) for tile in tiles]
+        self.description = describe_operator(geometry, heads, scale, (d_in, d_out), described)
+        """What the custom operator needs to know."""
+
+    def _attend_compiled(
+        self, sources: dict[str, Tensor], key_padding: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Attend as one custom operator, unless the reference is asked for or ZeRO-3 gathers tile by tile."""
+        tables = list(self.parameters())
+        if self.implementation == "naive" or self.products is not None or any(hasattr(x, "ds_id") for x in tables):
+            return super()._attend_compiled(sources, key_padding)
+        names = [name for name in grouped.SOURCES if name in sources]
+        rows = [sources[name] for name in names]
+        device = rows[0].device.type
+        if torch.is_autocast_enabled(device):
+            rows = [x.to(torch.get_autocast_dtype(device)) for x in rows]
+        dropout = self.dropout if self.training else 0.0
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64) if dropout else torch.zeros((), dtype=torch.int64)
+        parts = (self.implementation, str(self.deterministic), str(self.workspace_bytes), str(dropout), *names)
+        relative, plain, _ = torch.ops.translution.attend(
+            rows, tables, key_padding, seed, self.description, " ".join(parts)
+        )
+        return relative if "value" in sources else None, plain if "plain_value" in sources else None
 
     def _run(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        if self.implementation != "gather":
+        if self._implementation(sources) != "naive":
             return super()._run(sources, key_padding)
         first = next(iter(sources.values()))
         # Under autocast the rows have a narrower dtype than the tables.

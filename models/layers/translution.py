@@ -24,9 +24,10 @@ class Translution(OperatorLayer):
         roles: the relative roles, a subset of "qkv"; the others are plain projections.
         tile_relations: number of relations per tile of a table; None stores each table as one Parameter.
         workspace_bytes: limit of the scratch memory of one call, independent of the batch size.
-        implementation: "grouped" multiplies one relation at a time on a CPU and many at a time on a GPU;
-            "batched" multiplies many at a time on every device; "gather" is the published algorithm, a
-            slow reference that needs memory for a matrix per pair and sample.
+        implementation: "fused", kernels for NVIDIA GPUs; "batched", many relations at a time; "grouped", one relation
+            at a time; "naive" (or "gather"), the published algorithm, a slow reference that needs memory for a matrix
+            per pair and sample. "auto" takes the first of the first three that serves, or the one that the environment
+            variable TRANSLUTION_IMPLEMENTATION names.
 
     Example:
         >>> layer = Translution(192, 3, grid=(14, 14), class_token=True)
@@ -50,7 +51,7 @@ class Translution(OperatorLayer):
         roles: str = "qkv",
         tile_relations: int | None = None,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
-        implementation: str = "grouped",
+        implementation: str = "auto",
     ) -> None:
         super().__init__(
             dim,
@@ -134,7 +135,7 @@ class AlphaTranslution(OperatorLayer):
         rotary_pairs: str = "neighbours",
         tile_relations: int | None = None,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
-        implementation: str = "grouped",
+        implementation: str = "auto",
     ) -> None:
         super().__init__(
             dim,

@@ -24,7 +24,7 @@ def make_operator(
     *,
     tile_relations: int | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
-    implementation: str = "grouped",
+    implementation: str = "auto",
 ) -> nn.Module:
     """Return the operator of one block, a layer (B, N, C) → (B, N, C).
 
@@ -62,7 +62,7 @@ def build(
     *,
     tile_relations: int | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
-    implementation: str = "grouped",
+    implementation: str = "auto",
 ) -> VisionTransformer | LanguageModel:
     """Build the network of a spec, initialized from torch's random state.
 
@@ -70,7 +70,7 @@ def build(
         spec: the model; `planner.config.presets.preset` and `parse_model_spec` return one.
         tile_relations: number of relations per tile of a table; None stores each table as one Parameter.
         workspace_bytes: limit of the scratch memory of one operator call.
-        implementation: "grouped", "batched" or "gather", as in `Translution`.
+        implementation: as in `Translution`.
 
     Returns:
         A vision transformer, images (B, channels, H, W) or clips (B, channels, frames, H, W) → logits (B, classes), or

@@ -190,8 +190,10 @@ class RelationContext:
         """Attention weights after dropout, (b, h, n, n); `attention` itself without dropout."""
         self.out: Tensor | None = None
         """Output of the relative values, (b, n, e)."""
-        self.batched = False
-        """True if many relations are multiplied at a time."""
+        self.implementation = "grouped"
+        """How tiles are computed: "fused", "batched" or "grouped"."""
+        self.deterministic = False
+        """True if the fused kernels must give the same result in every run."""
         self.products: Products | None = None
         """Implementation of their products; None chooses the fastest that proves correct."""
         self._workspace: Workspace | None = None
@@ -204,7 +206,7 @@ class RelationContext:
 
     def allocate_workspace(self) -> None:
         """Allocate the scratch memory of a forward or backward pass if it is certain to be needed."""
-        if self.relative and not self.batched:
+        if self.relative and self.implementation == "grouped":
             self.workspace()
 
     def workspace(self) -> Workspace:
@@ -217,8 +219,8 @@ class RelationContext:
         d_in, d_out = self.widths
         largest = like.shape[0] * self.geometry.patches
         widths = (d_in, d_in, d_out, d_out)
-        # The batched operator's chunks use the rest of the limit.
-        limit = self.workspace_bytes // 4 if self.batched else self.workspace_bytes
+        # Chunks of many relations use the rest of the limit.
+        limit = self.workspace_bytes if self.implementation == "grouped" else self.workspace_bytes // 4
         return Workspace(like, largest, self.geometry.layer_patches, widths, limit)
 
     def apply_dropout(self, x_bhnn: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ Each tile's function stores the tile's Parameter itself, never a view: under ZeR
 would keep the gathered storage alive after its release, and the Parameter is gathered again
 before the tile's backward.
 
-Source: arXiv 2510.10060, equations of Translution and α-Translution; shapes as in context.py, and
-k relations of a tile.
+Source: arXiv 2510.10060, equations of Translution and α-Translution; shapes as in context.py, k relations of a tile.
 """
 
 from __future__ import annotations
@@ -39,10 +38,16 @@ from .context import (
     pair_values,
     token_rows,
 )
+from .fused import FusedTile
 
 SOURCES = ("query", "key", "value", "plain_query", "plain_key", "plain_value")
-"""Inputs of the operator: those of the three relative roles (already projected for a logit role
-without a table), and those of the three roles of a plain attention term."""
+"""Inputs of the three relative roles, projected for a logit role without a table, and of the three plain roles."""
+
+
+def _many_relations(context: RelationContext, first: int, count: int) -> BatchedTile | FusedTile | None:
+    """Return what computes many relations of a tile at a time; None to take one after the other."""
+    kinds = {"fused": FusedTile, "batched": BatchedTile}
+    return kinds[context.implementation](context, first, count) if context.implementation in kinds else None
 
 
 def _split_heads(x_bne: Tensor, heads: int) -> Tensor:
@@ -74,8 +79,8 @@ class OpenFunction(Function):
         given = {name: x for name, x in zip(SOURCES, sources, strict=True) if x is not None}
         context.wanted = frozenset(name for name, x in given.items() if x.requires_grad)
         context.source = {name: x.detach() for name, x in given.items()}
-        first = next(iter(context.source.values()))
-        shape = (first.shape[0], context.heads, context.geometry.tokens, context.geometry.tokens)
+        first, tokens = next(iter(context.source.values())), context.geometry.tokens
+        shape = (len(first), context.heads, tokens, tokens)
         context.allocate_workspace()
         if "plain_query" in context.source:
             query = _split_heads(context.source["plain_query"], context.heads)
@@ -128,10 +133,9 @@ class LogitTileFunction(Function):
         ctx.count = count = len(given)
         assert context.logits is not None
         rest: Iterable[int] = range(first, first + count)
-        if context.batched:
-            batched = BatchedTile(context, first, count)
-            batched.add_logits(query_kce, key_kce)
-            rest = batched.leftover
+        if many := _many_relations(context, first, count):
+            many.add_logits(query_kce, key_kce)
+            rest = many.leftover
         for relation in rest:
             pairs, offset = context.geometry.pairs(relation), relation - first
             for piece in context.pieces(pairs, context.logits.shape[0]):
@@ -159,10 +163,9 @@ class LogitTileFunction(Function):
                 grads[name] = torch.empty_like(weight, memory_format=torch.contiguous_format)
         assert context.grad_attention is not None
         rest: Iterable[int] = range(ctx.first, ctx.first + ctx.count)
-        if context.batched:
-            batched = BatchedTile(context, ctx.first, ctx.count)
-            batched.logits_backward(weights, grads)
-            rest = batched.leftover
+        if many := _many_relations(context, ctx.first, ctx.count):
+            many.logits_backward(weights, grads)
+            rest = many.leftover
         for relation in rest:
             pairs = context.geometry.pairs(relation)
             for piece in context.pieces(pairs, context.grad_attention.shape[0]):
@@ -309,10 +312,9 @@ class ValueTileFunction(Function):
             shape = (*source.shape[:2], value_kce.shape[2])
             context.out = source.new_zeros(shape, dtype=accumulation_dtype(source.dtype))
         rest: Iterable[int] = range(first, first + len(value_kce))
-        if context.batched:
-            batched = BatchedTile(context, first, len(value_kce))
-            batched.add_values(value_kce)
-            rest = batched.leftover
+        if many := _many_relations(context, first, len(value_kce)):
+            many.add_values(value_kce)
+            rest = many.leftover
         for relation in rest:
             pairs, offset = context.geometry.pairs(relation), relation - first
             for piece in context.pieces(pairs, source.shape[0]):
@@ -332,10 +334,9 @@ class ValueTileFunction(Function):
         grad_tile = torch.empty_like(tile, memory_format=torch.contiguous_format) if ctx.needs_input_grad[3] else None
         assert context.grad_out is not None and context.weights is not None and context.grad_attention is not None
         rest: Iterable[int] = range(ctx.first, ctx.first + len(tile))
-        if context.batched:
-            batched = BatchedTile(context, ctx.first, len(tile))
-            batched.values_backward(tile, grad_tile)
-            rest = batched.leftover
+        if many := _many_relations(context, ctx.first, len(tile)):
+            many.values_backward(tile, grad_tile)
+            rest = many.leftover
         for relation in rest:
             pairs, offset = context.geometry.pairs(relation), relation - ctx.first
             for piece in context.pieces(pairs, len(context.grad_out)):

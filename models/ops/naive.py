@@ -1,6 +1,6 @@
 """The slow reference operator: a matrix for every pair and sample, as the published layer computes it.
 
-The other modules of `ops` are tested against it, and layers offer it as ``implementation="gather"``.
+The other modules of `ops` are tested against it, and layers offer it as ``implementation="naive"``.
 
 Legend of shapes: b batch, n tokens, i query tokens, j key tokens, h heads, d width per head, c input
 width, e output width, R relations.

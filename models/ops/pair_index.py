@@ -64,7 +64,7 @@ class PairChunk:
 
 
 @lru_cache(maxsize=16)
-def _sorted_positions(geometry: RelationGeometry) -> tuple[Tensor, list[int]]:
+def sorted_pairs(geometry: RelationGeometry) -> tuple[Tensor, list[int]]:
     """Return the positions of all existing pairs, sorted by relation, and the R + 1 bounds of the relations."""
     index = relation_index(geometry, torch.device("cpu")).flatten()
     order = index.argsort(stable=True)
@@ -86,7 +86,7 @@ def _make_slots(tokens: Tensor, device: torch.device) -> Slots:
 
 
 def _make_chunk(geometry: RelationGeometry, first: int, count: int, device: torch.device) -> PairChunk:
-    order, starts = _sorted_positions(geometry)
+    order, starts = sorted_pairs(geometry)
     begin, end = starts[first], starts[first + count]
     positions = order[begin:end]
     query, key = positions // geometry.tokens, positions % geometry.tokens
@@ -131,7 +131,7 @@ def cut_tile(
         The chunks, and the relations outside every chunk: those with the class token, which multiply
         the rows of a single token, and those with more than ``max_pairs`` pairs.
     """
-    _, starts = _sorted_positions(geometry)
+    _, starts = sorted_pairs(geometry)
     chunks: list[PairChunk] = []
     leftover: list[int] = []
     begin = first

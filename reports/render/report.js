@@ -155,7 +155,7 @@
       for (const row of rows) row.hidden = select.value !== "" && row.cells[index].textContent !== select.value;
     };
     select.addEventListener("change", show);
-    if (rows.length > 12 && values.size > 1) {
+    if (rows.length > 8 && values.size > 1) {
       [select.value] = values;
       show();
     }
@@ -176,7 +176,10 @@
     ]);
     const follow = () => {
       const edge = summary.getBoundingClientRect().bottom + 16;
-      const read = entries.filter(([, heading]) => heading.getBoundingClientRect().top <= edge).at(-1) ?? entries[0];
+      const begun = entries.filter(([, heading]) => heading.getBoundingClientRect().top <= edge);
+      // A short last section never reaches the top.
+      const end = scrollY > 0 && innerHeight + scrollY >= document.documentElement.scrollHeight - 1;
+      const read = (end ? entries : begun).at(-1) ?? entries[0];
       for (const [link] of entries) link.removeAttribute("aria-current");
       read[0].setAttribute("aria-current", "true");
       here.textContent = read[0].textContent;

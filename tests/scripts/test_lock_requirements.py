@@ -109,7 +109,7 @@ def test_locks_are_split_by_who_needs_them() -> None:
         "torch-cuda.lock": blocks["torch"] + blocks["nvidia-x"] + blocks["triton"],
         "demo.lock": blocks["numpy"] + more,
         "use.lock": "",
-        "dev.lock": blocks["mypy"],
+        "dev.lock": blocks["triton"] + blocks["mypy"],
     }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from translution.models import AbsoluteTranslution, AlphaTranslution, BiasAttention, SelfAttention, ShawAttention
 from translution.models import Translution as FullTranslution
 from translution.models.ops import batched
+from translution.models.ops.fused import fused_is_correct, fused_problem
 from translution.models.ops.grouped_mm import GroupedProducts, Products, SeparateProducts, grouped_mm_is_correct
 
 pytestmark = pytest.mark.gpu
@@ -33,23 +34,22 @@ LAYERS: list[tuple[type[Any], dict[str, Any]]] = [
 LIMITS = {torch.float32: 5e-5, torch.bfloat16: 0.1}
 """Allowed error as a fraction of a tensor's largest value; a wrong index or factor gives an error of about 1."""
 DTYPES = list(LIMITS)
-WAYS = ["grouped products", "separate products", "one relation at a time", "gathered"]
+FUSED = ["fused"] if fused_problem(DEVICE, torch.bfloat16, (DIM, DIM), HEADS) is None else []
+"""The fused kernels, on a GPU that they support; tests/models/ops/fused tests them on a CPU."""
+WAYS = ["grouped products", "separate products", "one relation at a time", "gathered", *FUSED]
 GROUPED_DTYPES = [dtype for dtype in DTYPES if grouped_mm_is_correct(DEVICE, dtype, DIM, DIM)]
 """Dtypes that torch's grouped product supports on this device."""
 
 
-def way_of(name: str, layer: type[Any], options: dict[str, Any], **more: Any) -> nn.Module:
+def way_of(name: str, layer: type[Any], options: dict[str, Any], **more: Any) -> Any:
     """A layer that is computed in one of the ways, with several tiles and several chunks."""
     products: dict[str, Products] = {"grouped products": GroupedProducts(), "separate products": SeparateProducts()}
-    implementation = {"gathered": "gather", "one relation at a time": "grouped"}.get(name, "batched")
+    implementation = {"gathered": "naive", "one relation at a time": "grouped", "fused": "fused"}.get(name, "batched")
     torch.manual_seed(0)
-    own: nn.Module = layer(
+    own: Any = layer(
         DIM, HEADS, **options, **more, tile_relations=7, workspace_bytes=100_000, implementation=implementation
     )
-    for module in own.modules():
-        if hasattr(module, "batches_on_gpu"):
-            module.batches_on_gpu = name != "one relation at a time"
-            module.products = products.get(name)
+    own.tables.products = products.get(name)
     return own
 
 
@@ -126,7 +126,7 @@ def test_the_other_layers_equal_themselves_in_float64_on_the_cpu(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("way", WAYS[:3])
+@pytest.mark.parametrize("way", [*WAYS[:3], *FUSED])
 @pytest.mark.parametrize(("layer", "options"), LAYERS, ids=["qkv", "kv", "alpha"])
 def test_results_are_the_same_bit_for_bit(
     layer: type[Any], options: dict[str, Any], way: str, dtype: torch.dtype
@@ -134,6 +134,7 @@ def test_results_are_the_same_bit_for_bit(
     if way == "grouped products" and dtype not in GROUPED_DTYPES:
         way = "separate products"
     ours = way_of(way, layer, options, **LAYOUTS[0])
+    ours.tables.deterministic = True  # The fused kernels' sums use atomics otherwise.
     first, second = run(ours, dtype), run(ours, dtype)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -194,6 +195,11 @@ def test_products_equal_float64(products: Products, counts: tuple[int, ...], dty
         begin += count
     assert max(errors(found, exact)) <= LIMITS[dtype] / 5
     assert not forward[begin:].any() and not back[begin:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_fused_kernels_pass_their_trial_on_a_gpu_that_they_support(dtype: torch.dtype) -> None:
+    assert all(fused_is_correct(DEVICE, dtype, (DIM, DIM), HEADS) for _ in FUSED)
 
 
 def test_a_gpu_is_used_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
