@@ -69,6 +69,9 @@ ELSEWHERE = {
     "experiment": "distributed/experiments/test_runner.py::test_a_quick_experiment_writes_figures_table_and_picture",
     "report --cluster --model --out": "conftest.py::gallery_folder",
     "report --cluster --out --scaling": "conftest.py::gallery_folder",
+    "report --out --snapshot --snapshot-steps": (
+        "reports/inputs/test_torch_snapshot.py::test_report_lays_the_snapshot_over_the_prediction"
+    ),
     "serve": f"{SERVER}::test_costs_are_immediate_and_the_plan_follows",
     "serve --port": f"{SERVER}::test_changing_the_form_updates_plan_and_url",
     "serve --open --port": f"{SERVER}::test_open_shows_the_page_in_the_default_browser",
@@ -161,6 +164,11 @@ def write_rates(_: object, nvme_path: str | None, folder: Path, __: object) -> N
         (folder / f"rates_{rank}.json").write_text(rates.model_dump_json())
 
 
+def copy_trained(places: Sequence[Path]) -> None:
+    for place in places:
+        shutil.copytree(_trained[0], place)
+
+
 def prepare(folder: Path, page: str) -> None:
     """Make the files that a page names."""
     for name in ("examples", "tests"):
@@ -190,8 +198,7 @@ def prepare(folder: Path, page: str) -> None:
         if (plan / "hostfile").exists():
             shutil.copy(plan / "hostfile", folder / "hosts")
         if _trained:
-            shutil.copytree(_trained[0], plan / "runs" / "001")
-            shutil.copytree(_trained[0], folder / "runs" / "slurm-123")
+            copy_trained([plan / "runs" / "001", plan / "runs" / "002", folder / "runs" / "slurm-123"])
 
 
 class Reader:
