@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -81,6 +82,12 @@ def _made_with(environment: Mapping[str, str]) -> dict[str, str]:
     for package in ("torch", "deepspeed", "ninja"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
+    # Ninja compiles again what is older than the headers, which a reinstalled package has anew.
+    for package in ("torch", "deepspeed"):
+        spec = importlib.util.find_spec(package)
+        with contextlib.suppress(OSError):
+            if spec is not None and spec.origin is not None:
+                found[f"{package} files"] = str(Path(spec.origin).stat().st_mtime_ns)
     return found | {"node": platform.node(), "machine": platform.machine()}
 
 

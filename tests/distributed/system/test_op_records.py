@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.waiting import PATIENCE_S
@@ -91,3 +93,17 @@ def test_nothing_fails_in_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     note_prepared("CPUAdamBuilder", environment, None)
     assert read_prepared(environment).ops == ()
     assert read_durations(environment) == {}
+
+
+def test_a_reinstalled_package_is_another_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its headers are newer than the compiled ops, which are therefore compiled again."""
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    installed = tmp_path / "__init__.py"
+    installed.touch()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(installed)))
+    note_prepared("CPUAdamBuilder", environment, None)
+    assert read_prepared(environment).ops == ("CPUAdamBuilder",)
+    os.utime(installed, (1, 1))
+    assert read_prepared(environment).ops == ()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert read_prepared(environment).ops == ()
