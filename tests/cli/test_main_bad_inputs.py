@@ -1,4 +1,4 @@
-"""Three hundred bad inputs, by command: each is answered in one line that names the field and the value."""
+"""Bad inputs by command: each is answered in one line that names the field and the value."""
 
 from __future__ import annotations
 
