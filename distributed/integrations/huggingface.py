@@ -46,7 +46,7 @@ def trainer_arguments(plan_folder: str | Path, output: str | Path, **options: An
         MissingPackageError: without transformers and accelerate.
     """
     try:
-        import accelerate  # noqa: F401
+        import accelerate  # noqa: F401  # the Trainer needs it, and says so only when it is made
         from transformers import TrainingArguments
     except ImportError:
         raise MissingPackageError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -70,19 +70,19 @@ class TranslutionPreTrainedModel(PreTrainedModel):
 
     config_class = TranslutionConfig
     base_model_prefix = "network"
+    families: ClassVar[tuple[str, ...]] = ()
+    """Families of networks that the class takes."""
 
     def __init__(self, config: TranslutionConfig) -> None:
         super().__init__(config)
-        self._check_family(config.model)
+        if (family := config.model.family) not in self.families:
+            raise InputError(f"family: {family!r} is not allowed: must be {' or '.join(self.families)}")
         self.network = build(config.model, tile_relations=config.tile_relations)
         for parameter in self.parameters():
             if not parameter.is_meta:
                 # transformers would draw these values again, with other deviations.
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         self.post_init()
-
-    def _check_family(self, model: ModelSpec) -> None:
-        raise NotImplementedError
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -109,10 +109,7 @@ class TranslutionForImageClassification(TranslutionPreTrainedModel):
     """
 
     main_input_name = "pixel_values"
-
-    def _check_family(self, model: ModelSpec) -> None:
-        if isinstance(model, GptSpec):
-            raise InputError("family: 'gpt' is not allowed: must be vit for image classification")
+    families = ("vit", "video")
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         """Return the logits, and the mean cross-entropy if there are labels.
@@ -136,11 +133,8 @@ class TranslutionForCausalLM(TranslutionPreTrainedModel):
         InputError: for another spec.
     """
 
+    families = ("gpt",)
     _tied_weights_keys = {"network.head.weight": "network.embedding.weight"}  # noqa: RUF012 # transformers reads it
-
-    def _check_family(self, model: ModelSpec) -> None:
-        if not isinstance(model, GptSpec):
-            raise InputError(f"family: {model.family!r} is not allowed: must be gpt for a language model")
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding of the tokens."""

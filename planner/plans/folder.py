@@ -21,7 +21,7 @@ from ..costs.workload import count_flops
 from ..deepspeed.frameworks import ACCELERATE_FILE, TRAINER_CONFIG_FILE, accelerate_config, trainer_config
 from ..hardware.cluster import ClusterSpec
 from .cluster_files import JOBSET_FILE, SKYPILOT_FILE, jobset, skypilot_task
-from .fsdp2_script import FSDP2_SCRIPT, FSDP2_SCRIPT_FILE
+from .fsdp2_script import FSDP2_SCRIPT_FILE, fsdp2_script
 from .plan import PLAN_FILE, Plan, dump_plan
 
 RUNS = "runs"
@@ -318,7 +318,7 @@ def launch_files(plan: Plan) -> dict[str, str]:
         SKYPILOT_FILE: skypilot_task(plan),
     }
     if plan.zero.uses_fsdp2:
-        return files | {FSDP2_SCRIPT_FILE: FSDP2_SCRIPT}
+        return files | {FSDP2_SCRIPT_FILE: fsdp2_script()}
     files["job.sbatch"] = slurm_script(plan)
     if cluster.nodes > 1:
         files |= {"hostfile": hostfile(cluster), "launch-ssh.sh": _SSH}

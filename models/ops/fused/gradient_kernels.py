@@ -10,16 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import (
-    add_product,
-    add_to,
-    head_columns,
-    pair_offsets,
-    project_rows,
-    repeat_by_column,
-    row_numbers,
-    row_tokens,
-)
+from .kernels import add_product, add_to, block_rows, head_columns, pair_factors, project_rows
 
 
 @triton.jit(do_not_specialize=["start", "first_row"])
@@ -58,16 +49,10 @@ def projected_gradients_kernel(
     GROUPS: tl.constexpr = (HEADS + HP - 1) // HP
     E: tl.constexpr = HEADS * D
     block_ptr = blocks_ptr + (start + tl.program_id(0) // GROUPS) * 4
-    m, exists = row_numbers(block_ptr, tl.load(block_ptr + 1), BLOCK_M)
-    sample, query, key = row_tokens(block_ptr, queries_ptr, keys_ptr, m, exists, batch)
+    m, exists, sample, query, key = block_rows(block_ptr, tl.load(block_ptr + 1), queries_ptr, keys_ptr, batch, BLOCK_M)
     heads, columns, in_heads = head_columns(tl.program_id(0) % GROUPS, HEADS, D, HP, DP)
     matrix = tl.load(block_ptr).to(tl.int64) * (C * E)
-    grad = tl.load(
-        grad_logits_ptr + pair_offsets(sample, query, key, heads, tokens, HEADS),
-        mask=exists[:, None] & (heads < HEADS)[None, :],
-        other=0.0,
-    )
-    grad = repeat_by_column(grad.to(tl.float32), BLOCK_M, HP, DP)
+    grad = pair_factors(grad_logits_ptr, sample, query, key, exists, heads, tokens, HEADS, BLOCK_M, HP, DP)
     target = (tl.load(block_ptr + 3).to(tl.int64) * batch - first_row + m)[:, None] * E + columns[None, :]
     mask = exists[:, None] & in_heads[None, :]
     if QUERY_GRADS:
@@ -117,13 +102,8 @@ def gradient_rows(
         rows = tl.load(block_ptr + 3).to(tl.int64) * batch - first_row + m
     grads = tl.load(grads_ptr + rows[:, None] * (HEADS * D) + columns[None, :], mask=mask, other=0.0)
     if WEIGHTED:
-        weights = tl.load(
-            weights_ptr + pair_offsets(sample, query, key, heads, tokens, HEADS),
-            mask=exists[:, None] & (heads < HEADS)[None, :],
-            other=0.0,
-        )
-        products = grads.to(tl.float32) * repeat_by_column(weights.to(tl.float32), BLOCK_M, HP, DP)
-        grads = products.to(grads_ptr.dtype.element_ty)
+        weights = pair_factors(weights_ptr, sample, query, key, exists, heads, tokens, HEADS, BLOCK_M, HP, DP)
+        grads = (grads.to(tl.float32) * weights).to(grads_ptr.dtype.element_ty)
     return grads
 
 
@@ -163,8 +143,7 @@ def matrix_gradients_kernel(
     block_ptr = blocks_ptr + (start + tl.program_id(0) // (GROUPS * C_BLOCKS)) * 4
     total = tl.zeros((BLOCK_C, HP * DP), tl.float32)
     for begin in range(0, tl.load(block_ptr + 2), BLOCK_M):
-        m, exists = row_numbers(block_ptr, begin, BLOCK_M)
-        sample, query, key = row_tokens(block_ptr, queries_ptr, keys_ptr, m, exists, batch)
+        m, exists, sample, query, key = block_rows(block_ptr, begin, queries_ptr, keys_ptr, batch, BLOCK_M)
         grads = gradient_rows(
             grads_ptr, weights_ptr, first_row, block_ptr, m, exists, sample, query, key, group, batch, tokens,
             HEADS, D, WEIGHTED, BLOCK_M, HP, DP,
@@ -208,8 +187,7 @@ def input_gradients_kernel(
     E: tl.constexpr = HEADS * D
     c = tl.program_id(0) % C_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     block_ptr = blocks_ptr + (start + tl.program_id(0) // C_BLOCKS) * 4
-    m, exists = row_numbers(block_ptr, tl.load(block_ptr + 1), BLOCK_M)
-    sample, query, key = row_tokens(block_ptr, queries_ptr, keys_ptr, m, exists, batch)
+    m, exists, sample, query, key = block_rows(block_ptr, tl.load(block_ptr + 1), queries_ptr, keys_ptr, batch, BLOCK_M)
     matrix_ptr = table_ptr + tl.load(block_ptr).to(tl.int64) * (C * E)
     total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for group in range(0, GROUPS):
@@ -249,8 +227,7 @@ def plain_gradients_kernel(
     GROUPS: tl.constexpr = (HEADS + HP - 1) // HP
     group = tl.program_id(0) % GROUPS
     block_ptr = blocks_ptr + (start + tl.program_id(0) // GROUPS) * 4
-    m, exists = row_numbers(block_ptr, tl.load(block_ptr + 1), BLOCK_M)
-    sample, query, key = row_tokens(block_ptr, queries_ptr, keys_ptr, m, exists, batch)
+    m, exists, sample, query, key = block_rows(block_ptr, tl.load(block_ptr + 1), queries_ptr, keys_ptr, batch, BLOCK_M)
     grads = gradient_rows(
         grads_ptr, grads_ptr, first_row, block_ptr, m, exists, sample, query, key, group, batch, tokens,
         HEADS, D, False, BLOCK_M, HP, DP,

@@ -21,19 +21,18 @@ import triton.language as tl
 
 
 @triton.jit
-def row_numbers(block_ptr, first, BLOCK_M: tl.constexpr):
-    """Rows ``first`` to ``first + BLOCK_M − 1`` of a block's relation, and which of them exist."""
+def block_rows(block_ptr, first, queries_ptr, keys_ptr, batch, BLOCK_M: tl.constexpr):
+    """Rows ``first`` to ``first + BLOCK_M − 1`` of a block's relation.
+
+    Returns:
+        Their numbers, which of them exist, and their sample, query token and key token, int64.
+    """
     m = first + tl.arange(0, BLOCK_M)
-    return m, m < tl.load(block_ptr + 2)
-
-
-@triton.jit
-def row_tokens(block_ptr, queries_ptr, keys_ptr, m, exists, batch):
-    """Sample, query token and key token of rows, int64."""
+    exists = m < tl.load(block_ptr + 2)
     pair = tl.load(block_ptr + 3) + m // batch
     query = tl.load(queries_ptr + pair, mask=exists, other=0)
     key = tl.load(keys_ptr + pair, mask=exists, other=0)
-    return (m % batch).to(tl.int64), query.to(tl.int64), key.to(tl.int64)
+    return m, exists, (m % batch).to(tl.int64), query.to(tl.int64), key.to(tl.int64)
 
 
 @triton.jit
@@ -46,15 +45,32 @@ def head_columns(group, HEADS: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, 
 
 
 @triton.jit
-def repeat_by_column(values, BLOCK_M: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr):
-    """Repeat values of heads (BLOCK_M, HP) for the columns of each head, (BLOCK_M, HP·DP)."""
-    return tl.reshape(tl.broadcast_to(values[:, :, None], (BLOCK_M, HP, DP)), (BLOCK_M, HP * DP))
-
-
-@triton.jit
 def pair_offsets(sample, query, key, heads, tokens, HEADS: tl.constexpr):
     """Offsets (BLOCK_M, HP) of pairs in (b, h, n, n)."""
     return ((sample[:, None] * HEADS + heads[None, :]) * tokens + query[:, None]) * tokens + key[:, None]
+
+
+@triton.jit
+def pair_factors(
+    source_ptr,
+    sample,
+    query,
+    key,
+    exists,
+    heads,
+    tokens,
+    HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HP: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """Values of pairs in (b, h, n, n), each repeated for the columns of its head, (BLOCK_M, HP·DP) in fp32."""
+    values = tl.load(
+        source_ptr + pair_offsets(sample, query, key, heads, tokens, HEADS),
+        mask=exists[:, None] & (heads < HEADS)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    return tl.reshape(tl.broadcast_to(values[:, :, None], (BLOCK_M, HP, DP)), (BLOCK_M, HP * DP))
 
 
 @triton.jit
@@ -138,8 +154,7 @@ def logits_kernel(
     GROUPS: tl.constexpr = (HEADS + HP - 1) // HP
     E: tl.constexpr = HEADS * D
     block_ptr = blocks_ptr + (start + tl.program_id(0) // GROUPS) * 4
-    m, exists = row_numbers(block_ptr, tl.load(block_ptr + 1), BLOCK_M)
-    sample, query, key = row_tokens(block_ptr, queries_ptr, keys_ptr, m, exists, batch)
+    _, exists, sample, query, key = block_rows(block_ptr, tl.load(block_ptr + 1), queries_ptr, keys_ptr, batch, BLOCK_M)
     heads, columns, in_heads = head_columns(tl.program_id(0) % GROUPS, HEADS, D, HP, DP)
     matrix = tl.load(block_ptr).to(tl.int64) * (C * E)
     q = project_rows(
@@ -184,19 +199,13 @@ def values_kernel(
     GROUPS: tl.constexpr = (HEADS + HP - 1) // HP
     E: tl.constexpr = HEADS * D
     block_ptr = blocks_ptr + (start + tl.program_id(0) // GROUPS) * 4
-    m, exists = row_numbers(block_ptr, tl.load(block_ptr + 1), BLOCK_M)
-    sample, query, key = row_tokens(block_ptr, queries_ptr, keys_ptr, m, exists, batch)
+    _, exists, sample, query, key = block_rows(block_ptr, tl.load(block_ptr + 1), queries_ptr, keys_ptr, batch, BLOCK_M)
     heads, columns, in_heads = head_columns(tl.program_id(0) % GROUPS, HEADS, D, HP, DP)
     matrix = tl.load(block_ptr).to(tl.int64) * (C * E)
     v = project_rows(
         value_ptr, table_ptr + matrix, sample * tokens + key, exists, columns, in_heads,
         C, E, BLOCK_M, BLOCK_C, HP * DP, True, PRECISION,
     )  # fmt: skip
-    weights = tl.load(
-        weights_ptr + pair_offsets(sample, query, key, heads, tokens, HEADS),
-        mask=exists[:, None] & (heads < HEADS)[None, :],
-        other=0.0,
-    )
-    v *= repeat_by_column(weights.to(tl.float32), BLOCK_M, HP, DP)
+    v *= pair_factors(weights_ptr, sample, query, key, exists, heads, tokens, HEADS, BLOCK_M, HP, DP)
     target = (sample * tokens + query)[:, None] * E + columns[None, :]
     add_to(out_ptr, target, v, exists[:, None] & in_heads[None, :], ATOMIC)

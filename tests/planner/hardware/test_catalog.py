@@ -229,3 +229,4 @@ def test_a_wheel_holds_the_data_files(root: Path, tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for path in (root / "planner" / "hardware" / "data").iterdir():
         assert f"translution/planner/hardware/data/{path.name}" in names
+    assert "translution/planner/plans/train_fsdp2.py.txt" in names
