@@ -44,7 +44,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_the_wheel_has_every_module_and_data_file_and_nothing_else(built: dict[str, Path]) -> None:
     root = built["root"]
     tracked = run("git", "ls-files", *FOLDERS, cwd=root).splitlines()
-    kept = (".py", ".pyi", ".typed", ".yaml", ".j2", ".css", ".js")
+    kept = (".py", ".pyi", ".typed", ".yaml", ".j2", ".css", ".js", ".py.txt")
     data = "planner/hardware/data/"
     expected = {f"translution/{name}" for name in tracked if name.endswith(kept) or name.startswith(data)}
     expected.add("translution/__main__.py")

@@ -88,6 +88,14 @@ def test_shown_command_makes_the_same_plan_and_folder(
     assert view.deepspeed_config == json.loads((folder / "ds_config.json").read_text())
 
 
+def test_fields_that_another_field_rules_out_are_left_out() -> None:
+    """The form keeps them for the next choice; a search would refuse them."""
+    choice = choice_of("model=vit-tiny/56&minimize=nodes&all_nodes=1&offload=cpu-optimizer&nvme_path=/nvme")
+    found = search_input(choice).constraints
+    assert (found.minimize, found.nvme_path, found.all_nodes) == ("time", None, True)
+    assert not {"--minimize", "--nvme-path"} & set(choice_arguments(choice))
+
+
 def test_costs_equal_those_of_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["estimate", "vit-tiny/32", "--precision", "bf16", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["comparison"]
