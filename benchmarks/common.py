@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from translution.models import Translution
+from translution.models import AlphaTranslution, Translution
 from translution.planner.common import processor, usable_cores
 from translution.planner.config import RelationGeometry
 
@@ -34,12 +34,17 @@ class Case(NamedTuple):
     batch: int
     gather: bool
     """True if the gathered implementation fits in memory at this batch size."""
+    alpha: bool = False
+    """α-Translution instead of Translution."""
 
 
-def make(case: Case, implementation: str = "grouped", **factory: Any) -> tuple[Translution, torch.Tensor]:
+def make(
+    case: Case, implementation: str = "grouped", **factory: Any
+) -> tuple[Translution | AlphaTranslution, torch.Tensor]:
     """Return the layer of a case and an input (batch, tokens, dim); ``factory`` holds the device and dtype."""
     torch.manual_seed(0)
-    layer = Translution(case.dim, case.heads, **case.layout, implementation=implementation).to(**factory)
+    kind = AlphaTranslution if case.alpha else Translution
+    layer = kind(case.dim, case.heads, **case.layout, implementation=implementation).to(**factory)
     x = torch.randn(case.batch, layer.geometry.tokens, case.dim).to(**factory)
     return layer, x.requires_grad_()
 

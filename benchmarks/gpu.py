@@ -22,30 +22,36 @@ from typing import Any
 
 import torch
 from common import Case, check_parity, count_operations, describe_run, make, seconds, step, write_report
+from kernel_profile import kernel_rows, tuning_rows
 from torch import nn
 
 from translution.distributed.profiling import count_every_allocation, trace_allocations
 from translution.models import SelfAttention, Translution
 from translution.models.ops import SeparateProducts, choose_products
+from translution.models.ops.fused import fused_problem
 
 CASES = {
     "ViT-B/16": Case({"grid": (14, 14), "class_token": True}, 768, 12, 32, False),
     "GPT-base-1024": Case({"length": 1024, "causal": True}, 768, 12, 4, False),
+    "α, ViT-B/16": Case({"grid": (14, 14), "class_token": True}, 768, 12, 32, False, alpha=True),
+    "ViT-L/16": Case({"grid": (14, 14), "class_token": True}, 1024, 16, 16, False),
     "ViT-A/56": Case({"grid": (4, 4), "class_token": True}, 192, 3, 32, True),
     "ViT-B/56": Case({"grid": (4, 4), "class_token": True}, 768, 12, 8, True),
 }
 SMALL = {
     "small ViT": Case({"grid": (4, 4), "class_token": True}, 32, 2, 2, True),
     "small GPT": Case({"length": 24, "causal": True}, 32, 2, 2, True),
+    "small α": Case({"grid": (4, 4), "class_token": True}, 32, 2, 2, False, alpha=True),
 }
-CHOSEN, SEPARATE, SINGLE, GATHERED, ATTENTION = (
+FUSED, CHOSEN, SEPARATE, SINGLE, GATHERED, ATTENTION = (
+    "fused kernels",
     "many relations, chosen products",
     "many relations, separate products",
     "one relation at a time",
     "gathered",
     "fused attention",
 )
-"""Ways to compute a layer. The first is what a GPU uses."""
+"""Ways to compute a layer. A GPU uses the first if it has Triton and the second otherwise."""
 Notice = Callable[[str], None]
 
 
@@ -55,8 +61,8 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def check_half_parity(device: str) -> float:
-    """Return the layer's bf16 error as a fraction of the allowed error.
+def check_half_parity(device: str, implementation: str) -> float:
+    """Return the bf16 error of an implementation as a fraction of the allowed error.
 
     The allowed error is twice that of the gathered implementation plus a few roundings.
 
@@ -66,9 +72,9 @@ def check_half_parity(device: str) -> float:
     worst = 0.0
     for layout in ({"grid": (4, 5), "class_token": True}, {"length": 16, "causal": True}):
         case = Case(layout, 64, 4, 4, True)
-        ours, x = make(case, "batched", device=device, dtype=torch.bfloat16)
+        ours, x = make(case, implementation, device=device, dtype=torch.bfloat16)
         found = []
-        for name, dtype in (("batched", torch.bfloat16), ("gather", torch.bfloat16), ("gather", torch.float64)):
+        for name, dtype in ((implementation, torch.bfloat16), ("gather", torch.bfloat16), ("gather", torch.float64)):
             layer, _ = make(case, name, device=device, dtype=dtype)
             layer.load_state_dict(ours.state_dict())
             own = x.detach().to(dtype).requires_grad_()
@@ -100,7 +106,7 @@ def _make(case: Case, way: str, device: str) -> tuple[nn.Module, torch.Tensor]:
         layer = SelfAttention(case.dim, case.heads, **case.layout).to(**factory)
         tokens = layer.geometry.tokens
         return layer, torch.randn(case.batch, tokens, case.dim).to(**factory).requires_grad_()
-    implementation = {GATHERED: "gather", SINGLE: "grouped"}.get(way, "batched")
+    implementation = {FUSED: "fused", GATHERED: "gather", SINGLE: "grouped"}.get(way, "batched")
     own, x = make(case, implementation, **factory)
     own.tables.products = SeparateProducts() if way == SEPARATE else None
     return own, x
@@ -147,35 +153,46 @@ def measure_way(case: Case, way: str, device: str, repeats: int) -> dict[str, An
         layer, x = _make(case, way, device)
         whole = seconds(functools.partial(step, layer, x), repeats, lambda: wait(device))
         forward, backward = _passes(layer, x, repeats)
-        sizes = {"peak_bytes": _peak_bytes(layer, x)}
+        sizes: dict[str, Any] = {"peak_bytes": _peak_bytes(layer, x)}
+        if way == FUSED and device == "cuda":
+            sizes["kernels"] = kernel_rows(functools.partial(step, layer, x))
     except (RuntimeError, ValueError) as error:  # Out of memory, or a product that this version does not support.
         return {"way": way, "error": " ".join(str(error).split())[:300]}
     return {"way": way, "seconds": whole, "forward_seconds": forward, "backward_seconds": backward, **sizes}
 
 
+def ways_of(case: Case, device: str) -> tuple[str, ...]:
+    """Return the ways to compute a case on a device; the first is the one that a layer takes there by itself."""
+    fused = fused_problem(torch.device(device), torch.bfloat16, (case.dim, case.dim), case.heads) is None
+    slow = () if case.alpha else (SINGLE, *([GATHERED] if case.gather else []))
+    return (*([FUSED] if fused else []), CHOSEN, SEPARATE, *slow, ATTENTION)
+
+
 def measure(name: str, case: Case, device: str, rate: float, repeats: int, notice: Notice) -> dict[str, Any]:
     """Measure every way to compute one case; the first gives its time, fraction of the matmul rate and memory."""
     ways: list[dict[str, Any]] = []
-    for way in (CHOSEN, SEPARATE, SINGLE, *([GATHERED] if case.gather else []), ATTENTION):
+    for way in ways_of(case, device):
         count = max(1, repeats // 3) if way in (GATHERED, SINGLE) else repeats
         ways.append(measure_way(case, way, device, count))
         notice(f"{name}, {ways[-1]}")
     found = {row["way"]: row for row in ways}
-    chosen = found[CHOSEN]
+    chosen = ways[0]
     if "error" in chosen:
         return {"case": name, "batch": case.batch, "ways": ways, "error": chosen["error"]}
     probe = torch.empty(0, device=device)
-    operations = count_operations(_geometry(case), case.batch, case.dim)
     result: dict[str, Any] = {
         "case": name,
         "batch": case.batch,
         "products": type(choose_products(probe.device, torch.bfloat16, case.dim, case.dim)).__name__,
         "seconds": chosen["seconds"],
-        "operations": operations,
-        "matmul_rate_share": operations / chosen["seconds"] / rate,
         "peak_bytes": chosen["peak_bytes"],
         "ways": ways,
     }
+    if "seconds" in found[ATTENTION]:
+        result["times_attention"] = chosen["seconds"] / found[ATTENTION]["seconds"]
+    if not case.alpha:
+        result["operations"] = count_operations(_geometry(case), case.batch, case.dim)
+        result["matmul_rate_share"] = result["operations"] / chosen["seconds"] / rate
     gathered = found.get(GATHERED, {})
     if "seconds" in gathered:
         result["gather_seconds"], result["gather_peak_bytes"] = gathered["seconds"], gathered["peak_bytes"]
@@ -213,8 +230,8 @@ def markdown(document: dict[str, Any]) -> str:
         f"{document['half_parity']:.0%} of the allowed error. One product of two {document['matmul_size']}² matrices: "
         f"{document['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s.",
         "",
-        "| layer | batch | time | peak | gathered | peak | faster | smaller | of one large matmul's rate | products |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+        "| layer | batch | time | peak | gathered | peak | faster | smaller | of one large matmul's rate | attention's time | products |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in document["results"]:
         if "error" in row:
@@ -225,7 +242,8 @@ def markdown(document: dict[str, Any]) -> str:
             cells += [f"{row['times_faster']:.1f}×", f"{row['times_smaller']:.1f}×"]
         else:
             cells += ["", "", "", ""]
-        cells += [f"{row['matmul_rate_share']:.1%}", row["products"]]
+        share, times = row.get("matmul_rate_share"), row.get("times_attention")
+        cells += ["" if share is None else f"{share:.1%}", "" if times is None else f"{times:.1f}×", row["products"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines + _ways_table(document)) + "\n"
 
@@ -244,12 +262,13 @@ def measure_all(device: str, repeats: int, notice: Notice, *, small: bool) -> It
     """
     if device == "cpu":
         count_every_allocation()
+    fused = fused_problem(torch.device(device), torch.bfloat16, (64, 64), 4) is None
     document: dict[str, Any] = {
         **describe_run("gpu"),
         "device": torch.cuda.get_device_name() if device == "cuda" else "no GPU",
         "cuda": torch.version.cuda,
         "parity": check_parity("batched", device),
-        "half_parity": check_half_parity(device),
+        "half_parity": max(check_half_parity(device, way) for way in ("batched", *(["fused"] if fused else []))),
         "matmul_size": 256 if small else 8192,
     }
     rate = matmul_rate(device, document["matmul_size"], repeats)
@@ -257,6 +276,7 @@ def measure_all(device: str, repeats: int, notice: Notice, *, small: bool) -> It
     yield document
     for name, case in (SMALL if small else CASES).items():
         document["results"].append(measure(name, case, device, rate, repeats, notice))
+        document["tuning"] = tuning_rows()
         yield document
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
+
+from translution.planner.common import usable_cores
 
 from .machine import Context
 
 ROOT = Path(__file__).resolve().parents[2]
+_WORKERS = 8
 TESTS = "tests/models/ops/test_batched_gpu.py"
 
 
@@ -67,6 +71,9 @@ def check_parity(context: Context) -> None:
     # The tests need neither the fixtures of the others nor their packages, and a new driver may warn.
     words += ["--noconftest", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
     words += ["-k", "products_equal or a_gpu_is_used"] if context.small else []
+    if context.device == "cuda" and importlib.util.find_spec("xdist") is not None:
+        # Compiling Triton's kernels takes most of the time.
+        words += ["-n", str(max(1, min(_WORKERS, usable_cores() // 2)))]
     counts = _Counts(context)
     code = pytest.main([*words, str(ROOT / TESTS)], plugins=[counts])
     context.result.put(tests=counts.by_outcome, failures=counts.failures[:20])

@@ -32,6 +32,9 @@ def compile_op() -> None:
     """Load the op of the first argument; kill this session when the process of the second one has died."""
     op, launcher = sys.argv[1], int(sys.argv[2])
     threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
+    from .environment import simplify_gpu_architectures
+
+    simplify_gpu_architectures()
     from deepspeed.accelerator import get_accelerator
 
     builder = get_accelerator().create_op_builder(op)

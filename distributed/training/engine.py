@@ -19,6 +19,7 @@ from ..data.base import Samples
 from ..runs.mode import checks_swap
 from ..runs.progress import Progress
 from ..system.compiled_ops import has_gpu_compiler
+from ..system.environment import simplify_gpu_architectures
 from ..system.network import interface_towards
 from ..system.nvme_swap import SwapFolder
 from .deepspeed_fixes import answer_for_processor, check_swap_files, patch_nvme_optimizers
@@ -148,6 +149,7 @@ class Engine:
         model, self.model = self.model, None
         assert model is not None
         answer_for_processor()
+        simplify_gpu_architectures()
         if self.plan.zero.offload_optimizer.device == "nvme":
             patch_nvme_optimizers()
         self.deepspeed_engine, *_ = deepspeed.initialize(

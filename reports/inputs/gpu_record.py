@@ -26,6 +26,8 @@ class GpuPart(Schema):
     output: tuple[str, ...] = ()
     """The last lines that it printed, if it did not end well."""
     data: dict[str, object]
+    made: Provenance | None = None
+    """How it was made; None if as the whole check."""
 
 
 class GpuCheck(Schema):
@@ -47,6 +49,14 @@ class GpuCheck(Schema):
         return next((part for part in self.parts if part.name == name), None)
 
 
+class KernelRow(Schema):
+    """Time of all calls of one kernel in a step."""
+
+    kernel: str
+    calls: int
+    seconds: float
+
+
 class WayRow(Schema):
     """Time and memory of one way to compute a layer."""
 
@@ -55,6 +65,7 @@ class WayRow(Schema):
     forward_seconds: float | None = None
     backward_seconds: float | None = None
     peak_bytes: int | None = None
+    kernels: tuple[KernelRow, ...] = ()
     error: str = ""
 
 
@@ -68,12 +79,29 @@ class LayerRow(Schema):
     seconds: float | None = None
     operations: int | None = None
     matmul_rate_share: float | None = None
+    times_attention: float | None = None
     peak_bytes: int | None = None
     gather_seconds: float | None = None
     gather_peak_bytes: int | None = None
     times_faster: float | None = None
     times_smaller: float | None = None
     error: str = ""
+
+
+class TuningRow(Schema):
+    """Time of one configuration of a fused kernel; None if the card lacks the resources."""
+
+    kernel: str
+    constants: str
+    widths: tuple[int, ...]
+    size_class: int
+    rows: int
+    inner: int
+    columns: int
+    warps: int
+    stages: int
+    registers: int | None
+    seconds: float | None
 
 
 class GpuOperators(Schema):
@@ -86,6 +114,7 @@ class GpuOperators(Schema):
     matmul_size: int | None = None
     matmul_flop_per_s: float | None = None
     results: tuple[LayerRow, ...] = ()
+    tuning: tuple[TuningRow, ...] = ()
 
 
 class OverheadRow(Schema):

@@ -30,7 +30,8 @@ def test_the_gpu_benchmark_runs_at_small_size_on_a_cpu(root: Path, tmp_path: Pat
     assert document["machine"]["torch"] == torch.__version__
     for row in document["results"]:
         assert row["seconds"] > 0
-        assert row["times_smaller"] > 2
+        # α-Translution has no gathered implementation to compare with.
+        assert row.get("times_smaller", 9) > 2 and ("times_smaller" in row) == ("α" not in row["case"])
         assert f"| {row['case']} | {row['batch']} |" in done.stdout
     assert (tmp_path / "gpu.md").read_text().strip() == done.stdout.strip()
 

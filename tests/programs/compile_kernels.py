@@ -28,13 +28,13 @@ def main() -> None:
     label, done = "", set()
 
     def compile_kernel(
-        name: str, programs: int, arguments: Sequence[Any], constants: dict[str, Any], config: Any
+        name: str, programs: int, arguments: Sequence[Any], constants: dict[str, Any], config: Any, **_: Any
     ) -> None:
         kernel = getattr(kernels, name, None) or getattr(gradient_kernels, name)
         given = dict(zip((n for n in kernel.arg_names if n not in constants), arguments, strict=True))
         types = {n: TYPES[x.dtype] if isinstance(x, torch.Tensor) else "i32" for n, x in given.items()}
         signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
-        kinds = ("QUERY_TABLE", "ADD", "WEIGHTED") if dtype in (torch.bfloat16, torch.float32) else ()
+        kinds = ("QUERY_TABLE", "ADD") if dtype in (torch.bfloat16, torch.float32) else ()
         key = (label, name, *(constants.get(n) for n in kinds))
         if key in done:
             return
@@ -43,10 +43,13 @@ def main() -> None:
         aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(signature.values()) if kind.startswith("*")}
         values = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
         options = {"num_warps": config.warps, "num_stages": config.stages}
+        options |= {} if config.registers is None else {"maxnreg": config.registers}
         made = triton.compile(ASTSource(kernel, signature, values, aligned), target=H100, options=options)
         text = made.asm["ptx"]
+        tables = [constants.get(f"{role}_TABLE", name != "plain_gradients_kernel") for role in ("QUERY", "KEY")]
         line = {
             "name": name,
+            "multiplies": any(tables),
             "dtype": label,
             "shared_bytes": made.metadata.shared,
             "tensor_core_products": text.count("wgmma.mma_async") + text.count("mma.sync"),

@@ -161,12 +161,14 @@ def record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[list[int]], 
     launches: list[tuple[str, list[list[int]], dict[str, Any]]] = []
     true = tile.launch_kernel
 
-    def spy(kernel: str, programs: int, arguments: Sequence[Any], constants: dict[str, Any], config: Any) -> None:
+    def spy(
+        kernel: str, programs: int, arguments: Sequence[Any], constants: dict[str, Any], *others: Any, **more: Any
+    ) -> None:
         (position,) = [n for n, x in enumerate(arguments) if isinstance(x, Tensor) and x.dtype == torch.int32][:1]
         entries, start = arguments[position], arguments[position + 3]
         per_block = max(1, programs // len(entries))
         launches.append((kernel, entries[start : start + max(1, programs // per_block)].tolist(), constants))
-        true(kernel, programs, arguments, constants, config)
+        true(kernel, programs, arguments, constants, *others, **more)
 
     monkeypatch.setattr(tile, "launch_kernel", spy)
     return launches
@@ -211,12 +213,12 @@ def test_the_trial_tells_right_results_from_wrong_ones_and_from_errors(monkeypat
     assert fused_is_correct(CPU, torch.float32, (16, 32), 2)
     true = tile.launch_kernel
 
-    def wrong(kernel: str, programs: int, arguments: Sequence[Any], *rest: Any) -> None:
-        true(kernel, programs, arguments, *rest)
+    def wrong(kernel: str, programs: int, arguments: Sequence[Any], *rest: Any, **more: Any) -> None:
+        true(kernel, programs, arguments, *rest, **more)
         if kernel == "matrix_gradients_kernel":
             arguments[0][0, 0, 0] += 1
 
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **more: Any) -> None:
         raise OSError("no compiler\nsecond line")
 
     for replacement, text in ((wrong, "wrong results"), (broken, "OSError: no compiler$")):

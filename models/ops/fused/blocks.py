@@ -90,14 +90,13 @@ class RelationChunk:
 
 @lru_cache(maxsize=4096)
 def relation_chunks(
-    geometry: RelationGeometry, relations: tuple[int, ...], usual_pairs: int, max_pairs: int
+    geometry: RelationGeometry, relations: tuple[int, ...], max_pairs: int
 ) -> tuple[tuple[RelationChunk, ...], tuple[int, ...]]:
     """Cut consecutive relations into chunks.
 
     Args:
         geometry: arrangement of the tokens.
         relations: consecutive relations of a tile.
-        usual_pairs: number of pairs of a chunk of several relations.
         max_pairs: number of pairs that no chunk exceeds.
 
     Returns:
@@ -119,7 +118,7 @@ def relation_chunks(
             close()
             leftover.append(relation)
             continue
-        if current and starts[relation + 1] - starts[current[0]] > min(usual_pairs, max_pairs):
+        if current and starts[relation + 1] - starts[current[0]] > max_pairs:
             close()
         current.append(relation)
     close()

@@ -6,11 +6,17 @@ the kernel changes; it is kept as long as the process lives.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import statistics
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
+
+from translution.planner.common import usable_cores
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,14 @@ class KernelConfig:
     warps: int
     stages: int
     """Loads that are on their way at the same time."""
+    registers: int | None = None
+    """Limit of the registers of a thread, so that more programs run at the same time; None leaves it to the compiler."""
+
+
+class Launch(Protocol):
+    """Runs a kernel with a configuration, or only compiles it."""
+
+    def __call__(self, config: KernelConfig, *, only_compile: bool = False) -> None: ...
 
 
 MAX_HEAD_DIM = 256
@@ -33,23 +47,22 @@ MAX_HEAD_DIM = 256
 _INTERPRETED = (KernelConfig(64, 32, 64, 4, 1),)
 """For the interpreter, whose time is the number of programs."""
 _PROJECTIONS = (
-    KernelConfig(128, 64, 64, 4, 3),
-    KernelConfig(128, 64, 128, 8, 3),
-    KernelConfig(64, 64, 128, 4, 3),
-    KernelConfig(64, 64, 64, 4, 4),
-    KernelConfig(128, 32, 64, 4, 4),
+    KernelConfig(128, 64, 128, 8, 3, registers=128),
+    KernelConfig(128, 64, 128, 8, 4),
+    KernelConfig(64, 64, 128, 4, 3, registers=168),
+    KernelConfig(128, 64, 64, 4, 3, registers=168),
 )
 _GRADIENTS = (
     KernelConfig(64, 128, 128, 8, 3),
+    KernelConfig(64, 128, 256, 8, 3),
     KernelConfig(64, 64, 128, 4, 3),
-    KernelConfig(32, 128, 64, 4, 4),
-    KernelConfig(128, 128, 64, 8, 3),
+    KernelConfig(64, 128, 128, 8, 4, registers=128),
 )
 _INPUTS = (
-    KernelConfig(128, 128, 64, 8, 3),
-    KernelConfig(128, 64, 64, 4, 3),
-    KernelConfig(64, 128, 64, 4, 3),
-    KernelConfig(64, 64, 64, 4, 4),
+    KernelConfig(128, 128, 64, 8, 3, registers=128),
+    KernelConfig(128, 256, 64, 8, 3),
+    KernelConfig(256, 128, 64, 8, 3),
+    KernelConfig(64, 128, 64, 4, 3, registers=168),
 )
 CANDIDATES: dict[str, tuple[KernelConfig, ...]] = {
     "logits_kernel": _PROJECTIONS,
@@ -68,6 +81,15 @@ _EXACT = {
 """Products of fp32 without TF32 do not use tensor cores: Triton unrolls them, and larger blocks compile for minutes."""
 _EXACT_PROJECTION = KernelConfig(64, 16, 64, 4, 2)
 _chosen: dict[Hashable, KernelConfig] = {}
+_timed: list[tuple[Hashable, KernelConfig, float]] = []
+
+
+def tuning_record() -> tuple[tuple[Hashable, KernelConfig, float], ...]:
+    """Return every configuration that this process has timed: what the choice depends on, it, and its seconds.
+
+    The seconds are infinite where the device lacks the resources.
+    """
+    return tuple(_timed)
 
 
 def candidates(kernel: str, dtype: torch.dtype, precision: str) -> tuple[KernelConfig, ...]:
@@ -116,14 +138,14 @@ def fitted(config: KernelConfig, element_bytes: int, width: int) -> KernelConfig
 
 
 def choose_config(
-    key: Hashable, offered: tuple[KernelConfig, ...], launch: Callable[[KernelConfig], None], *, timed: bool
+    key: Hashable, offered: tuple[KernelConfig, ...], launch: Launch, *, timed: bool
 ) -> KernelConfig:
     """Return the fastest configuration, or the first that the device has the resources for, found at the first call.
 
     Args:
         key: what the choice depends on.
         offered: the configurations.
-        launch: runs the kernel with a configuration, on memory that may be overwritten.
+        launch: runs or compiles the kernel with a configuration, on memory that may be overwritten.
         timed: whether to look for the fastest; a choice by time may differ from run to run.
 
     Raises:
@@ -136,8 +158,11 @@ def choose_config(
     if torch.cuda.is_current_stream_capturing():
         return offered[0]
     best, least = offered[0], float("inf")
+    if timed:
+        _compile_together(offered, launch)
     for config in offered:
         seconds = _seconds(launch, config)
+        _timed.append((key, config, seconds))
         if seconds < least:
             best, least = config, seconds
             if not timed:
@@ -148,15 +173,30 @@ def choose_config(
     return best
 
 
-def _seconds(launch: Callable[[KernelConfig], None], config: KernelConfig, repeats: int = 3) -> float:
+def _compile_together(offered: tuple[KernelConfig, ...], launch: Launch) -> None:
+    """Compile the configurations at the same time; one that does not compile fails again when it is launched."""
+    import triton
+
+    with (
+        contextlib.redirect_stdout(io.StringIO()),  # Triton prints the assembly that needs too many registers.
+        ThreadPoolExecutor(max(1, min(len(offered), usable_cores()))) as executor,
+        triton.AsyncCompileMode(executor, ignore_errors=True),
+    ):
+        for config in offered:
+            launch(config, only_compile=True)
+
+
+def _seconds(launch: Launch, config: KernelConfig, repeats: int = 3) -> float:
     """Median time of a launch, infinite if the device lacks the resources."""
     from triton.runtime.errors import OutOfResources, PTXASError
 
     try:
-        launch(config)  # Compiles.
+        with contextlib.redirect_stdout(io.StringIO()):
+            launch(config)
     except (OutOfResources, PTXASError):
         return float("inf")
     times: list[float] = []
+    torch.cuda.synchronize()  # Work on other streams would slow it down.
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

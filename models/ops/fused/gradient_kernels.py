@@ -1,8 +1,7 @@
 """Triton kernels of backward. Rows, columns and arrays are those of kernels.py.
 
 Backward of a projection takes two products: rowsᵀ · gradients for the matrix, gradients · matrixᵀ for the rows. The
-gradients of projected rows are read from scratch memory for queries and keys; those of values are the output's gradient
-times the attention weights.
+gradients of projected rows are read from scratch memory.
 """
 
 from __future__ import annotations
@@ -72,39 +71,22 @@ def projected_gradients_kernel(
 @triton.jit
 def gradient_rows(
     grads_ptr,
-    weights_ptr,
     first_row,
     block_ptr,
     m,
     exists,
-    sample,
-    query,
-    key,
     group,
     batch,
-    tokens,
     HEADS: tl.constexpr,
     D: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     HP: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """Gradients of a block's projected rows for a group of heads, (BLOCK_M, HP·DP) in the dtype of the rows.
-
-    They are read from a chunk's rows, or, for values, are the output's gradient (b, n, e) times the weights.
-    """
-    heads, columns, in_heads = head_columns(group, HEADS, D, HP, DP)
+    """Gradients of a block's projected rows for a group of heads, (BLOCK_M, HP·DP), from a chunk's rows."""
+    _, columns, in_heads = head_columns(group, HEADS, D, HP, DP)
+    rows = tl.load(block_ptr + 3).to(tl.int64) * batch - first_row + m
     mask = exists[:, None] & in_heads[None, :]
-    if WEIGHTED:
-        rows = sample * tokens + query
-    else:
-        rows = tl.load(block_ptr + 3).to(tl.int64) * batch - first_row + m
-    grads = tl.load(grads_ptr + rows[:, None] * (HEADS * D) + columns[None, :], mask=mask, other=0.0)
-    if WEIGHTED:
-        weights = pair_factors(weights_ptr, sample, query, key, exists, heads, tokens, HEADS, BLOCK_M, HP, DP)
-        grads = (grads.to(tl.float32) * weights).to(grads_ptr.dtype.element_ty)
-    return grads
+    return tl.load(grads_ptr + rows[:, None] * (HEADS * D) + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["start", "first_row"])
@@ -112,7 +94,6 @@ def matrix_gradients_kernel(
     table_grads_ptr,
     rows_ptr,
     grads_ptr,
-    weights_ptr,
     blocks_ptr,
     queries_ptr,
     keys_ptr,
@@ -124,7 +105,6 @@ def matrix_gradients_kernel(
     HEADS: tl.constexpr,
     D: tl.constexpr,
     BY_QUERY: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -144,12 +124,9 @@ def matrix_gradients_kernel(
     total = tl.zeros((BLOCK_C, HP * DP), tl.float32)
     for begin in range(0, tl.load(block_ptr + 2), BLOCK_M):
         m, exists, sample, query, key = block_rows(block_ptr, begin, queries_ptr, keys_ptr, batch, BLOCK_M)
-        grads = gradient_rows(
-            grads_ptr, weights_ptr, first_row, block_ptr, m, exists, sample, query, key, group, batch, tokens,
-            HEADS, D, WEIGHTED, BLOCK_M, HP, DP,
-        )  # fmt: skip
+        grads = gradient_rows(grads_ptr, first_row, block_ptr, m, exists, group, batch, HEADS, D, HP, DP)
         rows = sample * tokens + (query if BY_QUERY else key)
-        x = tl.load(rows_ptr + rows[:, None] * C + c[None, :], mask=exists[:, None] & (c < C)[None, :], other=0.0)
+        x = tl.load(rows_ptr + rows[:, None].to(tl.int64) * C + c[None, :], mask=exists[:, None] & (c < C)[None, :], other=0.0)
         total = add_product(tl.trans(x), grads, total, PRECISION)
     _, columns, in_heads = head_columns(group, HEADS, D, HP, DP)
     target = table_grads_ptr + tl.load(block_ptr).to(tl.int64) * (C * E) + c[:, None] * E + columns[None, :]
@@ -161,7 +138,6 @@ def input_gradients_kernel(
     row_grads_ptr,
     table_ptr,
     grads_ptr,
-    weights_ptr,
     blocks_ptr,
     queries_ptr,
     keys_ptr,
@@ -173,7 +149,6 @@ def input_gradients_kernel(
     HEADS: tl.constexpr,
     D: tl.constexpr,
     BY_QUERY: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     ATOMIC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -191,17 +166,14 @@ def input_gradients_kernel(
     matrix_ptr = table_ptr + tl.load(block_ptr).to(tl.int64) * (C * E)
     total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for group in range(0, GROUPS):
-        grads = gradient_rows(
-            grads_ptr, weights_ptr, first_row, block_ptr, m, exists, sample, query, key, group, batch, tokens,
-            HEADS, D, WEIGHTED, BLOCK_M, HP, DP,
-        )  # fmt: skip
+        grads = gradient_rows(grads_ptr, first_row, block_ptr, m, exists, group, batch, HEADS, D, HP, DP)
         _, columns, in_heads = head_columns(group, HEADS, D, HP, DP)
         matrix = tl.load(
             matrix_ptr + c[:, None] * E + columns[None, :], mask=(c < C)[:, None] & in_heads[None, :], other=0.0
         )
         total = add_product(grads, tl.trans(matrix.to(grads.dtype)), total, PRECISION)
     rows = sample * tokens + (query if BY_QUERY else key)
-    add_to(row_grads_ptr, rows[:, None] * C + c[None, :], total, exists[:, None] & (c < C)[None, :], ATOMIC)
+    add_to(row_grads_ptr, rows[:, None].to(tl.int64) * C + c[None, :], total, exists[:, None] & (c < C)[None, :], ATOMIC)
 
 
 @triton.jit(do_not_specialize=["start", "first_row"])
@@ -228,11 +200,8 @@ def plain_gradients_kernel(
     group = tl.program_id(0) % GROUPS
     block_ptr = blocks_ptr + (start + tl.program_id(0) // GROUPS) * 4
     m, exists, sample, query, key = block_rows(block_ptr, tl.load(block_ptr + 1), queries_ptr, keys_ptr, batch, BLOCK_M)
-    grads = gradient_rows(
-        grads_ptr, grads_ptr, first_row, block_ptr, m, exists, sample, query, key, group, batch, tokens,
-        HEADS, D, False, BLOCK_M, HP, DP,
-    )  # fmt: skip
+    grads = gradient_rows(grads_ptr, first_row, block_ptr, m, exists, group, batch, HEADS, D, HP, DP)
     _, columns, in_heads = head_columns(group, HEADS, D, HP, DP)
     rows = sample * tokens + (query if BY_QUERY else key)
-    target = rows[:, None] * (HEADS * D) + columns[None, :]
+    target = rows[:, None].to(tl.int64) * (HEADS * D) + columns[None, :]
     add_to(row_grads_ptr, target, grads.to(tl.float32), exists[:, None] & in_heads[None, :], ATOMIC)

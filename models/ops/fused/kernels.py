@@ -25,14 +25,14 @@ def block_rows(block_ptr, first, queries_ptr, keys_ptr, batch, BLOCK_M: tl.const
     """Rows ``first`` to ``first + BLOCK_M − 1`` of a block's relation.
 
     Returns:
-        Their numbers, which of them exist, and their sample, query token and key token, int64.
+        Their numbers, which of them exist, and their sample, query token and key token, int32.
     """
     m = first + tl.arange(0, BLOCK_M)
     exists = m < tl.load(block_ptr + 2)
     pair = tl.load(block_ptr + 3) + m // batch
     query = tl.load(queries_ptr + pair, mask=exists, other=0)
     key = tl.load(keys_ptr + pair, mask=exists, other=0)
-    return m, exists, (m % batch).to(tl.int64), query.to(tl.int64), key.to(tl.int64)
+    return m, exists, m % batch, query, key
 
 
 @triton.jit
@@ -47,7 +47,8 @@ def head_columns(group, HEADS: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, 
 @triton.jit
 def pair_offsets(sample, query, key, heads, tokens, HEADS: tl.constexpr):
     """Offsets (BLOCK_M, HP) of pairs in (b, h, n, n)."""
-    return ((sample[:, None] * HEADS + heads[None, :]) * tokens + query[:, None]) * tokens + key[:, None]
+    within = (query * tokens + key)[:, None] + heads[None, :].to(tl.int64) * tokens * tokens
+    return sample[:, None].to(tl.int64) * HEADS * tokens * tokens + within
 
 
 @triton.jit
@@ -103,14 +104,16 @@ def project_rows(
         projected = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
         for begin in range(0, C, BLOCK_C):
             c = begin + tl.arange(0, BLOCK_C)
-            x = tl.load(rows_ptr + rows[:, None] * C + c[None, :], mask=exists[:, None] & (c < C)[None, :], other=0.0)
+            x = tl.load(rows_ptr + rows[:, None].to(tl.int64) * C + c[None, :], mask=exists[:, None] & (c < C)[None, :], other=0.0)
             matrix = tl.load(
                 table_ptr + c[:, None] * E + columns[None, :], mask=(c < C)[:, None] & in_heads[None, :], other=0.0
             )
             projected = add_product(x, matrix.to(x.dtype), projected, PRECISION)
     else:
         projected = tl.load(
-            rows_ptr + rows[:, None] * E + columns[None, :], mask=exists[:, None] & in_heads[None, :], other=0.0
+            rows_ptr + rows[:, None].to(tl.int64) * E + columns[None, :],
+            mask=exists[:, None] & in_heads[None, :],
+            other=0.0,
         ).to(tl.float32)
     return projected
 
@@ -160,12 +163,12 @@ def logits_kernel(
     q = project_rows(
         query_ptr, query_table_ptr + matrix, sample * tokens + query, exists, columns, in_heads,
         C, E, BLOCK_M, BLOCK_C, HP * DP, QUERY_TABLE, PRECISION,
-    )  # fmt: skip
+    ).to(query_ptr.dtype.element_ty)  # fmt: skip
     k = project_rows(
         key_ptr, key_table_ptr + matrix, sample * tokens + key, exists, columns, in_heads,
         C, E, BLOCK_M, BLOCK_C, HP * DP, KEY_TABLE, PRECISION,
     )  # fmt: skip
-    values = tl.sum(tl.reshape(q * k, (BLOCK_M, HP, DP)), axis=2)
+    values = tl.sum(tl.reshape(q.to(tl.float32) * k, (BLOCK_M, HP, DP)), axis=2)
     target = logits_ptr + pair_offsets(sample, query, key, heads, tokens, HEADS)
     mask = exists[:, None] & (heads < HEADS)[None, :]
     if ADD:
@@ -207,5 +210,5 @@ def values_kernel(
         C, E, BLOCK_M, BLOCK_C, HP * DP, True, PRECISION,
     )  # fmt: skip
     v *= pair_factors(weights_ptr, sample, query, key, exists, heads, tokens, HEADS, BLOCK_M, HP, DP)
-    target = (sample * tokens + query)[:, None] * E + columns[None, :]
+    target = (sample * tokens + query)[:, None].to(tl.int64) * E + columns[None, :]
     add_to(out_ptr, target, v, exists[:, None] & in_heads[None, :], ATOMIC)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -23,12 +24,14 @@ from ..context import RelationContext, accumulation_dtype
 from .blocks import RelationChunk, pair_lists, relation_chunks, row_blocks
 from .configs import KernelConfig, candidates, choose_config, fitted, heads_and_columns
 
-GRADIENT_CHUNK_BYTES = 32 * 2**20
-"""Gradients of projected rows kept at a time, unless one relation needs more; the L2 cache of an H100 has 50 MB."""
-
-
 def launch_kernel(
-    kernel: str, programs: int, arguments: Sequence[Any], constants: dict[str, Any], config: KernelConfig
+    kernel: str,
+    programs: int,
+    arguments: Sequence[Any],
+    constants: dict[str, Any],
+    config: KernelConfig,
+    *,
+    only_compile: bool = False,
 ) -> None:
     """Run a kernel of kernels.py or gradient_kernels.py.
 
@@ -38,14 +41,17 @@ def launch_kernel(
         arguments: tensors and integers, in the kernel's order.
         constants: values that the kernel is compiled for, by name.
         config: number of warps and of stages.
+        only_compile: compile it and do not run it.
     """
     from . import gradient_kernels, kernels
 
     module = kernels if hasattr(kernels, kernel) else gradient_kernels
     device = next(x.device for x in arguments if isinstance(x, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        run = getattr(module, kernel)[(programs,)]
-        run(*arguments, **constants, num_warps=config.warps, num_stages=config.stages)
+        function, options = getattr(module, kernel), {"num_warps": config.warps, "num_stages": config.stages}
+        options |= {} if config.registers is None else {"maxnreg": config.registers}
+        run = partial(function.warmup, grid=(programs,)) if only_compile else function[(programs,)]
+        run(*arguments, **constants, **options)
 
 
 def product_precision(device: torch.device) -> str:
@@ -53,6 +59,12 @@ def product_precision(device: torch.device) -> str:
     if device.type != "cuda":
         return "upcast"
     return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+@lru_cache(maxsize=64)
+def _side_stream(device: torch.device, stream: int, number: int) -> torch.cuda.Stream:
+    """Return one of the streams for work at the same time as that of a stream."""
+    return torch.cuda.Stream(device)
 
 
 class FusedTile:
@@ -97,20 +109,17 @@ class FusedTile:
         """
         context = self.context
         wanted = [name for name in ("query", "key") if grads[name] is not None or name in context.wanted]
-        pair_bytes = len(wanted) * self.d_out * self.dtype.itemsize * self.batch
         if not wanted:
             return
-        relations = self._set_leftover()
-        limit = context.workspace_bytes * 3 // 4
-        chunks, large = relation_chunks(
-            context.geometry, relations, GRADIENT_CHUNK_BYTES // pair_bytes, limit // pair_bytes
-        )
+        assert context.grad_attention is not None
+        chunks, large = self._chunks(self._set_leftover(), len(wanted))
         self.leftover += large
+        sides = {name: (context.source[name], tiles[name]) for name in ("query", "key")}
         for chunk in chunks:
-            rows = self._projected_gradients(chunk, tiles, wanted)
-            for name in wanted:
-                first_row = chunk.first_pair * self.batch
-                self._input_backward(chunk.relations, name, rows[name], tiles[name], grads[name], first_row=first_row)
+            rows = self._projected_gradients(chunk, context.grad_attention, sides["query"], sides["key"], wanted)
+            self._together(
+                *(partial(self._input_backward, chunk, name, rows[name], tiles[name], grads[name]) for name in wanted)
+            )
 
     def add_values(self, value_kce: Tensor) -> None:
         """Add the output of the tile's pairs to the context, from value matrices (k, c, e)."""
@@ -134,12 +143,48 @@ class FusedTile:
             grad_kce: gradients of the matrices, written in place; None where not required.
         """
         context = self.context
-        assert context.grad_attention is not None and context.grad_out is not None
+        assert context.grad_attention is not None and context.grad_out is not None and context.weights is not None
         relations = self._set_leftover()
+        chunks, large = self._chunks(relations, 1)
+        self.leftover += large
+        wanted = grad_kce is not None or "value" in context.wanted
         self._pair_products(
-            context.grad_attention, (context.grad_out, None), (context.source["value"], value_kce), relations, add=True
+            context.grad_attention,
+            (context.grad_out, None),
+            (context.source["value"], value_kce),
+            tuple(relation for relation in relations if relation not in large),
+            add=True,
         )
-        self._input_backward(relations, "value", context.grad_out, value_kce, grad_kce, weights=context.weights)
+        for chunk in chunks if wanted else ():
+            # The gradient of a projected value is that of the output at the query, times the weight.
+            rows = self._projected_gradients(
+                chunk, context.weights, (context.grad_out, None), (context.grad_out, None), ("key",)
+            )
+            self._input_backward(chunk, "value", rows["key"], value_kce, grad_kce)
+
+    def _together(self, *work: Callable[[], None]) -> None:
+        """Do independent pieces of work, on a GPU at the same time: the last blocks of one leave room for another."""
+        if self.device.type != "cuda" or len(work) < 2:
+            for piece in work:
+                piece()
+            return
+        current = torch.cuda.current_stream(self.device)
+        used = [_side_stream(self.device, current.cuda_stream, number) for number in range(len(work) - 1)]
+        for stream in used:
+            stream.wait_stream(current)
+        for stream, piece in zip((*used, current), work, strict=True):
+            with torch.cuda.stream(stream):
+                piece()
+        for stream in used:
+            current.wait_stream(stream)
+
+    def _chunks(
+        self, relations: tuple[int, ...], roles: int
+    ) -> tuple[tuple[RelationChunk, ...], tuple[int, ...]]:
+        """Cut relations into chunks whose projected rows fit in the scratch memory; also return those that do not fit."""
+        pair_bytes = roles * self.d_out * self.dtype.itemsize * self.batch
+        limit = self.context.workspace_bytes * 3 // 4
+        return relation_chunks(self.context.geometry, relations, limit // pair_bytes)
 
     def _set_leftover(self) -> tuple[int, ...]:
         """Leave the relations with the class token to grouped.py in deterministic mode; return the others."""
@@ -170,23 +215,31 @@ class FusedTile:
         )
 
     def _projected_gradients(
-        self, chunk: RelationChunk, tiles: dict[str, Tensor | None], wanted: Sequence[str]
+        self,
+        chunk: RelationChunk,
+        factors_bhnn: Tensor,
+        query: tuple[Tensor, Tensor | None],
+        key: tuple[Tensor, Tensor | None],
+        wanted: Sequence[str],
     ) -> dict[str, Tensor]:
-        """Return the gradients of the chunk's projected queries and keys, (pairs·b, e) each."""
-        source, like = self.context.source, self.context.source["query"]
+        """Return the factors times the rows of the chunk's pairs, (pairs·b, e) each.
+
+        Args:
+            chunk: the relations.
+            factors_bhnn: factor of each pair and head.
+            query: rows and matrices of the queries, whose products are the rows "key"; None for rows as they are.
+            key: rows and matrices of the keys, whose products are the rows "query".
+            wanted: names of the rows to compute.
+        """
+        like = query[0]
         rows = {name: like.new_empty(chunk.pairs * self.batch, self.d_out) for name in wanted}
-        unused = like
         self._run(
             "projected_gradients_kernel",
             chunk.relations,
-            tuple(rows.get(name, unused) for name in ("query", "key")),
-            (
-                self.context.grad_attention,
-                *(source[name] for name in ("query", "key")),
-                *(_table(tiles[name], source[name]) for name in ("query", "key")),
-            ),
+            tuple(rows.get(name, like) for name in ("query", "key")),
+            (factors_bhnn, query[0], key[0], _table(query[1], query[0]), _table(key[1], key[0])),
             {
-                **{f"{name.upper()}_TABLE": tiles[name] is not None for name in ("query", "key")},
+                **{"QUERY_TABLE": query[1] is not None, "KEY_TABLE": key[1] is not None},
                 **{f"{name.upper()}_GRADS": name in wanted for name in ("query", "key")},
             },
             first_row=chunk.first_pair * self.batch,
@@ -195,68 +248,52 @@ class FusedTile:
         return rows
 
     def _input_backward(
-        self,
-        relations: tuple[int, ...],
-        name: str,
-        rows: Tensor,
-        tile_kce: Tensor | None,
-        grad_kce: Tensor | None,
-        *,
-        weights: Tensor | None = None,
-        first_row: int = 0,
+        self, chunk: RelationChunk, name: str, rows: Tensor, tile_kce: Tensor | None, grad_kce: Tensor | None
     ) -> None:
         """Compute the gradients of a role's matrices and add to that of its input.
 
         Args:
-            relations: consecutive relations.
+            chunk: the relations.
             name: the role's input.
-            rows: gradients of the projected rows of the relations, or, with weights, of the output (b, n, e).
+            rows: gradients of the projected rows of the chunk.
             tile_kce: matrices of the role; None for a plain role.
             grad_kce: gradient of the matrices, written in place; None where not required.
-            weights: attention weights (b, h, n, n), factors of the output's gradient.
-            first_row: number of the first of the projected rows.
         """
         context, source = self.context, self.context.source[name]
-        common = (rows, rows if weights is None else weights)
-        by_query, weighted = {"BY_QUERY": name == "query"}, {"WEIGHTED": weights is not None}
+        first_row, by_query = chunk.first_pair * self.batch, {"BY_QUERY": name == "query"}
+        work: list[Callable[[], None]] = []
         if tile_kce is not None and grad_kce is not None:
-            self._run(
-                "matrix_gradients_kernel",
-                relations,
-                (grad_kce,),
-                (source, *common),
-                by_query | weighted,
-                first_row=first_row,
-                per_block=lambda groups, blocks: groups * blocks,
-                whole=True,
+            work.append(
+                partial(
+                    self._run,
+                    "matrix_gradients_kernel",
+                    chunk.relations,
+                    (grad_kce,),
+                    (source, rows),
+                    by_query,
+                    first_row=first_row,
+                    per_block=lambda groups, blocks: groups * blocks,
+                    whole=True,
+                )
             )
-        if name not in context.wanted:
-            return
-        if name not in context.grads:
-            context.grads[name] = torch.zeros_like(source, dtype=accumulation_dtype(source.dtype))
-        atomic = {"ATOMIC": not context.deterministic}
-        if tile_kce is None:
-            self._run(
-                "plain_gradients_kernel",
-                relations,
-                (context.grads[name],),
-                (rows,),
-                by_query | atomic,
-                first_row=first_row,
-                per_block=lambda groups, _: groups,
-                adds=True,
+        if name in context.wanted:
+            if name not in context.grads:
+                context.grads[name] = torch.zeros_like(source, dtype=accumulation_dtype(source.dtype))
+            plain = tile_kce is None
+            work.append(
+                partial(
+                    self._run,
+                    "plain_gradients_kernel" if plain else "input_gradients_kernel",
+                    chunk.relations,
+                    (context.grads[name],),
+                    (rows,) if tile_kce is None else (tile_kce.contiguous(), rows),
+                    by_query | {"ATOMIC": not context.deterministic},
+                    first_row=first_row,
+                    per_block=(lambda groups, _: groups) if plain else (lambda _, blocks: blocks),
+                    adds=True,
+                )
             )
-        else:
-            self._run(
-                "input_gradients_kernel",
-                relations,
-                (context.grads[name],),
-                (tile_kce.contiguous(), *common),
-                by_query | weighted | atomic,
-                first_row=first_row,
-                per_block=lambda _, blocks: blocks,
-                adds=True,
-            )
+        self._together(*work)
 
     def _run(
         self,
@@ -296,7 +333,7 @@ class FusedTile:
         )
         separate = constants.get("ATOMIC") is False
 
-        def run(config: KernelConfig, targets: tuple[Tensor, ...]) -> None:
+        def run(config: KernelConfig, targets: tuple[Tensor, ...], *, only_compile: bool = False) -> None:
             heads, width = heads_and_columns(context.heads, self.head_dim, config.columns)
             config = fitted(config, self.dtype.itemsize, width)
             groups, c_blocks = -(-context.heads // heads), -(-self.d_in // config.inner)
@@ -315,28 +352,32 @@ class FusedTile:
             )
             for start, count in blocks.bounds:
                 arguments = (*targets, *read, blocks.entries, lists.query, lists.key, start, *numbers)
-                launch_kernel(kernel, count * per_block(groups, c_blocks), arguments, given, config)
+                programs = count * per_block(groups, c_blocks)
+                launch_kernel(kernel, programs, arguments, given, config, only_compile=only_compile)
+                if only_compile:
+                    return
 
         offered = candidates(kernel, self.dtype, product_precision(self.device))
         timed = self.tune and not context.deterministic
         dtypes = tuple(x.dtype for x in read if x is not None)
-        key = (kernel, dtypes, self.device, self.d_in, self.d_out, context.heads, self._size(relations))
+        widths = (self.d_in, self.d_out, context.heads)
+        key = (kernel, tuple(sorted(constants.items())), dtypes, self.device, widths, self._size(relations))
         copies: list[Tensor] = []
 
-        def trial(config: KernelConfig) -> None:
-            if adds and not copies:
+        def trial(config: KernelConfig, *, only_compile: bool = False) -> None:
+            if adds and not copies and not only_compile:
                 copies.extend(x.clone() for x in written)
-            run(config, tuple(copies) or written)
+            run(config, tuple(copies) or written, only_compile=only_compile)
 
         run(choose_config(key, offered, trial, timed=timed), written)
 
     def _size(self, relations: tuple[int, ...]) -> int:
-        """Return the mean number of rows of a relation, as the exponent of a power of two."""
+        """Return a class of the mean number of rows of a relation: those of a class differ by less than 8 times."""
         last, first = relations[-1], relations[0]
         pairs = sum(
             self.context.geometry.pairs(relation).count for relation in (first, relations[len(relations) // 2], last)
         )
-        return (pairs * self.batch // 3).bit_length()
+        return (pairs * self.batch // 3).bit_length() // 3
 
 
 def _table(tile_kce: Tensor | None, rows: Tensor) -> Tensor:

@@ -44,11 +44,11 @@ def test_blocks_contain_every_row_of_every_relation_once(
 def test_chunks_hold_consecutive_relations_within_the_limits(geometry: RelationGeometry) -> None:
     relations = tuple(range(geometry.relations))
     counts = {relation: geometry.pairs(relation).count for relation in relations}
-    chunks, leftover = relation_chunks(geometry, relations, 6, 10)
+    chunks, leftover = relation_chunks(geometry, relations, 10)
     assert sorted([*leftover, *(r for chunk in chunks for r in chunk.relations)]) == list(relations)
     assert all(counts[relation] > 10 for relation in leftover)
     for chunk in chunks:
         assert chunk.relations == tuple(range(chunk.relations[0], chunk.relations[-1] + 1))
         assert chunk.first_pair == sum(counts[relation] for relation in range(chunk.relations[0]))
         assert chunk.pairs == sum(counts[relation] for relation in chunk.relations)
-        assert chunk.pairs <= (10 if len(chunk.relations) == 1 else 6)
+        assert chunk.pairs <= 10

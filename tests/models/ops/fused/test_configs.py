@@ -50,8 +50,11 @@ def test_the_choice_is_made_once_among_those_that_work(
     seconds = dict(zip(offered, (float("inf"), 2.0, 1.0, 3.0), strict=True))
     monkeypatch.setattr(configs, "_chosen", {})
     monkeypatch.setattr(configs, "_seconds", lambda launch, config: seconds[config])
+    compiled: list[KernelConfig] = []
+    monkeypatch.setattr(configs, "_compile_together", lambda configurations, launch: compiled.extend(configurations))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert choose_config("key", offered, lambda config: None, timed=timed) == offered[expected]
+    assert compiled == (list(offered) if timed else [])
     monkeypatch.setattr(configs, "_seconds", None)
     assert choose_config("key", offered, lambda config: None, timed=timed) == offered[expected]
 
@@ -61,6 +64,7 @@ def test_it_raises_the_error_if_none_works(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("out of resources")
 
     monkeypatch.setattr(configs, "_seconds", lambda launch, config: float("inf"))
+    monkeypatch.setattr(configs, "_compile_together", lambda configurations, launch: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with pytest.raises(RuntimeError, match="out of resources"):
         choose_config("none", CANDIDATES["logits_kernel"], launch, timed=True)
