@@ -39,9 +39,12 @@ ATTENTION_SHARES: dict[str | None, tuple[float, float, float]] = {
 Source of the likely ones: the published runs of MPT (benchmarks/public/mpt_fsdp.csv), above all those of 16,384 tokens
 and more.
 """
-FUSED_SHARES = (0.30, 0.50, 0.65)
-"""Share of a large product's rate that the fused kernels of relations reach: slow, likely, fast. Measured: 0.52, forward
-and backward of Translution at ViT-B/16 with 32 samples on one H200 (reports/gpu); slow and fast are estimates."""
+LARGE_PRODUCT_SHARE = 0.77
+"""Share of the peak that one product of two 8192² matrices reaches. Measured: 0.76 to 0.79 on one H200 (reports/gpu)."""
+FUSED_SHARES = (0.33, 0.55, 0.72)
+"""Share of a large product's rate that the fused kernels of relations reach on whole blocks of rows: slow, likely, fast.
+Measured: 0.55, forward and backward of Translution at ViT-B/16 with 32 samples on one H200 (reports/gpu); slow and fast are
+estimates."""
 FUSED_ROWS, FUSED_WIDTH_MULTIPLE = 64, 16
 """Rows of a block of the fused kernels, and what divides the widths that they take (models/ops/implementations.py)."""
 LATENCY_S = (60e-6, 30e-6, 15e-6)
@@ -181,9 +184,7 @@ class Rates:
         A kernel computes whole blocks of rows and reads the relation's matrix while it multiplies.
         """
         flops = 2.0 * math.ceil(rows / FUSED_ROWS) * FUSED_ROWS * inner * cols
-        large = self.peak_flops_per_s * self._matmul_share
-        if self.points():
-            large = self.peak_flops_per_s / self.spread
+        large = self.peak_flops_per_s * (1 / self.spread if self.points() else LARGE_PRODUCT_SHARE)
         read = inner * cols * DTYPE_BYTES[self.precision] / self.memory_bytes_per_s
         return max(flops / (large * FUSED_SHARES[self._index]), read)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..context import RelationContext, accumulation_dtype
+from ..pair_index import sorted_pairs
 from .blocks import RelationChunk, pair_lists, relation_chunks, row_blocks
 from .configs import KernelConfig, candidates, choose_config, fitted, heads_and_columns
 
@@ -373,11 +374,9 @@ class FusedTile:
 
     def _size(self, relations: tuple[int, ...]) -> int:
         """Return a class of the mean number of rows of a relation: those of a class differ by less than 8 times."""
-        last, first = relations[-1], relations[0]
-        pairs = sum(
-            self.context.geometry.pairs(relation).count for relation in (first, relations[len(relations) // 2], last)
-        )
-        return (pairs * self.batch // 3).bit_length() // 3
+        _, starts = sorted_pairs(self.context.geometry)
+        pairs = starts[relations[-1] + 1] - starts[relations[0]]
+        return (pairs * self.batch // len(relations)).bit_length() // 3
 
 
 def _table(tile_kce: Tensor | None, rows: Tensor) -> Tensor:
