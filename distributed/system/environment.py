@@ -36,7 +36,7 @@ def own_path() -> str:
 
 
 def simplify_gpu_architectures(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Write TORCH_CUDA_ARCH_LIST without suffixes such as that of "9.0a", which DeepSpeed 0.19.8 cannot read.
+    """Write TORCH_CUDA_ARCH_LIST without suffixes such as that of "9.0a", which DeepSpeed cannot read.
 
     Some images set it. DeepSpeed's ops use nothing of what the suffix stands for.
     """
