@@ -169,9 +169,7 @@ def ways_of(case: Case, device: str) -> tuple[str, ...]:
     return (*([FUSED] if fused else []), CHOSEN, ATTENTION, SEPARATE, *slow)
 
 
-def measure(
-    name: str, case: Case, device: str, rate: float, repeats: int, notice: Notice
-) -> Iterator[dict[str, Any]]:
+def measure(name: str, case: Case, device: str, rate: float, repeats: int, notice: Notice) -> Iterator[dict[str, Any]]:
     """Measure every way to compute one case; yield what is known after each of them.
 
     The first way gives the case's time, fraction of the matmul rate and memory.
@@ -180,7 +178,7 @@ def measure(
     for way in ways_of(case, device):
         count = max(1, repeats // 3) if way in (GATHERED, SINGLE) else repeats
         ways.append(measure_way(case, way, device, count))
-        notice(f"{name}, {({key: value for key, value in ways[-1].items() if key != 'kernels'})}")
+        notice(f"{name}, { ({key: value for key, value in ways[-1].items() if key != 'kernels'}) }")
         yield _result(name, case, device, rate, ways)
 
 
@@ -240,7 +238,8 @@ def markdown(document: dict[str, Any]) -> str:
         f"{document['half_parity']:.0%} of the allowed error. One product of two {document['matmul_size']}² matrices: "
         f"{document['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s.",
         "",
-        "| layer | batch | time | peak | gathered | peak | faster | smaller | of one large matmul's rate | attention's time | products |",
+        "| layer | batch | time | peak | gathered | peak | faster | smaller "
+        "| of one large matmul's rate | attention's time | products |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in document["results"]:

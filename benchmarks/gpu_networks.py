@@ -34,7 +34,9 @@ def _step(module: nn.Module, x: Tensor) -> None:
     module(x).float().sum().backward()
 
 
-def _modules(operator: str, implementation: str, device: str, *, small: bool) -> Iterator[tuple[str, nn.Module, Tensor]]:
+def _modules(
+    operator: str, implementation: str, device: str, *, small: bool
+) -> Iterator[tuple[str, nn.Module, Tensor]]:
     """Yield the name, the module and the input of the block and of the network."""
     changes: dict[str, Any] = {"depth": 2, "operator": operator}
     changes |= {"dim": 32, "heads": 2} if small else {}

@@ -155,9 +155,10 @@ class RelationShape:
 
 
 def fused_list_bytes(pairs: int, relations: int, batch: int) -> int:
-    """Return the bytes of the fused kernels' lists of blocks of rows, which all layers share (models/ops/fused/blocks.py).
+    """Return the bytes of the fused kernels' lists of blocks of rows, which all layers share.
 
-    There are lists of blocks of 64, 128 and 256 rows and of whole relations, for three ways to cut a tile into chunks.
+    Source: models/ops/fused/blocks.py. There are lists of blocks of 64, 128 and 256 rows and of whole relations, for
+    three ways to cut a tile into chunks.
 
     Args:
         pairs: number of pairs of tokens.

@@ -118,7 +118,9 @@ def test_a_source_is_a_page_a_file_or_marked_as_an_estimate() -> None:
     overheads = [estimate_overhead(gpu, ranks, 1) for gpu in GPUS for ranks in (1, 8)]
     computed = [item.source for overhead in overheads for item in overhead.breakdown]
     assert len(observed) == 19 + 7 + 2 + 16
-    known = r"github\.com/|reports/gpu|torch 2\.13|messages?|logs?|estimate, not measured|no connection|without the reserve"
+    known = (
+        r"github\.com/|reports/gpu|torch 2\.13|messages?|logs?|estimate, not measured|no connection|without the reserve"
+    )
     for source in (*observed, *computed):
         assert re.search(known, source), source
 
