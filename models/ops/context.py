@@ -180,10 +180,8 @@ class RelationContext:
         self.widths = (0, 0)
         """Input and output width of the relation matrices."""
         self.dropout = 0.0
-        self.seed = 0
-        """Seed of this call's dropout."""
-        self.block = (0, 1)
-        """Place of these samples in the batch that dropout is drawn for, as in `dropout_noise`."""
+        self.seed, self.block = 0, (0, 1)
+        """Seed of this call's dropout, and the place of these samples in its batch, as in `dropout_noise`."""
         self.adds_logits = False
         """True if tiles add to the logits of plain queries and keys; false if they write them."""
         self.key_padding: Tensor | None = None

@@ -113,7 +113,9 @@ def _squares(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the sum of the squared gradients."""
     given = list(parameters)
     device = given[0].device if given else None
-    total = torch.zeros((), dtype=torch.float64 if device is None or device.type == "cpu" else torch.float32, device=device)
+    total = torch.zeros(
+        (), dtype=torch.float64 if device is None or device.type == "cpu" else torch.float32, device=device
+    )
     for parameter in given:
         if parameter.grad is not None:
             total += parameter.grad.square().sum(dtype=total.dtype)

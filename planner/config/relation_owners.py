@@ -30,7 +30,9 @@ def deal_relations(geometry: RelationGeometry, ranks: int) -> tuple[int, ...]:
     """
     relations = geometry.relations
     if not 1 <= ranks <= relations:
-        raise InputError(f"relation ranks: {ranks} is not allowed: must be from 1 to the number of relations {relations}")
+        raise InputError(
+            f"relation ranks: {ranks} is not allowed: must be from 1 to the number of relations {relations}"
+        )
     order = sorted(range(relations), key=lambda relation: -geometry.pairs(relation).count)
     owners = [0] * relations
     for place, relation in enumerate(order):
@@ -47,7 +49,9 @@ def check_owners(geometry: RelationGeometry, owners: tuple[int, ...], ranks: int
     """
     relations = geometry.relations
     if len(owners) != relations:
-        raise InputError(f"relation_owners: {len(owners)} entries are not allowed: must be {relations}, one per relation")
+        raise InputError(
+            f"relation_owners: {len(owners)} entries are not allowed: must be {relations}, one per relation"
+        )
     for relation, rank in enumerate(owners):
         if not isinstance(rank, int) or not 0 <= rank < ranks:
             raise InputError(f"relation_owners: {rank!r} of relation {relation} is not allowed: must be below {ranks}")

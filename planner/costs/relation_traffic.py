@@ -2,13 +2,13 @@
 
 Rank g of a group of G owns the relations of p(g) of the p pairs; it has b samples of N tokens and h heads. Per layer:
 
-    pass                              elements that it sends                                  direction
-    rows of the relative roles        (G − 1) · b · N · width                                 forward, and again backward
-    parts of the output               (G − 1) · b · N · width of the output                   forward
-    gradient of the output            (G − 1) · b · N · width of the output                   backward
-    parts of the rows' gradients      (G − 1) · b · N · width                                 backward
-    logits, gradients of weights      (G − 1) · b · h · p(g)                                  forward, backward
-    weights, gradients of logits      b · h · (p − p(g))                                      forward, backward
+    pass                              elements that it sends                       direction
+    rows of the relative roles        (G − 1) · b · N · width                      forward, and again backward
+    parts of the output               (G − 1) · b · N · width of the output        forward
+    gradient of the output            (G − 1) · b · N · width of the output        backward
+    parts of the rows' gradients      (G − 1) · b · N · width                      backward
+    logits, gradients of weights      (G − 1) · b · h · p(g)                       forward, backward
+    weights, gradients of logits      b · h · (p − p(g))                           forward, backward
 
 Only relative roles send: rows, logits if queries or keys are relative, weights and output if values are. Where the
 roles have the same input, as in full Translution, its rows travel once. This is what models/ops/relation_parallel does.
@@ -109,7 +109,9 @@ def moved_widths(spec: ModelSpec, operator: Operator) -> tuple[tuple[int, ...], 
     return (), 0
 
 
-def relation_traffic(spec: ModelSpec, *, ranks: int, batch: int, value_bytes: int = 2, rank: int = 0) -> RelationTraffic:
+def relation_traffic(
+    spec: ModelSpec, *, ranks: int, batch: int, value_bytes: int = 2, rank: int = 0
+) -> RelationTraffic:
     """Return the bytes that one rank of a group sends in one training step of a model, over all layers.
 
     Args:

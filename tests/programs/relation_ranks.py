@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,21 @@ CASES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "full, batched": (Translution, {"grid": (2, 3), "class_token": True, "implementation": "batched"}),
     "full, checkpointing": (Translution, {"length": 7, "dropout": 0.3, "checkpointing": True}),
     "full, one tile, given owners": (Translution, {"length": 5, "tile_relations": None, "owners": True}),
+    "full, autocast": (Translution, {"grid": (2, 3), "class_token": True, "autocast": True}),
     "full, rows without gradient": (Translution, {"length": 5, "fixed_rows": True}),
-    **{f"full, {roles}": (Translution, {"grid": (2, 3), "roles": roles}) for roles in ("kv", "qv", "qk", "q", "k", "v")},
+    **{
+        f"full, {roles}": (Translution, {"grid": (2, 3), "roles": roles}) for roles in ("kv", "qv", "qk", "q", "k", "v")
+    },
     "alpha": (AlphaTranslution, {"grid": (2, 3), "class_token": True, "c1": 2, "c2": 3}),
     "alpha, causal, rotary, dropout": (
         AlphaTranslution,
         {"length": 7, "causal": True, "c1": 3, "c2": 1, "rotary": True, "head_dim": 4, "dropout": 0.3},
     ),
     "alpha, window, padding": (AlphaTranslution, {"length": 7, "window": 2, "c1": 2, "c2": 2, "padding": True}),
-    **{f"alpha, {roles}": (AlphaTranslution, {"grid": (2, 3), "c1": 2, "c2": 3, "roles": roles}) for roles in ("k", "v")},
+    **{
+        f"alpha, {roles}": (AlphaTranslution, {"grid": (2, 3), "c1": 2, "c2": 3, "roles": roles})
+        for roles in ("k", "v")
+    },
 }
 NETWORK = {"family": "vit", "image": 8, "patch": 4, "channels": 1, "classes": 5, "dim": 8, "depth": 2, "heads": 2}
 
@@ -81,18 +88,24 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).detach().abs().max() / theirs.detach().abs().max().clamp(min=1e-30))
 
 
-def run(layer: nn.Module, x: Tensor, grad: Tensor, mask: Tensor | None, seed: int, *, recompute: bool) -> list[Tensor]:
+def run(
+    layer: nn.Module, x: Tensor, grad: Tensor, mask: Tensor | None, seed: int, *, recompute: bool, narrow: bool
+) -> list[Tensor]:
     """Return the output and the gradient of the rows; gradients of weights are in the layer."""
     torch.manual_seed(seed)
-    out = checkpoint(layer, x, mask, use_reentrant=False) if recompute else layer(x, mask)
-    out.backward(grad)
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        out = checkpoint(layer, x, mask, use_reentrant=False) if recompute else layer(x, mask)
+    out.backward(grad.to(out.dtype))
     return [out.detach(), *([] if x.grad is None else [x.grad])]
 
 
 def layer_case(group: Any, kind: type[Any], options: dict[str, Any], counter: SentBytes) -> dict[str, Any]:
     options = {"tile_relations": 3} | options
-    padding, recompute = options.pop("padding", False), options.pop("checkpointing", False)
+    padding = options.pop("padding", False)
     owners, fixed = options.pop("owners", False), options.pop("fixed_rows", False)
+    how = {"recompute": options.pop("checkpointing", False), "narrow": options.pop("autocast", False)}
+    # Autocast leaves float64 alone.
+    torch.set_default_dtype(torch.float32 if how["narrow"] else torch.float64)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     torch.manual_seed(1)
     whole = kind(DIM, HEADS, **options)
@@ -110,12 +123,12 @@ def layer_case(group: Any, kind: type[Any], options: dict[str, Any], counter: Se
     mask = None
     if padding:
         mask = torch.rand(len(x), tokens) < 0.3
-    theirs = run(whole, x.clone().requires_grad_(not fixed), grad, mask, 100, recompute=recompute)
+    theirs = run(whole, x.clone().requires_grad_(not fixed), grad, mask, 100, **how)
     mine = slice(rank * BATCH, (rank + 1) * BATCH)
     counter.total = 0
     own_rows = x[mine].clone().requires_grad_(not fixed)
     # Another seed on every rank but the first: dropout follows the first one's.
-    ours = run(layer, own_rows, grad[mine], None if mask is None else mask[mine], 100 + rank, recompute=recompute)
+    ours = run(layer, own_rows, grad[mine], None if mask is None else mask[mine], 100 + rank, **how)
     sent = counter.total
     found |= {f"result {n}": difference(a, b[mine]) for n, (a, b) in enumerate(zip(ours, theirs, strict=True))}
     found |= weight_differences(group, layer, whole)
@@ -133,7 +146,9 @@ def weight_differences(group: Any, layer: nn.Module, whole: nn.Module) -> dict[s
         for parameter in layer.parameters():
             parameter.copy_(parameter.grad)
     gathered = gather_state_dict(layer)
-    return {f"gradient of {name}": difference(gathered[name], grad) for name, grad in theirs.items()} if gathered else {}
+    return (
+        {f"gradient of {name}": difference(gathered[name], grad) for name, grad in theirs.items()} if gathered else {}
+    )
 
 
 def network_case(group: Any, replicas: Any, world: Any) -> dict[str, Any]:
@@ -179,15 +194,16 @@ def errors(group: Any) -> dict[str, str]:
     """Return the text of the error of each wrong call."""
     layer = Translution(DIM, HEADS, length=5, relation_group=group)
     x = torch.randn(2, 5, DIM)
+    make = partial(Translution, DIM, HEADS, length=3)
     vmapped = torch.vmap(lambda rows: layer(rows.unsqueeze(0)))
     return {
         "does not divide": message(lambda: split_world(3)),
         "exceeds the relations": message(lambda: Translution(DIM, HEADS, length=2, relation_group=group)),
-        "owner": message(lambda: Translution(DIM, HEADS, length=3, relation_group=group, relation_owners=[0, 1, 2, 3, 4])),
-        "owns nothing": message(lambda: Translution(DIM, HEADS, length=3, relation_group=group, relation_owners=[0] * 5)),
-        "length": message(lambda: Translution(DIM, HEADS, length=3, relation_group=group, relation_owners=[0])),
-        "no group": message(lambda: Translution(DIM, HEADS, length=3, relation_owners=[0] * 5)),
-        "naive": message(lambda: Translution(DIM, HEADS, length=5, relation_group=group, implementation="naive")),
+        "owner": message(lambda: make(relation_group=group, relation_owners=[0, 1, 2, 3, 4])),
+        "owns nothing": message(lambda: make(relation_group=group, relation_owners=[0] * 5)),
+        "length": message(lambda: make(relation_group=group, relation_owners=[0])),
+        "no group": message(lambda: make(relation_owners=[0] * 5)),
+        "naive": message(lambda: make(relation_group=group, implementation="naive")),
         "vmap": message(lambda: vmapped(x)),
         "table": message(lambda: layer.tables.table("query")),
         "state": message(lambda: load_whole_state_dict(layer, layer.state_dict())),
@@ -197,7 +213,8 @@ def errors(group: Any) -> dict[str, str]:
 def main() -> None:
     out = Path(sys.argv[1])
     dist.init_process_group("gloo")
-    torch.set_default_dtype(torch.float64)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # Memory without values reads as NaN.
     counter = SentBytes()
     results: dict[str, Any] = {}
     for relation_ranks in (4, 2):

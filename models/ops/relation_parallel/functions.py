@@ -4,9 +4,9 @@ Every rank has b samples. It owns some relations, and computes their pairs for t
 
     forward     GatherFunction      rows of the relative roles: all-gather, (b, n, c) → (g·b, n, c)
                 tiles of logits     this rank's pairs of all samples
-                ExchangeFunction    logits to the ranks of the samples, softmax there, weights to the owners of the pairs
+                ExchangeFunction    logits to the samples' ranks, softmax there, weights to the owners of the pairs
                 tiles of values     this rank's pairs of all samples
-                SumFunction         parts of the output to the ranks of the samples, (g·b, n, e) → (b, n, e), and summed
+                SumFunction         parts of the output to the samples' ranks, (g·b, n, e) → (b, n, e), summed there
     backward    the same in reverse; gradients of tables are complete on their owner
 
 Each call has two contexts: the local one, with all pairs of this rank's samples, and the owned one, with this rank's
@@ -119,7 +119,7 @@ class GatherFunction(Function):
 
 
 class ExchangeFunction(Function):
-    """Middle of the chain: logits go to the ranks of their samples, and attention weights to the owners of the pairs."""
+    """Middle of the chain: logits go to the ranks of the samples, attention weights to the owners of the pairs."""
 
     @staticmethod
     def forward(ctx: Any, link: Tensor, call: RelationCall, dtype: torch.dtype) -> Tensor:
@@ -169,15 +169,15 @@ class SumFunction(Function):
     """End of the chain: adds up the owners' parts of the output, and saves the tensors of backward, once."""
 
     @staticmethod
-    def forward(
-        ctx: Any, link: Tensor, call: RelationCall, dtype: torch.dtype
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def forward(ctx: Any, link: Tensor, call: RelationCall, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Link (1,) → outputs of the relative values and of the plain values, (b, n, width) each, or None."""
         if call.has_values:
             assert call.owned.out is not None
             call.local.out = call.group.sum_rows(call.owned.out.to(dtype))
         saved: list[Tensor] = []
-        own = SimpleNamespace(set_materialize_grads=ctx.set_materialize_grads, save_for_backward=lambda *x: saved.extend(x))
+        own = SimpleNamespace(
+            set_materialize_grads=ctx.set_materialize_grads, save_for_backward=lambda *x: saved.extend(x)
+        )
         outputs = grouped.CloseFunction.forward(own, link, call.local, dtype)
         ctx.call, ctx.names, ctx.has_relative = call, own.names, own.has_relative
         ctx.save_for_backward(*saved, call.weights)

@@ -1,7 +1,7 @@
 """The ranks of a group: which pairs each one computes, and the exchanges of rows and of pairs between them.
 
-Two collectives serve all exchanges, ``all_gather_into_tensor`` and ``all_to_all_single``, which gloo and NCCL have. Sums
-over ranks are made by the receiver, in the order of the ranks, so that the result does not depend on the backend.
+Two collectives serve all exchanges, ``all_gather_into_tensor`` and ``all_to_all_single``; gloo and NCCL have both. The
+receiver adds up what several ranks send, in the order of the ranks, so the result does not depend on the backend.
 
 Legend of shape suffixes: g ranks of the group, b samples of a rank, n tokens, c width of a row, h heads,
 p pairs of all relations, sorted by owner, q pairs of this rank.
@@ -107,9 +107,7 @@ class RelationGroup:
         dist.all_to_all_single(
             received, sent.view(-1), sizes, [sent.numel() // self.size] * self.size, group=self.process_group
         )
-        parts = [
-            part.view(batch, heads, count) for part, count in zip(received.split(sizes), self.pairs, strict=True)
-        ]
+        parts = [part.view(batch, heads, count) for part, count in zip(received.split(sizes), self.pairs, strict=True)]
         return torch.cat(parts, dim=2)
 
     def spread_pairs(self, local_bhnn: Tensor, dtype: torch.dtype) -> Tensor:
