@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from translution.planner.common import InputError
 from translution.planner.config import RelationGeometry
@@ -16,7 +16,7 @@ from translution.planner.costs import table_tiles
 
 from ..ops import grouped
 from ..ops.context import RelationContext
-from ..ops.relation_parallel import RelationCall, RelationGroup, attend_in_group
+from ..ops.relation_parallel import RelationCall, RelationGroup, all_gather_equal, attend_in_group
 from .tables import OperatorChain, RelationTables, Tile
 
 
@@ -95,7 +95,7 @@ class OwnedTables(RelationTables):
             padded = table.new_zeros(most, *table.shape[1:])
             padded[: len(table)] = table
             parts = table.new_empty(size * most, *table.shape[1:])
-            dist.all_gather_into_tensor(parts, padded, group=self.group.process_group)
+            all_gather_equal(parts, padded, self.group.process_group)
             whole = table.new_empty(relations, *table.shape[1:])
             for own, part in zip(places, parts.split(most), strict=True):
                 whole[own] = part[: len(own)]
@@ -181,7 +181,7 @@ def _shared(sources: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
 
 def make_tables(
     geometry: RelationGeometry,
-    relation_group: dist.ProcessGroup | None,
+    relation_group: ProcessGroup | None,
     relation_owners: Sequence[int] | None,
     heads: int,
     d_in: int,

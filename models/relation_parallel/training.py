@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from translution.planner.common import InputError
 
 from ..layers import OwnedTables
+from ..ops.relation_parallel import all_gather_equal
 
 
 def split_world(relation_ranks: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
@@ -99,7 +100,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     total = _squares(mine.values())
     if owned:
         squares = total.new_empty(owned[0].group.size)
-        dist.all_gather_into_tensor(squares, total.view(1), group=owned[0].group.process_group)
+        all_gather_equal(squares, total.view(1), owned[0].group.process_group)
         total = squares.sum()
     norm = (total + _squares(x for x in model.parameters() if id(x) not in mine)).sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

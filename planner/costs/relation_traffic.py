@@ -109,7 +109,7 @@ def moved_widths(spec: ModelSpec, operator: Operator) -> tuple[tuple[int, ...], 
     return (), 0
 
 
-def relation_traffic(
+def relation_parallel_traffic(
     spec: ModelSpec, *, ranks: int, batch: int, value_bytes: int = 2, rank: int = 0
 ) -> RelationTraffic:
     """Return the bytes that one rank of a group sends in one training step of a model, over all layers.

@@ -66,8 +66,9 @@ class SentBytes:
 
     def __init__(self) -> None:
         self.total = 0
-        self.gather, self.exchange = dist.all_gather_into_tensor, dist.all_to_all_single
-        dist.all_gather_into_tensor = self._gather
+        name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        self.gather, self.exchange = getattr(dist, name), dist.all_to_all_single
+        setattr(dist, name, self._gather)
         dist.all_to_all_single = self._exchange
 
     def _gather(self, out: Tensor, own: Tensor, group: Any = None) -> Any:

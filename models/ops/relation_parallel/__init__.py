@@ -5,6 +5,6 @@ functions   the exchanges as autograd functions, around the chain of grouped.py
 """
 
 from .functions import RelationCall, attend_in_group
-from .group import RelationGroup
+from .group import RelationGroup, all_gather_equal
 
-__all__ = ["RelationCall", "RelationGroup", "attend_in_group"]
+__all__ = ["RelationCall", "RelationGroup", "all_gather_equal", "attend_in_group"]

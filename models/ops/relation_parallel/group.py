@@ -1,6 +1,6 @@
 """The ranks of a group: which pairs each one computes, and the exchanges of rows and of pairs between them.
 
-Two collectives serve all exchanges, ``all_gather_into_tensor`` and ``all_to_all_single``; gloo and NCCL have both. The
+Two collectives serve all exchanges, an all-gather of equal tensors and an all-to-all; gloo and NCCL have both. The
 receiver adds up what several ranks send, in the order of the ranks, so the result does not depend on the backend.
 
 Legend of shape suffixes: g ranks of the group, b samples of a rank, n tokens, c width of a row, h heads,
@@ -20,6 +20,19 @@ from translution.planner.common import InputError
 from translution.planner.config import RelationGeometry, check_owners, deal_relations, owned_geometry
 
 from ..context import accumulation_dtype, relation_index
+
+
+def all_gather_equal(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+    """Collect equal tensors of all ranks of a group in one, (m, …) → (g·m, …), rank by rank.
+
+    Args:
+        out: where they are written.
+        own: this rank's tensor.
+        group: the ranks.
+    """
+    # torch 2.13 has a new name for the function, and warns of the old one.
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    collective(out, own.contiguous(), group=group)
 
 
 class RelationGroup:
@@ -71,12 +84,13 @@ class RelationGroup:
 
     def own_positions(self, device: torch.device) -> Tensor:
         """Return the positions of this rank's pairs, (q,)."""
-        return self.positions(device).split(self.pairs)[self.rank]
+        own: Tensor = self.positions(device).split(self.pairs)[self.rank]
+        return own
 
     def gather_rows(self, x_bnc: Tensor) -> Tensor:
         """Collect the rows of all ranks' samples, (b, n, c) → (g·b, n, c), rank by rank."""
         out = x_bnc.new_empty(self.size * len(x_bnc), *x_bnc.shape[1:])
-        dist.all_gather_into_tensor(out, x_bnc.contiguous(), group=self.process_group)
+        all_gather_equal(out, x_bnc, self.process_group)
         return out
 
     def sum_rows(self, x_bnc: Tensor) -> Tensor:
@@ -87,7 +101,7 @@ class RelationGroup:
         received = torch.empty_like(x_bnc)
         dist.all_to_all_single(received, x_bnc.contiguous(), group=self.process_group)
         first, *others = received.unflatten(0, (self.size, -1))
-        total = first.to(accumulation_dtype(x_bnc.dtype))
+        total: Tensor = first.to(accumulation_dtype(x_bnc.dtype))
         for part in others:
             total += part
         return total.to(x_bnc.dtype)
@@ -131,5 +145,5 @@ class RelationGroup:
         """Return the seed that the group's first rank has drawn."""
         seeds = torch.empty(self.size, dtype=torch.int64, device=device)
         own = torch.tensor([seed], dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(seeds, own, group=self.process_group)
+        all_gather_equal(seeds, own, self.process_group)
         return int(seeds[0])

@@ -8,7 +8,7 @@ import pytest
 
 from translution.planner.common.errors import InputError
 from translution.planner.config import load_model, parse_model_spec
-from translution.planner.costs.relation_traffic import relation_traffic, zero3_table_traffic
+from translution.planner.costs.relation_traffic import relation_parallel_traffic, zero3_table_traffic
 
 BASE = load_model("vit-base/16")
 
@@ -27,14 +27,14 @@ BASE = load_model("vit-base/16")
     ],
 )
 def test_rows_of_five_passes_travel(batch: int, ranks: int, gigabytes: float) -> None:
-    rows = relation_traffic(BASE, ranks=ranks, batch=batch).rows
+    rows = relation_parallel_traffic(BASE, ranks=ranks, batch=batch).rows
     assert rows == 12 * 5 * (ranks - 1) * batch * 197 * 768 * 2
     assert rows / 1e9 == pytest.approx(gigabytes, abs=0.06)
 
 
 def test_pairs_travel_four_times() -> None:
     """All ranks together send every value that is not their own, twice to owners and twice back."""
-    sent = sum(relation_traffic(BASE, ranks=8, batch=3, rank=rank).pairs for rank in range(8))
+    sent = sum(relation_parallel_traffic(BASE, ranks=8, batch=3, rank=rank).pairs for rank in range(8))
     assert sent == 12 * 4 * 3 * 12 * 197**2 * 2 * 7
 
 
@@ -63,15 +63,19 @@ def model(**options: Any) -> Any:
     ids=str,
 )
 def test_only_relative_roles_travel(options: dict[str, Any], widths: int, pair_passes: int) -> None:
-    parts = [relation_traffic(model(**options), ranks=2, batch=3, value_bytes=4, rank=rank) for rank in range(2)]
+    parts = [
+        relation_parallel_traffic(model(**options), ranks=2, batch=3, value_bytes=4, rank=rank) for rank in range(2)
+    ]
     assert [part.rows for part in parts] == [2 * 3 * 5 * widths * 4] * 2
     assert sum(part.pairs for part in parts) == 2 * 3 * 2 * 25 * pair_passes * 4
     assert all(part.seeds == 0 for part in parts)
 
 
 def test_seeds_of_dropout_travel_and_plain_layers_send_nothing() -> None:
-    found = relation_traffic(model(dropout=0.1, relative_layers="first:1", other_layers="attention"), ranks=4, batch=3)
-    full = relation_traffic(model(dropout=0.1), ranks=4, batch=3)
+    found = relation_parallel_traffic(
+        model(dropout=0.1, relative_layers="first:1", other_layers="attention"), ranks=4, batch=3
+    )
+    full = relation_parallel_traffic(model(dropout=0.1), ranks=4, batch=3)
     assert (found.seeds, full.seeds) == (8 * 3, 2 * 8 * 3)
     assert full.rows == 2 * found.rows
     assert found.total == found.rows + found.pairs + found.seeds
@@ -79,8 +83,8 @@ def test_seeds_of_dropout_travel_and_plain_layers_send_nothing() -> None:
 
 def test_a_wrong_rank_and_too_many_ranks_are_named() -> None:
     with pytest.raises(InputError, match="rank: 2 is not allowed: must be from 0 to 1"):
-        relation_traffic(model(), ranks=2, batch=1, rank=2)
+        relation_parallel_traffic(model(), ranks=2, batch=1, rank=2)
     with pytest.raises(
         InputError, match="relation ranks: 13 is not allowed: must be from 1 to the number of relations 12"
     ):
-        relation_traffic(model(), ranks=13, batch=1)
+        relation_parallel_traffic(model(), ranks=13, batch=1)
