@@ -1,4 +1,4 @@
-"""Draw docs/images/operator.svg, tiles.svg and relations.svg: what Translution is, and two ways to share out its tables.
+"""Draw operator.svg, tiles.svg and relations.svg in docs/images: Translution, and two ways to share out its tables.
 
 python scripts/pictures/drawings.py
 """

@@ -287,7 +287,7 @@ def test_the_commands_of_a_page_work(
 
 
 ON_RANKS = tuple(f"docs/integrations/{name}.md" for name in ("accelerate", "ddp", "huggingface"))
-"""Pages whose Python runs on several ranks, in tests/docs/test_integrations.py; there also any script ``# train.py``."""
+"""Pages whose Python runs on several ranks, in tests/docs/test_integrations.py, as every ``# train.py``."""
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(lightning|torchmetrics)")
