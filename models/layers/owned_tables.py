@@ -45,6 +45,11 @@ class OwnedTables(RelationTables):
         self.to_empty(device=torch.get_default_device())
         self.reset()
 
+    def extra_repr(self) -> str:
+        """Say which part of the relations this rank owns."""
+        owned, relations = self.geometry.relations, self.whole.relations
+        return f"rank {self.group.rank} of {self.group.size}, {owned} of {relations} relations"
+
     @property
     def whole(self) -> RelationGeometry:
         """The geometry with the relations of all ranks."""

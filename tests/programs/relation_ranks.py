@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,7 @@ def layer_case(group: Any, kind: type[Any], options: dict[str, Any], counter: Se
     ours = run(layer, own_rows, grad[mine], None if mask is None else mask[mine], 100 + rank, **how)
     sent = counter.total
     found |= {f"result {n}": difference(a, b[mine]) for n, (a, b) in enumerate(zip(ours, theirs, strict=True))}
+    found["copy"] = difference(deepcopy(layer).eval()(x[mine]), layer.eval()(x[mine]))
     found |= weight_differences(group, layer, whole)
     return {"differences": found, "sent": sent}
 
@@ -225,6 +227,7 @@ def main() -> None:
         results[f"{relation_ranks} ranks: network"] = network_case(group, None, group)
     results["2 x 2 ranks: network"] = network_case(group, replicas, dist.group.WORLD)
     results["errors"] = errors(dist.group.WORLD)
+    results["text"] = str(Translution(DIM, HEADS, length=5, relation_group=dist.group.WORLD).tables).splitlines()[1]
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
