@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from translution.models.ops.fused.configs import tuning_record
+from translution.models.ops.fused import tuning_record
 
 _NAME_LENGTH = 80
 """Names of compiled templates are long."""

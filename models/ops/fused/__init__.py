@@ -8,7 +8,8 @@ configs             sizes of the kernels' blocks, and the choice of the fastest
 support             where the fused operator can be used, and a trial of it
 """
 
+from .configs import tuning_record
 from .support import fp32_products_use_tf32, fused_is_correct, fused_problem
 from .tile import FusedTile
 
-__all__ = ["FusedTile", "fp32_products_use_tf32", "fused_is_correct", "fused_problem"]
+__all__ = ["FusedTile", "fp32_products_use_tf32", "fused_is_correct", "fused_problem", "tuning_record"]
