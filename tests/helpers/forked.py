@@ -17,8 +17,8 @@ from pathlib import Path
 PRELOADED = [
     "translution.distributed.training.rank",
     "deepspeed.runtime.engine",
-    "deepspeed.runtime.zero.muon.original_muon",
     "deepspeed.module_inject",
+    "torch._dynamo",
     "setuptools.command.build_ext",
     "programs.processor",
 ]
