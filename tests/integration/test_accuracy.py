@@ -116,9 +116,12 @@ def test_states_are_exact_and_peaks_within_five_percent_and_never_low(name: str,
             assert abs(difference) <= (WITHIN_BYTES if row["tier"] == "host" else 0), where
 
 
-MANY_TILES = TINY | {"image": 112, "patch": 16, "channels": 3, "dim": 256, "heads": 4}
+MANY_TILES = TINY | {"image": 80, "patch": 16, "channels": 3, "dim": 256, "heads": 4}
 SMALL_TILE = 8
-"""Relations per tile: a rank's partition of a tile has 1 MiB, and it has 126 of them."""
+"""Relations per tile: a rank's partition of a tile has 1 MiB, and it has 60 of them."""
+SLACK_BYTES = 100_000_000
+"""What a process may hold less than is predicted. A copy of a rank's optimizer states would show: they have 8 bytes for
+each of 17 million elements."""
 PHASES = (
     Phase.INIT, Phase.FIRST_STEP, Phase.FORWARD, Phase.BACKWARD, Phase.STEP, Phase.SAVE, Phase.EVALUATION,
 )  # fmt: skip
@@ -158,6 +161,5 @@ def test_a_process_holds_what_is_predicted(name: str, tmp_path: Path, monkeypatc
     process = table[table["what"].str.startswith(PROCESS_PREFIX)]
     assert set(process["what"]) == {f"{PROCESS_PREFIX} in {phase}" for phase in phases}
     assert len(process) == 2 * len(phases)
-    assert process["ratio"].between(1.0, 1.1).all(), process[["what", "ratio"]].to_string()
-    # What is wrong by the optimizer states of a rank would be found.
-    assert (0.1 * process["measured_bytes"]).max() < 8 * 33e6
+    too_much = process["predicted_bytes"] - process["measured_bytes"]
+    assert too_much.between(0, SLACK_BYTES).all(), process[["what", "predicted_bytes", "measured_bytes"]].to_string()
