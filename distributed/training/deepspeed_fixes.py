@@ -18,8 +18,8 @@ element of the rank with AdamW. The patch releases them as soon as they are copi
 time py-cpuinfo starts a process that takes over a second. The patch reads the two values that DeepSpeed uses from
 /proc/cpuinfo; on another processor than x86-64 it keeps py-cpuinfo's first answer.
 
-`import_muon_uncompiled`: every ZeRO optimizer of DeepSpeed imports Muon's module, which hands three functions to torch's
-compiler and so imports that: a second of processor time for each rank, though plans have no Muon.
+`import_muon_uncompiled`: every ZeRO optimizer of DeepSpeed imports Muon's module, which hands three functions to
+torch's compiler and so imports that: a second of processor time for each rank, though plans have no Muon.
 
 `settled_collectives`: gloo frees a collective's tensors in its own thread at a random later time. While memory is
 traced, each collective ends only once they are free.
