@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from common import Case, check_parity, count_operations, describe_run, make, seconds, step, write_report
+from gpu_networks import measure_networks, networks_table
 from kernel_profile import kernel_rows, tuning_rows
 from torch import nn
 
@@ -165,20 +166,27 @@ def ways_of(case: Case, device: str) -> tuple[str, ...]:
     """Return the ways to compute a case on a device; the first is the one that a layer takes there by itself."""
     fused = fused_problem(torch.device(device), torch.bfloat16, (case.dim, case.dim), case.heads) is None
     slow = () if case.alpha else (SINGLE, *([GATHERED] if case.gather else []))
-    return (*([FUSED] if fused else []), CHOSEN, SEPARATE, *slow, ATTENTION)
+    return (*([FUSED] if fused else []), CHOSEN, ATTENTION, SEPARATE, *slow)
 
 
-def measure(name: str, case: Case, device: str, rate: float, repeats: int, notice: Notice) -> dict[str, Any]:
-    """Measure every way to compute one case; the first gives its time, fraction of the matmul rate and memory."""
+def measure(name: str, case: Case, device: str, rate: float, repeats: int, notice: Notice) -> Iterator[dict[str, Any]]:
+    """Measure every way to compute one case; yield what is known after each of them.
+
+    The first way gives the case's time, fraction of the matmul rate and memory.
+    """
     ways: list[dict[str, Any]] = []
     for way in ways_of(case, device):
         count = max(1, repeats // 3) if way in (GATHERED, SINGLE) else repeats
         ways.append(measure_way(case, way, device, count))
-        notice(f"{name}, {ways[-1]}")
+        notice(f"{name}, { ({key: value for key, value in ways[-1].items() if key != 'kernels'}) }")
+        yield _result(name, case, device, rate, ways)
+
+
+def _result(name: str, case: Case, device: str, rate: float, ways: list[dict[str, Any]]) -> dict[str, Any]:
     found = {row["way"]: row for row in ways}
     chosen = ways[0]
     if "error" in chosen:
-        return {"case": name, "batch": case.batch, "ways": ways, "error": chosen["error"]}
+        return {"case": name, "batch": case.batch, "ways": list(ways), "error": chosen["error"]}
     probe = torch.empty(0, device=device)
     result: dict[str, Any] = {
         "case": name,
@@ -186,9 +194,9 @@ def measure(name: str, case: Case, device: str, rate: float, repeats: int, notic
         "products": type(choose_products(probe.device, torch.bfloat16, case.dim, case.dim)).__name__,
         "seconds": chosen["seconds"],
         "peak_bytes": chosen["peak_bytes"],
-        "ways": ways,
+        "ways": list(ways),
     }
-    if "seconds" in found[ATTENTION]:
+    if "seconds" in found.get(ATTENTION, {}):
         result["times_attention"] = chosen["seconds"] / found[ATTENTION]["seconds"]
     if not case.alpha:
         result["operations"] = count_operations(_geometry(case), case.batch, case.dim)
@@ -230,7 +238,8 @@ def markdown(document: dict[str, Any]) -> str:
         f"{document['half_parity']:.0%} of the allowed error. One product of two {document['matmul_size']}² matrices: "
         f"{document['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s.",
         "",
-        "| layer | batch | time | peak | gathered | peak | faster | smaller | of one large matmul's rate | attention's time | products |",
+        "| layer | batch | time | peak | gathered | peak | faster | smaller "
+        "| of one large matmul's rate | attention's time | products |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in document["results"]:
@@ -245,11 +254,11 @@ def markdown(document: dict[str, Any]) -> str:
         share, times = row.get("matmul_rate_share"), row.get("times_attention")
         cells += ["" if share is None else f"{share:.1%}", "" if times is None else f"{times:.1f}×", row["products"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines + _ways_table(document)) + "\n"
+    return "\n".join(lines + _ways_table(document) + networks_table(document["networks"])) + "\n"
 
 
 def measure_all(device: str, repeats: int, notice: Notice, *, small: bool) -> Iterator[dict[str, Any]]:
-    """Check parity and measure every case; yield the document again with each case.
+    """Check parity and measure every case; yield the document again with each way to compute it.
 
     Args:
         device: "cuda" or "cpu".
@@ -275,8 +284,13 @@ def measure_all(device: str, repeats: int, notice: Notice, *, small: bool) -> It
     document |= {"matmul_flop_per_s": rate, "results": []}
     yield document
     for name, case in (SMALL if small else CASES).items():
-        document["results"].append(measure(name, case, device, rate, repeats, notice))
-        document["tuning"] = tuning_rows()
+        done = list(document["results"])
+        for result in measure(name, case, device, rate, repeats, notice):
+            document |= {"results": [*done, result], "tuning": tuning_rows()}
+            yield document
+    document["networks"] = []
+    for row in measure_networks(device, max(1, repeats // 2), notice, small=small):
+        document["networks"].append(row)
         yield document
 
 

@@ -17,10 +17,11 @@ Other networks and weights:
     to_published               state dict of a network for the published code
 
 Packages, each importing only those before it:
-    ops              the operators as autograd functions, forward and backward, and their slow reference
-    layers           the layers, and the tables that hold their matrices
-    networks         the networks
-    integrations     other networks and weights
+    ops                the operators as autograd functions, forward and backward, and their slow reference
+    layers             the layers, and the tables that hold their matrices
+    networks           the networks
+    integrations       other networks and weights
+    relation_parallel  layers whose relations several ranks share out, in a plain torch loop
 """
 
 from .integrations import load_published, load_tables, replace_attention, tables_from_state_dict, to_published

@@ -34,6 +34,10 @@ _SMALL, _LARGE = 2**14, 2**22
 """Numbers of elements that collectives and copies move."""
 _ROWS_ELEMENTS, _TILE_ELEMENTS, _GROUP_ELEMENTS = 2**18, 2**21, 2**24
 """Numbers of elements of a relation's rows, of a tile, and of an optimizer's sub-group, which no cache holds."""
+_GPU_ELEMENTS = 2**26
+"""Numbers of elements of an elementwise operation on a GPU: with 2**18 it takes less time than its call."""
+_GPU_MATRIX_BYTES, _GPU_ROW_BYTES = 2**29, 2**30
+"""Bytes at most of the matrices, and of the rows and their products, that a GPU multiplies in one call."""
 _QUICK_ROWS, _QUICK_WIDTHS, _QUICK_GROUP_ELEMENTS = (1, 64), (64,), 2**18
 """Sizes of a rehearsal of the measurements, whose rates mean little."""
 _PIECE_BYTES, _NVME_BYTES, _NVME_SECONDS = 2**26, 2**32, 8.0
@@ -89,37 +93,59 @@ class Stopwatch:
 
 
 def measure_matmul(
-    stopwatch: Stopwatch, precisions: tuple[Precision, ...], *, quick: bool = False
+    stopwatch: Stopwatch, precisions: tuple[Precision, ...], *, quick: bool = False, together: bool | None = None
 ) -> Iterator[MatmulRate]:
-    """Rates of products (rows, width) by (width, width), as the operator computes them for a relation."""
+    """Rates of products (rows, width) by (width, width), as the operator computes them for a relation.
+
+    Args:
+        stopwatch: times them on its device.
+        precisions: of the products.
+        quick: a rehearsal with few sizes.
+        together: compute many products in one call, as a GPU does, whose calls take longer than one small product;
+            None does so on a GPU.
+    """
+    together = stopwatch.device == "cuda" if together is None else together
     for precision in precisions:
         for width in _QUICK_WIDTHS if quick else _WIDTHS:
-            # Use more matrices than fit a cache, because every relation has its own.
-            count = max(2, 2**25 // (width * width * DTYPE_BYTES[precision]))
-            weights = torch.randn(count, width, width, device=stopwatch.device).to(_DTYPES[precision])
             for rows in _QUICK_ROWS if quick else _ROWS:
-                x = torch.randn(rows, width, device=stopwatch.device).to(_DTYPES[precision])
-                out, turn = torch.empty_like(x), [0]
-
-                def work(x: Tensor = x, out: Tensor = out, turn: list[int] = turn, weights: Tensor = weights) -> None:
-                    turn[0] = (turn[0] + 1) % len(weights)
-                    torch.mm(x, weights[turn[0]], out=out)
-
-                seconds = stopwatch.seconds(work)
+                count, work = _products(stopwatch.device, precision, rows, width, together=together)
+                seconds = stopwatch.seconds(work) / count
                 yield MatmulRate(
                     precision=precision, rows=rows, width=width, flops_per_s=2 * rows * width * width / seconds
                 )
 
 
+def _products(
+    device: str, precision: Precision, rows: int, width: int, *, together: bool
+) -> tuple[int, Callable[[], object]]:
+    """Return the number of products of a call, and the call."""
+    # Use more matrices than fit a cache, because every relation has its own.
+    size = width * width * DTYPE_BYTES[precision]
+    if together:
+        count = max(2, min(_GPU_MATRIX_BYTES // size, _GPU_ROW_BYTES // (2 * rows * width * DTYPE_BYTES[precision])))
+    else:
+        count = max(2, 2**25 // size)
+    weights = torch.randn(count, width, width, device=device).to(_DTYPES[precision])
+    x = torch.randn(count if together else 1, rows, width, device=device).to(_DTYPES[precision])
+    out, turn = torch.empty_like(x), [0]
+
+    def one() -> None:
+        turn[0] = (turn[0] + 1) % count
+        torch.mm(x[0], weights[turn[0]], out=out[0])
+
+    return (count, lambda: torch.bmm(x, weights, out=out)) if together else (1, one)
+
+
 def measure_elementwise(stopwatch: Stopwatch) -> dict[str, float]:
     """Rates of elementwise operations and norms, and the fixed time of an operation."""
-    rows = torch.ones(_ROWS_ELEMENTS, device=stopwatch.device)
+    many, few = (_GPU_ELEMENTS, _GPU_ELEMENTS) if stopwatch.device == "cuda" else (_ROWS_ELEMENTS, _TILE_ELEMENTS)
+    rows = torch.ones(many, device=stopwatch.device)
     other, tiny = torch.ones_like(rows), torch.ones(16, device=stopwatch.device)
-    tile = torch.ones(_TILE_ELEMENTS, device=stopwatch.device)
+    tile = rows if few == many else torch.ones(few, device=stopwatch.device)
     return {
-        "memory_bytes_per_s": 3 * 4 * _ROWS_ELEMENTS / stopwatch.seconds(lambda: rows.mul_(other)),
+        "memory_bytes_per_s": 3 * 4 * many / stopwatch.seconds(lambda: rows.mul_(other)),
         "operation_s": stopwatch.seconds(lambda: tiny.mul_(1.0)),
-        "norm_elements_per_s": _TILE_ELEMENTS / stopwatch.seconds(lambda: tile.double().norm(2)),
+        "norm_elements_per_s": few / stopwatch.seconds(lambda: tile.double().norm(2)),
     }
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import socket
 import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from translution.planner.common import InputError, MissingPackageError, usable_cores
@@ -33,16 +32,6 @@ def own_path() -> str:
     """
     own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
     return path if path.split(os.pathsep)[0] == own else os.pathsep.join([own, path])
-
-
-def simplify_gpu_architectures(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Write TORCH_CUDA_ARCH_LIST without suffixes such as that of "9.0a", which DeepSpeed 0.19.8 cannot read.
-
-    Some images set it. DeepSpeed's ops use nothing of what the suffix stands for.
-    """
-    name = "TORCH_CUDA_ARCH_LIST"
-    if name in environment:
-        environment[name] = re.sub(r"(\d\.\d+)[af]\b", r"\1", environment[name])
 
 
 def launch_environment(cluster: ClusterSpec) -> dict[str, str]:

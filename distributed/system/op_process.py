@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
 import time
+from collections.abc import MutableMapping
 from pathlib import Path
 
 _POLL_S = 0.2
@@ -32,14 +34,22 @@ def compile_op() -> None:
     """Load the op of the first argument; kill this session when the process of the second one has died."""
     op, launcher = sys.argv[1], int(sys.argv[2])
     threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
-    from .environment import simplify_gpu_architectures
-
     simplify_gpu_architectures()
     from deepspeed.accelerator import get_accelerator
 
     builder = get_accelerator().create_op_builder(op)
     if builder is not None:
         builder.load()
+
+
+def simplify_gpu_architectures(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Write TORCH_CUDA_ARCH_LIST without suffixes such as that of "9.0a", which DeepSpeed cannot read.
+
+    Some images set it. DeepSpeed's ops use nothing of what the suffix stands for.
+    """
+    name = "TORCH_CUDA_ARCH_LIST"
+    if name in environment:
+        environment[name] = re.sub(r"(\d\.\d+)[af]\b", r"\1", environment[name])
 
 
 def _end_with(launcher: int) -> None:

@@ -19,9 +19,9 @@ from ..data.base import Samples
 from ..runs.mode import checks_swap
 from ..runs.progress import Progress
 from ..system.compiled_ops import has_gpu_compiler
-from ..system.environment import simplify_gpu_architectures
 from ..system.network import interface_towards
 from ..system.nvme_swap import SwapFolder
+from ..system.op_process import simplify_gpu_architectures
 from .deepspeed_fixes import answer_for_processor, check_swap_files, import_muon_uncompiled, patch_nvme_optimizers
 from .swap_checksums import SwapChecksums
 

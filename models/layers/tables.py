@@ -8,6 +8,7 @@ a Parameter of its own submodule: only one tile, and one being prefetched, is th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -198,25 +199,32 @@ class OperatorChain(nn.Module):
             dropout=self.dropout if self.training else 0.0,
         )
 
-    def _run(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _context(self, sources: dict[str, Tensor]) -> RelationContext:
+        """Return the context of a call, without mask and dropout."""
         context = RelationContext(self.geometry, self.heads, self.scale, self.workspace_bytes)
         context.widths, context.relative = self.widths, self.relative
-        context.adds_logits = "plain_query" in sources
-        context.key_padding = key_padding
         context.implementation = self._implementation(sources)
         context.deterministic = (
             torch.are_deterministic_algorithms_enabled() if self.deterministic is None else self.deterministic
         )
         context.products = self.products
+        return context
+
+    def _anchor(self, sources: Iterable[Tensor | None]) -> Tensor:
+        """Return the start of the link that orders a call, (1,)."""
+        given = [x for x in sources if x is not None]
+        trained = any(x.requires_grad for x in (*given, *self.parameters()))
+        # ZeRO-3 releases a gathered tile after its backward only if one of the tile's inputs requires grad.
+        return given[0].new_zeros(1, requires_grad=trained and torch.is_grad_enabled())
+
+    def _run(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        context = self._context(sources)
+        context.adds_logits, context.key_padding = "plain_query" in sources, key_padding
         context.dropout = self.dropout if self.training else 0.0
         context.seed = self.draw_seed()
         ordered = [sources[name].contiguous() if name in sources else None for name in grouped.SOURCES]
         first = next(x for x in ordered if x is not None)
-        trained = any(x is not None and x.requires_grad for x in ordered) or any(
-            weight.requires_grad for weight in self.parameters()
-        )
-        # ZeRO-3 releases a gathered tile after its backward only if one of the tile's inputs requires grad.
-        anchor = first.new_zeros(1, requires_grad=trained and torch.is_grad_enabled())
+        anchor = self._anchor(ordered)
         link = grouped.OpenFunction.apply(context, anchor, *ordered)
         for tile in self.logit_tiles:
             link = tile(link, context)

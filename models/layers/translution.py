@@ -6,14 +6,18 @@ AlphaTranslution    plain attention plus a low-rank relative term (section 4)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from translution.planner.common import InputError
 from translution.planner.config import DEFAULT_WORKSPACE_BYTES, Window
 
 from .attention import RotaryEmbedding
 from .base import OperatorLayer, check_operator_options, check_roles
-from .tables import ROLE_NAMES, RelationTables
+from .owned_tables import make_tables
+from .tables import ROLE_NAMES
 
 
 class Translution(OperatorLayer):
@@ -28,6 +32,11 @@ class Translution(OperatorLayer):
             at a time; "naive" (or "gather"), the published algorithm, a slow reference that needs memory for a matrix
             per pair and sample. "auto" takes the first of the first three that serves, or the one that the environment
             variable TRANSLUTION_IMPLEMENTATION names.
+        relation_group: ranks that share out the relations: each holds the matrices of its own, and computes their pairs
+            for the samples of all. They must make the same calls, with equally many samples. None: all matrices are
+            here.
+        relation_owners: the rank within the group that owns each relation; by default they are dealt so that all have
+            as many relations and pairs (`planner.config.deal_relations`).
 
     Example:
         >>> layer = Translution(192, 3, grid=(14, 14), class_token=True)
@@ -52,6 +61,8 @@ class Translution(OperatorLayer):
         tile_relations: int | None = None,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
         implementation: str = "auto",
+        relation_group: ProcessGroup | None = None,
+        relation_owners: Sequence[int] | None = None,
     ) -> None:
         super().__init__(
             dim,
@@ -70,8 +81,10 @@ class Translution(OperatorLayer):
         self.plain = nn.ModuleDict(
             {role: nn.Linear(dim, self.inner_dim, bias=False) for role in "qkv" if role not in self.roles}
         )
-        self.tables = RelationTables(
+        self.tables = make_tables(
             self.geometry,
+            relation_group,
+            relation_owners,
             heads,
             dim,
             self.inner_dim,
@@ -112,7 +125,7 @@ class AlphaTranslution(OperatorLayer):
         roles: the relative roles, a subset of "qkv".
         rotary: apply rotary embedding to the plain queries and keys.
         rotary_pairs: as in `RotaryEmbedding`.
-        tile_relations, workspace_bytes, implementation: as in `Translution`.
+        tile_relations, workspace_bytes, implementation, relation_group, relation_owners: as in `Translution`.
     """
 
     def __init__(
@@ -136,6 +149,8 @@ class AlphaTranslution(OperatorLayer):
         tile_relations: int | None = None,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
         implementation: str = "auto",
+        relation_group: ProcessGroup | None = None,
+        relation_owners: Sequence[int] | None = None,
     ) -> None:
         super().__init__(
             dim,
@@ -162,8 +177,10 @@ class AlphaTranslution(OperatorLayer):
         if "v" in self.roles:
             widths["v"] = low1
         self.low = nn.ModuleDict({role: nn.Linear(dim, width, bias=False) for role, width in widths.items()})
-        self.tables = RelationTables(
+        self.tables = make_tables(
             self.geometry,
+            relation_group,
+            relation_owners,
             heads,
             low1,
             low2,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from translution.planner.config import DEFAULT_WORKSPACE_BYTES, ModelSpec, Operator, PatchSpec
 
@@ -25,13 +26,14 @@ def make_operator(
     tile_relations: int | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     implementation: str = "auto",
+    relation_group: ProcessGroup | None = None,
 ) -> nn.Module:
     """Return the operator of one block, a layer (B, N, C) → (B, N, C).
 
     Args:
         spec: model with the sizes, roles and geometry of the layer.
         operator: name of the operator, one of `OPERATORS`.
-        tile_relations, workspace_bytes, implementation: as in `Translution`.
+        tile_relations, workspace_bytes, implementation, relation_group: as in `Translution`.
     """
     layout: dict[str, Any]
     if isinstance(spec, PatchSpec):
@@ -50,7 +52,7 @@ def make_operator(
     tables: dict[str, Any] = {"roles": spec.roles, "tile_relations": tile_relations}
     if operator == "absolute":
         return AbsoluteTranslution(spec.dim, spec.heads, **sizes, **tables)
-    tables["implementation"] = implementation
+    tables |= {"implementation": implementation, "relation_group": relation_group}
     if operator == "translution":
         return Translution(spec.dim, spec.heads, **sizes, **tables)
     tables |= {"rotary": spec.rotary, "rotary_pairs": spec.rotary_pairs}
@@ -63,6 +65,7 @@ def build(
     tile_relations: int | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     implementation: str = "auto",
+    relation_group: ProcessGroup | None = None,
 ) -> VisionTransformer | LanguageModel:
     """Build the network of a spec, initialized from torch's random state.
 
@@ -71,6 +74,8 @@ def build(
         tile_relations: number of relations per tile of a table; None stores each table as one Parameter.
         workspace_bytes: limit of the scratch memory of one operator call.
         implementation: as in `Translution`.
+        relation_group: ranks that share out the relations, as in `Translution`; every rank builds the network, and must
+            do so with the same random state.
 
     Returns:
         A vision transformer, images (B, channels, H, W) or clips (B, channels, frames, H, W) → logits (B, classes), or
@@ -87,6 +92,7 @@ def build(
             tile_relations=tile_relations,
             workspace_bytes=workspace_bytes,
             implementation=implementation,
+            relation_group=relation_group,
         )
         for operator in spec.layer_operators
     ]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from translution.planner.config import RelationGeometry, RelationPairs, TokenBlock
+from translution.planner.config import OwnedGeometry, RelationGeometry, RelationPairs, TokenBlock
 
 from .grouped_mm import Products
 
@@ -64,6 +64,10 @@ def _steps(geometry: RelationGeometry, axis: int, device: torch.device) -> Tenso
 
 def relation_index(geometry: RelationGeometry, device: torch.device) -> Tensor:
     """Relation of every pair (query, key), (n, n) int64; −1 where the pair does not exist."""
+    if isinstance(geometry, OwnedGeometry):
+        numbers = torch.full((geometry.whole.relations + 1,), -1, dtype=torch.int64)  # The last: no pair, index −1.
+        numbers[list(geometry.owned)] = torch.arange(geometry.relations)
+        return numbers.to(device)[relation_index(geometry.whole, device)]
     index = torch.zeros(geometry.patches, geometry.patches, dtype=torch.int64, device=device)
     for axis, (low, span) in enumerate(zip(geometry.lowest, geometry.spans, strict=True)):
         index.mul_(span).add_(_steps(geometry, axis, device).sub_(low))
@@ -89,7 +93,7 @@ def missing_pairs(geometry: RelationGeometry, device: torch.device) -> Tensor:
     return missing
 
 
-def dropout_noise(like: Tensor, dropout: float, seed: int) -> Tensor:
+def dropout_noise(like: Tensor, dropout: float, seed: int, block: tuple[int, int] = (0, 1)) -> Tensor:
     """Return dropout factors: zero with probability ``dropout``, otherwise 1 / (1 − dropout).
 
     The same seed gives the same factors, so backward draws them again instead of saving them.
@@ -98,10 +102,16 @@ def dropout_noise(like: Tensor, dropout: float, seed: int) -> Tensor:
         like: tensor whose shape, dtype and device the factors have.
         dropout: probability of zero.
         seed: seed of the random generator.
+        block: place of these samples in a larger batch, whose factors are drawn: the number of this block of samples,
+            and the number of such blocks.
     """
     generator = torch.Generator(like.device)
     generator.manual_seed(seed)
-    return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+    number, blocks = block
+    batch = len(like)
+    whole = torch.empty_like(like) if blocks == 1 else like.new_empty(blocks * batch, *like.shape[1:])
+    drawn = whole.bernoulli_(1 - dropout, generator=generator)
+    return drawn[number * batch : (number + 1) * batch].div_(1 - dropout)
 
 
 class Workspace:
@@ -170,8 +180,8 @@ class RelationContext:
         self.widths = (0, 0)
         """Input and output width of the relation matrices."""
         self.dropout = 0.0
-        self.seed = 0
-        """Seed of this call's dropout."""
+        self.seed, self.block = 0, (0, 1)
+        """Seed of this call's dropout, and the place of these samples in its batch, as in `dropout_noise`."""
         self.adds_logits = False
         """True if tiles add to the logits of plain queries and keys; false if they write them."""
         self.key_padding: Tensor | None = None
@@ -225,7 +235,11 @@ class RelationContext:
 
     def apply_dropout(self, x_bhnn: Tensor) -> Tensor:
         """Apply this call's dropout, the same one every time; return the tensor itself without dropout."""
-        return x_bhnn * dropout_noise(x_bhnn, self.dropout, self.seed) if self.dropout else x_bhnn
+        return x_bhnn * self.noise(x_bhnn) if self.dropout else x_bhnn
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Return the factors of this call's dropout, the same ones every time."""
+        return dropout_noise(like, self.dropout, self.seed, self.block)
 
     def release(self) -> None:
         """Release every buffer."""

@@ -33,7 +33,6 @@ from .context import (
     RelationContext,
     accumulation_dtype,
     by_token,
-    dropout_noise,
     missing_pairs,
     pair_values,
     token_rows,
@@ -290,7 +289,7 @@ class SoftmaxFunction(Function):
         grad, attention = context.grad_attention, context.attention
         assert grad is not None and attention is not None
         if context.dropout:
-            grad.mul_(dropout_noise(attention, context.dropout, context.seed))
+            grad.mul_(context.noise(attention))
         context.weights = None
         grad.mul_(attention)
         total = grad.sum(-1, keepdim=True)

@@ -34,6 +34,10 @@ from .model_base import canonical_roles as canonical_roles
 from .recipes import RECIPES as RECIPES
 from .recipes import Recipe as Recipe
 from .recipes import find_recipe as find_recipe
+from .relation_owners import OwnedGeometry as OwnedGeometry
+from .relation_owners import check_owners as check_owners
+from .relation_owners import deal_relations as deal_relations
+from .relation_owners import owned_geometry as owned_geometry
 from .run_config import RunConfig as RunConfig
 from .training import LossKind as LossKind
 from .training import Optimizer as Optimizer

@@ -5,4 +5,8 @@ from .parameters import count_parameters as count_parameters
 from .parameters import operator_groups as operator_groups
 from .parameters import sum_parameters as sum_parameters
 from .parameters import table_tiles as table_tiles
+from .relation_traffic import RelationTraffic as RelationTraffic
+from .relation_traffic import layer_relation_traffic as layer_relation_traffic
+from .relation_traffic import relation_parallel_traffic as relation_parallel_traffic
+from .relation_traffic import zero3_table_traffic as zero3_table_traffic
 from .workload import count_flops as count_flops

@@ -49,6 +49,8 @@ class Product(NamedTuple):
         return 2 * self.rows * self.inner * self.cols
 
 
+_CALLS = 40
+"""torch operations of a layer in forward, and those outside of the layers."""
 FUSED_BLOCK = 128
 """Tokens of a block that fused attention computes or leaves out as a whole. Source: FlashAttention-2, arXiv 2307.08691,
 section 3.1."""
@@ -60,9 +62,12 @@ class Work:
 
     products: tuple[Product, ...]
     forward_elements: int
-    """Elements that elementwise operations read or write in forward."""
+    """Elements that elementwise operations read or write in forward, without those of `relation_rows`."""
     backward_elements: int
-    """Elements that elementwise operations read or write in backward."""
+    """The same in backward."""
+    relation_rows: tuple[int, int]
+    """Elements of the rows that are gathered for relations, their products and sums, in forward and in backward; fused
+    kernels keep them on the chip."""
     operations: int
     """Number of torch operations in a forward pass, independent of the micro-batch."""
     relation_visits: int
@@ -149,8 +154,18 @@ def _operator(spec: ModelSpec, operator: Operator) -> Iterator[Product]:
         yield Product(tokens, inner, dim, 1, 1, 2)
 
 
-def _layer_elements(spec: ModelSpec, operator: Operator) -> tuple[int, int, int, int]:
-    """Return the elements of forward and of backward, the torch operations and the relation visits of one layer."""
+def _relation_rows(spec: ModelSpec, operator: Operator) -> tuple[int, int, int]:
+    """Return the elements of a layer's gathered rows in forward and in backward, and the relation visits."""
+    if operator not in ("translution", "alpha"):
+        return 0, 0, 0
+    d_in, d_out = (spec.dim, spec.inner_dim) if operator == "translution" else spec.low_dims
+    rows = sum(map(spec.geometry.table_rows, spec.roles))
+    # Rows are gathered, multiplied and summed; backward repeats this and adds to the inputs' gradients.
+    return rows * (2 * d_in + 3 * d_out), rows * (5 * d_in + 7 * d_out), len(spec.roles) * spec.geometry.relations
+
+
+def _layer_elements(spec: ModelSpec, operator: Operator) -> tuple[int, int]:
+    """Return the other elements of forward and of backward of one layer."""
     tokens, dim, inner = spec.tokens, spec.dim, spec.inner_dim
     # Fused attention reads and writes queries, keys, values and the result only.
     pairs = 0 if is_fused(spec, operator) else spec.heads * tokens * tokens
@@ -158,17 +173,9 @@ def _layer_elements(spec: ModelSpec, operator: Operator) -> tuple[int, int, int,
     hidden_forward, hidden_backward = (6, 11) if spec.ffn == "swiglu" else (3, 5)
     forward = tokens * (10 * dim + hidden_forward * spec.ffn_dim + 6 * inner) + 11 * pairs
     backward = tokens * (18 * dim + hidden_backward * spec.ffn_dim + 9 * inner) + 13 * pairs
-    calls, visits = 40, 0
-    if operator in ("translution", "alpha"):
-        d_in, d_out = (dim, inner) if operator == "translution" else spec.low_dims
-        rows = sum(map(spec.geometry.table_rows, spec.roles))
-        # Rows are gathered, multiplied and summed; backward repeats this and adds to the inputs' gradients.
-        forward += rows * (2 * d_in + 3 * d_out)
-        backward += rows * (5 * d_in + 7 * d_out)
-        visits = len(spec.roles) * spec.geometry.relations
     if spec.dropout:
         forward, backward = forward + 4 * pairs, backward + 3 * pairs
-    return forward, backward, calls, visits
+    return forward, backward
 
 
 @lru_cache(maxsize=256)
@@ -177,13 +184,16 @@ def count_work(spec: ModelSpec) -> Work:
     tokens, dim = spec.tokens, spec.dim
     merged: Counter[Product] = Counter()
     forward = backward = visits = 0
-    calls = 40
+    gathered = [0, 0]
+    calls = _CALLS
     for operator, layers in Counter(spec.layer_operators).items():
         for product in _operator(spec, operator):
             merged[product._replace(copies=1)] += product.copies * layers
-        more_forward, more_backward, more_calls, more_visits = _layer_elements(spec, operator)
+        more_forward, more_backward = _layer_elements(spec, operator)
         forward, backward = forward + layers * more_forward, backward + layers * more_backward
-        calls, visits = calls + layers * more_calls, visits + layers * more_visits
+        *rows, more_visits = _relation_rows(spec, operator)
+        gathered = [so_far + layers * more for so_far, more in zip(gathered, rows, strict=True)]
+        calls, visits = calls + layers * _CALLS, visits + layers * more_visits
     products = [product._replace(copies=count) for product, count in merged.items()]
     products.append(Product(tokens, dim, spec.ffn_dim, ffn_products(spec) * spec.depth, 1, 2))
     blocks = sum(product.flops * product.copies for product in products)
@@ -196,7 +206,7 @@ def count_work(spec: ModelSpec) -> Work:
         # The loss: logits are cast to fp32, exponentiated and summed.
         forward, backward = forward + 5 * tokens * spec.vocabulary, backward + 3 * tokens * spec.vocabulary
     total = sum(product.flops * product.copies for product in products)
-    return Work(tuple(products), forward, backward, calls, visits, blocks / total)
+    return Work(tuple(products), forward, backward, (gathered[0], gathered[1]), calls, visits, blocks / total)
 
 
 class FlopCount(Schema):

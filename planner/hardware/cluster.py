@@ -92,6 +92,11 @@ class ClusterSpec(Schema):
         """Number of ranks, over which ZeRO partitions."""
         return self.nodes * self.ranks_per_node
 
+    @property
+    def has_fused_kernels(self) -> bool:
+        """Whether the fused kernels of relations run on its GPUs: NVIDIA's of compute capability 8.0 or newer."""
+        return self.gpu is not None and find_gpu(self.gpu)[1].generation in _FUSED_GENERATIONS
+
     def device_overhead(self, *, expandable_segments: bool = False) -> DeviceOverhead | None:
         """Return what a rank's GPU holds in addition to torch's tensors; None for CPU ranks.
 
@@ -260,6 +265,9 @@ class Transfer(Schema):
     def seconds(self, size: float) -> float:
         """Return the time to transfer ``size`` bytes."""
         return self.latency_s + size / self.bytes_per_s
+
+
+_FUSED_GENERATIONS = ("ampere", "ada", "hopper", "blackwell")
 
 
 class MatmulRate(Schema):

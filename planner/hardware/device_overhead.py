@@ -36,7 +36,7 @@ from .catalog import (
     read_data,
     read_overrides,
 )
-from .nccl import Channels, alone, by_host_memory, by_nvlink, rccl
+from .nccl import GUESSED_BASE, Base, Channels, alone, by_host_memory, by_nvlink, rccl
 
 __all__ = ["DeviceOverhead", "OverheadItem", "OverheadOverrides", "estimate_overhead", "read_overrides"]
 
@@ -132,6 +132,7 @@ class _Count(Entry):
 class _Observed(Entry):
     driver_reserve: dict[str, _Interval]
     context: dict[Generation, _Interval]
+    nccl_kernels: dict[Generation, _Interval]
     channels: dict[str, _Count]
 
 
@@ -167,17 +168,27 @@ def _blas(generation: Generation) -> OverheadItem:
     )
 
 
+def _nccl_base(generation: Generation) -> Base:
+    """Return what communicators hold without connections: the kernels once, if they were measured."""
+    interval = _observed().nccl_kernels.get(generation)
+    if interval is None:
+        return GUESSED_BASE
+    low, likely, high = (value * MIB for value in interval.mib)
+    return Base((low, likely, high), (0, 0, GUESSED_BASE.further[2]), interval.source)
+
+
 def _nccl(gpu: str, spec: GpuSpec, world_size: int, nodes: int) -> list[OverheadItem]:
+    base = _nccl_base(spec.generation)
     if world_size == 1:
-        return alone()
+        return alone(base)
     if spec.fabric == "xgmi":
         return rccl()
     observed = _observed().channels[gpu]
     channels, per_node = Channels(*observed.count, observed.source), -(-world_size // nodes)
     if spec.fabric == "pcie":
-        return by_host_memory(channels, per_node, nodes)
+        return by_host_memory(channels, per_node, nodes, base)
     reduces = spec.fabric == "nvswitch" and spec.generation in ("hopper", "blackwell")
-    return by_nvlink(channels, per_node, nodes, switches_reduce=reduces)
+    return by_nvlink(channels, per_node, nodes, base, switches_reduce=reduces)
 
 
 def _items_of_gpu(gpu: str, world_size: int, nodes: int) -> list[OverheadItem]:

@@ -34,9 +34,27 @@ _NETWORK_LINKS = 8
 """Network connections of a channel: both directions of a ring, of a tree's parent and of its two children."""
 _NVLS_CHANNEL = 2 * 8 * 128 * 1024
 """Bytes of NVLS per channel and GPU of the node: 8 steps of NVLS_CHUNKSIZE, up and down."""
-_BASE = (0, 64 * MIB, 224 * MIB)
-"""Bytes of a communicator without connections: low, likely and high."""
-_BASE_SOURCE = f"kernels and queues of a communicator: {ESTIMATE}, high by github.com/NVIDIA/nccl/pull/2366"
+
+
+class Base(NamedTuple):
+    """Bytes that the first communicator and each further one hold without connections: kernels and queues."""
+
+    first: tuple[int, int, int]
+    """Low, likely and high."""
+    further: tuple[int, int, int]
+    source: str
+
+    def of(self, communicators: int, level: int) -> int:
+        """Return the bytes of several communicators; ``level`` is 0, 1 or 2."""
+        return self.first[level] + (communicators - 1) * self.further[level]
+
+
+GUESSED_BASE = Base(
+    (0, 64 * MIB, 224 * MIB),
+    (0, 64 * MIB, 224 * MIB),
+    f"kernels and queues of a communicator: {ESTIMATE}, high by github.com/NVIDIA/nccl/pull/2366",
+)
+"""For GPUs on which nobody measured it."""
 _LONE_CHANNELS = 8
 """Maximum channels of a node with one GPU. Estimate, not measured."""
 
@@ -75,9 +93,13 @@ def _pair(
     ]
 
 
-def alone() -> list[OverheadItem]:
-    """Return the items of a rank without peers, which makes no connection."""
-    return _pair(_BASE, (0, 0, 0), "communicators without peers", _BASE_SOURCE, "no connection")
+def alone(base: Base) -> list[OverheadItem]:
+    """Return the items of a rank without peers, which makes no connection.
+
+    Args:
+        base: bytes without connections.
+    """
+    return _pair(base.first, (0, 0, 0), "communicators without peers", base.source, "no connection")
 
 
 def rccl() -> list[OverheadItem]:
@@ -98,7 +120,9 @@ def _outward(channels: Channels, per_node: int, nodes: int) -> list[int]:
     return [-(-count // per_node) if nodes > 1 else 0 for count in counts]
 
 
-def by_nvlink(channels: Channels, per_node: int, nodes: int, *, switches_reduce: bool) -> list[OverheadItem]:
+def by_nvlink(
+    channels: Channels, per_node: int, nodes: int, base: Base, *, switches_reduce: bool
+) -> list[OverheadItem]:
     """Return the items of a rank whose node has NVLink.
 
     Low: one communicator with rings. Likely: one with rings, trees and NVLS, and another one with rings. High: two with
@@ -108,6 +132,7 @@ def by_nvlink(channels: Channels, per_node: int, nodes: int, *, switches_reduce:
         channels: NCCL's channels.
         per_node: ranks per node.
         nodes: number of nodes; more than one adds connections over the network.
+        base: bytes of communicators without connections.
         switches_reduce: whether the node has NVSwitches that reduce (NVLS), as from Hopper on.
     """
     outward = _outward(channels, per_node, nodes)
@@ -119,8 +144,8 @@ def by_nvlink(channels: Channels, per_node: int, nodes: int, *, switches_reduce:
     nvls = [count * _NVLS_CHANNEL * heads for count in (0, 16, 24)]
     sizes = (
         rings[0],
-        COMMUNICATORS * (rings[1] + _BASE[1]) + trees[1] + nvls[1],
-        COMMUNICATORS * (rings[2] + trees[2] + nvls[2] + _BASE[2]),
+        COMMUNICATORS * rings[1] + trees[1] + nvls[1] + base.of(COMMUNICATORS, 1),
+        COMMUNICATORS * (rings[2] + trees[2] + nvls[2]) + base.of(COMMUNICATORS, 2),
     )
     links = [out * _NETWORK_LINKS for out in outward]
     hosts = (
@@ -139,24 +164,26 @@ def by_nvlink(channels: Channels, per_node: int, nodes: int, *, switches_reduce:
         sizes,
         hosts,
         f"{formula}; low: rings of one communicator; high: everything for both",
-        f"{channels.source}; sizes computed from NCCL's source; {_BASE_SOURCE}",
+        f"{channels.source}; sizes computed from NCCL's source; {base.source}",
         f"LL queues of network connections, high: all queues: NCCL, net.cc; the rest: {ESTIMATE}",
     )
 
 
-def by_host_memory(channels: Channels, per_node: int, nodes: int) -> list[OverheadItem]:
+def by_host_memory(channels: Channels, per_node: int, nodes: int, base: Base) -> list[OverheadItem]:
     """Return the items of a rank whose node has only PCIe: buffers in host memory; with peer access, on the GPU.
 
     Args:
         channels: NCCL's channels.
         per_node: ranks per node.
         nodes: number of nodes.
+        base: bytes of communicators without connections.
     """
     outward = _outward(channels, per_node, nodes)
     sizes = (
         0,
-        COMMUNICATORS * _BASE[1] + outward[1] * (2 * _RING_OUTWARD + _TREE_OUTWARD),
-        COMMUNICATORS * (2 * channels.high * _DIRECTION + outward[2] * (_RING_OUTWARD + _TREE_OUTWARD) + _BASE[2]),
+        base.of(COMMUNICATORS, 1) + outward[1] * (2 * _RING_OUTWARD + _TREE_OUTWARD),
+        COMMUNICATORS * (2 * channels.high * _DIRECTION + outward[2] * (_RING_OUTWARD + _TREE_OUTWARD))
+        + base.of(COMMUNICATORS, 2),
     )
     hosts = (
         channels.low * CONNECTION_BYTES,
@@ -167,6 +194,6 @@ def by_host_memory(channels: Channels, per_node: int, nodes: int) -> list[Overhe
         sizes,
         hosts,
         "buffers in host memory; high: on the GPU, rings and trees of two communicators",
-        f"{channels.source}; sizes computed from NCCL's source; {_BASE_SOURCE}",
+        f"{channels.source}; sizes computed from NCCL's source; {base.source}",
         "9.19 MiB a connection: github.com/tonyd2wild/DeepSeek-V4.1-Flash-vLLM-DGX-Spark/issues/8",
     )

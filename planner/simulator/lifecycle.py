@@ -90,6 +90,7 @@ def simulate(
     """
     training, cluster = run.training, run.cluster
     sizes = DtypeSizes.of_training(training, cluster.device, threads, stage=run.zero.stage)
+    sizes = replace(sizes, fused=cluster.has_fused_kernels)
     if rehearsed:
         # Products that are not computed need no scratch; the operator runs as on the device that it stands for.
         own = DtypeSizes.of_training(training, "cpu", threads, packs=False, stage=run.zero.stage)
@@ -143,6 +144,7 @@ def simulate_evaluation(run: RunConfig, batch: int, rank: int | None = None) -> 
     """
     device = run.cluster.device
     sizes = DtypeSizes.of_training(run.training, device, 1, stage=run.zero.stage)
+    sizes = replace(sizes, fused=run.cluster.has_fused_kernels)
     network = SimulatedNetwork(run.model, batch, sizes, run.tile_relations, loss=run.training.loss)
     memory = RankMemory(device)
     network.host = memory.host

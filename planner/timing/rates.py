@@ -39,14 +39,27 @@ ATTENTION_SHARES: dict[str | None, tuple[float, float, float]] = {
 Source of the likely ones: the published runs of MPT (benchmarks/public/mpt_fsdp.csv), above all those of 16,384 tokens
 and more.
 """
+LARGE_PRODUCT_SHARE = 0.77
+"""Share of the peak of one product of two 8192² matrices. Measured: 0.76 to 0.79 on one H200 (reports/gpu)."""
+FUSED_SHARES = (0.33, 0.55, 0.72)
+"""Share of a large product's rate that the fused kernels reach on whole blocks of rows: slow, likely, fast.
+Measured: 0.55, forward and backward of Translution at ViT-B/16 with 32 samples on one H200 (reports/gpu); slow and fast
+are estimates."""
+FUSED_ROWS, FUSED_WIDTH_MULTIPLE = 64, 16
+"""Rows of a block of the fused kernels, and what divides the widths that they take (models/ops/implementations.py)."""
 LATENCY_S = (60e-6, 30e-6, 15e-6)
 """Latency of a collective on one node; each doubling of the nodes adds the same again. Estimates, not measured."""
 GPU_OPERATION_S = (12e-6, 6e-6, 4e-6)
 """Seconds to launch one operation from Python."""
-GPU_MODULE_S = (600e-6, 300e-6, 150e-6)
-"""Seconds of ZeRO-3's hooks around one module, or of the engine's work on one gradient."""
-GPU_SUB_GROUP_S = (2e-3, 1e-3, 0.5e-3)
-"""Seconds of the engine's work on one sub-group."""
+GPU_ENGINE_S = {
+    "module_s": (600e-6, 420e-6, 150e-6),
+    "gradient_s": (600e-6, 300e-6, 150e-6),
+    "sub_group_s": (2e-3, 1e-3, 0.5e-3),
+}
+"""Seconds of ZeRO-3's hooks around one module, and of the engine's work on one gradient and on one sub-group.
+
+The likely ones of modules and gradients are as calibrated on a machine with one H200 (reports/gpu). That of sub-groups,
+0.57 ms there, stays, since steps there took longer than predicted. The others are estimates."""
 CPU_RATES = {
     "matmul": (15e9, 30e9, 60e9),
     "memory": (3e9, 6e9, 12e9),
@@ -158,6 +171,24 @@ class Rates:
         # The first reads and the last writes of a product overlap with nothing.
         return flops / flops_per_s + moved / self.memory_bytes_per_s
 
+    def fuses(self, *widths: int) -> bool:
+        """Return whether fused kernels compute products of relations with matrices of these widths."""
+        return (
+            self.cluster.has_fused_kernels
+            and DTYPE_BYTES[self.precision] == 2
+            and all(width % FUSED_WIDTH_MULTIPLE == 0 for width in widths)
+        )
+
+    def fused_seconds(self, rows: float, inner: int, cols: int) -> float:
+        """Return the seconds of one product of a relation's rows in a fused kernel, (rows, inner) by (inner, cols).
+
+        A kernel computes whole blocks of rows and reads the relation's matrix while it multiplies.
+        """
+        flops = 2.0 * math.ceil(rows / FUSED_ROWS) * FUSED_ROWS * inner * cols
+        large = self.peak_flops_per_s * (1 / self.spread if self.points() else LARGE_PRODUCT_SHARE)
+        read = inner * cols * DTYPE_BYTES[self.precision] / self.memory_bytes_per_s
+        return max(flops / (large * FUSED_SHARES[self._index]), read)
+
     def attention_seconds(self, rows: float, inner: int, cols: int) -> float:
         """Return the seconds of one of the two products of fused attention, (rows, inner) by (inner, cols)."""
         if self.on_cpu:
@@ -207,7 +238,7 @@ class Rates:
         measured = getattr(self._measured, name)
         if measured is not None:
             return float(self.spread * measured)
-        return (GPU_SUB_GROUP_S if name == "sub_group_s" else GPU_MODULE_S)[self._index]
+        return GPU_ENGINE_S[name][self._index]
 
     def collective(self, name: Literal["all_gather", "reduce_scatter", "all_reduce"]) -> Transfer:
         """Return the transfer model of a collective, by the bytes of the full tensor.

@@ -14,7 +14,7 @@ from ..common.types import DTYPE_BYTES, Line
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
-from ..costs.workload import Volumes, count_flops, count_work, volumes
+from ..costs.workload import Product, Volumes, Work, count_flops, count_work, volumes
 from ..hardware.cluster import ClusterSpec
 from .engine_time import PartTime, engine_parts, forward_parts, launch_seconds
 from .rates import RATE_LEVELS, RateLevel, Rates
@@ -71,19 +71,31 @@ def compute_seconds(spec: ModelSpec, batch: int, tiles: int, rates: Rates) -> tu
             seconds = product.computed * rates.attention_seconds(rows, product.inner, product.cols)
             recomputed = 1 + 1 / product.backward
         else:
-            seconds = rates.matmul_seconds(rows, product.inner, product.cols, grouped=product.grouped)
+            seconds = _product_seconds(product, rows, rates)
             recomputed = 1.0
         seconds *= times * product.copies
         forward += seconds * product.forward
         backward += seconds * product.backward * recomputed
-    width = DTYPE_BYTES[rates.precision]
-    forward += work.forward_elements * batch * width / rates.memory_bytes_per_s
-    backward += work.backward_elements * batch * width / rates.memory_bytes_per_s
+    element_s = batch * DTYPE_BYTES[rates.precision] / rates.memory_bytes_per_s
+    gathered = (0, 0) if rates.fuses(*_relation_widths(work)) else work.relation_rows
+    forward += (work.forward_elements + gathered[0]) * element_s
+    backward += (work.backward_elements + gathered[1]) * element_s
     overhead = launch_seconds(spec, tiles, rates)
     if rates.on_cpu:
         return forward + overhead, backward + 3 * overhead
     # A GPU computes while Python launches the next operations: the slower of the two determines the time.
     return max(forward, overhead), max(backward, 3 * overhead)
+
+
+def _relation_widths(work: Work) -> tuple[int, ...]:
+    """Return the widths of the relations' matrices; none without relations."""
+    return tuple({width for product in work.products if product.grouped for width in (product.inner, product.cols)})
+
+
+def _product_seconds(product: Product, rows: int, rates: Rates) -> float:
+    if product.grouped and rates.fuses(product.inner, product.cols):
+        return rates.fused_seconds(rows, product.inner, product.cols)
+    return rates.matmul_seconds(rows, product.inner, product.cols, grouped=product.grouped)
 
 
 def step_parts(run: RunConfig, rates: Rates) -> dict[str, PartTime]:

@@ -104,6 +104,17 @@ class TuningRow(Schema):
     seconds: float | None
 
 
+class NetworkRow(Schema):
+    """Time of forward and backward of a block or a network."""
+
+    operator: str
+    implementation: str
+    module: str = ""
+    batch: int | None = None
+    seconds: float | None = None
+    error: str = ""
+
+
 class GpuOperators(Schema):
     """What the part "operators" found."""
 
@@ -115,6 +126,7 @@ class GpuOperators(Schema):
     matmul_flop_per_s: float | None = None
     results: tuple[LayerRow, ...] = ()
     tuning: tuple[TuningRow, ...] = ()
+    networks: tuple[NetworkRow, ...] = ()
 
 
 class OverheadRow(Schema):

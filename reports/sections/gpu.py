@@ -43,9 +43,13 @@ def _table(
 
 
 def _parts_table(check: GpuCheck) -> Table:
-    rows = [(part.name, part.state, part.seconds, part.line or None) for part in check.parts]
+    rows = [
+        (part.name, (part.made or check.made).time_utc[:10], part.state, part.seconds, part.line or None)
+        for part in check.parts
+    ]
     columns: list[tuple[str, ColumnKind]] = [
         ("part", "text"),
+        ("date", "text"),
         ("ended", "text"),
         ("time", "seconds"),
         ("found", "sentence"),
@@ -69,6 +73,20 @@ def _operators(check: GpuCheck) -> Iterator[Table]:
         text = f"One product of two {found.matmul_size}² matrices runs at {found.matmul_flop_per_s / 1e12:.1f} TFLOP/s."
     if rows:
         yield _table(check, "gpu-operators", "One layer in bf16, forward and backward", columns, rows, text)
+    yield from _networks(check, found)
+
+
+def _networks(check: GpuCheck, found: GpuOperators) -> Iterator[Table]:
+    rows = [
+        (row.module or None, row.batch, row.operator, row.implementation, row.seconds, row.error or None)
+        for row in found.networks
+    ]
+    columns: list[tuple[str, ColumnKind]] = [
+        ("module", "text"), ("batch", "integer"), ("operator", "text"), ("implementation", "text"),
+        ("forward and backward", "seconds"), ("error", "sentence"),
+    ]  # fmt: skip
+    if rows:
+        yield _table(check, "gpu-networks", "A block and a network of two layers in bf16", columns, rows)
 
 
 def _plan_sizes(row: PlanMemoryRow) -> tuple[CellValue, ...]:

@@ -1,4 +1,4 @@
-"""Draw docs/images/operator.svg and docs/images/tiles.svg: what Translution is, and how ZeRO-3 gathers its tables.
+"""Draw operator.svg, tiles.svg and relations.svg in docs/images: Translution, and two ways to share out its tables.
 
 python scripts/pictures/drawings.py
 """
@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
+from translution.planner.config import RelationGeometry, deal_relations
+
 IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
 SIDE = 4
 """Rows and columns of the drawn grid of tokens."""
@@ -17,6 +19,8 @@ QUERY, KEY = (2, 2), (0, 1)
 """Row and column of the drawn pair of tokens."""
 CELL, SMALL = 34, 26
 RANKS, TILES = 4, 6
+SEQUENCE = RelationGeometry.sequence(4)
+"""The drawn tokens whose relations two ranks share out."""
 _STYLE = """
   .page { fill: #ffffff } .cell { fill: #f3f5fb; stroke: #aab3d0 } .query { fill: #3f51b5 } .key { fill: #e07a1f }
   .one { fill: #7683b8 } .none { fill: none; stroke: #aab3d0; stroke-dasharray: 3 3 }
@@ -161,7 +165,61 @@ def tiles_picture() -> str:
     return _picture("A table in tiles: sharded over the ranks, gathered one after the other", 1030, 250, shapes)
 
 
+def _strip(x: float, y: float, kind: str) -> Iterator[str]:
+    """Draw the tokens of one sample below each other."""
+    for token in range(SEQUENCE.tokens):
+        yield _square(x, y + token * 20, 17, kind)
+
+
+def _matrix(x: float, y: float, drawn: Sequence[int]) -> Iterator[str]:
+    """Draw the pairs of one sample, colored by owner; those of other owners than the drawn ones are empty."""
+    owners = deal_relations(SEQUENCE, 2)
+    for query in range(SEQUENCE.tokens):
+        for key in range(SEQUENCE.tokens):
+            relation = SEQUENCE.relation(query, key)
+            assert relation is not None
+            owner = owners[relation]
+            kind = ("query", "key")[owner] if owner in drawn else "none"
+            yield _square(x + key * 20, y + query * 20, 17, kind)
+
+
+def _step(x: float, number: int, lines: Sequence[str]) -> Iterator[str]:
+    yield _text(x, 34, f"{number}. {lines[0]}", "head")
+    for place, line in enumerate(lines[1:]):
+        yield _text(x, 54 + 18 * place, line, "note")
+
+
+def relations_picture() -> str:
+    """Return the picture of the five steps of a layer whose relations two ranks share out."""
+    shapes = [
+        *_step(90, 1, ("Gather tokens", "every rank gets the", "tokens of all samples")),
+        *_step(265, 2, ("Logits", "of the rank's own relations,", "for all samples")),
+        *_step(500, 3, ("Softmax", "all logits of a sample", "go to its rank")),
+        *_step(690, 4, ("Exchange back", "weights go to the owners", "of the relations")),
+        *_step(925, 5, ("Sum of values", "parts of the output go to", "the sample's rank")),
+    ]
+    for rank in range(2):
+        y, sample = 120 + rank * 120, "AB"[rank]
+        shapes += [_text(24, y + 36, f"rank {rank}"), _text(24, y + 56, f"sample {sample}", "note")]
+        for place, name in enumerate("AB"):
+            left = 90 + place * 60
+            shapes += [*_strip(left, y, "one"), _text(left + 8, y - 8, name, "note", "middle")]
+            for begin in (265, 690):
+                middle = begin + place * 95
+                shapes += [*_matrix(middle, y, (rank,)), _text(middle + 38, y - 8, name, "note", "middle")]
+        shapes += [*_matrix(520, y, (0, 1)), _text(558, y - 8, sample, "note", "middle")]
+        shapes += [*_strip(960, y, "one"), _text(968, y - 8, sample, "note", "middle")]
+        shapes += [
+            _arrow(begin, y + 38, end, y + 38) for begin, end in ((185, 250), (455, 505), (610, 675), (880, 940))
+        ]
+    shapes.append(_text(24, 370, "Blue pairs have a relation of rank 0, orange ones of rank 1.", "note"))
+    shapes.append(_text(24, 390, "No table is sent; backward takes the same way in reverse.", "note"))
+    return _picture("Relation parallelism: tokens travel to the tables in five steps", 1110, 410, shapes)
+
+
+PICTURES = {"operator": operator_picture, "tiles": tiles_picture, "relations": relations_picture}
+
 if __name__ == "__main__":
-    for name, picture in (("operator", operator_picture()), ("tiles", tiles_picture())):
-        (IMAGES / f"{name}.svg").write_text(picture, encoding="utf-8")
+    for name, draw in PICTURES.items():
+        (IMAGES / f"{name}.svg").write_text(draw(), encoding="utf-8")
         print(f"wrote docs/images/{name}.svg")

@@ -199,3 +199,37 @@ def test_figures_without_a_form_in_json_become_null(parts: Any) -> None:
         "a": [None, [1.0, None]],
         "2": "x",
     }
+
+
+def test_the_configurations_that_were_timed_are_recorded(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import kernel_profile
+    import torch
+
+    from translution.models.ops.fused import configs
+
+    offered = configs.CANDIDATES["logits_kernel"][:2]
+    seconds = dict(zip(offered, (0.25, float("inf")), strict=True))
+    for name, value in (("_timed", []), ("_chosen", {})):
+        monkeypatch.setattr(configs, name, value)
+    monkeypatch.setattr(configs, "_compile_together", lambda configurations, launch: None)
+    monkeypatch.setattr(configs, "_seconds", lambda launch, config: seconds[config])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    key = ("logits_kernel", (("ADD", True),), (torch.bfloat16,), torch.device("cpu"), (768, 768, 12), 3)
+    configs.choose_config(key, offered, lambda config, **_: None, timed=True)
+    rows = kernel_profile.tuning_rows()
+    assert [(row["rows"], row["registers"], row["seconds"]) for row in rows] == [(128, 128, 0.25), (128, None, None)]
+    first = {"kernel": "logits_kernel", "constants": "ADD=True", "widths": [768, 768, 12], "size_class": 3}
+    assert rows[0].items() >= first.items()
+
+
+def test_a_later_run_keeps_the_other_parts_of_the_same_card(parts: Any, tmp_path: Path) -> None:
+    def run(names: tuple[str, ...], card: str, date: str) -> dict[str, Any]:
+        about = {"device": "cuda", "small": False, "card": {"name": card}, "made": {"time_utc": date}}
+        found = [parts.runner.Part(name, 20.0, program("pass")) for name in names]
+        assert parts.runner.Runner(tmp_path, about, 60.0, {}, lambda line: None).run(found)
+        summary: dict[str, Any] = json.loads((tmp_path / parts.runner.SUMMARY).read_text())
+        return {part["name"]: part["made"]["time_utc"] for part in summary["parts"]}
+
+    assert run(("a", "b"), "one", "monday") == {"a": "monday", "b": "monday"}
+    assert run(("b",), "one", "tuesday") == {"a": "monday", "b": "tuesday"}
+    assert run(("b",), "two", "friday") == {"b": "friday"}

@@ -1,4 +1,4 @@
-"""The pages of docs/integrations whose scripts run on several ranks."""
+"""The pages of docs whose scripts run on several ranks."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ assert translution.models.integrations.huggingface
 
 def follow(page: str, folder: Path) -> Shown:
     """Write a page's files, run its commands but for the last one, and return that."""
-    path = ROOT / "docs" / "integrations" / f"{page}.md"
+    path = ROOT / "docs" / f"{page}.md"
     for fence in fences(path.read_text(encoding="utf-8")):
         if fence.language == "yaml":
             (folder / fence.lines[0].removeprefix("# ")).write_text("\n".join(fence.lines))
-    (script,) = programs(path)
+    script = programs(path)[-1]
     (folder / script.lines[0].removeprefix("# ")).write_text("\n".join(script.lines))
     *before, last = commands(path)
     assert all(run(shown.words[1:]) == 0 for shown in before)
@@ -37,13 +37,13 @@ def follow(page: str, folder: Path) -> Shown:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["ddp", "huggingface"])
+@pytest.mark.parametrize("page", ["integrations/ddp", "integrations/huggingface", "relation-parallel"])
 def test_the_script_of_a_page_runs_on_two_ranks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     typed = follow(page, tmp_path)
     assert typed.words == ["torchrun", "--nproc_per_node", "2", "train.py"]
     run_ranks_of(["train.py"], 2, tmp_path / "log")
-    if page == "huggingface":
+    if page.endswith("huggingface"):
         model = AutoModelForImageClassification.from_pretrained("trained").eval()
         digits = load_digits()
         images = torch.tensor(digits.images[:320], dtype=torch.float32)[:, None] / 16
@@ -57,7 +57,7 @@ def test_the_script_of_a_page_runs_on_two_ranks(page: str, tmp_path: Path, monke
 @pytest.mark.slow
 def test_accelerate_launches_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    typed = follow("accelerate", tmp_path)
+    typed = follow("integrations/accelerate", tmp_path)
     assert typed.words[:2] == ["accelerate", "launch"]
     # The command of that name imports timm, which needs torchvision.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]

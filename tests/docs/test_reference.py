@@ -172,7 +172,7 @@ def test_the_architecture_page_answers_fifteen_questions() -> None:
 def test_the_classes_of_the_glossary_exist() -> None:
     named = set(re.findall(r"`([A-Z]\w*[a-z]\w*)`", section_of("Glossary", "architecture.md")))
     sources = "\n".join(
-        path.read_text(encoding="utf-8") for top in ("planner", "distributed") for path in (ROOT / top).rglob("*.py")
+        path.read_text(encoding="utf-8") for top in ("planner", "models", "distributed") for path in (ROOT / top).rglob("*.py")
     )
     assert len(named) >= 20
     assert named <= set(re.findall(r"^class (\w+)", sources, flags=re.MULTILINE))

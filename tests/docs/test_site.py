@@ -17,7 +17,7 @@ from helpers.browser import Browser
 from helpers.doc_pages import ROOT, links, reader_pages
 
 from translution.planner import load_model
-from translution.planner.config import RelationGeometry
+from translution.planner.config import RelationGeometry, deal_relations, owned_geometry
 
 LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src"}
 """Attributes whose address a browser loads with the page; for <link>, of style sheets and icons."""
@@ -129,7 +129,7 @@ def test_the_picture_of_the_packages_is_current() -> None:
 
 def test_the_drawings_of_the_operator_are_current_and_true() -> None:
     script = load_script("pictures/drawings")
-    pictures = {"operator": script.operator_picture(), "tiles": script.tiles_picture()}
+    pictures = {name: draw() for name, draw in script.PICTURES.items()}
     for name, picture in pictures.items():
         assert (script.IMAGES / f"{name}.svg").read_text(encoding="utf-8") == picture, "the drawings are old: make docs"
     colors = set(re.findall(r'class="offset" style="fill:(hsl[^"]*)"', pictures["operator"]))
@@ -137,6 +137,11 @@ def test_the_drawings_of_the_operator_are_current_and_true() -> None:
     assert len(colors) == grid.relations == script.OFFSETS**2
     table = load_model("vit-base/16").geometry
     assert f"{table.relations} matrices" in pictures["tiles"]
+    owners = deal_relations(script.SEQUENCE, 2)
+    for rank, kind in enumerate(("query", "key")):
+        pairs = owned_geometry(script.SEQUENCE, owners, rank).total_pairs
+        # Two samples in steps 2 and 4 on the owner, and one in step 3 on each of two ranks.
+        assert pictures["relations"].count(f'class="{kind}"') == 6 * pairs
 
 
 def test_the_recording_of_plan_is_current() -> None:

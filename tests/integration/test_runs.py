@@ -48,27 +48,45 @@ def stepping(run: Path) -> bool:
     return (run / METRICS).exists() and bool(metrics(run, "step"))
 
 
-@pytest.mark.parametrize(("ranks", "checkpointing"), [(1, "none"), (2, "none"), (2, "block"), (2, "offload")])
+FUSED = {"TRITON_INTERPRET": "1", "TRANSLUTION_IMPLEMENTATION": "fused", "MALLOC_ARENA_MAX": "2"}
+"""Ranks with the fused kernels in Triton's interpreter; a process of which Triton was imported without it has none."""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "checkpointing", "environment"),
+    [(1, "none", {}), (2, "none", FUSED), (2, "block", {}), (2, "offload", {})],
+    ids=["one rank", "fused kernels", "block", "offload"],
+)
 def test_one_tile_is_gathered_at_a_time_and_gradients_are_those_of_one_process(
-    tmp_path: Path, ranks: int, checkpointing: str, root: Path
+    tmp_path: Path,
+    ranks: int,
+    checkpointing: str,
+    environment: dict[str, str],
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = TINY | {"checkpointing": checkpointing}
-    folder = write_plan(tmp_path / "plan", ranks, tile=13, micro_batch=16 // ranks, model=model)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    # The interpreter takes milliseconds for each relation: 12 of them in place of 52.
+    image, tile = (8, 3) if environment else (16, 13)
+    model = TINY | {"checkpointing": checkpointing, "image": image}
+    folder = write_plan(tmp_path / "plan", ranks, tile=tile, micro_batch=16 // ranks, model=model)
     make_run_folders(tmp_path / "run", folder)
     out = tmp_path / "counts.json"
     run_ranks_of([root / "tests" / "programs" / "tiles.py", folder, tmp_path / "run", out], ranks, tmp_path / "log")
     counts = json.loads(out.read_text())
-    # 52 relations in tiles of 13, a tile of logits and one of values each, in 2 layers.
+    # 52 relations in tiles of 13, or 12 in tiles of 3; a tile of logits and one of values each, in 2 layers.
     assert counts["tiles"] == 2 * 2 * 4
+    assert len(counts["kernels"]) == (5 if environment else 0)
     # Softmax runs between the tiles, with none gathered; every other operation has only its own tile gathered.
     assert sorted(set(counts["forward"])) == sorted(set(counts["backward"])) == [0, 1]
     assert len(counts["backward"]) == 3 * (counts["tiles"] + 2)
     # Activation checkpointing runs the forward of every tile again in backward.
     assert len(counts["forward"]) == len(counts["backward"]) * (1 if checkpointing == "none" else 2)
 
-    spec = parse_model_spec(TINY)
+    spec = parse_model_spec(TINY | {"image": image})
     torch.manual_seed(0)
-    network = build(spec, tile_relations=13)
+    network = build(spec, tile_relations=tile, implementation="grouped")
     samples, _ = load_digits(spec)
     (batch,) = next(micro_batches(samples, micro_batch=16, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0))
     torch.nn.functional.cross_entropy(network(batch.inputs), batch.targets).backward()

@@ -16,8 +16,10 @@ from helpers.operator_pairs import ROLES, outputs
 from torch import Tensor
 
 from translution.models import AlphaTranslution, Translution
+from translution.models.layers import RelationTables
 from translution.models.ops.fused import configs, fused_is_correct, support, tile
 from translution.planner.common import InputError
+from translution.planner.config import RelationGeometry, deal_relations, owned_geometry
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 CPU = torch.device("cpu")
@@ -94,6 +96,29 @@ def test_every_geometry_equals_the_reference(number: int) -> None:
     tiles = {"tile_relations": (None, 4)[number // 2 % 2], "roles": ROLES[number % len(ROLES)]}
     batch = (1, 3)[number // 4 % 2]
     check(Translution, 20, heads, torch.float32, head_dim=head_dim, batch=batch, **tiles, **GEOMETRIES[number])
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_part_of_the_relations_equals_the_grouped_operator(deterministic: bool) -> None:
+    """Ranks of a relation group have such parts."""
+    geometry = RelationGeometry.grid(2, 2, class_token=True)
+    part = owned_geometry(geometry, deal_relations(geometry, 2), 1)
+    found = []
+    for implementation in ("fused", "grouped"):
+        torch.manual_seed(0)
+        tables = RelationTables(
+            part, 2, 20, 16, roles="qkv", scale=0.3, tile_relations=4, implementation=implementation
+        )
+        tables.deterministic = deterministic
+        x = torch.randn(3, geometry.tokens, 20, requires_grad=True)
+        out, _ = tables({"query": x, "key": x, "value": x})
+        assert out is not None
+        found.append(
+            [out, *torch.autograd.grad(out, [x, *tables.parameters()], torch.linspace(-1, 1, out.numel()).view_as(out))]
+        )
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -19,6 +19,7 @@ from translution.distributed.data.loaders import load_samples
 from translution.distributed.training.trainer import Trainer
 from translution.models.layers.tables import Tile
 from translution.models.ops import grouped
+from translution.models.ops.fused import tile as fused
 from translution.planner.plans.plan import load_plan
 
 STEPS = 3
@@ -33,6 +34,15 @@ def main(plan_folder: Path, run: Path, out: Path) -> None:
 
     tiles = [module for module in engine.module.modules() if isinstance(module, Tile)]
     gathered: dict[str, list[int]] = {"forward": [], "backward": []}
+
+    kernels: list[str] = []
+    launch = fused.launch_kernel
+
+    def launched(kernel: str, *arguments: Any, **more: Any) -> None:
+        kernels.append(kernel)
+        launch(kernel, *arguments, **more)
+
+    fused.launch_kernel = launched
 
     def count(direction: str) -> None:
         # ZeRO-3 leaves a released parameter with no elements.
@@ -71,7 +81,7 @@ def main(plan_folder: Path, run: Path, out: Path) -> None:
         engine.backward(engine.loss(next(stream)[0]))
     if engine.rank == 0:
         torch.save(grads, out.with_suffix(".pt"))
-        out.write_text(json.dumps({"tiles": len(tiles), **gathered}))
+        out.write_text(json.dumps({"tiles": len(tiles), "kernels": sorted(set(kernels)), **gathered}))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -33,13 +33,14 @@ class KernelConfig:
     stages: int
     """Loads that are on their way at the same time."""
     registers: int | None = None
-    """Limit of the registers of a thread, so that more programs run at the same time; None leaves it to the compiler."""
+    """Limit of the registers of a thread, so that more programs run at a time; None leaves it to the compiler."""
 
 
 class Launch(Protocol):
     """Runs a kernel with a configuration, or only compiles it."""
 
-    def __call__(self, config: KernelConfig, *, only_compile: bool = False) -> None: ...
+    def __call__(self, config: KernelConfig, *, only_compile: bool = False) -> None:
+        """Run it, or compile it."""
 
 
 MAX_HEAD_DIM = 256
@@ -137,9 +138,7 @@ def fitted(config: KernelConfig, element_bytes: int, width: int) -> KernelConfig
     return replace(config, rows=rows, inner=inner)
 
 
-def choose_config(
-    key: Hashable, offered: tuple[KernelConfig, ...], launch: Launch, *, timed: bool
-) -> KernelConfig:
+def choose_config(key: Hashable, offered: tuple[KernelConfig, ...], launch: Launch, *, timed: bool) -> KernelConfig:
     """Return the fastest configuration, or the first that the device has the resources for, found at the first call.
 
     Args:

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from ..context import RelationContext, accumulation_dtype
+from ..pair_index import sorted_pairs
 from .blocks import RelationChunk, pair_lists, relation_chunks, row_blocks
 from .configs import KernelConfig, candidates, choose_config, fitted, heads_and_columns
+
 
 def launch_kernel(
     kernel: str,
@@ -178,10 +180,8 @@ class FusedTile:
         for stream in used:
             current.wait_stream(stream)
 
-    def _chunks(
-        self, relations: tuple[int, ...], roles: int
-    ) -> tuple[tuple[RelationChunk, ...], tuple[int, ...]]:
-        """Cut relations into chunks whose projected rows fit in the scratch memory; also return those that do not fit."""
+    def _chunks(self, relations: tuple[int, ...], roles: int) -> tuple[tuple[RelationChunk, ...], tuple[int, ...]]:
+        """Cut relations into chunks whose rows fit in the scratch memory; also return those that do not fit."""
         pair_bytes = roles * self.d_out * self.dtype.itemsize * self.batch
         limit = self.context.workspace_bytes * 3 // 4
         return relation_chunks(self.context.geometry, relations, limit // pair_bytes)
@@ -373,11 +373,9 @@ class FusedTile:
 
     def _size(self, relations: tuple[int, ...]) -> int:
         """Return a class of the mean number of rows of a relation: those of a class differ by less than 8 times."""
-        last, first = relations[-1], relations[0]
-        pairs = sum(
-            self.context.geometry.pairs(relation).count for relation in (first, relations[len(relations) // 2], last)
-        )
-        return (pairs * self.batch // 3).bit_length() // 3
+        _, starts = sorted_pairs(self.context.geometry)
+        pairs = starts[relations[-1] + 1] - starts[relations[0]]
+        return (pairs * self.batch // len(relations)).bit_length() // 3
 
 
 def _table(tile_kce: Tensor | None, rows: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from .ops import (
     linear,
     prepend,
 )
-from .relation_shape import Implementation
+from .relation_shape import Implementation, fused_list_bytes
 
 RANDOM_STATE_BYTES = 5056
 """Bytes of the state of torch's CPU random number generator, which activation checkpointing restores."""
@@ -121,6 +121,8 @@ class SimulatedNetwork:
         )
         grouped = {"translution", "alpha"} & set(spec.layer_operators) and self.sizes.batched
         lists = spec.geometry.total_pairs * 7 * INDEX_BYTES if grouped else 0
+        if grouped and self.sizes.fused:
+            lists += fused_list_bytes(spec.geometry.total_pairs, spec.geometry.relations, self.batch)
         return rotary_layers * spec.tokens * spec.head_dim * self.sizes.parameter + lists
 
     @property

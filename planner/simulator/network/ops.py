@@ -38,6 +38,8 @@ class DtypeSizes:
     """Whether the CPU packs the matrices of half-precision products: with AVX-512; other CPUs need no scratch."""
     batched: bool = False
     """Whether the operator multiplies many relations at a time, as on a GPU."""
+    fused: bool = False
+    """Whether the GPU's fused kernels compute the operator, where they serve (models/ops/implementations.py)."""
     copies_products: bool = False
     """Whether gradients of a tile's matrices are first made in another tensor, as by a GPU's grouped product."""
     recasts: bool = False

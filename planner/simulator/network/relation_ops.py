@@ -131,8 +131,13 @@ class SimulatedRelations:
         return self.shape.piece(*tile.box)
 
     def _matrix_bytes(self, tile: SimulatedTile) -> int:
-        """Return the bytes that autocast casts at a time: one relation's matrix; on a GPU at most a tile's."""
+        """Return the bytes that autocast casts at a time: one relation's matrix; on a GPU at most a tile's.
+
+        The fused kernels cast what they read.
+        """
         shape, sizes = self.shape, self.sizes
+        if shape.fused:
+            return 0
         count = tile.count if sizes.batched else 1
         return count * shape.d_in * shape.d_out * sizes.value if sizes.casts else 0
 

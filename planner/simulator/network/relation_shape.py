@@ -43,6 +43,12 @@ class SimulatedTerm:
     weights: ModuleParams
 
 
+_BLOCK_BYTES = 16
+"""Bytes of a block of rows in the fused kernels' lists: four numbers of four bytes."""
+FUSED_HEAD_DIM = 256
+"""Largest width of a head that the fused kernels take (models/ops/fused/configs.py)."""
+
+
 @dataclass(frozen=True, slots=True)
 class RelationShape:
     """Sizes of one operator call on one micro-batch."""
@@ -77,6 +83,16 @@ class RelationShape:
         return max(self.geometry.layer_patches, min(self.batch * self.geometry.patches, limit // row))
 
     @property
+    def fused(self) -> bool:
+        """Whether the fused kernels compute it: half precision, widths that are multiples of 16."""
+        fit = self.d_in % 16 == 0 and self.d_out % 16 == 0 and self.d_out // self.heads <= FUSED_HEAD_DIM
+        return self.sizes.fused and self.sizes.value == 2 and fit
+
+    def _fused_pairs(self, roles: int) -> int:
+        """Maximum number of pairs whose gradients of projected rows are in the scratch memory (models/ops/fused)."""
+        return self.workspace_limit * 3 // 4 // (roles * self.d_out * self.sizes.value * self.batch)
+
+    @property
     def max_pairs(self) -> int:
         """Maximum number of pairs that a GPU multiplies at a time (models/ops/batched.py)."""
         row = 3 * self.d_in + 2 * self.d_out + 2 * max(self.d_in, self.d_out)
@@ -84,13 +100,18 @@ class RelationShape:
 
     @property
     def _too_large(self) -> bool:
-        return self.geometry.patches > self.max_pairs
+        return self.geometry.patches > (self._fused_pairs(2) if self.fused else self.max_pairs)
 
     def batched_bytes(self, tile: SimulatedTile, *, values: bool, backward: bool) -> int:
         """Return an upper bound of the scratch of a chunk of a tile's pairs on a GPU: rows, products, sums by token.
 
         Tokens have at most twice as many slots as a chunk has pairs (models/ops/pair_index.py).
         """
+        if self.fused:
+            # Rows stay on the chip, but for the gradients of projected ones: those of values, or of queries and keys.
+            roles = 1 if values else 2
+            rows = min(tile.pairs, self._fused_pairs(roles)) * self.batch
+            return rows * roles * self.d_out * self.sizes.value if backward else 0
         pairs = min(tile.pairs, self.max_pairs)
         if not pairs or not self.sizes.batched:
             return 0
@@ -114,23 +135,38 @@ class RelationShape:
 
         On a GPU they serve the relations that are multiplied one at a time, and have a quarter of the limit.
         """
-        if self.sizes.batched and not (self.geometry.class_token or self._too_large):
+        if self.sizes.batched and not (self._too_large or (self.geometry.class_token and not self.fused)):
             return 0
         return self.workspace_rows * 2 * (self.d_in + self.d_out) * self.sizes.value
 
     def piece(self, rows: int, cols: int) -> int:
-        """Return the pairs of the largest piece into which a relation is split.
+        """Return the pairs of the largest piece into which a relation is split; 0 if none is computed by itself.
 
         Args:
             rows: extent of its box of pairs along the first axis.
             cols: pairs of the box with one index of the first axis.
         """
-        if not rows:
+        if not rows or (self.fused and not self._too_large):
             return 0
         samples = self.workspace_rows // (rows * cols)
         if samples:
             return min(samples, self.batch) * rows * cols
         return max(1, self.workspace_rows // cols) * cols
+
+
+def fused_list_bytes(pairs: int, relations: int, batch: int) -> int:
+    """Return the bytes of the fused kernels' lists of blocks of rows, which all layers share.
+
+    Source: models/ops/fused/blocks.py. There are lists of blocks of 64, 128 and 256 rows and of whole relations, for
+    three ways to cut a tile into chunks.
+
+    Args:
+        pairs: number of pairs of tokens.
+        relations: number of relations.
+        batch: samples of the micro-batch.
+    """
+    blocks = sum(pairs * batch // rows + relations for rows in (64, 128, 256)) + relations
+    return 3 * blocks * _BLOCK_BYTES
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from translution.planner.common.errors import InputError
 from translution.planner.common.units import MIB
-from translution.planner.hardware.catalog import Level, OverheadItem, load_catalog, read_data
+from translution.planner.hardware.catalog import Level, OverheadItem, find_gpu, load_catalog, read_data
 from translution.planner.hardware.cluster import load_cluster
 from translution.planner.hardware.device_overhead import MIN_BLOCK_BYTES, DeviceOverhead, block_bytes, estimate_overhead
 from translution.planner.hardware.nccl import CONNECTION_BYTES
@@ -54,11 +54,14 @@ def test_a_connection_has_the_size_that_nccl_was_seen_to_map() -> None:
 
 
 def test_communicators_of_eight_h100_by_hand() -> None:
-    """24 channels: rings of two communicators and trees of one at 12 MiB, 16 x 2 MiB of NVLS for each of 8 GPUs."""
+    """24 channels: rings of two communicators and trees of one at 12 MiB, 16 x 2 MiB of NVLS for each of 8 GPUs.
+
+    NCCL's kernels are there once.
+    """
     entry = estimate_overhead("H100", 8, 1).item("nccl")
     assert entry.low_bytes == 16 * 12 * MIB
-    assert entry.likely_bytes == (2 * (24 * 12 + 64) + 24 * 12 + 16 * 2 * 8) * MIB
-    assert entry.high_bytes == 2 * (2 * 32 * 12 + 24 * 2 * 8 + 224) * MIB
+    assert entry.likely_bytes == (2 * 24 * 12 + 24 * 12 + 16 * 2 * 8 + 560) * MIB
+    assert entry.high_bytes == (2 * (2 * 32 * 12 + 24 * 2 * 8) + 700 + 224) * MIB
     # Two nodes: 3 of the 24 channels leave the node at each GPU, with 8 MiB for a ring and 60 MiB for a tree.
     assert estimate_overhead("H100", 16, 2).item("nccl").likely_bytes == entry.likely_bytes + 3 * (2 * 8 + 60) * MIB
 
@@ -114,8 +117,10 @@ def test_a_source_is_a_page_a_file_or_marked_as_an_estimate() -> None:
     ]
     overheads = [estimate_overhead(gpu, ranks, 1) for gpu in GPUS for ranks in (1, 8)]
     computed = [item.source for overhead in overheads for item in overhead.breakdown]
-    assert len(observed) == 19 + 7 + 16
-    known = r"github\.com/|torch 2\.13|messages?|logs?|estimate, not measured|no connection|without the reserve"
+    assert len(observed) == 19 + 7 + 2 + 16
+    known = (
+        r"github\.com/|reports/gpu|torch 2\.13|messages?|logs?|estimate, not measured|no connection|without the reserve"
+    )
     for source in (*observed, *computed):
         assert re.search(known, source), source
 
@@ -123,8 +128,17 @@ def test_a_source_is_a_page_a_file_or_marked_as_an_estimate() -> None:
 def test_a_lone_rank_makes_no_connection() -> None:
     for gpu in GPUS:
         overhead = estimate_overhead(gpu, 1, 1)
-        assert overhead.item("nccl").likely_bytes == 64 * MIB
+        measured = find_gpu(gpu)[1].generation in ("hopper", "blackwell")
+        assert overhead.item("nccl").likely_bytes == (560 if measured else 64) * MIB
         assert overhead.total("high", "host") == 0
+
+
+def test_what_one_h200_held_is_the_likely_figure() -> None:
+    """NVML's bytes in use less what torch reserved, in two plans of one rank (reports/gpu/gpu_check.json)."""
+    overhead = estimate_overhead("H200", 1, 1)
+    likely = overhead.item("context").likely_bytes + overhead.item("nccl").likely_bytes
+    for in_use, reserved in ((23_398_776_832, 22_026_387_456), (23_818_207_232, 22_445_817_856)):
+        assert likely == pytest.approx(in_use - reserved, rel=0.001)
 
 
 def test_without_a_gpu_the_interval_spans_all_gpus() -> None:

@@ -61,7 +61,10 @@ def test_every_part_has_its_figures(rehearsal: Record, as_if_on_a_gpu: Callable[
     check = loaded(as_if_on_a_gpu())
     assert "Test Card, driver 1.2" in gpu_section(check).text[0]
     rows = table(check, "gpu-parts").rows
-    assert [row[:3] for row in rows] == [(part["name"], part["state"], part["seconds"]) for part in rehearsal["parts"]]
+    day = rehearsal["made"]["time_utc"][:10]
+    assert [row[:4] for row in rows] == [
+        (part["name"], day, part["state"], part["seconds"]) for part in rehearsal["parts"]
+    ]
     ways = [way for row in data(rehearsal, "operators")["results"] for way in row["ways"]]
     assert [row[3:6] for row in table(check, "gpu-operators").rows] == [
         (way["forward_seconds"], way["backward_seconds"], way["peak_bytes"]) for way in ways
@@ -74,6 +77,22 @@ def test_every_part_has_its_figures(rehearsal: Record, as_if_on_a_gpu: Callable[
     assert [row[:2] for row in table(check, "gpu-transfers").rows] == [
         (rate["what"], rate["per_second"] / 1e9) for rate in rates
     ]
+
+
+def test_a_part_of_an_earlier_run_has_its_own_date(rehearsal: Record, as_if_on_a_gpu: Callable[[], Path]) -> None:
+    rehearsal["parts"][1]["made"] = rehearsal["made"] | {"time_utc": "2026-01-02T03:04:05+00:00"}
+    assert table(loaded(as_if_on_a_gpu()), "gpu-parts").rows[1][1] == "2026-01-02"
+
+
+def test_blocks_and_networks_are_shown(rehearsal: Record, as_if_on_a_gpu: Callable[[], Path]) -> None:
+    failed = {"operator": "alpha", "implementation": "auto", "error": "out of memory"}
+    data(rehearsal, "operators")["networks"] = [
+        {"operator": "translution", "implementation": "batched", "module": "block", "batch": 32, "seconds": 0.5}, failed
+    ]  # fmt: skip
+    assert table(loaded(as_if_on_a_gpu()), "gpu-networks").rows == (
+        ("block", 32, "translution", "batched", 0.5, None),
+        (None, None, "alpha", "auto", None, "out of memory"),
+    )
 
 
 def test_predictions_stand_next_to_what_was_measured(rehearsal: Record, as_if_on_a_gpu: Callable[[], Path]) -> None:

@@ -1,0 +1,210 @@
+"""The relation tables of one rank of a group, each rank with the relations that it owns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from translution.planner.common import InputError
+from translution.planner.config import RelationGeometry
+from translution.planner.costs import table_tiles
+
+from ..ops import grouped
+from ..ops.context import RelationContext
+from ..ops.relation_parallel import RelationCall, RelationGroup, all_gather_equal, attend_in_group
+from .tables import OperatorChain, RelationTables, Tile
+
+
+class OwnedTables(RelationTables):
+    """The tables of this rank's relations, and attention with the tables of all ranks of the group.
+
+    The matrices are drawn as those of `RelationTables` with all relations and tiles of the same size: every rank draws
+    all and keeps its own, so that ranks with the same random state have together the tables of one process.
+
+    Args:
+        group: the ranks, and the relations of each.
+        heads, d_in, d_out, options: as in `RelationTables`.
+
+    Raises:
+        InputError: if the implementation is "naive", which copies matrices of all relations.
+    """
+
+    def __init__(
+        self, group: RelationGroup, heads: int, d_in: int, d_out: int, *, tile_relations: int | None, **options: Any
+    ) -> None:
+        with torch.device("meta"):  # Without drawing values.
+            super().__init__(group.owned, heads, d_in, d_out, tile_relations=tile_relations, **options)
+        if self.implementation == "naive":
+            raise InputError("implementation: 'naive' is not allowed: must be another one with relation_group")
+        self.group, self.tile_relations = group, tile_relations
+        self.to_empty(device=torch.get_default_device())
+        self.reset()
+
+    def extra_repr(self) -> str:
+        """Say which part of the relations this rank owns."""
+        owned, relations = self.geometry.relations, self.whole.relations
+        return f"rank {self.group.rank} of {self.group.size}, {owned} of {relations} relations"
+
+    @property
+    def whole(self) -> RelationGeometry:
+        """The geometry with the relations of all ranks."""
+        return self.group.geometry
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Draw the matrices of all relations in the order of whole tables, and keep this rank's."""
+        own = {role: dict(zip(self.group.owned.owned, self._matrices(role), strict=True)) for role in self.relative}
+        scratch = next(self.parameters()).new_empty(1, *self.widths)
+        for _, roles, relations in self.whole_tiles():
+            for role in roles:
+                for relation in relations:
+                    nn.init.kaiming_uniform_(scratch, a=math.sqrt(5))
+                    if relation in own[role]:
+                        own[role][relation].copy_(scratch[0])
+
+    def whole_tiles(self) -> Iterator[tuple[str, tuple[str, ...], range]]:
+        """Yield the tiles that one process would have, in the order in which it makes them.
+
+        Yields:
+            The tile's name, the roles of its tables, and its relations.
+        """
+        logit_roles = tuple(role for role in ("query", "key") if role in self.relative)
+        sizes = [n for n, copies in table_tiles(self.whole.relations, self.tile_relations) for _ in range(copies)]
+        first = 0
+        for number, count in enumerate(sizes):
+            relations = range(first, first + count)
+            if logit_roles:
+                yield f"logit_tiles.{number}", logit_roles, relations
+            if "value" in self.relative:
+                yield f"value_tiles.{number}", ("value",), relations
+            first += count
+
+    def _matrices(self, role: str) -> list[Tensor]:
+        """Return this rank's matrices of a role as views, (d_in, d_out) each."""
+        tiles = self.value_tiles if role == "value" else self.logit_tiles
+        weights = [tile.tile(role) for tile in tiles if isinstance(tile, Tile)]
+        return [matrix for weight in weights if weight is not None for matrix in weight.unbind()]
+
+    @torch.no_grad()
+    def gather_tables(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the roles and their whole tables, (R, d_in, d_out) in stored order; all ranks must take part."""
+        size, relations = self.group.size, self.whole.relations
+        places = [[r for r, owner in enumerate(self.group.owners) if owner == rank] for rank in range(size)]
+        most = max(map(len, places))
+        for role, table in self.stored_tables().items():
+            padded = table.new_zeros(most, *table.shape[1:])
+            padded[: len(table)] = table
+            parts = table.new_empty(size * most, *table.shape[1:])
+            all_gather_equal(parts, padded, self.group.process_group)
+            whole = table.new_empty(relations, *table.shape[1:])
+            for own, part in zip(places, parts.split(most), strict=True):
+                whole[own] = part[: len(own)]
+            yield role, whole
+
+    def select_tables(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return this rank's part of whole tables, by the names of its Parameters.
+
+        Args:
+            tables: (R, d_in, d_out) in stored order, by role.
+        """
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.named_parameters():
+            kind, number, role = name.split(".")
+            tile = (self.value_tiles if kind == "value_tiles" else self.logit_tiles)[int(number)]
+            assert isinstance(tile, Tile)
+            found[name] = tables[role][list(self.group.owned.owned[tile.first : tile.first + len(parameter)])]
+        return found
+
+    def table(self, role: str) -> Tensor:
+        """Refuse: no rank has a whole table; `gather_tables` collects it.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(f"table: {role!r} is not allowed: no rank of a relation group has a whole table")
+
+    def load_table(self, role: str, table: Tensor) -> None:
+        """Copy this rank's part of a table (R, d_in, d_out), numbered as in the paper, into its tiles."""
+        geometry = self.whole
+        order = [geometry.reverse(r) if role == "query" else r for r in range(geometry.relations)]
+        stored = table[order]
+        with torch.no_grad():
+            for relation, matrix in zip(self.group.owned.owned, self._matrices(role), strict=True):
+                matrix.copy_(stored[relation])
+
+    def _attend_compiled(
+        self, sources: dict[str, Tensor], key_padding: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return OperatorChain._attend_compiled(self, sources, key_padding)
+
+    def _attend(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        device = next(iter(sources.values())).device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            # Once for each tensor: roles with the same input share its rows, which then travel once.
+            dtype = torch.get_autocast_dtype(device)
+            cast = {id(x): x.to(dtype) for x in sources.values()}
+            sources = {name: cast[id(x)] for name, x in sources.items()}
+        return super()._attend(sources, key_padding)
+
+    def _run_transformed(
+        self, sources: dict[str, Tensor], key_padding: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        raise InputError("relation_group: a transform of torch.func is not allowed: it cannot follow other ranks")
+
+    def _run(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        same = {id(x): x.contiguous() for x in sources.values()}
+        sources = {name: same[id(x)] for name, x in sources.items()}
+        first = next(iter(sources.values()))
+        owned, local = self._context(sources), RelationContext(self.whole, self.heads, self.scale, self.workspace_bytes)
+        local.widths, local.adds_logits, local.key_padding = self.widths, "plain_query" in sources, key_padding
+        if self.dropout and self.training:
+            local.dropout, local.block = self.dropout, (self.group.rank, self.group.size)
+            local.seed = self.group.share_seed(self.draw_seed(), first.device)
+        call = RelationCall(self.group, local, owned, _shared(sources))
+        return attend_in_group(
+            call,
+            self._anchor(sources.values()),
+            [sources.get(name) for name in grouped.SOURCES],
+            self.logit_tiles,
+            self.value_tiles,
+        )
+
+
+def _shared(sources: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
+    """Return the names of the sources that travel; those of one tensor together."""
+    names: dict[int, list[str]] = {}
+    for name in ("query", "key", "value"):
+        if name in sources:
+            names.setdefault(id(sources[name]), []).append(name)
+    return tuple(map(tuple, names.values()))
+
+
+def make_tables(
+    geometry: RelationGeometry,
+    relation_group: ProcessGroup | None,
+    relation_owners: Sequence[int] | None,
+    heads: int,
+    d_in: int,
+    d_out: int,
+    **options: Any,
+) -> RelationTables:
+    """Return all tables of a layer, or with a group those of this rank's relations.
+
+    Args:
+        geometry: arrangement of the tokens.
+        relation_group, relation_owners: as in `Translution`.
+        heads, d_in, d_out, options: as in `RelationTables`.
+
+    Raises:
+        InputError: if there are owners without a group, or the group cannot have this layer.
+    """
+    if relation_group is None:
+        if relation_owners is not None:
+            raise InputError("relation_owners: owners without relation_group are not allowed: give both or neither")
+        return RelationTables(geometry, heads, d_in, d_out, **options)
+    return OwnedTables(RelationGroup(relation_group, geometry, relation_owners), heads, d_in, d_out, **options)
