@@ -17,10 +17,11 @@ from helpers import chance
 from helpers.browser import Browser, find_browser
 from helpers.fake_ops import FakeOps
 from helpers.report_folders import MALICIOUS, experiment_folder, plan_folder, run_folder
-from helpers.runs import has_libaio
+from helpers.runs import forked_ranks, has_libaio
 from xdist.scheduler import LoadScopeScheduling
 
 from translution.cli.main import run
+from translution.distributed.launcher import launcher
 from translution.distributed.system.compiled_ops import extensions_folder, prepare_ops
 from translution.distributed.system.environment import launch_environment
 from translution.planner.hardware.cluster import local_cpu_cluster
@@ -32,12 +33,16 @@ os.environ["CXX"] = str(Path(__file__).parent / "programs" / "cxx.py")
 # OpenMP's threads wait for each other in a loop. While other tests keep the cores busy, those for whom they wait do not
 # run meanwhile: a run of one rank with two threads took 87 s of processor time in place of 15.
 os.environ["OMP_WAIT_POLICY"] = "passive"
+# The tests' tensors are tiny: two threads would mostly wait for each other. Lightning takes all cores without this.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+# Unless this variable is set, a rank has the C library give blocks of 128 KiB or more back as soon as they are free.
+# With the tests' small models, getting them again takes a third of its processor time.
+os.environ["GLIBC_TUNABLES"] = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1073741824"
 
 # Programs that a shell starts in the background ignore Ctrl-C, and launches that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# The tests' tensors are tiny: two threads would mostly wait for each other.
-torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTS_RANKS = (
@@ -212,6 +217,12 @@ def fake_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeOps:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(made.extensions))
     monkeypatch.delenv("MAX_JOBS", raising=False)
     return made
+
+
+@pytest.fixture
+def forked_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of this process fork their ranks, without DeepSpeed's launcher, whose start takes seconds."""
+    monkeypatch.setattr(launcher, "run_ranks", forked_ranks)
 
 
 @pytest.fixture(scope="session")

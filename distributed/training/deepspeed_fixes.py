@@ -18,11 +18,14 @@ element of the rank with AdamW. The patch releases them as soon as they are copi
 time py-cpuinfo starts a process that takes over a second. The patch reads the two values that DeepSpeed uses from
 /proc/cpuinfo; on another processor than x86-64 it keeps py-cpuinfo's first answer.
 
+`import_muon_uncompiled`: every ZeRO optimizer of DeepSpeed imports Muon's module, which hands three functions to
+torch's compiler and so imports that: a second of processor time for each rank, though plans have no Muon.
+
 `settled_collectives`: gloo frees a collective's tensors in its own thread at a random later time. While memory is
 traced, each collective ends only once they are free.
 
 Sources: DeepSpeed 0.19.8, runtime/swap_tensor/partitioned_optimizer_swapper.py, pipelined_optimizer_swapper.py and
-optimizer_utils.py, runtime/zero/partition_parameters.py and stage3.py; open(2) on O_DIRECT.
+optimizer_utils.py, runtime/zero/partition_parameters.py, stage3.py and muon/original_muon.py; open(2) on O_DIRECT.
 """
 
 from __future__ import annotations
@@ -67,6 +70,20 @@ def answer_for_processor(path: Path = Path("/proc/cpuinfo")) -> None:
         described = _described_processor(path)
         ask = cpuinfo.get_cpu_info if described is None else lambda: described
         cpuinfo.get_cpu_info = functools.cache(ask)
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon without torch's compiler, which the first call of its functions would need.
+
+    Source: DeepSpeed 0.19.8, runtime/compiler.py (`compile`), runtime/zero/stage3.py (`__init__`).
+    """
+    from deepspeed.runtime import compiler
+
+    compile_, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  # imported for the effect of loading
+    finally:
+        compiler.compile = compile_
 
 
 def _described_processor(path: Path) -> dict[str, object] | None:

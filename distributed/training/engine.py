@@ -22,7 +22,7 @@ from ..system.compiled_ops import has_gpu_compiler
 from ..system.network import interface_towards
 from ..system.nvme_swap import SwapFolder
 from ..system.op_process import simplify_gpu_architectures
-from .deepspeed_fixes import answer_for_processor, check_swap_files, patch_nvme_optimizers
+from .deepspeed_fixes import answer_for_processor, check_swap_files, import_muon_uncompiled, patch_nvme_optimizers
 from .swap_checksums import SwapChecksums
 
 COLLECTIVE_LIMIT = datetime.timedelta(days=7)
@@ -149,6 +149,7 @@ class Engine:
         model, self.model = self.model, None
         assert model is not None
         answer_for_processor()
+        import_muon_uncompiled()
         simplify_gpu_architectures()
         if self.plan.zero.offload_optimizer.device == "nvme":
             patch_nvme_optimizers()

@@ -11,7 +11,7 @@ import re
 import runpy
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,10 @@ from helpers.runs import run_ranks_of
 from translution.cli.main import run
 from translution.distributed.calibration import run as calibrate
 from translution.distributed.experiments import runner as experiment
-from translution.distributed.launcher import launcher
-from translution.distributed.launcher.local_processes import MetricsReader, OnMetrics
-from translution.distributed.runs.folder import METRICS
 from translution.models import build, to_published
 from translution.planner.common.machine import usable_cores
 from translution.planner.config.loading import load_model
 from translution.planner.hardware.cluster import MatmulRate, MeasuredRates, Transfer
-from translution.planner.plans.plan import load_plan
 
 Captured = pytest.CaptureFixture[str]
 LIVE = "docs/commands.md"
@@ -135,18 +131,6 @@ class SerialExecutor:
         done: Future[Any] = Future()
         done.set_result(function(*arguments))
         return done
-
-
-def forked_ranks(
-    command: Sequence[str], environment: Mapping[str, str], folder: Path, on_metrics: OnMetrics, **_: object
-) -> int:
-    """`run_ranks` without DeepSpeed's launcher: ranks forked from a process that has imported everything."""
-    reader = MetricsReader(folder / METRICS, on_metrics)
-    words = command[command.index("translution.cli") + 1 :]
-    ranks = load_plan(folder).cluster.world_size
-    run_ranks_of(["-m", "translution.cli", *words], ranks, folder / "launcher.log")
-    reader.poll()
-    return 0
 
 
 def write_rates(_: object, nvme_path: str | None, folder: Path, __: object) -> None:
@@ -248,8 +232,7 @@ class Reader:
 
 
 @pytest.fixture
-def quick_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "run_ranks", forked_ranks)
+def quick_ranks(monkeypatch: pytest.MonkeyPatch, forked_launch: None) -> None:
     monkeypatch.setattr(calibrate, "_run", write_rates)
     monkeypatch.setattr(experiment, "ProcessPoolExecutor", SerialExecutor)
     monkeypatch.setattr(calibrate, "prepare_ops", lambda *_: None)

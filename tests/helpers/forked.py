@@ -17,8 +17,8 @@ from pathlib import Path
 PRELOADED = [
     "translution.distributed.training.rank",
     "deepspeed.runtime.engine",
-    "deepspeed.runtime.zero.muon.original_muon",
     "deepspeed.module_inject",
+    "torch._dynamo",
     "setuptools.command.build_ext",
     "programs.processor",
 ]
@@ -41,7 +41,9 @@ def context(environment: Mapping[str, str]) -> ForkServerContext:
     if not _context:
         made = multiprocessing.get_context("forkserver")
         made.set_forkserver_preload(PRELOADED)
+        # The C library reads GLIBC_TUNABLES when a process starts; forks that measure their process run without.
         with environment_of(environment):
+            os.environ.pop("GLIBC_TUNABLES", None)
             multiprocessing.forkserver.ensure_running()  # type: ignore[attr-defined]
         _context.append(made)
     return _context[0]

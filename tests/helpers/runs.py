@@ -13,6 +13,8 @@ import pytest
 from helpers import forked
 from helpers.waiting import wait_until
 
+from translution.distributed.launcher.local_processes import MetricsReader, OnMetrics
+from translution.distributed.runs.folder import METRICS
 from translution.distributed.runs.mode import RunMode
 from translution.distributed.runs.verdict import raise_unless_finished
 from translution.distributed.system.environment import free_port, launch_environment
@@ -23,6 +25,7 @@ from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import local_cpu_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.folder import write_plan_folder
+from translution.planner.plans.plan import load_plan
 
 TINY = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, "dim": 16, "depth": 2, "heads": 2}
 
@@ -85,6 +88,18 @@ def run_ranks_of(command: Sequence[object], ranks: int, log: Path) -> None:
         remove_shared_buffers(port)
     logs = [log, *log.parent.rglob("rank_*.log")]
     assert codes == [0] * ranks, [path.read_text()[-5000:] for path in logs]
+
+
+def forked_ranks(
+    command: Sequence[str], environment: Mapping[str, str], folder: Path, on_metrics: OnMetrics, **_: object
+) -> int:
+    """`run_ranks` without DeepSpeed's launcher: forks of a process that has imported everything; all succeed."""
+    reader = MetricsReader(folder / METRICS, on_metrics)
+    words = command[command.index("translution.cli") + 1 :]
+    ranks = load_plan(folder).cluster.world_size
+    run_ranks_of(["-m", "translution.cli", *words], ranks, folder / "launcher.log")
+    reader.poll()
+    return 0
 
 
 def ended(processes: Sequence[forked.ForkServerProcess | subprocess.Popen[bytes]]) -> list[int | None]:

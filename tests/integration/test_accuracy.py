@@ -57,6 +57,8 @@ CASES: dict[str, dict[str, Any]] = {
     "3-nvme-optimizer": {"offload": "nvme-optimizer", **BF16, **SWAPPED},
     "3-nvme": {"offload": "nvme", **BF16, **SWAPPED},
 }
+RESUMED = ("0-8bit", "3-bf16-gpt")
+"""Cases of which a checkpoint is loaded as well, by other processes."""
 WITHIN_BYTES = 2**16
 """Tolerance for scalars, step counters and padding that the memory breakdown does not list."""
 
@@ -66,7 +68,8 @@ def measured(folder: Path, *modes: RunMode, nodes: int = 1, **options: Any) -> p
     nvme = folder / "nvme" if "nvme" in options.get("offload", "none") else None
     if nvme is not None:
         nvme.mkdir()
-    values = {"model": WIDE, "tile": 13, "micro_batch": 8, "data": "synthetic"} | options
+    # The third step is measured; nothing is after it but the evaluation and the checkpoint.
+    values = {"model": WIDE, "tile": 13, "micro_batch": 8, "data": "synthetic", "steps": 3} | options
     if values["model"].get("operator") == "attention":
         values["tile"] = None  # Attention has no tables.
     plan = write_plan(folder / "plan", 2, nvme_path=nvme, nodes=nodes, **values)
@@ -82,10 +85,11 @@ def is_late(row: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("name", CASES)
 def test_states_are_exact_and_peaks_within_five_percent_and_never_low(name: str, tmp_path: Path) -> None:
+    modes = (RunMode.MEASURE, RunMode.MEASURE_RESUME) if name in RESUMED else (RunMode.MEASURE,)
     for attempt in range(3):
         folder = tmp_path / str(attempt)
         folder.mkdir()
-        table = measured(folder, RunMode.MEASURE, **CASES[name])
+        table = measured(folder, *modes, **CASES[name])
         # gloo is rarely late; a wrong prediction fails in every attempt.
         if not any(is_late(row) for row in table.to_dict("records")):
             break
@@ -99,7 +103,7 @@ def test_states_are_exact_and_peaks_within_five_percent_and_never_low(name: str,
     peaks = table["what"].str.startswith("peak of")
     assert sorted(table[peaks]["what"].unique()) == [
         "peak of backward", "peak of checkpoint save", "peak of evaluation", "peak of first optimizer step",
-        "peak of forward", "peak of init", "peak of optimizer step",
+        "peak of forward", "peak of init", "peak of optimizer step", *(["peak of resume"] if name in RESUMED else []),
     ]  # fmt: skip
     for row in table.to_dict("records"):
         difference = row["predicted_bytes"] - row["measured_bytes"]
@@ -112,17 +116,12 @@ def test_states_are_exact_and_peaks_within_five_percent_and_never_low(name: str,
             assert abs(difference) <= (WITHIN_BYTES if row["tier"] == "host" else 0), where
 
 
-@pytest.mark.parametrize("options", [{"stage": 3}, {"stage": 0, "adam": "8bit"}], ids=str)
-def test_the_memory_of_resuming_is_predicted(options: dict[str, Any], tmp_path: Path) -> None:
-    table = measured(tmp_path, RunMode.MEASURE, RunMode.MEASURE_RESUME, **BF16, **options)
-    resume = table[table["what"] == "peak of resume"]
-    assert len(resume) == 2
-    assert resume["ratio"].between(1.0, 1.05).all()
-
-
-MANY_TILES = TINY | {"image": 112, "patch": 16, "channels": 3, "dim": 256, "heads": 4}
+MANY_TILES = TINY | {"image": 80, "patch": 16, "channels": 3, "dim": 256, "heads": 4}
 SMALL_TILE = 8
-"""Relations per tile: a rank's partition of a tile has 1 MiB, and it has 126 of them."""
+"""Relations per tile: a rank's partition of a tile has 1 MiB, and it has 60 of them."""
+SLACK_BYTES = 100_000_000
+"""What a process may hold less than is predicted. A copy of a rank's optimizer states would show: they have 8 bytes for
+each of 17 million elements."""
 PHASES = (
     Phase.INIT, Phase.FIRST_STEP, Phase.FORWARD, Phase.BACKWARD, Phase.STEP, Phase.SAVE, Phase.EVALUATION,
 )  # fmt: skip
@@ -144,7 +143,9 @@ OFFLOADS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OFFLOADS)
-def test_a_process_holds_what_is_predicted(name: str, tmp_path: Path) -> None:
+def test_a_process_holds_what_is_predicted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # conftest.py has the C library keep what is freed.
+    monkeypatch.delenv("GLIBC_TUNABLES")
     nvme = tmp_path / "nvme" if "nvme" in name else None
     if nvme:
         nvme.mkdir()
@@ -160,6 +161,5 @@ def test_a_process_holds_what_is_predicted(name: str, tmp_path: Path) -> None:
     process = table[table["what"].str.startswith(PROCESS_PREFIX)]
     assert set(process["what"]) == {f"{PROCESS_PREFIX} in {phase}" for phase in phases}
     assert len(process) == 2 * len(phases)
-    assert process["ratio"].between(1.0, 1.1).all(), process[["what", "ratio"]].to_string()
-    # What is wrong by the optimizer states of a rank would be found.
-    assert (0.1 * process["measured_bytes"]).max() < 8 * 33e6
+    too_much = process["predicted_bytes"] - process["measured_bytes"]
+    assert too_much.between(0, SLACK_BYTES).all(), process[["what", "predicted_bytes", "measured_bytes"]].to_string()

@@ -17,6 +17,7 @@ from helpers.chance import repeats, seed
 from helpers.runs import run_plan, shared_buffers, write_plan
 from helpers.waiting import PATIENCE_S, wait_until
 
+from translution.cli.main import run as run_cli
 from translution.distributed.checkpoint.manifest import checkpoint_tags
 from translution.distributed.runs.folder import CHECKPOINT, METRICS
 from translution.distributed.runs.status import RankStatus, read_statuses
@@ -93,7 +94,9 @@ def kill_at(folder: Path, run: Path, condition: Condition, delay_s: float, victi
         process.wait()
 
 
-def test_a_run_whose_ranks_are_killed_at_any_time_has_the_result_of_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_run_whose_ranks_are_killed_at_any_time_has_the_result_of_an_uninterrupted_one(
+    tmp_path: Path, forked_launch: None
+) -> None:
     folder = write_plan(tmp_path / "plan", 2, checkpoint_steps=1, **OPTIONS)
     other = write_plan(tmp_path / "uninterrupted", 2, **OPTIONS)
     run = folder / "runs" / "killed"
@@ -112,8 +115,7 @@ def test_a_run_whose_ranks_are_killed_at_any_time_has_the_result_of_an_uninterru
         assert errors.count("\n") == 1, (context, errors)
         assert not any(map(process_is_alive, pids)), context
     # The second kill came after three steps, so there is a checkpoint.
-    command = [sys.executable, "-m", "translution.cli", "launch", str(folder), "--run", str(run), "--resume"]
-    subprocess.run(command, check=True, capture_output=True)
+    assert run_cli(["launch", str(folder), "--run", str(run), "--resume"]) == 0
     uninterrupted = run_plan(other, 2)
 
     def losses(folder: Path) -> dict[object, object]:

@@ -258,7 +258,7 @@ def losses(run: Path) -> dict[object, float]:
 
 @two_cores
 def test_a_run_resumes_on_fewer_ranks_then_on_more_with_other_offload(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], forked_launch: None
 ) -> None:
     options: dict[str, Any] = {
         "model": WIDE, "steps": STEPS, "checkpoint_steps": 2, "keep_checkpoints": 3, "learning_rate": 3e-3,

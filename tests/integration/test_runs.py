@@ -245,26 +245,33 @@ def test_verify_reads_the_files_of_a_killed_run(
     assert json.loads(capsys.readouterr().out)["accuracy"] == accuracy
 
 
-@pytest.mark.parametrize(
-    ("learning_rate", "message"),
-    [
-        (1e30, r"step 2: loss is nan: first not finite: (\S+) \(output\)"),
-        # Here the loss stays finite and its gradients do not.
-        (1e5, r"step 2: the norm of the gradients is not finite: first not finite, from the loss backwards: (\S+) "),
-    ],
-    ids=["loss", "gradient"],
-)
-def test_a_diverged_run_stops_and_names_its_step_and_layer(
-    tmp_path: Path, learning_rate: float, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = write_plan(tmp_path / "plan", 1, learning_rate=learning_rate, gradient_clipping=0.0, steps=30)
+def assert_names_a_layer(message: str, text: str) -> None:
+    named = re.search(f"FloatingPointError: {message}", text)
+    assert named is not None, text
+    network = build(parse_model_spec(TINY))
+    assert named[1] in {name for name, _ in (*network.named_modules(), *network.named_parameters())}
+
+
+def diverging_plan(folder: Path, learning_rate: float) -> Path:
+    return write_plan(folder, 1, learning_rate=learning_rate, gradient_clipping=0.0, steps=30)
+
+
+def test_a_diverged_run_stops_and_names_its_step_and_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = diverging_plan(tmp_path / "plan", 1e30)
     assert run_cli(["launch", str(folder)]) == 1
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
-    named = re.search(f"FloatingPointError: {message}", errors)
-    assert named is not None, errors
-    network = build(parse_model_spec(TINY))
-    assert named[1] in {name for name, _ in (*network.named_modules(), *network.named_parameters())}
+    assert_names_a_layer(r"step 2: loss is nan: first not finite: (\S+) \(output\)", errors)
+
+
+def test_gradients_that_are_not_finite_stop_a_run_whose_loss_is(tmp_path: Path) -> None:
+    folder = diverging_plan(tmp_path / "plan", 1e5)
+    with pytest.raises(AssertionError, match="FloatingPointError"):
+        run_plan(folder, 1)
+    with pytest.raises(RunFailedError) as error:
+        raise_unless_finished(folder / "runs" / "by-hand", 1, exit_code=1)
+    where = r"first not finite, from the loss backwards: (\S+) "
+    assert_names_a_layer(f"step 2: the norm of the gradients is not finite: {where}", str(error.value))
 
 
 def test_ranks_stop_together_when_one_of_them_is_not_finite(tmp_path: Path, root: Path) -> None:

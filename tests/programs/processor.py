@@ -1,10 +1,16 @@
-"""Imported by the fork server of ranks: all its forks know the processor."""
+"""Imported by the fork server of ranks, after everything else: its forks need not do what this does."""
 
 from __future__ import annotations
 
+import gc
+
 import cpuinfo
 
-from translution.distributed.training.deepspeed_fixes import answer_for_processor
+from translution.distributed.training.deepspeed_fixes import answer_for_processor, import_muon_uncompiled
 
+import_muon_uncompiled()
 answer_for_processor()
 cpuinfo.get_cpu_info()
+# When DeepSpeed collects garbage, a fork would go through all that is imported here, and copy the memory of it.
+gc.collect()
+gc.freeze()

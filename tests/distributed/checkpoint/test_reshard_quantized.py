@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import bitsandbytes
+import lazy_loader
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_blockwise
 
 from translution.distributed.checkpoint.reader import MASTER_COPY, FlatVector
 from translution.distributed.checkpoint.reshard import _quantize
 from translution.planner.config.training import TrainingSpec
 from translution.planner.costs.optimizer import CODEBOOK_BYTES, most_state_bytes, state_bytes
+
+if TYPE_CHECKING:
+    import bitsandbytes
+else:
+    # Importing it takes seconds, and every worker of pytest-xdist imports this file.
+    bitsandbytes = lazy_loader.load("bitsandbytes")
 
 NUMELS = [3000, 4096, 10_001]
 
@@ -33,7 +39,7 @@ def moments(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if state["state1"].dtype == torch.float32:
         return {"first": state["state1"], "second": state["state2"]}
     return {
-        kind: dequantize_blockwise(
+        kind: bitsandbytes.functional.dequantize_blockwise(
             state[f"state{number}"], absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=256
         )
         for number, kind in ((1, "first"), (2, "second"))

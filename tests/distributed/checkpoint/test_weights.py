@@ -38,7 +38,7 @@ def imported(root: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> Pa
 @needs_two_cores
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_run_starts_from_a_network_file(
-    layout: dict[str, Any], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    layout: dict[str, Any], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], forked_launch: None
 ) -> None:
     network = imported(root, tmp_path, capsys)
     model = load_model(network)

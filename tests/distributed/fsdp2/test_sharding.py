@@ -27,6 +27,7 @@ from translution.planner.costs.parameters import count_parameters
 from translution.planner.hardware.cluster import local_cpu_cluster
 from translution.planner.plans.build import make_plan
 from translution.planner.plans.folder import write_plan_folder
+from translution.planner.plans.fsdp2_script import FSDP2_SCRIPT_FILE
 from translution.planner.plans.plan import Plan, load_plan
 
 needs_two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
@@ -123,7 +124,7 @@ def test_a_plan_folder_trains_through_torchrun_and_resumes(root: Path, tmp_path:
     assert newest_step(run) == 4
     # As if the run had been killed while it saved for the last time.
     (run / "step_4" / ".metadata").unlink()
-    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=PATIENCE_S)
+    run_ranks_of([folder / FSDP2_SCRIPT_FILE, run], 2, tmp_path / "log")
     again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][4:]
     assert [row["step"] for row in again] == [3, 4]
     assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in rows[2:]], rel=1e-6)

@@ -1,4 +1,7 @@
-"""A plan as arguments of Lightning's Trainer."""
+"""A plan as arguments of Lightning's Trainer.
+
+Importing Lightning takes seconds, and every worker of pytest-xdist imports this file: the tests import it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from helpers.runs import write_plan
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 from translution.distributed.integrations import lightning_options
 from translution.planner.config.loading import load_model
@@ -17,6 +19,8 @@ from translution.planner.plans.plan import load_plan
 
 
 def test_cpu_ranks_get_ddp(tmp_path: Path) -> None:
+    from lightning.pytorch.strategies import DDPStrategy
+
     options = lightning_options(write_plan(tmp_path / "plan", 2, gradient_accumulation_steps=3))
     assert isinstance(options["strategy"], DDPStrategy)
     assert (options["devices"], options["accumulate_grad_batches"], options["max_steps"]) == (2, 3, 4)
@@ -25,6 +29,8 @@ def test_cpu_ranks_get_ddp(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_gpus_get_deepspeed_with_the_plans_configuration(precision: str, tmp_path: Path) -> None:
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
     training = TrainingSpec(precision=precision)  # type: ignore[arg-type]
     make_plan(load_model("vit-tiny/56"), load_cluster("2x8xH100"), training, stage=3).write(tmp_path / "plan")
     options = lightning_options(tmp_path / "plan")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -103,3 +105,18 @@ def test_a_collective_ends_once_no_other_thread_refers_to_its_tensors(
     if handle is not None:
         handle.wait()
     assert TorchBackend.broadcast is broadcast
+
+
+def test_muon_is_imported_without_torchs_compiler() -> None:
+    program = """
+import sys
+from deepspeed.runtime import compiler
+from translution.distributed.training.deepspeed_fixes import import_muon_uncompiled
+before = compiler.compile
+import_muon_uncompiled()
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+assert compiler.compile is before
+print(MuonWithAuxAdam.__name__, *({"torch._dynamo", "torch._inductor.compile_fx"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "MuonWithAuxAdam"
