@@ -156,9 +156,9 @@ def test_a_bad_name_gives_a_one_line_error(name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1, 2]", "expected a mapping"),
+        ("[1, 2]", "holds a list"),
         ("a: [", "not valid YAML"),
-        ("", "expected a mapping"),
+        ("", "holds nothing"),
         ("family: vit\ndim: 4", "is required"),
     ],
 )
