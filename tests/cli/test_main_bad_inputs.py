@@ -169,6 +169,7 @@ CLUSTER_FILES: tuple[tuple[str, str | bytes, str], ...] = (
     ("near.yaml", "base: 8xH100\nhost_memory: 1TiB\n", "did you mean 'host_memory_bytes'"),
     ("unit.yaml", "base: 8xH100\nhost_memory_bytes: 2 potatoes\n", "host_memory_bytes"),
     ("rate.yaml", "base: 8xH100\nhost_memory_bytes: 80GB/s\n", "host_memory_bytes"),
+    ("bits.yaml", "base: 8xH100\nnic_bytes_per_s: 200Gb/s\n", "nic_bytes_per_s: '200Gb/s'"),
     ("minus.yaml", "base: 8xH100\nhost_memory_bytes: -1\n", "host_memory_bytes"),
     ("zero.yaml", "base: 8xH100\nnodes: 0\n", "nodes"),
     ("word.yaml", "base: 8xH100\nnodes: two\n", "nodes"),
@@ -330,7 +331,13 @@ def test_places_and_names(place: Path, capsys: pytest.CaptureFixture[str]) -> No
     write_plan(place / "PLAN", 1, data="synthetic")
     for name in ("FOLDER", "FOLDER.yaml", "FOLDER.safetensors", "FOLDER.json", "FOLDER.html"):
         (place / name).mkdir()
-    for name, content in (("FILE", "x"), ("FILE.json", "{}"), ("EMPTY", ""), ("a.tar", "x"), ("MINE.yaml", "base: cpu:1")):
+    for name, content in (
+        ("FILE", "x"),
+        ("FILE.json", "{}"),
+        ("EMPTY", ""),
+        ("a.tar", "x"),
+        ("MINE.yaml", "base: cpu:1"),
+    ):
         write(place / name, content)
     (place / "LOOP.yaml").symlink_to("LOOP.yaml")
     before = sorted(place.rglob("*"))
