@@ -191,7 +191,8 @@ def comparison_section(
             Picture(
                 key="comparison",
                 caption=f"Model states and the activations of one sample of {first} over all ranks, against width, "
-                "tokens and layers. A dashed line marks the largest full Translution that fits on the number of nodes above it.",
+                "tokens and layers. A dashed line marks the largest full Translution that fits on the number of nodes "
+                "above it.",
                 name="Memory over all ranks",
                 spec=spec | {"description": f"Memory over all ranks: {summary}."},
                 made=made,

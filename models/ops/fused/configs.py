@@ -137,7 +137,9 @@ def fitted(config: KernelConfig, element_bytes: int, width: int) -> KernelConfig
     return replace(config, rows=rows, inner=inner)
 
 
-def choose_config(key: Hashable, offered: tuple[KernelConfig, ...], launch: Launch, *, timed: bool) -> KernelConfig:
+def choose_config(
+    key: Hashable, offered: tuple[KernelConfig, ...], launch: Launch, *, timed: bool
+) -> KernelConfig:
     """Return the fastest configuration, or the first that the device has the resources for, found at the first call.
 
     Args:

@@ -126,9 +126,7 @@ def matrix_gradients_kernel(
         m, exists, sample, query, key = block_rows(block_ptr, begin, queries_ptr, keys_ptr, batch, BLOCK_M)
         grads = gradient_rows(grads_ptr, first_row, block_ptr, m, exists, group, batch, HEADS, D, HP, DP)
         rows = sample * tokens + (query if BY_QUERY else key)
-        x = tl.load(
-            rows_ptr + rows[:, None].to(tl.int64) * C + c[None, :], mask=exists[:, None] & (c < C)[None, :], other=0.0
-        )
+        x = tl.load(rows_ptr + rows[:, None].to(tl.int64) * C + c[None, :], mask=exists[:, None] & (c < C)[None, :], other=0.0)
         total = add_product(tl.trans(x), grads, total, PRECISION)
     _, columns, in_heads = head_columns(group, HEADS, D, HP, DP)
     target = table_grads_ptr + tl.load(block_ptr).to(tl.int64) * (C * E) + c[:, None] * E + columns[None, :]
@@ -175,9 +173,7 @@ def input_gradients_kernel(
         )
         total = add_product(grads, tl.trans(matrix.to(grads.dtype)), total, PRECISION)
     rows = sample * tokens + (query if BY_QUERY else key)
-    add_to(
-        row_grads_ptr, rows[:, None].to(tl.int64) * C + c[None, :], total, exists[:, None] & (c < C)[None, :], ATOMIC
-    )
+    add_to(row_grads_ptr, rows[:, None].to(tl.int64) * C + c[None, :], total, exists[:, None] & (c < C)[None, :], ATOMIC)
 
 
 @triton.jit(do_not_specialize=["start", "first_row"])

@@ -104,11 +104,7 @@ def project_rows(
         projected = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
         for begin in range(0, C, BLOCK_C):
             c = begin + tl.arange(0, BLOCK_C)
-            x = tl.load(
-                rows_ptr + rows[:, None].to(tl.int64) * C + c[None, :],
-                mask=exists[:, None] & (c < C)[None, :],
-                other=0.0,
-            )
+            x = tl.load(rows_ptr + rows[:, None].to(tl.int64) * C + c[None, :], mask=exists[:, None] & (c < C)[None, :], other=0.0)
             matrix = tl.load(
                 table_ptr + c[:, None] * E + columns[None, :], mask=(c < C)[:, None] & in_heads[None, :], other=0.0
             )

@@ -24,7 +24,6 @@ from ..context import RelationContext, accumulation_dtype
 from .blocks import RelationChunk, pair_lists, relation_chunks, row_blocks
 from .configs import KernelConfig, candidates, choose_config, fitted, heads_and_columns
 
-
 def launch_kernel(
     kernel: str,
     programs: int,
@@ -179,7 +178,9 @@ class FusedTile:
         for stream in used:
             current.wait_stream(stream)
 
-    def _chunks(self, relations: tuple[int, ...], roles: int) -> tuple[tuple[RelationChunk, ...], tuple[int, ...]]:
+    def _chunks(
+        self, relations: tuple[int, ...], roles: int
+    ) -> tuple[tuple[RelationChunk, ...], tuple[int, ...]]:
         """Cut relations into chunks whose projected rows fit in the scratch memory; also return those that do not fit."""
         pair_bytes = roles * self.d_out * self.dtype.itemsize * self.batch
         limit = self.context.workspace_bytes * 3 // 4
