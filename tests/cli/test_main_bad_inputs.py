@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 from helpers.runs import write_plan
@@ -147,9 +148,9 @@ MODEL_FILES: tuple[tuple[str, str | bytes, str], ...] = (
     ("alias.yaml", "a: &a [1]\nb: *c\n", "not valid YAML"),
     ("object.yaml", "!!python/object:os.system {}\n", "not valid YAML"),
     ("twice.yaml", f"{SPEC}dim: 32\n", "dim"),
-    ("below.yaml", f"model:\n  {SPEC}".replace("\n", "\n  ").strip(), "family"),
+    ("below.yaml", "model:\n" + indent(SPEC, "  "), "family: is required"),
     ("family.yaml", SPEC.replace("vit", "vti"), "vti"),
-    ("none.yaml", SPEC.replace("family: vit\n", ""), "family"),
+    ("none.yaml", SPEC.replace("family: vit\n", ""), "family: is required"),
     ("typo.yaml", SPEC.replace("depth", "layers"), "layers"),
     ("near.yaml", SPEC.replace("depth", "dpeth"), "did you mean 'depth'"),
     ("unit.yaml", SPEC.replace("dim: 64", "dim: 64px"), "dim"),
@@ -209,7 +210,7 @@ PLACES: tuple[tuple[str, str], ...] = (
     ("compare vit-basee/16", "did you mean 'vit-base/16'"),
     ("calibrate --cluster cpu:1 --out FOLDER.yaml", "FOLDER.yaml"),
     ("calibrate --cluster cpu:1 --out MINE.yaml", "--force"), ("calibrate --cluster cpu:1 --out none/a.yaml", "none"),
-    ("calibrate --cluster 8xH100 --out a.yaml", "cluster: 8 GPUs"), ("experiment shfit", "did you mean 'shift'"),
+    ("calibrate --cluster 8xH100 --out a.yaml", "cluster: 8 GPUs"), ("experiment shifts", "did you mean 'shift'"),
     ("experiment shift --out FILE", "FILE"), ("prepare EMPTY --out d", "0 tokens"),
     ("prepare FOLDER --out d", "FOLDER"),
     ("prepare a.tar --out d", "a.tar"), ("serve --host nowhere.invalid --port 0", "nowhere.invalid"),
