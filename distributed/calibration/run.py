@@ -17,6 +17,7 @@ from translution.planner.common import (
     SPEC_SUFFIXES,
     InputError,
     RunFailedError,
+    check_new_file,
     make_provenance,
     parse_json,
     write_text,
@@ -37,7 +38,13 @@ OnLine = Callable[[str], None]
 
 
 def calibrate_to_file(
-    cluster_name: str, out: Path, nvme_path: str | None, command: str, on_progress: Callable[[str, int, int], None]
+    cluster_name: str,
+    out: Path,
+    nvme_path: str | None,
+    command: str,
+    on_progress: Callable[[str, int, int], None],
+    *,
+    force: bool = False,
 ) -> MeasuredRates:
     """Measure the rates of this machine and write them as a cluster file.
 
@@ -47,12 +54,14 @@ def calibrate_to_file(
         nvme_path: folder on the NVMe drive to measure; None leaves it out.
         command: the command line, recorded in the file.
         on_progress: called when the ranks start and at every measurement: its description, its number, and the total.
+        force: replace a file that exists.
 
     Raises:
         InputError: if the cluster or the file is not allowed.
     """
     if out.suffix not in SPEC_SUFFIXES[:2]:
         raise InputError(f"out: {str(out)!r} is not allowed: must end in .yaml")
+    check_new_file(out, "out", force=force)
     if Path(cluster_name).suffix in SPEC_SUFFIXES:
         raise InputError(f"cluster: {cluster_name!r} is not allowed: must be cpu:RANKS or GPUSxNAME")
     cluster = load_cluster(cluster_name)

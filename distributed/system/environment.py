@@ -106,4 +106,4 @@ def check_gpus(count: int) -> None:
 
     found = torch.cuda.device_count()
     if found < count:
-        raise InputError(f"ranks_per_node: {count} is not allowed: found {found} GPUs")
+        raise InputError(f"cluster: {count} GPUs are not allowed: this machine has {found}")

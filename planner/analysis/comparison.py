@@ -214,6 +214,7 @@ def compare(
         InputError: for an unknown name, a bad value, or a rank that does not suit a model.
     """
     specs = [load_model(model) for model in models]
+    gpu, _ = find_gpu(gpu)
     for rank in alpha_ranks:
         if rank < 1:
             raise InputError(f"alpha_rank: {rank} is not allowed: must be at least 1")

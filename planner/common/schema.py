@@ -13,6 +13,8 @@ from .files import read_json
 from .types import printable
 
 _T = TypeVar("_T")
+_WORDS = {list: "list", str: "text", int: "number", float: "number", bool: "truth value"}
+"""Words for what a file holds in place of keys and values."""
 
 
 class Schema(BaseModel):
@@ -70,7 +72,8 @@ def validate(adapter: TypeAdapter[_T], data: object, what: str, known_fields: tu
         InputError: with the first invalid field, its value and the allowed values.
     """
     if not isinstance(data, Mapping):
-        raise InputError(f"{what}: expected a mapping of keys to values, got {type(data).__name__}")
+        found = "nothing" if data is None else f"a {_WORDS.get(type(data), type(data).__name__)}"
+        raise InputError(f"{what}: holds {found}: must be keys and their values")
     try:
         return adapter.validate_python(data)
     except ValidationError as error:

@@ -7,12 +7,14 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from .units import parse_bytes
+from .units import parse_byte_rate, parse_bytes
 
 Positive: TypeAlias = Annotated[int, Field(ge=1, le=2**60, strict=True)]
 NonNegative: TypeAlias = Annotated[int, Field(ge=0, le=2**60, strict=True)]
 ByteCount: TypeAlias = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1, le=2**60, strict=True)]
 """Bytes, also as text with a unit, as `parse_bytes` reads it."""
+ByteRate: TypeAlias = Annotated[float, BeforeValidator(parse_byte_rate), Field(gt=0)]
+"""Bytes per second, also as text with a unit, as `parse_byte_rate` reads it."""
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
 NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
 UnitFraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from fractions import Fraction
 
@@ -38,6 +39,25 @@ def parse_bytes(value: object) -> object:
     if not found or not size:
         raise ValueError(f"{value!r} is not allowed: must be a number of bytes, or one with a unit such as GB or GiB")
     return round(Fraction(found[1]) * size)
+
+
+def parse_byte_rate(value: object) -> object:
+    """Return the bytes per second of a text such as ``450GB/s``; other values as they are.
+
+    Raises:
+        ValueError: with the text and what is allowed.
+    """
+    if not isinstance(value, str):
+        return value
+    with contextlib.suppress(ValueError):
+        return float(value)  # YAML takes 3.0e9 for a text: it wants 3.0e+9.
+    size, _, second = map(str.strip, value.partition("/"))
+    # 200 Gb/s are bits.
+    if second != "s" or not size.endswith("B"):
+        raise ValueError(
+            f"{value!r} is not allowed: must be a number of bytes per second, or one with a unit such as GB/s"
+        )
+    return parse_bytes(size)
 
 
 def format_bytes(count: int) -> str:

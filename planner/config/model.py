@@ -219,7 +219,8 @@ def parse_model_spec(data: object, what: str = "model") -> ModelSpec:
     if isinstance(data, dict):
         family = data.get("family")
         if not isinstance(family, str) or family not in _FAMILIES:
-            raise InputError(f"{what}: family: {family!r} is not allowed: must be vit, gpt or video")
+            said = f"{family!r} is not allowed: must" if "family" in data else "is required: must"
+            raise InputError(f"{what}: family: {said} be vit, gpt or video")
         fields = tuple(_FAMILIES[family].model_fields)
     return validate(MODEL_SPEC, data, what, fields)
 

@@ -19,7 +19,7 @@ from ..common.errors import InputError
 from ..common.files import SPEC_SUFFIXES, read_mapping
 from ..common.machine import total_memory_bytes, usable_cores
 from ..common.schema import Schema, validate
-from ..common.types import ByteCount, Line, Positive, Precision
+from ..common.types import ByteCount, ByteRate, Line, Positive, Precision
 from ..common.units import GIB
 from .catalog import (
     GpuSpec,
@@ -60,25 +60,25 @@ class ClusterSpec(Schema):
     """Dense TF32 FLOP/s of one device."""
     fp32_flops_per_s: Rate | None = None
     """Dense fp32 FLOP/s of one device."""
-    memory_bytes_per_s: Rate | None = None
+    memory_bytes_per_s: ByteRate | None = None
     """Memory bandwidth of one device."""
-    intra_node_bytes_per_s: Rate | None = None
+    intra_node_bytes_per_s: ByteRate | None = None
     """Bandwidth from one device to the others of its node."""
-    pcie_bytes_per_s: Rate | None = None
+    pcie_bytes_per_s: ByteRate | None = None
     """Bandwidth between the host and one device."""
     host_cores: Positive | None = None
     """CPU cores of one node."""
-    host_memory_bytes_per_s: Rate | None = None
+    host_memory_bytes_per_s: ByteRate | None = None
     """Host memory bandwidth of one node."""
     nics: Positive | None = None
     """Network adapters of one node."""
-    nic_bytes_per_s: Rate | None = None
+    nic_bytes_per_s: ByteRate | None = None
     """Bandwidth of one network adapter."""
     nvme_bytes: ByteCount | None = None
     """Bytes of all NVMe drives of one node."""
-    nvme_read_bytes_per_s: Rate | None = None
+    nvme_read_bytes_per_s: ByteRate | None = None
     """Read bandwidth of all NVMe drives of one node together."""
-    nvme_write_bytes_per_s: Rate | None = None
+    nvme_write_bytes_per_s: ByteRate | None = None
     """Write bandwidth of all NVMe drives of one node together."""
     price_per_gpu_hour: Rate | None = None
     """Price of one GPU for one hour, in any currency."""

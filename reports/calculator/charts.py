@@ -218,14 +218,14 @@ class TradeChart:
 
 
 def trade_chart(front: Sequence[ParetoPoint], plan: PlanView, headroom: float) -> TradeChart | None:
-    """Return the Pareto-optimal plans by device memory (linear) and step time (logarithmic); None without any.
+    """Return the Pareto-optimal plans by device memory (linear) and step time (logarithmic); None of fewer than two.
 
     Args:
         front: plans to draw.
         plan: the plan that is shown, which is marked if it is one of them.
         headroom: fraction of every memory that stays free.
     """
-    if not front:
+    if len(front) < 2:
         return None
     capacity = next((tier.capacity_bytes for tier in plan.tiers if tier.tier == Tier.DEVICE), None)
     usable = None if capacity is None else capacity * (1 - headroom)

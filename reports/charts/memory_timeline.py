@@ -31,6 +31,10 @@ _LABEL_SHARE = 0.05
 _ONE_LINE_SHARE = 0.2
 """Fraction of the axis below which each word of a phase's name has its own line."""
 _LINE_HEIGHT = 14
+_TEXT_ROOM = 0.08
+"""Further height of a plot with a text at its top, over that of its content."""
+_LETTER_WIDTH = 6.6
+"""Mean width of a bold letter, pixels."""
 _MAX_CAPACITY_RATIO = 5.0
 """A tier's capacity is drawn to scale if it is at most this multiple of the peak, else it is written at the top."""
 _SHADE = "#808080"
@@ -233,15 +237,17 @@ def _bands(timeline: Timeline, position: Callable[[int], float], zoom: Zoom) -> 
     return alt.LayerChart(layer=[bands, names.encode(x="middle:Q", y=above, text="name:N")])
 
 
-def _peak(timeline: Timeline, row: Mapping[str, Any], unit: int) -> alt.LayerChart:
-    """Return the mark of the highest point, with its size and where it is."""
+def _peak(timeline: Timeline, row: Mapping[str, Any], unit: int, zoom: Zoom) -> alt.LayerChart:
+    """Return the mark of the highest point, with its size and where it is: above it, within the plot's sides."""
     x, size = (row["x"] + row["x2"]) / 2, timeline.peak_bytes
     label = {"x": x, "y": size / unit, "text": f"peak {format_bytes(size)}: {describe_point(timeline.peak)}"}
     base = alt.Chart(alt.InlineData(values=[label])).encode(x="x:Q", y="y:Q")
+    base = base.transform_filter(f"datum.x >= {zoom.start} && datum.x <= {zoom.end}")
     point = base.mark_point(shape="triangle-down", filled=True, size=70, yOffset=-6, opacity=1, clip=True)
-    text = base.mark_text(
-        align="right" if x > 0.5 else "left", dx=-8 if x > 0.5 else 8, dy=-10, fontWeight="bold", clip=True
-    )
+    half = f"min({_LETTER_WIDTH / 2 * len(label['text'])}, width / 2)"
+    place = f"width * ({x} - {zoom.start}) / ({zoom.end} - {zoom.start})"
+    shift = alt.ExprRef(f"clamp({place}, {half}, width - {half}) - {place}")
+    text = base.mark_text(align="center", dx=shift, dy=-18, fontWeight="bold", clip=True)
     return alt.LayerChart(layer=[point, text.encode(text="text:N")])
 
 
@@ -290,12 +296,13 @@ def _draw(
     x_axis = alt.Axis(labels=False, ticks=False, grid=False)
     x = alt.X("x:Q", title=_axis_title(timeline), axis=x_axis, scale=zoom.scale_x())
     y = alt.Y("y:Q", title=f"live, {unit_name}", stack="zero", scale=zoom.scale_y())
-    top = ROOM * highest / unit
+    written = capacity is not None and not to_scale
+    top = (ROOM + _TEXT_ROOM * written) * highest / unit
     layers: list[alt.Chart | alt.LayerChart] = [
         *([_bands(timeline, position, zoom)] if timeline.phases else []),
         _areas(data, series, series.sizes[timeline.peak_point], unit).encode(x=x, y=y),
         *([_predicted(predicted, unit)] if predicted else []),
-        _peak(timeline, rows[timeline.peak_point], unit),
+        _peak(timeline, rows[timeline.peak_point], unit, zoom),
         _hover(data, series, f"hover_{number}"),
     ]
     if capacity is not None:

@@ -15,6 +15,32 @@
   };
   const label = (text) => Object.assign(document.createElement("span"), { textContent: text });
 
+  // Breaks a text into lines of at most this many letters; one line stays a text.
+  const fold = (text, letters) => {
+    const lines = [];
+    for (const word of text.split(" ")) {
+      const longer = lines.length ? `${lines.at(-1)} ${word}` : word;
+      if (lines.length && longer.length <= letters) lines[lines.length - 1] = longer;
+      else lines.push(word);
+    }
+    return lines.length > 1 ? lines : text;
+  };
+  const LETTER = 8.5; // width of a letter of a title, pixels
+  const LABELS = 235; // width of the longest labels of a facet's rows, pixels
+  // Fits a chart into a phone's width: parts below each other, and titles on several lines.
+  const narrowed = (own, width) => {
+    const letters = Math.floor(width / LETTER);
+    const spec = JSON.parse(JSON.stringify(own), (key, value) => {
+      if (key !== "title" || !value) return value;
+      if (typeof value === "string") return fold(value, letters);
+      return { ...value, text: fold(value.text, letters), ...(value.subtitle && { subtitle: fold(value.subtitle, letters) }) };
+    });
+    const { hconcat, ...rest } = spec;
+    if (hconcat) return { ...rest, vconcat: hconcat };
+    if (spec.facet) return { ...spec, columns: 1, spec: { ...spec.spec, width: Math.max(110, width - LABELS) } };
+    return spec;
+  };
+
   // Sets the ends of a timeline's axes, which are parameters of the chart, with buttons or by dragging with the mouse.
   const addZoom = (chart, view, { number, parts, ranges }) => {
     const bar = document.createElement("div");
@@ -91,7 +117,8 @@
     chart.className = "chart";
     still.before(chart);
     const columns = Math.max(1, Math.floor(chart.clientWidth / 230));
-    const own = read(figure.dataset.spec);
+    const drawn = read(figure.dataset.spec);
+    const own = chart.clientWidth < 500 ? narrowed(drawn, chart.clientWidth) : drawn;
     if (own.facet && chart.clientWidth < 700) own.columns = 1;
     const width = { width: "container", autosize: { type: "fit-x", contains: "padding" } };
     const spec = figure.classList.contains("live") ? { ...own, ...width } : own;

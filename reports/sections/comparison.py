@@ -66,6 +66,15 @@ def _threshold_lines(limits: Sequence[Threshold]) -> list[str]:
     return lines
 
 
+def _rules(limits: Iterable[Threshold]) -> list[dict[str, Any]]:
+    """Return a row for each largest size, with the numbers of nodes that have it."""
+    nodes: dict[tuple[str, int], list[str]] = {}
+    for limit in limits:
+        if limit.largest:
+            nodes.setdefault((limit.axis, limit.largest), []).append(str(limit.nodes))
+    return [{"axis": axis, "largest": size, "label": ", ".join(names)} for (axis, size), names in nodes.items()]
+
+
 def comparison_picture(points: Iterable[ScalePoint], limits: Sequence[Threshold], title: str) -> dict[str, Any]:
     """Chart memory against width, tokens and depth, with rules at the largest full Translution on 1, 2 and 8 nodes.
 
@@ -79,7 +88,7 @@ def comparison_picture(points: Iterable[ScalePoint], limits: Sequence[Threshold]
     """
     data = pd.DataFrame([point.model_dump(by_alias=False) for point in points])
     data["GiB"] = (data["states_bytes"] + data["saved_bytes"]) / GIB
-    ends = pd.DataFrame([limit.model_dump() | {"label": f"{limit.nodes} node(s)"} for limit in limits if limit.largest])
+    ends = pd.DataFrame(_rules(limits))
     operators = list(dict.fromkeys(data["operator"]))
     colours = alt.Scale(domain=operators, range=list(COLOURS[: len(operators)]))
     charts = []
@@ -90,7 +99,7 @@ def comparison_picture(points: Iterable[ScalePoint], limits: Sequence[Threshold]
             alt.Chart(own)
             .mark_line(point=True)
             .encode(
-                x=alt.X("value:Q", title=_AXIS_TITLES[axis], scale=scale),
+                x=alt.X("value:Q", title=_AXIS_TITLES[axis], scale=scale, axis=alt.Axis(labelSeparation=8)),
                 y=alt.Y("GiB:Q", title="states and one sample's activations, GiB", scale=scale),
                 color=alt.Color("operator:N", title=None, scale=colours, legend=alt.Legend(orient="bottom")),
                 tooltip=[
@@ -105,9 +114,7 @@ def comparison_picture(points: Iterable[ScalePoint], limits: Sequence[Threshold]
             rules = alt.Chart(ends[ends["axis"] == axis])
             layers.append(rules.mark_rule(strokeDash=[4, 3], opacity=0.6).encode(x="largest:Q"))
             layers.append(
-                rules.mark_text(angle=270, align="right", dx=-4, dy=-6).encode(
-                    x="largest:Q", y=alt.value(0), text="label:N"
-                )
+                rules.mark_text(baseline="bottom", dy=-3).encode(x="largest:Q", y=alt.value(0), text="label:N")
             )
         charts.append(alt.layer(*layers).properties(width=_PICTURE_WIDTH, height=_PICTURE_HEIGHT))
     spec: dict[str, Any] = alt.hconcat(*charts).properties(title=title).to_dict()
@@ -184,7 +191,8 @@ def comparison_section(
             Picture(
                 key="comparison",
                 caption=f"Model states and the activations of one sample of {first} over all ranks, against width, "
-                "tokens and layers. A rule marks the largest full Translution that fits on that number of nodes.",
+                "tokens and layers. A dashed line marks the largest full Translution that fits on the number of nodes "
+                "above it.",
                 name="Memory over all ranks",
                 spec=spec | {"description": f"Memory over all ranks: {summary}."},
                 made=made,

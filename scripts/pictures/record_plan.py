@@ -19,7 +19,7 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "docs" / "images" / "plan.svg"
-COMMAND = "translution plan vit-base/16 --cluster 8xH100 --precision bf16 --data synthetic"
+COMMAND = "translution plan vit-base/16 --cluster 8xH100"
 WIDTH = 80
 
 

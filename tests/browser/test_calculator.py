@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -209,14 +210,24 @@ NARROW_SELECTS = """[...document.querySelectorAll('select')].filter((e) => {
 def test_nothing_is_cut_off_and_the_verdict_is_on_the_first_screen(
     address: str, browser: Browser, width: int, height: int, scheme: str
 ) -> None:
-    nothing = (
-        f"{SMALL}&gpu=RTX4090&headroom=0.9&stage=2&offload=none&compare={SMALL.replace('=', '%3D').replace('&', '%26')}"
-    )
-    for query in ("model=vit-base%2F32&nodes=2&price=2.5&minimize=memory", nothing):
+    compared = f"compare={SMALL.replace('=', '%3D').replace('&', '%26')}"
+    choices = {
+        "model=vit-base%2F32&nodes=2&price=2.5&minimize=memory": ("found", True),
+        f"model=vit-base%2F16&gpus=1&gpu=RTX4090&stage=2&offload=none&{compared}": ("nothing fits", False),
+        # The only plan: its trade-off would be an empty picture.
+        f"{SMALL}&gpu=RTX4090&headroom=0.9&stage=2&offload=none": ("found", False),
+    }
+    for query, (state, trade_off) in choices.items():
         browser.open(f"{address}?{query}", width=width, height=height, scheme=scheme)
         browser.wait(READY)
+        assert browser.evaluate("document.getElementById('verdict').dataset.state") == state
+        assert browser.evaluate("document.querySelector('.scatter') !== null") == trade_off
         ends = "document.querySelector('.figures, .compared thead').getBoundingClientRect().bottom"
         assert 0 < browser.evaluate(ends) < height
+        tops = browser.evaluate(
+            "[...document.querySelectorAll('.figures div')].map((e) => e.getBoundingClientRect().top)"
+        )
+        assert len(set(tops)) == math.ceil(len(tops) / (5 if width == 1280 else 2))
         browser.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
         assert browser.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [width, width]
         assert browser.evaluate(CUT_OFF) == []

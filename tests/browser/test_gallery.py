@@ -10,6 +10,20 @@ from helpers.browser import Browser
 from translution.reports.render.document import Document, load_document
 
 DRAWN = "document.querySelectorAll('figure svg').length === {count} && !document.querySelector('figure img')"
+CUT_TEXTS = """[...document.querySelectorAll('figure svg')].flatMap((svg) => {
+  const page = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll('text')].filter((text) => {
+    const { left, right, width } = text.getBoundingClientRect();
+    return width && (left < page.left - 1 || right > page.right + 1);
+  }).map((text) => text.textContent);
+})"""
+OVERLAPPING = """[...document.querySelectorAll('figure svg')].flatMap((svg) => {
+  const boxes = [...svg.querySelectorAll('text')].filter((text) => text.textContent.trim() && text.checkVisibility(
+    { opacityProperty: true })).map((text) => [text, text.getBoundingClientRect()]);
+  return boxes.flatMap(([one, a], number) => boxes.slice(number + 1)
+    .filter(([, b]) => a.left + 2 < b.right && b.left + 2 < a.right && a.top + 3 < b.bottom && b.top + 3 < a.bottom)
+    .map(([other]) => `${one.textContent} / ${other.textContent}`));
+})"""
 COLUMN = "[...document.querySelector('#{table} tbody').rows].map((row) => row.cells[{index}].textContent)"
 
 
@@ -41,12 +55,16 @@ def test_every_chart_fits_the_width_and_makes_no_requests(
     assert (top + bottom) / 2 < height
     assert browser.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [width, width]
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == paper
-    # A single chart fits its box; a composed chart scrolls.
+    # Every chart fits the page, on a phone in one column, and no text of it is cut off.
     overhang = (
-        "[...document.querySelectorAll('figure.live .scroll')]"
-        ".filter((box) => box.querySelector('svg').getBoundingClientRect().width > box.scrollWidth + 1).length"
+        "[...document.querySelectorAll('figure .scroll')].filter((box) => box.scrollWidth > box.clientWidth + 1)"
+        ".map((box) => box.ariaLabel)"
     )
-    assert browser.evaluate(overhang) == 0
+    assert browser.evaluate(overhang) == []
+    assert browser.evaluate(CUT_TEXTS) == []
+    assert browser.evaluate(OVERLAPPING) == []
+    captions = "[...document.querySelectorAll('caption')].filter((e) => e.getBoundingClientRect().right > innerWidth)"
+    assert browser.evaluate(f"{captions}.length") == 0
     # No table is cut off on a screen; on a phone it scrolls in its own box.
     cut = (
         "[...document.querySelectorAll('table')].map((table) => table.parentElement)"

@@ -85,7 +85,22 @@ def test_tooltip_shows_live_bytes_and_where_they_are(browser: Browser, report_pa
     assert rows["total"] in {format_bytes(point.total_bytes) for point in points}
 
 
-def test_timeline_is_zoomed_by_buttons(browser: Browser, report_page: Path) -> None:
+def drag(browser: Browser, begin: float, end: float) -> str:
+    """Drag over shares of the timeline's width with the mouse; return the band's width while the button is down."""
+    plot = "document.querySelector('figure svg .role-frame .background')"
+    browser.evaluate(f"{plot}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+    left, top, width, height = browser.evaluate(
+        f"(({{x, y, width, height}}) => [x, y, width, height])({plot}.getBoundingClientRect())"
+    )
+    first, last = ({"x": left + part * width, "y": top + height / 2} for part in (begin, end))
+    browser.call("Input.dispatchMouseEvent", type="mousePressed", button="left", clickCount=1, **first)
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", button="left", buttons=1, **last)
+    band = str(browser.evaluate("document.querySelector('.drag').style.width"))
+    browser.call("Input.dispatchMouseEvent", type="mouseReleased", button="left", clickCount=1, **last)
+    return band
+
+
+def test_timeline_is_zoomed_by_buttons_and_by_dragging(browser: Browser, report_page: Path) -> None:
     browser.open(report_page)
     browser.wait(DRAWN)
     names = "[...document.querySelectorAll('figure .zoom button')].map((button) => button.textContent)"
@@ -98,6 +113,21 @@ def test_timeline_is_zoomed_by_buttons(browser: Browser, report_page: Path) -> N
         browser.evaluate(f"{button}.click()")
         assert browser.evaluate(f"{button}.getAttribute('aria-pressed')") == "true"
     browser.wait(axis, lambda text: text != "0.0")
+    every = "[...document.querySelectorAll('.zoom button')].find((one) => one.textContent === 'all')"
+    phases = "[...document.querySelectorAll('figure svg .mark-text text')].map((text) => text.textContent)"
+    browser.evaluate(f"{every}.click()")
+    browser.wait(phases, lambda shown: "forward" in shown)
+    # From right to left, over the end of backward and the optimizer step: the other phases go out of sight.
+    assert float(drag(browser, 0.99, 0.8).removesuffix("px")) > 100
+    left = browser.wait(phases, lambda shown: "forward" not in shown)
+    assert any("optimizer" in text for text in left) and not any(text.startswith("peak") for text in left)
+    assert browser.evaluate("document.querySelector('.drag')") is None
+    assert browser.evaluate(f"{every}.getAttribute('aria-pressed')") == "false"
+    # A click is no drag.
+    drag(browser, 0.5, 0.501)
+    assert browser.evaluate(phases) == left
+    browser.evaluate(f"{every}.click()")
+    browser.wait(phases, lambda shown: "forward" in shown)
 
 
 def test_without_scripts_the_images_are_shown(browser: Browser, report_page: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 from helpers.runs import write_plan
@@ -129,6 +130,95 @@ OTHERS: tuple[str, ...] = (
         "plan vit-tiny/56",
 )  # fmt: skip
 
+SPEC = "family: vit\ndim: 64\ndepth: 2\nheads: 2\nimage: 16\npatch: 4\nclasses: 10\n"
+MODEL_FILES: tuple[tuple[str, str | bytes, str], ...] = (
+    ("empty.yaml", "", "holds nothing"),
+    ("null.yaml", "null\n", "holds nothing"),
+    ("list.yaml", "- a\n- b\n", "holds a list"),
+    ("text.yaml", "just text\n", "holds a text"),
+    ("number.json", "3", "holds a number"),
+    ("empty.json", "", "not valid JSON"),
+    ("cut.json", '{"family": "vit",', "not valid JSON"),
+    ("nan.json", '{"family": "vit", "dim": NaN}', "dim"),
+    ("latin.yaml", "name: Größe\n".encode("latin-1"), "UTF-8"),
+    ("wide.yaml", SPEC.encode("utf-16"), "UTF-8"),
+    ("binary.yaml", bytes(range(256)), "UTF-8"),
+    ("tab.yaml", "family:\tvit\n\tdim: 3\n", "not valid YAML"),
+    ("two.yaml", f"{SPEC}---\n{SPEC}", "not valid YAML"),
+    ("alias.yaml", "a: &a [1]\nb: *c\n", "not valid YAML"),
+    ("object.yaml", "!!python/object:os.system {}\n", "not valid YAML"),
+    ("twice.yaml", f"{SPEC}dim: 32\n", "dim"),
+    ("below.yaml", "model:\n" + indent(SPEC, "  "), "family: is required"),
+    ("family.yaml", SPEC.replace("vit", "vti"), "vti"),
+    ("none.yaml", SPEC.replace("family: vit\n", ""), "family: is required"),
+    ("typo.yaml", SPEC.replace("depth", "layers"), "layers"),
+    ("near.yaml", SPEC.replace("depth", "dpeth"), "did you mean 'depth'"),
+    ("unit.yaml", SPEC.replace("dim: 64", "dim: 64px"), "dim"),
+    ("date.yaml", SPEC.replace("dim: 64", "dim: 2020-01-01"), "dim"),
+    ("truth.yaml", SPEC.replace("depth: 2", "depth: yes"), "depth"),
+    ("half.yaml", SPEC.replace("depth: 2", "depth: 2.5"), "depth"),
+    ("huge.yaml", SPEC.replace("depth: 2", "depth: 1e9"), "depth"),
+    ("minus.yaml", SPEC.replace("classes: 10", "classes: -10"), "classes"),
+    ("number.yaml", f"{SPEC}3: 4\n", "3"),
+    ("short.safetensors", b"", "safetensors"),
+)
+"""Model files, and what the line says besides their names; all are tried with `estimate`."""
+CLUSTER_FILES: tuple[tuple[str, str | bytes, str], ...] = (
+    ("empty.yaml", "", "holds nothing"),
+    ("list.yaml", "- base: 8xH100\n", "holds a list"),
+    ("base.yaml", "base: 8xH101\n", "H101"),
+    ("near.yaml", "base: 8xH100\nhost_memory: 1TiB\n", "did you mean 'host_memory_bytes'"),
+    ("unit.yaml", "base: 8xH100\nhost_memory_bytes: 2 potatoes\n", "host_memory_bytes"),
+    ("rate.yaml", "base: 8xH100\nhost_memory_bytes: 80GB/s\n", "host_memory_bytes"),
+    ("bits.yaml", "base: 8xH100\nnic_bytes_per_s: 200Gb/s\n", "nic_bytes_per_s: '200Gb/s'"),
+    ("minus.yaml", "base: 8xH100\nhost_memory_bytes: -1\n", "host_memory_bytes"),
+    ("zero.yaml", "base: 8xH100\nnodes: 0\n", "nodes"),
+    ("word.yaml", "base: 8xH100\nnodes: two\n", "nodes"),
+    ("price.yaml", "base: 8xH100\nprice_per_gpu_hour: -2\n", "price_per_gpu_hour"),
+    ("money.yaml", "base: 8xH100\nprice_per_gpu_hour: 2 EUR\n", "price_per_gpu_hour"),
+)
+"""Cluster files, and what the line says besides their names; all are tried with `plan`."""
+HOSTFILES: tuple[tuple[str, str | bytes, str], ...] = (
+    ("empty", "", "hostfile"),
+    ("bare", "node1\n", "node1"),
+    ("twice", "localhost slots=1\nlocalhost slots=1\n", "localhost"),
+    ("minus", "localhost slots=-1\n", "slots=-1"),
+    ("word", "localhost slots=one\n", "slots=one"),
+    ("many", "localhost slots=4\n", "hostfile"),
+    ("latin", "nöde slots=1\n".encode("latin-1"), "hostfile"),
+)
+"""Hostfiles of a plan with one rank, and what the line says."""
+PLACES: tuple[tuple[str, str], ...] = (
+    ("estimate FOLDER", "FOLDER"), ("estimate FOLDER.yaml", "FOLDER.yaml"),
+    ("estimate FOLDER.safetensors", "FOLDER.safetensors"), ("estimate LOOP.yaml", "LOOP.yaml"),
+    ("plan vit-tiny/56 --cluster FOLDER", "FOLDER"), ("plan vit-tiny/56 --cluster 8xH100 --out FILE", "FILE"),
+    ("plan vit-tiny/56 --cluster 8xH100 --out FILE/x", "FILE"),
+    ("plan vit-tiny/56 --cluster 8xH100 --out PLAN", "PLAN"),
+    ("plan vit-tiny/56 --cluster 8xH100 --out FOLDER", "FOLDER"),
+    ("launch FOLDER", "plan.json"), ("launch FILE", "FILE"), ("launch PLAN --hostfile FOLDER", "FOLDER"),
+    ("launch PLAN --run FILE", "FILE"), ("status FILE", "FILE"), ("verify FILE", "FILE"),
+    ("verify-checkpoint FILE", "FILE"), ("export FILE --out x.safetensors", "FILE"), ("preflight FILE", "FILE"),
+    ("import FOLDER --out x.safetensors", "FOLDER: must be a file"), ("import EMPTY --out x.safetensors", "EMPTY"),
+    ("import FILE --out x.safetensors", "torch.save"), ("rehearse FILE", "FILE"),
+    ("report FILE --out a.html", "FILE"), ("report PLAN --out FOLDER.html", "FOLDER.html"),
+    ("report --accuracy FOLDER --out a.html", "FOLDER"), ("report --accuracy FILE.json --out a.html", "FILE.json"),
+    ("report --public FILE.json --out a.html", "FILE.json"), ("report --gpu nothing --out a.html", "nothing"),
+    ("report --experiments FOLDER --out a.html", "FOLDER"), ("report --benchmarks FOLDER --out a.html", "FOLDER"),
+    ("report --model vit-basee/16 --out a.html", "did you mean 'vit-base/16'"),
+    ("compare vit-tiny/56 --gpu 8xH100", "gpu: GPU '8xH100'"),
+    ("compare vit-tiny/56 --out FOLDER.json", "FOLDER.json"),
+    ("compare vit-basee/16", "did you mean 'vit-base/16'"),
+    ("calibrate --cluster cpu:1 --out FOLDER.yaml", "FOLDER.yaml"),
+    ("calibrate --cluster cpu:1 --out MINE.yaml", "--force"), ("calibrate --cluster cpu:1 --out none/a.yaml", "none"),
+    ("calibrate --cluster 8xH100 --out a.yaml", "cluster: 8 GPUs"), ("experiment shifts", "did you mean 'shift'"),
+    ("experiment shift --out FILE", "FILE"), ("prepare EMPTY --out d", "0 tokens"),
+    ("prepare FOLDER --out d", "FOLDER"),
+    ("prepare a.tar --out d", "a.tar"), ("serve --host nowhere.invalid --port 0", "nowhere.invalid"),
+    ("estimte vit-tiny/56", "estimate"), ("estimate vit-tiny/56 --precison fp32", "--precision"),
+    ("launch PLAN --reusme", "--resume"), ("--verison", "--version"),
+)  # fmt: skip
+"""Paths that are of another kind than a command needs, names with a letter wrong, and what the line says."""
+
 
 def pairs(options: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
     return [(option, value) for option, values in options.items() for value in values]
@@ -211,6 +301,59 @@ def test_other_commands(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_there_are_three_hundred() -> None:
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path: Path, content: str | bytes) -> None:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def test_files_of_models_and_clusters(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = (("estimate", MODEL_FILES), ("plan vit-tiny/56 --out plan --cluster", CLUSTER_FILES))
+    for command, files in commands:
+        for name, content, said in files:
+            write(place / name, content)
+            line = refused([*command.split(), name], capsys)
+            assert said in line and (name in line or "cluster: " in line), line
+            (place / name).unlink()
+    assert list(place.iterdir()) == []
+
+
+def test_hostfiles(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = str(write_plan(place / "plan", 1, data="synthetic"))
+    for name, content, said in HOSTFILES:
+        write(place / name, content)
+        line = refused(["launch", plan, "--dry-run", "--hostfile", name], capsys)
+        assert said in line, line
+    assert not (place / "plan" / "runs").exists()
+
+
+def test_places_and_names(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_plan(place / "PLAN", 1, data="synthetic")
+    for name in ("FOLDER", "FOLDER.yaml", "FOLDER.safetensors", "FOLDER.json", "FOLDER.html"):
+        (place / name).mkdir()
+    for name, content in (
+        ("FILE", "x"),
+        ("FILE.json", "{}"),
+        ("EMPTY", ""),
+        ("a.tar", "x"),
+        ("MINE.yaml", "base: cpu:1"),
+    ):
+        write(place / name, content)
+    (place / "LOOP.yaml").symlink_to("LOOP.yaml")
+    before = sorted(place.rglob("*"))
+    for words, said in PLACES:
+        line = refused(words.split(), capsys)
+        assert said in line, line
+        assert sorted(place.rglob("*")) == before, words
+    assert (place / "MINE.yaml").read_text() == "base: cpu:1"
+
+
+def test_there_are_four_hundred() -> None:
     tables = sum(len(pairs(table)) for table in (PLAN, ESTIMATE, COMPARE, LAUNCH))
-    assert tables + len(TOGETHER) + len(OTHERS) >= 300
+    files = len(MODEL_FILES) + len(CLUSTER_FILES) + len(HOSTFILES) + len(PLACES)
+    assert tables + len(TOGETHER) + len(OTHERS) + files >= 400

@@ -151,6 +151,18 @@ def test_the_recording_of_plan_is_current() -> None:
     assert script.PICTURE.read_text(encoding="utf-8") == drawn, "the recording is old: make docs"
 
 
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_pages_fit_a_screen_and_a_phone(site: Path, browser: Browser, width: int, height: int) -> None:
+    for page in ("index", "docs/README", "docs/tutorial", "docs/layer", "docs/clusters"):
+        browser.open(site / f"{page}.html".replace("README", "index"), width=width, height=height)
+        assert browser.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [width, width], page
+        if width == 1280 and page in ("index", "docs/tutorial"):  # Tables as commands print them.
+            cut = "[...document.querySelectorAll('pre > code')].filter((e) => e.scrollWidth > e.clientWidth + 1)"
+            assert browser.evaluate(f"{cut}.map((e) => e.innerText.slice(0, 60))") == [], page
+        broken = "[...document.querySelectorAll('td:first-child > code')].filter((e) => e.getClientRects().length > 1)"
+        assert browser.evaluate(f"{broken}.map((e) => e.innerText)") == [], page
+
+
 def test_imports_in_a_circle_have_no_picture() -> None:
     script = load_script("pictures/import_graph")
     edges = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}

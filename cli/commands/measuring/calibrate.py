@@ -56,6 +56,7 @@ def calibrate_cli(
     nvme_path: Annotated[
         str | None, typer.Option(help="Folder on the NVMe drive to measure; without it no drive is measured.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the compute and transfer rates of this machine, for predictions of time."""
@@ -65,7 +66,8 @@ def calibrate_cli(
         def show(line: str, number: int, total: int) -> None:
             progress.show(number, total, line)
 
-        rates = calibrate_to_file(cluster_name, out, nvme_path, shlex.join(["translution", *sys.argv[1:]]), show)
+        command = shlex.join(["translution", *sys.argv[1:]])
+        rates = calibrate_to_file(cluster_name, out, nvme_path, command, show, force=force)
     if as_json:
         print_json({"file": str(out), "measured": rates.model_dump(mode="json")})
         return

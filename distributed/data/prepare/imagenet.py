@@ -123,7 +123,7 @@ def _members(file: IO[bytes], where: str) -> Iterator[tuple[str, IO[bytes]]]:
             if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise InputError(f"{where}: ends without the mark of its end: the archive is cut")
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{where}: cannot be read as a tar archive: {error}") from None
+        raise InputError(f"{where}: cannot be read as a tar archive: {str(error).partition(': - ')[0]}") from None
 
 
 def _check(archives: Sequence[Path], out: Path) -> None:

@@ -32,7 +32,7 @@ def read_labels(path: Path) -> dict[str, str]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read as a tar archive: {error}") from None
+        raise InputError(f"{path}: cannot be read as a tar archive: {str(error).partition(': - ')[0]}") from None
     labels = {}
     for line in lines:
         found = _IMAGE.search(line)

@@ -36,7 +36,7 @@ def read_published(path: Path | str) -> PublishedFile:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'must be a file' if path.exists() else 'no such file'}")
     values = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     arch = values.get("arch")
     inner = values.get("state_dict", values)
@@ -64,9 +64,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _read_torch(path: Path) -> dict[str, Any]:
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
-        text = " ".join(str(error).split())[:160]
-        raise InputError(f"{path}: not a file that torch.save has written with tensors only: {text}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError):
+        # torch's reasons are about its own options, and of some files only a number.
+        raise InputError(f"{path}: not a file that torch.save has written, or with more than tensors in it") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds a {type(values).__name__}: must be a state dict, or a checkpoint with one")
     return values

@@ -47,4 +47,4 @@ def test_a_plan_folder_stands_for_its_newest_run(plan: Path, capsys: pytest.Capt
 
 def test_calibration_counts_the_gpus_before_it_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["calibrate", "--cluster", "8xH100", "--out", str(tmp_path / "mine.yaml")]) == 2
-    assert "ranks_per_node: 8 is not allowed: found" in capsys.readouterr().err
+    assert "cluster: 8 GPUs are not allowed: this machine has" in capsys.readouterr().err

@@ -29,6 +29,19 @@ def test_other_texts_are_refused(value: str) -> None:
         load_cluster({"base": "8xH100", "host_memory_bytes": value})
 
 
+@pytest.mark.parametrize(("text", "rate"), [("25GB/s", 25e9), ("1.5 TB / s", 15e11), ("2GiB/s", 2**31), ("3.0e9", 3e9)])
+def test_rates_take_a_unit(text: str, rate: float, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: 2x8xH100\nnic_bytes_per_s: {text}\n")
+    assert load_cluster(path).nic_bytes_per_s == rate
+
+
+@pytest.mark.parametrize("value", ["25GB", "200Gb/s", "25GB/h", "25 /s", "-1GB/s", "GB/s", "nan"])
+def test_other_rates_are_refused(value: str) -> None:
+    with pytest.raises(InputError, match=r"nic_bytes_per_s: "):
+        load_cluster({"base": "8xH100", "nic_bytes_per_s": value})
+
+
 def test_a_gpu_that_is_unknown_can_be_described() -> None:
     with pytest.raises(InputError, match=r"GPU 'V200' .* a cluster file can describe another one by ranks_per_node"):
         load_cluster("8xV200")

@@ -156,9 +156,9 @@ def test_a_bad_name_gives_a_one_line_error(name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1, 2]", "expected a mapping"),
+        ("[1, 2]", "holds a list"),
         ("a: [", "not valid YAML"),
-        ("", "expected a mapping"),
+        ("", "holds nothing"),
         ("family: vit\ndim: 4", "is required"),
     ],
 )
@@ -211,7 +211,7 @@ def test_a_clip_with_a_window_per_axis_survives_a_file(tmp_path: Path, suffix: s
         ("3", "has no 'model_spec' in its metadata"),
         ('"a model_spec"', "has no 'model_spec' in its metadata"),
         ('["model_spec"]', "has no 'model_spec' in its metadata"),
-        ('{"model_spec": 3}', "model_spec: expected a mapping of keys to values, got int"),
+        ('{"model_spec": 3}', "model_spec: holds a number: must be keys and their values"),
         ('{"model_spec": "{"}', "model_spec: not valid JSON"),
         (json.dumps({"model_spec": 100_000 * "["}), "model_spec: not valid JSON"),
     ],

@@ -188,7 +188,7 @@ def test_a_cluster_of_an_older_plan_is_read() -> None:
         ("base: 8xH100\ngpu_constants: {contxt: 1}\n", "gpu_constants: unknown key 'contxt' .*'context'"),
         ("base: 8xH100\ngpu_constants: {nccl: -1}\n", "gpu_constants: nccl.low_bytes: -1 is not allowed"),
         ("base: 8xH100\ngpu_constants: 3\n", "gpu_constants: 3 is not allowed"),
-        ("- 1\n", "expected a mapping"),
+        ("- 1\n", "holds a list"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_one_line(text: str, message: str, tmp_path: Path) -> None:

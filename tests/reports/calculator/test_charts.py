@@ -108,7 +108,8 @@ def test_the_trade_off_has_time_on_a_log_scale_and_marks_the_plan() -> None:
         scale = fastest.point.device_bytes / GIB / fastest.x
         assert tick.position * scale == pytest.approx(float(tick.text))
     assert sum(one.chosen for one in chart.points) <= 1
-    assert trade_chart((), plan, 0.08) is None
+    # One plan is no trade-off, and its picture would be an empty rectangle.
+    assert trade_chart((), plan, 0.08) is None and trade_chart(plan.pareto[:1], plan, 0.08) is None
     single = plan_of(model="vit-small/32")
     own = trade_chart(single.pareto, single, 0.08)
     assert own is not None
