@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 
@@ -136,7 +136,8 @@ def experiment_picture(result: ExperimentResult) -> dict[str, Any]:
     dots = base.mark_point(color=COLOURS[1], filled=True, size=28, opacity=1).encode(x=x, tooltip=tooltip)
     at_chance = alt.Chart().transform_filter("datum.first").encode(x=alt.datum(chance))
     rule = at_chance.mark_rule(strokeDash=[4, 3], strokeWidth=1.5)
-    side, shift = ("right", -3) if chance > highest / 2 else ("left", 3)
+    side: Literal["left", "right"] = "right" if chance > highest / 2 else "left"
+    shift = -3 if side == "right" else 3
     name = at_chance.mark_text(align=side, baseline="bottom", dx=shift, dy=-3).encode(y=alt.value(0))
     layers = [bars, dots, rule, name.encode(text=alt.value(chance_text))]
     width = _FACET_WIDTH if len({row["test"] for row in rows}) > 1 else CHART_WIDTH
