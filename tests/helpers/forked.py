@@ -23,6 +23,9 @@ PRELOADED = [
     "programs.processor",
 ]
 _context: list[ForkServerContext] = []
+_kept: list[dict[str, object]] = []
+"""What scripts leave behind. Freeing DistributedDataParallel while gloo's thread ends its last reduction hangs: the one
+holds Python's lock and waits for the thread, which waits for the lock."""
 
 
 @contextlib.contextmanager
@@ -69,8 +72,8 @@ def run(arguments: list[str], environment: dict[str, str], log: str) -> None:
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        _kept.append(runpy.run_module(arguments[1], run_name="__main__", alter_sys=True))
     else:
         sys.argv = arguments
         sys.path.insert(0, str(Path(arguments[0]).parent))
-        runpy.run_path(arguments[0], run_name="__main__")
+        _kept.append(runpy.run_path(arguments[0], run_name="__main__"))

@@ -45,7 +45,10 @@ def test_plan_writes_a_folder_and_dry_run_prints_the_command(tmp_path: Path, roo
     assert not (folder / "runs").exists()
 
 
-def test_a_plan_for_several_nodes_needs_a_hostfile(tmp_path: Path, capsys: Captured) -> None:
+def test_a_plan_for_several_nodes_needs_a_hostfile(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # A value of the user's own would reach the ranks.
     folder, hosts = str(tmp_path / "plan"), tmp_path / "hosts"
     arguments = ["plan", "vit-base/16", "--cluster", "2x8xH100", "--data", "synthetic", "--out", folder]
     assert run([*arguments, "--precision", "bf16", "--micro-batch", "1"]) == 0
