@@ -147,12 +147,18 @@ def run_rank(small: bool, repeats: int, out: Path) -> None:
         for name, turn in turns.items():
             dist.barrier()
             sent.total = 0
-            found[name]["seconds"].append(seconds_once(lambda turn=turn: (turn(), dist.barrier())))  # type: ignore[misc]
+            found[name]["seconds"].append(seconds_once(functools.partial(_on_all_ranks, turn)))
             found[name]["bytes"].append(sent.total)
     found["relation"]["bytes"] = [count + ours.replicated_bytes() for count in found["relation"]["bytes"]]
     if dist.get_rank() == 0:
         out.write_text(json.dumps({"losses": losses, "turns": found, "tile_relations": plan.tile_relations}))
     dist.destroy_process_group()
+
+
+def _on_all_ranks(turn: Callable[[], Tensor]) -> None:
+    """Take a turn, and wait until all ranks have."""
+    turn()
+    dist.barrier()
 
 
 def start_ranks(arguments: list[str], folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import os
 import torch
 
 from translution.planner.common import InputError
+from translution.planner.config import fits_fused_kernels
 
 from .fused import fp32_products_use_tf32, fused_is_correct, fused_problem
 
@@ -69,7 +70,7 @@ def choose_implementation(
     if device.type != "cuda":
         return "grouped"
     # Exact products of fp32 do not run on tensor cores, and cuBLAS has the faster ones.
-    fit = all(width % 16 == 0 for width in widths) and (dtype != torch.float32 or fp32_products_use_tf32())
+    fit = fits_fused_kernels(*widths, heads) and (dtype != torch.float32 or fp32_products_use_tf32())
     if fit and fused_problem(device, dtype, widths, heads) is None and fused_is_correct(device, dtype, widths, heads):
         return "fused"
     return "batched"

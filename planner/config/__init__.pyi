@@ -26,11 +26,13 @@ from .model import VitSpec as VitSpec
 from .model import override as override
 from .model import parse_model_spec as parse_model_spec
 from .model_base import DEFAULT_WORKSPACE_BYTES as DEFAULT_WORKSPACE_BYTES
+from .model_base import FUSED_HEAD_DIM as FUSED_HEAD_DIM
 from .model_base import LOSS_CHUNK_ELEMENTS as LOSS_CHUNK_ELEMENTS
 from .model_base import OPERATOR_LABELS as OPERATOR_LABELS
 from .model_base import OPERATORS as OPERATORS
 from .model_base import Operator as Operator
 from .model_base import canonical_roles as canonical_roles
+from .model_base import fits_fused_kernels as fits_fused_kernels
 from .recipes import RECIPES as RECIPES
 from .recipes import Recipe as Recipe
 from .recipes import find_recipe as find_recipe

@@ -34,6 +34,23 @@ OPERATOR_LABELS: dict[str, str] = {
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
 """Default limit of the scratch memory of one operator call, in bytes."""
 
+FUSED_WIDTH_MULTIPLE, FUSED_HEAD_DIM = 16, 256
+"""What divides the widths of matrices for which layers take the fused kernels by themselves, and the widest head that
+the kernels take."""
+
+
+def fits_fused_kernels(d_in: int, d_out: int, heads: int) -> bool:
+    """Return whether layers take the fused kernels for matrices (d_in, d_out), where a GPU has them.
+
+    Args:
+        d_in: input width.
+        d_out: output width, all heads together.
+        heads: number of attention heads.
+    """
+    divided = d_in % FUSED_WIDTH_MULTIPLE == 0 == d_out % FUSED_WIDTH_MULTIPLE
+    return divided and d_out // heads <= FUSED_HEAD_DIM
+
+
 LOSS_CHUNK_ELEMENTS = 2**24
 """Logits of one chunk of a loss that is computed in chunks of tokens: 64 MiB in fp32."""
 

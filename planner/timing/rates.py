@@ -45,8 +45,8 @@ FUSED_SHARES = (0.33, 0.55, 0.72)
 """Share of a large product's rate that the fused kernels reach on whole blocks of rows: slow, likely, fast.
 Measured: 0.55, forward and backward of Translution at ViT-B/16 with 32 samples on one H200 (reports/gpu); slow and fast
 are estimates."""
-FUSED_ROWS, FUSED_WIDTH_MULTIPLE = 64, 16
-"""Rows of a block of the fused kernels, and what divides the widths that they take (models/ops/implementations.py)."""
+FUSED_ROWS = 64
+"""Rows of a block of the fused kernels (models/ops/fused/configs.py)."""
 LATENCY_S = (60e-6, 30e-6, 15e-6)
 """Latency of a collective on one node; each doubling of the nodes adds the same again. Estimates, not measured."""
 GPU_OPERATION_S = (12e-6, 6e-6, 4e-6)
@@ -171,13 +171,10 @@ class Rates:
         # The first reads and the last writes of a product overlap with nothing.
         return flops / flops_per_s + moved / self.memory_bytes_per_s
 
-    def fuses(self, *widths: int) -> bool:
-        """Return whether fused kernels compute products of relations with matrices of these widths."""
-        return (
-            self.cluster.has_fused_kernels
-            and DTYPE_BYTES[self.precision] == 2
-            and all(width % FUSED_WIDTH_MULTIPLE == 0 for width in widths)
-        )
+    @cached_property
+    def has_fused_kernels(self) -> bool:
+        """Whether fused kernels compute products of relations, where the widths fit."""
+        return self.cluster.has_fused_kernels and DTYPE_BYTES[self.precision] == 2
 
     def fused_seconds(self, rows: float, inner: int, cols: int) -> float:
         """Return the seconds of one product of a relation's rows in a fused kernel, (rows, inner) by (inner, cols).

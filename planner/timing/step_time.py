@@ -12,9 +12,10 @@ from functools import lru_cache
 from ..common.schema import Schema, stored_as
 from ..common.types import DTYPE_BYTES, Line
 from ..config.model import ModelSpec
+from ..config.model_base import fits_fused_kernels
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
-from ..costs.workload import Product, Volumes, Work, count_flops, count_work, volumes
+from ..costs.workload import Product, Volumes, count_flops, count_work, volumes
 from ..hardware.cluster import ClusterSpec
 from .engine_time import PartTime, engine_parts, forward_parts, launch_seconds
 from .rates import RATE_LEVELS, RateLevel, Rates
@@ -71,13 +72,15 @@ def compute_seconds(spec: ModelSpec, batch: int, tiles: int, rates: Rates) -> tu
             seconds = product.computed * rates.attention_seconds(rows, product.inner, product.cols)
             recomputed = 1 + 1 / product.backward
         else:
-            seconds = _product_seconds(product, rows, rates)
+            seconds = _product_seconds(product, rows, spec, rates)
             recomputed = 1.0
         seconds *= times * product.copies
         forward += seconds * product.forward
         backward += seconds * product.backward * recomputed
     element_s = batch * DTYPE_BYTES[rates.precision] / rates.memory_bytes_per_s
-    gathered = (0, 0) if rates.fuses(*_relation_widths(work)) else work.relation_rows
+    relations = [product for product in work.products if product.grouped]
+    fused = all(_is_fused(product, spec, rates) for product in relations)
+    gathered = (0, 0) if fused else work.relation_rows
     forward += (work.forward_elements + gathered[0]) * element_s
     backward += (work.backward_elements + gathered[1]) * element_s
     overhead = launch_seconds(spec, tiles, rates)
@@ -87,13 +90,13 @@ def compute_seconds(spec: ModelSpec, batch: int, tiles: int, rates: Rates) -> tu
     return max(forward, overhead), max(backward, 3 * overhead)
 
 
-def _relation_widths(work: Work) -> tuple[int, ...]:
-    """Return the widths of the relations' matrices; none without relations."""
-    return tuple({width for product in work.products if product.grouped for width in (product.inner, product.cols)})
+def _is_fused(product: Product, spec: ModelSpec, rates: Rates) -> bool:
+    fit = product.grouped and fits_fused_kernels(product.inner, product.cols, spec.heads)
+    return fit and rates.has_fused_kernels
 
 
-def _product_seconds(product: Product, rows: int, rates: Rates) -> float:
-    if product.grouped and rates.fuses(product.inner, product.cols):
+def _product_seconds(product: Product, rows: int, spec: ModelSpec, rates: Rates) -> float:
+    if _is_fused(product, spec, rates):
         return rates.fused_seconds(rows, product.inner, product.cols)
     return rates.matmul_seconds(rows, product.inner, product.cols, grouped=product.grouped)
 

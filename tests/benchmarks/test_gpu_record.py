@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from translution.planner import Plan, load_model
 from translution.planner.hardware import ClusterSpec, MeasuredRates, load_cluster
+from translution.planner.simulator.network.ops import DtypeSizes
+from translution.planner.simulator.network.relation_shape import RelationShape
 from translution.planner.timing.rates import Rates
 from translution.planner.timing.step_time import compute_seconds
 from translution.reports.inputs.gpu_record import GpuMemory, GpuTimes, PlanMemoryRow, load_gpu_check, part_data
@@ -89,6 +92,20 @@ def test_measured_rates_are_used_in_place_of_the_catalogs(root: Path) -> None:
     cluster = load_cluster("1xH200").model_copy(update={"measured": rates})
     fastest = max(point.flops_per_s for point in rates.matmul if point.precision == "bf16")
     assert Rates(cluster, "bf16").fused_seconds(6400, 768, 768) == pytest.approx(2 * 6400 * 768**2 / fastest / 0.55)
-    assert not Rates(cluster, "fp32").fuses(768)
-    assert not Rates(cluster, "bf16").fuses(768, 40)
-    assert not Rates(load_cluster("8xMI300X"), "bf16").fuses(768)
+    assert Rates(cluster, "bf16").has_fused_kernels
+    assert not Rates(cluster, "fp32").has_fused_kernels
+    assert not Rates(load_cluster("8xMI300X"), "bf16").has_fused_kernels
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(768, 12), (760, 10), (1024, 2)])
+def test_time_and_memory_take_the_fused_kernels_for_the_same_layers(dim: int, heads: int) -> None:
+    """760 is no multiple of 16, and two heads of 512 are too wide."""
+    spec, fits = load_model("vit-base/16", depth=1, dim=dim, heads=heads), (dim, heads) == (768, 12)
+    with_kernels, without = (load_cluster(name) for name in ("1xH200", "1xMI300X"))
+    shape = RelationShape(
+        spec.geometry, 1, heads, dim, dim, dim, replace(DtypeSizes.of(2, "cuda"), fused=True)
+    )  # fmt: skip
+    assert shape.fused == fits
+    named = with_kernels.model_copy(update={"gpu": without.gpu})
+    seconds = [compute_seconds(spec, 8, 1, Rates(one, "bf16"))[0] for one in (with_kernels, named)]
+    assert (seconds[0] < 0.7 * seconds[1]) == fits

@@ -43,8 +43,6 @@ class Launch(Protocol):
         """Run it, or compile it."""
 
 
-MAX_HEAD_DIM = 256
-"""Largest width of a head that the kernels take: a program holds all columns of a head."""
 _INTERPRETED = (KernelConfig(64, 32, 64, 4, 1),)
 """For the interpreter, whose time is the number of programs."""
 _PROJECTIONS = (

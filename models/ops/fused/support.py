@@ -11,11 +11,10 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from translution.planner.config import RelationGeometry
+from translution.planner.config import FUSED_HEAD_DIM, RelationGeometry
 
 from ..batched import BatchedTile
 from ..context import RelationContext
-from .configs import MAX_HEAD_DIM
 from .tile import FusedTile
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -45,8 +44,8 @@ def fused_problem(device: torch.device, dtype: torch.dtype, widths: tuple[int, i
         return "needs the package triton"
     if dtype not in FUSED_DTYPES:
         return f"computes in bfloat16, float16 or float32, not in {str(dtype).removeprefix('torch.')}"
-    if widths[1] // heads > MAX_HEAD_DIM:
-        return f"takes heads of a width of at most {MAX_HEAD_DIM}, not {widths[1] // heads}"
+    if widths[1] // heads > FUSED_HEAD_DIM:
+        return f"takes heads of a width of at most {FUSED_HEAD_DIM}, not {widths[1] // heads}"
     if device.type == "cpu" and interpreted():
         return None
     if device.type != "cuda" or torch.version.hip is not None:

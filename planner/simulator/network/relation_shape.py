@@ -12,7 +12,7 @@ from math import prod
 from typing import Literal, TypeAlias
 
 from ...config.geometry import RelationGeometry
-from ...config.model_base import DEFAULT_WORKSPACE_BYTES
+from ...config.model_base import DEFAULT_WORKSPACE_BYTES, fits_fused_kernels
 from ..core import ModuleParams
 from .ops import DtypeSizes
 
@@ -45,8 +45,6 @@ class SimulatedTerm:
 
 _BLOCK_BYTES = 16
 """Bytes of a block of rows in the fused kernels' lists: four numbers of four bytes."""
-FUSED_HEAD_DIM = 256
-"""Largest width of a head that the fused kernels take (models/ops/fused/configs.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ class RelationShape:
     @property
     def fused(self) -> bool:
         """Whether the fused kernels compute it: half precision, widths that are multiples of 16."""
-        fit = self.d_in % 16 == 0 and self.d_out % 16 == 0 and self.d_out // self.heads <= FUSED_HEAD_DIM
+        fit = fits_fused_kernels(self.d_in, self.d_out, self.heads)
         return self.sizes.fused and self.sizes.value == 2 and fit
 
     def _fused_pairs(self, roles: int) -> int:
