@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import socket
 import sys
@@ -16,13 +18,21 @@ from translution.planner.plans import HUGE_PAGES, Plan
 from .compiled_ops import needed_ops
 from .packages import check_training_packages
 
+_PORTS = range(20_000, 32_768)
+"""Ports below those that Linux gives to connections: a connection would take one of those before it is used."""
+
 
 def free_port() -> int:
-    """Return a free TCP port on the loopback interface."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-        return port
+    """Return a free TCP port on the loopback interface, outside the ports that connections get.
+
+    Raises:
+        InputError: if all ports are in use.
+    """
+    for port in random.Random(os.urandom(8)).sample(_PORTS, len(_PORTS)):
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
+    raise InputError(f"no port from {_PORTS[0]} to {_PORTS[-1]} is free")
 
 
 def own_path() -> str:

@@ -57,7 +57,7 @@ class SwapFolder:
 
     def remove(self) -> None:
         """Delete the folder: no later run can use its files."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        _discard(self.path)
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -89,7 +89,10 @@ def _clear(nvme_path: str, path: Path, rank: int) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Delete a folder, whose name is free at once: its files may take long."""
+    """Delete a folder, whose name is free at once: its files may take long.
+
+    If the process is killed meanwhile, `remove_stale` deletes the rest.
+    """
     gone = folder.with_name(f"{_GONE}{secrets.token_hex(8)}")
     with contextlib.suppress(OSError):
         folder.rename(gone)

@@ -128,7 +128,8 @@ def test_no_shell_evaluates_a_model_name(tmp_path: Path) -> None:
 def test_torchrun_runs_the_plan(tmp_path: Path) -> None:
     folder = write_plan(tmp_path / "plan", 1, steps=2)
     command = [str(folder / "launch-torchrun.sh"), str(folder / "runs" / "own")]
-    subprocess.run(command, check=True, env=tools(tmp_path), capture_output=True, timeout=PATIENCE_S)
+    done = subprocess.run(command, env=tools(tmp_path), capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr[-5000:]
     raise_unless_finished(folder / "runs" / "own", 1, exit_code=0)
 
 

@@ -216,7 +216,8 @@ def test_the_printed_command_runs_a_plan_by_itself(tmp_path: Path, capsys: pytes
     folder = write_plan(tmp_path / "plan", 1, steps=3)
     assert run_cli(["launch", str(folder), "--dry-run"]) == 0
     command = capsys.readouterr().out.strip().replace("29500", str(free_port()))
-    subprocess.run(["sh", "-c", command], check=True, capture_output=True, timeout=PATIENCE_S)
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr[-5000:]
     raise_unless_finished(folder / "runs" / "001", 1, exit_code=0)
     assert run_cli(["verify", str(folder)]) == 0
 

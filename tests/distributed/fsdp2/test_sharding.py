@@ -131,7 +131,8 @@ def test_a_plan_folder_trains_through_torchrun_and_resumes(root: Path, tmp_path:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "MASTER_PORT": str(free_port())}
     command = [str(folder / "launch-torchrun.sh"), str(run)]
-    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=PATIENCE_S)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr[-5000:]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert newest_step(run) == 4

@@ -76,6 +76,28 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, holde
     folder.remove()
 
 
+def test_what_a_process_killed_during_its_removal_left_is_removed(tmp_path: Path) -> None:
+    """As the launcher kills the other ranks when one fails: some have begun to remove their folders."""
+    program = """
+import os, shutil, sys
+from pathlib import Path
+from translution.distributed.system.nvme_swap import OWNER, SwapFolder
+
+def remove_some(path, **_):
+    (Path(path) / OWNER).unlink()
+    os._exit(9)
+
+folder = SwapFolder(sys.argv[1], Path("run"), 0)
+(folder.path / "moments.swp").write_bytes(bytes(64))
+shutil.rmtree = remove_some
+folder.remove()
+"""
+    assert subprocess.run([sys.executable, "-c", program, tmp_path]).returncode == 9
+    assert len(list(tmp_path.rglob("*.swp"))) == 1
+    remove_stale(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_files_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither another user's folder nor one without a lock is taken for stale."""
     mine = SwapFolder(drive(tmp_path), tmp_path / "run", 0)
