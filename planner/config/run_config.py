@@ -9,6 +9,7 @@ from typing import Any
 from ..common.errors import InputError
 from ..hardware.cluster import ClusterSpec
 from .model import ModelSpec
+from .parallel import NOT_PARALLEL, ParallelSpec
 from .training import TrainingSpec
 from .zero import ZeroSpec
 
@@ -26,15 +27,19 @@ class RunConfig:
     zero: ZeroSpec
     tile_relations: int | None = None
     """Relations per tile of a table; None keeps tables whole."""
+    parallel: ParallelSpec = NOT_PARALLEL
 
     def __post_init__(self) -> None:
         """Choose what updates the states of adamw.
 
         Raises:
             InputError: if DeepSpeed's fused kernel is asked for on CPU ranks, a chunked loss for an image model, or a
-                group of hpZ that does not divide a node, or what does not train under FSDP2.
+                group of hpZ that does not divide a node, or what does not train under FSDP2 or with relation
+                parallelism.
         """
         training = self.training
+        if self.parallel.relation > 1:
+            self._check_relation_parallel()
         if self.zero.uses_fsdp2:
             self._check_fsdp2()
         if training.chunks_loss and self.model.family != "gpt":
@@ -68,10 +73,28 @@ class RunConfig:
                 texts = " or ".join(map(str, values))
                 raise InputError(f"{name}: {value!r} is not allowed: must be {texts} under FSDP2")
 
+    def _check_relation_parallel(self) -> None:
+        ranks, model = self.parallel.relation, self.model
+        subject = f"relation_parallel: {ranks} is not allowed: must"
+        if self.world_size % ranks:
+            raise InputError(f"{subject} divide the number of ranks {self.world_size}")
+        if not {"translution", "alpha"} & set(model.layer_operators):
+            raise InputError(f"{subject} be 1 for a model without relation tables")
+        if ranks > model.geometry.relations:
+            raise InputError(f"{subject} be at most the number of relations {model.geometry.relations}")
+        if self.zero.uses_fsdp2 or self.zero.zero_plus_plus:
+            engine = "FSDP2" if self.zero.uses_fsdp2 else self.zero.zero_plus_plus
+            raise InputError(f"{subject} be 1 with {engine}")
+
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.cluster.world_size
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that own the same relations, D, over which ZeRO partitions: all ranks without relation parallelism."""
+        return self.world_size // self.parallel.relation
 
     @property
     def global_batch(self) -> int:

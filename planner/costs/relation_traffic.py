@@ -23,7 +23,7 @@ from ..common.schema import Schema
 from ..config.geometry import RelationGeometry
 from ..config.model import ModelSpec
 from ..config.model_base import Operator
-from ..config.relation_owners import deal_relations, owned_geometry
+from ..config.parallel import deal_relations, owned_geometry
 from .parameters import TABLES, parameter_groups
 
 SEED_BYTES = 8

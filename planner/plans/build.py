@@ -9,6 +9,7 @@ from ..common.errors import DoesNotFitError, InputError
 from ..common.units import format_bytes
 from ..config.datasets import DIGITS, DIGITS_TRAINING_SAMPLES, check_kind
 from ..config.model import ModelSpec, VitSpec
+from ..config.parallel import ParallelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
 from ..config.zero import OffloadMode, ShardingEngine
@@ -34,6 +35,7 @@ def make_plan(
     offload_ratio: float = 1.0,
     zero_overrides: Mapping[str, object] | None = None,
     engine: ShardingEngine = "deepspeed",
+    relation_parallel: int = 1,
 ) -> Plan:
     """Build a plan with a given ZeRO stage and offload mode and default knobs.
 
@@ -49,10 +51,12 @@ def make_plan(
         zero_overrides: fields of `ZeroSpec` that replace the default knobs; a field of an offload section is written
             ``offload_optimizer.buffer_count``.
         engine: what shards; ``"fsdp2"`` has no stage below 3, no offload and none of the knobs.
+        relation_parallel: ranks that share out the relations of every table; ZeRO partitions over the replicas.
 
     Raises:
-        InputError: if the data does not suit the model, the tile size is out of range, or DeepSpeed does not support
-            the combination of optimizer, dtypes and offload.
+        InputError: if the data does not suit the model, the tile size is out of range, the model or the cluster does
+            not suit relation parallelism, or DeepSpeed does not support the combination of optimizer, dtypes and
+            offload.
         DoesNotFitError: if the prediction exceeds the memory of a rank's device or of a node's host.
     """
     check_data(spec, training, training.global_batch(cluster.world_size))
@@ -71,7 +75,8 @@ def make_plan(
         zero = choose_fsdp2(spec, tile_relations, cluster)
     if zero_overrides:
         zero = override_zero(zero, zero_overrides)
-    return predict_checked(RunConfig(spec, cluster, training, zero, tile_relations))
+    parallel = ParallelSpec(relation=relation_parallel)
+    return predict_checked(RunConfig(spec, cluster, training, zero, tile_relations, parallel))
 
 
 def predict_checked(run: RunConfig) -> Plan:
@@ -120,6 +125,7 @@ def predict_plan(run: RunConfig) -> Plan:
         training=run.training,
         zero=run.zero,
         tile_relations=run.tile_relations,
+        parallel=run.parallel,
         prediction=with_evaluation(run, prediction, evaluation),
         time=time,
         evaluation=evaluation,

@@ -18,6 +18,7 @@ from ..common.schema import Schema, validate
 from ..common.types import Line, Positive
 from ..common.units import format_bytes
 from ..config.model import ModelSpec
+from ..config.parallel import ParallelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
 from ..config.zero import ZeroSpec
@@ -44,6 +45,7 @@ class Plan(Schema):
     zero: ZeroSpec
     tile_relations: Positive | None
     """Relations per tile of a table; null keeps tables whole."""
+    parallel: ParallelSpec = ParallelSpec()
     prediction: MemoryEstimate
     time: StepTime | None = None
     """Predicted time of a step; null if the cluster lacks a rate."""
@@ -55,8 +57,8 @@ class Plan(Schema):
 
     @property
     def run_config(self) -> RunConfig:
-        """Model, cluster, training, ZeRO and tile size."""
-        return RunConfig(self.model, self.cluster, self.training, self.zero, self.tile_relations)
+        """Model, cluster, training, ZeRO, tile size and relation parallelism."""
+        return RunConfig(self.model, self.cluster, self.training, self.zero, self.tile_relations, self.parallel)
 
     @property
     def world_size(self) -> int:
@@ -107,7 +109,7 @@ class Plan(Schema):
 
 
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
-_PLANNED = ("model", "cluster", "training", "zero", "tile_relations")
+_PLANNED = ("model", "cluster", "training", "zero", "tile_relations", "parallel")
 _DIGEST = "digest"
 
 
@@ -130,7 +132,7 @@ def _digest(document: Mapping[str, object]) -> str:
 
     It is taken of the file's content and not of a `Plan`, which a later version of the toolkit fills with new fields.
     """
-    planned = {name: document.get(name) for name in _PLANNED}
+    planned = {name: document[name] for name in _PLANNED if name in document}
     return hashlib.sha256(json.dumps(planned, sort_keys=True).encode()).hexdigest()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,13 @@ import torch
 from translution.models.ops.context import relation_index
 from translution.planner.common.errors import InputError
 from translution.planner.config.geometry import RelationGeometry
-from translution.planner.config.relation_owners import OwnedGeometry, deal_relations, owned_geometry
+from translution.planner.config.loading import preset
+from translution.planner.config.model import parse_model_spec
+from translution.planner.config.parallel import OwnedGeometry, ParallelSpec, deal_relations, owned_geometry
+from translution.planner.config.training import TrainingSpec
+from translution.planner.hardware.cluster import load_cluster
+from translution.planner.plans.build import make_plan
+from translution.planner.plans.plan import load_plan
 
 GEOMETRIES = [
     RelationGeometry.sequence(7),
@@ -73,3 +81,39 @@ def test_one_rank_knows_no_reverse_of_its_relations() -> None:
         part.reverse(0)
     with pytest.raises(InputError, match="relation: 2 is not allowed: must be from 0 to 1"):
         part.pairs(2)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes", "message"),
+    [
+        (3, {}, "relation_parallel: 3 is not allowed: must divide the number of ranks 8"),
+        (
+            8,
+            {"image": 2, "patch": 1, "operator": "alpha", "class_token": False},
+            "must be at most the number of relati",
+        ),
+        (2, {"operator": "shaw"}, "relation_parallel: 2 is not allowed: must be 1 for a model without relation tables"),
+    ],
+)
+def test_a_group_that_the_run_cannot_have_is_refused(ranks: int, changes: dict[str, Any], message: str) -> None:
+    model = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, "dim": 16, "depth": 2, "heads": 2}
+    spec, cluster = parse_model_spec(model | changes), load_cluster("8xH100")
+    with pytest.raises(InputError, match=message):
+        make_plan(spec, cluster, TrainingSpec(data="synthetic"), relation_parallel=ranks)
+
+
+def test_nothing_but_deepspeed_trains_with_a_group() -> None:
+    spec, cluster, training = preset("vit-tiny/56"), load_cluster("2x8xH100"), TrainingSpec(data="synthetic")
+    with pytest.raises(InputError, match="relation_parallel: 2 is not allowed: must be 1 with FSDP2"):
+        make_plan(spec, cluster, training, relation_parallel=2, engine="fsdp2")
+    with pytest.raises(InputError, match="relation_parallel: 2 is not allowed: must be 1 with hpz_ranks: 8"):
+        make_plan(spec, cluster, training, relation_parallel=2, zero_overrides={"hpz_ranks": 8})
+
+
+def test_the_plan_stores_its_group(tmp_path: Path) -> None:
+    spec = preset("vit-tiny/56")
+    plan = make_plan(spec, load_cluster("8xH100"), TrainingSpec(data="synthetic"), relation_parallel=4)
+    assert plan.run_config.replicas == 2
+    plan.write(tmp_path / "plan")
+    assert load_plan(tmp_path / "plan").parallel == ParallelSpec(relation=4)
+    assert load_plan(tmp_path / "plan") == plan

@@ -1,4 +1,4 @@
-"""Relation parallelism: which rank of a group owns which relations, and the pairs that a rank computes.
+"""Relation parallelism: how many ranks share out the relations, which of them owns which, and the pairs of a rank.
 
 The ranks of a group share out the relations of every table. A pair of tokens has one relation, so it has one owner.
 Memory is the number of relations of a rank, and work the number of their pairs; both are to be the same on all ranks.
@@ -10,7 +10,21 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from ..common.errors import InputError
+from ..common.schema import Schema
+from ..common.types import Positive
 from .geometry import RelationGeometry, RelationPairs
+
+
+class ParallelSpec(Schema):
+    """What ranks share out in addition to what ZeRO partitions."""
+
+    relation: Positive = 1
+    """Ranks of a group that share out the relations of every table, G. Consecutive ranks are a group; ranks with the
+    same place in their groups own the same relations, and ZeRO partitions over those. 1 disables it."""
+
+
+NOT_PARALLEL = ParallelSpec()
+"""Every rank has all relations."""
 
 
 @lru_cache(maxsize=64)
