@@ -4,6 +4,7 @@ import functools
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -40,6 +41,10 @@ torch.set_num_threads(1)
 # Unless this variable is set, a rank has the C library give blocks of 128 KiB or more back as soon as they are free.
 # With the tests' small models, getting them again takes a third of its processor time.
 os.environ["GLIBC_TUNABLES"] = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1073741824"
+
+# jsonschema, which altair imports, would build 38 grammars from it, in every worker and in every command with a chart,
+# to check formats that nobody asks for.
+sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
 # Programs that a shell starts in the background ignore Ctrl-C, and launches that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,14 +13,10 @@ import torch
 from helpers.doc_pages import ROOT, Shown, commands, fences, programs
 from helpers.runs import run_ranks_of
 from sklearn.datasets import load_digits
-from transformers import AutoModelForImageClassification
 
-import translution.models.integrations.huggingface
 from translution.cli.main import run
 from translution.distributed.system.environment import free_port, launch_environment
 from translution.planner.hardware.cluster import local_cpu_cluster
-
-assert translution.models.integrations.huggingface
 
 
 def follow(page: str, folder: Path) -> Shown:
@@ -44,6 +40,12 @@ def test_the_script_of_a_page_runs_on_two_ranks(page: str, tmp_path: Path, monke
     assert typed.words == ["torchrun", "--nproc_per_node", "2", "train.py"]
     run_ranks_of(["train.py"], 2, tmp_path / "log")
     if page.endswith("huggingface"):
+        # Not above: this takes seconds, and every worker of pytest-xdist imports this file.
+        from transformers import AutoModelForImageClassification
+
+        import translution.models.integrations.huggingface
+
+        assert translution.models.integrations.huggingface
         model = AutoModelForImageClassification.from_pretrained("trained").eval()
         digits = load_digits()
         images = torch.tensor(digits.images[:320], dtype=torch.float32)[:, None] / 16

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import lazy_loader
 import pytest
 import torch
 
@@ -15,19 +14,18 @@ from translution.planner.config.training import TrainingSpec
 from translution.planner.costs.optimizer import CODEBOOK_BYTES, most_state_bytes, state_bytes
 
 if TYPE_CHECKING:
-    import bitsandbytes
-else:
-    # Importing it takes seconds, and every worker of pytest-xdist imports this file.
-    bitsandbytes = lazy_loader.load("bitsandbytes")
+    from bitsandbytes.optim import AdamW8bit
 
 NUMELS = [3000, 4096, 10_001]
 
 
-def stepped(numel: int) -> tuple[torch.nn.Parameter, bitsandbytes.optim.AdamW8bit]:
+def stepped(numel: int) -> tuple[torch.nn.Parameter, AdamW8bit]:
     """A parameter after three updates, and its optimizer."""
+    from bitsandbytes.optim import AdamW8bit  # In seconds, and every worker of pytest-xdist imports this file.
+
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(numel))
-    optimizer = bitsandbytes.optim.AdamW8bit([parameter])
+    optimizer = AdamW8bit([parameter])
     for _ in range(3):
         parameter.grad = torch.randn(numel)
         optimizer.step()
@@ -38,8 +36,10 @@ def moments(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Both moments in fp32, by bitsandbytes' own function."""
     if state["state1"].dtype == torch.float32:
         return {"first": state["state1"], "second": state["state2"]}
+    from bitsandbytes.functional import dequantize_blockwise
+
     return {
-        kind: bitsandbytes.functional.dequantize_blockwise(
+        kind: dequantize_blockwise(
             state[f"state{number}"], absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=256
         )
         for number, kind in ((1, "first"), (2, "second"))

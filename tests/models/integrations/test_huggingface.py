@@ -8,14 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, Trainer, TrainingArguments
 
-from translution.models.integrations.huggingface import (
-    TranslutionConfig,
-    TranslutionForCausalLM,
-    TranslutionForImageClassification,
-)
 from translution.planner.common.errors import InputError, MissingPackageError
 
 VIT: dict[str, Any] = {"family": "vit", "image": 8, "patch": 2, "channels": 1, "classes": 3, "dim": 16, "depth": 1}
@@ -23,15 +18,23 @@ VIT |= {"heads": 2}
 GPT: dict[str, Any] = {"family": "gpt", "context": 8, "vocabulary": 20, "dim": 16, "depth": 1, "heads": 2}
 
 
+@pytest.fixture
+def hf() -> Any:
+    """The module under test. Importing it takes seconds, and every worker of pytest-xdist imports this file."""
+    from translution.models.integrations import huggingface
+
+    return huggingface
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"operator": "alpha", "c1": 4, "c2": 4, "rotary": True}, {"class_token": False, "pool": "mean"}]
 )
-def test_a_saved_vision_transformer_is_read_again(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_a_saved_vision_transformer_is_read_again(hf: Any, changes: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = TranslutionForImageClassification(TranslutionConfig(VIT | changes, tile_relations=5)).eval()
+    model = hf.TranslutionForImageClassification(hf.TranslutionConfig(VIT | changes, tile_relations=5)).eval()
     images, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
     model.save_pretrained(tmp_path)
-    read = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    read = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     assert read.config.num_labels == 3
     expected, found = model(images, labels), read(images, labels)
     assert torch.equal(found.logits, expected.logits)
@@ -39,11 +42,11 @@ def test_a_saved_vision_transformer_is_read_again(changes: dict[str, Any], tmp_p
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_saved_language_model_is_read_again(tied: bool, tmp_path: Path) -> None:
+def test_a_saved_language_model_is_read_again(hf: Any, tied: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = TranslutionForCausalLM(TranslutionConfig(GPT | {"tied_embeddings": tied})).eval()
+    model = hf.TranslutionForCausalLM(hf.TranslutionConfig(GPT | {"tied_embeddings": tied})).eval()
     model.save_pretrained(tmp_path)
-    read = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert (read.network.head.weight is read.network.embedding.weight) == tied
     tokens = torch.randint(20, (2, 8))
     labels = tokens.clone()
@@ -61,37 +64,37 @@ def test_a_saved_language_model_is_read_again(tied: bool, tmp_path: Path) -> Non
         read(torch.zeros(1, 9, dtype=torch.int64))
 
 
-def test_what_a_file_lacks_gets_values(tmp_path: Path) -> None:
+def test_what_a_file_lacks_gets_values(hf: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    TranslutionForImageClassification(TranslutionConfig(VIT | {"depth": 1})).save_pretrained(tmp_path)
-    deeper = TranslutionConfig(VIT | {"depth": 2})
-    read = TranslutionForImageClassification.from_pretrained(tmp_path, config=deeper).eval()
+    hf.TranslutionForImageClassification(hf.TranslutionConfig(VIT | {"depth": 1})).save_pretrained(tmp_path)
+    deeper = hf.TranslutionConfig(VIT | {"depth": 2})
+    read = hf.TranslutionForImageClassification.from_pretrained(tmp_path, config=deeper).eval()
     table = read.network.blocks[1].operator.tables.table("value")
     # Kaiming's bound of a matrix with 16 inputs, as in the layer.
     assert 0.9 / 16**0.5 / 16**0.5 < table.abs().max() <= (1 / 16**0.5) * 1.01
     assert torch.isfinite(read(torch.randn(1, 1, 8, 8)).logits).all()
 
 
-def test_the_trainer_trains_a_language_model(tmp_path: Path) -> None:
+def test_the_trainer_trains_a_language_model(hf: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = TranslutionForCausalLM(TranslutionConfig(GPT))
+    model = hf.TranslutionForCausalLM(hf.TranslutionConfig(GPT))
     tokens = torch.arange(8) % 4
     samples = [{"input_ids": tokens, "labels": tokens}] * 8
     before = model(tokens[None], tokens[None]).loss.item()
-    arguments = TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), max_steps=10, learning_rate=1e-2, use_cpu=True, save_strategy="no", report_to="none"
     )
-    Trainer(model, arguments, train_dataset=samples).train()  # type: ignore[arg-type]
+    transformers.Trainer(model, arguments, train_dataset=samples).train()  # type: ignore[arg-type]
     assert model(tokens[None], tokens[None]).loss.item() < before / 2
 
 
-def test_a_spec_of_the_other_family_is_refused() -> None:
+def test_a_spec_of_the_other_family_is_refused(hf: Any) -> None:
     with pytest.raises(InputError, match="family: 'gpt' is not allowed: must be vit"):
-        TranslutionForImageClassification(TranslutionConfig(GPT))
+        hf.TranslutionForImageClassification(hf.TranslutionConfig(GPT))
     with pytest.raises(InputError, match="family: 'vit' is not allowed: must be gpt"):
-        TranslutionForCausalLM(TranslutionConfig(VIT))
+        hf.TranslutionForCausalLM(hf.TranslutionConfig(VIT))
     with pytest.raises(InputError, match="dim"):
-        TranslutionConfig(VIT | {"dim": 0})
+        hf.TranslutionConfig(VIT | {"dim": 0})
 
 
 @pytest.mark.parametrize(("module", "package"), [("huggingface", "transformers"), ("timm", "timm")])
