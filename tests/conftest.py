@@ -57,7 +57,7 @@ STARTS_RANKS = (
     "tests/docs/test_pages.py",
     "tests/distributed/checkpoint/test_weights.py",
 )
-"""Tests that start ranks. They run last: DeepSpeed's ops compile for minutes while the other tests run."""
+"""Tests that start ranks. In one session they run last; they wait for DeepSpeed's ops, which compile for minutes."""
 LONGEST = ("test_pages", "test_kills", "test_hosts", "test_offload", "test_slurm", "test_gpu_check", "test_reshard")
 """Files of such tests that take longest as a whole or have the longest tests: they begin first."""
 COMPILING = "TRANSLUTION_TESTS_COMPILING"
@@ -83,7 +83,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types
-    """A worker runs all tests of a file; those of a file in `APART`, which share nothing, run on any worker."""
+    """A worker runs all tests of a file; those of a file in `APART`, which share nothing, run on any worker.
+
+    Tests that start ranks wait for them half of the time. Half of the workers run such tests, so that the processor is
+    busy, and none is the last; while ops compile, which such tests wait for, they run others.
+    """
 
     APART = (
         "tests/benchmarks/test_faults.py",
@@ -95,6 +99,30 @@ class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
         return nodeid if file in self.APART else file
+
+    def _assign_work_unit(self, node: object) -> None:
+        self.workqueue.move_to_end(self._next_scope(), last=False)
+        super()._assign_work_unit(node)
+
+    def _next_scope(self) -> str:
+        rest = [scope for scope in self.workqueue if not scope.startswith(STARTS_RANKS)]
+        ranks = [scope for scope in self.workqueue if scope.startswith(STARTS_RANKS)]
+        prefer_ranks = not are_ops_compiling() and self._workers_with_ranks() < len(self.nodes) / 2
+        first, second = (ranks, rest) if prefer_ranks else (rest, ranks)
+        return (first or second)[0]
+
+    def _workers_with_ranks(self) -> int:
+        """Return the number of workers that have tests to run that start ranks."""
+        return sum(
+            any(scope.startswith(STARTS_RANKS) and not all(unit.values()) for scope, unit in units.items())
+            for units in self.assigned_work.values()
+        )
+
+    def _reschedule(self, node: object) -> None:
+        # A worker runs its last test when it knows the next one. The original gives it more when it has two left: the
+        # second of them may take a minute, while others, who have none, could do what waits behind it.
+        if not self.workqueue or self._pending_of(self.assigned_work[node]) <= 1:
+            super()._reschedule(node)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
@@ -173,10 +201,13 @@ def compile_ops(marker: Path) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if starts_ranks(item) and COMPILING in os.environ:
-        # However long it takes: the session that compiles removes the file, also when it fails.
-        while Path(os.environ[COMPILING]).exists():
-            time.sleep(0.2)
+    # However long it takes: the session that compiles removes the file, also when it fails.
+    while starts_ranks(item) and are_ops_compiling():
+        time.sleep(0.2)
+
+
+def are_ops_compiling() -> bool:
+    return COMPILING in os.environ and Path(os.environ[COMPILING]).exists()
 
 
 @pytest.fixture
