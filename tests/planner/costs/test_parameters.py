@@ -107,7 +107,9 @@ def test_tiles_cover_a_table() -> None:
     assert table_tiles(3, None) == ((3, 1),)
 
 
-@pytest.mark.parametrize("changes", [{}, {"operator": "alpha"}, {"relative_layers": "first:3"}, {"roles": "v"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"operator": "alpha"}, {"relative_layers": "first:3"}, {"roles": "v"}], ids=str
+)
 def test_a_rank_of_a_relation_group_has_its_relations_and_everything_else(changes: dict[str, object]) -> None:
     spec = override(preset("vit-small/32"), **changes)
     owners = Counter(deal_relations(spec.geometry, 5))
