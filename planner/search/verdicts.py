@@ -87,7 +87,8 @@ def strategy_verdicts(searcher: Searcher, best: Candidate | None) -> tuple[Strat
             verdicts.append(StrategyVerdict(strategy=strategy.text, reason=searcher.infeasible[strategy]))
         elif strategy in fastest:
             other = fastest[strategy]
-            reason = f"fits: {other.seconds:.3g} s a step on {other.nodes} node(s)"
+            groups = f", groups of {other.run.parallel.relation}" if strategy.relation else ""
+            reason = f"fits: {other.seconds:.3g} s a step on {other.nodes} node(s){groups}"
             if best is not None and other.nodes == best.nodes:
                 reason += f", {other.sample_seconds / best.sample_seconds:.2f} times the chosen"
             verdicts.append(StrategyVerdict(strategy=strategy.text, seconds=other.seconds, reason=reason))
@@ -99,12 +100,15 @@ def strategy_verdicts(searcher: Searcher, best: Candidate | None) -> tuple[Strat
             verdicts.append(StrategyVerdict(strategy=strategy.text, reason=reason))
         else:
             reason = "a rank's partitions are below 1 MiB, and DeepSpeed writes nothing that small to NVMe"
+            if strategy.relation and not strategy.offload.uses_nvme:
+                reason = "without replicas it partitions no more than stage 1 does"
             verdicts.append(StrategyVerdict(strategy=strategy.text, reason=reason))
     return tuple(verdicts)
 
 
 _KNOBS: dict[str, Callable[[Candidate], object]] = {
     "nodes": lambda c: c.nodes,
+    "ranks that share relations": lambda c: c.run.parallel.relation,
     "stage and offload": lambda c: c.strategy,
     "checkpointing": lambda c: c.run.model.checkpointing,
     "micro-batch": lambda c: c.run.training.micro_batch,
