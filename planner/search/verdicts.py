@@ -71,6 +71,13 @@ def shortage(candidate: Candidate, capacity: Capacity) -> str:
     return f"{format_bytes(bounds.nvme * ranks)} of a node's NVMe, {format_bytes(capacity.nvme * ranks)} usable"
 
 
+def _why_untried(strategy: Strategy) -> str:
+    """Why a strategy has no candidate."""
+    if strategy.relation and not strategy.offload.uses_nvme:
+        return "without replicas it partitions no more than stage 1 does"
+    return "a rank's partitions are below 1 MiB, and DeepSpeed writes nothing that small to NVMe"
+
+
 def strategy_verdicts(searcher: Searcher, best: Candidate | None) -> tuple[StrategyVerdict, ...]:
     """A verdict for every strategy that the constraints allow."""
     fastest: dict[Any, Candidate] = {}
@@ -99,10 +106,7 @@ def strategy_verdicts(searcher: Searcher, best: Candidate | None) -> tuple[Strat
                 reason = shortage(closest, searcher.capacities[closest.nodes])
             verdicts.append(StrategyVerdict(strategy=strategy.text, reason=reason))
         else:
-            reason = "a rank's partitions are below 1 MiB, and DeepSpeed writes nothing that small to NVMe"
-            if strategy.relation and not strategy.offload.uses_nvme:
-                reason = "without replicas it partitions no more than stage 1 does"
-            verdicts.append(StrategyVerdict(strategy=strategy.text, reason=reason))
+            verdicts.append(StrategyVerdict(strategy=strategy.text, reason=_why_untried(strategy)))
     return tuple(verdicts)
 
 
