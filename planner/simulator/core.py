@@ -16,6 +16,9 @@ from typing import TypeAlias
 
 from ..common.phases import Tier
 
+BACKEND_COPIES = "copies of the CPU backend"
+"""Category of what a process group allocates by itself."""
+
 Event: TypeAlias = tuple[str, str, str, int]
 """Phase, site in the schedule, category of the storage, and bytes: positive if allocated, negative if freed."""
 

@@ -15,6 +15,7 @@ from ...config.run_config import RunConfig
 from ...config.training import TrainingSpec
 from ...config.zero import ZeroSpec
 from ...costs.optimizer import CODEBOOK_BYTES, state_bytes, temporary_tensors, widths
+from ..core import BACKEND_COPIES as BACKEND_COPIES
 from ..core import MemoryTracker, ParameterHooks, RankMemory, Storage
 from ..network.model import SimulatedNetwork
 
@@ -24,7 +25,7 @@ SHARED_GRADIENTS, STEP_GRADIENTS = "gradients", "fp32 gradients"
 BUCKET = "reduce bucket"
 SECONDARY = "second copy of the parameters"
 GATHERED, GATHER_COPIES = "gathered parameters", "copies of the gather"
-REDUCE_COPIES, BACKEND_COPIES = "copies of the reduction", "copies of the CPU backend"
+REDUCE_COPIES = "copies of the reduction"
 OPTIMIZER_TEMPORARIES, NORM = "optimizer temporaries", "gradient norm"
 CONSTRUCTION_TENSORS, STAGING, LOADED = "construction", "host staging", "loaded checkpoint"
 OPTIMIZER_SWAP_BUFFERS, PARAM_SWAP_BUFFERS = "optimizer swap buffers", "parameter swap buffers"
