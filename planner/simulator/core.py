@@ -241,6 +241,9 @@ class ParameterHooks:
     with the parameters until the optimizer step.
     """
 
+    averages_over_group: bool = False
+    """Whether each gradient, but for those of tables, is averaged over a relation group in a tensor of its own."""
+
     def fetch(self, weights: ModuleParams, *, backward: bool) -> None:
         """Called before a module runs."""
 

@@ -58,9 +58,14 @@ class EngineConfig:
         return self.run.zero
 
     @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.run.world_size
+    def replicas(self) -> int:
+        """Ranks over which ZeRO partitions: all, or with relation parallelism those that own the same relations."""
+        return self.run.replicas
+
+    @property
+    def replica(self) -> int | None:
+        """Number of the rank among them; None is the one that holds the most."""
+        return None if self.rank is None else self.rank // self.run.parallel.relation
 
     @property
     def width(self) -> int:
@@ -93,6 +98,7 @@ class SimulatedEngine(ParameterHooks):
 
     def __init__(self, memory: RankMemory, config: EngineConfig, network: SimulatedNetwork) -> None:
         self.memory, self.config, self.network = memory, config, network
+        self.averages_over_group = config.run.parallel.relation > 1
         self.resident: list[Storage] = []
         """Storages that live as long as the engine."""
         self.passes = 0

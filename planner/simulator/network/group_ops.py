@@ -80,13 +80,13 @@ class SimulatedGroupRelations(SimulatedRelations):
     def _relative_output(self) -> Storage:
         return self.buffers["out"]
 
-    def _saved(self, saved: tuple[Storage, ...]) -> Passed:
+    def _saved(self, attention: Storage) -> Passed:
         """Save the attention weights of this rank's pairs, too; the owned part ends with forward."""
         own = [] if self.weights is None else [self.weights]
         self.weights = None
         self.owned.buffers.clear()
         self.owned.wanted = {name for name in self.owned.source_widths if self.sources[name].node is not None}
-        self.kept = Passed((*saved, *own))
+        self.kept = Passed((*super()._saved(attention), *own))
         return self.kept
 
     # Exchanges.

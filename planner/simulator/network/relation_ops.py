@@ -258,8 +258,7 @@ class SimulatedRelations:
         if "plain_value" in self.sources:
             outputs["plain"] = self._plain_product("activations")
         self.buffers.clear()
-        saved = self._saved((attention, *(source.storage for source in self.sources.values())))
-        close = tape.result(attention, list(self.sources.values()), self._backward, saved)
+        close = tape.result(attention, list(self.sources.values()), self._backward, self._saved(attention))
         # This object must not hold inputs: the node saves what backward needs.
         self.names, self.wanted = tuple(self.sources), {n for n, x in self.sources.items() if x.node is not None}
         self.sources = {}
@@ -267,13 +266,12 @@ class SimulatedRelations:
         given = {name: tape.result(storage, (close,), self._receiver(name)) for name, storage in outputs.items()}
         return given.get("relative"), given.get("plain")
 
+    def _saved(self, attention: Storage) -> Sequence[Storage]:
+        return (attention, *(source.storage for source in self.sources.values()))
+
     def _relative_output(self) -> Storage:
-        """Return the output of the relative values in the values' dtype."""
         narrow = self.shape.rows * self.shape.d_out * self.sizes.value
         return self.tape.new(narrow) if self.half else self.buffers["out"]
-
-    def _saved(self, saved: tuple[Storage, ...]) -> Sequence[Storage]:
-        return saved
 
     def _receiver(self, name: str) -> Callable[[Storage], Gradients]:
         def receive(grad: Storage) -> Gradients:
