@@ -1,0 +1,127 @@
+"""Relation parallelism under DeepSpeed: the ranks as groups x replicas, gradients, and the norm over all owners.
+
+A group of G consecutive ranks shares out the relations; the D ranks with the same place in their groups are replicas.
+To DeepSpeed a group is a model-parallel group and the replicas are a data-parallel group, over which ZeRO of any stage
+partitions and averages. Two things are left to do here, for every parameter as soon as its gradient is complete:
+
+    tables    their gradient is the sum over the samples of the group: it is divided by G
+    others    every rank of the group has the gradient of its own samples: it is averaged over the group
+
+Sources: DeepSpeed 0.19.8, runtime/utils.py (is_model_parallel_parameter), runtime/zero/stage3.py (_get_norm_groups).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from translution.models.layers import OwnedTables
+from translution.models.relation_parallel import split_world
+
+
+class RelationMesh:
+    """All ranks as groups that share out the relations, and replicas; the ``mpu`` of DeepSpeed.
+
+    Args:
+        relation_ranks: ranks of a group, G.
+
+    Raises:
+        InputError: if the number does not divide the number of ranks.
+    """
+
+    def __init__(self, relation_ranks: int) -> None:
+        self.group, self.replicas = split_world(relation_ranks)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """Ranks that share out the relations with this one."""
+        return self.group
+
+    def get_model_parallel_rank(self) -> int:
+        """Place of this rank in its group."""
+        return dist.get_rank(self.group)
+
+    def get_model_parallel_world_size(self) -> int:
+        """Ranks of a group, G."""
+        return dist.get_world_size(self.group)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """Ranks that own the same relations as this one."""
+        return self.replicas
+
+    def get_data_parallel_rank(self) -> int:
+        """Number of this rank's group."""
+        return dist.get_rank(self.replicas)
+
+    def get_data_parallel_world_size(self) -> int:
+        """Number of groups, D."""
+        return dist.get_world_size(self.replicas)
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Numbers of the ranks that own the same relations as this one."""
+        return dist.get_process_group_ranks(self.replicas)
+
+
+def owned_parameters(network: nn.Module) -> set[int]:
+    """Return the identities of the parameters that are tables of a rank's own relations."""
+    tables = (module for module in network.modules() if isinstance(module, OwnedTables))
+    return {id(parameter) for module in tables for parameter in module.parameters()}
+
+
+def average_over_group(network: nn.Module, mesh: RelationMesh) -> None:
+    """Let every gradient become its mean over the group before it is accumulated, and mark the tables for DeepSpeed.
+
+    Every rank must differentiate the same network, so that the collectives have the same order.
+
+    Args:
+        network: the network of one rank, before DeepSpeed wraps it.
+        mesh: the ranks.
+    """
+    ranks, owned = mesh.get_model_parallel_world_size(), owned_parameters(network)
+
+    def average(gradient: Tensor) -> Tensor:
+        # The gradient may share its memory with that of an activation.
+        mean = gradient.contiguous() / ranks
+        dist.all_reduce(mean, group=mesh.group)
+        return mean
+
+    def scale(gradient: Tensor) -> None:
+        gradient.div_(ranks)
+
+    for parameter in network.parameters():
+        if id(parameter) in owned:
+            # DeepSpeed counts such a parameter on all ranks of a group, the others on its first rank.
+            parameter.model_parallel = True  # type: ignore[attr-defined]
+            parameter.register_hook(scale)
+        else:
+            parameter.register_hook(average)
+
+
+def join_norms(optimizer: Any, mesh: RelationMesh) -> None:
+    """Let ZeRO-3 add up the norms of a group once, instead of once per sub-group.
+
+    Owners may have one relation more than others, and hence one sub-group more: they would wait for one another for ever.
+
+    Args:
+        optimizer: DeepSpeed's optimizer; one without sub-groups stays as it is.
+        mesh: the ranks.
+    """
+    own_norms: Callable[[], list[Tensor]] | None = getattr(optimizer, "_get_norm_groups", None)
+    if own_norms is None:
+        return
+
+    def joined() -> list[Tensor]:
+        optimizer._model_parallel_all_reduce = lambda tensor, op: None
+        try:
+            norms = torch.stack([norm.float() for norm in own_norms()])
+        finally:
+            del optimizer._model_parallel_all_reduce
+        # DeepSpeed marks a norm that is not finite by -1.
+        square = torch.where(norms < 0, torch.inf, norms.square()).sum().to(optimizer.device)
+        dist.all_reduce(square, group=mesh.group)
+        return [torch.where(square.isfinite(), square.sqrt(), -1.0)]
+
+    optimizer._get_norm_groups = joined
