@@ -60,7 +60,7 @@ class _Terms(EngineConfig):
     @property
     def group(self) -> int:
         """Upper bound of the elements of the largest sub-group."""
-        return min(self.share, self.zero.sub_group_elements + ceil_div(self.largest, self.world_size))
+        return min(self.share, self.zero.sub_group_elements + ceil_div(self.largest, self.replicas))
 
     def states(self, numel: int) -> int:
         """Upper bound of the bytes of the optimizer states of a number of elements."""
@@ -200,7 +200,7 @@ def _parameters(terms: _Terms, bounds: WeightsBound) -> None:
     param, bucket = zero.offload_param, zero.reduce_bucket_elements * width
     bounds.device += terms.volumes.persistent * width + bucket
     if zero.hpz_ranks > 1:
-        bounds.device += share * terms.world_size // zero.hpz_ranks * width
+        bounds.device += share * terms.replicas // zero.hpz_ranks * width
     if zero.overlap_comm and not terms.on_cpu:
         bounds.device += 2 * (terms.largest * width + bucket)
     if param.device == "none":
@@ -214,7 +214,7 @@ def _parameters(terms: _Terms, bounds: WeightsBound) -> None:
         bounds.add_transient(share * width)
     else:
         bounds.pinned += param.buffer_count * (param.buffer_elements * width + ALIGNMENT_BYTES)
-        bounds.pinned += terms.group * terms.world_size * width + ALIGNMENT_BYTES * terms.volumes.tensors
+        bounds.pinned += terms.group * terms.replicas * width + ALIGNMENT_BYTES * terms.volumes.tensors
         bounds.nvme += share * width
         bounds.host += terms.volumes.small[width == FP32_BYTES] * width
 
@@ -263,7 +263,7 @@ def _states(terms: _Terms, bounds: WeightsBound) -> None:
 
 def _running(terms: _Terms) -> int:
     """Full modules and their gradients, and the copies that collectives make."""
-    zero, world_size, module, width = terms.zero, terms.world_size, terms.module, terms.width
+    zero, world_size, module, width = terms.zero, terms.replicas, terms.module, terms.width
     ahead = reused = 0
     if zero.prefetch_bucket_elements:
         ahead = 2 * min(zero.max_live_elements + module, zero.prefetch_bucket_elements + module)
@@ -286,7 +286,7 @@ def _updating(terms: _Terms) -> int:
     temporary = temporary_tensors(terms.training, on_cpu=terms.on_cpu, offloaded=entirely, backup=terms.offloaded)
     gradients = 0 if terms.offloaded else terms.accumulation_width + terms.master_width
     update = terms.group * (temporary * terms.master_width + gradients)
-    update += ceil_div(terms.largest, terms.world_size) * NORM_BYTES
+    update += ceil_div(terms.largest, terms.replicas) * NORM_BYTES
     return max(update, terms.largest * FP32_BYTES + terms.module * terms.width)
 
 
@@ -304,7 +304,7 @@ def _stage_0(terms: _Terms, bounds: WeightsBound) -> None:
 
 
 def _stages_1_and_2(terms: _Terms, bounds: WeightsBound) -> None:
-    zero, training, world_size, largest = terms.zero, terms.training, terms.world_size, terms.largest
+    zero, training, world_size, largest = terms.zero, terms.training, terms.replicas, terms.largest
     width, wide, elements = terms.width, terms.master_width, terms.volumes.elements
     share = ceil_div(elements, 2 * world_size) * 2
     # Elements of all parameters that the rank owns at least a part of.

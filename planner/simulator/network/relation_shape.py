@@ -5,6 +5,7 @@ Source: models/ops/context.py, models/layers/tables.py, models/ops/batched.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -13,6 +14,7 @@ from typing import Literal, TypeAlias
 
 from ...config.geometry import RelationGeometry
 from ...config.model_base import DEFAULT_WORKSPACE_BYTES, fits_fused_kernels
+from ...config.parallel import OwnedGeometry
 from ..core import ModuleParams
 from .ops import DtypeSizes
 
@@ -170,6 +172,9 @@ def fused_list_bytes(pairs: int, relations: int, batch: int) -> int:
 @lru_cache(maxsize=64)
 def _boxes(geometry: RelationGeometry) -> tuple[tuple[int, int], ...]:
     """Return the extent along the first axis, and the pairs per index of it, of each relation between patches."""
+    if isinstance(geometry, OwnedGeometry):
+        boxes = _boxes(geometry.whole)
+        return tuple(boxes[relation] for relation in geometry.owned[: geometry.offsets])
     first, *rest = geometry.extents()
     layers = [prod(extents) for extents in product(*rest)]
     return tuple((rows, cols) for rows in first for cols in layers)
@@ -192,3 +197,15 @@ def largest_box(geometry: RelationGeometry, first: int, count: int) -> tuple[int
     counts = _counts(geometry)
     own = counts[first : first + count]
     return _boxes(geometry)[counts.index(max(own), first)] if own else (0, 0)
+
+
+def class_relations(geometry: RelationGeometry, tile: SimulatedTile) -> tuple[int, bool]:
+    """Return how many of a tile's relations join the class token and patches (0 to 2), and whether it has the last one.
+
+    The last relation of all is that of patches as queries and the class token as key, unless the geometry is causal.
+    """
+    numbers: Sequence[int] = range(tile.first, tile.first + tile.count)
+    whole = geometry
+    if isinstance(geometry, OwnedGeometry):
+        numbers, whole = geometry.owned[tile.first : tile.first + tile.count], geometry.whole
+    return sum(whole.offsets + n in numbers for n in (1, 2)), whole.relations - 1 in numbers

@@ -1,0 +1,72 @@
+"""One of the ranks that share out relations, in a plain loop: python relation_memory.py OUT.
+
+Every rank measures the peaks of forward and backward, and the bytes saved for backward, of every case. Rank r writes
+OUT/r.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from translution.distributed.profiling.allocation_tracer import SavedTensorCounter, count_every_allocation
+from translution.distributed.profiling.single_process import measure_passes, random_samples
+from translution.models import build
+from translution.planner.config import parse_model_spec
+
+BATCH, TILE = 6, 9
+SIZES: dict[str, Any] = {"dim": 64, "depth": 2, "heads": 4}
+VIT: dict[str, Any] = {"family": "vit", "image": [32, 24], "patch": 8, "channels": 3, "classes": 10} | SIZES
+GPT: dict[str, Any] = {"family": "gpt", "context": 24, "vocabulary": 211} | SIZES
+MEAN = {"pool": "mean", "class_token": False}
+FULL: dict[str, Any] = {"operator": "translution"}
+LOW: dict[str, Any] = {"operator": "alpha", "c1": 4, "c2": 6}
+BOTH: list[dict[str, Any]] = [
+    *(FULL | {"roles": roles} for roles in ("qkv", "kv", "qk", "q", "v")),
+    FULL | {"dropout": 0.2},
+    FULL | {"checkpointing": "block"},
+    LOW,
+    LOW | {"roles": "k"},
+    LOW | {"dropout": 0.1, "rotary": True},
+    LOW | {"checkpointing": "block", "roles": "v"},
+]
+CASES: list[tuple[dict[str, Any], str]] = [
+    *((base | operator, dtype) for base in (VIT, GPT) for operator in BOTH for dtype in ("float32", "bfloat16")),
+    (VIT | FULL | MEAN | {"window": 2}, "float32"),
+    (VIT | FULL, "autocast"),
+    (VIT | LOW | MEAN, "autocast"),
+]
+
+
+def measure(group: Any, case: dict[str, Any], how: str) -> dict[str, int]:
+    """Return the peak of each phase, and what is saved for backward."""
+    spec, autocast = parse_model_spec(case), torch.bfloat16 if how == "autocast" else None
+    dtype = torch.float32 if autocast else getattr(torch, how)
+    with torch.backends.mkldnn.flags(enabled=False):  # Its scratch depends on the processor.
+        found = measure_passes(spec, BATCH, dtype, TILE, autocast=autocast, relation_group=group)
+        network = build(spec, tile_relations=TILE, relation_group=group).to(dtype)
+        inputs, targets = random_samples(spec, BATCH, dtype)
+        counter = SavedTensorCounter(network)
+        with counter.counting():
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                logits = network(inputs)
+            torch.nn.functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+    return found | {"saved": counter.total_bytes}
+
+
+def main() -> None:
+    count_every_allocation()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results = [measure(dist.group.WORLD, case, how) for case, how in CASES]
+    (Path(sys.argv[1]) / f"{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
