@@ -13,6 +13,7 @@ Sources: DeepSpeed 0.19.8, runtime/utils.py (is_model_parallel_parameter, get_we
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +100,24 @@ def average_over_group(network: nn.Module, mesh: RelationMesh) -> None:
             parameter.register_hook(scale)
         else:
             parameter.register_hook(average)
+
+
+def compare_replicas(mesh: RelationMesh) -> None:
+    """Let ZeRO-3 compare its order of modules with that of the first replica, instead of with that of rank 0.
+
+    Another owner may have one tile more.
+    """
+    utils = importlib.import_module("deepspeed.runtime.zero.utils")
+    source = mesh.get_data_parallel_group_ranks()[0]
+
+    def list_of_first(own: list[int]) -> list[int]:
+        found = [own]
+        dist.broadcast_object_list(found, src=source, group=mesh.replicas)
+        return found[0]
+
+    utils.get_lst_from_rank0 = list_of_first
+    # Lists of different lengths differ.
+    utils.assert_lst_len_same_as_other_ranks = lambda own: None
 
 
 def complete_norms(optimizer: Any, mesh: RelationMesh) -> None:

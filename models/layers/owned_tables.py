@@ -122,6 +122,7 @@ class OwnedTables(RelationTables):
         return OperatorChain._attend_compiled(self, sources, key_padding)
 
     def _attend(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        sources = _joined(sources)
         device = next(iter(sources.values())).device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             # Once for each tensor: roles with the same input share its rows, which then travel once.
@@ -152,6 +153,15 @@ class OwnedTables(RelationTables):
             self.logit_tiles,
             self.value_tiles,
         )
+
+
+def _joined(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the sources, with one tensor for those that are the same: ZeRO-3's hooks make an alias of each."""
+    found: dict[tuple[Any, ...], Tensor] = {}
+    return {
+        name: found.setdefault((x.data_ptr(), x.shape, x.stride(), x.dtype, x.requires_grad), x)
+        for name, x in sources.items()
+    }
 
 
 def _shared(sources: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
