@@ -221,7 +221,7 @@ class Stage3Engine(SimulatedEngine):
         """
         self.memory.at("gradient hooks")
         largest = max(self.shards, key=lambda shard: shard.numel)
-        self.coordinator.gather([largest])
+        self.coordinator.gather([largest], always=True)
         self.coordinator.drop(largest)
         self.coordinator.settle()
 
