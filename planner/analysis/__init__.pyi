@@ -16,3 +16,9 @@ from .growth import GrowthPoint as GrowthPoint
 from .growth import PlanPoint as PlanPoint
 from .growth import best_points as best_points
 from .growth import growth_points as growth_points
+from .traffic import TrafficPoint as TrafficPoint
+from .traffic import TrafficRow as TrafficRow
+from .traffic import crossing_samples as crossing_samples
+from .traffic import row_crossing_samples as row_crossing_samples
+from .traffic import traffic_points as traffic_points
+from .traffic import traffic_rows as traffic_rows

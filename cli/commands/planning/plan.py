@@ -158,6 +158,14 @@ def plan_cli(
         int | None, typer.Option(min=0, max=3, help="ZeRO stage; chosen by default.", rich_help_panel=STRATEGY_PANEL)
     ] = None,
     tile_relations: TileOption = None,
+    relation_parallel: Annotated[
+        int | None,
+        typer.Option(
+            help="Ranks that share out the relations, so that tokens travel instead of tables; 1 for none; chosen by "
+            "default, unless --stage is given.",
+            rich_help_panel=STRATEGY_PANEL,
+        ),
+    ] = None,
     offload: Annotated[
         str | None,
         typer.Option(
@@ -228,6 +236,7 @@ def plan_cli(
         "engine": engine,
         "stage": stage,
         "tile_relations": tile_relations,
+        "relation_parallel": relation_parallel,
         "offload": offload,
         "offload_ratio": offload_ratio,
         "nvme_path": nvme_path,

@@ -69,7 +69,7 @@ def test_a_group_on_one_node_exchanges_over_its_links() -> None:
 
 
 def test_a_group_on_several_nodes_exchanges_over_the_network() -> None:
-    """Of 15 other ranks 8 are on the other node. Gathered parts cross once for each node, an all-to-all for each rank."""
+    """Of 15 other ranks 8 are on the other node. What is gathered crosses once, an all-to-all for every rank."""
     cluster = load_cluster("2x8xH100")
     assert [spanned_nodes(cluster, ranks) for ranks in (4, 6, 8, 12, 16)] == [1, 2, 1, 2, 2]
     rates = group_rates(Rates(cluster, "bf16"), 16)

@@ -45,3 +45,25 @@ def test_names_with_markup_are_printed_literally(tmp_path: Path, root: Path, cap
     assert "[/bold]" in capsys.readouterr().out
     assert run(["estimate", "vit-tiny/56", "--set", "name='[/x]'"]) == 0
     assert "[/x]" in capsys.readouterr().out
+
+
+def test_relation_parallelism_is_written_and_named(tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "plan"
+    words = ["plan", "vit-small/32", "--cluster", "2x4xH100", "--data", "synthetic", "--all-nodes"]
+    assert run([*words, "--relation-parallel", "4", "--out", str(out), "--verbose"]) == 0
+    printed = capsys.readouterr().out
+    assert "with relation parallelism, no offload; 8 ranks in groups of 4 on 2" in " ".join(printed.split())
+    assert "ranks that share relations" in printed
+    assert json.loads((out / "plan.json").read_text(encoding="utf-8"))["parallel"] == {"relation": 4}
+    readme = " ".join((out / "README.md").read_text(encoding="utf-8").split())
+    assert "relation parallelism in groups of 4 ranks, which share out the relations, and ZeRO-" in readme
+    assert "over 2 replica(s)" in readme
+    # Trainer and Accelerate make no groups.
+    assert "accelerate" not in readme
+    assert not (out / "accelerate.yaml").exists()
+    assert run([*words, "--relation-parallel", "3", "--out", str(tmp_path / "other")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "translution: error: relation_parallel: 3 is not allowed: must divide the number of ranks 8\n"
+    )
+    assert not (tmp_path / "other").exists()
