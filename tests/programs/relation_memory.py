@@ -25,6 +25,8 @@ SIZES: dict[str, Any] = {"dim": 64, "depth": 2, "heads": 4}
 VIT: dict[str, Any] = {"family": "vit", "image": [32, 24], "patch": 8, "channels": 3, "classes": 10} | SIZES
 GPT: dict[str, Any] = {"family": "gpt", "context": 24, "vocabulary": 211} | SIZES
 MEAN = {"pool": "mean", "class_token": False}
+# 65 tokens of width 16: values of pairs take more than rows.
+MANY: dict[str, Any] = VIT | {"image": 64, "dim": 16, "ffn_dim": 16, "depth": 1}
 FULL: dict[str, Any] = {"operator": "translution"}
 LOW: dict[str, Any] = {"operator": "alpha", "c1": 4, "c2": 6}
 CASES: list[tuple[dict[str, Any], str]] = [
@@ -38,6 +40,11 @@ CASES: list[tuple[dict[str, Any], str]] = [
     (VIT | LOW, "bfloat16"),
     (VIT | LOW | {"roles": "k"}, "float32"),
     (VIT | LOW | MEAN, "autocast"),
+    (MANY | FULL, "float32"),
+    (MANY | FULL, "bfloat16"),
+    (MANY | FULL | MEAN | {"dropout": 0.2}, "bfloat16"),
+    (MANY | FULL | {"roles": "qk"}, "float32"),
+    (MANY | LOW, "autocast"),
     (GPT | FULL | {"dropout": 0.2}, "bfloat16"),
     (GPT | FULL | {"roles": "qk"}, "bfloat16"),
     (GPT | LOW | {"dropout": 0.1, "rotary": True}, "float32"),
