@@ -23,7 +23,7 @@ from ..system.network import interface_towards
 from ..system.nvme_swap import SwapFolder
 from ..system.op_process import simplify_gpu_architectures
 from .deepspeed_fixes import answer_for_processor, check_swap_files, import_muon_uncompiled, patch_nvme_optimizers
-from .relation_groups import RelationMesh, average_over_group, join_norms
+from .relation_groups import RelationMesh, average_over_group, complete_norms
 from .swap_checksums import SwapChecksums
 
 COLLECTIVE_LIMIT = datetime.timedelta(days=7)
@@ -174,7 +174,7 @@ class Engine:
             optimizer=self._quantized_adam if self.plan.training.quantizes_states else None,
         )
         if self.mesh is not None:
-            join_norms(self.deepspeed_engine.optimizer, self.mesh)
+            complete_norms(self.deepspeed_engine.optimizer, self.mesh)
         wait_without_limit()
 
     def compare_swap_files(self) -> None:

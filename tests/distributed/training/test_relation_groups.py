@@ -38,12 +38,13 @@ CASES: dict[str, dict[str, Any]] = {
     "zero-0": {"stage": 0, **SGD},
     "zero-0-bf16": {"stage": 0, "precision": "bf16", **SGD},
     "zero-1": {"stage": 1, "model": MODEL | {"pool": "class", "class_token": True, "checkpointing": "block"}, **SGD},
+    "zero-1-bf16": {"stage": 1, "precision": "bf16", "grad_accum_dtype": "fp32", **SGD},
     "zero-1-offloaded": {"stage": 1, "offload": "cpu-optimizer", **ADAM},
     "zero-2-alpha": {"stage": 2, "model": MODEL | {"operator": "alpha", "c1": 2, "c2": 4}, **SGD},
     "zero-2-bf16": {"stage": 2, "precision": "bf16", **SGD},
     # The first rank of two has a relation more, and so more sub-groups.
     "zero-3": {"stage": 3, "tile": 5, "zero_overrides": {"sub_group_elements": 700}, **SGD},
-    "zero-3-offloaded": {"stage": 3, "tile": 8, "offload": "cpu", **ADAM},
+    "zero-3-offloaded": {"stage": 3, "offload": "cpu", **ADAM},
 }
 RESUMED_CASES = ("zero-1-offloaded", "zero-3", "nvme")
 CROSSED = "zero-3-offloaded"
@@ -70,8 +71,8 @@ class Run(NamedTuple):
         return self.plan / "runs" / (self.mark or "new")
 
     def write(self) -> dict[str, str | None]:
-        options: dict[str, Any] = {"model": MODEL, "steps": STEPS, "checkpoint_steps": 1, "keep_checkpoints": STEPS}
-        options |= CASES.get(self.case) or {"stage": 3, "model": WIDE, "offload": "nvme", **ADAM}
+        options: dict[str, Any] = {"model": MODEL, "tile": 8, "steps": STEPS, "checkpoint_steps": 1, "keep_checkpoints": STEPS}
+        options |= CASES.get(self.case) or {"stage": 3, "tile": 26, "model": WIDE, "offload": "nvme", **ADAM}
         if self.case == "nvme":
             options["nvme_path"] = self.folder / "drive"
             options["nvme_path"].mkdir(exist_ok=True)
@@ -145,7 +146,7 @@ def test_ranks_that_share_out_the_relations_train_as_one_rank(tmp_path: Path) ->
     exported = tmp_path / "network.safetensors"
     export(first["zero-3"].path, exported)
 
-    squares = [Run(tmp_path, case, 4, 2) for case in CASES]
+    squares = [Run(tmp_path, case, 4, 2) for case in CASES if "bf16" not in case]
     single = [Run(tmp_path, case, 4, 4) for case in ("zero-1", "zero-3")]
     saved = first["zero-1-offloaded"].checkpoint_of(RESUMED)
     crossed = Run(tmp_path, CROSSED, 4, 2, checkpoint=saved, mark="crossed")
