@@ -122,6 +122,7 @@ class OwnedTables(RelationTables):
         return OperatorChain._attend_compiled(self, sources, key_padding)
 
     def _attend(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        sources = _joined(sources)
         device = next(iter(sources.values())).device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             # Once for each tensor: roles with the same input share its rows, which then travel once.
@@ -152,6 +153,18 @@ class OwnedTables(RelationTables):
             self.logit_tiles,
             self.value_tiles,
         )
+
+
+def _joined(sources: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the sources with one tensor for those that are the same rows.
+
+    ZeRO-3 passes every input of a module through a function of its own, which returns a view: roles with the same input
+    no longer have the same tensor, and its rows would travel once for each of them.
+    """
+    found: dict[object, Tensor] = {}
+    return {
+        name: found.setdefault((x.data_ptr(), x.shape, x.stride(), x.requires_grad), x) for name, x in sources.items()
+    }
 
 
 def _shared(sources: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
