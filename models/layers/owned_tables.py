@@ -155,12 +155,15 @@ class OwnedTables(RelationTables):
         )
 
 
-def _joined(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the sources, with one tensor for those that are the same: ZeRO-3's hooks make an alias of each."""
-    found: dict[tuple[Any, ...], Tensor] = {}
+def _joined(sources: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the sources with one tensor for those that are the same rows.
+
+    ZeRO-3 passes every input of a module through a function of its own, which returns a view: roles with the same input
+    no longer have the same tensor, and its rows would travel once for each of them.
+    """
+    found: dict[object, Tensor] = {}
     return {
-        name: found.setdefault((x.data_ptr(), x.shape, x.stride(), x.dtype, x.requires_grad), x)
-        for name, x in sources.items()
+        name: found.setdefault((x.data_ptr(), x.shape, x.stride(), x.requires_grad), x) for name, x in sources.items()
     }
 
 

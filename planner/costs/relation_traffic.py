@@ -109,6 +109,11 @@ def moved_widths(spec: ModelSpec, operator: Operator) -> tuple[tuple[int, ...], 
     return (), 0
 
 
+def has_relation_tables(spec: ModelSpec) -> bool:
+    """Return whether a layer of a model has relation tables, which ranks can share out."""
+    return any(moved_widths(spec, operator)[0] for operator in spec.layer_operators)
+
+
 def relation_parallel_traffic(
     spec: ModelSpec, *, ranks: int, batch: int, value_bytes: int = 2, rank: int = 0
 ) -> RelationTraffic:

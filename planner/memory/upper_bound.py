@@ -15,13 +15,14 @@ from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
 from ..config.training import LossKind
 from ..costs.optimizer import SMALLEST_QUANTIZED, most_state_bytes, temporary_tensors
-from ..costs.parameters import TABLES, block_weight_elements, parameter_groups
+from ..costs.parameters import TABLES, block_weight_elements, owned_parameter_groups
 from ..costs.workload import Volumes, volumes
 from ..deepspeed.config import NVME_BLOCK_BYTES
 from ..simulator.core import MemoryTracker, next_power_of_two
 from ..simulator.engine.base import NORM_BYTES, SIMULATED_MICRO_BATCHES, EngineConfig
 from ..simulator.engine.coordinator import ALIGNMENT_BYTES, ceil_div
 from ..simulator.engine.stage3 import NORM_ELEMENTS
+from ..simulator.network.group_share import GroupShare, largest_places
 from ..simulator.network.model import MICRO_BATCHES, SimulatedNetwork, replay, sample_bytes
 from ..simulator.network.ops import WEIGHT_GRADIENTS, DtypeSizes
 from .bounds import BatchBound, MemoryUpperBound, WeightsBound, add_bounds
@@ -85,21 +86,32 @@ SHALLOW, DEEP = 12, 24
 
 
 @lru_cache(maxsize=256)
-def _replayed(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind) -> int:
+def _replayed(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind, ranks: int) -> int:
     """Peak device bytes of a replayed micro-batch with whole tables."""
-    memory = MemoryTracker(ignored=frozenset({WEIGHT_GRADIENTS, MICRO_BATCHES}))
-    replay(spec, batch, widths, memory=memory, loss=loss)
-    return max(peak.total_bytes for peak in memory.peaks.values())
+    peaks = []
+    for share in _shares(spec, widths, ranks):
+        memory = MemoryTracker(ignored=frozenset({WEIGHT_GRADIENTS, MICRO_BATCHES}))
+        replay(spec, batch, widths, memory=memory, loss=loss, share=share)
+        peaks += [peak.total_bytes for peak in memory.peaks.values()]
+    return max(peaks)
 
 
-def _activations(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind) -> tuple[int, int]:
+def _shares(spec: ModelSpec, widths: DtypeSizes, ranks: int) -> tuple[GroupShare | None, ...]:
+    """Return the parts of the ranks of a relation group that may hold the most."""
+    if ranks == 1:
+        return (None,)
+    places, on_cpu = largest_places(spec.geometry, ranks), widths.device == "cpu"
+    return tuple(GroupShare(spec.geometry, ranks, place, on_cpu) for place in places)
+
+
+def _activations(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind, ranks: int) -> tuple[int, int]:
     """Bytes of a micro-batch's activations on the device and on the host."""
     kept = spec.depth * batch * spec.tokens * spec.dim * widths.value
     away = kept if spec.checkpointing == "offload" else 0
     if spec.depth <= DEEP or len(set(spec.layer_operators)) > 1:
-        return _replayed(spec, batch, widths, loss), away
+        return _replayed(spec, batch, widths, loss, ranks), away
     shallow, deep = (
-        _replayed(spec.model_copy(update={"depth": depth, "relative_layers": "all"}), batch, widths, loss)
+        _replayed(spec.model_copy(update={"depth": depth, "relative_layers": "all"}), batch, widths, loss, ranks)
         for depth in (SHALLOW, DEEP)
     )
     # A block saves at least its input; in a shallow network the head's peak may hide it.
@@ -108,35 +120,38 @@ def _activations(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind
 
 
 @lru_cache(maxsize=1024)
-def activation_bytes(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind = "whole") -> tuple[int, int]:
+def activation_bytes(
+    spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind = "whole", relation_ranks: int = 1
+) -> tuple[int, int]:
     """Bytes of a micro-batch's activations on the device and on the host, interpolated between powers of four.
 
-    A replay takes milliseconds, and its peak grows almost linearly with the batch, unless the loss is chunked.
+    A replay takes milliseconds, and its peak grows almost linearly with the batch, unless the loss is chunked, or the
+    scratch memory reaches its limit early because a rank computes pairs of other ranks' samples.
     """
-    if loss == "chunked":
-        return _activations(spec, batch, widths, loss)
+    if loss == "chunked" or relation_ranks > 1:
+        return _activations(spec, batch, widths, loss, relation_ranks)
     low = 1
     while low * 4 <= batch:
         low *= 4
-    first = _activations(spec, low, widths, loss)
+    first = _activations(spec, low, widths, loss, relation_ranks)
     if batch == low:
         return first
-    second = _activations(spec, low * 4, widths, loss)
+    second = _activations(spec, low * 4, widths, loss, relation_ranks)
     share = (batch - low) / (3 * low)
     between = [round(a + share * (b - a)) for a, b in zip(first, second, strict=True)]
     return between[0], between[1]
 
 
 @lru_cache(maxsize=256)
-def _buffers(spec: ModelSpec, widths: DtypeSizes) -> int:
-    return SimulatedNetwork(spec, 1, widths).buffer_bytes
+def _buffers(spec: ModelSpec, widths: DtypeSizes, ranks: int) -> int:
+    return max(SimulatedNetwork(spec, 1, widths, share=share).buffer_bytes for share in _shares(spec, widths, ranks))
 
 
 @lru_cache(maxsize=512)
-def _modules(spec: ModelSpec, tile_relations: int | None) -> tuple[int, int]:
+def _modules(spec: ModelSpec, tile_relations: int | None, ranks: int) -> tuple[int, int]:
     """Elements of the largest group that is gathered together, and of the largest tensor."""
     both = 2 if len({"q", "k"} & set(spec.roles)) == 2 and spec.operator != "absolute" else 1
-    groups = parameter_groups(spec, tile_relations)
+    groups = owned_parameter_groups(spec, tile_relations, ranks)
     # A layer's bias is gathered together with its weight.
     largest = max(group.numel * both if group.component == TABLES else group.numel + group.shape[0] for group in groups)
     return largest, max(group.numel for group in groups)
@@ -160,11 +175,12 @@ def bound_batch(run: RunConfig) -> BatchBound:
     model, training = run.model, run.training
     sizes = DtypeSizes.of_training(training, run.cluster.device, stage=run.zero.stage)
     samples = sample_bytes(model, training.loss_kind) * training.micro_batch
-    on_device, on_host = activation_bytes(model, training.micro_batch, sizes, training.loss_kind)
+    ranks = run.parallel.relation
+    on_device, on_host = activation_bytes(model, training.micro_batch, sizes, training.loss_kind, ranks)
     return BatchBound(
         on_device + samples + SLACK_BYTES,
         on_host + samples * training.gradient_accumulation_steps,
-        _buffers(model, sizes),
+        _buffers(model, sizes, ranks),
         model.checkpointing == "block",
     )
 
@@ -178,8 +194,9 @@ def bound_weights(run: RunConfig) -> WeightsBound:
     zero = run.zero
     if zero.uses_fsdp2:
         return bound_fsdp2(run)
-    v = volumes(run.model, run.tile_relations, run.world_size, zero.persistence_threshold_elements)
-    module, largest = _modules(run.model, run.tile_relations)
+    ranks = run.parallel.relation
+    v = volumes(run.model, run.tile_relations, run.replicas, zero.persistence_threshold_elements, ranks)
+    module, largest = _modules(run.model, run.tile_relations, ranks)
     terms, bounds = _Terms(run, volumes=v, module=module, largest=largest), WeightsBound(run.on_cpu)
     if zero.stage == 0:
         _stage_0(terms, bounds)
@@ -191,6 +208,9 @@ def bound_weights(run: RunConfig) -> WeightsBound:
         # What torch's checkpoint recomputes holds the gathered weights of the block until backward has used them.
         bounds.recomputing = block_weight_elements(run.model) * terms.width
         bounds.running, bounds.elsewhere = _running(terms), _updating(terms)
+    if ranks > 1:
+        # A gradient that is averaged over the group is in two tensors.
+        bounds.running += largest * terms.width
     return bounds
 
 

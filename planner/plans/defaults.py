@@ -30,7 +30,8 @@ _ZERO: TypeAdapter[ZeroSpec] = TypeAdapter(ZeroSpec)
 def choose_tile(spec: ModelSpec, world_size: int, relation_ranks: int = 1) -> int | None:
     """Return the default relations per tile: the largest tile up to `TILE_ELEMENTS` that divides evenly among ranks.
 
-    A rank's part of a table gets at least four tiles, so that one tile is a small part of a layer.
+    A table gets at least four tiles, so that one tile is a small part of a layer. A rank of a relation group has a small
+    part of a table as it is, and that may be one tile.
 
     Args:
         spec: the model.
@@ -42,7 +43,8 @@ def choose_tile(spec: ModelSpec, world_size: int, relation_ranks: int = 1) -> in
         return None
     relations, replicas = -(-table_entries(spec) // relation_ranks), world_size // relation_ranks
     matrix = max(group.shape[1] * group.shape[2] for group in tables)
-    count = max(1, min(TILE_ELEMENTS // matrix, -(-relations // 4)))
+    most = relations if relation_ranks > 1 else -(-relations // 4)
+    count = max(1, min(TILE_ELEMENTS // matrix, most))
     for smaller in range(count, count // 2, -1):
         if smaller * matrix % replicas == 0:
             return smaller

@@ -17,12 +17,13 @@ from ..config.parallel import ParallelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
 from ..costs.parameters import TABLES, count_parameters, table_entries
+from ..costs.relation_traffic import has_relation_tables
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import estimate_memory
 from ..memory.upper_bound import bound_memory
 from ..plans.defaults import choose_zero
 from .candidate import Capacity, with_nodes, writes_to_nvme
-from .relation_space import group_sizes, has_tables
+from .relation_space import group_sizes
 from .searcher import REPLAY_TOLERANCE, REPLAYS, Searcher
 from .space import SearchConstraints, list_strategies, tiles
 
@@ -118,7 +119,7 @@ def _minimal_setups(
     # Of relation parallelism only a given size is tried: advice may say more than is needed, but never too little.
     group, given = 1, constraints.relation_parallel or 1
     if given > 1:
-        sizes = group_sizes(spec, cluster, constraints) if has_tables(spec) else []
+        sizes = group_sizes(spec, cluster, constraints) if has_relation_tables(spec) else []
         if not sizes:
             return
         group = sizes[0]

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from ..config.model import ModelSpec
 from ..config.zero import OffloadMode
+from ..costs.relation_traffic import has_relation_tables
 from ..hardware.cluster import ClusterSpec
 from .space import ZERO_PLUS_PLUS, SearchConstraints, Strategy, list_strategies
 
 MOST_GROUPS = 3
 """At most this many sizes of a relation group are tried on a number of nodes."""
-
-
-def has_tables(spec: ModelSpec) -> bool:
-    """Return whether a model has relations that ranks can share out."""
-    return bool({"translution", "alpha"} & set(spec.layer_operators))
 
 
 def group_sizes(spec: ModelSpec, cluster: ClusterSpec, constraints: SearchConstraints) -> list[int]:
@@ -59,7 +55,7 @@ def search_strategies(
         return chosen, infeasible
     if given is None:
         zero_only = constraints.stage is not None or set(ZERO_PLUS_PLUS) & set(constraints.zero_overrides)
-        if zero_only or not has_tables(spec) or cluster.world_size == 1:
+        if zero_only or not has_relation_tables(spec) or cluster.world_size == 1:
             return chosen, infeasible
     stages = (1, 2, 3) if constraints.stage is None else (constraints.stage,)
     found = [

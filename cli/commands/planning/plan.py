@@ -49,6 +49,7 @@ from ...tables import (
     phase_table,
     step_time_table,
     strategies_table,
+    traffic_table,
 )
 from ...verdict import print_no_plan, print_verdict
 from .. import app
@@ -293,7 +294,9 @@ def plan_cli(
 
 def _print_details(result: planner.SearchResult, to: Console) -> None:
     plan = result.plan
-    tables = [strategies_table(result.strategies), knobs_table(result), pareto_table(result)]
+    tables = [strategies_table(result.strategies)]
+    traffic = traffic_table(plan)
+    tables += [*([traffic] if traffic is not None else []), knobs_table(result), pareto_table(result)]
     if plan.time is not None:
         tables.append(step_time_table(plan, plan.time))
     tables += [phase_table("Predicted peak memory per rank", plan.prediction), *peak_tables(plan.prediction)]

@@ -68,6 +68,11 @@ class EngineConfig:
         return None if self.rank is None else self.rank // self.run.parallel.relation
 
     @property
+    def owns_alone(self) -> bool:
+        """Whether no other rank owns the relations of this one, so that ZeRO has nothing to partition over."""
+        return self.run.parallel.relation > 1 and self.replicas == 1
+
+    @property
     def width(self) -> int:
         """Bytes of a parameter element."""
         return self.training.dtype_bytes

@@ -78,13 +78,18 @@ class ParameterCoordinator:
         """Free the buffer that gloo holds of the last gather."""
         self._late = None
 
-    def gather(self, shards: list[Shard]) -> None:
-        """Start one gather of partitioned parameters; several share a buffer until `wait`."""
+    def gather(self, shards: list[Shard], *, always: bool = False) -> None:
+        """Start one gather of partitioned parameters; several share a buffer until `wait`.
+
+        Args:
+            shards: the parameters.
+            always: gather also what has no other replica, as DeepSpeed does parameter by parameter.
+        """
         if not shards:
             return
         self.settle()
         self.live_elements += sum(shard.numel for shard in shards)
-        if self.keeps_whole:
+        if self.keeps_whole and not always:
             for shard in shards:
                 shard.full = Storage(self.memory.device, _name(shard), 0)
             return

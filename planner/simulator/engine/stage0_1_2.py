@@ -229,8 +229,11 @@ class Stage12Engine(SimulatedEngine):
         self._gather_parameters()
 
     def _gather_parameters(self) -> None:
-        """All-gather the updated partitions in place; gloo gathers into its own tensor."""
-        if self.memory.uses_gloo:
+        """All-gather the updated partitions in place; gloo gathers into its own tensor.
+
+        DeepSpeed gathers nothing without another replica.
+        """
+        if self.memory.uses_gloo and not self.config.owns_alone:
             self.memory.add_transient((self.memory.device, BACKEND_COPIES, self.flat * self.config.width))
 
     def save(self) -> None:

@@ -61,7 +61,7 @@ class Stage3Engine(SimulatedEngine):
         self.groups = make_sub_groups(self.shards, zero, config.master_width)
         calls = [[self.shards[number] for number in call] for call in order]
         on_device = memory.on_cpu or zero.offload_param.device == "none"
-        whole = config.run.parallel.relation > 1 and world_size == 1 and on_device
+        whole = config.owns_alone and on_device
         self.coordinator = ParameterCoordinator(memory, zero, world_size, self.width, calls, keeps_whole=whole)
         self.largest_group = max(group.numel for group in self.groups)
         self.elements = sum(shard.partition_numel for shard in self.shards)
@@ -221,7 +221,7 @@ class Stage3Engine(SimulatedEngine):
         """
         self.memory.at("gradient hooks")
         largest = max(self.shards, key=lambda shard: shard.numel)
-        self.coordinator.gather([largest])
+        self.coordinator.gather([largest], always=True)
         self.coordinator.drop(largest)
         self.coordinator.settle()
 
