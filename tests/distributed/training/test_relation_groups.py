@@ -133,14 +133,20 @@ def assert_equal_training(run: Run, reference: Run) -> None:
         ours = dict(run.tensors())
         assert ours.keys() == theirs.keys()
         found = {name: relative(value, theirs[name]) for name, value in ours.items()}
-        assert max(found.values()) < 10 * TOLERANCE, (run, max(found, key=lambda name: found[name]), max(found.values()))
+        assert max(found.values()) < 10 * TOLERANCE, (
+            run,
+            max(found, key=lambda name: found[name]),
+            max(found.values()),
+        )
 
 
 def test_ranks_that_share_out_the_relations_train_as_one_rank(tmp_path: Path) -> None:
     """Three starts of ranks serve all checks."""
     pairs = [Run(tmp_path, case, 2, 2) for case in CASES]
     first = {run.case: run for run in (*pairs, Run(tmp_path, "nvme", 2, 2))}
-    again = [first[case]._replace(checkpoint=first[case].checkpoint_of(RESUMED), mark="resumed") for case in RESUMED_CASES]
+    again = [
+        first[case]._replace(checkpoint=first[case].checkpoint_of(RESUMED), mark="resumed") for case in RESUMED_CASES
+    ]
     two = start(tmp_path, [*first.values(), *again])
     exported = tmp_path / "network.safetensors"
     export(first["zero-3"].path, exported)

@@ -49,9 +49,7 @@ def test_the_bound_of_a_rank_in_a_group_is_never_below_the_estimate(
     (group, world), (stage, offload) = ranks, strategy
     spec = override(preset(model), checkpointing=mode, dropout=0.1 if batch % 2 else 0.0, **operator)
     cluster = ClusterSpec(device=device, ranks_per_node=world, device_memory_bytes=80 * 2**30, host_cores=world)
-    training = TrainingSpec(
-        precision=precision, micro_batch=batch, gradient_accumulation_steps=times, data="synthetic"
-    )
+    training = TrainingSpec(precision=precision, micro_batch=batch, gradient_accumulation_steps=times, data="synthetic")
     tile = choose_tile(spec, world, group)
     path = "/nvme" if "nvme" in offload else None
     zero = choose_zero(spec, tile, stage, world, offload=offload, nvme_path=path, relation_ranks=group)
