@@ -97,28 +97,6 @@ def test_vit_large_16_needs_two_nodes_of_eight_h100() -> None:
     fits(on_one)
 
 
-def test_vit_large_16_with_relation_parallelism_on_eight_nodes() -> None:
-    """A rank of 64 in groups of 8 holds an eighth of the tables, and their states are shared by eight replicas.
-
-    Published in the specification of relation parallelism: 28 GB of parameters and gradients, 10 GB of states.
-    """
-    plan = found("vit-large/16", "8x8xH100", global_batch=512, all_nodes=True, relation_parallel=8, stage=1).plan
-    count = count_parameters(preset("vit-large/16"))
-    tables = count.components["relation tables"]
-    own = tables / 8 + count.total - tables
-    names = ("parameters", "gradients", "master parameters", "optimizer states")
-    sizes = {name: plan.prediction.of(name) for name in names}
-    assert sizes["parameters"] == pytest.approx(2 * own, rel=0.01)
-    assert sizes["master parameters"] + sizes["optimizer states"] == pytest.approx(12 * own / 8, rel=0.01)
-    assert 2 * sizes["parameters"] / 1e9 == pytest.approx(28, rel=0.05)
-    assert (sizes["master parameters"] + sizes["optimizer states"]) / 1e9 == pytest.approx(10, rel=0.08)
-    # By itself the search takes it: it is faster than what is best without.
-    best, without = (found("vit-large/16", "8x8xH100", global_batch=512, **given).plan for given in
-                     ({}, {"relation_parallel": 1}))  # fmt: skip
-    assert best.parallel.relation > 1
-    assert best.time and without.time and best.time.samples_per_s > without.time.samples_per_s
-
-
 @pytest.mark.parametrize(("model", "cluster"), [("gpt-base/1024", "8xH100"), ("gpt-large/1024", "2x8xH200")])
 def test_language_models_of_1024_tokens(model: str, cluster: str) -> None:
     # gpt-base/1024: 21.9 G parameters of 16 bytes on 8 ranks are 40.8 GiB per rank. gpt-large/1024: 77.7 G on 16
