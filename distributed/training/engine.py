@@ -23,7 +23,7 @@ from ..system.network import interface_towards
 from ..system.nvme_swap import SwapFolder
 from ..system.op_process import simplify_gpu_architectures
 from .deepspeed_fixes import answer_for_processor, check_swap_files, import_muon_uncompiled, patch_nvme_optimizers
-from .relation_groups import RelationMesh, average_over_group, join_norms
+from .relation_groups import RelationMesh, average_over_group, compare_replicas, complete_norms
 from .swap_checksums import SwapChecksums
 
 COLLECTIVE_LIMIT = datetime.timedelta(days=7)
@@ -117,6 +117,7 @@ class Engine:
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=COLLECTIVE_LIMIT)
         if self.plan.parallel.relation > 1:
             self.mesh = RelationMesh(self.plan.parallel.relation)
+            compare_replicas(self.mesh)
 
     def deepspeed_config(self) -> dict[str, Any]:
         """Return DeepSpeed's configuration of the plan; without a compiler for GPUs the fused AdamW is torch's."""
@@ -174,7 +175,7 @@ class Engine:
             optimizer=self._quantized_adam if self.plan.training.quantizes_states else None,
         )
         if self.mesh is not None:
-            join_norms(self.deepspeed_engine.optimizer, self.mesh)
+            complete_norms(self.deepspeed_engine.optimizer, self.mesh)
         wait_without_limit()
 
     def compare_swap_files(self) -> None:

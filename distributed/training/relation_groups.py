@@ -7,11 +7,13 @@ partitions and averages. Two things are left to do here, for every parameter as 
     tables    their gradient is the sum over the samples of the group: it is divided by G
     others    every rank of the group has the gradient of its own samples: it is averaged over the group
 
-Sources: DeepSpeed 0.19.8, runtime/utils.py (is_model_parallel_parameter), runtime/zero/stage3.py (_get_norm_groups).
+Sources: DeepSpeed 0.19.8, runtime/utils.py (is_model_parallel_parameter, get_weight_norm), runtime/zero/stage3.py
+(_get_norm_groups) and runtime/fp16/unfused_optimizer.py (step).
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -100,18 +102,47 @@ def average_over_group(network: nn.Module, mesh: RelationMesh) -> None:
             parameter.register_hook(average)
 
 
-def join_norms(optimizer: Any, mesh: RelationMesh) -> None:
-    """Let ZeRO-3 add up the norms of a group once, instead of once per sub-group.
+def compare_replicas(mesh: RelationMesh) -> None:
+    """Let ZeRO-3 compare its order of modules with that of the first replica, instead of with that of rank 0.
 
-    Owners may have one relation more than others, and hence one sub-group more: they would wait for one another for ever.
+    Another owner may have one tile more.
+    """
+    utils = importlib.import_module("deepspeed.runtime.zero.utils")
+    source = mesh.get_data_parallel_group_ranks()[0]
+
+    def list_of_first(own: list[int]) -> list[int]:
+        found = [own]
+        dist.broadcast_object_list(found, src=source, group=mesh.replicas)
+        return found[0]
+
+    utils.get_lst_from_rank0 = list_of_first
+    # Lists of different lengths differ.
+    utils.assert_lst_len_same_as_other_ranks = lambda own: None
+
+
+def complete_norms(optimizer: Any, mesh: RelationMesh) -> None:
+    """Let the norm of the gradients count the tables of all owners under every optimizer of DeepSpeed.
+
+    ZeRO-1 and 2, and the optimizers of bf16 and of fp16 with fused Adam, do so by themselves.
 
     Args:
-        optimizer: DeepSpeed's optimizer; one without sub-groups stays as it is.
+        optimizer: DeepSpeed's optimizer.
         mesh: the ranks.
     """
-    own_norms: Callable[[], list[Tensor]] | None = getattr(optimizer, "_get_norm_groups", None)
-    if own_norms is None:
-        return
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    if hasattr(optimizer, "_get_norm_groups"):
+        _join_norms(optimizer, mesh)
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        _mark_gradients(optimizer)
+
+
+def _join_norms(optimizer: Any, mesh: RelationMesh) -> None:
+    """Let ZeRO-3 add up the norms of a group once, instead of once per sub-group.
+
+    An owner may have one relation more than others, and hence one sub-group more: DeepSpeed would wait for ever.
+    """
+    own_norms: Callable[[], list[Tensor]] = optimizer._get_norm_groups
 
     def joined() -> list[Tensor]:
         optimizer._model_parallel_all_reduce = lambda tensor, op: None
@@ -125,3 +156,16 @@ def join_norms(optimizer: Any, mesh: RelationMesh) -> None:
         return [torch.where(square.isfinite(), square.sqrt(), -1.0)]
 
     optimizer._get_norm_groups = joined
+
+
+def _mark_gradients(optimizer: Any) -> None:
+    """Mark the gradients of tables: without ZeRO, DeepSpeed asks them instead of their parameters."""
+    step: Callable[..., Any] = optimizer.step
+
+    def marked(*arguments: Any, **options: Any) -> Any:
+        for parameter in (parameter for group in optimizer.fp16_groups for parameter in group):
+            if parameter.grad is not None:
+                parameter.grad.model_parallel = getattr(parameter, "model_parallel", False)
+        return step(*arguments, **options)
+
+    optimizer.step = marked

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils import groups
 
 from translution.distributed.data.base import Samples
@@ -81,7 +82,8 @@ class CountingTrainer(Trainer):
 
 def run_job(job: dict[str, Any], counter: SentInGroup) -> dict[str, int]:
     """Train one plan."""
-    groups.mpu = None
+    # As in a new process: DeepSpeed keeps both, and names swap files by the identities of parameters.
+    groups.mpu, Init.param_id = None, 0
     counter.exchanged = counter.reduced = 0
     plan, run = load_plan(Path(job["plan"])), Path(job["run"])
     weights = None if job["weights"] is None else Path(job["weights"])

@@ -193,7 +193,13 @@ def pairs_of(geometry: RelationGeometry, first: int, count: int) -> int:
 
 @lru_cache(maxsize=4096)
 def largest_box(geometry: RelationGeometry, first: int, count: int) -> tuple[int, int]:
-    """Return the extent along the first axis, and the pairs per index of it, of a tile's largest relation."""
+    """Return the extent along the first axis, and the pairs per index of it, of a tile's largest relation.
+
+    A relation of the class token with all patches may be the largest one that a rank of a group owns; one process also
+    has that of each patch with itself, which is as large.
+    """
+    if isinstance(geometry, OwnedGeometry) and _class_relations(geometry, first, count)[0]:
+        return geometry.axes[0], geometry.layer_patches
     counts = _counts(geometry)
     own = counts[first : first + count]
     return _boxes(geometry)[counts.index(max(own), first)] if own else (0, 0)
@@ -204,8 +210,12 @@ def class_relations(geometry: RelationGeometry, tile: SimulatedTile) -> tuple[in
 
     The last relation of all is that of patches as queries and the class token as key, unless the geometry is causal.
     """
-    numbers: Sequence[int] = range(tile.first, tile.first + tile.count)
+    return _class_relations(geometry, tile.first, tile.count)
+
+
+def _class_relations(geometry: RelationGeometry, first: int, count: int) -> tuple[int, bool]:
+    numbers: Sequence[int] = range(first, first + count)
     whole = geometry
     if isinstance(geometry, OwnedGeometry):
-        numbers, whole = geometry.owned[tile.first : tile.first + tile.count], geometry.whole
+        numbers, whole = geometry.owned[first : first + count], geometry.whole
     return sum(whole.offsets + n in numbers for n in (1, 2)), whole.relations - 1 in numbers
