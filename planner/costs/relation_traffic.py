@@ -165,9 +165,7 @@ def shared_gradient_traffic(spec: ModelSpec, *, ranks: int, value_bytes: int = 2
         value_bytes: bytes per element of the gradients, as of the parameters.
     """
     everything = sum(group.total for group in parameter_groups(spec))
-    layers = [
-        operator_groups(spec, operator) for operator in spec.layer_operators if operator in ("translution", "alpha")
-    ]
+    layers = [operator_groups(spec, operator) for operator in spec.layer_operators if operator in ("translution", "alpha")]
     owned = sum(group.total for layer in layers for group in layer if group.component == TABLES)
     return 2 * (ranks - 1) * (everything - owned) * value_bytes // ranks
 
