@@ -183,7 +183,7 @@ def check_capacity(plan: Plan) -> None:
     cluster, zero, prediction, tile_relations = plan.cluster, plan.zero, plan.prediction, plan.tile_relations
     subject = f"{plan.model.name} does not fit on {cluster.name} with ZeRO-{zero.stage}"
     if prediction.peak_bytes > cluster.device_memory_bytes:
-        floor = gathered_floor_bytes(plan.model, plan.training, tile_relations)
+        floor = gathered_floor_bytes(plan.model, plan.training, tile_relations, plan.parallel.relation)
         if zero.stage == 3 and tile_relations and floor > cluster.device_memory_bytes:
             smaller = tile_relations * cluster.device_memory_bytes // (2 * floor)
             advice = f"tile_relations: {max(1, smaller)}" if smaller else "a narrower model"

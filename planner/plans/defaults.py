@@ -30,8 +30,8 @@ _ZERO: TypeAdapter[ZeroSpec] = TypeAdapter(ZeroSpec)
 def choose_tile(spec: ModelSpec, world_size: int, relation_ranks: int = 1) -> int | None:
     """Return the default relations per tile: the largest tile up to `TILE_ELEMENTS` that divides evenly among ranks.
 
-    A table gets at least four tiles, so that one tile is a small part of a layer. A rank of a relation group has a small
-    part of a table as it is, and that may be one tile.
+    A table gets at least four tiles, so that one tile is a small part of a layer. A rank of a relation group has only a
+    part of each table, which may be one tile.
 
     Args:
         spec: the model.

@@ -43,8 +43,8 @@ class _Ranks:
 def traffic_rows(run: RunConfig) -> tuple[TrafficRow, ...]:
     """Return what a rank sends under ZeRO-3, hpZ, MiCS and relation parallelism; empty for one rank or without tables.
 
-    All have the run's batch and checkpointing. hpZ and MiCS need several nodes. The group of relation parallelism is
-    the run's, or a node; over its replicas ZeRO-1 partitions.
+    All have the run's batch and checkpointing. hpZ and MiCS need several nodes. Relation parallelism has the group and
+    the stage of the run, or is that of a node with ZeRO-1.
 
     Args:
         run: model, cluster and training.
@@ -61,9 +61,12 @@ def traffic_rows(run: RunConfig) -> tuple[TrafficRow, ...]:
         rows["ZeRO-3 with hpZ"] = [every.passes(size, 1 + count), near]
         average = 2 * (cluster.nodes - 1) / cluster.nodes * size / cluster.ranks_per_node
         rows["MiCS, sharded within a node"] = [node.passes(size, count * (uses + 1)), (0.0, average)]
-    group = run.parallel.relation if run.parallel.relation > 1 else cluster.ranks_per_node
+    group, stage = run.parallel.relation, run.zero.stage
+    if group == 1:
+        group, stage = cluster.ranks_per_node, 1
     if 1 < group <= model.geometry.relations:
-        rows[f"relation parallelism in groups of {group}, ZeRO-1"] = list(_relation_passes(run, group))
+        passes = list(_relation_passes(run, group, stage))
+        rows[f"relation parallelism in groups of {group}, ZeRO-{stage}"] = passes
     return tuple(
         TrafficRow(
             strategy=name,
@@ -74,7 +77,7 @@ def traffic_rows(run: RunConfig) -> tuple[TrafficRow, ...]:
     )
 
 
-def _relation_passes(run: RunConfig, group: int) -> Iterator[tuple[float, float]]:
+def _relation_passes(run: RunConfig, group: int, stage: int) -> Iterator[tuple[float, float]]:
     """Yield the bytes on the node and on the network of each kind of collective."""
     model, training, cluster = run.model, run.training, run.cluster
     width, count = training.dtype_bytes, training.gradient_accumulation_steps
@@ -89,4 +92,6 @@ def _relation_passes(run: RunConfig, group: int) -> Iterator[tuple[float, float]
     own = (count_parameters(model).components[TABLES] / group + shared / width) * width
     replicas = run.world_size // group
     near = cluster.ranks_per_node // group if cluster.ranks_per_node % group == 0 else 1
-    yield _Ranks(replicas, replicas // near).passes(own, 2)
+    # Among replicas: ZeRO-3 gathers for every use, the others once a step; from stage 2 on each micro-batch is reduced.
+    passes = count * (weight_uses(model) + 1) if stage == 3 else 1 + (count if stage == 2 else 1)
+    yield _Ranks(replicas, replicas // near).passes(own, passes)

@@ -66,7 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model": WIDE | ODD | {"dropout": 0.1, "checkpointing": "block"},
     },
 }
-RESUMED = ("0-8bit", "3-bf16-gpt")
+RESUMED = ("0-8bit", "3-bf16-gpt", "1-relation")
 """Cases of which a checkpoint is loaded as well, by other processes."""
 WITHIN_BYTES = 2**16
 """Tolerance for scalars, step counters and padding that the memory breakdown does not list."""

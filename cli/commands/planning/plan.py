@@ -284,8 +284,7 @@ def plan_cli(
         document = {"folder": None if out is None else str(out), **result.model_dump(mode="json")}
         print_json(document | {"run": None if cost is None else cost.model_dump()})
         return
-    to = console()
-    print_verdict(result, out, minimize, to)
+    print_verdict(result, out, minimize, to := console())
     for remark in config_warnings(result.plan.training, result.plan.zero):
         note(remark)
     if verbose:

@@ -11,6 +11,7 @@ from translution.planner.config.loading import preset
 from translution.planner.config.model import override
 from translution.planner.config.training import TrainingSpec
 from translution.planner.config.zero import OffloadMode
+from translution.planner.costs.parameters import count_parameters
 from translution.planner.hardware.cluster import load_cluster
 from translution.planner.search.plan_search import SearchResult, plan, search_plan
 from translution.planner.search.relation_space import group_sizes, search_strategies, suits_group
@@ -24,8 +25,8 @@ def strategies(cluster: str, model: Any = TABLES, **constraints: Any) -> list[St
     return search_strategies(model, load_cluster(cluster), SearchConstraints(**constraints))[0]
 
 
-def found(cluster: str, **constraints: Any) -> SearchResult:
-    return search_plan(preset("vit-small/32"), load_cluster(cluster), BF16, SearchConstraints(**constraints))
+def found(cluster: str, model: str = "vit-small/32", **constraints: Any) -> SearchResult:
+    return search_plan(preset(model), load_cluster(cluster), BF16, SearchConstraints(**constraints))
 
 
 @pytest.mark.parametrize(
@@ -128,3 +129,25 @@ def test_a_size_that_cannot_be_is_one_line(given: dict[str, Any], message: str) 
 def test_a_model_without_tables_has_no_groups() -> None:
     with pytest.raises(InputError, match="relation_parallel: 2 is not allowed: must be 1 for a model without relation"):
         search_plan(PLAIN, load_cluster("8xH100"), BF16, SearchConstraints(relation_parallel=2))
+
+
+def test_vit_large_16_with_relation_parallelism_on_eight_nodes() -> None:
+    """A rank of 64 in groups of 8 holds an eighth of the tables, and their states are shared by eight replicas.
+
+    Published in the specification of relation parallelism: 28 GB of parameters and gradients, 10 GB of states.
+    """
+    plan = found("8x8xH100", "vit-large/16", global_batch=512, all_nodes=True, relation_parallel=8, stage=1).plan
+    count = count_parameters(preset("vit-large/16"))
+    tables = count.components["relation tables"]
+    own = tables / 8 + count.total - tables
+    names = ("parameters", "gradients", "master parameters", "optimizer states")
+    sizes = {name: plan.prediction.of(name) for name in names}
+    assert sizes["parameters"] == pytest.approx(2 * own, rel=0.01)
+    assert sizes["master parameters"] + sizes["optimizer states"] == pytest.approx(12 * own / 8, rel=0.01)
+    assert 2 * sizes["parameters"] / 1e9 == pytest.approx(28, rel=0.05)
+    assert (sizes["master parameters"] + sizes["optimizer states"]) / 1e9 == pytest.approx(10, rel=0.08)
+    # By itself the search takes it: it is faster than what is best without.
+    best, without = (found("8x8xH100", "vit-large/16", global_batch=512, **given).plan for given in
+                     ({}, {"relation_parallel": 1}))  # fmt: skip
+    assert best.parallel.relation > 1
+    assert best.time and without.time and best.time.samples_per_s > without.time.samples_per_s

@@ -21,11 +21,12 @@ BASE = preset("vit-base/16")
 ZERO3, HPZ, MICS = "ZeRO-3", "ZeRO-3 with hpZ", "MiCS, sharded within a node"
 
 
-def sent(cluster: str, group: int = 1, model: ModelSpec = BASE, **training: Any) -> dict[str, tuple[int, int]]:
+def sent(
+    cluster: str, group: int = 1, model: ModelSpec = BASE, stage: Any = 3, **training: Any
+) -> dict[str, tuple[int, int]]:
     values = {"precision": "bf16", "micro_batch": 8, "data": "synthetic"} | training
-    run = RunConfig(
-        model, load_cluster(cluster), TrainingSpec(**values), ZeroSpec(), parallel=ParallelSpec(relation=group)
-    )
+    zero, parallel = ZeroSpec(stage=stage), ParallelSpec(relation=group)
+    run = RunConfig(model, load_cluster(cluster), TrainingSpec(**values), zero, parallel=parallel)
     return {row.strategy: (row.node_bytes, row.network_bytes) for row in traffic_rows(run)}
 
 
@@ -56,7 +57,7 @@ def test_one_node_sends_nothing_over_the_network() -> None:
 
 def test_a_group_on_all_nodes_sends_most_of_its_exchanges_over_the_network() -> None:
     """Of 63 other GPUs 56 are on other nodes, and there is no replica."""
-    near, network = sent("8x8xH100", 64)["relation parallelism in groups of 64, ZeRO-1"]
+    near, network = sent("8x8xH100", 64, stage=1)["relation parallelism in groups of 64, ZeRO-1"]
     exchanged = relation_parallel_traffic(BASE, ranks=64, batch=8).total
     assert network == pytest.approx(exchanged * 56 / 63, rel=0.05)
     assert near < network / 4
@@ -74,6 +75,15 @@ def test_accumulation_and_recomputation_send_more() -> None:
     again = sent("2x8xH100", model=override(BASE, checkpointing="block"))
     assert again[ZERO3][1] == pytest.approx(4 / 3 * one[ZERO3][1], rel=1e-6)
     assert 1 < again[name][0] / one[name][0] < 1.5
+
+
+def test_a_plan_with_groups_is_shown_with_its_own_stage() -> None:
+    """Over eight replicas ZeRO-2 reduces with both micro-batches, and ZeRO-3 gathers for four passes besides."""
+    far = []
+    for stage in (1, 2, 3):
+        rows = sent("8x8xH100", 8, stage=stage, gradient_accumulation_steps=2)
+        far.append(rows[f"relation parallelism in groups of 8, ZeRO-{stage}"][1])
+    assert [size / far[0] for size in far] == pytest.approx([1, 1.5, 3])
 
 
 def test_nothing_is_compared_without_tables_or_other_ranks() -> None:

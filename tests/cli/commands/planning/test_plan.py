@@ -26,13 +26,20 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, capsys: Captured, m
 
 def test_verbose_and_the_readme_give_every_reason(tmp_path: Path, capsys: Captured) -> None:
     words = ["plan", "vit-tiny/56", "--cluster", "2xH100", "--data", "synthetic", "--out", str(tmp_path / "plan")]
+    words += ["--stage", "3"]
     assert run(words) == 0
     short = capsys.readouterr().out
     assert run([*words, "--force", "--verbose"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(short)
     readme = (tmp_path / "plan" / "README.md").read_text(encoding="utf-8")
-    for title in ("Strategies tried", "Pareto set: nothing faster", "Predicted time of a step", "max_live_elements"):
+    for title in (
+        "Strategies tried",
+        "What a rank sends in a step with this batch",
+        "Pareto set: nothing faster",
+        "Predicted time of a step",
+        "max_live_elements",
+    ):
         assert title in out
         assert title in readme
         assert title not in short
