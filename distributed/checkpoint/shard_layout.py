@@ -132,10 +132,8 @@ def untiled_positions(numels: Mapping[str, int], owned: OwnedGeometry | None = N
         else:
             tiles.setdefault((match[1], match[3]), []).append((int(match[2]), name))
     for (prefix, role), known in tiles.items():
-        matrix, relations = 0, ()
-        if owned is not None and role in _RELATION_TABLES:
-            relations = owned.owned
-            matrix = sum(numels[name] for _, name in known) // len(relations)
+        relations = owned.owned if owned is not None and role in _RELATION_TABLES else ()
+        matrix = sum(numels[name] for _, name in known) // len(relations) if relations else 0
         start = 0
         for _, name in sorted(known):
             positions[name] = UntiledPosition(f"{prefix}.0.{role}", start, matrix, relations)

@@ -107,7 +107,7 @@ def compare_replicas(mesh: RelationMesh) -> None:
 
     Another owner may have one tile more.
     """
-    utils = importlib.import_module("deepspeed.runtime.zero.utils")
+    utils: Any = importlib.import_module("deepspeed.runtime.zero.utils")
     source = mesh.get_data_parallel_group_ranks()[0]
 
     def list_of_first(own: list[int]) -> list[int]:

@@ -1,8 +1,8 @@
 """Values of new tables: a rank that owns some of the relations draws what one process with all of them would.
 
-One process draws the tables tile by tile. A tile of a rank has relations of several such tiles, and under ZeRO-3 it must
-be filled before the next one is made. So the state of torch's generator is kept at the start of every table of a whole
-tile, and draws are repeated from there. A rank draws every matrix once, and those near its own ones again.
+One process draws the tables tile by tile. A tile of a rank has relations of several such tiles, and under ZeRO-3 it
+must be filled before the next one is made. So the state of torch's generator is kept at the start of every table of a
+whole tile, and draws are repeated from there. A rank draws every matrix once, and those near its own ones again.
 """
 
 from __future__ import annotations

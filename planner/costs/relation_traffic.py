@@ -164,10 +164,11 @@ def shared_gradient_traffic(spec: ModelSpec, *, ranks: int, value_bytes: int = 2
         ranks: ranks that share out the relations, G.
         value_bytes: bytes per element of the gradients, as of the parameters.
     """
-    everything = sum(group.total for group in parameter_groups(spec))
-    layers = [operator_groups(spec, operator) for operator in spec.layer_operators if operator in ("translution", "alpha")]
-    owned = sum(group.total for layer in layers for group in layer if group.component == TABLES)
-    return 2 * (ranks - 1) * (everything - owned) * value_bytes // ranks
+    operators = [operator for operator in spec.layer_operators if operator in ("translution", "alpha")]
+    layers = (group for operator in operators for group in operator_groups(spec, operator))
+    owned = sum(group.total for group in layers if group.component == TABLES)
+    shared = sum(group.total for group in parameter_groups(spec)) - owned
+    return 2 * (ranks - 1) * shared * value_bytes // ranks
 
 
 def zero3_table_traffic(spec: ModelSpec, *, ranks: int, value_bytes: int = 2) -> int:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers.runs import run_ranks_of, write_plan
-from programs import relation_training as program
+from programs.relation import training as program
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -49,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "zero-3": {"stage": 3, "tile": 3, "model": UNEVEN, "zero_overrides": {"sub_group_elements": 200}, **SGD},
     "zero-3-offloaded": {"stage": 3, "offload": "cpu", **ADAM},
 }
+NVME = {"stage": 3, "tile": 26, "model": WIDE, "offload": "nvme", **ADAM}
 RESUMED_CASES = ("zero-1-offloaded", "zero-3", "nvme")
 SQUARES = ("zero-1", "zero-2-alpha", "zero-3", "zero-3-offloaded")
 """Cases that four ranks train in two groups."""
@@ -76,8 +77,8 @@ class Run(NamedTuple):
         return self.plan / "runs" / (self.mark or "new")
 
     def write(self) -> dict[str, str | None]:
-        options: dict[str, Any] = {"model": MODEL, "tile": 8, "steps": STEPS, "checkpoint_steps": 1, "keep_checkpoints": STEPS}
-        options |= CASES.get(self.case) or {"stage": 3, "tile": 26, "model": WIDE, "offload": "nvme", **ADAM}
+        options: dict[str, Any] = {"model": MODEL, "tile": 8, "checkpoint_steps": 1, "keep_checkpoints": STEPS}
+        options |= {"steps": STEPS, **(CASES.get(self.case) or NVME)}
         if self.case == "nvme":
             options["nvme_path"] = self.folder / "drive"
             options["nvme_path"].mkdir(exist_ok=True)
@@ -88,6 +89,10 @@ class Run(NamedTuple):
             write_plan(self.plan, per_node, nodes=nodes, relation_parallel=self.relation_ranks, **options)
         paths = {"plan": self.plan, "run": self.path, "checkpoint": self.checkpoint, "weights": self.weights}
         return {name: None if path is None else str(path) for name, path in paths.items()}
+
+    def resumed(self) -> Run:
+        """The same run, continued from its checkpoint of step `RESUMED`."""
+        return self._replace(checkpoint=self.checkpoint_of(RESUMED), mark="resumed")
 
     def checkpoint_of(self, step: int) -> Path:
         return self.path / CHECKPOINT / f"step_{step}"
@@ -139,7 +144,8 @@ def assert_equal_training(run: Run, reference: Run) -> None:
         ours = dict(run.tensors())
         assert ours.keys() == theirs.keys()
         found = {name: relative(value, theirs[name]) for name, value in ours.items()}
-        assert max(found.values()) < 10 * TOLERANCE, (run, max(found, key=lambda name: found[name]), max(found.values()))
+        worst = max(found, key=lambda name: found[name])
+        assert found[worst] < 10 * TOLERANCE, (run, worst, found[worst])
 
 
 def test_ranks_that_share_out_the_relations_train_as_one_rank(tmp_path: Path) -> None:
@@ -150,7 +156,7 @@ def test_ranks_that_share_out_the_relations_train_as_one_rank(tmp_path: Path) ->
     save_file(tensors, weights, network_metadata(parse_model_spec(UNEVEN)))
 
     first = {case: Run(tmp_path, case, 2, 2) for case in (*CASES, "nvme")}
-    again = [first[case]._replace(checkpoint=first[case].checkpoint_of(RESUMED), mark="resumed") for case in RESUMED_CASES]
+    again = [run.resumed() for run in map(first.__getitem__, RESUMED_CASES)]
     from_weights = first["zero-3"]._replace(weights=weights, mark="weights")
     two = [*first.values(), *again, from_weights]
     counted = start(tmp_path, two)
@@ -166,7 +172,7 @@ def test_ranks_that_share_out_the_relations_train_as_one_rank(tmp_path: Path) ->
     weights_reference = from_weights._replace(ranks=1, relation_ranks=1)
     start(tmp_path, [*references.values(), back, weights_reference])
 
-    others = {"crossed": references["zero-1-offloaded"], "back": references["zero-1-offloaded"], "weights": weights_reference}
+    others = dict.fromkeys(("crossed", "back"), references["zero-1-offloaded"]) | {"weights": weights_reference}
     for run in (*two, *four, back):
         if run.case != "nvme" and run.mark != "resumed":
             assert_equal_training(run, others.get(run.mark) or references[run.case])

@@ -81,4 +81,4 @@ def test_the_bound_is_close_where_activations_are_most_of_what_a_rank_holds(grou
     run = run_config(preset("vit-small/32"), "cuda", group, 8, training, 3, "none")
     peak = estimate_memory(run).worst(Tier.DEVICE)
     assert peak is not None
-    assert held(peak) <= bound_memory(run).device <= 1.03 * held(peak)
+    assert held(peak) <= bound_memory(run).device <= 1.05 * held(peak)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from helpers.runs import run_ranks_of
-from programs import relation_memory as program
+from programs.measuring import relation_memory as program
 
 from translution.planner.config.geometry import RelationGeometry
 from translution.planner.config.model import parse_model_spec

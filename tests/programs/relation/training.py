@@ -1,4 +1,4 @@
-"""One rank that trains plans with relation parallelism, one after the other: python relation_training.py OUT JOBS.
+"""One rank that trains plans with relation parallelism, one after the other: python training.py OUT JOBS.
 
 JOBS is a JSON file with a list of jobs: "plan" is the plan folder and "run" the run folder to make; "checkpoint" is the
 checkpoint to resume from, and "weights" the network file to start from, or null. Rank r writes OUT/ranks_W_rank_r.json:
