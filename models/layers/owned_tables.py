@@ -122,6 +122,8 @@ class OwnedTables(RelationTables):
         return OperatorChain._attend_compiled(self, sources, key_padding)
 
     def _attend(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if torch._C._are_functorch_transforms_active():
+            return self._run_transformed(sources, key_padding)
         sources = _joined(sources)
         device = next(iter(sources.values())).device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
