@@ -211,6 +211,10 @@ def summarize_simulation(
     )
 
 
+def _overhead(run: RunConfig) -> DeviceOverhead | None:
+    return run.cluster.device_overhead(relation_ranks=run.parallel.relation)
+
+
 def _places(run: RunConfig, rank: int | None) -> tuple[int | None, ...]:
     """Return the places in a relation group to simulate: None if the rank's number decides."""
     ranks = run.parallel.relation
@@ -238,7 +242,7 @@ def estimate_memory(run: RunConfig, rank: int | None = None) -> MemoryEstimate:
         rank: number of the rank; None is the rank that holds the most. If the rank with the most relations is not that
             with the most pairs, the higher peak of the two is taken for each phase.
     """
-    config, overhead = EngineConfig(run, rank), run.cluster.device_overhead()
+    config, overhead = EngineConfig(run, rank), _overhead(run)
     estimates = [
         summarize_simulation(simulate(run, rank=rank, place=place), config, overhead) for place in _places(run, rank)
     ]
@@ -258,7 +262,7 @@ def evaluation_peaks(run: RunConfig, batch: int, rank: int | None = None) -> tup
         batch: samples of the rank in one pass.
         rank: as in `estimate_memory`.
     """
-    config, overhead = EngineConfig(run, rank), run.cluster.device_overhead()
+    config, overhead = EngineConfig(run, rank), _overhead(run)
     simulations = [simulate_evaluation(run, batch, rank, place=place) for place in _places(run, rank)]
     return _highest_peaks([summarize_simulation(simulation, config, overhead) for simulation in simulations])
 

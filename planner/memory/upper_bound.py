@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
+from ..common.phases import Tier
 from ..common.units import FP32_BYTES
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
@@ -211,7 +212,17 @@ def bound_weights(run: RunConfig) -> WeightsBound:
     if ranks > 1:
         # A gradient that is averaged over the group is in two tensors.
         bounds.running += largest * terms.width
+        _communicators(run, bounds)
     return bounds
+
+
+def _communicators(run: RunConfig, bounds: WeightsBound) -> None:
+    """Add what the communicators of relation groups hold: a search knows those of the cluster alone."""
+    with_group = run.cluster.device_overhead(relation_ranks=run.parallel.relation)
+    without = run.cluster.device_overhead()
+    if with_group is not None and without is not None:
+        bounds.device += with_group.device_bytes(0) - without.device_bytes(0)
+        bounds.host += with_group.total(tier=Tier.HOST) - without.total(tier=Tier.HOST)
 
 
 def _parameters(terms: _Terms, bounds: WeightsBound) -> None:

@@ -122,7 +122,7 @@ def _minimal_setups(
         sizes = group_sizes(spec, cluster, constraints) if has_relation_tables(spec) else []
         if not sizes:
             return
-        group = sizes[0]
+        (group,) = sizes
     for strategy in list_strategies(constraints, cluster)[0]:
         if strategy.ratio < 1 or strategy.hpz:
             continue

@@ -13,10 +13,9 @@ MOST_GROUPS = 3
 
 
 def group_sizes(spec: ModelSpec, cluster: ClusterSpec, constraints: SearchConstraints) -> list[int]:
-    """Return the sizes of relation groups to try on a cluster, largest first; without 1.
+    """Return the sizes of relation groups to try on a cluster, without 1: a node, half of it, all ranks, and others.
 
-    They are the node, parts of it and the whole cluster, then several nodes. Larger groups need less memory and send
-    more.
+    Larger groups need less memory and send more.
 
     Args:
         spec: the model.
@@ -30,7 +29,7 @@ def group_sizes(spec: ModelSpec, cluster: ClusterSpec, constraints: SearchConstr
     parts = [size for size in range(node // 2, 1, -1) if node % size == 0]
     several = [node * count for count in range(2, cluster.nodes) if cluster.nodes % count == 0]
     sizes = dict.fromkeys((node, *parts[:1], cluster.world_size, *parts[1:], *several))
-    return sorted([size for size in sizes if 1 < size <= most][:MOST_GROUPS], reverse=True)
+    return [size for size in sizes if 1 < size <= most][:MOST_GROUPS]
 
 
 def search_strategies(
@@ -71,17 +70,21 @@ def search_strategies(
     return found, {strategy._replace(relation=True): reason for strategy, reason in without.items()}
 
 
-def suits_group(strategy: Strategy, replicas: int, constraints: SearchConstraints) -> bool:
+def suits_group(strategy: Strategy, replicas: int, checkpointing: str, constraints: SearchConstraints) -> bool:
     """Return whether a strategy is worth a try with a number of replicas.
 
     With one replica ZeRO has nothing to partition: stage 1 is as good as the higher ones, unless they offload what it
-    does not.
+    does not. Inputs of blocks are too small, next to what a group exchanges, to be worth the host's memory.
 
     Args:
         strategy: the stage and the offload mode.
         replicas: ranks that own the same relations, D.
-        constraints: may fix the stage.
+        checkpointing: that of the activations.
+        constraints: may fix stage and checkpointing.
     """
+    if not strategy.relation:
+        return True
+    if checkpointing == "offload" and constraints.checkpointing is None:
+        return False
     below = (OffloadMode.NONE, OffloadMode.CPU_OPTIMIZER)
-    fixed = constraints.stage is not None
-    return not strategy.relation or replicas > 1 or fixed or strategy.stage == 1 or strategy.offload not in below
+    return replicas > 1 or constraints.stage is not None or strategy.stage == 1 or strategy.offload not in below

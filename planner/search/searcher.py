@@ -126,16 +126,40 @@ class Searcher:
         for number, part in enumerate(parts):
             on_progress(number, len(parts))
             self._try_strategy(*part)
+        self._vary_groups(parts)
         if self._refused and not self.considered:
             raise self._refused[0]
 
-    def _try_strategy(self, strategy: Strategy, base: RunConfig, rates: Rates) -> None:
-        """Evaluate every group size, tile size and knob set of a strategy; ``base`` gives the rest."""
+    def _vary_groups(self, parts: list[tuple[Strategy, RunConfig, Rates]]) -> None:
+        """Evaluate other sizes of relation groups: with the batch of the best plan of the first size, or with all.
+
+        A simulation for each size, batch and checkpointing would take most of a search.
+        """
+        fitting = [one for one in self.candidates if one.strategy.relation and one.peak_utilization <= 1]
+        best = min(fitting, key=lambda one: one.cost(self.constraints.minimize), default=None)
+        for strategy, base, rates in parts:
+            same = best is None or (
+                base.training.micro_batch == best.run.training.micro_batch
+                and base.model.checkpointing == best.run.model.checkpointing
+            )
+            if strategy.relation and same:
+                self._try_strategy(strategy, base, rates, first=False)
+
+    def _try_strategy(self, strategy: Strategy, base: RunConfig, rates: Rates, *, first: bool = True) -> None:
+        """Evaluate the first group size, or the others, with every tile size and knob set of a strategy.
+
+        Args:
+            strategy: stage and offload.
+            base: gives the rest of the configuration.
+            rates: those of its cluster.
+            first: whether to try the first size of a relation group, or all others.
+        """
         if strategy in self.infeasible or (strategy.hpz and base.cluster.nodes == 1):
             return
         model, cluster = base.model, base.cluster
-        for group in group_sizes(model, cluster, self.constraints) if strategy.relation else (1,):
-            if not suits_group(strategy, cluster.world_size // group, self.constraints):
+        sizes = group_sizes(model, cluster, self.constraints) if strategy.relation else [1]
+        for group in sizes[:1] if first else sizes[1:]:
+            if not suits_group(strategy, cluster.world_size // group, model.checkpointing, self.constraints):
                 continue
             for tile in tiles(model, cluster.world_size, strategy.stage, self.constraints, group):
                 run = base.replace(tile_relations=tile, parallel=ParallelSpec(relation=group))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..common.units import FP32_BYTES
 from ..config.model import ModelSpec
 from ..config.parallel import deal_relations, owned_geometry
-from ..costs.parameters import TABLES, parameter_groups
+from ..costs.parameters import TABLES, owned_parameter_groups, parameter_groups
 from ..costs.relation_traffic import SEED_BYTES, moved_widths
 from ..hardware.cluster import ClusterSpec
 from .rates import Rates
@@ -158,8 +158,11 @@ def exchange_seconds(sent: Exchanged, group: int, rates: Rates) -> float:
     return seconds + COPIES * sent.total / rates.memory_bytes_per_s
 
 
+@lru_cache(maxsize=256)
 def shared_gradient_seconds(spec: ModelSpec, group: int, value_bytes: int, rates: Rates) -> float:
     """Return the seconds in which a group averages the gradients of all parameters but tables, one by one.
+
+    Every gradient is scaled first, those of the rank's own tables too.
 
     Args:
         spec: the model.
@@ -169,4 +172,6 @@ def shared_gradient_seconds(spec: ModelSpec, group: int, value_bytes: int, rates
     """
     elements, tensors = shared_elements(spec)
     reduce = group_rates(rates, group).collective("all_reduce")
-    return tensors * reduce.latency_s + elements * value_bytes / reduce.bytes_per_s
+    scaled = sum(parameters.total for parameters in owned_parameter_groups(spec, None, group))
+    seconds = tensors * reduce.latency_s + elements * value_bytes / reduce.bytes_per_s
+    return seconds + 2 * scaled * value_bytes / rates.memory_bytes_per_s

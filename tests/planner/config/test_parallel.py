@@ -89,7 +89,7 @@ def test_one_rank_knows_no_reverse_of_its_relations() -> None:
         (3, {}, "relation_parallel: 3 is not allowed: must divide the number of ranks 8"),
         (
             8,
-            {"image": 2, "patch": 1, "operator": "alpha", "class_token": False},
+            {"image": [2, 1], "patch": 1, "operator": "alpha", "class_token": False, "pool": "mean"},
             "must be at most the number of relati",
         ),
         (2, {"operator": "shaw"}, "relation_parallel: 2 is not allowed: must be 1 for a model without relation tables"),

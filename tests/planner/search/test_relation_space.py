@@ -15,6 +15,7 @@ from translution.planner.costs.parameters import count_parameters
 from translution.planner.hardware.cluster import load_cluster
 from translution.planner.search.plan_search import SearchResult, plan, search_plan
 from translution.planner.search.relation_space import group_sizes, search_strategies, suits_group
+from translution.planner.search.searcher import Searcher
 from translution.planner.search.space import SearchConstraints, Strategy
 
 BF16 = TrainingSpec(precision="bf16", data="synthetic")
@@ -33,7 +34,7 @@ def found(cluster: str, model: str = "vit-small/32", **constraints: Any) -> Sear
     ("cluster", "given", "sizes"),
     [
         ("8xH100", None, [8, 4, 2]),
-        ("8x8xH100", None, [64, 8, 4]),
+        ("8x8xH100", None, [8, 4, 64]),
         ("4x1xH100", None, [4, 2]),
         ("6xH100", None, [6, 3, 2]),
         ("1xH100", None, []),
@@ -73,13 +74,35 @@ def test_relation_parallelism_is_tried_unless_something_else_is_asked_for() -> N
 
 def test_one_replica_needs_no_higher_stage() -> None:
     def suits(stage: Any, offload: OffloadMode, replicas: int, given: Any = None) -> bool:
-        return suits_group(Strategy(stage, offload, relation=True), replicas, SearchConstraints(stage=given))
+        return suits_group(Strategy(stage, offload, relation=True), replicas, "none", SearchConstraints(stage=given))
 
     assert suits(1, OffloadMode.NONE, 1)
     assert not suits(2, OffloadMode.NONE, 1)
     assert suits(2, OffloadMode.NONE, 2)
     assert suits(3, OffloadMode.CPU, 1)
     assert suits(2, OffloadMode.NONE, 1, given=2)
+
+
+def test_blocks_inputs_stay_on_the_device_unless_the_host_is_asked_for() -> None:
+    strategy = Strategy(1, OffloadMode.NONE, relation=True)
+    assert suits_group(strategy, 2, "block", SearchConstraints())
+    assert not suits_group(strategy, 2, "offload", SearchConstraints())
+    assert suits_group(strategy, 2, "offload", SearchConstraints(checkpointing="offload"))
+    assert suits_group(strategy._replace(relation=False), 2, "offload", SearchConstraints())
+
+
+def test_the_search_varies_the_size_only_around_the_best_plan() -> None:
+    """Every size needs simulations of its own for each batch and way of checkpointing."""
+    constraints = SearchConstraints(global_batch=256, all_nodes=True)
+    searcher = Searcher(preset("vit-small/32"), load_cluster("2x8xH100"), BF16, constraints)
+    tried: dict[int, set[tuple[int, str]]] = {}
+    for one in searcher.candidates:
+        if one.strategy.relation:
+            place = (one.run.training.micro_batch, one.run.model.checkpointing)
+            tried.setdefault(one.run.parallel.relation, set()).add(place)
+    assert set(tried) == {8, 4, 16}
+    assert len(tried[8]) > 4
+    assert len(tried[4]) == len(tried[16]) == 1
 
 
 def test_a_given_size_is_taken_and_has_a_reason() -> None:

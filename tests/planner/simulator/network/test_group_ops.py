@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from helpers.runs import run_ranks_of
-from programs import relation_memory as program
+from programs.measuring import relation_memory as program
 
 from translution.planner.config.geometry import RelationGeometry
 from translution.planner.config.model import parse_model_spec
@@ -22,11 +23,16 @@ STRAY_BYTES = 128
 TOO_HIGH = 0.03
 """Share by which a peak may be below the prediction, which takes a tile's largest relation for each of its products."""
 
+BATCHED_TOO_HIGH = 0.3
+"""The scratch of many relations at a time has an upper bound."""
+
 
 def predicted(case: dict[str, Any], how: str, rank: int) -> Replay:
     spec = parse_model_spec(case)
     sizes = DtypeSizes.autocast("cpu", packs=False)
-    if how != "autocast":
+    if how == "batched":
+        sizes = replace(DtypeSizes.of(4, "cuda"), copies_products=False)
+    elif how != "autocast":
         sizes = DtypeSizes.of(getattr(torch, how).itemsize, "cpu", packs=False)
     share = GroupShare(spec.geometry, RANKS, rank, uses_gloo=True)
     return replay(spec, program.BATCH, sizes, program.TILE, share=share)
@@ -45,7 +51,9 @@ def test_peaks_and_saved_bytes_of_ranks_that_share_out_relations_are_predicted(t
             for phase in ("forward", "backward"):
                 peak = ours.memory.peaks[phase]
                 more = peak.total_bytes - peak.live_bytes[MICRO_BATCHES] - found[phase]
-                assert -STRAY_BYTES <= more <= STRAY_BYTES + TOO_HIGH * found[phase], (case, how, rank, phase, more)
+                limit = BATCHED_TOO_HIGH if how == "batched" else TOO_HIGH
+                ratio = more / found[phase]
+                assert -STRAY_BYTES <= more <= STRAY_BYTES + limit * found[phase], (case, how, rank, phase, ratio)
     assert differ >= 3
 
 
