@@ -223,12 +223,13 @@ class Searcher:
     def best(self) -> Candidate | None:
         """The best candidate by the objective whose simulation fits; None if there is none."""
         objective = self.constraints.minimize
-        replays, failed = REPLAYS, set()
+        # Plans with and without relation groups have replays of their own: what one kind fails must not cost the other.
+        replays, failed = {True: REPLAYS, False: REPLAYS}, set()
         for candidate in sorted(self.candidates, key=lambda candidate: candidate.cost(objective)):
             if candidate.peak_utilization > 1:
-                if not replays or candidate.footprint_key in failed:
+                if not replays[candidate.strategy.relation] or candidate.footprint_key in failed:
                     continue
-                replays -= 1
+                replays[candidate.strategy.relation] -= 1
                 if not self.fits(candidate):
                     failed.add(candidate.footprint_key)
                     continue

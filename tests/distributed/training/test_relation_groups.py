@@ -34,6 +34,8 @@ STEPS, GLOBAL_BATCH, RESUMED = 4, 16, 2
 MODEL = {"family": "vit", "image": 16, "patch": 4, "channels": 1, "classes": 10, "dim": 16, "depth": 2, "heads": 2}
 UNEVEN = MODEL | {"class_token": False, "pool": "mean"}
 """Has 49 relations: with three per tile, the first rank of two has a tile more, and hence more sub-groups."""
+LANGUAGE = {"family": "gpt", "context": 12, "vocabulary": 31, "dim": 16, "depth": 2, "heads": 2, "operator": "alpha"}
+LANGUAGE |= {"c1": 2, "c2": 4, "tied_embeddings": True}
 WIDE = MODEL | {"dim": 160, "depth": 1, "dropout": 0.1}
 """Only its tables are large enough for NVMe."""
 SGD = {"optimizer": "sgd", "learning_rate": 0.1}
@@ -45,9 +47,9 @@ CASES: dict[str, dict[str, Any]] = {
     "zero-1": {"stage": 1, "model": MODEL | {"pool": "class", "class_token": True, "checkpointing": "block"}, **SGD},
     "zero-1-bf16": {"stage": 1, "precision": "bf16", "grad_accum_dtype": "fp32", **SGD},
     "zero-1-offloaded": {"stage": 1, "offload": "cpu-optimizer", **ADAM},
-    "zero-2-alpha": {"stage": 2, "model": MODEL | {"operator": "alpha", "c1": 2, "c2": 4}, **SGD},
+    "zero-2-alpha": {"stage": 2, "model": LANGUAGE, "data": "synthetic", "loss": "chunked", **SGD},
     "zero-3": {"stage": 3, "tile": 3, "model": UNEVEN, "zero_overrides": {"sub_group_elements": 200}, **SGD},
-    "zero-3-offloaded": {"stage": 3, "offload": "cpu", **ADAM},
+    "zero-3-offloaded": {"stage": 3, "offload": "cpu", "model": MODEL | {"checkpointing": "offload"}, **ADAM},
 }
 NVME = {"stage": 3, "tile": 26, "model": WIDE, "offload": "nvme", **ADAM}
 RESUMED_CASES = ("zero-1-offloaded", "zero-3", "nvme")

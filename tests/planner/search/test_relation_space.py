@@ -174,3 +174,18 @@ def test_vit_large_16_with_relation_parallelism_on_eight_nodes() -> None:
                      ({}, {"relation_parallel": 1}))  # fmt: skip
     assert best.parallel.relation > 1
     assert best.time and without.time and best.time.samples_per_s > without.time.samples_per_s
+
+
+@pytest.mark.parametrize(
+    ("model", "cluster", "given"),
+    [
+        # The fastest groups need more than the device has by the bound, and more when they are simulated.
+        ("vit-base/16", "4xH100", {"offload": "none"}),
+        ("vit-base/16", "2x8xH100", {"global_batch": 1024}),
+        ("vit-small/32", "8xH100", {}),
+    ],
+)
+def test_the_search_finds_nothing_slower_than_without_groups(model: str, cluster: str, given: dict[str, Any]) -> None:
+    both, without = (found(cluster, model, **given, **more).plan for more in ({}, {"relation_parallel": 1}))
+    assert both.time and without.time
+    assert both.time.samples_per_s >= without.time.samples_per_s * 0.999
