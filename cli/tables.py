@@ -11,6 +11,7 @@ from translution import planner
 from translution.planner.common import Phase, Tier, format_bytes
 from translution.planner.memory import MemoryEstimate
 from translution.planner.search import Advice, HybridRow, StrategyVerdict
+from translution.planner.timing import traffic_rows
 
 from .output import make_table
 from .verdict import list_changes
@@ -20,6 +21,16 @@ def strategies_table(strategies: Sequence[StrategyVerdict]) -> Table:
     """Return every strategy with its verdict; a star marks the chosen one."""
     rows = [(f"{'* ' if verdict.chosen else ''}{verdict.strategy}", verdict.reason) for verdict in strategies]
     return make_table("Strategies tried", ("strategy", "result"), rows, text_columns=2)
+
+
+def traffic_table(plan: planner.Plan) -> Table | None:
+    """Return what a rank sends in a step under several ways to share out the model; None if it sends nothing."""
+    rows = [
+        (row.strategy, format_bytes(row.node_bytes), format_bytes(row.network_bytes))
+        for row in traffic_rows(plan.run_config)
+    ]
+    title = "What a rank sends in a step with this batch"
+    return make_table(title, ("way to share out the model", "on its node", "on the network"), rows) if rows else None
 
 
 def knobs_table(result: planner.SearchResult) -> Table:

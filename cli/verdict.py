@@ -76,7 +76,9 @@ def _plan_rows(result: planner.SearchResult) -> Iterator[tuple[str, str]]:
     parameters = format_count(count_parameters(model).total)
     yield "model", f"{parameters} parameters, {OPERATOR_LABELS[model.operator]}, {training.precision}{tiles}"
     strategy = next(verdict.strategy for verdict in result.strategies if verdict.chosen)
-    yield "strategy", f"{strategy}; {plan.world_size} ranks on {_nodes(cluster.nodes)}"
+    group = plan.parallel.relation
+    shared = f" in groups of {group}" if group > 1 else ""
+    yield "strategy", f"{strategy}; {plan.world_size} ranks{shared} on {_nodes(cluster.nodes)}"
     accumulated = training.gradient_accumulation_steps
     split = f"{training.micro_batch} a rank" + (f" x {accumulated} accumulated" if accumulated > 1 else "")
     checkpointing = {"none": "no checkpointing", "block": "checkpointing of blocks"}.get(

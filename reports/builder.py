@@ -30,6 +30,7 @@ from .sections.plan import PlanReport, report_plan, verdict
 from .sections.public_runs import public_section
 from .sections.scaling import scaling_section
 from .sections.snapshot import snapshot_section
+from .sections.traffic import traffic_section
 from .sections.training import training_section
 
 PACKAGES = ("pydantic", "altair", "vl-convert-python")
@@ -111,7 +112,8 @@ class ReportBuilder:
         limits = tuple(thresholds(specs[0], cluster.gpu, self._training))
         points = tuple(scale_points(specs[0], self._training))
         made = self._made_by("compare", *request.compared, "--gpu", cluster.gpu, "--precision", GPU_PRECISION)
-        return [comparison_section(rows, limits, points, cluster.gpu, made)]
+        traffic = traffic_section(specs[0], made)
+        return [comparison_section(rows, limits, points, cluster.gpu, made), *([traffic] if traffic else [])]
 
     def _scaling(self) -> list[Section]:
         if self._request.scaled is None:

@@ -14,6 +14,7 @@ from translution.planner.config import parse_training
 from .render.vega import png, svg
 from .sections.comparison import comparison_frame, comparison_markdown, comparison_picture
 from .sections.experiment import experiment_markdown, experiment_picture
+from .sections.traffic import add_traffic, traffic_markdown
 
 COMPARISON_SUFFIXES = (".md", ".csv", ".json", ".png", ".svg")
 EXPERIMENT_FILE, EXPERIMENT_TABLE, EXPERIMENT_PICTURE = "result.json", "README.md", "figure"
@@ -64,14 +65,16 @@ def write_comparison(
 
 def _comparison_file(comparison: Comparison, models: Sequence[ModelSpec], suffix: str) -> bytes:
     if suffix == ".md":
-        return comparison_markdown(comparison.rows, comparison.thresholds).encode()
+        text = comparison_markdown(comparison.rows, comparison.thresholds)
+        return (text + traffic_markdown(comparison.traffic)).encode()
     if suffix == ".csv":
         return comparison_frame(comparison.rows).to_csv(index=False).encode()
     if suffix == ".json":
         return (comparison_frame(comparison.rows).to_json(orient="records", indent=2) + "\n").encode()
     training = parse_training({"precision": comparison.precision, "data": "synthetic"}, "compare")
     points = list(scale_points(models[0], training))
-    picture = comparison_picture(points, comparison.thresholds, f"{models[0].name}: memory over all ranks")
+    memory = comparison_picture(points, comparison.thresholds, f"{models[0].name}: memory over all ranks")
+    picture = add_traffic(memory, models[0])
     return png(picture) if suffix == ".png" else svg(picture).encode()
 
 

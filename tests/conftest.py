@@ -94,6 +94,7 @@ class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no 
         "tests/integration/test_accuracy.py",
         "tests/integration/test_resume.py",
         "tests/integration/test_runs.py",
+        "tests/models/ops/fused/test_kernels.py",
     )
 
     def _split_scope(self, nodeid: str) -> str:

@@ -24,6 +24,8 @@ _VERIFIED = Path("control") / "verified"
 _SUMS = ".sums"
 """Folder of a partial checkpoint with one file per rank that tells what it has written."""
 _RANK = re.compile(r"rank_?(\d+)")
+_PLACE = re.compile(r"(?:pp_rank_(\d+)_)?mp_rank_(\d+)_")
+"""Replica and place in a group of ranks that share out the relations."""
 _BLOCK_BYTES = 4 * 2**20
 
 OnBlock = Callable[[int], None]
@@ -50,8 +52,10 @@ def flush_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _writer(name: str, world_size: int) -> int:
+def _writer(name: str, world_size: int, relation_ranks: int) -> int:
     """Return the rank that wrote a file of a checkpoint, from its name."""
+    if place := _PLACE.search(name):
+        return int(place[1] or 0) * relation_ranks + int(place[2])
     found = _RANK.search(name)
     return int(found[1]) % world_size if found else 0
 
@@ -60,10 +64,17 @@ def _files(folder: Path) -> Iterable[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != _SUMS)
 
 
-def record_own_files(folder: Path, rank: int, world_size: int) -> None:
-    """Flush the files that this rank has written into a partial checkpoint, and note their sizes and checksums."""
+def record_own_files(folder: Path, rank: int, world_size: int, relation_ranks: int = 1) -> None:
+    """Flush the files that this rank has written into a partial checkpoint, and note their sizes and checksums.
+
+    Args:
+        folder: the partial checkpoint.
+        rank: number of this rank.
+        world_size: number of ranks.
+        relation_ranks: ranks of a group that share out the relations.
+    """
     names = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
-    own = {name: path for name, path in names.items() if _writer(name, world_size) == rank}
+    own = {name: path for name, path in names.items() if _writer(name, world_size, relation_ranks) == rank}
     # The drive flushes one file while another one is read from memory.
     with ThreadPoolExecutor(max_workers=1) as pool:
         flushes = [pool.submit(flush_file, path) for path in own.values()]

@@ -1,7 +1,8 @@
 """Reads a checkpoint parameter by parameter, independent of the ranks, stage and offload it was saved with.
 
 The reader returns the fp32 master copy and the optimizer's moments of each parameter in pieces of any size. Files are
-memory-mapped, and those of a rank are opened when one of its elements is read.
+memory-mapped, and those of a rank are opened when one of its elements is read. Of ranks that share out the relations,
+each place in the group has tables of its own relations; the other parameters are read from the first place.
 
 Sources: DeepSpeed 0.19.8, runtime/engine.py (file names), runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py,
 runtime/bf16_optimizer.py and runtime/fp16/unfused_optimizer.py (their ``state_dict``), and
@@ -11,6 +12,7 @@ runtime/swap_tensor/optimizer_utils.py: on NVMe a vector is a file of fp32 value
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +22,18 @@ import torch
 from torch import Tensor
 
 from translution.planner.common import InputError
+from translution.planner.config import OwnedGeometry, deal_relations, owned_geometry
 from translution.planner.costs import QUANTIZED_BLOCK
 
 from .manifest import CheckpointRef
-from .shard_layout import Fragment, sub_group_fragments, successive_fragments, untiled_numels, untiled_positions
+from .shard_layout import (
+    Fragment,
+    UntiledPosition,
+    sub_group_fragments,
+    successive_fragments,
+    untiled_numels,
+    untiled_positions,
+)
 from .unpickle import load_file
 
 MASTER_COPY = "master"
@@ -38,6 +48,8 @@ _MOMENT_KINDS = {
     "state1": "first", "state2": "second",
 }  # fmt: skip
 """Kind of a moment by its name in an optimizer's state; Adagrad's has different names in torch and on the host."""
+_PLACE = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
+"""File of the parameters of a place in the groups of ranks that share out the relations."""
 _QUANTIZED = "__bnb_optimizer_quant_state__"
 """Name of the part of a state that bitsandbytes saves as a dictionary of its own."""
 
@@ -112,17 +124,23 @@ class FlatVector:
 
 
 class _RankFiles:
-    """The optimizer files of all ranks, opened when needed."""
+    """The optimizer files of all ranks, opened when needed.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: the checkpoint's folder.
+        relation_ranks: ranks that share out the relations, G; consecutive ranks are a group.
+    """
+
+    def __init__(self, folder: Path, relation_ranks: int) -> None:
+        self.folder, self.relation_ranks = folder, relation_ranks
         self._vectors: dict[int, list[FlatVector]] = {}
         self._states: dict[int, Any] = {}
 
     def state(self, rank: int) -> Any:
         """Saved state of a rank's optimizer."""
         if rank not in self._states:
-            found = list(self.folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
+            replica, place = divmod(rank, self.relation_ranks)
+            found = list(self.folder.glob(f"*zero_pp_rank_{replica}_mp_rank_{place:02d}_optim_states.pt"))
             if len(found) != 1:
                 raise InputError(f"{self.folder}: holds {len(found)} files with the states of rank {rank}: must hold 1")
             self._states[rank] = load_file(found[0])["optimizer_state_dict"]
@@ -150,6 +168,33 @@ class _RankFiles:
             yield FlatVector(master, states.get(number, {}), swap_folder)
 
 
+class _Found(NamedTuple):
+    """A fragment in a vector of a rank."""
+
+    rank: int
+    vector: int
+    fragment: Fragment
+
+
+def _parameters(model: Any) -> dict[str, Tensor]:
+    """Return the parameters in the file of an optimizer that does not partition them."""
+    return {name: value for name, value in model["module"].items() if name not in model["buffer_names"]}
+
+
+def _saved_numels(model: Any) -> dict[str, int]:
+    """Return the number of elements of every parameter of the network that saved a file."""
+    if model["optimizer"] is not None:
+        return {name: value.numel() for name, value in _parameters(model).items()}
+    return {name: shape.numel() for group in model["param_shapes"] for name, shape in group.items()}
+
+
+def _vector_parts(found: _Found, position: UntiledPosition) -> Iterator[VectorPart]:
+    """Yield the elements of a fragment by their place in the parameter of the untiled network."""
+    part = found.fragment
+    for piece in position.pieces(part.start, part.numel):
+        yield VectorPart(piece.start, piece.numel, found.rank, found.vector, part.offset + piece.shift)
+
+
 class CheckpointReader:
     """Reads a complete checkpoint.
 
@@ -161,80 +206,96 @@ class CheckpointReader:
     """
 
     def __init__(self, ref: CheckpointRef) -> None:
-        self.folder, self.world_size = ref.path, ref.manifest.ranks
-        models = [self.folder / "mp_rank_00_model_states.pt"]
-        models.append(self.folder / f"zero_pp_rank_0_{models[0].name}")
-        found = [path for path in models if path.is_file()]
-        if not found:
-            raise InputError(f"{self.folder}: holds no {models[0].name}: is not a checkpoint")
-        model = load_file(found[0])
-        self.counters = {name: int(model[name]) for name in _COUNTERS}
-        self.shapes: dict[str, torch.Size] = {}
-        """Shape of every parameter, by its name in the trained network."""
-        self._files = _RankFiles(self.folder)
-        if model["optimizer"] is not None:
-            fragments = list(self._unpartitioned(model))
-        elif found[0] is models[0]:
-            fragments = list(self._flat_vectors(model))
-        else:
-            fragments = list(self._sub_groups(model))
+        self.folder = ref.path
+        models = {int(found[1]): path for path in ref.path.glob("*.pt") if (found := _PLACE.fullmatch(path.name))}
+        if sorted(models) != list(range(len(models))) or not models:
+            raise InputError(f"{self.folder}: holds no mp_rank_00_model_states.pt: is not a checkpoint")
+        self.relation_ranks = len(models)
+        """Ranks that share out the relations, G."""
+        self.replicas = ref.manifest.ranks // self.relation_ranks
+        """Ranks over which ZeRO has partitioned."""
+        self.scales: dict[str, Any] = {}
+        """State of DeepSpeed's loss scaler."""
+        self.numels: dict[str, int] = {}
+        """Number of elements of every parameter of the untiled network."""
+        self._parts: dict[str, list[VectorPart]] = {}
+        self._files = _RankFiles(self.folder, self.relation_ranks)
+        for place in range(self.relation_ranks):
+            model = load_file(models[place])
+            if model["optimizer"] is not None:
+                fragments = list(self._unpartitioned(model, place))
+            elif models[place].name.startswith("mp_rank"):
+                fragments = list(self._flat_vectors(model, place))
+            else:
+                fragments = list(self._sub_groups(model, place))
+            self._add_parts(fragments, _saved_numels(model), self._owned(ref, place))
+            if place == 0:
+                self.counters = {name: int(model[name]) for name in _COUNTERS}
         vectors = self._files.vectors(0)
         self.step, self.kinds = max(vector.step for vector in vectors), vectors[0].kinds
-        self._arrange(fragments)
+        self._check_parts()
 
-    def _sub_groups(self, model: Any) -> Iterator[tuple[int, int, Fragment]]:
-        """ZeRO-3: rank, number of the vector and fragment of each part of a parameter."""
-        groups = model["param_shapes"]
-        for group in groups:
-            self.shapes |= group
-        self._take_scales(self._files.state(0).get("loss_scaler"))
-        for rank in range(self.world_size):
-            for number, group in enumerate(groups):
-                numels = {name: shape.numel() for name, shape in group.items()}
-                for fragment in sub_group_fragments(numels, self.world_size, rank):
-                    yield rank, number, fragment
+    def _owned(self, ref: CheckpointRef, place: int) -> OwnedGeometry | None:
+        """Return the relations of the ranks at a place of their groups; None if every rank has all."""
+        if self.relation_ranks == 1:
+            return None
+        geometry = ref.plan().model.geometry
+        return owned_geometry(geometry, deal_relations(geometry, self.relation_ranks), place)
 
-    def _flat_vectors(self, model: Any) -> Iterator[tuple[int, int, Fragment]]:
+    def _rank(self, replica: int, place: int) -> int:
+        return replica * self.relation_ranks + place
+
+    def _sub_groups(self, model: Any, place: int) -> Iterator[_Found]:
+        """ZeRO-3: the parts of a parameter are in vectors of sub-groups."""
+        groups = [{name: shape.numel() for name, shape in group.items()} for group in model["param_shapes"]]
+        self._take_scales(self._files.state(place).get("loss_scaler"))
+        for replica in range(self.replicas):
+            for number, numels in enumerate(groups):
+                for fragment in sub_group_fragments(numels, self.replicas, replica):
+                    yield _Found(self._rank(replica, place), number, fragment)
+
+    def _flat_vectors(self, model: Any, place: int) -> Iterator[_Found]:
         """ZeRO-1 and 2: one vector of all parameters per group, partitioned over the ranks."""
-        groups = model["param_shapes"]
-        for group in groups:
-            self.shapes |= group
         # DeepSpeed's optimizer for bf16 with fp32 accumulation has no loss scaler.
-        self._take_scales(self._files.state(0).get("loss_scaler"))
-        states = [self._files.state(rank)["param_slice_mappings"] for rank in range(self.world_size)]
-        for number in range(len(groups)):
+        self._take_scales(self._files.state(place).get("loss_scaler"))
+        ranks = [self._rank(replica, place) for replica in range(self.replicas)]
+        states = [self._files.state(rank)["param_slice_mappings"] for rank in ranks]
+        for number in range(len(model["param_shapes"])):
             spans = [{name: (part.start, part.numel) for name, part in state[number].items()} for state in states]
-            for rank, fragments in enumerate(successive_fragments(spans)):
+            for rank, fragments in zip(ranks, successive_fragments(spans), strict=True):
                 for fragment in fragments:
-                    yield rank, number, fragment
+                    yield _Found(rank, number, fragment)
 
-    def _unpartitioned(self, model: Any) -> Iterator[tuple[int, int, Fragment]]:
-        """Without ZeRO: each parameter is a vector, and rank 0 has all of them."""
-        saved = model["optimizer"]
-        values = {name: value for name, value in model["module"].items() if name not in model["buffer_names"]}
-        self.shapes = {name: value.shape for name, value in values.items()}
+    def _unpartitioned(self, model: Any, place: int) -> Iterator[_Found]:
+        """Without ZeRO: each parameter is a vector, and the first replica has all of them."""
+        saved, values = model["optimizer"], _parameters(model)
         self.scales = {name: saved[name] for name in _SCALES if name in saved}
         masters = saved["fp32_groups"][0] if "fp32_groups" in saved else list(values.values())
         states = saved.get("optimizer_state_dict", saved)["state"]
         vectors = [FlatVector(master, states.get(number, {}), self.folder) for number, master in enumerate(masters)]
-        self._files.set_vectors(0, vectors)
+        self._files.set_vectors(place, vectors)
         for number, (name, value) in enumerate(values.items()):
-            yield 0, number, Fragment(name, 0, value.numel(), 0)
+            yield _Found(place, number, Fragment(name, 0, value.numel(), 0))
 
     def _take_scales(self, scaler: object) -> None:
         self.scales = {name: value for name, value in getattr(scaler, "__dict__", {}).items() if name in _SCALES}
 
-    def _arrange(self, fragments: list[tuple[int, int, Fragment]]) -> None:
-        """Sort all fragments by their position in the parameters of the untiled network."""
-        numels = {name: shape.numel() for name, shape in self.shapes.items()}
-        positions = untiled_positions(numels)
-        self.numels = untiled_numels(numels)
-        """Number of elements of every parameter of the untiled network."""
-        self._parts: dict[str, list[VectorPart]] = {name: [] for name in self.numels}
-        for rank, number, part in fragments:
-            position = positions[part.name]
-            start = position.start + part.start
-            self._parts[position.name].append(VectorPart(start, part.numel, rank, number, part.offset))
+    def _add_parts(self, found: list[_Found], numels: dict[str, int], owned: OwnedGeometry | None) -> None:
+        """Note where in the untiled network the fragments of a place are."""
+        positions, known = untiled_positions(numels, owned), set(self.numels)
+        self.numels |= untiled_numels(numels, owned)
+        self._parts |= {name: [] for name in self.numels if name not in known}
+        for part in found:
+            position = positions[part.fragment.name]
+            if position.owned or position.name not in known:
+                self._parts[position.name].extend(_vector_parts(part, position))
+
+    def _check_parts(self) -> None:
+        """Sort the parts, and check that they are all elements.
+
+        Raises:
+            InputError: if elements of a parameter are missing.
+        """
         for name, parts in self._parts.items():
             parts.sort()
             end = 0

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from translution.models.layers import OwnedTables
 from translution.planner.common import InputError
 from translution.planner.costs import QUANTIZED_BLOCK, SMALLEST_QUANTIZED
 
@@ -89,8 +90,9 @@ class _Filler:
         flat.zero_()
         for part in target.fragments:
             position = self.positions[part.name]
-            out_part = flat[part.offset : part.offset + part.numel]
-            self.reader.read(position.name, kind, position.start + part.start, out_part)
+            for piece in position.pieces(part.start, part.numel):
+                begin = part.offset + piece.shift
+                self.reader.read(position.name, kind, piece.start, flat[begin : begin + piece.numel])
 
 
 def _quantize(optimizer: Any, state: dict[str, Any]) -> None:
@@ -136,8 +138,9 @@ def load_first_weights(engine: Any, path: Path) -> None:
 
 def _fill_engine(engine: Any, reader: CheckpointReader | WeightsReader, states_dtype: torch.dtype) -> None:
     numels = {name: _numel(parameter) for name, parameter in engine.module.named_parameters()}
-    _check_numels(reader, numels)
-    filler = _Filler(reader, untiled_positions(numels), states_dtype)
+    owned = next((x.group.owned for x in engine.module.modules() if isinstance(x, OwnedTables)), None)
+    _check_numels(reader, untiled_numels(numels, owned))
+    filler = _Filler(reader, untiled_positions(numels, owned), states_dtype)
     with torch.no_grad():
         if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
             _fill_sub_groups(engine, filler)
@@ -153,8 +156,7 @@ def _numel(parameter: Any) -> int:
     return numel
 
 
-def _check_numels(reader: CheckpointReader | WeightsReader, numels: Mapping[str, int]) -> None:
-    expected = untiled_numels(numels)
+def _check_numels(reader: CheckpointReader | WeightsReader, expected: Mapping[str, int]) -> None:
     for name in sorted({*expected, *reader.numels}):
         if expected.get(name) != reader.numels.get(name):
             raise InputError(
@@ -166,7 +168,8 @@ def _check_numels(reader: CheckpointReader | WeightsReader, numels: Mapping[str,
 def _fill_sub_groups(engine: Any, filler: _Filler) -> None:
     """Fill under ZeRO-3, sub-group by sub-group; a sub-group on NVMe is read, filled and written back."""
     optimizer = engine.optimizer
-    world_size, rank = torch.distributed.get_world_size(), engine.global_rank
+    group = optimizer.dp_process_group
+    ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     optimizer.checkpoint_event_prologue()
     for number, master in enumerate(optimizer.fp32_partitioned_groups_flat):
         swapped = optimizer._swappable_optimizer_subgroup(number)
@@ -176,7 +179,7 @@ def _fill_sub_groups(engine: Any, filler: _Filler) -> None:
         inner = optimizer.optimizer
         if optimizer.offload_optimizer and optimizer.subgroup_to_device[number] != "cpu":
             inner = optimizer.backup_optimizer
-        filler.fill(_Target(master, sub_group_fragments(numels, world_size, rank), inner))
+        filler.fill(_Target(master, sub_group_fragments(numels, ranks, rank), inner))
         optimizer._reassign_or_swap_out_partitioned_parameters(number)
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_out(number)

@@ -67,6 +67,8 @@ def layout_changes(plan: Plan, before: Plan) -> list[str]:
     changes = []
     if plan.cluster.world_size != before.cluster.world_size:
         changes.append(f"from {_count_ranks(before)} to {plan.cluster.world_size}")
+    if plan.parallel != before.parallel:
+        changes.append(f"from parallel.relation {before.parallel.relation} to {plan.parallel.relation}")
     if plan.tile_relations != before.tile_relations:
         changes.append(f"from tile_relations {before.tile_relations} to {plan.tile_relations}")
     asked, had = dict(_flatten("zero", plan.zero.model_dump())), dict(_flatten("zero", before.zero.model_dump()))

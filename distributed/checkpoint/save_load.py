@@ -78,7 +78,7 @@ def save_checkpoint(
         engine.save_checkpoint(str(folder), tag=partial, save_latest=False)
         _save_device_moments(engine, folder / partial)
         # DeepSpeed has all ranks wait for one another, so that every file is complete.
-        record_own_files(folder / partial, rank, torch.distributed.get_world_size())
+        record_own_files(folder / partial, rank, torch.distributed.get_world_size(), plan.parallel.relation)
         torch.distributed.barrier()
         if rank == 0:
             write_text(folder / partial / PLAN_FILE, dump_plan(plan))

@@ -10,10 +10,15 @@ runtime/zero/stage3.py (the vector of a sub-group is the concatenation of its pa
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from translution.planner.config import OwnedGeometry
 
 _TILE = re.compile(r"(.*\.(?:logit_tiles|value_tiles|tables\.[qkv]))\.(\d+)\.(\w+)")
+_RELATION_TABLES = ("query", "key", "value")
+"""Last part of the names of tables that ranks may share out by relation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,17 @@ def successive_fragments(spans: Sequence[Mapping[str, tuple[int, int]]]) -> list
     return by_rank
 
 
+class Piece(NamedTuple):
+    """Consecutive elements of a parameter of the untiled network."""
+
+    start: int
+    """Index of the first element in the parameter."""
+    numel: int
+    """Number of elements."""
+    shift: int
+    """Index of the first element in the range of which this is a piece."""
+
+
 @dataclass(frozen=True, slots=True)
 class UntiledPosition:
     """Position of a parameter within a parameter of the untiled network."""
@@ -75,14 +91,37 @@ class UntiledPosition:
     name: str
     """Name of the untiled parameter."""
     start: int
-    """Index of the first element in the untiled parameter."""
+    """Index of the first element in the untiled parameter, or in the part of it that a rank owns."""
+    matrix: int = 0
+    """Elements of a relation's matrix, if ranks share out the relations."""
+    owned: tuple[int, ...] = ()
+    """Relations whose matrices the part has, if ranks share out the relations."""
+
+    def pieces(self, start: int, numel: int) -> Iterator[Piece]:
+        """Yield where a range of this parameter's elements is in the untiled one.
+
+        Args:
+            start: index of the first element in this parameter.
+            numel: number of elements.
+        """
+        begin, end = self.start + start, self.start + start + numel
+        if not self.owned:
+            yield Piece(begin, numel, 0)
+            return
+        done = begin
+        while done < end:
+            place, inside = divmod(done, self.matrix)
+            count = min(self.matrix - inside, end - done)
+            yield Piece(self.owned[place] * self.matrix + inside, count, done - begin)
+            done += count
 
 
-def untiled_positions(numels: Mapping[str, int]) -> dict[str, UntiledPosition]:
+def untiled_positions(numels: Mapping[str, int], owned: OwnedGeometry | None = None) -> dict[str, UntiledPosition]:
     """Position of each parameter in the network without tiles; a parameter that is not a tile keeps its name.
 
     Args:
         numels: number of elements of every parameter of a network.
+        owned: the relations of the network's rank; None if it has all.
     """
     tiles: dict[tuple[str, str], list[tuple[int, str]]] = {}
     positions = {}
@@ -93,16 +132,21 @@ def untiled_positions(numels: Mapping[str, int]) -> dict[str, UntiledPosition]:
         else:
             tiles.setdefault((match[1], match[3]), []).append((int(match[2]), name))
     for (prefix, role), known in tiles.items():
+        relations = owned.owned if owned is not None and role in _RELATION_TABLES else ()
+        matrix = sum(numels[name] for _, name in known) // len(relations) if relations else 0
         start = 0
         for _, name in sorted(known):
-            positions[name] = UntiledPosition(f"{prefix}.0.{role}", start)
+            positions[name] = UntiledPosition(f"{prefix}.0.{role}", start, matrix, relations)
             start += numels[name]
     return positions
 
 
-def untiled_numels(numels: Mapping[str, int]) -> dict[str, int]:
-    """Number of elements of every parameter of the network without tiles."""
+def untiled_numels(numels: Mapping[str, int], owned: OwnedGeometry | None = None) -> dict[str, int]:
+    """Number of elements of every parameter of the network without tiles, with all relations."""
     totals: dict[str, int] = {}
-    for name, position in untiled_positions(numels).items():
-        totals[position.name] = max(totals.get(position.name, 0), position.start + numels[name])
+    for name, position in untiled_positions(numels, owned).items():
+        end = position.start + numels[name]
+        if owned is not None and position.owned:
+            end = position.matrix * owned.whole.relations
+        totals[position.name] = max(totals.get(position.name, 0), end)
     return totals

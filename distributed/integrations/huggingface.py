@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from translution.planner.common import InputError, MissingPackageError
 from translution.planner.deepspeed import TRAINER_CONFIG_FILE
-from translution.planner.plans import load_plan
+
+from .plain_plan import load_plain_plan
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -42,7 +43,8 @@ def trainer_arguments(plan_folder: str | Path, output: str | Path, **options: An
         options: further arguments of `TrainingArguments`, before those of the plan.
 
     Raises:
-        InputError: if the folder holds no plan, or one of an earlier version without a configuration for the Trainer.
+        InputError: if the folder holds no plan, one whose ranks share out the relations, or one of an earlier version
+            without a configuration for the Trainer.
         MissingPackageError: without transformers and accelerate.
     """
     try:
@@ -52,7 +54,7 @@ def trainer_arguments(plan_folder: str | Path, output: str | Path, **options: An
         raise MissingPackageError(
             "transformers and accelerate are needed: pip install 'translution-scale[integrations]'"
         ) from None
-    plan, config = load_plan(plan_folder), Path(plan_folder) / TRAINER_CONFIG_FILE
+    plan, config = load_plain_plan(plan_folder, "Hugging Face's Trainer"), Path(plan_folder) / TRAINER_CONFIG_FILE
     if not config.exists():
         raise InputError(f"{plan_folder}: has no {TRAINER_CONFIG_FILE}: plan again")
     training = plan.training

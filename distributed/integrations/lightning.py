@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from translution.planner.common import MissingPackageError
-from translution.planner.plans import load_plan
+
+from .plain_plan import load_plain_plan
 
 _PRECISION = {"fp32": "32-true", "bf16": "bf16-true", "fp16": "16-true"}
 _SET_BY_LIGHTNING = ("train_batch_size", "gradient_accumulation_steps")
@@ -22,14 +23,14 @@ def lightning_options(plan_folder: str | Path) -> dict[str, Any]:
         plan_folder: a folder that ``translution plan`` has written.
 
     Raises:
-        InputError: if the folder holds no plan.
+        InputError: if the folder holds no plan, or one whose ranks share out the relations.
         MissingPackageError: without lightning.
     """
     try:
         from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
     except ImportError:
         raise MissingPackageError("lightning is missing: pip install 'translution-scale[integrations]'") from None
-    plan = load_plan(plan_folder)
+    plan = load_plain_plan(plan_folder, "Lightning's Trainer")
     training, cluster = plan.training, plan.cluster
     options: dict[str, Any] = {
         "devices": cluster.ranks_per_node,

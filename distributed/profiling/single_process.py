@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from translution.models import build
 from translution.planner.common import Phase
@@ -28,6 +29,7 @@ def measure_passes(
     autocast: torch.dtype | None = None,
     *,
     loss: LossKind = "whole",
+    relation_group: ProcessGroup | None = None,
 ) -> dict[str, int]:
     """Peak bytes allocated in forward and in backward, without the parameters and the samples.
 
@@ -42,9 +44,12 @@ def measure_passes(
         implementation: of the relative operators, as `build` takes it.
         autocast: dtype of autocast around the network, without the loss, as in DeepSpeed's engine; None disables it.
         loss: how the loss is computed; of mixed images from random class probabilities.
+        relation_group: ranks that share out the relations and measure the same; None for one process.
     """
     torch.manual_seed(0)
-    network = build(spec, tile_relations=tile_relations, implementation=implementation).to(dtype)
+    network = build(
+        spec, tile_relations=tile_relations, implementation=implementation, relation_group=relation_group
+    ).to(dtype)
     inputs, targets = random_samples(spec, batch, dtype)
     losses: list[Tensor] = []
     if loss in ("mixed", "smoothed"):

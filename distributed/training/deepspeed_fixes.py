@@ -50,6 +50,8 @@ BLOCK_BYTES = 4096
 _PATCHED = "_translution_patched"
 _SETTLE_SECONDS, _COPIES_SECONDS = 0.0002, 0.002
 _LONGEST_SETTLE_SECONDS = 2.0
+_EXCHANGES = ("all_reduce", "all_to_all_single", "all_gather_single", "all_gather_into_tensor")
+"""Functions of torch.distributed that relation parallelism calls."""
 _COLLECTIVES = (
     "all_gather", "all_gather_base", "all_gather_coalesced", "all_gather_into_tensor", "all_reduce",
     "all_reduce_coalesced", "all_to_all_single", "broadcast", "reduce", "reduce_scatter", "reduce_scatter_tensor",
@@ -269,18 +271,21 @@ def _settled(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def settled_collectives() -> Iterator[None]:
-    """Let each collective of DeepSpeed, within the block, end once gloo's thread has freed its tensors.
+    """Let each collective, within the block, end once gloo's thread has freed its tensors.
 
     Otherwise the thread frees them before or after the next tensors are made, and no two runs have the same peak.
     Asynchronous collectives end before they return, too: their tensors exist from the call on in any case.
     """
     from deepspeed.comm.torch import TorchBackend
 
-    originals = {name: getattr(TorchBackend, name) for name in _COLLECTIVES}
-    for name, collective in originals.items():
-        setattr(TorchBackend, name, _settled(collective))
+    # DeepSpeed keeps torch's functions; the exchanges of relation parallelism ask for them at each call.
+    owners = [(TorchBackend, name) for name in _COLLECTIVES]
+    owners += [(torch.distributed, name) for name in _EXCHANGES if hasattr(torch.distributed, name)]
+    originals = [(owner, name, getattr(owner, name)) for owner, name in owners]
+    for owner, name, collective in originals:
+        setattr(owner, name, _settled(collective))
     try:
         yield
     finally:
-        for name, collective in originals.items():
-            setattr(TorchBackend, name, collective)
+        for owner, name, collective in originals:
+            setattr(owner, name, collective)

@@ -23,6 +23,7 @@ from ..system.network import interface_towards
 from ..system.nvme_swap import SwapFolder
 from ..system.op_process import simplify_gpu_architectures
 from .deepspeed_fixes import answer_for_processor, check_swap_files, import_muon_uncompiled, patch_nvme_optimizers
+from .relation_groups import RelationMesh, average_over_group, compare_replicas, complete_norms
 from .swap_checksums import SwapChecksums
 
 COLLECTIVE_LIMIT = datetime.timedelta(days=7)
@@ -76,6 +77,8 @@ class Engine:
         """DeepSpeed's engine, once `initialize_engine` has run."""
         self.swap_folders: dict[str, SwapFolder] = {}
         """This rank's folder under each NVMe path of the plan, once `claim_swap_folders` has run."""
+        self.mesh: RelationMesh | None = None
+        """Groups of ranks that share out the relations, once `join_process_group` has run; None without them."""
         self.progress = Progress()
         """Says where this rank is."""
         self.swap_checksums: SwapChecksums | None = None
@@ -112,6 +115,9 @@ class Engine:
         elif "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_towards(os.environ.get("MASTER_ADDR", ""))):
             os.environ["GLOO_SOCKET_IFNAME"] = name
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=COLLECTIVE_LIMIT)
+        if self.plan.parallel.relation > 1:
+            self.mesh = RelationMesh(self.plan.parallel.relation)
+            compare_replicas(self.mesh)
 
     def deepspeed_config(self) -> dict[str, Any]:
         """Return DeepSpeed's configuration of the plan; without a compiler for GPUs the fused AdamW is torch's."""
@@ -126,7 +132,8 @@ class Engine:
 
     def build_network(self) -> torch.nn.Module:
         """Build the network, without DeepSpeed."""
-        return build(self.plan.model, tile_relations=self.plan.tile_relations)
+        group = None if self.mesh is None else self.mesh.group
+        return build(self.plan.model, tile_relations=self.plan.tile_relations, relation_group=group)
 
     def build_model(self) -> None:
         """Build the network; under ZeRO-3 each parameter is partitioned as soon as it is made."""
@@ -136,8 +143,15 @@ class Engine:
         if self.plan.zero.uses_nvme and checks_swap():
             self.swap_checksums = check_swap_files(self.rank)
         torch.manual_seed(self.plan.training.seed)
-        with deepspeed.zero.Init(config_dict_or_path=self.deepspeed_config(), enabled=self.plan.zero.stage == 3):
+        with deepspeed.zero.Init(
+            config_dict_or_path=self.deepspeed_config(),
+            enabled=self.plan.zero.stage == 3,
+            data_parallel_group=None if self.mesh is None else self.mesh.replicas,
+            mpu=self.mesh,
+        ):
             self.model = self.build_network()
+        if self.mesh is not None:
+            average_over_group(self.model, self.mesh)
 
     def initialize_engine(self) -> None:
         """Wrap the network in DeepSpeed's engine."""
@@ -157,8 +171,11 @@ class Engine:
             model=model,
             model_parameters=model.parameters(),
             config=self.deepspeed_config(),
+            mpu=self.mesh,
             optimizer=self._quantized_adam if self.plan.training.quantizes_states else None,
         )
+        if self.mesh is not None:
+            complete_norms(self.deepspeed_engine.optimizer, self.mesh)
         wait_without_limit()
 
     def compare_swap_files(self) -> None:

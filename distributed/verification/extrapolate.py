@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from translution.planner.common import TRAINING_PHASES, Phase
 from translution.planner.plans import Plan
 from translution.planner.simulator.engine import OPTIMIZER_SWAP_BUFFERS, SUB_GROUP_BUFFER, make_shards, make_sub_groups
-from translution.planner.simulator.network import DtypeSizes, SimulatedNetwork
+from translution.planner.simulator.network import DtypeSizes, GroupShare, SimulatedNetwork
 
 from ..runs.measurement import MemoryMeasurement
 
@@ -26,10 +26,12 @@ def join_init(measured: MemoryMeasurement) -> MemoryMeasurement:
     return measured.model_copy(update={"phase_peak_bytes": peaks})
 
 
-def largest_sub_group(plan: Plan) -> int:
+def largest_sub_group(plan: Plan, rank: int = 0) -> int:
     """Elements that a rank's optimizer updates at once: its largest sub-group under stage 3, else all of them."""
-    network = SimulatedNetwork(plan.model, 1, DtypeSizes.of_training(plan.training, "cpu"), plan.tile_relations)
-    ranks = plan.cluster.world_size if plan.zero.stage else 1
+    sizes, group = DtypeSizes.of_training(plan.training, "cpu"), plan.parallel.relation
+    share = GroupShare(plan.model.geometry, group, rank % group) if group > 1 else None
+    network = SimulatedNetwork(plan.model, 1, sizes, plan.tile_relations, share=share)
+    ranks = plan.run_config.replicas if plan.zero.stage else 1
     by_module = make_shards(network.modules, plan.zero, ranks, plan.training.dtype_bytes)
     shards = [shard for weights in network.modules for shard in by_module[id(weights)]]
     if plan.zero.stage < 3:

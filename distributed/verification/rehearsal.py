@@ -98,9 +98,14 @@ def read_rehearsal(run: Path) -> Rehearsal | None:
     return parse_json(_REHEARSAL, path.read_bytes(), str(path)) if path.is_file() else None
 
 
-def predict_rehearsal(plan: Plan) -> MemoryEstimate:
-    """Predict the memory of a plan's rank as it is rehearsed, on a CPU where all tiers are host memory."""
-    replayed = simulate(plan.run_config, rehearsed=True)
+def predict_rehearsal(plan: Plan, rank: int = 0) -> MemoryEstimate:
+    """Predict the memory of a plan's rank as it is rehearsed, on a CPU where all tiers are host memory.
+
+    Args:
+        plan: the plan.
+        rank: number of the rank; only its place in a group that shares out the relations matters.
+    """
+    replayed = simulate(plan.run_config, rehearsed=True, place=rank % plan.parallel.relation)
     return summarize_simulation(replayed, EngineConfig(plan.run_config), None)
 
 
@@ -160,7 +165,7 @@ def check_rehearsal(plan: Plan, rank: int) -> None:
     if not 0 <= rank < ranks:
         raise InputError(f"rank: {rank} is not allowed: must be from 0 to {ranks - 1}")
     check_training_state(plan.training, plan.zero, "cpu")
-    prediction = predict_rehearsal(plan)
+    prediction = predict_rehearsal(plan, rank)
     needed = prediction.highest(Tier.HOST) + prediction.highest(Tier.PINNED) + PROCESS_BYTES
     available = available_memory_bytes()
     if needed > available:
@@ -274,7 +279,7 @@ def rehearse(
         make_run_folders(folder, folder)
         seconds[count] = _run(part, rank, folder, compute=compute, on_metrics=on_metrics)
         measured[count] = _measured(folder, rank)
-    groups = {count: largest_sub_group(_change_depth(plan, count)) for count in (*measured, plan.model.depth)}
+    groups = {count: largest_sub_group(_change_depth(plan, count), rank) for count in (*measured, plan.model.depth)}
     found = measured[shown.model.depth] if all_layers else extrapolate(measured, groups, plan.model.depth)
     rehearsal = Rehearsal(
         plan=f"{plan.model.name} on {plan.cluster.name}",
@@ -284,7 +289,7 @@ def rehearse(
         layers=shown.model.depth,
         computed=compute,
         planned_bytes={tier: plan.prediction.highest(tier) for tier in plan.prediction.tiers},
-        prediction=predict_rehearsal(plan),
+        prediction=predict_rehearsal(plan, rank),
         measurement=join_init(found),
         measured_layers=measured,
         seconds=seconds,

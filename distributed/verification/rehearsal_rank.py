@@ -24,11 +24,12 @@ from ..data.synthetic import make_synthetic
 from ..profiling.recorder import RunPhase, run_phase
 from ..training.engine import Engine
 from ..training.rank import run_rank
+from ..training.relation_groups import RelationMesh
 from ..training.run_log import RunLog
 from ..training.trainer import Trainer
 from .extrapolate import INIT_ENGINE, INIT_MODEL
 from .fake_compute import FakeCompute
-from .fake_process_group import join_fake_process_group, replaced, without_rank_comparison
+from .fake_process_group import join_fake_process_group, replaced, without_rank_comparison, zero_exchanges
 
 REHEARSAL_STEPS = 2
 """Optimizer steps: in the first, Adam's moments and DeepSpeed's trace of modules are made; the second is measured."""
@@ -49,6 +50,8 @@ class RehearsalEngine(Engine):
     def join_process_group(self) -> None:
         """Join a process group that has no other members."""
         join_fake_process_group(self.rank, self.world_size)
+        if self.plan.parallel.relation > 1:
+            self.mesh = RelationMesh(self.plan.parallel.relation)
 
     def deepspeed_config(self) -> dict[str, Any]:
         """Return DeepSpeed's configuration; fp16 starts with a loss scale of 1, so that no gradient overflows."""
@@ -59,8 +62,12 @@ class RehearsalEngine(Engine):
 
     def build_network(self) -> torch.nn.Module:
         """Build the network with the operator of the planned device."""
-        implementation = "batched" if self.for_gpu else "grouped"
-        return build(self.plan.model, tile_relations=self.plan.tile_relations, implementation=implementation)
+        return build(
+            self.plan.model,
+            tile_relations=self.plan.tile_relations,
+            implementation="batched" if self.for_gpu else "grouped",
+            relation_group=None if self.mesh is None else self.mesh.group,
+        )
 
 
 class RehearsalTrainer(Trainer):
@@ -90,6 +97,7 @@ class RehearsalTrainer(Trainer):
         """Within the block, allocate matrix products as on the planned device, and compare nothing with other ranks."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(without_rank_comparison())
+            stack.enter_context(zero_exchanges())
             if self.for_gpu and hasattr(torch.nn.functional, "grouped_mm"):
                 stack.enter_context(replaced(ops.batched, "choose_products", lambda *_: ops.GroupedProducts()))
             if not self.compute:

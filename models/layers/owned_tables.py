@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from translution.planner.common import InputError
 from translution.planner.config import RelationGeometry
-from translution.planner.costs import table_tiles
 
 from ..ops import grouped
 from ..ops.context import RelationContext
+from ..ops.implementations import canonical_implementation
 from ..ops.relation_parallel import RelationCall, RelationGroup, all_gather_equal, attend_in_group
 from .tables import OperatorChain, RelationTables, Tile
+from .whole_draws import WholeDraws, WholeTile, whole_tiles
 
 
 class OwnedTables(RelationTables):
@@ -37,13 +37,17 @@ class OwnedTables(RelationTables):
     def __init__(
         self, group: RelationGroup, heads: int, d_in: int, d_out: int, *, tile_relations: int | None, **options: Any
     ) -> None:
-        with torch.device("meta"):  # Without drawing values.
-            super().__init__(group.owned, heads, d_in, d_out, tile_relations=tile_relations, **options)
-        if self.implementation == "naive":
+        if canonical_implementation(options.get("implementation", "auto")) == "naive":
             raise InputError("implementation: 'naive' is not allowed: must be another one with relation_group")
-        self.group, self.tile_relations = group, tile_relations
-        self.to_empty(device=torch.get_default_device())
-        self.reset()
+        whole, owned = group.geometry, group.owned.owned
+        draws = WholeDraws(whole_tiles(whole, options["roles"], tile_relations))
+
+        def fill(weight: Tensor, role: str, first: int) -> None:
+            draws.fill(weight, role, owned[first : first + len(weight)])
+
+        super().__init__(group.owned, heads, d_in, d_out, tile_relations=tile_relations, fill=fill, **options)
+        draws.finish()
+        self.group, self.tile_relations, self.roles = group, tile_relations, options["roles"]
 
     def extra_repr(self) -> str:
         """Say which part of the relations this rank owns."""
@@ -55,34 +59,9 @@ class OwnedTables(RelationTables):
         """The geometry with the relations of all ranks."""
         return self.group.geometry
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Draw the matrices of all relations in the order of whole tables, and keep this rank's."""
-        own = {role: dict(zip(self.group.owned.owned, self._matrices(role), strict=True)) for role in self.relative}
-        scratch = next(self.parameters()).new_empty(1, *self.widths)
-        for _, roles, relations in self.whole_tiles():
-            for role in roles:
-                for relation in relations:
-                    nn.init.kaiming_uniform_(scratch, a=math.sqrt(5))
-                    if relation in own[role]:
-                        own[role][relation].copy_(scratch[0])
-
-    def whole_tiles(self) -> Iterator[tuple[str, tuple[str, ...], range]]:
-        """Yield the tiles that one process would have, in the order in which it makes them.
-
-        Yields:
-            The tile's name, the roles of its tables, and its relations.
-        """
-        logit_roles = tuple(role for role in ("query", "key") if role in self.relative)
-        sizes = [n for n, copies in table_tiles(self.whole.relations, self.tile_relations) for _ in range(copies)]
-        first = 0
-        for number, count in enumerate(sizes):
-            relations = range(first, first + count)
-            if logit_roles:
-                yield f"logit_tiles.{number}", logit_roles, relations
-            if "value" in self.relative:
-                yield f"value_tiles.{number}", ("value",), relations
-            first += count
+    def whole_tiles(self) -> Iterator[WholeTile]:
+        """Yield the tiles that one process would have, in the order in which it makes them."""
+        return whole_tiles(self.whole, self.roles, self.tile_relations)
 
     def _matrices(self, role: str) -> list[Tensor]:
         """Return this rank's matrices of a role as views, (d_in, d_out) each."""
@@ -143,6 +122,9 @@ class OwnedTables(RelationTables):
         return OperatorChain._attend_compiled(self, sources, key_padding)
 
     def _attend(self, sources: dict[str, Tensor], key_padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if torch._C._are_functorch_transforms_active():
+            return self._run_transformed(sources, key_padding)
+        sources = _joined(sources)
         device = next(iter(sources.values())).device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             # Once for each tensor: roles with the same input share its rows, which then travel once.
@@ -173,6 +155,18 @@ class OwnedTables(RelationTables):
             self.logit_tiles,
             self.value_tiles,
         )
+
+
+def _joined(sources: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the sources with one tensor for those that are the same rows.
+
+    ZeRO-3 passes every input of a module through a function of its own, which returns a view: roles with the same input
+    no longer have the same tensor, and its rows would travel once for each of them.
+    """
+    found: dict[object, Tensor] = {}
+    return {
+        name: found.setdefault((x.data_ptr(), x.shape, x.stride(), x.requires_grad), x) for name, x in sources.items()
+    }
 
 
 def _shared(sources: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:

@@ -8,7 +8,7 @@ a Parameter of its own submodule: only one tile, and one being prefetched, is th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,18 @@ ROLE_NAMES = {"q": "query", "k": "key", "v": "value"}
 """Name of a role's tables and inputs by its letter in ``roles``."""
 
 
+Fill = Callable[[Tensor, str, int], None]
+"""Gives a new tile's table, (count, d_in, d_out), its values; further arguments are the role and the first relation."""
+
+
+def draw_values(weight: Tensor, role: str = "", first: int = 0) -> None:
+    """Draw the values of new matrices (count, d_in, d_out), the same way for every role and relation."""
+    del role, first
+    # The published layer's initialization of its (R, C, C') table. The bound does not depend on the number of
+    # relations, so it is the same for a tile as for the full table.
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+
 class Tile(nn.Module):
     """Matrices of consecutive relations for the roles that are used together.
 
@@ -40,16 +52,18 @@ class Tile(nn.Module):
         d_in: input width of a matrix.
         d_out: output width of a matrix.
         roles: names of the tile's tables: "query" and "key", one of the two, or "value".
+        fill: gives the tables their values.
     """
 
-    def __init__(self, first: int, count: int, d_in: int, d_out: int, roles: tuple[str, ...]) -> None:
+    def __init__(
+        self, first: int, count: int, d_in: int, d_out: int, roles: tuple[str, ...], fill: Fill = draw_values
+    ) -> None:
         super().__init__()
         self.first, self.sizes = first, (count, d_in, d_out)
         for role in roles:
             weight = nn.Parameter(torch.empty(count, d_in, d_out))
-            # The published layer's initialization of its (R, C, C') table. The bound does not depend on the
-            # number of relations, so it is the same for a tile as for the full table.
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            with torch.no_grad():
+                fill(weight, role, first)
             self.register_parameter(role, weight)
 
     def tile(self, role: str) -> Tensor | None:
@@ -245,6 +259,7 @@ class RelationTables(OperatorChain):
         roles: roles with a table, a subset of "qkv".
         tile_relations: number of relations per tile; None stores each table as one tile.
         implementation: as in `Translution`.
+        fill: gives new tables their values.
     """
 
     def __init__(
@@ -260,6 +275,7 @@ class RelationTables(OperatorChain):
         tile_relations: int | None = None,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
         implementation: str = "auto",
+        fill: Fill = draw_values,
     ) -> None:
         relative = frozenset(ROLE_NAMES[role] for role in roles)
         super().__init__(
@@ -277,9 +293,9 @@ class RelationTables(OperatorChain):
         sizes = [size for size, copies in table_tiles(geometry.relations, tile_relations) for _ in range(copies)]
         for count in sizes:
             if logit_roles:
-                self.logit_tiles.append(LogitTile(first, count, d_in, d_out, logit_roles))
+                self.logit_tiles.append(LogitTile(first, count, d_in, d_out, logit_roles, fill))
             if "v" in roles:
-                self.value_tiles.append(ValueTile(first, count, d_in, d_out, ("value",)))
+                self.value_tiles.append(ValueTile(first, count, d_in, d_out, ("value",), fill))
             first += count
         tiles = [tile for tile in (*self.logit_tiles, *self.value_tiles) if isinstance(tile, Tile)]
         described = [(tile.first, [name for name, _ in tile.named_parameters()]) for tile in tiles]

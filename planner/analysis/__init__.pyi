@@ -3,6 +3,7 @@ from .comparison import AXES as AXES
 from .comparison import ComparisonRow as ComparisonRow
 from .comparison import ScalePoint as ScalePoint
 from .comparison import Threshold as Threshold
+from .comparison import compared_models as compared_models
 from .comparison import comparison_rows as comparison_rows
 from .comparison import scale_points as scale_points
 from .comparison import thresholds as thresholds
@@ -16,3 +17,7 @@ from .growth import GrowthPoint as GrowthPoint
 from .growth import PlanPoint as PlanPoint
 from .growth import best_points as best_points
 from .growth import growth_points as growth_points
+from .traffic import TrafficPoint as TrafficPoint
+from .traffic import crossing_samples as crossing_samples
+from .traffic import row_crossing_samples as row_crossing_samples
+from .traffic import traffic_points as traffic_points

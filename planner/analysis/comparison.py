@@ -26,6 +26,7 @@ from ..search.advice import largest_that_fits, min_utilization
 from ..search.searcher import Searcher
 from ..search.space import SearchConstraints
 from ..simulator.network.ops import DtypeSizes
+from .traffic import TrafficPoint, traffic_points
 
 ALPHA_RANKS = (4, 8, 16, 32, 64)
 MAX_COMPARED_NODES = 512
@@ -85,6 +86,8 @@ class Comparison(Schema):
     rows: tuple[ComparisonRow, ...]
     thresholds: tuple[Threshold, ...]
     """For the first model: the largest size along each axis that one, two and eight nodes train."""
+    traffic: tuple[TrafficPoint, ...] = ()
+    """For the first model with full Translution: what ZeRO-3 and relation parallelism send per GPU and step."""
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return the rows as a table with one column per field.
@@ -229,7 +232,9 @@ def compare(
     for limit in (limit for spec in specs[:1] for limit in thresholds(spec, gpu, training)):
         limits.append(limit)
         on_progress(len(rows) + len(limits) * _ROWS_PER_THRESHOLD, total)
-    return Comparison(gpu=gpu, precision=precision, rows=tuple(rows), thresholds=tuple(limits))
+    _, _, full = next(compared_models(specs[0]))
+    traffic = tuple(traffic_points(full))
+    return Comparison(gpu=gpu, precision=precision, rows=tuple(rows), thresholds=tuple(limits), traffic=traffic)
 
 
 def scaled(spec: ModelSpec, axis: Axis, step: int) -> tuple[int, ModelSpec]:

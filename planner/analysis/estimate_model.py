@@ -17,6 +17,7 @@ from ..config.loading import load_model
 from ..config.model import ModelSpec, parse_model_spec
 from ..config.model_base import OPERATOR_LABELS as OPERATOR_LABELS
 from ..config.model_base import OPERATORS, Operator
+from ..config.parallel import ParallelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec, parse_training
 from ..costs.parameters import ParameterCount, count_parameters
@@ -64,6 +65,8 @@ class ModelCosts(Schema):
     """Number of ranks that share the training state; null without a cluster."""
     stages: dict[int, MemoryEstimate]
     """Memory of one rank by ZeRO stage, without offload; empty without a cluster."""
+    relation_parallel: int = 1
+    """Ranks that share out the relations in the memory of a rank, G."""
 
     @property
     def own(self) -> OperatorCosts:
@@ -100,7 +103,8 @@ class ModelCosts(Schema):
         own = self.own.model_dump(mode="json", exclude={"operator"})
         comparison = [costs.model_dump(mode="json") for costs in self.comparison]
         stages = [{"stage": stage, **estimate.model_dump(mode="json")} for stage, estimate in self.stages.items()]
-        return head | own | {"comparison": comparison, "per_rank": {"ranks": self.world_size, "zero": stages}}
+        group = {"relation_parallel": self.relation_parallel} if self.relation_parallel > 1 else {}
+        return head | own | {"comparison": comparison, "per_rank": {"ranks": self.world_size, **group, "zero": stages}}
 
 
 def operator_costs(spec: ModelSpec, micro_batch: int, sizes: DtypeSizes) -> OperatorCosts:
@@ -144,14 +148,26 @@ def compare_operators(spec: ModelSpec, micro_batch: int, sizes: DtypeSizes) -> t
     return tuple(operator_costs(model, micro_batch, sizes) for model in models if model is not None)
 
 
-def memory_by_stage(spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> dict[int, MemoryEstimate]:
-    """Memory of one rank at each ZeRO stage, with default knobs and without offload."""
-    estimates = {}
+def memory_by_stage(
+    spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, relation_ranks: int = 1
+) -> dict[int, MemoryEstimate]:
+    """Memory of one rank at each ZeRO stage, with default knobs and without offload.
+
+    Args:
+        spec: the model.
+        cluster: the ranks.
+        training: precision and batch.
+        relation_ranks: ranks that share out the relations, G; ZeRO partitions over the others.
+
+    Raises:
+        InputError: if the number does not suit the ranks or the model.
+    """
+    estimates, parallel = {}, ParallelSpec(relation=relation_ranks)
     for stage in (0, 1, 2, 3):
         # Only stage 3 gathers tiles one by one.
-        tile = choose_tile(spec, cluster.world_size) if stage == 3 else None
-        zero = choose_zero(spec, tile, stage, cluster.world_size)
-        estimates[stage] = estimate_memory(RunConfig(spec, cluster, training, zero, tile))
+        tile = choose_tile(spec, cluster.world_size, relation_ranks) if stage == 3 else None
+        zero = choose_zero(spec, tile, stage, cluster.world_size, relation_ranks=relation_ranks)
+        estimates[stage] = estimate_memory(RunConfig(spec, cluster, training, zero, tile, parallel))
     return estimates
 
 
@@ -161,6 +177,7 @@ def estimate(
     cluster: ClusterSpec | Mapping[str, object] | str | Path | None = None,
     precision: str | None = None,
     micro_batch: int = 1,
+    relation_parallel: int = 1,
 ) -> ModelCosts:
     """Estimate what a model costs.
 
@@ -171,6 +188,7 @@ def estimate(
         precision: dtype of parameters and activations: fp32, bf16 or fp16; by default that of `default_precision`, on
             GPUs without a cluster.
         micro_batch: samples per rank and forward pass.
+        relation_parallel: ranks that share out the relations, G, in the memory of a rank; needs a cluster if above 1.
 
     Raises:
         InputError: for an unknown name or a bad value.
@@ -179,6 +197,8 @@ def estimate(
     where = None if cluster is None else load_cluster(cluster)
     if precision is None:
         precision = GPU_PRECISION if where is None else default_precision(where)
+    if where is None and relation_parallel != 1:
+        raise InputError(f"relation_parallel: {relation_parallel} is not allowed: must be 1 without a cluster")
     values = {"micro_batch": micro_batch, "precision": precision, "data": "synthetic"}
     training = parse_training(values, "estimate")
     sizes = DtypeSizes.of_training(training, "cuda" if where is None else where.device)
@@ -188,5 +208,6 @@ def estimate(
         micro_batch=micro_batch,
         comparison=compare_operators(spec, micro_batch, sizes),
         world_size=None if where is None else where.world_size,
-        stages={} if where is None else memory_by_stage(spec, where, training),
+        stages={} if where is None else memory_by_stage(spec, where, training, relation_parallel),
+        relation_parallel=relation_parallel,
     )

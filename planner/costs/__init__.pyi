@@ -8,5 +8,6 @@ from .parameters import table_tiles as table_tiles
 from .relation_traffic import RelationTraffic as RelationTraffic
 from .relation_traffic import layer_relation_traffic as layer_relation_traffic
 from .relation_traffic import relation_parallel_traffic as relation_parallel_traffic
+from .relation_traffic import shared_gradient_traffic as shared_gradient_traffic
 from .relation_traffic import zero3_table_traffic as zero3_table_traffic
 from .workload import count_flops as count_flops

@@ -165,6 +165,34 @@ def parameter_groups(spec: ModelSpec, tile_relations: int | None = None) -> tupl
     return tuple(groups)
 
 
+def owned_parameter_groups(
+    spec: ModelSpec, tile_relations: int | None = None, relation_ranks: int = 1
+) -> tuple[ParameterGroup, ...]:
+    """Return every parameter tensor that one rank of a relation group has: of the tables its relations only.
+
+    It is the rank with the most relations, ceil(R / G) of each table (`deal_relations`).
+
+    Args:
+        spec: the model.
+        tile_relations: relations per tile; None for one tile per table.
+        relation_ranks: ranks that share out the relations, G; 1 for all relations.
+
+    Raises:
+        InputError: if tile_relations is below 1.
+    """
+    if relation_ranks == 1:
+        return parameter_groups(spec, tile_relations)
+    found: list[ParameterGroup] = []
+    for group in parameter_groups(spec):
+        if group.component == TABLES:
+            owned = -(-group.shape[0] // relation_ranks)
+            for size, count in table_tiles(owned, tile_relations):
+                found.append(ParameterGroup(TABLES, (size, *group.shape[1:]), count * group.copies))
+        else:
+            found.append(group)
+    return tuple(found)
+
+
 def block_weight_elements(spec: ModelSpec) -> int:
     """Return the elements of what a block's operations save of its weights, at most: all but relation tables."""
     ffn = (3 if spec.ffn == "swiglu" else 2) * (spec.dim * spec.ffn_dim + max(spec.dim, spec.ffn_dim))

@@ -24,7 +24,7 @@ from ..config.geometry import RelationGeometry
 from ..config.model import ModelSpec
 from ..config.model_base import Operator
 from ..config.parallel import deal_relations, owned_geometry
-from .parameters import TABLES, parameter_groups
+from .parameters import TABLES, operator_groups, parameter_groups
 
 SEED_BYTES = 8
 """The seed of dropout, which every rank sends to every other."""
@@ -109,6 +109,11 @@ def moved_widths(spec: ModelSpec, operator: Operator) -> tuple[tuple[int, ...], 
     return (), 0
 
 
+def has_relation_tables(spec: ModelSpec) -> bool:
+    """Return whether a layer of a model has relation tables, which ranks can share out."""
+    return any(moved_widths(spec, operator)[0] for operator in spec.layer_operators)
+
+
 def relation_parallel_traffic(
     spec: ModelSpec, *, ranks: int, batch: int, value_bytes: int = 2, rank: int = 0
 ) -> RelationTraffic:
@@ -146,6 +151,24 @@ def relation_parallel_traffic(
         pairs=sum(part.pairs for part in parts),
         seeds=sum(part.seeds for part in parts),
     )
+
+
+def shared_gradient_traffic(spec: ModelSpec, *, ranks: int, value_bytes: int = 2) -> int:
+    """Return the bytes of gradients that one rank of a group sends for each micro-batch, in addition to the operator.
+
+    The gradients of all parameters but the tables are averaged over the group by all-reduces, which send what a ring
+    sends: 2·(G − 1)/G of their bytes (arXiv 1802.05799, section 3).
+
+    Args:
+        spec: the model.
+        ranks: ranks that share out the relations, G.
+        value_bytes: bytes per element of the gradients, as of the parameters.
+    """
+    operators = [operator for operator in spec.layer_operators if operator in ("translution", "alpha")]
+    layers = (group for operator in operators for group in operator_groups(spec, operator))
+    owned = sum(group.total for group in layers if group.component == TABLES)
+    shared = sum(group.total for group in parameter_groups(spec)) - owned
+    return 2 * (ranks - 1) * shared * value_bytes // ranks
 
 
 def zero3_table_traffic(spec: ModelSpec, *, ranks: int, value_bytes: int = 2) -> int:

@@ -19,7 +19,7 @@ from ..config.geometry import RelationGeometry
 from ..config.model import GptSpec, ModelSpec, PatchSpec
 from ..config.model_base import Operator
 from ..deepspeed.config import NVME_BLOCK_BYTES
-from .parameters import TABLES, parameter_groups
+from .parameters import TABLES, owned_parameter_groups
 
 
 class Product(NamedTuple):
@@ -272,7 +272,7 @@ class Volumes:
     elements: int
     """Elements of all tensors."""
     partition_numel: int
-    """Elements of a rank's partitions, every tensor padded to a multiple of the world size."""
+    """Elements of a rank's partitions, every tensor padded to a multiple of the number of partitions."""
     tensors: int
     """Number of tensors."""
     gathered: int
@@ -290,20 +290,23 @@ class Volumes:
 
 
 @lru_cache(maxsize=512)
-def volumes(spec: ModelSpec, tile_relations: int | None, world_size: int, persistence: int) -> Volumes:
-    """Count a model's tensors and elements.
+def volumes(
+    spec: ModelSpec, tile_relations: int | None, partitions: int, persistence: int, relation_ranks: int = 1
+) -> Volumes:
+    """Count the tensors and elements of a model, or of the rank with the most relations of a relation group.
 
     Args:
         spec: the model.
         tile_relations: relations per tile; None for one tile per table.
-        world_size: number of partitions of a tensor.
+        partitions: number of ranks that ZeRO partitions a tensor over.
         persistence: maximum elements of a tensor that stays gathered.
+        relation_ranks: ranks that share out the relations, G; 1 for all relations.
     """
     both = len({"q", "k"} & set(spec.roles)) == 2
     elements = partition_numel = tensors = gathered = gathers = persistent = largest = tiles = half = full = 0
-    for group in parameter_groups(spec, tile_relations):
+    for group in owned_parameter_groups(spec, tile_relations, relation_ranks):
         elements, tensors = elements + group.total, tensors + group.copies
-        part = -(-group.numel // world_size)
+        part = -(-group.numel // partitions)
         partition_numel += part * group.copies
         half += part * group.copies * (part * 2 < NVME_BLOCK_BYTES)
         full += part * group.copies * (part * 4 < NVME_BLOCK_BYTES)

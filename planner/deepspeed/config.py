@@ -158,7 +158,7 @@ def _offload(zero: ZeroSpec) -> dict[str, Any]:
     return result
 
 
-def deepspeed_config(training: TrainingSpec, zero: ZeroSpec, world_size: int) -> dict[str, Any]:
+def deepspeed_config(training: TrainingSpec, zero: ZeroSpec, replicas: int) -> dict[str, Any]:
     """Return the content of ``ds_config.json``.
 
     It overrides these defaults of DeepSpeed: gradient clipping 1.0 (runtime/constants.py), gradient accumulation in the
@@ -169,7 +169,8 @@ def deepspeed_config(training: TrainingSpec, zero: ZeroSpec, world_size: int) ->
     Args:
         training: gives precision, batch and optimizer.
         zero: gives stage, offload and the other ZeRO settings.
-        world_size: number of ranks, which determines the global batch.
+        replicas: ranks over which ZeRO partitions: all of them, or with relation parallelism the replicas. DeepSpeed
+            counts their samples only as the global batch.
     """
     stage: dict[str, Any] = {
         "stage": zero.stage,
@@ -194,7 +195,7 @@ def deepspeed_config(training: TrainingSpec, zero: ZeroSpec, world_size: int) ->
                 "zero_quantized_gradients": zero.quantized_gradients,
             }
     config: dict[str, Any] = {
-        "train_batch_size": training.global_batch(world_size),
+        "train_batch_size": training.global_batch(replicas),
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "gradient_clipping": training.gradient_clipping,

@@ -97,16 +97,22 @@ class ClusterSpec(Schema):
         """Whether the fused kernels of relations run on its GPUs: NVIDIA's of compute capability 8.0 or newer."""
         return self.gpu is not None and find_gpu(self.gpu)[1].generation in _FUSED_GENERATIONS
 
-    def device_overhead(self, *, expandable_segments: bool = False) -> DeviceOverhead | None:
+    def device_overhead(self, *, expandable_segments: bool = False, relation_ranks: int = 1) -> DeviceOverhead | None:
         """Return what a rank's GPU holds in addition to torch's tensors; None for CPU ranks.
 
         Args:
             expandable_segments: whether torch's allocator uses expandable segments.
+            relation_ranks: ranks that share out the relations, G, which have communicators of their own.
         """
         if self.device == "cpu":
             return None
         return estimate_overhead(
-            self.gpu, self.world_size, self.nodes, self.gpu_constants, expandable_segments=expandable_segments
+            self.gpu,
+            self.world_size,
+            self.nodes,
+            self.gpu_constants,
+            expandable_segments=expandable_segments,
+            relation_ranks=relation_ranks,
         )
 
 

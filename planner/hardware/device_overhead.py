@@ -36,7 +36,7 @@ from .catalog import (
     read_data,
     read_overrides,
 )
-from .nccl import GUESSED_BASE, Base, Channels, alone, by_host_memory, by_nvlink, rccl
+from .nccl import GUESSED_BASE, Base, Channels, alone, by_host_memory, by_nvlink, communicators_of, rccl
 
 __all__ = ["DeviceOverhead", "OverheadItem", "OverheadOverrides", "estimate_overhead", "read_overrides"]
 
@@ -177,28 +177,29 @@ def _nccl_base(generation: Generation) -> Base:
     return Base((low, likely, high), (0, 0, GUESSED_BASE.further[2]), interval.source)
 
 
-def _nccl(gpu: str, spec: GpuSpec, world_size: int, nodes: int) -> list[OverheadItem]:
+def _nccl(gpu: str, spec: GpuSpec, world_size: int, nodes: int, relation_ranks: int) -> list[OverheadItem]:
     base = _nccl_base(spec.generation)
     if world_size == 1:
         return alone(base)
+    communicators = communicators_of(world_size, relation_ranks)
     if spec.fabric == "xgmi":
-        return rccl()
+        return rccl(communicators)
     observed = _observed().channels[gpu]
     channels, per_node = Channels(*observed.count, observed.source), -(-world_size // nodes)
     if spec.fabric == "pcie":
-        return by_host_memory(channels, per_node, nodes, base)
+        return by_host_memory(channels, per_node, nodes, base, communicators=communicators)
     reduces = spec.fabric == "nvswitch" and spec.generation in ("hopper", "blackwell")
-    return by_nvlink(channels, per_node, nodes, base, switches_reduce=reduces)
+    return by_nvlink(channels, per_node, nodes, base, switches_reduce=reduces, communicators=communicators)
 
 
-def _items_of_gpu(gpu: str, world_size: int, nodes: int) -> list[OverheadItem]:
+def _items_of_gpu(gpu: str, world_size: int, nodes: int, relation_ranks: int) -> list[OverheadItem]:
     _, spec = find_gpu(gpu)
     context = _observed().context[spec.generation]
     return [
         _measured("driver_reserve", _observed().driver_reserve[gpu], "the driver's total minus the total torch sees"),
         _measured("context", context, "context and kernels; high: all kernels loaded at once"),
         _blas(spec.generation),
-        *_nccl(gpu, spec, world_size, nodes),
+        *_nccl(gpu, spec, world_size, nodes, relation_ranks),
     ]
 
 
@@ -221,6 +222,7 @@ def estimate_overhead(
     overrides: Mapping[str, object] | OverheadOverrides | None = None,
     *,
     expandable_segments: bool = False,
+    relation_ranks: int = 1,
 ) -> DeviceOverhead:
     """Return the device overhead of one rank.
 
@@ -230,6 +232,7 @@ def estimate_overhead(
         nodes: number of nodes; all have equally many ranks.
         overrides: a machine's own figures.
         expandable_segments: whether torch runs with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
+        relation_ranks: ranks that share out the relations, G.
 
     Raises:
         InputError: if the GPU is unknown, there are fewer ranks than nodes, or an override is invalid.
@@ -238,11 +241,11 @@ def estimate_overhead(
         raise InputError(f"nodes: {nodes} is not allowed: must be from 1 to {world_size}, the ranks")
     given = read_overrides(overrides)
     if gpu is None:
-        items_by_gpu = [_items_of_gpu(name, world_size, nodes) for name in load_catalog().gpus]
+        items_by_gpu = [_items_of_gpu(name, world_size, nodes, relation_ranks) for name in load_catalog().gpus]
         breakdown = [_span(same) for same in zip(*items_by_gpu, strict=True)]
     else:
         gpu, _ = find_gpu(gpu)
-        breakdown = _items_of_gpu(gpu, world_size, nodes)
+        breakdown = _items_of_gpu(gpu, world_size, nodes, relation_ranks)
     replaced = []
     for item in breakdown:
         own = getattr(given, item.name)

@@ -19,6 +19,20 @@ from .catalog import ESTIMATE, OverheadItem
 COMMUNICATORS = 2
 """Communicators of a DeepSpeed rank: torch's default group for barriers, its clone for the rest (groups.py:723)."""
 
+
+def communicators_of(world_size: int, relation_ranks: int) -> int:
+    """Return the communicators of a rank with peers, among them those of its relation group and of its replicas.
+
+    An all-to-all connects every two ranks of the group; that is counted as one more communicator with rings. Nobody has
+    measured it.
+
+    Args:
+        world_size: number of ranks.
+        relation_ranks: ranks that share out the relations, G; 1 for none.
+    """
+    return COMMUNICATORS + 2 * (relation_ranks > 1) + (1 < relation_ranks < world_size)
+
+
 _LL_BYTES = 8 * 512 * 8 * 16
 CONNECTION_BYTES = 4 * MIB + _LL_BYTES + 120 * 640 * 8 * 8
 """Bytes of one connection: NCCL_BUFFSIZE, and the queues of LL and LL128 (lines x threads x steps x width)."""
@@ -102,12 +116,17 @@ def alone(base: Base) -> list[OverheadItem]:
     return _pair(base.first, (0, 0, 0), "communicators without peers", base.source, "no connection")
 
 
-def rccl() -> list[OverheadItem]:
-    """Return the items of an AMD rank with peers."""
+def rccl(communicators: int = COMMUNICATORS) -> list[OverheadItem]:
+    """Return the items of an AMD rank with peers.
+
+    Args:
+        communicators: number of communicators.
+    """
+    further = "the second" if communicators == COMMUNICATORS else f"each of {communicators - 1} others"
     return _pair(
-        (666 * MIB, 1690 * MIB, COMMUNICATORS * 64 * 2 * _DIRECTION),
+        (666 * MIB, (1024 + 666 * (communicators - 1)) * MIB, communicators * 64 * 2 * _DIRECTION),
         (0, 8 * MIB, 512 * MIB),
-        "1 GiB for the first communicator, 0.65 GiB for the second; low: one communicator; high: 64 channels each",
+        f"1 GiB for the first communicator, 0.65 GiB for {further}; low: one communicator; high: 64 channels each",
         "MI250X, not MI300X: github.com/Lumi-supercomputer/LUMI-AI-Guide/issues/111; "
         f"low and high: {ESTIMATE}; 64 channels of MI350X: github.com/ROCm/rocm-systems/pull/9764",
         ESTIMATE,
@@ -121,11 +140,17 @@ def _outward(channels: Channels, per_node: int, nodes: int) -> list[int]:
 
 
 def by_nvlink(
-    channels: Channels, per_node: int, nodes: int, base: Base, *, switches_reduce: bool
+    channels: Channels,
+    per_node: int,
+    nodes: int,
+    base: Base,
+    *,
+    switches_reduce: bool,
+    communicators: int = COMMUNICATORS,
 ) -> list[OverheadItem]:
     """Return the items of a rank whose node has NVLink.
 
-    Low: one communicator with rings. Likely: one with rings, trees and NVLS, and another one with rings. High: two with
+    Low: one communicator with rings. Likely: one with rings, trees and NVLS, and the others with rings. High: all with
     rings, trees and NVLS.
 
     Args:
@@ -134,6 +159,7 @@ def by_nvlink(
         nodes: number of nodes; more than one adds connections over the network.
         base: bytes of communicators without connections.
         switches_reduce: whether the node has NVSwitches that reduce (NVLS), as from Hopper on.
+        communicators: number of communicators.
     """
     outward = _outward(channels, per_node, nodes)
     within = [count * _DIRECTION if per_node > 1 else 0 for count in (channels.low, channels.likely, channels.high)]
@@ -144,17 +170,17 @@ def by_nvlink(
     nvls = [count * _NVLS_CHANNEL * heads for count in (0, 16, 24)]
     sizes = (
         rings[0],
-        COMMUNICATORS * rings[1] + trees[1] + nvls[1] + base.of(COMMUNICATORS, 1),
-        COMMUNICATORS * (rings[2] + trees[2] + nvls[2]) + base.of(COMMUNICATORS, 2),
+        communicators * rings[1] + trees[1] + nvls[1] + base.of(communicators, 1),
+        communicators * (rings[2] + trees[2] + nvls[2]) + base.of(communicators, 2),
     )
     links = [out * _NETWORK_LINKS for out in outward]
     hosts = (
         links[0] * _LL_BYTES,
-        COMMUNICATORS * links[1] * _LL_BYTES + 8 * MIB,
-        COMMUNICATORS * links[2] * CONNECTION_BYTES + 64 * MIB,
+        communicators * links[1] * _LL_BYTES + 8 * MIB,
+        communicators * links[2] * CONNECTION_BYTES + 64 * MIB,
     )
     formula = (
-        f"{channels.likely} channels x {_DIRECTION // MIB} MiB x (rings of {COMMUNICATORS} communicators, trees of one)"
+        f"{channels.likely} channels x {_DIRECTION // MIB} MiB x (rings of {communicators} communicators, trees of one)"
     )
     if heads:
         formula += f", {nvls[1] // MIB} MiB of NVLS"
@@ -163,13 +189,15 @@ def by_nvlink(
     return _pair(
         sizes,
         hosts,
-        f"{formula}; low: rings of one communicator; high: everything for both",
+        f"{formula}; low: rings of one communicator; high: everything for {'both' if communicators == 2 else 'all'}",
         f"{channels.source}; sizes computed from NCCL's source; {base.source}",
         f"LL queues of network connections, high: all queues: NCCL, net.cc; the rest: {ESTIMATE}",
     )
 
 
-def by_host_memory(channels: Channels, per_node: int, nodes: int, base: Base) -> list[OverheadItem]:
+def by_host_memory(
+    channels: Channels, per_node: int, nodes: int, base: Base, *, communicators: int = COMMUNICATORS
+) -> list[OverheadItem]:
     """Return the items of a rank whose node has only PCIe: buffers in host memory; with peer access, on the GPU.
 
     Args:
@@ -177,23 +205,25 @@ def by_host_memory(channels: Channels, per_node: int, nodes: int, base: Base) ->
         per_node: ranks per node.
         nodes: number of nodes.
         base: bytes of communicators without connections.
+        communicators: number of communicators.
     """
     outward = _outward(channels, per_node, nodes)
     sizes = (
         0,
-        base.of(COMMUNICATORS, 1) + outward[1] * (2 * _RING_OUTWARD + _TREE_OUTWARD),
-        COMMUNICATORS * (2 * channels.high * _DIRECTION + outward[2] * (_RING_OUTWARD + _TREE_OUTWARD))
-        + base.of(COMMUNICATORS, 2),
+        base.of(communicators, 1) + outward[1] * (communicators * _RING_OUTWARD + _TREE_OUTWARD),
+        communicators * (2 * channels.high * _DIRECTION + outward[2] * (_RING_OUTWARD + _TREE_OUTWARD))
+        + base.of(communicators, 2),
     )
     hosts = (
         channels.low * CONNECTION_BYTES,
-        3 * channels.likely * CONNECTION_BYTES,
-        COMMUNICATORS * (2 * channels.high + _NETWORK_LINKS * outward[2]) * CONNECTION_BYTES,
+        (communicators + 1) * channels.likely * CONNECTION_BYTES,
+        communicators * (2 * channels.high + _NETWORK_LINKS * outward[2]) * CONNECTION_BYTES,
     )
     return _pair(
         sizes,
         hosts,
-        "buffers in host memory; high: on the GPU, rings and trees of two communicators",
+        "buffers in host memory; high: on the GPU, rings and trees of "
+        f"{'two' if communicators == COMMUNICATORS else communicators} communicators",
         f"{channels.source}; sizes computed from NCCL's source; {base.source}",
         "9.19 MiB a connection: github.com/tonyd2wild/DeepSeek-V4.1-Flash-vLLM-DGX-Spark/issues/8",
     )

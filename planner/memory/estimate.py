@@ -1,12 +1,12 @@
 """Predicted memory of a rank: for each phase and tier, the peak and its breakdown into items.
 
-`estimate_memory` simulates the rank's lifecycle (simulator/lifecycle.py), which gives the bytes; `describe_item` gives
-each item's formula in words and its source. `saved_bytes` counts the activations of one micro-batch.
+`estimate_memory` simulates the rank's lifecycle (simulator/lifecycle.py), which gives the bytes; items.py gives each
+item's formula in words and its source. `saved_bytes` counts the activations of one micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from ..common.phases import Phase, Tier
@@ -16,26 +16,17 @@ from ..common.units import format_bytes
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
-from ..costs.optimizer import state_name
-from ..costs.parameters import TABLES, parameter_groups
+from ..costs.parameters import TABLES, owned_parameter_groups
 from ..hardware.device_overhead import DeviceOverhead
 from ..simulator.core import MemoryTracker, Peak
 from ..simulator.engine import base as names
 from ..simulator.engine.base import EngineConfig
 from ..simulator.lifecycle import Simulation, simulate, simulate_evaluation
-from ..simulator.network.model import MICRO_BATCHES, OFFLOADED, Replay, forward_saved_bytes, replay
-from ..simulator.network.ops import (
-    ACTIVATIONS,
-    ATTENTION_WEIGHTS,
-    CASTS,
-    GRADIENTS,
-    TEMPORARY,
-    WEIGHT_GRADIENTS,
-    DtypeSizes,
-)
-from ..simulator.network.relation_ops import WORKSPACE
+from ..simulator.network.group_share import largest_places
+from ..simulator.network.model import MICRO_BATCHES, Replay, forward_saved_bytes, replay
+from ..simulator.network.ops import WEIGHT_GRADIENTS, DtypeSizes
 from ..simulator.network.relation_shape import Implementation
-from .fsdp2_items import FSDP2_ITEMS
+from .items import describe_item
 
 BOOKKEEPING = "bookkeeping"
 BOOKKEEPING_BYTES = 2**16
@@ -220,16 +211,46 @@ def summarize_simulation(
     )
 
 
+def _overhead(run: RunConfig) -> DeviceOverhead | None:
+    return run.cluster.device_overhead(relation_ranks=run.parallel.relation)
+
+
+def _places(run: RunConfig, rank: int | None) -> tuple[int | None, ...]:
+    """Return the places in a relation group to simulate: None if the rank's number decides."""
+    ranks = run.parallel.relation
+    return (None,) if rank is not None or ranks == 1 else largest_places(run.model.geometry, ranks)
+
+
+def _highest_peaks(estimates: Sequence[MemoryEstimate]) -> tuple[PhasePeak, ...]:
+    """Return the highest peak of each phase on each tier."""
+    found: dict[tuple[Phase, Tier], PhasePeak] = {}
+    for peak in (peak for estimate in estimates for peak in estimate.peaks):
+        key = peak.phase, peak.tier
+        if key not in found or found[key].bytes < peak.bytes:
+            found[key] = peak
+    return tuple(found.values())
+
+
 @lru_cache(maxsize=32)
 def estimate_memory(run: RunConfig, rank: int | None = None) -> MemoryEstimate:
     """Predict the memory of one rank.
 
+    Ranks differ only at ZeRO stages 1 and 2 and, with relation parallelism, by their relations and pairs.
+
     Args:
         run: what is trained, where and how.
-        rank: number of the rank; None is the rank that holds the most. Ranks differ only at ZeRO stages 1 and 2.
+        rank: number of the rank; None is the rank that holds the most. If the rank with the most relations is not that
+            with the most pairs, the higher peak of the two is taken for each phase.
     """
-    config = EngineConfig(run, rank)
-    return summarize_simulation(simulate(run, rank=rank), config, run.cluster.device_overhead())
+    config, overhead = EngineConfig(run, rank), _overhead(run)
+    estimates = [
+        summarize_simulation(simulate(run, rank=rank, place=place), config, overhead) for place in _places(run, rank)
+    ]
+    if len(estimates) == 1:
+        return estimates[0]
+    highest = max(estimates, key=lambda estimate: estimate.peak_bytes)
+    saved = max(estimate.saved_bytes for estimate in estimates)
+    return highest.model_copy(update={"peaks": _highest_peaks(estimates), "saved_bytes": saved})
 
 
 @lru_cache(maxsize=32)
@@ -239,14 +260,17 @@ def evaluation_peaks(run: RunConfig, batch: int, rank: int | None = None) -> tup
     Args:
         run: what is trained, where and how.
         batch: samples of the rank in one pass.
-        rank: number of the rank; None is the rank that holds the most.
+        rank: as in `estimate_memory`.
     """
-    simulation = simulate_evaluation(run, batch, rank)
-    return summarize_simulation(simulation, EngineConfig(run, rank), run.cluster.device_overhead()).peaks
+    config, overhead = EngineConfig(run, rank), _overhead(run)
+    simulations = [simulate_evaluation(run, batch, rank, place=place) for place in _places(run, rank)]
+    return _highest_peaks([summarize_simulation(simulation, config, overhead) for simulation in simulations])
 
 
-def gathered_floor_bytes(spec: ModelSpec, training: TrainingSpec, tile_relations: int | None) -> int:
-    """Lower bound of the device bytes of a ZeRO-3 rank, independent of the world size.
+def gathered_floor_bytes(
+    spec: ModelSpec, training: TrainingSpec, tile_relations: int | None, relation_ranks: int = 1
+) -> int:
+    """Lower bound of the device bytes of a ZeRO-3 rank, independent of the number of replicas.
 
     The largest module is gathered in full, with its full gradients. A tile of logits holds the matrices of queries
     and of keys.
@@ -255,94 +279,12 @@ def gathered_floor_bytes(spec: ModelSpec, training: TrainingSpec, tile_relations
         spec: the model.
         training: gives the dtype.
         tile_relations: relations per tile; None keeps tables whole.
+        relation_ranks: ranks that share out the relations, G.
     """
     both = 2 if {"q", "k"} <= set(spec.roles) and spec.operator != "absolute" else 1
-    groups = parameter_groups(spec, tile_relations)
+    groups = owned_parameter_groups(spec, tile_relations, relation_ranks)
     largest = max(group.numel * (both if group.component == TABLES else 1) for group in groups)
     return 2 * largest * training.dtype_bytes
-
-
-_ZERO3, _ZERO12 = "runtime/zero/stage3.py", "runtime/zero/stage_1_and_2.py"
-_PARTITION, _SWAP = "runtime/zero/partition_parameters.py", "runtime/swap_tensor"
-_FIXED: dict[str, tuple[str, str]] = {
-    ACTIVATIONS: (
-        "outputs that are in use or saved for backward, layer by layer",
-        "planner/simulator/network/block.py",
-    ),
-    GRADIENTS: ("gradients of activations during backward", "planner/simulator/core.py"),
-    ATTENTION_WEIGHTS: ("weights of every pair of tokens, B·h·N² a layer, and their logits", "models/ops/grouped.py"),
-    WORKSPACE: ("rows of one relation's pairs and their products, bounded by workspace_bytes", "models/ops/context.py"),
-    TEMPORARY: ("tensors that live during one operation only", "planner/simulator/network/ops.py"),
-    CASTS: ("parameters as products take them, held by autocast or saved for backward", "torch.autocast"),
-    MICRO_BATCHES: ("inputs and targets of the step's micro-batches", "distributed/data/batching.py"),
-    OFFLOADED: ("inputs of checkpointed blocks, saved on the host", "fairscale nn/checkpoint"),
-    "random states": ("states of torch's generator, saved by each checkpointed block", "torch/utils/checkpoint.py"),
-    names.BUFFERS: ("cosines and sines of rotary layers; index lists of pairs on a GPU", "models/ops/rotary.py"),
-    names.GATHERED: ("full parameters of the modules that run", f"{_PARTITION}:1329"),
-    names.GATHER_COPIES: ("a rank's partitions, copied before the gather, or quantized", f"{_PARTITION}:1329"),
-    names.SECONDARY: (
-        "hpZ: 1/hpz_ranks of each tensor, from its first use in a step to the update",
-        f"{_PARTITION}:1900",
-    ),
-    names.BACKEND_COPIES: (
-        "gloo reduces and gathers in tensors of its own; nothing on a GPU",
-        "c10d, ProcessGroupGloo",
-    ),
-    names.NORM: ("a partition of a gradient in fp64, to be squared", f"{_ZERO3}:1960"),
-    names.STAGING: ("copies between host and device", "runtime/zero/utils.py:205"),
-    names.OPTIMIZER_SWAP_BUFFERS: (
-        "buffer_count · the largest sub-group in fp32, aligned",
-        f"{_SWAP}/optimizer_utils.py:185",
-    ),
-    names.PARAM_SWAP_BUFFERS: ("buffer_count · buffer_size, aligned", f"{_SWAP}/partitioned_param_swapper.py:104"),
-    names.SUB_GROUP_BUFFER: ("the full tensors of the largest sub-group, all ranks' partitions", f"{_ZERO3}:1009"),
-    names.STREAMS: ("two gathers and two reductions that wait for another stream; an upper bound", f"{_ZERO3}:462"),
-    names.FIRST_COPIES: ("pinned partitions that the flat buffer replaced, held by the allocator", f"{_ZERO3}:906"),
-    names.LOADED: ("the complete file of a rank", "runtime/engine.py:4816"),
-}
-
-
-def describe_item(name: str, config: EngineConfig) -> tuple[str, str]:
-    """Return the formula in words and the source of a breakdown item.
-
-    Args:
-        name: name of the item.
-        config: stage, dtypes and knobs, which formulas mention.
-    """
-    training, zero = config.training, config.zero
-    if zero.uses_fsdp2 and name in FSDP2_ITEMS:
-        return FSDP2_ITEMS[name]
-    if name in _FIXED:
-        return _FIXED[name]
-    optimizer = _ZERO3 if zero.stage == 3 else _ZERO12
-
-    def shared(stage: int) -> str:
-        return "1/ranks of each tensor, padded" if zero.stage >= stage else "full"
-
-    texts = {
-        names.PARAMETERS: (f"{training.precision}, {shared(3)}", f"{_ZERO3}:906"),
-        names.PERSISTENT: ("tensors up to the persistence threshold stay full", _PARTITION),
-        names.MASTER_PARAMETERS: (f"{training.master_dtype} copy, {shared(1)}", f"{optimizer}:1162"),
-        names.OPTIMIZER_STATES: (
-            f"{training.states_dtype} {state_name(training)} of {training.optimizer}, {shared(1)}",
-            "torch/optim, ops/adam",
-        ),
-        names.SHARED_GRADIENTS: (f"{training.accumulation_dtype} accumulator, {shared(2)}", f"{_ZERO3}:791"),
-        names.STEP_GRADIENTS: (f"a sub-group's gradients in {training.master_dtype} for the update", f"{_ZERO3}:2683"),
-        names.BUCKET: (f"reduce_bucket_size in {training.precision}", f"{optimizer}:780"),
-        WEIGHT_GRADIENTS: (f"{training.precision} gradients of parameters that are not yet reduced", "torch autograd"),
-        names.REDUCE_COPIES: (
-            "contiguous copies of gradients while they are reduced, and casts",
-            "runtime/comm/coalesced_collectives.py:102",
-        ),
-        names.OPTIMIZER_TEMPORARIES: (f"tensors that {training.optimizer} makes to update a sub-group", "torch/optim"),
-        names.CONSTRUCTION_TENSORS: (
-            "tensors in fp32 while the model is built, and copies that become states",
-            f"{_PARTITION}:266",
-        ),
-        names.OFFLOAD_COPIES: ("the share of parameters, and the largest gradient twice", f"{_ZERO12}:700"),
-    }
-    return texts.get(name, (name, "planner/simulator"))
 
 
 _SHALLOW = 3

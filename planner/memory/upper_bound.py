@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
+from ..common.phases import Tier
 from ..common.units import FP32_BYTES
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
 from ..config.training import LossKind
 from ..costs.optimizer import SMALLEST_QUANTIZED, most_state_bytes, temporary_tensors
-from ..costs.parameters import TABLES, block_weight_elements, parameter_groups
+from ..costs.parameters import TABLES, block_weight_elements, owned_parameter_groups
 from ..costs.workload import Volumes, volumes
 from ..deepspeed.config import NVME_BLOCK_BYTES
 from ..simulator.core import MemoryTracker, next_power_of_two
 from ..simulator.engine.base import NORM_BYTES, SIMULATED_MICRO_BATCHES, EngineConfig
 from ..simulator.engine.coordinator import ALIGNMENT_BYTES, ceil_div
 from ..simulator.engine.stage3 import NORM_ELEMENTS
+from ..simulator.network.group_share import GroupShare, largest_places
 from ..simulator.network.model import MICRO_BATCHES, SimulatedNetwork, replay, sample_bytes
 from ..simulator.network.ops import WEIGHT_GRADIENTS, DtypeSizes
 from .bounds import BatchBound, MemoryUpperBound, WeightsBound, add_bounds
@@ -60,7 +62,7 @@ class _Terms(EngineConfig):
     @property
     def group(self) -> int:
         """Upper bound of the elements of the largest sub-group."""
-        return min(self.share, self.zero.sub_group_elements + ceil_div(self.largest, self.world_size))
+        return min(self.share, self.zero.sub_group_elements + ceil_div(self.largest, self.replicas))
 
     def states(self, numel: int) -> int:
         """Upper bound of the bytes of the optimizer states of a number of elements."""
@@ -85,21 +87,32 @@ SHALLOW, DEEP = 12, 24
 
 
 @lru_cache(maxsize=256)
-def _replayed(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind) -> int:
+def _replayed(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind, ranks: int) -> int:
     """Peak device bytes of a replayed micro-batch with whole tables."""
-    memory = MemoryTracker(ignored=frozenset({WEIGHT_GRADIENTS, MICRO_BATCHES}))
-    replay(spec, batch, widths, memory=memory, loss=loss)
-    return max(peak.total_bytes for peak in memory.peaks.values())
+    peaks = []
+    for share in _shares(spec, widths, ranks):
+        memory = MemoryTracker(ignored=frozenset({WEIGHT_GRADIENTS, MICRO_BATCHES}))
+        replay(spec, batch, widths, memory=memory, loss=loss, share=share)
+        peaks += [peak.total_bytes for peak in memory.peaks.values()]
+    return max(peaks)
 
 
-def _activations(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind) -> tuple[int, int]:
+def _shares(spec: ModelSpec, widths: DtypeSizes, ranks: int) -> tuple[GroupShare | None, ...]:
+    """Return the parts of the ranks of a relation group that may hold the most."""
+    if ranks == 1:
+        return (None,)
+    places, on_cpu = largest_places(spec.geometry, ranks), widths.device == "cpu"
+    return tuple(GroupShare(spec.geometry, ranks, place, on_cpu) for place in places)
+
+
+def _activations(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind, ranks: int) -> tuple[int, int]:
     """Bytes of a micro-batch's activations on the device and on the host."""
     kept = spec.depth * batch * spec.tokens * spec.dim * widths.value
     away = kept if spec.checkpointing == "offload" else 0
     if spec.depth <= DEEP or len(set(spec.layer_operators)) > 1:
-        return _replayed(spec, batch, widths, loss), away
+        return _replayed(spec, batch, widths, loss, ranks), away
     shallow, deep = (
-        _replayed(spec.model_copy(update={"depth": depth, "relative_layers": "all"}), batch, widths, loss)
+        _replayed(spec.model_copy(update={"depth": depth, "relative_layers": "all"}), batch, widths, loss, ranks)
         for depth in (SHALLOW, DEEP)
     )
     # A block saves at least its input; in a shallow network the head's peak may hide it.
@@ -108,35 +121,38 @@ def _activations(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind
 
 
 @lru_cache(maxsize=1024)
-def activation_bytes(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind = "whole") -> tuple[int, int]:
+def activation_bytes(
+    spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind = "whole", relation_ranks: int = 1
+) -> tuple[int, int]:
     """Bytes of a micro-batch's activations on the device and on the host, interpolated between powers of four.
 
-    A replay takes milliseconds, and its peak grows almost linearly with the batch, unless the loss is chunked.
+    A replay takes milliseconds, and its peak grows almost linearly with the batch, unless the loss is chunked, or the
+    scratch memory reaches its limit early because a rank computes pairs of other ranks' samples.
     """
-    if loss == "chunked":
-        return _activations(spec, batch, widths, loss)
+    if loss == "chunked" or relation_ranks > 1:
+        return _activations(spec, batch, widths, loss, relation_ranks)
     low = 1
     while low * 4 <= batch:
         low *= 4
-    first = _activations(spec, low, widths, loss)
+    first = _activations(spec, low, widths, loss, relation_ranks)
     if batch == low:
         return first
-    second = _activations(spec, low * 4, widths, loss)
+    second = _activations(spec, low * 4, widths, loss, relation_ranks)
     share = (batch - low) / (3 * low)
     between = [round(a + share * (b - a)) for a, b in zip(first, second, strict=True)]
     return between[0], between[1]
 
 
 @lru_cache(maxsize=256)
-def _buffers(spec: ModelSpec, widths: DtypeSizes) -> int:
-    return SimulatedNetwork(spec, 1, widths).buffer_bytes
+def _buffers(spec: ModelSpec, widths: DtypeSizes, ranks: int) -> int:
+    return max(SimulatedNetwork(spec, 1, widths, share=share).buffer_bytes for share in _shares(spec, widths, ranks))
 
 
 @lru_cache(maxsize=512)
-def _modules(spec: ModelSpec, tile_relations: int | None) -> tuple[int, int]:
+def _modules(spec: ModelSpec, tile_relations: int | None, ranks: int) -> tuple[int, int]:
     """Elements of the largest group that is gathered together, and of the largest tensor."""
     both = 2 if len({"q", "k"} & set(spec.roles)) == 2 and spec.operator != "absolute" else 1
-    groups = parameter_groups(spec, tile_relations)
+    groups = owned_parameter_groups(spec, tile_relations, ranks)
     # A layer's bias is gathered together with its weight.
     largest = max(group.numel * both if group.component == TABLES else group.numel + group.shape[0] for group in groups)
     return largest, max(group.numel for group in groups)
@@ -160,11 +176,12 @@ def bound_batch(run: RunConfig) -> BatchBound:
     model, training = run.model, run.training
     sizes = DtypeSizes.of_training(training, run.cluster.device, stage=run.zero.stage)
     samples = sample_bytes(model, training.loss_kind) * training.micro_batch
-    on_device, on_host = activation_bytes(model, training.micro_batch, sizes, training.loss_kind)
+    ranks = run.parallel.relation
+    on_device, on_host = activation_bytes(model, training.micro_batch, sizes, training.loss_kind, ranks)
     return BatchBound(
         on_device + samples + SLACK_BYTES,
         on_host + samples * training.gradient_accumulation_steps,
-        _buffers(model, sizes),
+        _buffers(model, sizes, ranks),
         model.checkpointing == "block",
     )
 
@@ -178,8 +195,9 @@ def bound_weights(run: RunConfig) -> WeightsBound:
     zero = run.zero
     if zero.uses_fsdp2:
         return bound_fsdp2(run)
-    v = volumes(run.model, run.tile_relations, run.world_size, zero.persistence_threshold_elements)
-    module, largest = _modules(run.model, run.tile_relations)
+    ranks = run.parallel.relation
+    v = volumes(run.model, run.tile_relations, run.replicas, zero.persistence_threshold_elements, ranks)
+    module, largest = _modules(run.model, run.tile_relations, ranks)
     terms, bounds = _Terms(run, volumes=v, module=module, largest=largest), WeightsBound(run.on_cpu)
     if zero.stage == 0:
         _stage_0(terms, bounds)
@@ -191,7 +209,20 @@ def bound_weights(run: RunConfig) -> WeightsBound:
         # What torch's checkpoint recomputes holds the gathered weights of the block until backward has used them.
         bounds.recomputing = block_weight_elements(run.model) * terms.width
         bounds.running, bounds.elsewhere = _running(terms), _updating(terms)
+    if ranks > 1:
+        # A gradient that is averaged over the group is in two tensors.
+        bounds.running += largest * terms.width
+        _communicators(run, bounds)
     return bounds
+
+
+def _communicators(run: RunConfig, bounds: WeightsBound) -> None:
+    """Add what the communicators of relation groups hold: a search knows those of the cluster alone."""
+    with_group = run.cluster.device_overhead(relation_ranks=run.parallel.relation)
+    without = run.cluster.device_overhead()
+    if with_group is not None and without is not None:
+        bounds.device += with_group.device_bytes(0) - without.device_bytes(0)
+        bounds.host += with_group.total(tier=Tier.HOST) - without.total(tier=Tier.HOST)
 
 
 def _parameters(terms: _Terms, bounds: WeightsBound) -> None:
@@ -200,7 +231,7 @@ def _parameters(terms: _Terms, bounds: WeightsBound) -> None:
     param, bucket = zero.offload_param, zero.reduce_bucket_elements * width
     bounds.device += terms.volumes.persistent * width + bucket
     if zero.hpz_ranks > 1:
-        bounds.device += share * terms.world_size // zero.hpz_ranks * width
+        bounds.device += share * terms.replicas // zero.hpz_ranks * width
     if zero.overlap_comm and not terms.on_cpu:
         bounds.device += 2 * (terms.largest * width + bucket)
     if param.device == "none":
@@ -214,7 +245,7 @@ def _parameters(terms: _Terms, bounds: WeightsBound) -> None:
         bounds.add_transient(share * width)
     else:
         bounds.pinned += param.buffer_count * (param.buffer_elements * width + ALIGNMENT_BYTES)
-        bounds.pinned += terms.group * terms.world_size * width + ALIGNMENT_BYTES * terms.volumes.tensors
+        bounds.pinned += terms.group * terms.replicas * width + ALIGNMENT_BYTES * terms.volumes.tensors
         bounds.nvme += share * width
         bounds.host += terms.volumes.small[width == FP32_BYTES] * width
 
@@ -263,7 +294,7 @@ def _states(terms: _Terms, bounds: WeightsBound) -> None:
 
 def _running(terms: _Terms) -> int:
     """Full modules and their gradients, and the copies that collectives make."""
-    zero, world_size, module, width = terms.zero, terms.world_size, terms.module, terms.width
+    zero, world_size, module, width = terms.zero, terms.replicas, terms.module, terms.width
     ahead = reused = 0
     if zero.prefetch_bucket_elements:
         ahead = 2 * min(zero.max_live_elements + module, zero.prefetch_bucket_elements + module)
@@ -286,7 +317,7 @@ def _updating(terms: _Terms) -> int:
     temporary = temporary_tensors(terms.training, on_cpu=terms.on_cpu, offloaded=entirely, backup=terms.offloaded)
     gradients = 0 if terms.offloaded else terms.accumulation_width + terms.master_width
     update = terms.group * (temporary * terms.master_width + gradients)
-    update += ceil_div(terms.largest, terms.world_size) * NORM_BYTES
+    update += ceil_div(terms.largest, terms.replicas) * NORM_BYTES
     return max(update, terms.largest * FP32_BYTES + terms.module * terms.width)
 
 
@@ -304,7 +335,7 @@ def _stage_0(terms: _Terms, bounds: WeightsBound) -> None:
 
 
 def _stages_1_and_2(terms: _Terms, bounds: WeightsBound) -> None:
-    zero, training, world_size, largest = terms.zero, terms.training, terms.world_size, terms.largest
+    zero, training, world_size, largest = terms.zero, terms.training, terms.replicas, terms.largest
     width, wide, elements = terms.width, terms.master_width, terms.volumes.elements
     share = ceil_div(elements, 2 * world_size) * 2
     # Elements of all parameters that the rank owns at least a part of.

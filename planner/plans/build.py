@@ -12,7 +12,7 @@ from ..config.model import ModelSpec, VitSpec
 from ..config.parallel import ParallelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
-from ..config.zero import OffloadMode, ShardingEngine
+from ..config.zero import OffloadMode, ShardingEngine, ZeroSpec
 from ..costs.parameters import table_entries
 from ..deepspeed.config import check_training_state
 from ..hardware.cluster import ClusterSpec
@@ -61,21 +61,32 @@ def make_plan(
     """
     check_data(spec, training, training.global_batch(cluster.world_size))
     OffloadMode.parse(offload)
+    if relation_parallel < 1:
+        raise InputError(f"relation_parallel: {relation_parallel} is not allowed: must be at least 1")
+    parallel = ParallelSpec(relation=relation_parallel)
+    # Checks the group before tiles and knobs are chosen for it.
+    RunConfig(spec, cluster, training, ZeroSpec(), parallel=parallel)
     if tile_relations is None:
-        tile_relations = choose_tile(spec, cluster.world_size)
+        tile_relations = choose_tile(spec, cluster.world_size, relation_parallel)
         if tile_relations and engine == "fsdp2":
             tile_relations = whole_rows(tile_relations, cluster.world_size)
     else:
         _check_tile(spec, tile_relations, cluster.world_size)
     zero = choose_zero(
-        spec, tile_relations, stage, cluster.world_size, offload=offload, nvme_path=nvme_path, ratio=offload_ratio
+        spec,
+        tile_relations,
+        stage,
+        cluster.world_size,
+        offload=offload,
+        nvme_path=nvme_path,
+        ratio=offload_ratio,
+        relation_ranks=relation_parallel,
     )
     if engine == "fsdp2":
         require_plain(stage, offload, zero_overrides)
         zero = choose_fsdp2(spec, tile_relations, cluster)
     if zero_overrides:
         zero = override_zero(zero, zero_overrides)
-    parallel = ParallelSpec(relation=relation_parallel)
     return predict_checked(RunConfig(spec, cluster, training, zero, tile_relations, parallel))
 
 
@@ -172,7 +183,7 @@ def check_capacity(plan: Plan) -> None:
     cluster, zero, prediction, tile_relations = plan.cluster, plan.zero, plan.prediction, plan.tile_relations
     subject = f"{plan.model.name} does not fit on {cluster.name} with ZeRO-{zero.stage}"
     if prediction.peak_bytes > cluster.device_memory_bytes:
-        floor = gathered_floor_bytes(plan.model, plan.training, tile_relations)
+        floor = gathered_floor_bytes(plan.model, plan.training, tile_relations, plan.parallel.relation)
         if zero.stage == 3 and tile_relations and floor > cluster.device_memory_bytes:
             smaller = tile_relations * cluster.device_memory_bytes // (2 * floor)
             advice = f"tile_relations: {max(1, smaller)}" if smaller else "a narrower model"

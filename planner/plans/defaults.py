@@ -11,7 +11,7 @@ from ..common.errors import InputError
 from ..common.schema import validate
 from ..config.model import ModelSpec
 from ..config.zero import OffloadMode, ZeroSpec
-from ..costs.parameters import TABLES, parameter_groups, table_entries
+from ..costs.parameters import TABLES, owned_parameter_groups, parameter_groups, table_entries
 from ..hardware.cluster import ClusterSpec
 from ..simulator.engine.coordinator import partitioned_numel
 
@@ -27,23 +27,26 @@ PARAM_BUFFERS = 3
 _ZERO: TypeAdapter[ZeroSpec] = TypeAdapter(ZeroSpec)
 
 
-def choose_tile(spec: ModelSpec, world_size: int) -> int | None:
+def choose_tile(spec: ModelSpec, world_size: int, relation_ranks: int = 1) -> int | None:
     """Return the default relations per tile: the largest tile up to `TILE_ELEMENTS` that divides evenly among ranks.
 
-    A table gets at least four tiles, so that one tile is a small part of a layer.
+    A table gets at least four tiles, so that one tile is a small part of a layer. A rank of a relation group has only a
+    part of each table, which may be one tile.
 
     Args:
         spec: the model.
         world_size: number of ranks.
+        relation_ranks: ranks that share out the relations, G; ZeRO then partitions over ``world_size`` / G ranks.
     """
     tables = [group for group in parameter_groups(spec) if group.component == TABLES]
     if not tables:
         return None
-    relations = table_entries(spec)
+    relations, replicas = -(-table_entries(spec) // relation_ranks), world_size // relation_ranks
     matrix = max(group.shape[1] * group.shape[2] for group in tables)
-    count = max(1, min(TILE_ELEMENTS // matrix, -(-relations // 4)))
+    most = relations if relation_ranks > 1 else -(-relations // 4)
+    count = max(1, min(TILE_ELEMENTS // matrix, most))
     for smaller in range(count, count // 2, -1):
-        if smaller * matrix % world_size == 0:
+        if smaller * matrix % replicas == 0:
             return smaller
     return count
 
@@ -57,6 +60,7 @@ def choose_zero(
     offload: str = "none",
     nvme_path: str | None = None,
     ratio: float = 1.0,
+    relation_ranks: int = 1,
 ) -> ZeroSpec:
     """Return default knobs with which ZeRO-3 gathers one tile at a time.
 
@@ -71,16 +75,17 @@ def choose_zero(
         offload: offload mode, one of `OffloadMode`.
         nvme_path: a folder on every node's NVMe drive, for the nvme modes.
         ratio: fraction of the sub-groups whose states are offloaded.
+        relation_ranks: ranks that share out the relations, G; ZeRO then partitions over ``world_size`` / G ranks.
 
     Raises:
         InputError: if the stage does not support the mode, or the path is missing.
     """
-    groups = parameter_groups(spec, tile_relations)
-    largest = max(group.numel for group in groups)
+    groups = owned_parameter_groups(spec, tile_relations, relation_ranks)
+    replicas, largest = world_size // relation_ranks, max(group.numel for group in groups)
     tiles = [group.numel for group in groups if group.component == TABLES]
     threshold = min(100_000, min(tiles) - 1) if tiles else 100_000
-    share = partitioned_numel(groups, world_size)
-    largest_share = -(-largest // world_size)
+    share = partitioned_numel(groups, replicas)
+    largest_share = -(-largest // replicas)
     # An eighth of a rank's share bounds the optimizer step's copies; above 16 Mi elements a
     # sub-group gains nothing, and below the largest tensor's share it cannot shrink.
     sub_group = max(largest_share, min(SUB_GROUP_ELEMENTS, share // 8))

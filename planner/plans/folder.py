@@ -95,6 +95,8 @@ does not evaluate, and does not measure memory.
 {clouds}
 - `environment.sh` environment variables of every rank
 """
+    others = f"`{TRAINER_CONFIG_FILE}` the same for Hugging Face's Trainer, `{ACCELERATE_FILE}` for `accelerate launch`"
+    others = "" if plan.parallel.relation > 1 else f"- {others}\n"
     several, script, command = "", "launch.sh", "launch FOLDER"
     if plan.cluster.nodes > 1:
         several = ", `launch-ssh.sh` on the hosts that `hostfile` names"
@@ -111,12 +113,21 @@ Each run gets its own folder under `{RUNS}/` with metrics, logs, measured memory
 
 - `{PLAN_FILE}` the complete plan, the only file that the ranks read
 - `ds_config.json` its DeepSpeed configuration, for your own training script
-- `{TRAINER_CONFIG_FILE}` the same for Hugging Face's Trainer, `{ACCELERATE_FILE}` for `accelerate launch`
-- `launch.sh` starts the run on one node{several}
+{others}- `launch.sh` starts the run on one node{several}
 - `launch-torchrun.sh` starts it through torchrun, `job.sbatch` through Slurm
 {clouds}
 - `environment.sh` environment variables of every rank
 """
+
+
+def _sharding(plan: Plan) -> str:
+    run = plan.run_config
+    if run.parallel.relation == 1:
+        return plan.zero.name
+    return (
+        f"relation parallelism in groups of {run.parallel.relation} ranks, which share out the relations, and "
+        f"{plan.zero.name} over {run.replicas} replica(s)"
+    )
 
 
 def folder_readme(plan: Plan) -> str:
@@ -128,7 +139,7 @@ def folder_readme(plan: Plan) -> str:
 
 Made by {plan.made_by}. {model.family} with {format_count(count_parameters(model).total)} parameters
 ({label}, {tile}), {cluster.nodes} node(s) of {cluster.ranks_per_node} rank(s) on {cluster.device},
-{plan.zero.name}, {training.precision_text}, {training.micro_batch} samples per rank and micro-batch,
+{_sharding(plan)}, {training.precision_text}, {training.micro_batch} samples per rank and micro-batch,
 {training.global_batch(cluster.world_size)} per step, {training.steps} steps,
 {format_flops(flops.training_step * training.global_batch(cluster.world_size))} of matrix products per step.
 
@@ -145,8 +156,10 @@ are not counted.
 def _configurations(plan: Plan) -> dict[str, str]:
     """Return the files for DeepSpeed and what builds on it, by name."""
     config = plan.deepspeed_config()
-    return {
-        "ds_config.json": json.dumps(config, indent=2) + "\n",
+    own = {"ds_config.json": json.dumps(config, indent=2) + "\n"}
+    if plan.parallel.relation > 1:
+        return own  # Trainer and Accelerate make no groups of ranks.
+    return own | {
         TRAINER_CONFIG_FILE: json.dumps(trainer_config(config), indent=2) + "\n",
         ACCELERATE_FILE: accelerate_config(plan.cluster, plan.zero.stage),
     }

@@ -82,7 +82,7 @@ class Plan(Schema):
             InputError: for a plan of FSDP2.
         """
         self.require_deepspeed()
-        return deepspeed_config(self.training, self.zero, self.world_size)
+        return deepspeed_config(self.training, self.zero, self.run_config.replicas)
 
     def require_deepspeed(self) -> None:
         """Refuse a plan that DeepSpeed does not run.

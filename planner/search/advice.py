@@ -13,14 +13,17 @@ from ..common.units import format_bytes, format_count
 from ..config.loading import save_model
 from ..config.model import GptSpec, ModelSpec, PatchSpec, override
 from ..config.model_base import OPERATOR_LABELS
+from ..config.parallel import ParallelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
 from ..costs.parameters import TABLES, count_parameters, table_entries
+from ..costs.relation_traffic import has_relation_tables
 from ..hardware.cluster import ClusterSpec
 from ..memory.estimate import estimate_memory
 from ..memory.upper_bound import bound_memory
 from ..plans.defaults import choose_zero
 from .candidate import Capacity, with_nodes, writes_to_nvme
+from .relation_space import group_sizes
 from .searcher import REPLAY_TOLERANCE, REPLAYS, Searcher
 from .space import SearchConstraints, list_strategies, tiles
 
@@ -112,17 +115,31 @@ def _minimal_setups(
 ) -> Iterator[RunConfig]:
     """The minimal-memory configuration of every strategy and tile size, with and without checkpointing."""
     modes = ("none", "block") if constraints.checkpointing is None else (constraints.checkpointing,)
-    world_size = cluster.world_size
+    world_size, path = cluster.world_size, constraints.nvme_path
+    # Of relation parallelism only a given size is tried: advice may say more than is needed, but never too little.
+    group, given = 1, constraints.relation_parallel or 1
+    if given > 1:
+        sizes = group_sizes(spec, cluster, constraints) if has_relation_tables(spec) else []
+        if not sizes:
+            return
+        (group,) = sizes
     for strategy in list_strategies(constraints, cluster)[0]:
         if strategy.ratio < 1 or strategy.hpz:
             continue
-        for tile in tiles(spec, world_size, strategy.stage, constraints):
-            if not writes_to_nvme(spec, tile, world_size, training.dtype_bytes, strategy):
-                continue
-            path = constraints.nvme_path
-            zero = choose_zero(spec, tile, strategy.stage, world_size, offload=strategy.offload, nvme_path=path)
-            for mode in modes:
-                yield RunConfig(spec.model_copy(update={"checkpointing": mode}), cluster, training, zero, tile)
+        for tile in tiles(spec, world_size, strategy.stage, constraints, group):
+            zero = choose_zero(
+                spec,
+                tile,
+                strategy.stage,
+                world_size,
+                offload=strategy.offload,
+                nvme_path=path,
+                relation_ranks=group,
+            )
+            run = RunConfig(spec, cluster, training, zero, tile, ParallelSpec(relation=group))
+            if writes_to_nvme(run, strategy):
+                for mode in modes:
+                    yield run.replace(model=spec.model_copy(update={"checkpointing": mode}))
 
 
 def largest_that_fits(fits: Callable[[int], bool], least: int, limit: int) -> int | None:

@@ -9,7 +9,7 @@ from ..common.phases import Tier
 from ..config.model import ModelSpec
 from ..config.run_config import RunConfig
 from ..config.zero import OffloadMode
-from ..costs.parameters import TABLES, parameter_groups
+from ..costs.parameters import TABLES, owned_parameter_groups
 from ..deepspeed.config import NVME_BLOCK_BYTES
 from ..hardware.cluster import ClusterSpec
 from ..memory.bounds import MemoryUpperBound
@@ -83,20 +83,23 @@ class Candidate:
         overrides: dict[str, object] = {name: getattr(zero, name) for name in knobs}
         if strategy.offload.uses_nvme:
             overrides |= {f"offload_optimizer.{name}": getattr(zero.offload_optimizer, name) for name in SWAP_KNOBS}
+        if strategy.relation:
+            fixed["relation_parallel"] = self.run.parallel.relation
         return {name: value for name, value in fixed.items() if value is not None} | {"zero_overrides": overrides}
 
     @property
     def features(self) -> int:
-        """Number of features that the plan has beyond ZeRO: checkpointing, offload, and the parts of ZeRO++."""
+        """Number of features beyond ZeRO: checkpointing, offload, the parts of ZeRO++, relation parallelism."""
         strategy, offloads = self.strategy, self.strategy.offload is not OffloadMode.NONE
         checkpoints = self.run.model.checkpointing != "none"
-        return checkpoints + offloads + (strategy.ratio < 1) + strategy.hpz + strategy.quantized
+        return checkpoints + offloads + (strategy.ratio < 1) + strategy.hpz + strategy.quantized + strategy.relation
 
     @property
     def footprint_key(self) -> tuple[object, ...]:
         """Key shared by candidates with nearly the same footprint: one failed replay rules out the rest."""
         run = self.run
-        return (self.strategy, self.nodes, run.training.micro_batch, run.model.checkpointing, run.zero)
+        batch = run.training.micro_batch
+        return (self.strategy, self.nodes, batch, run.model.checkpointing, run.zero, run.parallel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,15 +171,20 @@ def with_nodes(cluster: ClusterSpec, nodes: int) -> ClusterSpec:
     return cluster.model_copy(update={"nodes": nodes, "name": f"{nodes}x{name}"})
 
 
-@lru_cache(maxsize=1024)
-def writes_to_nvme(spec: ModelSpec, tile: int | None, world_size: int, dtype_bytes: int, strategy: Strategy) -> bool:
+def writes_to_nvme(run: RunConfig, strategy: Strategy) -> bool:
     """True unless the strategy uses NVMe and every rank's partition of a tile is too small for a file.
 
     DeepSpeed writes no tensor below `NVME_BLOCK_BYTES` to NVMe.
     """
     if not strategy.offload.uses_nvme:
         return True
-    bytes_each = dtype_bytes if strategy.offload is OffloadMode.NVME else 4
-    sizes = [group.numel for group in parameter_groups(spec, tile) if group.component == TABLES]
-    largest = max(sizes or [group.numel for group in parameter_groups(spec, tile)])
-    return -(-largest // world_size) * bytes_each >= NVME_BLOCK_BYTES
+    bytes_each = run.training.dtype_bytes if strategy.offload is OffloadMode.NVME else 4
+    largest = _largest_tile(run.model, run.tile_relations, run.parallel.relation)
+    return -(-largest // run.replicas) * bytes_each >= NVME_BLOCK_BYTES
+
+
+@lru_cache(maxsize=1024)
+def _largest_tile(spec: ModelSpec, tile: int | None, relation_ranks: int) -> int:
+    groups = owned_parameter_groups(spec, tile, relation_ranks)
+    sizes = [group.numel for group in groups if group.component == TABLES]
+    return max(sizes or [group.numel for group in groups])

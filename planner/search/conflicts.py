@@ -30,6 +30,7 @@ def check_constraints(constraints: SearchConstraints) -> None:
         OffloadMode.parse(constraints.offload)
     _check_offload(constraints)
     _check_ratio(constraints)
+    _check_relation_parallel(constraints)
     _check_nvme_path(constraints)
     if constraints.all_nodes and constraints.minimize == "nodes":
         raise InputError("minimize: 'nodes' is not allowed with all_nodes, which fixes the number of nodes")
@@ -46,6 +47,15 @@ def _check_offload(constraints: SearchConstraints) -> None:
     if constraints.quantized and (stage not in (None, 3) or offload not in (None, "none")):
         other = f"stage {stage}" if stage not in (None, 3) else f"offload {offload}"
         raise InputError(f"quantized: True is not allowed with {other}: must be used with stage 3 and offload none")
+
+
+def _check_relation_parallel(constraints: SearchConstraints) -> None:
+    given = constraints.relation_parallel
+    if given is not None and given > 1 and constraints.quantized:
+        raise InputError(f"quantized: True is not allowed with relation_parallel {given}: must be used without")
+    if given is not None and given > 1 and constraints.offload_ratio not in (None, 1):
+        ratio = f"{constraints.offload_ratio:g}"
+        raise InputError(f"offload_ratio: {ratio} is not allowed with relation_parallel {given}: must be 1")
 
 
 def _check_ratio(constraints: SearchConstraints) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..common.units import format_bytes
 from ..plans.folder import write_plan_folder
+from ..timing.traffic import traffic_rows
 from .plan_search import SearchResult
 from .verdicts import StrategyVerdict
 
@@ -32,11 +33,16 @@ def search_notes(result: SearchResult) -> str:
         )
         for point in result.pareto
     ]
+    traffic = [
+        (row.strategy, format_bytes(row.node_bytes), format_bytes(row.network_bytes))
+        for row in traffic_rows(result.plan.run_config)
+    ]
     columns = ("seconds", "device, at most", "nodes", "strategy", "micro-batch", "checkpointing")
     return "\n".join(
         (
             "\n## Strategies tried\n",
             _markdown_table(("strategy", "result"), strategies),
+            *_traffic_notes(traffic),
             f"\n## Why these values: the best of {result.considered:,} candidates\n",
             _markdown_table(("knob", "value", "reason"), knobs),
             "\n## Pareto set: nothing faster needs less memory or fewer nodes\n",
@@ -44,6 +50,13 @@ def search_notes(result: SearchResult) -> str:
             "",
         )
     )
+
+
+def _traffic_notes(rows: Sequence[Sequence[object]]) -> Iterable[str]:
+    """Yield the lines on what a rank sends; none without rows."""
+    if rows:
+        yield "\n## What a rank sends in a step with this batch\n"
+        yield _markdown_table(("way to share out the model", "on its node", "on the network"), rows)
 
 
 def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

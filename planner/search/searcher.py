@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from ..common.errors import InputError
 from ..common.progress import OnProgress, ignore_progress
 from ..config.model import ModelSpec
+from ..config.parallel import ParallelSpec
 from ..config.run_config import RunConfig
 from ..config.training import TrainingSpec
 from ..config.zero import ZeroSpec
@@ -28,13 +29,13 @@ from ..timing.rates import Rates
 from ..timing.step_time import model_parts, run_volumes, total_seconds
 from .candidate import Candidate, Capacity, with_nodes, writes_to_nvme
 from .conflicts import check_constraints
+from .relation_space import group_sizes, search_strategies, suits_group
 from .space import (
     Checkpointing,
     SearchConstraints,
     Strategy,
     batches,
     knob_sets,
-    list_strategies,
     node_counts,
     resolve_global_batch,
     tiles,
@@ -70,7 +71,10 @@ class Searcher:
     ) -> None:
         self.spec, self.cluster, self.training, self.constraints = spec, cluster, training, constraints
         check_constraints(constraints)
-        self.strategies, self.infeasible = list_strategies(constraints, cluster)
+        if constraints.relation_parallel is not None:
+            groups = ParallelSpec(relation=constraints.relation_parallel)
+            RunConfig(spec, cluster, training, ZeroSpec(engine=constraints.engine), parallel=groups)
+        self.strategies, self.infeasible = search_strategies(spec, cluster, constraints)
         self.global_batch = resolve_global_batch(constraints, cluster)
         self.capacities: dict[int, Capacity] = {}
         """Capacity of a rank by number of nodes."""
@@ -122,18 +126,47 @@ class Searcher:
         for number, part in enumerate(parts):
             on_progress(number, len(parts))
             self._try_strategy(*part)
+        self._vary_groups(parts)
         if self._refused and not self.considered:
             raise self._refused[0]
 
-    def _try_strategy(self, strategy: Strategy, base: RunConfig, rates: Rates) -> None:
-        """Evaluate every tile size and knob set of a strategy; ``base`` gives the rest of the configuration."""
+    def _vary_groups(self, parts: list[tuple[Strategy, RunConfig, Rates]]) -> None:
+        """Evaluate other sizes of relation groups: with the batch of the best plan of the first size, or with all.
+
+        A simulation for each size, batch and checkpointing would take most of a search.
+        """
+        fitting = [one for one in self.candidates if one.strategy.relation and one.peak_utilization <= 1]
+        best = min(fitting, key=lambda one: one.cost(self.constraints.minimize), default=None)
+        for strategy, base, rates in parts:
+            same = best is None or (
+                base.training.micro_batch == best.run.training.micro_batch
+                and base.model.checkpointing == best.run.model.checkpointing
+            )
+            if strategy.relation and same:
+                self._try_strategy(strategy, base, rates, first=False)
+
+    def _try_strategy(self, strategy: Strategy, base: RunConfig, rates: Rates, *, first: bool = True) -> None:
+        """Evaluate the first group size, or the others, with every tile size and knob set of a strategy.
+
+        Args:
+            strategy: stage and offload.
+            base: gives the rest of the configuration.
+            rates: those of its cluster.
+            first: whether to try the first size of a relation group, or all others.
+        """
         if strategy in self.infeasible or (strategy.hpz and base.cluster.nodes == 1):
             return
-        model, world_size = base.model, base.cluster.world_size
-        for tile in tiles(model, world_size, strategy.stage, self.constraints):
-            if writes_to_nvme(model, tile, world_size, base.training.dtype_bytes, strategy):
+        model, cluster = base.model, base.cluster
+        sizes = group_sizes(model, cluster, self.constraints) if strategy.relation else [1]
+        for group in sizes[:1] if first else sizes[1:]:
+            if not suits_group(strategy, cluster.world_size // group, model.checkpointing, self.constraints):
+                continue
+            for tile in tiles(model, cluster.world_size, strategy.stage, self.constraints, group):
+                run = base.replace(tile_relations=tile, parallel=ParallelSpec(relation=group))
+                if not writes_to_nvme(run, strategy):
+                    continue
                 try:
-                    self._try_tile(strategy, base.replace(tile_relations=tile), rates)
+                    self._try_tile(strategy, run, rates)
                 except InputError as error:
                     self.infeasible[strategy] = str(error)
                     self._refused.append(error)
@@ -148,7 +181,7 @@ class Searcher:
         batch: BatchBound | None = None
         computed: Collection[PartTime] = ()
         for costs in self._knobs_of(strategy, base):
-            run = RunConfig(base.model, base.cluster, base.training, costs.zero, base.tile_relations)
+            run = RunConfig(base.model, base.cluster, base.training, costs.zero, base.tile_relations, base.parallel)
             batch = batch or bound_batch(run)
             computed = computed or model_parts(run, costs.volumes.tiles, rates).values()
             bounds = add_bounds(costs.weights(run), batch)
@@ -159,10 +192,11 @@ class Searcher:
                 return
 
     def _knobs_of(self, strategy: Strategy, base: RunConfig) -> list[_KnobCosts]:
-        """Return the knob sets of a strategy and a tile size, which all batches and ways of checkpointing share."""
-        key = (base.cluster.nodes, strategy, base.tile_relations)
+        """Return the knob sets of a strategy and its sizes, which all batches and ways of checkpointing share."""
+        group = base.parallel.relation
+        key = (base.cluster.nodes, strategy, base.tile_relations, group)
         if key not in self._knobs:
-            found = list(knob_sets(base.model, base.tile_relations, strategy, base.cluster, self.constraints))
+            found = list(knob_sets(base.model, base.tile_relations, strategy, base.cluster, self.constraints, group))
             check_training_state(base.training, found[0].zero, base.cluster.device)
             self._knobs[key] = [
                 _KnobCosts(each.zero, each.minimal_memory, run_volumes(base.replace(zero=each.zero))) for each in found
@@ -189,12 +223,13 @@ class Searcher:
     def best(self) -> Candidate | None:
         """The best candidate by the objective whose simulation fits; None if there is none."""
         objective = self.constraints.minimize
-        replays, failed = REPLAYS, set()
+        # Plans with and without relation groups have replays of their own: what one kind fails must not cost the other.
+        replays, failed = {True: REPLAYS, False: REPLAYS}, set()
         for candidate in sorted(self.candidates, key=lambda candidate: candidate.cost(objective)):
             if candidate.peak_utilization > 1:
-                if not replays or candidate.footprint_key in failed:
+                if not replays[candidate.strategy.relation] or candidate.footprint_key in failed:
                     continue
-                replays -= 1
+                replays[candidate.strategy.relation] -= 1
                 if not self.fits(candidate):
                     failed.add(candidate.footprint_key)
                     continue

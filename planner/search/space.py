@@ -35,6 +35,8 @@ class Strategy(NamedTuple):
     quantized: bool = False
     """Whether parameters and gradients are communicated as integers: ZeRO++'s qwZ and qgZ."""
     engine: ShardingEngine = "deepspeed"
+    relation: bool = False
+    """Whether groups of ranks share out the relations; ZeRO partitions over the replicas."""
 
     @property
     def text(self) -> str:
@@ -51,7 +53,8 @@ class Strategy(NamedTuple):
             "nvme-optimizer": "optimizer on NVMe",
             "nvme": "all on NVMe",
         }
-        return f"ZeRO-{self.stage}, {names[self.offload]}"
+        extra = " with relation parallelism" if self.relation else ""
+        return f"ZeRO-{self.stage}{extra}, {names[self.offload]}"
 
 
 def list_strategies(constraints: SearchConstraints, cluster: ClusterSpec) -> tuple[list[Strategy], dict[Strategy, str]]:
@@ -148,14 +151,23 @@ def _spread(pairs: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
     return [pairs[round(number * step)] for number in range(count)]
 
 
-def tiles(spec: ModelSpec, world_size: int, stage: int, constraints: SearchConstraints) -> list[int | None]:
+def tiles(
+    spec: ModelSpec, world_size: int, stage: int, constraints: SearchConstraints, relation_ranks: int = 1
+) -> list[int | None]:
     """Relations per tile to try.
+
+    Args:
+        spec: the model.
+        world_size: number of ranks.
+        stage: the ZeRO stage.
+        constraints: may fix the size.
+        relation_ranks: ranks that share out the relations, G; above 1 only the default size is tried.
 
     Raises:
         InputError: if the constraints' tile size is out of range.
     """
     relations = table_entries(spec)
-    chosen = choose_tile(spec, world_size)
+    chosen = choose_tile(spec, world_size, relation_ranks)
     if constraints.tile_relations is not None:
         if chosen is None:
             raise InputError(f"tile_relations: {constraints.tile_relations} is not allowed: the model has no tables")
@@ -164,7 +176,7 @@ def tiles(spec: ModelSpec, world_size: int, stage: int, constraints: SearchConst
                 f"tile_relations: {constraints.tile_relations} is not allowed: must be from 1 to {relations}"
             )
         return [constraints.tile_relations]
-    if chosen is None or stage < 3:
+    if chosen is None or stage < 3 or relation_ranks > 1:
         # Below stage 3 tiles are not gathered one by one.
         return [chosen]
     sizes = [chosen, chosen * 2, chosen * 4, chosen // 2, chosen // 4]
@@ -188,8 +200,17 @@ def knob_sets(
     strategy: Strategy,
     cluster: ClusterSpec,
     constraints: SearchConstraints,
+    relation_ranks: int = 1,
 ) -> Iterator[KnobSet]:
     """Knob sets to try, the one with minimal memory first.
+
+    Args:
+        spec: the model.
+        tile_relations: relations per tile.
+        strategy: stage and offload.
+        cluster: the ranks.
+        constraints: give knobs that are fixed.
+        relation_ranks: ranks that share out the relations, G.
 
     Raises:
         InputError: if the user's overrides contradict the strategy.
@@ -197,7 +218,8 @@ def knob_sets(
     if strategy.engine == "fsdp2":
         yield from _fsdp2_knobs(choose_fsdp2(spec, tile_relations, cluster), cluster)
     else:
-        yield from _zero_knobs(spec, tile_relations, strategy, cluster, constraints)
+        base = _minimal_knobs(spec, tile_relations, strategy, cluster, constraints, relation_ranks)
+        yield from _zero_knobs(base, strategy, cluster, constraints)
 
 
 def _fsdp2_knobs(base: ZeroSpec, cluster: ClusterSpec) -> Iterator[KnobSet]:
@@ -208,13 +230,8 @@ def _fsdp2_knobs(base: ZeroSpec, cluster: ClusterSpec) -> Iterator[KnobSet]:
 
 
 def _zero_knobs(
-    spec: ModelSpec,
-    tile_relations: int | None,
-    strategy: Strategy,
-    cluster: ClusterSpec,
-    constraints: SearchConstraints,
+    base: ZeroSpec, strategy: Strategy, cluster: ClusterSpec, constraints: SearchConstraints
 ) -> Iterator[KnobSet]:
-    base = _minimal_knobs(spec, tile_relations, strategy, cluster, constraints)
     yield KnobSet(base, minimal_memory=True)
     on_gpu, largest = cluster.device == "cuda", base.reduce_bucket_elements
     changes: list[dict[str, Any]] = []
@@ -233,8 +250,11 @@ def _zero_knobs(
         swaps: list[dict[str, Any]] = [{}]
         if strategy.offload.uses_nvme:
             swaps += [_swap(base, read=True, write=False), _swap(base, read=True, write=True)]
-        larger: list[dict[str, Any]] = [{}, {"reduce_bucket_elements": 4 * largest}]
-        if strategy.offload is not OffloadMode.NVME:
+        larger: list[dict[str, Any]] = [{}]
+        if not strategy.relation:
+            # A rank of a relation group has few tiles, so that a larger bucket gains little.
+            larger.append({"reduce_bucket_elements": 4 * largest})
+        if not strategy.relation and strategy.offload is not OffloadMode.NVME:
             larger.append(larger[1] | {"sub_group_elements": 4 * base.sub_group_elements})
         changes += [stream | swap | more for stream in streams for swap in swaps for more in larger]
     fixed = {name.partition(".")[0] for name in constraints.zero_overrides}
@@ -249,6 +269,7 @@ def _minimal_knobs(
     strategy: Strategy,
     cluster: ClusterSpec,
     constraints: SearchConstraints,
+    relation_ranks: int,
 ) -> ZeroSpec:
     base = choose_zero(
         spec,
@@ -258,6 +279,7 @@ def _minimal_knobs(
         offload=strategy.offload,
         nvme_path=constraints.nvme_path,
         ratio=strategy.ratio,
+        relation_ranks=relation_ranks,
     )
     if strategy.hpz:
         rounds = dict.fromkeys(("quantized_weights", "quantized_gradients"), strategy.quantized)
@@ -303,6 +325,8 @@ class SearchConstraints(Schema):
     """Activation checkpointing."""
     tile_relations: Positive | None = None
     """Relations per tile."""
+    relation_parallel: Positive | None = None
+    """Ranks that share out the relations of every table, G; 1 rules relation parallelism out."""
     quantized: bool = False
     """Allow ZeRO++'s quantization, which rounds what ranks exchange."""
     all_nodes: bool = False

@@ -71,6 +71,13 @@ def shortage(candidate: Candidate, capacity: Capacity) -> str:
     return f"{format_bytes(bounds.nvme * ranks)} of a node's NVMe, {format_bytes(capacity.nvme * ranks)} usable"
 
 
+def _why_untried(strategy: Strategy) -> str:
+    """Why a strategy has no candidate."""
+    if strategy.relation and not strategy.offload.uses_nvme:
+        return "without replicas it partitions no more than stage 1 does"
+    return "a rank's partitions are below 1 MiB, and DeepSpeed writes nothing that small to NVMe"
+
+
 def strategy_verdicts(searcher: Searcher, best: Candidate | None) -> tuple[StrategyVerdict, ...]:
     """A verdict for every strategy that the constraints allow."""
     fastest: dict[Any, Candidate] = {}
@@ -87,7 +94,8 @@ def strategy_verdicts(searcher: Searcher, best: Candidate | None) -> tuple[Strat
             verdicts.append(StrategyVerdict(strategy=strategy.text, reason=searcher.infeasible[strategy]))
         elif strategy in fastest:
             other = fastest[strategy]
-            reason = f"fits: {other.seconds:.3g} s a step on {other.nodes} node(s)"
+            groups = f", groups of {other.run.parallel.relation}" if strategy.relation else ""
+            reason = f"fits: {other.seconds:.3g} s a step on {other.nodes} node(s){groups}"
             if best is not None and other.nodes == best.nodes:
                 reason += f", {other.sample_seconds / best.sample_seconds:.2f} times the chosen"
             verdicts.append(StrategyVerdict(strategy=strategy.text, seconds=other.seconds, reason=reason))
@@ -98,13 +106,13 @@ def strategy_verdicts(searcher: Searcher, best: Candidate | None) -> tuple[Strat
                 reason = shortage(closest, searcher.capacities[closest.nodes])
             verdicts.append(StrategyVerdict(strategy=strategy.text, reason=reason))
         else:
-            reason = "a rank's partitions are below 1 MiB, and DeepSpeed writes nothing that small to NVMe"
-            verdicts.append(StrategyVerdict(strategy=strategy.text, reason=reason))
+            verdicts.append(StrategyVerdict(strategy=strategy.text, reason=_why_untried(strategy)))
     return tuple(verdicts)
 
 
 _KNOBS: dict[str, Callable[[Candidate], object]] = {
     "nodes": lambda c: c.nodes,
+    "ranks that share relations": lambda c: c.run.parallel.relation,
     "stage and offload": lambda c: c.strategy,
     "checkpointing": lambda c: c.run.model.checkpointing,
     "micro-batch": lambda c: c.run.training.micro_batch,

@@ -16,6 +16,9 @@ from typing import TypeAlias
 
 from ..common.phases import Tier
 
+BACKEND_COPIES = "copies of the CPU backend"
+"""Category of what a process group allocates by itself."""
+
 Event: TypeAlias = tuple[str, str, str, int]
 """Phase, site in the schedule, category of the storage, and bytes: positive if allocated, negative if freed."""
 
@@ -237,6 +240,9 @@ class ParameterHooks:
     Without ZeRO every parameter is always in memory in full, so `fetch` and `release` do nothing, and gradients stay
     with the parameters until the optimizer step.
     """
+
+    averages_over_group: bool = False
+    """Whether each gradient, but for those of tables, is averaged over a relation group in a tensor of its own."""
 
     def fetch(self, weights: ModuleParams, *, backward: bool) -> None:
         """Called before a module runs."""

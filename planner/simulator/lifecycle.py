@@ -15,6 +15,7 @@ from .engine.base import SIMULATED_MICRO_BATCHES, EngineConfig, SimulatedEngine
 from .engine.fsdp2 import Fsdp2Engine
 from .engine.stage0_1_2 import Stage0Engine, Stage12Engine
 from .engine.stage3 import Stage3Engine
+from .network.group_share import GroupShare, largest_places
 from .network.model import (
     MICRO_BATCHES,
     SimulatedNetwork,
@@ -71,6 +72,16 @@ def _engine(memory: RankMemory, config: EngineConfig, network: SimulatedNetwork)
     return Stage3Engine(memory, config, network, order.calls)
 
 
+def _share(run: RunConfig, memory: RankMemory, rank: int | None, place: int | None) -> GroupShare | None:
+    """Return the rank's part in its group; None without relation parallelism."""
+    ranks, geometry = run.parallel.relation, run.model.geometry
+    if ranks == 1:
+        return None
+    if place is None:
+        place = largest_places(geometry, ranks)[0] if rank is None else rank % ranks
+    return GroupShare(geometry, ranks, place, memory.uses_gloo)
+
+
 def simulate(
     run: RunConfig,
     *,
@@ -78,6 +89,7 @@ def simulate(
     threads: int = 1,
     rank: int | None = None,
     rehearsed: bool = False,
+    place: int | None = None,
 ) -> Simulation:
     """Simulate the lifecycle of a rank.
 
@@ -87,6 +99,8 @@ def simulate(
         threads: CPU threads of a rank.
         rank: number of the rank; None is the rank that holds the most.
         rehearsed: the rank runs alone on a CPU instead of its own device, as in `translution rehearse`.
+        place: the rank's place in a group that shares out the relations; None is that of the number or, without one,
+            the first of `largest_places`.
     """
     training, cluster = run.training, run.cluster
     sizes = DtypeSizes.of_training(training, cluster.device, threads, stage=run.zero.stage)
@@ -95,9 +109,10 @@ def simulate(
         # Products that are not computed need no scratch; the operator runs as on the device that it stands for.
         own = DtypeSizes.of_training(training, "cpu", threads, packs=False, stage=run.zero.stage)
         sizes = replace(own, batched=sizes.batched, copies_products=sizes.copies_products)
-    network = SimulatedNetwork(run.model, training.micro_batch, sizes, run.tile_relations, loss=training.loss_kind)
     config = EngineConfig(run, rank)
     memory = RankMemory("cpu" if rehearsed else cluster.device, record=record, alone=rehearsed)
+    share, loss = _share(run, memory, rank, place), training.loss_kind
+    network = SimulatedNetwork(run.model, training.micro_batch, sizes, run.tile_relations, loss=loss, share=share)
     network.host = memory.host
     engine = _engine(memory, config, network)
     with memory.phase(Phase.INIT):
@@ -134,19 +149,21 @@ def simulate(
     return Simulation(memory, peaks, saved_bytes)
 
 
-def simulate_evaluation(run: RunConfig, batch: int, rank: int | None = None) -> Simulation:
+def simulate_evaluation(run: RunConfig, batch: int, rank: int | None = None, *, place: int | None = None) -> Simulation:
     """Simulate the evaluation of one batch by a rank that has trained a step.
 
     Args:
         run: what is trained, where and how.
         batch: samples of the rank in one pass.
         rank: number of the rank; None is the rank that holds the most.
+        place: as in `simulate`.
     """
     device = run.cluster.device
     sizes = DtypeSizes.of_training(run.training, device, 1, stage=run.zero.stage)
     sizes = replace(sizes, fused=run.cluster.has_fused_kernels)
-    network = SimulatedNetwork(run.model, batch, sizes, run.tile_relations, loss=run.training.loss)
     memory = RankMemory(device)
+    share = _share(run, memory, rank, place)
+    network = SimulatedNetwork(run.model, batch, sizes, run.tile_relations, loss=run.training.loss, share=share)
     network.host = memory.host
     engine = _engine(memory, EngineConfig(run, rank), network)
     engine.build()

@@ -14,6 +14,7 @@ from ..config.zero import ZeroSpec
 from ..costs.optimizer import state_tensors, widths
 from ..costs.workload import Volumes, count_work
 from .rates import Rates
+from .relation_time import replica_rates
 
 Bound: TypeAlias = Literal["compute", "network", "host link", "host", "NVMe", "engine"]
 GATHER, FROM_HOST, FROM_NVME = "parameter gathers", "parameters from the host", "parameters from NVMe"
@@ -43,16 +44,17 @@ TILE_OPERATIONS = 40
 """Small operations per tile in forward on a GPU, which computes the relations of a tile together."""
 
 
-def launch_seconds(model: ModelSpec, tiles: int, rates: Rates) -> float:
+def launch_seconds(model: ModelSpec, tiles: int, rates: Rates, relation_ranks: int = 1) -> float:
     """Return the seconds in which Python calls the operations of one forward pass; backward takes three times as long.
 
     Args:
         model: the model.
         tiles: tile modules called in the pass.
         rates: the machine's rates.
+        relation_ranks: ranks that share out the relations, G.
     """
     work = count_work(model)
-    visits = work.relation_visits * VISIT_OPERATIONS if rates.on_cpu else tiles * TILE_OPERATIONS
+    visits = work.relation_visits / relation_ranks * VISIT_OPERATIONS if rates.on_cpu else tiles * TILE_OPERATIONS
     return (work.operations + visits) * rates.operation_s
 
 
@@ -69,31 +71,35 @@ def engine_parts(run: RunConfig, v: Volumes, rates: Rates) -> dict[str, PartTime
         v: its `Volumes`.
         rates: the machine's rates.
     """
-    training, zero, uses = run.training, run.zero, weight_uses(run.model)
-    parts = _transfers(training, zero, v, uses, rates)
+    training, zero, uses, group = run.training, run.zero, weight_uses(run.model), run.parallel.relation
+    parts = _transfers(run, v, uses, rates)
     parts |= _update_parts(training, zero, v, rates)
     engine = _engine_part(zero, training, v, uses, rates)
     if not rates.on_cpu:
         # The thread that runs the engine launches the kernels too, and again those that are recomputed.
         passes = 4 + (count_work(run.model).recompute if uses > 2 else 0.0)
-        launches = training.gradient_accumulation_steps * passes * launch_seconds(run.model, v.tiles, rates)
+        launches = training.gradient_accumulation_steps * passes * launch_seconds(run.model, v.tiles, rates, group)
         engine = engine._replace(seconds=engine.seconds + launches)
     parts[_ENGINE] = engine
     return parts
 
 
-def _transfers(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, rates: Rates) -> dict[str, PartTime]:
-    """Return the collectives and copies of the micro-batches, and those of the parameters after the update."""
+def _transfers(run: RunConfig, v: Volumes, uses: int, rates: Rates) -> dict[str, PartTime]:
+    """Return the collectives and copies of the micro-batches, and those of the parameters after the update.
+
+    All collectives are those of ZeRO, among replicas.
+    """
+    training, zero, among = run.training, run.zero, replica_rates(rates, run.parallel.relation)
     width, count, parts = training.dtype_bytes, training.gradient_accumulation_steps, {}
     optimizer, param = zero.offload_optimizer.device, zero.offload_param.device
-    reduce, gather = rates.collective("reduce_scatter"), rates.collective("all_gather")
+    reduce, gather = among.collective("reduce_scatter"), among.collective("all_gather")
     on_cpu, overlaps = rates.on_cpu, zero.overlap_comm and not rates.on_cpu
     if zero.stage == 3:
         early = overlaps and zero.prefetch_bucket_elements > 0
-        parts[GATHER] = PartTime(_gather_seconds(zero, v, width, count * uses, rates), "network", early)
-        parts[_REDUCE] = PartTime(count * _reduce_seconds(zero, v, width, rates), "network", overlaps)
+        parts[GATHER] = PartTime(_gather_seconds(zero, v, width, count * uses, among), "network", early)
+        parts[_REDUCE] = PartTime(count * _reduce_seconds(zero, v, width, among), "network", overlaps)
         parts[_BACK] = PartTime(gather.seconds(v.persistent * width), "network")
-        local = v.gathered // rates.cluster.world_size * width
+        local = v.gathered // run.replicas * width
         if param == "cpu":
             copy = rates.host_copy("host_to_device", pinned=zero.offload_param.pin_memory)
             seconds = count * uses * (v.gathers * copy.latency_s + local / copy.bytes_per_s)
@@ -105,11 +111,11 @@ def _transfers(training: TrainingSpec, zero: ZeroSpec, v: Volumes, uses: int, ra
             parts[FROM_NVME] = PartTime(count * uses * local / rates.nvme_bytes_per_s("read"), "NVMe")
     else:
         times = count if zero.stage == 2 else 1
-        reduce = rates.collective("all_reduce") if zero.stage == 0 else reduce
+        reduce = among.collective("all_reduce") if zero.stage == 0 else reduce
         reductions = 1 if zero.stage == 0 else max(1, -(-v.elements // zero.reduce_bucket_elements))
         seconds = reductions * reduce.latency_s + v.elements * width / reduce.bytes_per_s
         parts[_REDUCE] = PartTime(times * seconds, "network", overlaps and zero.stage > 0)
-        if zero.stage and rates.cluster.world_size > 1:
+        if zero.stage and run.replicas > 1:
             parts[_BACK] = PartTime(gather.seconds(v.elements * width), "network")
     if optimizer != "none":
         copy = rates.host_copy("device_to_host", pinned=zero.offload_optimizer.pin_memory)
@@ -208,9 +214,9 @@ def forward_parts(run: RunConfig, v: Volumes, rates: Rates) -> dict[str, PartTim
         v: its `Volumes`.
         rates: the machine's rates.
     """
-    transfers = _transfers(run.training, run.zero, v, 1, rates)
+    transfers = _transfers(run, v, 1, rates)
     parts = {name: part for name, part in transfers.items() if name in (GATHER, FROM_HOST, FROM_NVME)}
     if run.zero.stage == 3:
-        launches = 0.0 if rates.on_cpu else launch_seconds(run.model, v.tiles, rates)
+        launches = 0.0 if rates.on_cpu else launch_seconds(run.model, v.tiles, rates, run.parallel.relation)
         parts[_ENGINE] = PartTime(v.gathers * rates.overhead("module_s") + launches, "engine", not rates.on_cpu)
     return parts

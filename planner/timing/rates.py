@@ -237,11 +237,11 @@ class Rates:
             return float(self.spread * measured)
         return GPU_ENGINE_S[name][self._index]
 
-    def collective(self, name: Literal["all_gather", "reduce_scatter", "all_reduce"]) -> Transfer:
+    def collective(self, name: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]) -> Transfer:
         """Return the transfer model of a collective, by the bytes of the full tensor.
 
         Within a node it runs at the rate of the links; between nodes every node receives the partitions of the others
-        over all of its adapters.
+        over all of its adapters, and every rank of it its own ones in an all-to-all.
         """
         if name not in self._transfers:
             self._transfers[name] = self._collective(name)
@@ -254,7 +254,7 @@ class Rates:
 
     def _collective(self, name: str) -> Transfer:
         cluster = self.cluster
-        measured: Transfer | None = getattr(self._measured, name)
+        measured: Transfer | None = getattr(self._measured, "all_gather" if name == "all_to_all" else name)
         if measured is not None and cluster.nodes == 1:
             return Transfer(latency_s=measured.latency_s * self.spread, bytes_per_s=measured.bytes_per_s / self.spread)
         if cluster.world_size == 1:
@@ -269,7 +269,8 @@ class Rates:
             seconds = received / (self._field("intra_node_bytes_per_s") * self.efficiency("link"))
         if cluster.nodes > 1:
             adapters = self._field("nic_bytes_per_s") * (cluster.nics or 1) * self.efficiency("network")
-            seconds = max(seconds, (cluster.nodes - 1) / cluster.nodes / adapters)
+            receivers = cluster.ranks_per_node if name == "all_to_all" else 1
+            seconds = max(seconds, receivers * (cluster.nodes - 1) / cluster.nodes / adapters)
             latency *= 1 + math.log2(cluster.nodes)
         return Transfer(latency_s=latency, bytes_per_s=1 / (seconds * passes))
 

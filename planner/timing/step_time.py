@@ -19,8 +19,10 @@ from ..costs.workload import Product, Volumes, count_flops, count_work, volumes
 from ..hardware.cluster import ClusterSpec
 from .engine_time import PartTime, engine_parts, forward_parts, launch_seconds
 from .rates import RATE_LEVELS, RateLevel, Rates
+from .relation_time import exchange_seconds, exchanged, shared_gradient_seconds, zeroed_bytes
 
 _FORWARD, _BACKWARD, _RECOMPUTE = "forward", "backward", "recomputation"
+_EXCHANGE, _SHARED = "exchanges of the relation group", "shared gradients in the relation group"
 
 
 class StepPart(Schema):
@@ -55,19 +57,26 @@ class StepTime(Schema):
 
 
 @lru_cache(maxsize=4096)
-def compute_seconds(spec: ModelSpec, batch: int, tiles: int, rates: Rates) -> tuple[float, float]:
+def compute_seconds(
+    spec: ModelSpec, batch: int, tiles: int, rates: Rates, relation_ranks: int = 1
+) -> tuple[float, float]:
     """Return the compute seconds of forward and of backward of one micro-batch, without recomputation.
+
+    In a relation group of G ranks, a rank multiplies the rows of G micro-batches by the matrices of R / G relations.
 
     Args:
         spec: the model.
         batch: samples of the micro-batch.
         tiles: tile modules called in one forward pass.
         rates: the cluster's rates.
+        relation_ranks: ranks that share out the relations, G.
     """
     work = count_work(spec)
     forward = backward = 0.0
     for product in work.products:
-        rows, times = (product.rows * batch, 1) if product.joined else (product.rows, batch)
+        rows, times = (product.rows * batch, 1.0) if product.joined else (product.rows, float(batch))
+        if product.grouped:
+            rows, times = rows * relation_ranks, times / relation_ranks
         if product.fused:
             seconds = product.computed * rates.attention_seconds(rows, product.inner, product.cols)
             recomputed = 1 + 1 / product.backward
@@ -83,7 +92,8 @@ def compute_seconds(spec: ModelSpec, batch: int, tiles: int, rates: Rates) -> tu
     gathered = (0, 0) if fused else work.relation_rows
     forward += (work.forward_elements + gathered[0]) * element_s
     backward += (work.backward_elements + gathered[1]) * element_s
-    overhead = launch_seconds(spec, tiles, rates)
+    backward += zeroed_bytes(spec, batch, relation_ranks) / rates.memory_bytes_per_s
+    overhead = launch_seconds(spec, tiles, rates, relation_ranks)
     if rates.on_cpu:
         return forward + overhead, backward + 3 * overhead
     # A GPU computes while Python launches the next operations: the slower of the two determines the time.
@@ -114,19 +124,20 @@ def step_parts(run: RunConfig, rates: Rates) -> dict[str, PartTime]:
 
 def run_volumes(run: RunConfig) -> Volumes:
     """Return what a rank of a run gathers, reduces and updates."""
-    return volumes(run.model, run.tile_relations, run.world_size, run.zero.persistence_threshold_elements)
+    threshold = run.zero.persistence_threshold_elements
+    return volumes(run.model, run.tile_relations, run.replicas, threshold, run.parallel.relation)
 
 
 def model_parts(run: RunConfig, tiles: int, rates: Rates) -> dict[str, PartTime]:
-    """Return the parts of a step that the network computes; ZeRO's knobs do not change them.
+    """Return the parts of a step that the network computes and exchanges; ZeRO's knobs do not change them.
 
     Args:
-        run: gives model and batch.
+        run: gives model, batch and relation parallelism.
         tiles: tile modules called in one forward pass.
         rates: the machine's rates.
     """
-    model, training = run.model, run.training
-    forward, backward = compute_seconds(model, training.micro_batch, tiles, rates)
+    model, training, group = run.model, run.training, run.parallel.relation
+    forward, backward = compute_seconds(model, training.micro_batch, tiles, rates, group)
     count = training.gradient_accumulation_steps
     parts = {_FORWARD: PartTime(count * forward, "compute"), _BACKWARD: PartTime(count * backward, "compute")}
     if model.checkpointing != "none":
@@ -136,6 +147,13 @@ def model_parts(run: RunConfig, tiles: int, rates: Rates) -> dict[str, PartTime]
             out, back = rates.host_copy("device_to_host"), rates.host_copy("host_to_device")
             seconds = model.depth * (out.latency_s + back.latency_s) + size / out.bytes_per_s + size / back.bytes_per_s
             parts["activations to the host and back"] = PartTime(count * seconds, "host link")
+    if group > 1:
+        ahead, behind = exchanged(model, group, training.micro_batch, training.dtype_bytes)
+        again = count_work(model).recompute if model.checkpointing != "none" else 0.0
+        seconds = (1 + again) * exchange_seconds(ahead, group, rates) + exchange_seconds(behind, group, rates)
+        parts[_EXCHANGE] = PartTime(count * seconds, "network")
+        shared = shared_gradient_seconds(model, group, training.dtype_bytes, rates)
+        parts[_SHARED] = PartTime(count * shared, "network")
     return parts
 
 
@@ -152,13 +170,17 @@ def evaluation_seconds(run: RunConfig, batch: int) -> tuple[float, float, float]
         InputError: if the cluster lacks a rate that the prediction needs.
     """
     training = run.training.model_copy(update={"micro_batch": batch, "gradient_accumulation_steps": 1})
+    group = run.parallel.relation
     one_batch = run.replace(training=training)
     v = run_volumes(run)
     seconds = []
     for level in RATE_LEVELS:
         rates = Rates(run.cluster, training.compute_precision, level)
-        forward, _ = compute_seconds(run.model, batch, v.tiles, rates)
+        forward, _ = compute_seconds(run.model, batch, v.tiles, rates, group)
         parts = {_FORWARD: PartTime(forward, "compute")} | forward_parts(one_batch, v, rates)
+        if group > 1:
+            sent, _ = exchanged(run.model, group, batch, training.dtype_bytes)
+            parts[_EXCHANGE] = PartTime(exchange_seconds(sent, group, rates), "network")
         seconds.append(total_seconds(parts.values()))
     low, likely, high = sorted(seconds)
     return low, likely, high

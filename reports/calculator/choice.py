@@ -131,6 +131,7 @@ class Choice(Schema):
     offload_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
     checkpointing: Checkpointing | None = None
     tile_relations: int | None = _up_to(2**20)
+    relation_parallel: int | None = _up_to(2**16)
     micro_batch: int | None = _up_to(2**16)
     accumulation: int | None = _up_to(2**16)
     zero: Annotated[str, Field(max_length=600, pattern=rf"^{_KNOB}(,{_KNOB})*$")] | None = None
@@ -153,7 +154,8 @@ _TRAINING: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
 _OVERRIDES = ("operator", "roles", "c1", "c2", "relative_layers")
 _SETTINGS = ("dim", "depth", "heads", "image", "patch", "context", "window", "other_layers")
 _CONSTRAINT_FIELDS = (
-    "stage", "offload", "offload_ratio", "nvme_path", "checkpointing", "tile_relations", "micro_batch", "accumulation",
+    "stage", "offload", "offload_ratio", "nvme_path", "checkpointing", "tile_relations", "relation_parallel",
+    "micro_batch", "accumulation",
 )  # fmt: skip
 FIXED_FIELDS = (*(name for name in _CONSTRAINT_FIELDS if name != "nvme_path"), "zero")
 """Fields that the search chooses unless they are given."""

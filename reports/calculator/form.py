@@ -161,6 +161,7 @@ def _training() -> FormSection:
         FormField("offload_ratio", "Fraction of the optimizer offloaded", placeholder=_SEARCHED, minimum=0, step="any"),
         _select("checkpointing", "Activation checkpointing", _CHOSEN + tuple(CHECKPOINTING_WORDS.items())),
         _number("tile_relations", "Relations per tile", 2**20, _SEARCHED),
+        _number("relation_parallel", "GPUs that share out the relations", 2**16, _SEARCHED, "1 for none"),
         _number("micro_batch", "Micro-batch", 2**16, _SEARCHED, "samples per GPU and forward pass"),
         _number("accumulation", "Micro-batches per optimizer step", 2**16, _SEARCHED),
         FormField(

@@ -63,6 +63,8 @@ def plan_command(plan: Plan) -> str | None:
     flags["checkpointing"] = plan.model.checkpointing
     if optimizer.ratio < 1:
         flags["offload_ratio"] = optimizer.ratio
+    if plan.parallel.relation > 1:
+        flags["relation_parallel"] = plan.parallel.relation
     if zero.stage == 3 and plan.tile_relations is not None:
         flags["tile_relations"] = plan.tile_relations
     words = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]

@@ -87,8 +87,8 @@ def _with_building(peaks: Mapping[str, int]) -> dict[str, int]:
 
 
 def predict_rank(plan: Plan, rank: int) -> MemoryEstimate:
-    """Return the prediction for a rank: its own at stages 1 and 2, else the plan's, which is for the largest rank."""
-    if plan.zero.stage not in (1, 2):
+    """Return the prediction for a rank: its own where ranks differ, else the plan's, which is for the largest rank."""
+    if plan.zero.stage not in (1, 2) and plan.parallel.relation == 1:
         return plan.prediction
     return with_evaluation(plan.run_config, estimate_memory(plan.run_config, rank), plan.evaluation, rank)
 

@@ -40,6 +40,8 @@ def summarize(plan: Plan) -> tuple[tuple[str, str], ...]:
     batch = training.global_batch(cluster.world_size)
     offloads = {"optimizer": zero.offload_optimizer.device, "parameters": zero.offload_param.device}
     offload = ", ".join(f"{what} to {device}" for what, device in offloads.items() if device != "none")
+    group = plan.parallel.relation
+    shared = f", relations shared in groups of {group} ranks" if group > 1 else ""
     peak, capacity = plan.prediction.peak_bytes, cluster.device_memory_bytes
     relative = f", roles {model.roles}" if model.operator in ("translution", "alpha", "absolute") else ""
     return (
@@ -47,7 +49,7 @@ def summarize(plan: Plan) -> tuple[tuple[str, str], ...]:
         ("Operator", f"{model.operator}{relative}"),
         ("Parameters", f"{format_count(parameters.total)}, {tables:.1%} of them in relation tables"),
         ("Cluster", f"{cluster.name}: {cluster.nodes} × {cluster.ranks_per_node} ranks on {cluster.device}"),
-        ("Sharding", f"{zero.name}, {f'offload of {offload}' if offload else 'no offload'}"),
+        ("Sharding", f"{zero.name}, {f'offload of {offload}' if offload else 'no offload'}{shared}"),
         ("Tiles", "full tables" if plan.tile_relations is None else f"{plan.tile_relations} relations per tile"),
         ("Precision", f"{training.precision_text}, master copy {training.master_dtype}, {training.optimizer}"),
         (

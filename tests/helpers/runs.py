@@ -48,6 +48,7 @@ def write_plan(
     force: bool = False,
     nodes: int = 1,
     zero_overrides: Mapping[str, object] | None = None,
+    relation_parallel: int = 1,
     **training: Any,
 ) -> Path:
     """Plan a model for CPU ranks of this machine, or of several nodes, and write the plan folder."""
@@ -64,6 +65,7 @@ def write_plan(
         nvme_path=None if nvme_path is None else str(nvme_path),
         offload_ratio=ratio,
         zero_overrides=zero_overrides,
+        relation_parallel=relation_parallel,
     )
     write_plan_folder(plan, folder, force=force)
     return folder

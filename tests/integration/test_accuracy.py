@@ -26,6 +26,7 @@ HYBRID = {"relative_layers": "first:1", "head_dim": 64}
 FEW = {"persistence_threshold_elements": 10_000}
 """gloo may hold the buffer of the persistent parameters between steps: it is to be small."""
 LLAMA = {"norm": "rms", "ffn": "swiglu", "bias": False, "kv_heads": 1, "tied_embeddings": True}
+ODD = {"pool": "mean", "class_token": False}
 LOW = {"operator": "alpha", "c1": 16, "c2": 24}
 # A rank's partition of a tile is offloaded to NVMe only from 1 MiB on.
 SWAPPED = {"model": TINY | {"dim": 256, "depth": 2, "heads": 4}, "tile": 16}
@@ -56,8 +57,16 @@ CASES: dict[str, dict[str, Any]] = {
     "3-cpu": {"offload": "cpu", **BF16},
     "3-nvme-optimizer": {"offload": "nvme-optimizer", **BF16, **SWAPPED},
     "3-nvme": {"offload": "nvme", **BF16, **SWAPPED},
+    # Two owners of 25 and 24 relations, without and with a replica of each.
+    "1-relation": {"stage": 1, "relation_parallel": 2, "offload": "cpu-optimizer", **BF16, "model": WIDE | LOW | ODD},
+    "3-relation": {
+        "stage": 3,
+        "relation_parallel": 2,
+        "nodes": 2,
+        "model": WIDE | ODD | {"dropout": 0.1, "checkpointing": "block"},
+    },
 }
-RESUMED = ("0-8bit", "3-bf16-gpt")
+RESUMED = ("0-8bit", "3-bf16-gpt", "1-relation")
 """Cases of which a checkpoint is loaded as well, by other processes."""
 WITHIN_BYTES = 2**16
 """Tolerance for scalars, step counters and padding that the memory breakdown does not list."""

@@ -94,11 +94,13 @@ def kill_at(folder: Path, run: Path, condition: Condition, delay_s: float, victi
         process.wait()
 
 
+@pytest.mark.parametrize("relation_ranks", [1, 2])
 def test_a_run_whose_ranks_are_killed_at_any_time_has_the_result_of_an_uninterrupted_one(
-    tmp_path: Path, forked_launch: None
+    tmp_path: Path, forked_launch: None, relation_ranks: int
 ) -> None:
-    folder = write_plan(tmp_path / "plan", 2, checkpoint_steps=1, **OPTIONS)
-    other = write_plan(tmp_path / "uninterrupted", 2, **OPTIONS)
+    options = OPTIONS | {"relation_parallel": relation_ranks}
+    folder = write_plan(tmp_path / "plan", 2, checkpoint_steps=1, **options)
+    other = write_plan(tmp_path / "uninterrupted", 2, **options)
     run = folder / "runs" / "killed"
     chosen = seed(20261127)
     chance = random.Random(chosen)

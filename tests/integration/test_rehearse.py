@@ -51,7 +51,13 @@ def eight_ranks(device: Any = "cpu", memory: int = 8 * GIB) -> ClusterSpec:
 
 
 def write_plan(
-    folder: Path, cluster: ClusterSpec, model: dict[str, Any] | None = None, *, offload: str = "none", **training: Any
+    folder: Path,
+    cluster: ClusterSpec,
+    model: dict[str, Any] | None = None,
+    *,
+    offload: str = "none",
+    relation_parallel: int = 1,
+    **training: Any,
 ) -> Plan:
     values = {"micro_batch": 4, "steps": 3, "data": "synthetic"} | training
     plan = make_plan(
@@ -60,9 +66,27 @@ def write_plan(
         TrainingSpec(**values),
         offload=offload,
         nvme_path="/nowhere/nvme" if offload.startswith("nvme") else None,
+        relation_parallel=relation_parallel,
     )
     write_plan_folder(plan, folder)
     return plan
+
+
+def test_a_rank_of_a_group_that_shares_out_the_relations_holds_what_is_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 9 of 64 is at place 1 of the second of eight groups."""
+    cluster = eight_ranks("cuda").model_copy(update={"nodes": 8})
+    folder = tmp_path / "plan"
+    write_plan(folder, cluster, {"depth": 2}, precision="bf16", relation_parallel=8)
+    assert run_cli(["rehearse", str(folder), "--rank", "9", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    rows = {row["what"]: (row["predicted_bytes"], row["measured_bytes"]) for row in document["memory"]}
+    for name in STATES:
+        predicted, measured = rows[name]
+        assert measured == pytest.approx(predicted, rel=1e-3), name
+    predicted, measured = rows["peak of backward"]
+    assert 0.95 * measured < predicted < 1.1 * measured
 
 
 def test_a_rank_of_a_larger_world_holds_what_is_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

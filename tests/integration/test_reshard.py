@@ -35,6 +35,7 @@ from translution.models import build, load_network
 from translution.planner.common.errors import InputError
 from translution.planner.common.machine import usable_cores
 from translution.planner.config.model import parse_model_spec
+from translution.planner.config.parallel import ParallelSpec
 from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import local_cpu_cluster
 from translution.planner.plans.build import make_plan
@@ -195,6 +196,7 @@ def test_a_resumed_run_may_change_its_layout_but_not_its_training(tmp_path: Path
     elsewhere = {
         "from 2 ranks to 1": plan_of(1, micro_batch=16),
         "from tile_relations 13 to 26": plan_of(2, tile=26),
+        "from parallel.relation 1 to 2": before.model_copy(update={"parallel": ParallelSpec(relation=2)}),
         "from zero.stage 3 to 2": plan_of(2, stage=2),
         "from zero.offload_optimizer.device none to cpu": plan_of(2, offload="cpu-optimizer"),
     }

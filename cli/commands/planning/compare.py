@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from translution import planner
 from translution.planner.analysis import ALPHA_RANKS
@@ -59,6 +60,7 @@ def compare_cli(
             {
                 "rows": [row.model_dump() for row in comparison.rows],
                 "thresholds": [limit.model_dump() for limit in comparison.thresholds],
+                "traffic": [point.model_dump() for point in comparison.traffic],
             }
         )
         return
@@ -92,5 +94,23 @@ def _print(comparison: planner.Comparison, outs: Sequence[Path]) -> None:
     ]
     title = f"{rows[0].model}: largest full Translution without offload"
     to.print(make_table(title, ("axis", *(f"{count} node{'s' if count > 1 else ''}" for count in nodes)), lines))
+    if comparison.traffic:
+        to.print(_traffic_table(comparison, rows[0].model))
     for path in outs:
         to.print(f"wrote {path}")
+
+
+def _traffic_table(comparison: planner.Comparison, model: str) -> Table:
+    """Return what ZeRO-3 and relation parallelism send, for every third number of samples."""
+    points = comparison.traffic
+    ranks = list(dict.fromkeys(point.ranks for point in points))
+    lines = []
+    for batch in list(dict.fromkeys(point.batch for point in points))[::3]:
+        own = [point for point in points if point.batch == batch]
+        sizes = [f"{size / 1e9:.3g}" for point in own for size in (point.zero3_bytes, point.relation_bytes)]
+        lines.append((str(batch), *sizes))
+    columns = ["samples per GPU"]
+    for count in ranks:
+        columns += [f"ZeRO-3, {count} GPUs", f"relations shared, {count} GPUs"]
+    title = f"{model}: GB sent per GPU and step by ZeRO-3, and by relation parallelism"
+    return make_table(title, tuple(columns), lines)

@@ -49,6 +49,7 @@ from ...tables import (
     phase_table,
     step_time_table,
     strategies_table,
+    traffic_table,
 )
 from ...verdict import print_no_plan, print_verdict
 from .. import app
@@ -158,6 +159,14 @@ def plan_cli(
         int | None, typer.Option(min=0, max=3, help="ZeRO stage; chosen by default.", rich_help_panel=STRATEGY_PANEL)
     ] = None,
     tile_relations: TileOption = None,
+    relation_parallel: Annotated[
+        int | None,
+        typer.Option(
+            help="Ranks that share out the relations, so that tokens travel instead of tables; 1 for none; chosen by "
+            "default, unless --stage is given.",
+            rich_help_panel=STRATEGY_PANEL,
+        ),
+    ] = None,
     offload: Annotated[
         str | None,
         typer.Option(
@@ -228,6 +237,7 @@ def plan_cli(
         "engine": engine,
         "stage": stage,
         "tile_relations": tile_relations,
+        "relation_parallel": relation_parallel,
         "offload": offload,
         "offload_ratio": offload_ratio,
         "nvme_path": nvme_path,
@@ -274,8 +284,7 @@ def plan_cli(
         document = {"folder": None if out is None else str(out), **result.model_dump(mode="json")}
         print_json(document | {"run": None if cost is None else cost.model_dump()})
         return
-    to = console()
-    print_verdict(result, out, minimize, to)
+    print_verdict(result, out, minimize, to := console())
     for remark in config_warnings(result.plan.training, result.plan.zero):
         note(remark)
     if verbose:
@@ -284,7 +293,9 @@ def plan_cli(
 
 def _print_details(result: planner.SearchResult, to: Console) -> None:
     plan = result.plan
-    tables = [strategies_table(result.strategies), knobs_table(result), pareto_table(result)]
+    tables = [strategies_table(result.strategies)]
+    traffic = traffic_table(plan)
+    tables += [*([traffic] if traffic is not None else []), knobs_table(result), pareto_table(result)]
     if plan.time is not None:
         tables.append(step_time_table(plan, plan.time))
     tables += [phase_table("Predicted peak memory per rank", plan.prediction), *peak_tables(plan.prediction)]

@@ -101,7 +101,8 @@ class RelationGroup:
         received = torch.empty_like(x_bnc)
         dist.all_to_all_single(received, x_bnc.contiguous(), group=self.process_group)
         first, *others = received.unflatten(0, (self.size, -1))
-        total: Tensor = first.to(accumulation_dtype(x_bnc.dtype))
+        # A copy: a view would keep the rows of all ranks.
+        total: Tensor = first.to(accumulation_dtype(x_bnc.dtype), copy=True)
         for part in others:
             total += part
         return total.to(x_bnc.dtype)

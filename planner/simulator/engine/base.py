@@ -15,6 +15,7 @@ from ...config.run_config import RunConfig
 from ...config.training import TrainingSpec
 from ...config.zero import ZeroSpec
 from ...costs.optimizer import CODEBOOK_BYTES, state_bytes, temporary_tensors, widths
+from ..core import BACKEND_COPIES as BACKEND_COPIES
 from ..core import MemoryTracker, ParameterHooks, RankMemory, Storage
 from ..network.model import SimulatedNetwork
 
@@ -24,7 +25,7 @@ SHARED_GRADIENTS, STEP_GRADIENTS = "gradients", "fp32 gradients"
 BUCKET = "reduce bucket"
 SECONDARY = "second copy of the parameters"
 GATHERED, GATHER_COPIES = "gathered parameters", "copies of the gather"
-REDUCE_COPIES, BACKEND_COPIES = "copies of the reduction", "copies of the CPU backend"
+REDUCE_COPIES = "copies of the reduction"
 OPTIMIZER_TEMPORARIES, NORM = "optimizer temporaries", "gradient norm"
 CONSTRUCTION_TENSORS, STAGING, LOADED = "construction", "host staging", "loaded checkpoint"
 OPTIMIZER_SWAP_BUFFERS, PARAM_SWAP_BUFFERS = "optimizer swap buffers", "parameter swap buffers"
@@ -57,9 +58,19 @@ class EngineConfig:
         return self.run.zero
 
     @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.run.world_size
+    def replicas(self) -> int:
+        """Ranks over which ZeRO partitions: all, or with relation parallelism those that own the same relations."""
+        return self.run.replicas
+
+    @property
+    def replica(self) -> int | None:
+        """Number of the rank among them; None is the one that holds the most."""
+        return None if self.rank is None else self.rank // self.run.parallel.relation
+
+    @property
+    def owns_alone(self) -> bool:
+        """Whether no other rank owns the relations of this one, so that ZeRO has nothing to partition over."""
+        return self.run.parallel.relation > 1 and self.replicas == 1
 
     @property
     def width(self) -> int:
@@ -92,6 +103,7 @@ class SimulatedEngine(ParameterHooks):
 
     def __init__(self, memory: RankMemory, config: EngineConfig, network: SimulatedNetwork) -> None:
         self.memory, self.config, self.network = memory, config, network
+        self.averages_over_group = config.run.parallel.relation > 1
         self.resident: list[Storage] = []
         """Storages that live as long as the engine."""
         self.passes = 0

@@ -35,13 +35,22 @@ class ParameterCoordinator:
         width: bytes of an element.
         order: the parameters of every module call of a step, forward and backward. Prefetch and reuse need it;
             DeepSpeed records it in the first step.
+        keeps_whole: whether a rank's partition on the device is the parameter itself, since it has no other replica
+            (`_no_gather_coalesced`).
     """
 
     def __init__(
-        self, memory: RankMemory, zero: ZeroSpec, world_size: int, width: int, order: Sequence[Sequence[Shard]] = ()
+        self,
+        memory: RankMemory,
+        zero: ZeroSpec,
+        world_size: int,
+        width: int,
+        order: Sequence[Sequence[Shard]] = (),
+        *,
+        keeps_whole: bool = False,
     ) -> None:
         self.memory, self.zero, self.world_size, self.width = memory, zero, world_size, width
-        self.order = order
+        self.order, self.keeps_whole = order, keeps_whole
         self.live_elements = 0
         self._late: Storage | None = None
         """Buffer of the last gather on a CPU: gloo's thread frees it only while the module runs (measured)."""
@@ -69,12 +78,21 @@ class ParameterCoordinator:
         """Free the buffer that gloo holds of the last gather."""
         self._late = None
 
-    def gather(self, shards: list[Shard]) -> None:
-        """Start one gather of partitioned parameters; several share a buffer until `wait`."""
+    def gather(self, shards: list[Shard], *, always: bool = False) -> None:
+        """Start one gather of partitioned parameters; several share a buffer until `wait`.
+
+        Args:
+            shards: the parameters.
+            always: gather also what has no other replica, as DeepSpeed does parameter by parameter.
+        """
         if not shards:
             return
         self.settle()
         self.live_elements += sum(shard.numel for shard in shards)
+        if self.keeps_whole and not always:
+            for shard in shards:
+                shard.full = Storage(self.memory.device, _name(shard), 0)
+            return
         partition_bytes = sum(shard.partition_numel for shard in shards) * self.width
         full_bytes = partition_bytes * self.world_size
         buffer = Storage(self.memory.device, _name(shards[0]) if len(shards) == 1 else GATHERED, full_bytes)

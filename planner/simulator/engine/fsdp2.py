@@ -76,7 +76,7 @@ class Fsdp2Engine(SimulatedEngine):
 
     def __init__(self, memory: RankMemory, config: EngineConfig, network: SimulatedNetwork) -> None:
         super().__init__(memory, config, network)
-        self.width, self.world_size = config.width, config.world_size
+        self.width, self.world_size = config.width, config.replicas
         self.tiles = [ShardedGroup([weights], self.world_size) for block in network.blocks for weights in _tiles(block)]
         tiled = {id(group.modules[0]) for group in self.tiles}
         blocks = [[weights for weights in block.modules if id(weights) not in tiled] for block in network.blocks]

@@ -68,10 +68,10 @@ class Stage12Engine(SimulatedEngine):
         for weights in network.modules:
             self.first[id(weights)] = len(self.numels)
             self.numels += weights.numels
-        unit = START_ALIGNMENT * config.world_size
+        unit = START_ALIGNMENT * config.replicas
         self.elements = sum(self.numels)
         self.flat = ceil_div(self.elements, unit) * unit
-        self.partition_numel = self.flat // config.world_size
+        self.partition_numel = self.flat // config.replicas
         self.partitions_gradients = config.zero.stage == 2
         self.home = memory.host if self.offloaded else memory.device
         self.bucket: Storage | None = None
@@ -156,7 +156,7 @@ class Stage12Engine(SimulatedEngine):
             # Each gradient is squared in fp64 on its way to the host.
             largest = max((self.numels[number] for number in self.in_bucket), default=0)
             memory.add_transient((memory.device, NORM, largest * NORM_BYTES))
-        owns = config.rank is None or any(config.rank in self.owners(number) for number in self.in_bucket)
+        owns = config.replica is None or any(config.replica in self.owners(number) for number in self.in_bucket)
         self.in_bucket.clear()
         if self.part is None and owns and not self.offloaded:
             self.part = Storage(memory.device, SHARED_GRADIENTS, self.overlapping * config.width)
@@ -169,11 +169,11 @@ class Stage12Engine(SimulatedEngine):
     @property
     def overlapping(self) -> int:
         """Elements of all parameters that overlap the rank's partition; the maximum over ranks if the rank is None."""
-        held = [0] * self.config.world_size
+        held = [0] * self.config.replicas
         for number, numel in enumerate(self.numels):
             for rank in self.owners(number):
                 held[rank] += numel
-        return max(held) if self.config.rank is None else held[self.config.rank]
+        return max(held) if self.config.replica is None else held[self.config.replica]
 
     def finish(self) -> None:
         """Reduce what is left, and add the rank's part to that of earlier micro-batches.
@@ -182,7 +182,7 @@ class Stage12Engine(SimulatedEngine):
         """
         if self.partitions_gradients or not self.accumulates:
             self.memory.at("reduction")
-            if self.waiting and self.config.rank is None and self.part is None:
+            if self.waiting and self.config.replica is None and self.part is None:
                 # The first rank's part is allocated while all gradients are still held in full.
                 self.in_bucket.append(0)
                 self._reduce()
@@ -229,8 +229,11 @@ class Stage12Engine(SimulatedEngine):
         self._gather_parameters()
 
     def _gather_parameters(self) -> None:
-        """All-gather the updated partitions in place; gloo gathers into its own tensor."""
-        if self.memory.uses_gloo:
+        """All-gather the updated partitions in place; gloo gathers into its own tensor.
+
+        DeepSpeed gathers nothing without another replica.
+        """
+        if self.memory.uses_gloo and not self.config.owns_alone:
             self.memory.add_transient((self.memory.device, BACKEND_COPIES, self.flat * self.config.width))
 
     def save(self) -> None:
@@ -247,7 +250,7 @@ class Stage12Engine(SimulatedEngine):
         loaded += self.read_states(self.partition_numel, reused=self.home is self.memory.host)
         self.keep_codebooks()
         self.keep_states(self.home, self.partition_numel)
-        if config.rank in (None, config.world_size - 1) and self.flat > self.elements:
+        if config.replica in (None, config.replicas - 1) and self.flat > self.elements:
             # The last rank's partition was saved without padding and is copied to add it.
             self.memory.add_transient((self.memory.host, LOADED, self.partition_numel * config.master_width))
         del loaded

@@ -53,14 +53,16 @@ class Stage3Engine(SimulatedEngine):
         self, memory: RankMemory, config: EngineConfig, network: SimulatedNetwork, order: Sequence[Sequence[int]] = ()
     ) -> None:
         super().__init__(memory, config, network)
-        zero, world_size = config.zero, config.world_size
+        zero, world_size = config.zero, config.replicas
         self.zero, self.world_size, self.width = zero, world_size, config.width
         self.by_module = make_shards(network.modules, zero, world_size, self.width)
         self.shards = [shard for weights in network.modules for shard in self.by_module[id(weights)]]
         self.persistent = [shard for shard in self.shards if shard.persistent]
         self.groups = make_sub_groups(self.shards, zero, config.master_width)
         calls = [[self.shards[number] for number in call] for call in order]
-        self.coordinator = ParameterCoordinator(memory, zero, world_size, self.width, calls)
+        on_device = memory.on_cpu or zero.offload_param.device == "none"
+        whole = config.owns_alone and on_device
+        self.coordinator = ParameterCoordinator(memory, zero, world_size, self.width, calls, keeps_whole=whole)
         self.largest_group = max(group.numel for group in self.groups)
         self.elements = sum(shard.partition_numel for shard in self.shards)
         self.param_home = memory.host if zero.offload_param.device != "none" else memory.device
@@ -219,7 +221,7 @@ class Stage3Engine(SimulatedEngine):
         """
         self.memory.at("gradient hooks")
         largest = max(self.shards, key=lambda shard: shard.numel)
-        self.coordinator.gather([largest])
+        self.coordinator.gather([largest], always=True)
         self.coordinator.drop(largest)
         self.coordinator.settle()
 

@@ -11,6 +11,8 @@ from ...costs.parameters import table_tiles
 from ..core import ModuleParams, Storage, Tape, Tensor
 from .attention_ops import fused_attention, rotate
 from .gather_ops import SimulatedGather, positions
+from .group_ops import SimulatedGroupRelations
+from .group_share import GroupShare
 from .norm_ops import norm
 from .ops import (
     GRADIENTS,
@@ -53,6 +55,7 @@ class SimulatedBlock:
         sizes: bytes per value.
         implementation: of relation tables.
         stream: sizes of the values between blocks, if autocast makes them differ.
+        share: the rank's part in a group that shares out the relations; None if it has all of them.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class SimulatedBlock:
         sizes: DtypeSizes,
         implementation: Implementation = "grouped",
         stream: DtypeSizes | None = None,
+        share: GroupShare | None = None,
     ) -> None:
         self.spec, self.operator, self.batch, self.sizes, self.implementation = (
             spec,
@@ -72,7 +76,7 @@ class SimulatedBlock:
             sizes,
             implementation,
         )
-        self.stream = sizes if stream is None else stream
+        self.stream, self.share = sizes if stream is None else stream, share
         self.mask_of = spec.geometry if spec.attention_mask else None
         self.rows = batch * spec.tokens
         dim, inner = spec.dim, spec.inner_dim
@@ -141,12 +145,13 @@ class SimulatedBlock:
         spec = self.spec
         d_in, d_out = (spec.dim, spec.inner_dim) if self.operator == "translution" else spec.low_dims
         self.shape = self._shape(d_in, d_out)
-        numbers = [n for n, copies in table_tiles(spec.geometry.relations, tile_relations) for _ in range(copies)]
+        geometry = spec.geometry if self.share is None else self.share.owned
+        numbers = [n for n, copies in table_tiles(geometry.relations, tile_relations) for _ in range(copies)]
         both = len(set("qk") & set(spec.roles))
         first = 0
         for count in numbers:
             numel = count * d_in * d_out
-            extent = largest_box(spec.geometry, first, count), pairs_of(spec.geometry, first, count)
+            extent = largest_box(geometry, first, count), pairs_of(geometry, first, count)
             if both:
                 self.logit_tiles.append(
                     SimulatedTile(first, count, ModuleParams((numel,) * both, lengths=(count,) * both), *extent)
@@ -290,9 +295,17 @@ class SimulatedBlock:
         """Run the operator with its relation tables."""
         sources, relative = dict(sources), [_ROLES[role] for role in self.spec.roles]
         if self.operator == "translution":
-            # Autocast casts each source, even if several are the same tensor.
+            # Autocast casts each source, even if several are the same tensor; in a group it casts them once.
+            once: Tensor | None = None
             for name in relative:
-                sources[name] = cast(tape, sources[name], self.rows * self.spec.dim, self.stream, self.sizes)
+                if once is None or self.share is None:
+                    once = cast(tape, sources[name], self.rows * self.spec.dim, self.stream, self.sizes)
+                sources[name] = once
+            del once
+        if self.share is not None:
+            group = SimulatedGroupRelations(tape, self.shape, sources, self.logit_tiles, self.value_tiles, self.share)
+            del sources
+            return group.forward()
         if self.implementation == "grouped":
             grouped = SimulatedRelations(tape, self.shape, sources, self.logit_tiles, self.value_tiles)
             del sources

@@ -17,6 +17,7 @@ from ...config.model import GptSpec, ModelSpec, PatchSpec
 from ...config.training import LossKind
 from ..core import MemoryTracker, ModuleParams, ParameterHooks, Storage, Tape, Tensor
 from .block import SimulatedBlock, linear_weights, norm_weights
+from .group_share import GroupShare
 from .head_ops import chunked_cross_entropy, cross_entropy, embed, mixed_cross_entropy, pool_first, pool_mean
 from .norm_ops import norm
 from .ops import (
@@ -49,6 +50,7 @@ class SimulatedNetwork:
         tile_relations: relations per tile; None for one tile per table.
         implementation: of relation tables.
         loss: how the loss is computed.
+        share: the rank's part in a group that shares out the relations; None if it has all of them.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class SimulatedNetwork:
         implementation: Implementation = "grouped",
         *,
         loss: LossKind = "whole",
+        share: GroupShare | None = None,
     ) -> None:
         self.spec, self.batch, self.sizes, self.loss_kind = spec, batch, sizes, loss
+        self.share = share
         self.host = MemoryTracker()
         self.states: list[Storage] = []
         if sizes.casts and spec.checkpointing == "offload":
@@ -72,7 +76,7 @@ class SimulatedNetwork:
         widened = spec.learned_positions or (isinstance(spec, PatchSpec) and spec.class_token)
         self.stream = sizes.wide if widened else self.embedded
         self.blocks = [
-            SimulatedBlock(spec, operator, tile_relations, batch, sizes, implementation, self.stream)
+            SimulatedBlock(spec, operator, tile_relations, batch, sizes, implementation, self.stream, share)
             for operator in spec.layer_operators
         ]
         dim = spec.dim
@@ -111,18 +115,26 @@ class SimulatedNetwork:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of the cosines and sines of layers with rotary embedding, and of a GPU's index lists of pairs.
+        """Bytes of the cosines and sines of layers with rotary embedding, and of index lists of pairs.
 
-        All layers share the lists: query, key and position of each pair, and its slot on either side.
+        All layers of a GPU share lists: query, key and position of each pair, and its slot on either side. In a
+        relation group each layer has the positions of pairs.
         """
         spec = self.spec
         rotary_layers = sum(
             spec.rotary_attention if operator == "attention" else spec.rotary for operator in spec.layer_operators
         )
-        grouped = {"translution", "alpha"} & set(spec.layer_operators) and self.sizes.batched
-        lists = spec.geometry.total_pairs * 7 * INDEX_BYTES if grouped else 0
+        with_tables = sum(operator in ("translution", "alpha") for operator in spec.layer_operators)
+        share, grouped = self.share, with_tables and self.sizes.batched
+        geometry = spec.geometry if share is None else share.owned
+        lists = geometry.total_pairs * 7 * INDEX_BYTES if grouped else 0
         if grouped and self.sizes.fused:
-            lists += fused_list_bytes(spec.geometry.total_pairs, spec.geometry.relations, self.batch)
+            samples = self.batch * (1 if share is None else share.ranks)
+            lists += fused_list_bytes(geometry.total_pairs, geometry.relations, samples)
+        if share is not None:
+            # Each layer has the positions of all pairs, sorted by owner; on a CPU also of the pairs that do not exist.
+            places = share.whole.tokens**2 if self.sizes.device == "cpu" else share.whole.total_pairs
+            lists += with_tables * places * INDEX_BYTES
         return rotary_layers * spec.tokens * spec.head_dim * self.sizes.parameter + lists
 
     @property
@@ -326,6 +338,7 @@ def replay(
     hooks: ParameterHooks | None = None,
     implementation: Implementation = "grouped",
     loss: LossKind = "whole",
+    share: GroupShare | None = None,
 ) -> Replay:
     """Simulate forward and backward of one micro-batch in one process.
 
@@ -338,9 +351,10 @@ def replay(
         hooks: the engine; None is training without ZeRO.
         implementation: "grouped", or "gather" for the published operator.
         loss: how the loss is computed.
+        share: the rank's part in a group that shares out the relations; None if it has all of them.
     """
     memory = MemoryTracker() if memory is None else memory
-    network = SimulatedNetwork(spec, batch, sizes, tile_relations, implementation, loss=loss)
+    network = SimulatedNetwork(spec, batch, sizes, tile_relations, implementation, loss=loss, share=share)
     saved_bytes = run_micro_batch(network, memory, hooks, memory.phase)
     return Replay(memory, saved_bytes)
 

@@ -122,6 +122,9 @@ def pass_gradients(tape: Tape, weights: ModuleParams, grads: list[Storage]) -> N
         return
     if weights.shared:
         grads[:], weights.waiting = weights.waiting, []
+    if tape.hooks.averages_over_group:
+        for number in range(len(grads)):
+            grads[number] = tape.new(grads[number].size, WEIGHT_GRADIENTS)
     tape.hooks.gradients(weights, grads)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from ..core import Gradients, Storage, Tape, Tensor
 from .attention_ops import missing_pairs_bytes, relation_index_bytes
 from .ops import ATTENTION_WEIGHTS, GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS, product_scratch_bytes
-from .relation_shape import RelationShape, SimulatedTerm, SimulatedTile
+from .relation_shape import RelationShape, SimulatedTerm, SimulatedTile, class_relations
 
 WORKSPACE = "workspace"
 
@@ -40,6 +40,8 @@ class SimulatedRelations:
         self.sources = sources
         self.logit_tiles, self.value_tiles, self.terms = logit_tiles, value_tiles, terms
         self.half = self.sizes.value < self.sizes.accumulator
+        self.noise_batches = 1  # Batches of which dropout draws the noise at once.
+        self.narrow = {"plain_value"}  # Sources whose gradients have the values' dtype from the start.
         self.buffers: dict[str, Storage] = {}
         self.received: dict[str, Storage] = {}
         self.source_widths = {name: x.size // (shape.rows * self.sizes.value) for name, x in sources.items()}
@@ -123,8 +125,7 @@ class SimulatedRelations:
         geometry = self.shape.geometry
         if not geometry.class_token:
             return 0, 0
-        last = range(tile.first, tile.first + tile.count)
-        found = sum(geometry.offsets + n in last for n in (1, 2))
+        found, _ = class_relations(geometry, tile)
         return self.shape.piece(geometry.axes[0], geometry.layer_patches) if found else 0, found
 
     def _patch_rows(self, tile: SimulatedTile) -> int:
@@ -169,7 +170,7 @@ class SimulatedRelations:
     def _drop(self) -> None:
         """Simulate dropout of the attention weights; without dropout values are multiplied by the attention itself."""
         if self.shape.dropout:
-            noise = self.tape.new(self.shape.pairs * self.sizes.value, TEMPORARY)
+            noise = self.tape.new(self.noise_batches * self.shape.pairs * self.sizes.value, TEMPORARY)
             self._open("weights", self.shape.pairs * self.sizes.value, ATTENTION_WEIGHTS)
             del noise
 
@@ -182,8 +183,8 @@ class SimulatedRelations:
         self._transient(rows * shape.d_out * sizes.accumulator if self.half else 0)
         self._product_scratch(rows)
         self._transient_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=False))
-        rows, found = self._class_rows(tile)
-        if found == 2 or tile.first + tile.count == shape.geometry.relations:
+        rows, _ = self._class_rows(tile)
+        if class_relations(shape.geometry, tile)[1]:
             # The class token's value, weighted for every query, and its copy with contiguous heads.
             self._transient(
                 2 * rows * shape.d_out * sizes.value, rows * shape.d_out * sizes.accumulator if self.half else 0
@@ -250,22 +251,27 @@ class SimulatedRelations:
         tape.hooks.release(term.weights, backward=True)
 
     def _close(self, attention: Storage) -> tuple[Tensor | None, Tensor | None]:
-        shape, sizes, tape = self.shape, self.sizes, self.tape
+        tape = self.tape
         outputs: dict[str, Storage] = {}
         if "out" in self.buffers:
-            out = self.buffers["out"]
-            outputs["relative"] = tape.new(shape.rows * shape.d_out * sizes.value) if self.half else out
+            outputs["relative"] = self._relative_output()
         if "plain_value" in self.sources:
             outputs["plain"] = self._plain_product("activations")
         self.buffers.clear()
-        saved = (attention, *(source.storage for source in self.sources.values()))
-        close = tape.result(attention, list(self.sources.values()), self._backward, saved)
+        close = tape.result(attention, list(self.sources.values()), self._backward, self._saved(attention))
         # This object must not hold inputs: the node saves what backward needs.
         self.names, self.wanted = tuple(self.sources), {n for n, x in self.sources.items() if x.node is not None}
         self.sources = {}
         self.has_relative = "relative" in outputs
         given = {name: tape.result(storage, (close,), self._receiver(name)) for name, storage in outputs.items()}
         return given.get("relative"), given.get("plain")
+
+    def _saved(self, attention: Storage) -> Sequence[Storage]:
+        return (attention, *(source.storage for source in self.sources.values()))
+
+    def _relative_output(self) -> Storage:
+        narrow = self.shape.rows * self.shape.d_out * self.sizes.value
+        return self.tape.new(narrow) if self.half else self.buffers["out"]
 
     def _receiver(self, name: str) -> Callable[[Storage], Gradients]:
         def receive(grad: Storage) -> Gradients:
@@ -290,19 +296,23 @@ class SimulatedRelations:
                 self._term_backward(term)
         for tile in reversed(self.value_tiles):
             self._value_tile_backward(tile)
-        if shape.dropout:
-            self._transient(shape.pairs * sizes.value, shape.pairs * sizes.accumulator if self.half else 0)
-        self.buffers.pop("weights", None)
-        # Half-precision weights are widened and multiplied by the row sums in a third tensor.
-        self._transient(
-            2 * shape.pairs * sizes.accumulator if self.half else 0, shape.rows * shape.heads * sizes.accumulator
-        )
+        self._softmax_backward()
         for tile in reversed(self.logit_tiles):
             self._logit_tile_backward(tile)
         for term in self.terms:
             if term.kind != "value":
                 self._term_backward(term)
         return self._finish()
+
+    def _softmax_backward(self) -> None:
+        shape, sizes = self.shape, self.sizes
+        if shape.dropout:
+            noise = self.noise_batches * shape.pairs * sizes.value
+            self._transient(noise, shape.pairs * sizes.accumulator if self.half else 0)
+        self.buffers.pop("weights", None)
+        # Half-precision weights are widened and multiplied by the row sums in a third tensor.
+        wide, sums = (2 * shape.pairs if self.half else 0), shape.rows * shape.heads
+        self._transient(wide * sizes.accumulator, sums * sizes.accumulator)
 
     def _start(self, plain_grad: Storage | None) -> None:
         """Allocate the gradients of the attention weights and of the plain values."""
@@ -331,7 +341,7 @@ class SimulatedRelations:
         cast = sizes.accumulator if self.half else 0
         self._transient_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=True))
         rows, found = self._class_rows(tile)
-        last = tile.first + tile.count == shape.geometry.relations
+        last = class_relations(shape.geometry, tile)[1]
         self._input_gradient("value", shape.d_in)
         row = shape.heads * sizes.value + max(shape.heads, shape.d_in) * cast
         self._transient(self._patch_rows(tile) * row, 2 * self._matrix_bytes(tile))
@@ -363,7 +373,7 @@ class SimulatedRelations:
     def _finish(self) -> Gradients:
         shape, sizes, tape = self.shape, self.sizes, self.tape
         cast = product = None
-        narrow = {"plain_value"}
+        narrow = set(self.narrow)
         if "plain_query" in self.names:
             cast = tape.new(shape.pairs * sizes.value, GRADIENTS) if self.half else None
             for name in ("plain_query", "plain_key"):

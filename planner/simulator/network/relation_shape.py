@@ -5,6 +5,7 @@ Source: models/ops/context.py, models/layers/tables.py, models/ops/batched.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -13,6 +14,7 @@ from typing import Literal, TypeAlias
 
 from ...config.geometry import RelationGeometry
 from ...config.model_base import DEFAULT_WORKSPACE_BYTES, fits_fused_kernels
+from ...config.parallel import OwnedGeometry
 from ..core import ModuleParams
 from .ops import DtypeSizes
 
@@ -170,6 +172,9 @@ def fused_list_bytes(pairs: int, relations: int, batch: int) -> int:
 @lru_cache(maxsize=64)
 def _boxes(geometry: RelationGeometry) -> tuple[tuple[int, int], ...]:
     """Return the extent along the first axis, and the pairs per index of it, of each relation between patches."""
+    if isinstance(geometry, OwnedGeometry):
+        boxes = _boxes(geometry.whole)
+        return tuple(boxes[relation] for relation in geometry.owned[: geometry.offsets])
     first, *rest = geometry.extents()
     layers = [prod(extents) for extents in product(*rest)]
     return tuple((rows, cols) for rows in first for cols in layers)
@@ -188,7 +193,29 @@ def pairs_of(geometry: RelationGeometry, first: int, count: int) -> int:
 
 @lru_cache(maxsize=4096)
 def largest_box(geometry: RelationGeometry, first: int, count: int) -> tuple[int, int]:
-    """Return the extent along the first axis, and the pairs per index of it, of a tile's largest relation."""
+    """Return the extent along the first axis, and the pairs per index of it, of a tile's largest relation.
+
+    A relation of the class token with all patches may be the largest one that a rank of a group owns; one process also
+    has that of each patch with itself, which is as large.
+    """
+    if isinstance(geometry, OwnedGeometry) and _class_relations(geometry, first, count)[0]:
+        return geometry.axes[0], geometry.layer_patches
     counts = _counts(geometry)
     own = counts[first : first + count]
     return _boxes(geometry)[counts.index(max(own), first)] if own else (0, 0)
+
+
+def class_relations(geometry: RelationGeometry, tile: SimulatedTile) -> tuple[int, bool]:
+    """Return how many of a tile's relations join the class token and patches (0 to 2), and whether it has the last one.
+
+    The last relation of all is that of patches as queries and the class token as key, unless the geometry is causal.
+    """
+    return _class_relations(geometry, tile.first, tile.count)
+
+
+def _class_relations(geometry: RelationGeometry, first: int, count: int) -> tuple[int, bool]:
+    numbers: Sequence[int] = range(first, first + count)
+    whole = geometry
+    if isinstance(geometry, OwnedGeometry):
+        numbers, whole = geometry.owned[first : first + count], geometry.whole
+    return sum(whole.offsets + n in numbers for n in (1, 2)), whole.relations - 1 in numbers

@@ -63,6 +63,21 @@ def save(folder: Path, step: int, files: dict[str, bytes] = FILES) -> Checkpoint
     return found
 
 
+def test_files_of_a_group_are_recorded_by_the_rank_that_wrote_them(tmp_path: Path) -> None:
+    written = {
+        0: ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_to_fp32.py"],
+        1: ["mp_rank_01_model_states.pt", "zero_pp_rank_0_mp_rank_01_optim_states.pt", "device/rank_1.pt"],
+        2: ["zero_pp_rank_1_mp_rank_00_optim_states.pt"],
+        3: ["zero_pp_rank_1_mp_rank_01_model_states.pt", "offloaded_tensors/rank03/1.tensor.swp"],
+    }
+    for name in (name for names in written.values() for name in names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for rank, names in written.items():
+        record_own_files(tmp_path, rank, 4, relation_ranks=2)
+        assert set(json.loads((tmp_path / ".sums" / f"rank_{rank}.json").read_text())) == set(names)
+
+
 def test_every_file_is_recorded_by_the_rank_that_wrote_it(tmp_path: Path) -> None:
     for name, content in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,16 @@ def test_a_trainer_needs_the_plans_ranks(tmp_path: Path, monkeypatch: pytest.Mon
         trainer_arguments(plan, tmp_path / "out")
 
 
+def test_plans_whose_ranks_share_out_the_relations_are_refused(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path / "plan", 2, relation_parallel=2)
+    with pytest.raises(
+        InputError, match=r"parallel\.relation: 2 is not allowed: must be 1 for Hugging Face's Trainer; "
+    ):
+        trainer_arguments(plan, tmp_path / "out")
+    with pytest.raises(InputError, match=r"must be 1 for Lightning's Trainer; translution launch runs this plan"):
+        lightning_options(plan)
+
+
 def test_a_plan_of_an_earlier_version_must_be_made_again(tmp_path: Path) -> None:
     plan = write_plan(tmp_path / "plan", 2)
     (plan / "ds_config_hf.json").unlink()

@@ -95,13 +95,22 @@ def test_files_hold_the_same_rows(written: Path) -> None:
     text = (written / "table.md").read_text()
     assert text.count("| vit-tiny/56 |") == len(rows) == 3
     assert "| full Translution up to |" in text
+    assert "| 512 | 0.181 | 0.721 |" in text
 
 
 @pytest.mark.slow
 def test_charts_show_three_axes(written: Path) -> None:
     assert (written / "table.png").read_bytes().startswith(b"\x89PNG")
     text = (written / "table.svg").read_text()
-    for label in ("model width", "tokens per sample", "layers", "full Translution", ">8<"):
+    for label in (
+        "model width",
+        "tokens per sample",
+        "layers",
+        "full Translution",
+        ">8<",
+        "samples per GPU",
+        "128 samples each",
+    ):
         assert label in text
 
 
@@ -109,4 +118,5 @@ def test_charts_show_three_axes(written: Path) -> None:
 def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["compare", "vit-tiny/56", "--alpha-rank", "4", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert {"rows", "thresholds"} == set(document)
+    assert {"rows", "thresholds", "traffic"} == set(document)
+    assert {point["ranks"] for point in document["traffic"]} == {8}

@@ -12,7 +12,15 @@ import torch
 from translution.models import build
 from translution.planner.config.loading import preset
 from translution.planner.config.model import ModelSpec, override, parse_model_spec
-from translution.planner.costs.parameters import count_parameters, parameter_groups, table_tiles
+from translution.planner.config.parallel import deal_relations
+from translution.planner.costs.parameters import (
+    TABLES,
+    ParameterGroup,
+    count_parameters,
+    owned_parameter_groups,
+    parameter_groups,
+    table_tiles,
+)
 
 GOLDEN = list(csv.DictReader((Path(__file__).parents[2] / "data" / "parameters.csv").read_text().splitlines()))
 
@@ -97,3 +105,21 @@ def test_tiles_cover_a_table() -> None:
     assert table_tiles(8, 4) == ((4, 2),)
     assert table_tiles(3, 4) == ((3, 1),)
     assert table_tiles(3, None) == ((3, 1),)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"operator": "alpha"}, {"relative_layers": "first:3"}, {"roles": "v"}], ids=str
+)
+def test_a_rank_of_a_relation_group_has_its_relations_and_everything_else(changes: dict[str, object]) -> None:
+    spec = override(preset("vit-small/32"), **changes)
+    owners = Counter(deal_relations(spec.geometry, 5))
+    whole, own = parameter_groups(spec, 7), owned_parameter_groups(spec, 7, 5)
+    assert owned_parameter_groups(spec, 7) == whole
+
+    def matrices(groups: tuple[ParameterGroup, ...]) -> int:
+        return sum(group.shape[0] * group.copies for group in groups if group.component == TABLES)
+
+    relations = spec.geometry.relations
+    assert matrices(own) * relations == matrices(whole) * max(owners.values())
+    assert max(group.shape[0] for group in own if group.component == TABLES) == 7
+    assert [g for g in own if g.component != TABLES] == [g for g in whole if g.component != TABLES]

@@ -66,6 +66,19 @@ def test_communicators_of_eight_h100_by_hand() -> None:
     assert estimate_overhead("H100", 16, 2).item("nccl").likely_bytes == entry.likely_bytes + 3 * (2 * 8 + 60) * MIB
 
 
+def test_relation_groups_and_replicas_have_communicators_of_their_own() -> None:
+    """The group has one for its collectives and as many connections again for its all-to-all."""
+    for gpu in ("H100", "MI300X", "RTX4090"):
+        plain, group, replicas = (estimate_overhead(gpu, 8, 1, relation_ranks=ranks) for ranks in (1, 8, 4))
+        for level in ("likely", "high"):
+            sizes = [overhead.total(level) + overhead.total(level, "host") for overhead in (plain, group, replicas)]
+            assert sizes[1] - sizes[0] == pytest.approx(2 * (sizes[2] - sizes[1]), rel=0.01)
+            assert sizes[0] < sizes[1]
+        assert plain.total("low") == replicas.total("low")
+    entry = estimate_overhead("H100", 8, 1).item("nccl"), estimate_overhead("H100", 8, 1, relation_ranks=8).item("nccl")
+    assert "rings of 4 communicators" in entry[1].formula
+
+
 @pytest.mark.parametrize(
     ("gpu", "ranks", "mebibytes"),
     # One communicator: github.com/NVIDIA/nccl/issues/964, github.com/vllm-project/vllm/pull/46234 and issues/864.

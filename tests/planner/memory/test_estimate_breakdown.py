@@ -12,11 +12,11 @@ from translution.planner.config.loading import preset
 from translution.planner.config.run_config import RunConfig
 from translution.planner.config.training import TrainingSpec
 from translution.planner.hardware.cluster import load_cluster
-from translution.planner.memory.estimate import describe_item
+from translution.planner.memory.items import describe_item
 from translution.planner.plans.defaults import choose_zero
 from translution.planner.simulator.engine import base
 from translution.planner.simulator.engine.base import EngineConfig
-from translution.planner.simulator.network import model, ops, relation_ops
+from translution.planner.simulator.network import group_ops, model, ops, relation_ops
 
 OWN_FOLDERS = ("planner", "models", "distributed")
 
@@ -31,7 +31,7 @@ def test_a_source_in_this_project_exists(stage: Any, root: Path) -> None:
     zero = choose_zero(spec, None, stage, 8)
     training = TrainingSpec(precision="bf16", micro_batch=1, data="synthetic")
     config = EngineConfig(RunConfig(spec, load_cluster("8xH100"), training, zero))
-    sources = {describe_item(name, config)[1] for name in item_names(base, model, ops, relation_ops)}
+    sources = {describe_item(name, config)[1] for name in item_names(base, group_ops, model, ops, relation_ops)}
     own = {source for source in sources if source.split("/")[0] in OWN_FOLDERS}
     assert len(own) >= 6
     assert {source for source in own if not (root / source).exists()} == set()

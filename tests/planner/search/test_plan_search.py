@@ -84,7 +84,7 @@ def test_vit_base_16_on_one_h200_trains_with_a_roomy_host() -> None:
 def test_vit_large_16_needs_two_nodes_of_eight_h100() -> None:
     # 55.5 G parameters of 16 bytes: 51.7 GiB per rank on 16 ranks, 12.9 GiB on 64; on 8 ranks 103 GiB.
     for cluster, states in (("2x8xH100", 51.7), ("8x8xH100", 12.9)):
-        result = found("vit-large/16", cluster, global_batch=512, all_nodes=True)
+        result = found("vit-large/16", cluster, global_batch=512, all_nodes=True, relation_parallel=1)
         plan = result.plan
         assert (plan.zero.stage, plan.zero.offloads) == (3, False)
         names = ("parameters", "gradients", "master parameters", "optimizer states")
