@@ -142,6 +142,8 @@ def _join_norms(optimizer: Any, mesh: RelationMesh) -> None:
 
     An owner may have one relation more than others, and hence one sub-group more: DeepSpeed would wait for ever.
     """
+    from deepspeed.accelerator import get_accelerator
+
     own_norms: Callable[[], list[Tensor]] = optimizer._get_norm_groups
 
     def joined() -> list[Tensor]:
@@ -150,10 +152,10 @@ def _join_norms(optimizer: Any, mesh: RelationMesh) -> None:
             norms = torch.stack([norm.float() for norm in own_norms()])
         finally:
             del optimizer._model_parallel_all_reduce
-        # DeepSpeed marks a norm that is not finite by -1.
-        square = torch.where(norms < 0, torch.inf, norms.square()).sum().to(optimizer.device)
+        # DeepSpeed marks a norm that is not finite by -1. With offload, norms are on the host, where NCCL has no sums.
+        square = torch.where(norms < 0, torch.inf, norms.square()).sum().to(get_accelerator().current_device_name())
         dist.all_reduce(square, group=mesh.group)
-        return [torch.where(square.isfinite(), square.sqrt(), -1.0)]
+        return [torch.where(square.isfinite(), square.sqrt(), -1.0).to(norms.device)]
 
     optimizer._get_norm_groups = joined
 

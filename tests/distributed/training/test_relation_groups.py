@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,7 +19,9 @@ from translution.distributed.checkpoint import export, verify_checkpoint
 from translution.distributed.checkpoint.exporter import network_metadata
 from translution.distributed.checkpoint.manifest import newest_checkpoint, run_checkpoints
 from translution.distributed.checkpoint.reader import MASTER_COPY, CheckpointReader
+from translution.distributed.checkpoint.unpickle import load_file
 from translution.distributed.runs.folder import CHECKPOINT, METRICS
+from translution.distributed.training.relation_groups import complete_norms
 from translution.models import build, load_network
 from translution.planner.common.machine import usable_cores
 from translution.planner.config.model import parse_model_spec
@@ -150,6 +153,38 @@ def assert_equal_training(run: Run, reference: Run) -> None:
         assert found[worst] < 10 * TOLERANCE, (run, worst, found[worst])
 
 
+@pytest.mark.parametrize(
+    ("own", "others", "expected"),
+    [([1.0, 2.0, 2.0], 16.0, 5.0), ([0.0], 4.0, 2.0), ([3.0, -1.0], 16.0, -1.0), ([3.0], float("inf"), -1.0)],
+)
+def test_norms_of_sub_groups_are_added_up_once(
+    own: list[float], others: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    class Optimizer:
+        def _model_parallel_all_reduce(self, tensor: Tensor, op: object) -> None:
+            raise AssertionError("once per sub-group")
+
+        def _get_norm_groups(self) -> list[Tensor]:
+            for norm in own:
+                self._model_parallel_all_reduce(torch.tensor(norm), None)
+            return [torch.tensor(norm) for norm in own]
+
+    def add_others(tensor: Tensor, group: object) -> None:
+        calls.append(group)
+        tensor.add_(others)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", add_others)
+    optimizer = Optimizer()
+    complete_norms(optimizer, SimpleNamespace(group="group"))  # type: ignore[arg-type]
+    (norm,) = optimizer._get_norm_groups()
+    assert norm.item() == expected
+    assert calls == ["group"]
+    with pytest.raises(AssertionError, match="once per sub-group"):  # The overflow check still needs it.
+        optimizer._model_parallel_all_reduce(norm, None)
+
+
 def test_ranks_that_share_out_the_relations_train_as_one_rank(tmp_path: Path) -> None:
     """Three starts of ranks serve all checks."""
     weights = tmp_path / "network.safetensors"
@@ -181,6 +216,7 @@ def test_ranks_that_share_out_the_relations_train_as_one_rank(tmp_path: Path) ->
     assert_resumed_to_the_bit(again, first)
     assert (set(crossed.steps()), set(back.steps())) == ({3, 4}, {4})
     assert_whole(first["zero-3"], tmp_path / "exported.safetensors")
+    assert_shared_parameters_are_the_same(squares[0])
     assert_bytes_are_planned(two, counted)
     assert_bytes_are_planned(four, counted_of_four)
     sub_groups = [ranks[list(first).index("zero-3")]["sub_groups"] for ranks in counted]
@@ -211,6 +247,15 @@ def assert_whole(run: Run, exported: Path) -> None:
     stored = dict(run.tensors())
     for name, value in load_network(exported).named_parameters():
         assert torch.equal(value.detach().flatten(), stored[f"{name} {MASTER_COPY}"])
+
+
+def assert_shared_parameters_are_the_same(run: Run) -> None:
+    """All parameters but tables are the same on both ranks of a group, to the bit."""
+    files = [run.checkpoint_of(STEPS) / f"mp_rank_0{place}_model_states.pt" for place in range(2)]
+    first, second = (load_file(file)["module"] for file in files)
+    shared = [name for name in first if ".tables." not in name]
+    assert len(shared) > 20
+    assert all(torch.equal(first[name], second[name]) for name in shared)
 
 
 def assert_bytes_are_planned(runs: list[Run], counted: list[list[dict[str, int]]]) -> None:
