@@ -9,6 +9,7 @@ from .explanation import write_search_folder as write_search_folder
 from .plan_search import NoPlanFits as NoPlanFits
 from .plan_search import SearchResult as SearchResult
 from .plan_search import search_plan as search_plan
+from .relation_space import check_group_size as check_group_size
 from .searcher import Searcher as Searcher
 from .space import HEADROOM as HEADROOM
 from .space import Checkpointing as Checkpointing

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 from ..config.model import ModelSpec
-from ..config.zero import OffloadMode
+from ..config.parallel import ParallelSpec
+from ..config.run_config import RunConfig
+from ..config.training import TrainingSpec
+from ..config.zero import OffloadMode, ZeroSpec
 from ..costs.relation_traffic import has_relation_tables
 from ..hardware.cluster import ClusterSpec
 from .space import ZERO_PLUS_PLUS, SearchConstraints, Strategy, list_strategies
 
 MOST_GROUPS = 3
 """At most this many sizes of a relation group are tried on a number of nodes."""
+
+
+def check_group_size(
+    spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, constraints: SearchConstraints
+) -> None:
+    """Refuse a given size of relation groups that model, cluster or engine cannot have.
+
+    Args:
+        spec: the model.
+        cluster: all available nodes.
+        training: precision and optimizer.
+        constraints: may fix the size.
+
+    Raises:
+        InputError: naming the size and what is allowed.
+    """
+    if constraints.relation_parallel is not None:
+        groups = ParallelSpec(relation=constraints.relation_parallel)
+        RunConfig(spec, cluster, training, ZeroSpec(engine=constraints.engine), parallel=groups)
 
 
 def group_sizes(spec: ModelSpec, cluster: ClusterSpec, constraints: SearchConstraints) -> list[int]:

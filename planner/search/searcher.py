@@ -29,7 +29,7 @@ from ..timing.rates import Rates
 from ..timing.step_time import model_parts, run_volumes, total_seconds
 from .candidate import Candidate, Capacity, with_nodes, writes_to_nvme
 from .conflicts import check_constraints
-from .relation_space import group_sizes, search_strategies, suits_group
+from .relation_space import check_group_size, group_sizes, search_strategies, suits_group
 from .space import (
     Checkpointing,
     SearchConstraints,
@@ -71,9 +71,7 @@ class Searcher:
     ) -> None:
         self.spec, self.cluster, self.training, self.constraints = spec, cluster, training, constraints
         check_constraints(constraints)
-        if constraints.relation_parallel is not None:
-            groups = ParallelSpec(relation=constraints.relation_parallel)
-            RunConfig(spec, cluster, training, ZeroSpec(engine=constraints.engine), parallel=groups)
+        check_group_size(spec, cluster, training, constraints)
         self.strategies, self.infeasible = search_strategies(spec, cluster, constraints)
         self.global_batch = resolve_global_batch(constraints, cluster)
         self.capacities: dict[int, Capacity] = {}

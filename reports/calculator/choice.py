@@ -34,6 +34,7 @@ from translution.planner.search import (
     Stage,
     batches,
     check_constraints,
+    check_group_size,
     node_counts,
     parse_constraints,
     resolve_global_batch,
@@ -328,6 +329,7 @@ def _check(question: SearchInput) -> None:
     """Raise InputError for input that a search would reject at once."""
     spec, cluster, constraints = question.spec, question.cluster, question.constraints
     check_constraints(constraints)
+    check_group_size(spec, cluster, question.training, constraints)
     tiles(spec, cluster.world_size, 3, constraints)
     batch = resolve_global_batch(constraints, cluster)
     counts = [cluster.ranks_per_node * nodes for nodes in node_counts(cluster, constraints)]

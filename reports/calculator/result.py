@@ -99,6 +99,8 @@ class PlanView(Schema):
     accumulation: int
     global_batch: int
     tile_relations: int | None
+    relation_ranks: int = 1
+    """GPUs of a group that shares out the relations."""
     time: StepTime | None
     run: RunCost | None
     tiers: tuple[TierUse, ...]
@@ -220,6 +222,7 @@ def plan_view(result: SearchResult) -> PlanView:
         accumulation=training.gradient_accumulation_steps,
         global_batch=training.global_batch(cluster.world_size),
         tile_relations=plan.tile_relations,
+        relation_ranks=plan.parallel.relation,
         time=plan.time,
         run=plan.run_cost,
         tiers=_tiers(plan.prediction, cluster),

@@ -259,8 +259,7 @@ def test_a_point_of_the_trade_off_is_a_choice_with_the_same_front() -> None:
     page = PageChoice(choice_of("model=vit-base/32&nodes=2&minimize=nodes&global_batch=128"))
     found = Outcome.model_validate_json(search_choice(page.choice).outcome).plan
     assert found is not None
-    point = found.pareto[-1]
-    assert point.nodes == 1
+    point = next(point for point in reversed(found.pareto) if point.nodes == 1)
     picked = point_choice(page, point)
     assert picked is not None
     again = PageChoice(choice_of(query_of(picked)), None, 2)
@@ -283,3 +282,21 @@ def test_price_and_thousands_of_gpus() -> None:
     assert plan is not None and plan.run is not None
     assert plan.ranks == 8192
     assert plan.run.price == pytest.approx(2.5 * plan.run.gpu_hours)
+
+
+def test_a_size_of_relation_groups_can_be_given_and_is_shown() -> None:
+    choice = choice_of("model=vit-small/32&gpus=8&relation_parallel=4")
+    outcome = Outcome.model_validate_json(search_choice(choice).outcome)
+    assert outcome.plan is not None and outcome.plan.relation_ranks == 4
+    page = PageChoice(choice)
+    html = render_answer(page, Answer(choice, costs_of(choice), outcome))
+    assert "shared out among 4 GPUs, to which tokens travel" in html
+    # The trade-off of the free search links to plans with their own size.
+    free = Outcome.model_validate_json(search_choice(free_choice(page)).outcome).plan
+    assert free is not None
+    point = next(point for point in free.pareto if "relation parallelism" in point.strategy)
+    picked = point_choice(page, point)
+    assert picked is not None and picked.relation_parallel == point.settings["relation_parallel"]
+    assert "--relation-parallel 4" in " ".join(choice_arguments(choice))
+    with pytest.raises(ChoiceError, match="relation_parallel: 3 is not allowed: must divide the number of ranks 8"):
+        search_input(choice_of("model=vit-small/32&gpus=8&relation_parallel=3"))
