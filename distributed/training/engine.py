@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from translution.models import build
+from translution.models.relation_parallel import share_dropout
 from translution.planner.common import InputError, Phase
 from translution.planner.config import ModelSpec, PatchSpec
 from translution.planner.plans import Plan
@@ -152,6 +153,7 @@ class Engine:
             self.model = self.build_network()
         if self.mesh is not None:
             average_over_group(self.model, self.mesh)
+            share_dropout(self.model)
 
     def initialize_engine(self) -> None:
         """Wrap the network in DeepSpeed's engine."""

@@ -145,7 +145,7 @@ class OwnedTables(RelationTables):
         owned, local = self._context(sources), RelationContext(self.whole, self.heads, self.scale, self.workspace_bytes)
         local.widths, local.adds_logits, local.key_padding = self.widths, "plain_query" in sources, key_padding
         if self.dropout and self.training:
-            local.dropout, local.block = self.dropout, (self.group.rank, self.group.size)
+            local.dropout, local.first_sample = self.dropout, self.group.dropout_rank * len(first)
             local.seed = self.group.share_seed(self.draw_seed(), first.device)
         call = RelationCall(self.group, local, owned, _shared(sources))
         return attend_in_group(

@@ -93,25 +93,23 @@ def missing_pairs(geometry: RelationGeometry, device: torch.device) -> Tensor:
     return missing
 
 
-def dropout_noise(like: Tensor, dropout: float, seed: int, block: tuple[int, int] = (0, 1)) -> Tensor:
+def dropout_noise(like: Tensor, dropout: float, seed: int, first: int = 0) -> Tensor:
     """Return dropout factors: zero with probability ``dropout``, otherwise 1 / (1 − dropout).
 
-    The same seed gives the same factors, so backward draws them again instead of saving them.
+    The same seed gives the same factors, so backward draws them again instead of saving them. Every sample has a seed
+    of its own, so that a rank draws the factors of its samples alone, and they are those of the whole batch.
 
     Args:
-        like: tensor whose shape, dtype and device the factors have.
+        like: tensor (b, …) whose shape, dtype and device the factors have.
         dropout: probability of zero.
-        seed: seed of the random generator.
-        block: place of these samples in a larger batch, whose factors are drawn: the number of this block of samples,
-            and the number of such blocks.
+        seed: seed of the batch.
+        first: number of the first sample in the batch of which these samples are a part.
     """
-    generator = torch.Generator(like.device)
-    generator.manual_seed(seed)
-    number, blocks = block
-    batch = len(like)
-    whole = torch.empty_like(like) if blocks == 1 else like.new_empty(blocks * batch, *like.shape[1:])
-    drawn = whole.bernoulli_(1 - dropout, generator=generator)
-    return drawn[number * batch : (number + 1) * batch].div_(1 - dropout)
+    generator, noise = torch.Generator(like.device), torch.empty_like(like)
+    for number, sample in enumerate(noise, start=first):
+        generator.manual_seed((seed + number) % 2**63)
+        sample.bernoulli_(1 - dropout, generator=generator)
+    return noise.div_(1 - dropout)
 
 
 class Workspace:
@@ -180,8 +178,8 @@ class RelationContext:
         self.widths = (0, 0)
         """Input and output width of the relation matrices."""
         self.dropout = 0.0
-        self.seed, self.block = 0, (0, 1)
-        """Seed of this call's dropout, and the place of these samples in its batch, as in `dropout_noise`."""
+        self.seed, self.first_sample = 0, 0
+        """Seed of this call's dropout, and the number of its first sample, as in `dropout_noise`."""
         self.adds_logits = False
         """True if tiles add to the logits of plain queries and keys; false if they write them."""
         self.key_padding: Tensor | None = None
@@ -239,7 +237,7 @@ class RelationContext:
 
     def noise(self, like: Tensor) -> Tensor:
         """Return the factors of this call's dropout, the same ones every time."""
-        return dropout_noise(like, self.dropout, self.seed, self.block)
+        return dropout_noise(like, self.dropout, self.seed, self.first_sample)
 
     def release(self) -> None:
         """Release every buffer."""

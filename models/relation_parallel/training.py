@@ -64,6 +64,22 @@ def exclude_tables(model: nn.Module) -> nn.Module:
     return model
 
 
+def share_dropout(model: nn.Module, ranks: dist.ProcessGroup | None = None) -> nn.Module:
+    """Let ranks drop the attention weights that one process with all their samples would; return the model.
+
+    Without this, each relation group does so on its own. All ranks must call this, and have as many samples.
+
+    Args:
+        model: network whose layers have a relation group.
+        ranks: all ranks of some relation groups; None for all ranks.
+    """
+    for tables in _owned_tables(model):
+        found = dist.group.WORLD if ranks is None else ranks
+        assert found is not None
+        tables.group.dropout_ranks = found
+    return model
+
+
 @torch.no_grad()
 def average_table_gradients(model: nn.Module, replicas: dist.ProcessGroup | None = None) -> None:
     """Turn the tables' gradients from sums over the samples of a group into averages over all ranks, in place.

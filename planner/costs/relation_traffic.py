@@ -59,6 +59,7 @@ def layer_relation_traffic(
     dropout: bool,
     value_bytes: int,
     owners: tuple[int, ...] | None = None,
+    dropout_ranks: int | None = None,
 ) -> RelationTraffic:
     """Return the bytes that one rank sends for one layer, forward and backward.
 
@@ -74,6 +75,7 @@ def layer_relation_traffic(
         dropout: whether attention weights are dropped.
         value_bytes: bytes per element of the rows, in whose dtype everything travels.
         owners: rank that owns each relation; by default those of `deal_relations`.
+        dropout_ranks: ranks that drop what one process with all their samples would; by default those of the group.
 
     Raises:
         InputError: if there are more ranks than relations, or no such rank.
@@ -87,7 +89,7 @@ def layer_relation_traffic(
     return RelationTraffic(
         rows=(ranks - 1) * batch * geometry.tokens * widths * value_bytes,
         pairs=pairs * (has_logits + (output_width > 0)) * value_bytes,
-        seeds=SEED_BYTES * (ranks - 1) * dropout,
+        seeds=SEED_BYTES * ((dropout_ranks or ranks) - 1) * dropout,
     )
 
 
@@ -115,7 +117,13 @@ def has_relation_tables(spec: ModelSpec) -> bool:
 
 
 def relation_parallel_traffic(
-    spec: ModelSpec, *, ranks: int, batch: int, value_bytes: int = 2, rank: int = 0
+    spec: ModelSpec,
+    *,
+    ranks: int,
+    batch: int,
+    value_bytes: int = 2,
+    rank: int = 0,
+    dropout_ranks: int | None = None,
 ) -> RelationTraffic:
     """Return the bytes that one rank of a group sends in one training step of a model, over all layers.
 
@@ -125,6 +133,7 @@ def relation_parallel_traffic(
         batch: samples of each rank.
         value_bytes: bytes per element of the activations.
         rank: the rank within the group; numbers of pairs differ slightly.
+        dropout_ranks: as in `layer_relation_traffic`; in a plan all ranks.
 
     Raises:
         InputError: if there are more ranks than relations, or no such rank.
@@ -144,6 +153,7 @@ def relation_parallel_traffic(
                 has_logits=bool({"q", "k"} & set(spec.roles)),
                 dropout=spec.dropout > 0,
                 value_bytes=value_bytes,
+                dropout_ranks=dropout_ranks,
             )
             parts.append(part)
     return RelationTraffic(

@@ -27,6 +27,7 @@ from translution.models.relation_parallel import (
     exclude_tables,
     gather_state_dict,
     load_whole_state_dict,
+    share_dropout,
     split_world,
 )
 from translution.planner.common import InputError
@@ -185,6 +186,20 @@ def network_case(group: Any, replicas: Any, world: Any) -> dict[str, Any]:
     return {"differences": found}
 
 
+def dropout_case(group: Any, world: Any) -> dict[str, Any]:
+    """Let groups drop what one process with the samples of all ranks of a world does."""
+    torch.manual_seed(3)
+    whole = Translution(DIM, HEADS, length=5, dropout=0.3)
+    torch.manual_seed(3)
+    layer = share_dropout(Translution(DIM, HEADS, length=5, dropout=0.3, relation_group=group))
+    rank, samples = dist.get_rank(world), dist.get_world_size(world) * BATCH
+    x, grad = torch.randn(samples, 5, DIM), torch.randn(samples, 5, DIM)
+    mine, how = slice(rank * BATCH, (rank + 1) * BATCH), {"recompute": False, "narrow": False}
+    theirs = run(whole, x.clone().requires_grad_(), grad, None, 100, **how)
+    ours = run(layer, x[mine].clone().requires_grad_(), grad[mine], None, 100 + rank, **how)
+    return {"differences": {str(n): difference(a, b[mine]) for n, (a, b) in enumerate(zip(ours, theirs, strict=True))}}
+
+
 def message(call: Callable[[], object]) -> str:
     try:
         call()
@@ -226,6 +241,7 @@ def main() -> None:
             results[f"{relation_ranks} ranks: {name}"] = layer_case(group, kind, dict(options), counter)
         results[f"{relation_ranks} ranks: network"] = network_case(group, None, group)
     results["2 x 2 ranks: network"] = network_case(group, replicas, dist.group.WORLD)
+    results["2 x 2 ranks: dropout"] = dropout_case(group, dist.group.WORLD)
     results["errors"] = errors(dist.group.WORLD)
     results["text"] = str(Translution(DIM, HEADS, length=5, relation_group=dist.group.WORLD).tables).splitlines()[1]
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(results))

@@ -68,6 +68,8 @@ class RelationGroup:
         """This rank's relations."""
         self.pairs = tuple(part.total_pairs for part in parts)
         """Number of pairs of each rank."""
+        self.dropout_ranks = process_group
+        """Ranks whose samples are one batch, in this order, to the dropout of attention weights."""
         self._positions: dict[torch.device, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RelationGroup:
@@ -142,9 +144,14 @@ class RelationGroup:
         )
         return received
 
+    @property
+    def dropout_rank(self) -> int:
+        """Number of this rank among those that drop what one process with all their samples would."""
+        return dist.get_rank(self.dropout_ranks)
+
     def share_seed(self, seed: int, device: torch.device) -> int:
-        """Return the seed that the group's first rank has drawn."""
-        seeds = torch.empty(self.size, dtype=torch.int64, device=device)
+        """Return the seed that the first of the ranks has drawn that drop what one process would."""
+        seeds = torch.empty(dist.get_world_size(self.dropout_ranks), dtype=torch.int64, device=device)
         own = torch.tensor([seed], dtype=torch.int64, device=device)
-        all_gather_equal(seeds, own, self.process_group)
+        all_gather_equal(seeds, own, self.dropout_ranks)
         return int(seeds[0])

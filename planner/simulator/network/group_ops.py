@@ -50,7 +50,6 @@ class SimulatedGroupRelations(SimulatedRelations):
             by_tensor.setdefault(id(sources[name]), []).append(name)
         self.shared = list(by_tensor.values())
         """Names of the inputs that travel; those that are one tensor stand together and travel once."""
-        self.noise_batches = share.ranks
         self.narrow = {"plain_value", *_MOVING}
         values = shape.batch * shape.heads
         self.all_pairs = values * share.whole.total_pairs

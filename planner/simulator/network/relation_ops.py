@@ -40,7 +40,6 @@ class SimulatedRelations:
         self.sources = sources
         self.logit_tiles, self.value_tiles, self.terms = logit_tiles, value_tiles, terms
         self.half = self.sizes.value < self.sizes.accumulator
-        self.noise_batches = 1  # Batches of which dropout draws the noise at once.
         self.narrow = {"plain_value"}  # Sources whose gradients have the values' dtype from the start.
         self.buffers: dict[str, Storage] = {}
         self.received: dict[str, Storage] = {}
@@ -170,7 +169,7 @@ class SimulatedRelations:
     def _drop(self) -> None:
         """Simulate dropout of the attention weights; without dropout values are multiplied by the attention itself."""
         if self.shape.dropout:
-            noise = self.tape.new(self.noise_batches * self.shape.pairs * self.sizes.value, TEMPORARY)
+            noise = self.tape.new(self.shape.pairs * self.sizes.value, TEMPORARY)
             self._open("weights", self.shape.pairs * self.sizes.value, ATTENTION_WEIGHTS)
             del noise
 
@@ -307,7 +306,7 @@ class SimulatedRelations:
     def _softmax_backward(self) -> None:
         shape, sizes = self.shape, self.sizes
         if shape.dropout:
-            noise = self.noise_batches * shape.pairs * sizes.value
+            noise = shape.pairs * sizes.value
             self._transient(noise, shape.pairs * sizes.accumulator if self.half else 0)
         self.buffers.pop("weights", None)
         # Half-precision weights are widened and multiplied by the row sums in a third tensor.

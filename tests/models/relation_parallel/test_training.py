@@ -38,6 +38,9 @@ def test_ranks_that_share_out_relations_equal_one_process(tmp_path: Path) -> Non
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     assert_layers_equal(ranks)
     assert_networks_equal(ranks)
+    for found in ranks:  # The output, and the gradient of the rows.
+        differences = found["2 x 2 ranks: dropout"]["differences"]
+        assert len(differences) == 2 and max(differences.values()) <= TOLERANCE
     assert_bytes_are_predicted(ranks)
     assert ranks[0]["errors"] == ERRORS
     assert ranks[3]["text"].strip() == "rank 3 of 4, 2 of 9 relations"
