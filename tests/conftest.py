@@ -211,6 +211,17 @@ def are_ops_compiling() -> bool:
     return COMPILING in os.environ and Path(os.environ[COMPILING]).exists()
 
 
+@pytest.fixture(autouse=True)
+def world_of_its_own() -> Iterator[None]:
+    """Lightning and others leave a rank's variables in the environment, which a later test's job would inherit."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    yield
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
+
+
 @pytest.fixture
 def root() -> Path:
     """Root folder of the repository."""
