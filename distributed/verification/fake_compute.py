@@ -52,6 +52,17 @@ def _zero_self(target: Tensor, *_: Any, **__: Any) -> Tensor:
     return target.zero_()
 
 
+def _new_widened_sum(
+    x: Tensor, dims: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    if dtype in (None, x.dtype) or not dims:
+        same: Tensor = _aten.sum.dim_IntList(x, dims, keepdim, dtype=dtype)
+        return same
+    summed = {dim % x.ndim for dim in dims}
+    shape = [1 if n in summed else size for n, size in enumerate(x.shape) if keepdim or n not in summed]
+    return x.new_zeros(shape, dtype=dtype)
+
+
 def _replacements() -> dict[Any, Callable[..., Tensor]]:
     found: dict[Any, Callable[..., Tensor]] = {
         _aten.mm.default: _new_product,
@@ -72,11 +83,17 @@ class FakeCompute(TorchDispatchMode):
     """While it is active, matrix products and random values are zeros, allocated as torch allocates them.
 
     The scratch memory of CPU kernels within a product is not allocated.
+
+    Args:
+        like_gpu: to sum values in a wider dtype allocates nothing but the sums, as on a GPU: a CPU widens all values
+            first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, like_gpu: bool = False) -> None:
         super().__init__()
         self._replacements = _replacements()
+        if like_gpu:
+            self._replacements[_aten.sum.dim_IntList] = _new_widened_sum
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every operation."""

@@ -101,7 +101,7 @@ class RehearsalTrainer(Trainer):
             if self.for_gpu and hasattr(torch.nn.functional, "grouped_mm"):
                 stack.enter_context(replaced(ops.batched, "choose_products", lambda *_: ops.GroupedProducts()))
             if not self.compute:
-                stack.enter_context(FakeCompute())
+                stack.enter_context(FakeCompute(like_gpu=self.for_gpu))
             yield
 
     def timed(self, phase: RunPhase, name: str, work: Callable[[], None]) -> None:

@@ -85,8 +85,9 @@ def test_a_rank_of_a_group_that_shares_out_the_relations_holds_what_is_predicted
     for name in STATES:
         predicted, measured = rows[name]
         assert measured == pytest.approx(predicted, rel=1e-3), name
-    predicted, measured = rows["peak of backward"]
-    assert 0.95 * measured < predicted < 1.1 * measured
+    for phase in ("forward", "backward"):
+        predicted, measured = rows[f"peak of {phase}"]
+        assert measured <= predicted < 1.15 * measured, phase
 
 
 def test_a_rank_of_a_larger_world_holds_what_is_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
