@@ -294,7 +294,7 @@ def _states(terms: _Terms, bounds: WeightsBound) -> None:
 
 def _running(terms: _Terms) -> int:
     """Full modules and their gradients, and the copies that collectives make."""
-    zero, world_size, module, width = terms.zero, terms.replicas, terms.module, terms.width
+    zero, replicas, module, width = terms.zero, terms.replicas, terms.module, terms.width
     ahead = reused = 0
     if zero.prefetch_bucket_elements:
         ahead = 2 * min(zero.max_live_elements + module, zero.prefetch_bucket_elements + module)
@@ -302,10 +302,10 @@ def _running(terms: _Terms) -> int:
         reused = min(terms.volumes.gathered, zero.max_reuse_distance_elements + module)
     whole = (module + ahead + reused) * width + (2 * (module + ahead) if zero.quantized_weights else 0)
     # The two tensors of a tile of logits are gathered into one buffer and copied out of it.
-    coordinator = (module + (module if terms.on_cpu else ceil_div(module, world_size))) * width
+    coordinator = (module + (module if terms.on_cpu else ceil_div(module, replicas))) * width
     reduced = max(zero.reduce_bucket_elements, terms.largest)
-    share = ceil_div(reduced, world_size) * (terms.accumulation_width + terms.master_width)
-    share += min(ceil_div(terms.largest, world_size), NORM_ELEMENTS) * NORM_BYTES if terms.offloaded else 0
+    share = ceil_div(reduced, replicas) * (terms.accumulation_width + terms.master_width)
+    share += min(ceil_div(terms.largest, replicas), NORM_ELEMENTS) * NORM_BYTES if terms.offloaded else 0
     share += reduced if zero.quantized_gradients else 0
     reducing = module * width + reduced * width * (2 if terms.on_cpu else 1) + share
     return whole + max(coordinator, reducing)
@@ -335,13 +335,13 @@ def _stage_0(terms: _Terms, bounds: WeightsBound) -> None:
 
 
 def _stages_1_and_2(terms: _Terms, bounds: WeightsBound) -> None:
-    zero, training, world_size, largest = terms.zero, terms.training, terms.replicas, terms.largest
+    zero, training, replicas, largest = terms.zero, terms.training, terms.replicas, terms.largest
     width, wide, elements = terms.width, terms.master_width, terms.volumes.elements
-    share = ceil_div(elements, 2 * world_size) * 2
+    share = ceil_div(elements, 2 * replicas) * 2
     # Elements of all parameters that the rank owns at least a part of.
     own = min(elements, share + 2 * largest)
     bucket = zero.reduce_bucket_elements * width * (2 if zero.overlap_comm and not terms.on_cpu else 1)
-    bounds.device += world_size * share * width
+    bounds.device += replicas * share * width
     several = training.gradient_accumulation_steps > 1
     gradients = (elements if zero.stage == 1 else 2 * largest) * width
     if terms.offloaded:
@@ -358,11 +358,11 @@ def _stages_1_and_2(terms: _Terms, bounds: WeightsBound) -> None:
         parts = own * (width + added)
         update = share * (terms.accumulation_width + wide + temporary * wide)
         bounds.add_transient(2 * share * wide + terms.states(share) + _copied_states(terms, share))
-    gathered = world_size * share * width if terms.on_cpu else 0
+    gathered = replicas * share * width if terms.on_cpu else 0
     bounds.running = gradients + bucket + parts
     bounds.elsewhere = max(parts + update, gathered, share * (width + wide))
     # The full model is built on the host before anything else exists.
-    made = elements * (FP32_BYTES + width) + (0 if terms.on_cpu else world_size * share * width)
+    made = elements * (FP32_BYTES + width) + (0 if terms.on_cpu else replicas * share * width)
     if terms.on_cpu:
         bounds.least = made
     else:
