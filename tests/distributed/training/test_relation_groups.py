@@ -271,7 +271,7 @@ def assert_bytes_are_planned(runs: list[Run], counted: list[list[dict[str, int]]
         passes, group = training.gradient_accumulation_steps, run.relation_ranks
         for rank, found in enumerate(counted):
             batch = {"ranks": group, "batch": training.micro_batch, "value_bytes": size, "rank": rank % group}
-            batch["dropout_ranks"] = len(counted)
+            batch["dropout_ranks"] = run.ranks
             sent = found[number]
             assert sent["exchanged"] == passes * relation_parallel_traffic(plan.model, **batch).total, (run, rank)
             reduced = 2 * (group - 1) * sent["reduced"] // group

@@ -32,7 +32,7 @@ GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gat
 
 
 class SentInGroup:
-    """Counts the bytes that this rank hands to the collectives of one group while it is active."""
+    """Counts the bytes that this rank hands to the collectives of one group, and the seeds for all ranks."""
 
     def __init__(self) -> None:
         self.group: Any = None
@@ -42,6 +42,7 @@ class SentInGroup:
             "all_to_all_single": self._exchange,
             "all_reduce": self._reduce,
         }
+        self._all_gather = getattr(dist, GATHER)
         for name, count in self._counts.items():
             setattr(dist, name, self._counted(getattr(dist, name), count))
 
@@ -49,6 +50,8 @@ class SentInGroup:
         def run(*arguments: Any, **options: Any) -> Any:
             if self.group is not None and options.get("group") is self.group:
                 count(*arguments)
+            elif self.group is not None and collective is self._all_gather and options.get("group") is dist.group.WORLD:
+                self.exchanged += (dist.get_world_size() - 1) * arguments[1].nbytes
             return collective(*arguments, **options)
 
         return run
