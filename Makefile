@@ -16,8 +16,8 @@ SOURCES := planner models distributed reports cli
 demo: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
 
-# Tests that start ranks run last; DeepSpeed's ops compile while the others run, which takes minutes.
-# Tests that start ranks wait half of the time: two sessions more than there are cores, but at most eight.
+# Tests that start ranks begin when DeepSpeed's ops are compiled, which takes minutes; then half of the workers run them.
+# They wait half of the time: two workers more than there are cores, but at most eight.
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores < 7 ? cores + 2 : 8 )))
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist load --no-loadscope-reorder
 FAST := --ignore tests/integration --ignore tests/browser --ignore tests/docs --ignore tests/scripts \
