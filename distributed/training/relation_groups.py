@@ -96,7 +96,7 @@ def average_over_group(network: nn.Module, mesh: RelationMesh) -> None:
     for parameter in network.parameters():
         if id(parameter) in owned:
             # DeepSpeed counts such a parameter on all ranks of a group, the others on its first rank.
-            parameter.model_parallel = True  # type: ignore[attr-defined]
+            parameter.model_parallel = True  # type: ignore[attr-defined]  # an attribute that only DeepSpeed knows
             parameter.register_hook(scale)
         else:
             parameter.register_hook(average)

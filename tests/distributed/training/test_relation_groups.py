@@ -265,6 +265,7 @@ def assert_shared_parameters_are_the_same(run: Run) -> None:
 def assert_bytes_are_planned(runs: list[Run], counted: list[list[dict[str, int]]]) -> None:
     for number, run in enumerate(runs):
         plan = load_plan(run.plan)
+        assert all(found[number]["layers_that_drop_as_one_rank"] == plan.model.depth for found in counted)
         training, size = plan.training, 2 if plan.training.precision == "bf16" else 4
         if run.checkpoint is not None or plan.model.checkpointing != "none":
             continue  # The counted step was done before; recomputation exchanges more.

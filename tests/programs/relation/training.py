@@ -24,6 +24,7 @@ from translution.distributed.profiling.recorder import RunPhase, run_phase
 from translution.distributed.runs.folder import CHECKPOINT, make_run_folders, set_first_weights
 from translution.distributed.runs.mode import RunMode
 from translution.distributed.training.trainer import Trainer
+from translution.models.layers import OwnedTables
 from translution.planner.plans.plan import load_plan
 
 COUNTED_STEP = 1
@@ -104,7 +105,13 @@ def run_job(job: dict[str, Any], counter: SentInGroup) -> dict[str, int]:
     for folder in trainer.engine.swap_folders.values():
         folder.remove()
     sub_groups = getattr(trainer.engine.deepspeed_engine.optimizer, "fp16_groups", [])
-    return {"exchanged": counter.exchanged, "reduced": counter.reduced, "sub_groups": len(sub_groups)}
+    groups_of_dropout = [x.group.dropout_ranks for x in trainer.engine.module.modules() if isinstance(x, OwnedTables)]
+    return {
+        "exchanged": counter.exchanged,
+        "reduced": counter.reduced,
+        "sub_groups": len(sub_groups),
+        "layers_that_drop_as_one_rank": sum(ranks is dist.group.WORLD for ranks in groups_of_dropout),
+    }
 
 
 def main() -> None:
