@@ -30,7 +30,7 @@ POLL_SECONDS = 0.2
 STACKS_SECONDS = 1.0
 """Seconds in which ranks print their stacks."""
 HUNG_SECONDS = 20.0
-"""Seconds after which ranks that have been asked to save must move, if one hung."""
+"""Seconds in which ranks that have been asked to save, because one hung, must begin another phase; saving takes longer."""
 _WAIT_MESSAGE_SECONDS = 15.0
 """Seconds between two messages about what a stopping run waits for."""
 
@@ -193,13 +193,13 @@ def _save_hung(process: subprocess.Popen[bytes], watch: RankWatch, hang: str, on
 
 
 def wait_for_moves(process: subprocess.Popen[bytes], watch: RankWatch) -> bool:
-    """Wait for the end of ranks that were asked to save, as long as one of them goes on.
+    """Wait for the end of ranks that were asked to save after one hung, as long as one of them goes on.
 
     Returns:
         True if all have ended.
     """
     moved, since = watch.count_moves(), time.monotonic()
-    while process.poll() is None and time.monotonic() - since < HUNG_SECONDS:
+    while process.poll() is None and time.monotonic() - since < watch.limit_after_request(HUNG_SECONDS):
         time.sleep(POLL_SECONDS)
         if (now := watch.count_moves()) != moved:
             moved, since = now, time.monotonic()

@@ -237,6 +237,20 @@ class RankWatch:
         found = [read_progress(self.run, rank) for rank in range(self.world_size)]
         return sum(progress.moves for progress in found if progress is not None)
 
+    def limit_after_request(self, stand_still_s: float) -> float:
+        """Return the seconds for which ranks may stand still that were asked to save after one of them hung.
+
+        While one of them saves that is the limit of saving, unless one hung in it.
+
+        Args:
+            stand_still_s: the limit in other phases.
+        """
+        if self.limits is None or (self.hung is not None and self.hung.phase == Phase.SAVE):
+            return stand_still_s
+        found = [read_progress(self.run, rank) for rank in range(self.world_size)]
+        saving = any(progress is not None and progress.phase == Phase.SAVE for progress in found)
+        return max(stand_still_s, self.limits.slow_s) if saving else stand_still_s
+
     def describe(self) -> str:
         """Say where every rank is, those that are furthest behind first: what a run waits for."""
         found = [read_progress(self.run, rank) for rank in range(self.world_size)]
