@@ -335,35 +335,57 @@ def _stage_0(terms: _Terms, bounds: WeightsBound) -> None:
 
 
 def _stages_1_and_2(terms: _Terms, bounds: WeightsBound) -> None:
-    zero, training, replicas, largest = terms.zero, terms.training, terms.replicas, terms.largest
+    training, replicas, largest = terms.training, terms.replicas, terms.largest
     width, wide, elements = terms.width, terms.master_width, terms.volumes.elements
     share = ceil_div(elements, 2 * replicas) * 2
     # Elements of all parameters that the rank owns at least a part of.
     own = min(elements, share + 2 * largest)
-    bucket = zero.reduce_bucket_elements * width * (2 if zero.overlap_comm and not terms.on_cpu else 1)
     bounds.device += replicas * share * width
     several = training.gradient_accumulation_steps > 1
-    gradients = (elements if zero.stage == 1 else 2 * largest) * width
+    running, update = _gradients(terms, bounds, share, own)
     if terms.offloaded:
         pieces = [share * wide, share * wide, share * width, largest * width, own * width * several]
         bounds.pinned += sum(map(next_power_of_two, pieces)) if terms.locks else 0
         bounds.host += terms.states(share) + (0 if terms.locks else sum(pieces))
         bounds.device += largest * width
-        parts, update = largest * NORM_BYTES, 0
         bounds.add_transient(2 * share * wide)
     else:
         temporary = temporary_tensors(training, on_cpu=terms.on_cpu, offloaded=False)
         bounds.device += share * wide + terms.states(share)
-        added = terms.accumulation_width if several or terms.accumulation_width != width else 0
-        parts = own * (width + added)
-        update = share * (terms.accumulation_width + wide + temporary * wide)
+        update += temporary * share * wide
         bounds.add_transient(2 * share * wide + terms.states(share) + _copied_states(terms, share))
     gathered = replicas * share * width if terms.on_cpu else 0
-    bounds.running = gradients + bucket + parts
-    bounds.elsewhere = max(parts + update, gathered, share * (width + wide))
+    bounds.running = running
+    bounds.elsewhere = max(update, gathered, share * (width + wide), elements * width)
     # The full model is built on the host before anything else exists.
     made = elements * (FP32_BYTES + width) + (0 if terms.on_cpu else replicas * share * width)
     if terms.on_cpu:
         bounds.least = made
     else:
         bounds.add_transient(made)
+
+
+def _gradients(terms: _Terms, bounds: WeightsBound, share: int, own: int) -> tuple[int, int]:
+    """Add the gradients that stages 1 and 2 keep between steps; return those of a micro-batch and of the update."""
+    zero, width, wide = terms.zero, terms.width, terms.accumulation_width
+    elements, largest, bucket = terms.volumes.elements, terms.largest, zero.reduce_bucket_elements
+    filled = bucket * (2 if zero.overlap_comm and not terms.on_cpu else 1)
+    norm = largest * NORM_BYTES if terms.offloaded else 0
+    if terms.sums_all_gradients:
+        flat = terms.replicas * share
+        bounds.device += flat * wide
+        return elements * width + largest * wide + flat * width, elements * width
+    # Each rank's slice of a bucket is a tensor, and the reduction joins them again.
+    produced, joined, first = 2 * largest * width, bucket * width, zero.stage == 1
+    if terms.widens_gradients:
+        filled *= wide if first else width
+        joined += (bucket if first else 0) * wide + largest * wide
+        produced += (elements if first else 0) * wide
+        kept = share * wide
+        widened = share * terms.master_width if wide != terms.master_width and not terms.offloaded else 0
+        return produced + filled + joined + norm + kept, kept + widened + filled
+    produced = elements * width if first else produced
+    several = terms.training.gradient_accumulation_steps > 1
+    parts = norm if terms.offloaded else own * width * (1 + several)
+    update = 0 if terms.offloaded else share * (wide + terms.master_width)
+    return produced + filled * width + joined + parts, parts + update

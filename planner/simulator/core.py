@@ -289,6 +289,7 @@ class Tape:
         """True once a recomputed block has everything that backward needs: later operations record a node but compute
         nothing, as torch's checkpoint stops early."""
         self._nodes: list[Node] | None = []
+        self._waiting: list[Callable[[], None]] = []
 
     def new(self, size: int, what: str = "activations") -> Storage:
         """Allocate a storage of ``size`` bytes."""
@@ -336,6 +337,13 @@ class Tape:
             last = self._step(self._nodes.pop())
         return last
 
+    def after(self, call: Callable[[], None]) -> None:
+        """Call this as soon as what the running operation has saved, and its gradient, are freed.
+
+        So does autograd with the functions that accumulate a parameter's gradient, and with their hooks.
+        """
+        self._waiting.append(call)
+
     def _step(self, node: Node) -> Storage | None:
         """Run the backward of one operation; its saved storages and its gradient are freed when this returns."""
         saved, node.saved = node.saved, ()
@@ -352,5 +360,10 @@ class Tape:
             elif source.grad is self.outer:
                 source.grad = self.new(result.size, result.what)
             # Otherwise a second gradient is added to the first one in place.
-        del saved
-        return None if node.inputs else grad
+        del saved, backward
+        last = None if node.inputs else grad
+        del grad
+        for call in self._waiting:
+            call()
+        self._waiting.clear()
+        return last

@@ -15,6 +15,7 @@ from .engine.base import SIMULATED_MICRO_BATCHES, EngineConfig, SimulatedEngine
 from .engine.fsdp2 import Fsdp2Engine
 from .engine.stage0_1_2 import Stage0Engine, Stage12Engine
 from .engine.stage3 import Stage3Engine
+from .engine.wide_gradients import Bf16OptimizerEngine, WideGradientsEngine
 from .network.group_share import GroupShare, largest_places
 from .network.model import (
     MICRO_BATCHES,
@@ -63,7 +64,9 @@ def _engine(memory: RankMemory, config: EngineConfig, network: SimulatedNetwork)
     if zero.stage == 0:
         return Stage0Engine(memory, config, network)
     if zero.stage < 3:
-        return Stage12Engine(memory, config, network)
+        if config.sums_all_gradients:
+            return Bf16OptimizerEngine(memory, config, network)
+        return (WideGradientsEngine if config.widens_gradients else Stage12Engine)(memory, config, network)
     if not (zero.prefetch_bucket_elements or zero.max_reuse_distance_elements):
         return Stage3Engine(memory, config, network)
     order = _Order(network)

@@ -83,6 +83,20 @@ class EngineConfig:
         return DTYPE_BYTES[self.training.accumulation_dtype]
 
     @property
+    def widens_gradients(self) -> bool:
+        """Whether gradients are accumulated in a wider dtype than that of the parameters."""
+        return self.accumulation_width > self.width
+
+    @property
+    def sums_all_gradients(self) -> bool:
+        """Whether each rank adds all gradients to a flat fp32 buffer: ZeRO-1 in bf16 without offload does.
+
+        Source: DeepSpeed 0.19.8, `DeepSpeedEngine._do_optimizer_sanity_check` and runtime/bf16_optimizer.py.
+        """
+        in_place = self.zero.offload_optimizer.device == "none"
+        return self.widens_gradients and self.zero.stage == 1 and self.training.precision == "bf16" and in_place
+
+    @property
     def master_width(self) -> int:
         """Bytes of a master parameter element."""
         return widths(self.training)[0]

@@ -6,7 +6,7 @@ runtime/zero/stage_1_and_2.py, function by function, and traces of torch's alloc
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ...common.units import FP32_BYTES
 from ..core import ModuleParams, RankMemory, Storage
@@ -129,10 +129,7 @@ class Stage12Engine(SimulatedEngine):
     def gradients(self, weights: ModuleParams, grads: list[Storage]) -> None:
         """Reduce gradients bucket by bucket at stage 2; at stage 1 keep them until backward has ended."""
         if self.bucket is None:
-            size = self.config.zero.reduce_bucket_elements * self.config.width
-            # With overlap_comm one bucket is filled while another stream reduces the other one.
-            double = self.config.zero.overlap_comm and not self.memory.on_cpu
-            self.bucket = Storage(self.memory.device, BUCKET, size * (1 + double))
+            self.bucket = self.make_bucket(self.config.width)
         if not self.partitions_gradients:
             # Gradients of later micro-batches are added to the first ones.
             self.waiting.setdefault(id(weights), list(grads))
@@ -140,26 +137,50 @@ class Stage12Engine(SimulatedEngine):
             return
         self._fill(weights, grads)
 
+    def make_bucket(self, width: int) -> Storage:
+        """Allocate the bucket, or with ``overlap_comm`` two: one is filled while another stream reduces the other one.
+
+        Args:
+            width: bytes of an element.
+        """
+        double = self.config.zero.overlap_comm and not self.memory.on_cpu
+        return Storage(self.memory.device, BUCKET, self.config.zero.reduce_bucket_elements * width * (1 + double))
+
     def _fill(self, weights: ModuleParams, grads: list[Storage]) -> None:
-        """Copy gradients into the bucket one by one; reduce the bucket when the next gradient does not fit."""
-        for offset, numel in enumerate(weights.numels):
-            waiting = sum(self.numels[number] for number in self.in_bucket)
-            if waiting + numel > self.config.zero.reduce_bucket_elements:
+        """Copy gradients into the bucket one by one; reduce the bucket when the next gradient does not fit.
+
+        A bias comes before its weight, whose gradient autograd transposes first.
+        """
+        first, numels = self.first[id(weights)], weights.numels
+        order = sorted(range(len(numels)), key=numels.__getitem__)
+        waiting = [grads[offset] for offset in order]
+        grads.clear()
+        for offset in order:
+            filled = sum(self.numels[number] for number in self.in_bucket)
+            if filled + numels[offset] > self.config.zero.reduce_bucket_elements:
                 self._reduce()
-            self.in_bucket.append(self.first[id(weights)] + offset)
-            grads.pop(0)
+            self.in_bucket.append(first + offset)
+            del waiting[0]
 
     def _reduce(self) -> None:
         """Reduce the bucket over ranks and copy the rank's own part out of it."""
         memory, config = self.memory, self.config
-        if self.offloaded:
-            # Each gradient is squared in fp64 on its way to the host.
-            largest = max((self.numels[number] for number in self.in_bucket), default=0)
-            memory.add_transient((memory.device, NORM, largest * NORM_BYTES))
+        owners = [owner for number in self.in_bucket for owner in self.owners(number)]
+        if any(owner != following for owner, following in pairwise(owners)):
+            # Each rank's slice of the bucket is a tensor, and the reduction joins them again.
+            elements = sum(self.numels[number] for number in self.in_bucket)
+            memory.add_transient((memory.device, REDUCE_COPIES, elements * config.width))
+        self.note_norms(self.in_bucket)
         owns = config.replica is None or any(config.replica in self.owners(number) for number in self.in_bucket)
         self.in_bucket.clear()
         if self.part is None and owns and not self.offloaded:
             self.part = Storage(memory.device, SHARED_GRADIENTS, self.overlapping * config.width)
+
+    def note_norms(self, numbers: list[int]) -> None:
+        """Square each of these parameters' gradients in fp64 on its way to the host."""
+        if self.offloaded:
+            largest = max((self.numels[number] for number in numbers), default=0)
+            self.memory.add_transient((self.memory.device, NORM, largest * NORM_BYTES))
 
     def owners(self, number: int) -> range:
         """Return the ranks whose partitions contain elements of a parameter."""

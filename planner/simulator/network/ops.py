@@ -128,6 +128,19 @@ def pass_gradients(tape: Tape, weights: ModuleParams, grads: list[Storage]) -> N
     tape.hooks.gradients(weights, grads)
 
 
+def accumulate_gradients(tape: Tape, weights: ModuleParams, grads: list[Storage]) -> None:
+    """Pass the gradients to the engine, and release the parameters, when what the operation has saved is freed.
+
+    The list holds the only reference to each gradient.
+    """
+
+    def accumulate() -> None:
+        pass_gradients(tape, weights, grads)
+        tape.hooks.release(weights, backward=True)
+
+    tape.after(accumulate)
+
+
 def cast_parameters(tape: Tape, weights: ModuleParams, sizes: DtypeSizes) -> list[Tensor]:
     """Return casts of a module's parameters for its products; an empty list without autocast.
 
@@ -201,9 +214,7 @@ def linear(
         if casts_back:
             tape.hooks.release(weights, backward=True)
             return (given, *grads)
-        pass_gradients(tape, weights, grads)
-        del grads
-        tape.hooks.release(weights, backward=True)
+        accumulate_gradients(tape, weights, grads)
         return (given,)
 
     casts_back = len(casts)
@@ -254,9 +265,7 @@ def _recasting_linear(
             given_grad = tape.new(rows * d_in * given.value, GRADIENTS)
         for number, numel in enumerate(weights.numels):
             grads[number] = tape.new(numel * sizes.parameter, WEIGHT_GRADIENTS)
-        pass_gradients(tape, weights, grads)
-        del grads
-        tape.hooks.release(weights, backward=True)
+        accumulate_gradients(tape, weights, grads)
         return (given_grad,)
 
     return tape.result(out, (x,), backward, saved)
@@ -292,9 +301,10 @@ def layer_norm(
         given = tape.new(rows * width * sizes.value, GRADIENTS) if wanted else None
         copy = tape.new(copies, TEMPORARY)
         block = tape.new(statistics * sizes.threads * width * sizes.accumulator, TEMPORARY)
-        weight_gradients(tape, weights, sizes.parameter)
+        accumulate_gradients(
+            tape, weights, [tape.new(numel * sizes.parameter, WEIGHT_GRADIENTS) for numel in weights.numels]
+        )
         del copy, block
-        tape.hooks.release(weights, backward=True)
         return (given,)
 
     return tape.result(out, (x,), backward, saved)
