@@ -81,7 +81,7 @@ def describe_item(name: str, config: EngineConfig) -> tuple[str, str]:
             f"{training.states_dtype} {state_name(training)} of {training.optimizer}, {shared(1)}",
             "torch/optim, ops/adam",
         ),
-        names.SHARED_GRADIENTS: (f"{training.accumulation_dtype} accumulator, {shared(2)}", f"{_ZERO3}:791"),
+        names.SHARED_GRADIENTS: _describe_gradients(config, shared(2)),
         names.STEP_GRADIENTS: (f"a sub-group's gradients in {training.master_dtype} for the update", f"{_ZERO3}:2683"),
         names.BUCKET: (f"reduce_bucket_size in {training.precision}", f"{optimizer}:780"),
         WEIGHT_GRADIENTS: (f"{training.precision} gradients of parameters that are not yet reduced", "torch autograd"),
@@ -97,3 +97,15 @@ def describe_item(name: str, config: EngineConfig) -> tuple[str, str]:
         names.OFFLOAD_COPIES: ("the share of parameters, and the largest gradient twice", f"{_ZERO12}:700"),
     }
     return texts.get(name, (name, "planner/simulator"))
+
+
+def _describe_gradients(config: EngineConfig, share: str) -> tuple[str, str]:
+    """Return formula and source of the gradients that wait for the step."""
+    dtype, below_3 = config.training.accumulation_dtype, config.zero.stage in (1, 2)
+    if config.sums_all_gradients:
+        return f"{dtype} accumulator of all parameters, full", "runtime/bf16_optimizer.py:180"
+    if below_3 and config.widens_gradients:
+        return f"{dtype} accumulator, as large as the rank's share of all parameters joined", f"{_ZERO12}:1268"
+    if below_3:
+        return f"{dtype} gradients of the tensors of which the rank owns a part", f"{_ZERO12}:2184"
+    return f"{dtype} accumulator, {share}", f"{_ZERO3}:791"
