@@ -22,6 +22,13 @@ REST_COLOUR = "#8a8f98"
 FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
 
 
+class ChartRows(alt.InlineData):
+    """Rows that all parts of a chart share. Altair would copy each value again and again as it puts parts together."""
+
+    def __deepcopy__(self, memo: object = None) -> ChartRows:
+        return self
+
+
 def config(ink: str, faint: str, page: str, legend_columns: int) -> dict[str, Any]:
     """Return the Vega-Lite configuration for an output format.
 
