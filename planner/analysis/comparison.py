@@ -22,7 +22,7 @@ from ..hardware.catalog import find_gpu, load_catalog
 from ..hardware.cluster import ClusterSpec, named_cluster
 from ..memory.estimate import gathered_floor_bytes, saved_bytes
 from ..plans.defaults import choose_tile
-from ..search.advice import largest_that_fits, min_utilization
+from ..search.advice import can_fit, largest_that_fits
 from ..search.searcher import Searcher
 from ..search.space import SearchConstraints
 from ..simulator.network.ops import DtypeSizes
@@ -153,7 +153,7 @@ def smallest_cluster(
 ) -> ClusterSpec | None:
     """First of `growing_clusters` that trains a model with one sample per rank; None if none does."""
     for cluster in growing_clusters(gpu):
-        if min_utilization(spec, cluster, training, constraints) <= 1:
+        if can_fit(spec, cluster, training, constraints):
             return cluster
     return None
 
@@ -302,7 +302,7 @@ def thresholds(spec: ModelSpec, gpu: str, training: TrainingSpec, axes: Sequence
         for cluster in full_nodes:
 
             def fits(step: int, axis: Axis = axis, cluster: ClusterSpec = cluster) -> bool:
-                return min_utilization(scaled(model, axis, step)[1], cluster, training, NO_OFFLOAD) <= 1
+                return can_fit(scaled(model, axis, step)[1], cluster, training, NO_OFFLOAD)
 
             step = largest_that_fits(fits, 1, 8 * max(_steps(spec, axis)))
             largest = None if step is None else scaled(model, axis, step)[0]

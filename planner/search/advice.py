@@ -64,10 +64,8 @@ class HybridRow(Schema):
     """Fields of the model spec that make the hybrid."""
 
 
-def min_utilization(
-    spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, constraints: SearchConstraints
-) -> float:
-    """Lowest utilization at micro-batch 1; stops at the first setup that fits, so a value ≤ 1 is an upper bound.
+def can_fit(spec: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, constraints: SearchConstraints) -> bool:
+    """Return whether any setup fits at micro-batch 1: some strategy, tile size and checkpointing.
 
     Args:
         spec: the model.
@@ -79,27 +77,26 @@ def min_utilization(
     one = training.model_copy(
         update={"micro_batch": _least_micro_batch(constraints, cluster), "gradient_accumulation_steps": 1}
     )
-    setups = sorted(
-        (
-            (capacity.peak_utilization(bound_memory(run)), run)
-            for run in _minimal_setups(spec, cluster, one, constraints)
-        ),
-        key=lambda entry: entry[0],
-    )
-    if not setups:
-        return float("inf")
+    setups = []
+    # The last strategies need the least memory on the device.
+    for run in reversed(list(_minimal_setups(spec, cluster, one, constraints))):
+        utilization = capacity.peak_utilization(bound_memory(run))
+        if utilization <= 1:
+            return True
+        setups.append((utilization, run))
+    setups.reverse()
+    setups.sort(key=lambda entry: entry[0])
     # A setup that the upper bound rejects by a small margin may still fit when it is simulated.
     close = [run for utilization, run in setups if utilization <= REPLAY_TOLERANCE][:REPLAYS]
-    if setups[0][0] <= 1 or not close:
-        return setups[0][0]
     # A rank's memory does not depend on the node's capacity: without it, equal runs share one cached simulation.
     same = cluster.model_copy(update={"host_memory_bytes": 1, "nvme_bytes": None})
-    lowest = float("inf")
-    for run in close:
-        lowest = min(lowest, capacity.simulated_utilization(estimate_memory(run.replace(cluster=same))))
-        if lowest <= 1 or lowest > HOPELESS_UTILIZATION:
-            break
-    return lowest
+    for number, run in enumerate(close):
+        utilization = capacity.simulated_utilization(estimate_memory(run.replace(cluster=same)))
+        if utilization <= 1:
+            return True
+        if number == 0 and utilization > HOPELESS_UTILIZATION:
+            return False
+    return False
 
 
 def _least_micro_batch(constraints: SearchConstraints, cluster: ClusterSpec) -> int:
@@ -174,7 +171,7 @@ class FixAdvisor:
         constraints = constraints or self.constraints
         if constraints.tile_relations is not None and constraints.tile_relations > table_entries(spec):
             constraints = constraints.model_copy(update={"tile_relations": None})
-        return min_utilization(spec, cluster or self.cluster, self.training, constraints) <= 1
+        return can_fit(spec, cluster or self.cluster, self.training, constraints)
 
     def all(self) -> tuple[Advice, ...]:
         """All advice, cheapest change first."""

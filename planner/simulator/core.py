@@ -76,6 +76,18 @@ class MemoryTracker:
         if self.events is not None:
             self.events.append((self._phase, self.site, what, -size))
 
+    def visit(self, what: str, *sizes: int) -> None:
+        """Add live bytes of a category together, and subtract them again."""
+        if self.events is None:
+            # Without a record only the sum counts, and only where it is a new peak.
+            sizes = (sum(sizes),)
+            if self.total + sizes[0] < self._peak and what in self.live:
+                return
+        for size in sizes:
+            self.allocate(what, size)
+        for size in reversed(sizes):
+            self.free(what, size)
+
     def _note(self) -> None:
         """Store the composition of the phase's peak; called when bytes are about to be freed after a new peak."""
         noted = self.peaks.get(self._phase)
@@ -294,6 +306,11 @@ class Tape:
     def new(self, size: int, what: str = "activations") -> Storage:
         """Allocate a storage of ``size`` bytes."""
         return Storage(self.memory, what, 0 if self.stopped else size)
+
+    def new_transient(self, what: str, *sizes: int) -> None:
+        """Allocate storages together, those of 0 bytes left out, and free them at once."""
+        if any(sizes):
+            self.memory.visit(what, *(0 if self.stopped else size for size in sizes if size))
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:

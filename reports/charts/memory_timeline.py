@@ -19,7 +19,7 @@ from translution.planner.common import GIB, KIB, MIB, TIB, format_bytes
 from translution.planner.memory import Timeline, TimelinePoint
 from translution.planner.simulator.network import ACTIVATIONS
 
-from ..render.vega import COLOURS, REST_COLOUR
+from ..render.vega import COLOURS, REST_COLOUR, ChartRows
 from .timeline_zoom import ROOM, Zoom, zoom_choices
 
 CHART_WIDTH, CHART_HEIGHT = 860, 340
@@ -166,7 +166,7 @@ def _rows(timeline: Timeline, series: _Series, position: Callable[[int], float])
     return [*rows, rows[-1] | {"x": 1.0}]
 
 
-def _areas(data: alt.InlineData, series: _Series, at_peak: Sequence[int], unit: int) -> alt.Chart:
+def _areas(data: ChartRows, series: _Series, at_peak: Sequence[int], unit: int) -> alt.Chart:
     """Return the areas: by size in the legend, but constant categories at the bottom, so that their edges are level."""
     keys = series.keys
     sized = zip(keys, series.names, at_peak, strict=True)
@@ -195,7 +195,7 @@ def _bytes_text(field: str) -> str:
     return text
 
 
-def _hover(data: alt.InlineData, series: _Series, name: str) -> alt.Chart:
+def _hover(data: ChartRows, series: _Series, name: str) -> alt.Chart:
     """Return a bar over each point whose tooltip shows all sizes at that point."""
     hovered = alt.selection_point(name=name, on="pointerover", clear="pointerout", empty=False)
     texts = {"all_text": _bytes_text("all")} | {f"{key}_text": _bytes_text(key) for key in series.keys}
@@ -225,7 +225,7 @@ def _bands(timeline: Timeline, position: Callable[[int], float], zoom: Zoom) -> 
         {"x": begin, "x2": begin + share, "dark": number % 2, "name": "\n".join([" "] * (most - len(parts)) + parts)}
         for number, (begin, share, parts) in enumerate(zip(begins, shares, lines, strict=True))
     ]
-    base = alt.Chart(alt.InlineData(values=rows))
+    base = alt.Chart(ChartRows(values=rows))
     shade = alt.Opacity("dark:Q", scale=alt.Scale(domain=[0, 1], range=[0.0, 0.14]), legend=None)
     bands = base.mark_rect(color=_SHADE, clip=True).encode(x="x:Q", x2="x2:Q", opacity=shade)
     left, right = f"max(datum.x, {zoom.start})", f"min(datum.x2, {zoom.end})"
@@ -241,7 +241,7 @@ def _peak(timeline: Timeline, row: Mapping[str, Any], unit: int, zoom: Zoom) -> 
     """Return the mark of the highest point, with its size and where it is: above it, within the plot's sides."""
     x, size = (row["x"] + row["x2"]) / 2, timeline.peak_bytes
     label = {"x": x, "y": size / unit, "text": f"peak {format_bytes(size)}: {describe_point(timeline.peak)}"}
-    base = alt.Chart(alt.InlineData(values=[label])).encode(x="x:Q", y="y:Q")
+    base = alt.Chart(ChartRows(values=[label])).encode(x="x:Q", y="y:Q")
     base = base.transform_filter(f"datum.x >= {zoom.start} && datum.x <= {zoom.end}")
     point = base.mark_point(shape="triangle-down", filled=True, size=70, yOffset=-6, opacity=1, clip=True)
     half = f"min({_LETTER_WIDTH / 2 * len(label['text'])}, width / 2)"
@@ -253,7 +253,7 @@ def _peak(timeline: Timeline, row: Mapping[str, Any], unit: int, zoom: Zoom) -> 
 
 def _capacity(size: int, unit: int) -> alt.LayerChart:
     row = {"y": size / unit, "text": f"capacity {format_bytes(size)}"}
-    base = alt.Chart(alt.InlineData(values=[row])).encode(y="y:Q")
+    base = alt.Chart(ChartRows(values=[row])).encode(y="y:Q")
     text = base.mark_text(align="left", dx=4, dy=-8, clip=True).encode(x=alt.value(0), text="text:N")
     return alt.LayerChart(layer=[base.mark_rule(strokeDash=[6, 4], clip=True), text])
 
@@ -262,7 +262,7 @@ def _capacity_above(size: int, peak_bytes: int) -> alt.Chart:
     """Return the capacity as a text at the top of the plot, for a tier that is far from full."""
     row = {"text": f"\u2191 capacity {format_bytes(size)}, {size / peak_bytes:,.0f} \u00d7 the peak"}
     chart: alt.Chart = (
-        alt.Chart(alt.InlineData(values=[row]))
+        alt.Chart(ChartRows(values=[row]))
         .mark_text(align="left", baseline="top", dx=4, dy=4)
         .encode(x=alt.value(0), y=alt.value(0), text="text:N")
     )
@@ -272,7 +272,7 @@ def _capacity_above(size: int, peak_bytes: int) -> alt.Chart:
 def _predicted(line: Sequence[tuple[float, int]], unit: int) -> alt.Chart:
     """Return a line of live bytes over the areas, from pairs of a position and bytes."""
     rows = [{"x": x, "y": size / unit} for x, size in line]
-    base = alt.Chart(alt.InlineData(values=rows))
+    base = alt.Chart(ChartRows(values=rows))
     chart: alt.Chart = base.mark_line(
         interpolate="step-after", color=_LINE_COLOUR, strokeWidth=1.5, clip=True, aria=False
     ).encode(x="x:Q", y="y:Q")
@@ -292,7 +292,7 @@ def _draw(
     highest = max(timeline.peak_bytes, *(size for _, size in predicted), capacity or 0 if to_scale else 0)
     unit, unit_name = next((pair for pair in _UNITS if timeline.peak_bytes >= pair[0]), (1, "B"))
     rows = _rows(timeline, series, position)
-    data = alt.InlineData(values=rows)
+    data = ChartRows(values=rows)
     x_axis = alt.Axis(labels=False, ticks=False, grid=False)
     x = alt.X("x:Q", title=_axis_title(timeline), axis=x_axis, scale=zoom.scale_x())
     y = alt.Y("y:Q", title=f"live, {unit_name}", stack="zero", scale=zoom.scale_y())

@@ -11,7 +11,7 @@ import altair as alt
 import pandas as pd
 
 from ..inputs.training_runs import TrainingRun
-from ..render.vega import COLOURS
+from ..render.vega import COLOURS, ChartRows
 from .memory_timeline import CHART_WIDTH
 
 _MAX_POINTS = 1000
@@ -88,7 +88,7 @@ def _expected_layers(expected: Sequence[Expected], title: str, scale: alt.Scale)
     if not expected:
         return []
     rows = [{"run": each.run, "y": each.likely, "low": each.low, "high": each.high} for each in expected]
-    base = alt.Chart(alt.InlineData(values=rows))
+    base = alt.Chart(ChartRows(values=rows))
     tooltip = [alt.Tooltip("run:N"), alt.Tooltip("y:Q", title="predicted", format=".4g")]
     tooltip += [alt.Tooltip(f"{name}:Q", format=".4g") for name in ("low", "high")]
     y, low = (alt.Y(f"{name}:Q", scale=scale, title=title) for name in ("y", "low"))
@@ -125,7 +125,7 @@ def draw_figure(
     colour = alt.Color(
         "run:N", title=None, scale=alt.Scale(domain=labels, range=list(COLOURS[: len(labels)])), legend=legend
     )
-    base = alt.Chart(alt.InlineData(values=rows)).encode(x=x, y=y, color=colour)
+    base = alt.Chart(ChartRows(values=rows)).encode(x=x, y=y, color=colour)
     hovered = alt.selection_point(name="hover", on="pointerover", clear="pointerout", nearest=True, empty=False)
     tooltip = [alt.Tooltip("run:N"), alt.Tooltip("step:Q", format="d")]
     tooltip.append(alt.Tooltip("y:Q", title=figure.axis_title, format=figure.digits))
@@ -134,7 +134,7 @@ def draw_figure(
     layers = [*_expected_layers(expected, figure.axis_title, scale), base.mark_line(), points.add_params(hovered)]
     held_out = [row for run in runs for row in _evaluations(run)] if evaluated else []
     if held_out:
-        marks = alt.Chart(alt.InlineData(values=held_out)).mark_point(shape="diamond", filled=True, size=110, opacity=1)
+        marks = alt.Chart(ChartRows(values=held_out)).mark_point(shape="diamond", filled=True, size=110, opacity=1)
         accuracy = [alt.Tooltip("accuracy:N")] if any("accuracy" in row for row in held_out) else []
         marks = marks.encode(x=x, y=y, color=colour, tooltip=[*tooltip, *accuracy])
         layers.append(marks)

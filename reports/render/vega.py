@@ -22,6 +22,13 @@ REST_COLOUR = "#8a8f98"
 FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
 
 
+class ChartRows(alt.InlineData):
+    """Rows that all parts of a chart share. Altair would copy each value again and again as it puts parts together."""
+
+    def __deepcopy__(self, memo: object = None) -> ChartRows:
+        return self
+
+
 def config(ink: str, faint: str, page: str, legend_columns: int) -> dict[str, Any]:
     """Return the Vega-Lite configuration for an output format.
 
@@ -56,13 +63,19 @@ def _version() -> str:
 
 def png(spec: dict[str, Any], scale: float = 2.0) -> bytes:
     """Return the picture on a white background as PNG."""
-    picture: bytes = vl_convert.vegalite_to_png(json.dumps(spec), vl_version=_version(), config=_PAPER, scale=scale)
+    picture: bytes = vl_convert.svg_to_png(svg(spec), scale=scale)
     return picture
 
 
 def svg(spec: dict[str, Any]) -> str:
     """Return the picture on a white background as SVG."""
-    picture: str = vl_convert.vegalite_to_svg(json.dumps(spec), vl_version=_version(), config=_PAPER)
+    return _svg(json.dumps(spec))
+
+
+@lru_cache(maxsize=64)
+def _svg(spec: str) -> str:
+    """Compute a picture once for the page, the Markdown and the check of its files."""
+    picture: str = vl_convert.vegalite_to_svg(spec, vl_version=_version(), config=_PAPER)
     return picture
 
 

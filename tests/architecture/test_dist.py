@@ -66,9 +66,10 @@ def test_the_sdist_has_what_a_build_and_a_reader_need(built: dict[str, Path]) ->
 
 def test_the_wheel_installed_alone_plans(built: dict[str, Path], tmp_path: Path) -> None:
     """In a fresh environment that has only what the wheel's metadata name."""
-    venv.create(tmp_path / "venv", with_pip=True)
+    venv.create(tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", built["wheel"])
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "install", "--quiet", "--no-compile", built["wheel"])
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     words = ["plan", "vit-tiny/56", "--cluster", "2xH100", "--data", "synthetic", "--out", tmp_path / "plan"]
     run(tmp_path / "venv" / "bin" / "translution", *words, cwd=tmp_path, env=variables)
@@ -76,4 +77,5 @@ def test_the_wheel_installed_alone_plans(built: dict[str, Path], tmp_path: Path)
     plan = json.loads((tmp_path / "plan" / "plan.json").read_text())
     version = tomllib.loads((built["root"] / "pyproject.toml").read_text())["project"]["version"]
     assert plan["made_by"] == f"translution-scale {version}"
-    assert "torch" not in run(python, "-m", "pip", "list", env=variables)
+    listed = run(*pip, "list", env=variables)
+    assert "translution-scale" in listed and "torch" not in listed

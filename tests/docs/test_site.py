@@ -66,8 +66,9 @@ class Addresses(HTMLParser):
             self.loaded.append(values[LOADED[tag]])
 
 
-def written_pages(site: Path) -> list[Path]:
-    return [page for page in sorted(site.rglob("*.html")) if page.name != "404.html"]
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, Addresses]:
+    return {page: Addresses(page) for page in sorted(site.rglob("*.html")) if page.name != "404.html"}
 
 
 def test_every_page_of_the_repository_is_in_the_site(site: Path) -> None:
@@ -77,8 +78,7 @@ def test_every_page_of_the_repository_is_in_the_site(site: Path) -> None:
         assert (site / place.parent / name).exists(), place
 
 
-def test_every_link_of_the_site_leads_somewhere(site: Path) -> None:
-    pages = {page: Addresses(page) for page in written_pages(site)}
+def test_every_link_of_the_site_leads_somewhere(site: Path, pages: dict[Path, Addresses]) -> None:
     for page, addresses in pages.items():
         for address in addresses.linked:
             target, _, anchor = address.partition("#")
@@ -90,9 +90,9 @@ def test_every_link_of_the_site_leads_somewhere(site: Path) -> None:
                 assert unquote(anchor) in pages[found].anchors, f"{page.relative_to(site)}: {address}"
 
 
-def test_no_page_loads_anything_from_the_network(site: Path) -> None:
-    for page in written_pages(site):
-        for address in Addresses(page).loaded:
+def test_no_page_loads_anything_from_the_network(site: Path, pages: dict[Path, Addresses]) -> None:
+    for page, addresses in pages.items():
+        for address in addresses.loaded:
             assert not re.match(r"(?:[a-z]+:)?//", address), f"{page.relative_to(site)}: {address}"
     for sheet in site.rglob("*.css"):
         assert not re.search(r"url\([\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet.name

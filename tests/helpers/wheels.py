@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -94,3 +97,13 @@ def write_project(folder: Path) -> None:
     (folder / "constraints.txt").write_text("deepspeed==0.19.8\nsmall-lib==1.0\ntorch==2.13.0\n")
     for name in ("README.md", "LICENSE"):
         (folder / name).write_text("text\n")
+
+
+def make_environment(folder: Path, python: Path | str = sys.executable) -> Path:
+    """Make an environment with a copy of this one's pip, and return its Python; `venv` installs pip for ten seconds."""
+    subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True, capture_output=True)
+    pip = metadata.distribution("pip")
+    target = next(folder.glob("lib/python*/site-packages"))
+    for name in ("pip", f"pip-{pip.version}.dist-info"):
+        shutil.copytree(str(pip.locate_file(name)), target / name)
+    return folder / "bin" / "python"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.wheels import make_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,10 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tests' Python with pip alone: a machine without torch."""
-    folder = tmp_path_factory.mktemp("python")
     base = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"
-    subprocess.run([base if base.exists() else sys.executable, "-m", "venv", folder], check=True, capture_output=True)
-    return folder / "bin" / "python"
+    return make_environment(tmp_path_factory.mktemp("python"), base if base.exists() else Path(sys.executable))
 
 
 @pytest.fixture

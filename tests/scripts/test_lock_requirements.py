@@ -7,14 +7,13 @@ import os
 import runpy
 import shutil
 import subprocess
-import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.wheels import write_wheel
+from helpers.wheels import make_environment, write_wheel
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -125,12 +124,11 @@ def write_lock(path: Path, *wheels: Path) -> None:
 def own_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment with pip and this environment's setuptools, which builds the project."""
     folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)
-    for found in Path(metadata.distribution("setuptools").locate_file("")).glob("setuptools*"):  # type: ignore[arg-type]
-        target = next(folder.glob("lib/python*/site-packages")) / found.name
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(found, target)
-    return folder / "bin" / "python"
+    python = make_environment(folder)
+    site = Path(str(metadata.distribution("setuptools").locate_file("")))
+    for found in (*site.glob("setuptools*"), site / "_distutils_hack"):
+        shutil.copytree(found, next(folder.glob("lib/python*/site-packages")) / found.name)
+    return python
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from .ops import (
     multiply,
 )
 from .relation_ops import SimulatedRelations
-from .relation_shape import Implementation, RelationShape, SimulatedTerm, SimulatedTile, largest_box, pairs_of
+from .relation_shape import Implementation, RelationShape, SimulatedTerm, SimulatedTile, shared_shape
 
 _ROLES = {"q": "query", "k": "key", "v": "value"}
 _PLAIN = ("plain_query", "plain_key", "plain_value")
@@ -137,8 +137,8 @@ class SimulatedBlock:
 
     def _shape(self, d_in: int, d_out: int) -> RelationShape:
         spec = self.spec
-        return RelationShape(
-            spec.geometry, self.batch, spec.heads, d_in, d_out, spec.inner_dim, self.sizes, spec.dropout
+        return shared_shape(
+            RelationShape(spec.geometry, self.batch, spec.heads, d_in, d_out, spec.inner_dim, self.sizes, spec.dropout)
         )
 
     def _make_tables(self, tile_relations: int | None) -> None:
@@ -151,13 +151,11 @@ class SimulatedBlock:
         first = 0
         for count in numbers:
             numel = count * d_in * d_out
-            extent = largest_box(geometry, first, count), pairs_of(geometry, first, count)
             if both:
-                self.logit_tiles.append(
-                    SimulatedTile(first, count, ModuleParams((numel,) * both, lengths=(count,) * both), *extent)
-                )
+                weights = ModuleParams((numel,) * both, lengths=(count,) * both)
+                self.logit_tiles.append(SimulatedTile(first, count, weights))
             if "v" in spec.roles:
-                self.value_tiles.append(SimulatedTile(first, count, ModuleParams((numel,), lengths=(count,)), *extent))
+                self.value_tiles.append(SimulatedTile(first, count, ModuleParams((numel,), lengths=(count,))))
             first += count
         low1, low2 = d_in, d_out
         coupled = bool(both)

@@ -13,7 +13,7 @@ from ..core import BACKEND_COPIES, Gradients, Passed, Storage, Tape, Tensor
 from .group_share import GroupShare
 from .ops import ATTENTION_WEIGHTS, GRADIENTS
 from .relation_ops import WORKSPACE, SimulatedRelations
-from .relation_shape import RelationShape, SimulatedTile
+from .relation_shape import RelationShape, SimulatedTile, shared_shape
 
 EXCHANGED = "exchanges of the relation group"
 _MOVING = ("query", "key", "value")
@@ -42,7 +42,7 @@ class SimulatedGroupRelations(SimulatedRelations):
     ) -> None:
         super().__init__(tape, shape, sources, logit_tiles, value_tiles)
         self.share = share
-        owned_shape = replace(shape, geometry=share.owned, batch=share.ranks * shape.batch)
+        owned_shape = shared_shape(replace(shape, geometry=share.owned, batch=share.ranks * shape.batch))
         self.owned = SimulatedRelations(tape, owned_shape, {}, logit_tiles, value_tiles)
         self.owned.source_widths = {name: self.source_widths[name] for name in _MOVING if name in sources}
         by_tensor: dict[int, list[str]] = {}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from ..core import Gradients, Storage, Tape, Tensor
 from .attention_ops import missing_pairs_bytes, relation_index_bytes
 from .ops import ATTENTION_WEIGHTS, GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS, product_scratch_bytes
-from .relation_shape import RelationShape, SimulatedTerm, SimulatedTile, class_relations
+from .relation_shape import RelationShape, SimulatedTerm, SimulatedTile
 
 WORKSPACE = "workspace"
 
@@ -71,19 +71,10 @@ class SimulatedRelations:
 
     def _transient(self, *sizes: int) -> None:
         """Allocate storages together and free them at once."""
-        held = [self.tape.new(size, TEMPORARY) for size in sizes if size]
-        del held
+        self.tape.new_transient(TEMPORARY, *sizes)
 
     def _transient_of(self, what: str, size: int) -> None:
-        if size:
-            self.tape.new(size, what)
-
-    def _product_scratch(self, rows: int, *, backward: bool = False) -> None:
-        """Simulate the scratch of multiplying ``rows`` rows by a relation's matrix, and in backward of its gradient."""
-        shape = self.shape
-        self._transient(product_scratch_bytes(rows, shape.d_in, shape.d_out, self.sizes))
-        if backward:
-            self._transient(product_scratch_bytes(shape.d_in, rows, shape.d_out, self.sizes, transposed=True))
+        self.tape.new_transient(what, size)
 
     def _heads_scratch(self) -> int:
         """Return the scratch bytes of a product of queries and keys, or of weights and values, by heads."""
@@ -119,41 +110,19 @@ class SimulatedRelations:
         else:
             self._open("logits", shape.pairs * sizes.accumulator, ATTENTION_WEIGHTS)
 
-    def _class_rows(self, tile: SimulatedTile) -> tuple[int, int]:
-        """Return the pairs of one piece of a class relation, and the number of class relations in the tile (0 to 2)."""
-        geometry = self.shape.geometry
-        if not geometry.class_token:
-            return 0, 0
-        found, _ = class_relations(geometry, tile)
-        return self.shape.piece(geometry.axes[0], geometry.layer_patches) if found else 0, found
-
-    def _patch_rows(self, tile: SimulatedTile) -> int:
-        return self.shape.piece(*tile.box)
-
-    def _matrix_bytes(self, tile: SimulatedTile) -> int:
-        """Return the bytes that autocast casts at a time: one relation's matrix; on a GPU at most a tile's.
-
-        The fused kernels cast what they read.
-        """
-        shape, sizes = self.shape, self.sizes
-        if shape.fused:
-            return 0
-        count = tile.count if sizes.batched else 1
-        return count * shape.d_in * shape.d_out * sizes.value if sizes.casts else 0
-
     def _logit_tile(self, tile: SimulatedTile) -> None:
         shape, heads, sizes = self.shape, self.shape.heads, self.sizes
+        own = shape.tile_sizes(tile)
         self.tape.hooks.fetch(tile.weights, backward=False)
         value = heads * sizes.value
         cast = heads * sizes.accumulator if self.half and "plain_query" in self.sources else 0
-        rows = self._patch_rows(tile)
-        self._transient(self._matrix_bytes(tile))
-        self._transient(2 * rows * value, rows * cast)
-        self._product_scratch(rows)
-        self._transient_of(WORKSPACE, shape.batched_bytes(tile, values=False, backward=False))
-        rows, found = self._class_rows(tile)
+        self._transient(own.matrix_bytes)
+        self._transient(2 * own.rows * value, own.rows * cast)
+        self._transient(own.scratch)
+        self._transient_of(WORKSPACE, own.batched[False, False])
+        rows, found = own.class_rows, own.class_relations
         # One side is the class token, which is broadcast: the products of both relations are new tensors.
-        self._transient(found * rows * self.shape.d_out * sizes.value, 2 * rows * value, rows * cast)
+        self._transient(found * rows * shape.d_out * sizes.value, 2 * rows * value, rows * cast)
         self.tape.hooks.release(tile.weights, backward=False)
 
     def _softmax(self) -> None:
@@ -175,19 +144,17 @@ class SimulatedRelations:
 
     def _value_tile(self, tile: SimulatedTile) -> None:
         shape, sizes = self.shape, self.sizes
+        own = shape.tile_sizes(tile)
         self.tape.hooks.fetch(tile.weights, backward=False)
         self._open("out", shape.rows * shape.d_out * sizes.accumulator)
-        rows = self._patch_rows(tile)
-        self._transient(self._matrix_bytes(tile))
-        self._transient(rows * shape.d_out * sizes.accumulator if self.half else 0)
-        self._product_scratch(rows)
-        self._transient_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=False))
-        rows, _ = self._class_rows(tile)
-        if class_relations(shape.geometry, tile)[1]:
+        self._transient(own.matrix_bytes)
+        self._transient(own.rows * shape.d_out * sizes.accumulator if self.half else 0)
+        self._transient(own.scratch)
+        self._transient_of(WORKSPACE, own.batched[True, False])
+        if own.has_last:
             # The class token's value, weighted for every query, and its copy with contiguous heads.
-            self._transient(
-                2 * rows * shape.d_out * sizes.value, rows * shape.d_out * sizes.accumulator if self.half else 0
-            )
+            row = own.class_rows * shape.d_out
+            self._transient(2 * row * sizes.value, row * sizes.accumulator if self.half else 0)
         self.tape.hooks.release(tile.weights, backward=False)
 
     def _term(self, term: SimulatedTerm) -> None:
@@ -335,37 +302,40 @@ class SimulatedRelations:
 
     def _value_tile_backward(self, tile: SimulatedTile) -> None:
         shape, sizes, tape = self.shape, self.sizes, self.tape
+        own = shape.tile_sizes(tile)
         tape.hooks.fetch(tile.weights, backward=True)
         grads = [tape.new(numel * sizes.parameter, WEIGHT_GRADIENTS) for numel in tile.weights.numels]
         cast = sizes.accumulator if self.half else 0
-        self._transient_of(WORKSPACE, shape.batched_bytes(tile, values=True, backward=True))
-        rows, found = self._class_rows(tile)
-        last = class_relations(shape.geometry, tile)[1]
+        self._transient_of(WORKSPACE, own.batched[True, True])
         self._input_gradient("value", shape.d_in)
         row = shape.heads * sizes.value + max(shape.heads, shape.d_in) * cast
-        self._transient(self._patch_rows(tile) * row, 2 * self._matrix_bytes(tile))
-        self._product_scratch(self._patch_rows(tile), backward=True)
-        if found and last:
-            self._transient(2 * rows * shape.d_out * sizes.value, rows * row, 2 * self._matrix_bytes(tile))
+        self._transient(own.rows * row, 2 * own.matrix_bytes)
+        self._transient(own.scratch)
+        self._transient(own.gradient_scratch)
+        if own.class_relations and own.has_last:
+            rows = own.class_rows
+            self._transient(2 * rows * shape.d_out * sizes.value, rows * row, 2 * own.matrix_bytes)
         tape.hooks.gradients(tile.weights, grads)
         tape.hooks.release(tile.weights, backward=True)
 
     def _logit_tile_backward(self, tile: SimulatedTile) -> None:
         shape, sizes, tape = self.shape, self.sizes, self.tape
+        own = shape.tile_sizes(tile)
         tape.hooks.fetch(tile.weights, backward=True)
         grads = [tape.new(numel * sizes.parameter, WEIGHT_GRADIENTS) for numel in tile.weights.numels]
         cast = sizes.accumulator if self.half else 0
-        rows, found = self._class_rows(tile)
         row_widths = {name: self.source_widths.get(name, shape.d_in) for name in ("query", "key")}
         for name, width in row_widths.items():
             self._input_gradient(name, width)
-        self._transient_of(WORKSPACE, shape.batched_bytes(tile, values=False, backward=True))
+        self._transient_of(WORKSPACE, own.batched[False, True])
         # Rows are widened to be added; the rows of a plain role have the width of its source.
         row = (shape.heads * sizes.value if self.half else 0) + max(row_widths.values()) * cast
-        self._transient(self._patch_rows(tile) * row, 2 * self._matrix_bytes(tile))
-        self._product_scratch(self._patch_rows(tile), backward=True)
-        if found:
-            self._transient(3 * rows * shape.d_out * sizes.value, rows * row, 2 * self._matrix_bytes(tile))
+        self._transient(own.rows * row, 2 * own.matrix_bytes)
+        self._transient(own.scratch)
+        self._transient(own.gradient_scratch)
+        if own.class_relations:
+            rows = own.class_rows
+            self._transient(3 * rows * shape.d_out * sizes.value, rows * row, 2 * own.matrix_bytes)
         tape.hooks.gradients(tile.weights, grads)
         tape.hooks.release(tile.weights, backward=True)
 

@@ -6,7 +6,7 @@ Source: models/ops/context.py, models/layers/tables.py, models/ops/batched.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -16,7 +16,7 @@ from ...config.geometry import RelationGeometry
 from ...config.model_base import DEFAULT_WORKSPACE_BYTES, fits_fused_kernels
 from ...config.parallel import OwnedGeometry
 from ..core import ModuleParams
-from .ops import DtypeSizes
+from .ops import DtypeSizes, product_scratch_bytes
 
 Implementation: TypeAlias = Literal["grouped", "gather"]
 """How rows are multiplied by tables: the pairs of a relation together, or, as published, a matrix per pair."""
@@ -31,10 +31,28 @@ class SimulatedTile:
     count: int
     """Number of its relations."""
     weights: ModuleParams
-    box: tuple[int, int] = (0, 0)
-    """Pairs of its largest relation between patches: extent of the box along the first axis, and pairs per index."""
-    pairs: int = 0
-    """Number of pairs of all its relations between patches."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileSizes:
+    """Sizes of the products of one tile with one shape. Tiles of every layer and pass have them in common."""
+
+    rows: int
+    """Pairs of the largest piece into which its largest relation between patches is split."""
+    class_rows: int
+    """Pairs of a piece of its relations of the class token; 0 without one."""
+    class_relations: int
+    """Number of its relations that join the class token and patches, 0 to 2."""
+    has_last: bool
+    """Whether it has the last relation of all."""
+    matrix_bytes: int
+    """Bytes that autocast casts at a time."""
+    batched: dict[tuple[bool, bool], int]
+    """Upper bound of the scratch of a chunk of its pairs on a GPU, by (values, backward)."""
+    scratch: int
+    """Scratch bytes of multiplying the rows of a piece by a relation's matrix."""
+    gradient_scratch: int
+    """Scratch bytes of the gradient of that matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +82,7 @@ class RelationShape:
     sizes: DtypeSizes
     dropout: float = 0.0
     workspace_limit: int = DEFAULT_WORKSPACE_BYTES
+    _tiles: dict[tuple[int, int], TileSizes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
@@ -102,7 +121,45 @@ class RelationShape:
     def _too_large(self) -> bool:
         return self.geometry.patches > (self._fused_pairs(2) if self.fused else self.max_pairs)
 
-    def batched_bytes(self, tile: SimulatedTile, *, values: bool, backward: bool) -> int:
+    def tile_sizes(self, tile: SimulatedTile) -> TileSizes:
+        """Return the sizes of the products of a tile; each is computed once."""
+        key = tile.first, tile.count
+        found = self._tiles.get(key)
+        if found is None:
+            found = self._tiles[key] = self._tile_sizes(*key)
+        return found
+
+    def _tile_sizes(self, first: int, count: int) -> TileSizes:
+        geometry = self.geometry
+        rows = self._piece(*_largest_box(geometry, first, count))
+        found, has_last = _class_relations(geometry, first, count)
+        joined = geometry.class_token and found
+        pairs = _pairs_of(geometry, first, count)
+        return TileSizes(
+            rows=rows,
+            class_rows=self._piece(geometry.axes[0], geometry.layer_patches) if joined else 0,
+            class_relations=found if geometry.class_token else 0,
+            has_last=has_last,
+            matrix_bytes=self._matrix_bytes(count),
+            batched={
+                (values, backward): self._batched_bytes(pairs, count, values=values, backward=backward)
+                for values in (False, True)
+                for backward in (False, True)
+            },
+            scratch=product_scratch_bytes(rows, self.d_in, self.d_out, self.sizes),
+            gradient_scratch=product_scratch_bytes(self.d_in, rows, self.d_out, self.sizes, transposed=True),
+        )
+
+    def _matrix_bytes(self, count: int) -> int:
+        """Return the bytes that autocast casts at a time: one relation's matrix; on a GPU at most a tile's.
+
+        The fused kernels cast what they read.
+        """
+        if self.fused or not self.sizes.casts:
+            return 0
+        return (count if self.sizes.batched else 1) * self.d_in * self.d_out * self.sizes.value
+
+    def _batched_bytes(self, pairs: int, count: int, *, values: bool, backward: bool) -> int:
         """Return an upper bound of the scratch of a chunk of a tile's pairs on a GPU: rows, products, sums by token.
 
         Tokens have at most twice as many slots as a chunk has pairs (models/ops/pair_index.py).
@@ -110,9 +167,9 @@ class RelationShape:
         if self.fused:
             # Rows stay on the chip, but for the gradients of projected ones: those of values, or of queries and keys.
             roles = 1 if values else 2
-            rows = min(tile.pairs, self._fused_pairs(roles)) * self.batch
+            rows = min(pairs, self._fused_pairs(roles)) * self.batch
             return rows * roles * self.d_out * self.sizes.value if backward else 0
-        pairs = min(tile.pairs, self.max_pairs)
+        pairs = min(pairs, self.max_pairs)
         if not pairs or not self.sizes.batched:
             return 0
         value, wide = self.sizes.value, self.sizes.accumulator
@@ -126,7 +183,7 @@ class RelationShape:
         rows = (pairs + 1) * self.batch
         by_heads = 3 * rows * self.heads * wide
         # torch's grouped product returns a tile's gradients in its own tensor.
-        product = tile.count * self.d_in * self.d_out * value if backward and self.sizes.copies_products else 0
+        product = count * self.d_in * self.d_out * value if backward and self.sizes.copies_products else 0
         return rows * row * value + self.rows * summed * wide + by_heads + product
 
     @property
@@ -139,7 +196,7 @@ class RelationShape:
             return 0
         return self.workspace_rows * 2 * (self.d_in + self.d_out) * self.sizes.value
 
-    def piece(self, rows: int, cols: int) -> int:
+    def _piece(self, rows: int, cols: int) -> int:
         """Return the pairs of the largest piece into which a relation is split; 0 if none is computed by itself.
 
         Args:
@@ -152,6 +209,12 @@ class RelationShape:
         if samples:
             return min(samples, self.batch) * rows * cols
         return max(1, self.workspace_rows // cols) * cols
+
+
+@lru_cache(maxsize=64)
+def shared_shape(shape: RelationShape) -> RelationShape:
+    """Return the same object for equal shapes, so that all layers and passes find the tiles' sizes."""
+    return shape
 
 
 def fused_list_bytes(pairs: int, relations: int, batch: int) -> int:
@@ -186,13 +249,13 @@ def _counts(geometry: RelationGeometry) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4096)
-def pairs_of(geometry: RelationGeometry, first: int, count: int) -> int:
+def _pairs_of(geometry: RelationGeometry, first: int, count: int) -> int:
     """Return the number of pairs of a tile's relations between patches."""
     return sum(_counts(geometry)[first : first + count])
 
 
 @lru_cache(maxsize=4096)
-def largest_box(geometry: RelationGeometry, first: int, count: int) -> tuple[int, int]:
+def _largest_box(geometry: RelationGeometry, first: int, count: int) -> tuple[int, int]:
     """Return the extent along the first axis, and the pairs per index of it, of a tile's largest relation.
 
     A relation of the class token with all patches may be the largest one that a rank of a group owns; one process also
@@ -205,15 +268,11 @@ def largest_box(geometry: RelationGeometry, first: int, count: int) -> tuple[int
     return _boxes(geometry)[counts.index(max(own), first)] if own else (0, 0)
 
 
-def class_relations(geometry: RelationGeometry, tile: SimulatedTile) -> tuple[int, bool]:
+def _class_relations(geometry: RelationGeometry, first: int, count: int) -> tuple[int, bool]:
     """Return how many of a tile's relations join the class token and patches (0 to 2), and whether it has the last one.
 
     The last relation of all is that of patches as queries and the class token as key, unless the geometry is causal.
     """
-    return _class_relations(geometry, tile.first, tile.count)
-
-
-def _class_relations(geometry: RelationGeometry, first: int, count: int) -> tuple[int, bool]:
     numbers: Sequence[int] = range(first, first + count)
     whole = geometry
     if isinstance(geometry, OwnedGeometry):

@@ -124,12 +124,19 @@ def test_a_baseline_equals_its_reference(
 
 
 @pytest.mark.usefixtures("double", "poisoned")
-@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no dropout", "dropout"])
-@pytest.mark.parametrize("layout", [{"length": 3, "causal": True}, {"grid": (2, 2), "class_token": True}], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "dropout"),
+    [
+        ({"length": 3, "causal": True}, 0.0),
+        ({"length": 3, "causal": True}, 0.3),
+        ({"grid": (2, 2), "class_token": True}, 0.3),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("kind", "options"), KINDS, ids=NAMES)
 def test_gradcheck_of_a_baseline(kind: Kind, options: dict[str, Any], layout: dict[str, Any], dropout: float) -> None:
     torch.manual_seed(0)
-    layer = kind(2, 1, head_dim=8, dropout=dropout, **options, **layout)
+    layer = kind(2, 1, head_dim=4, dropout=dropout, **options, **layout)
     names = [name for name, _ in layer.named_parameters()]
     weights = [torch.randn_like(parameter, requires_grad=True) for parameter in layer.parameters()]
 

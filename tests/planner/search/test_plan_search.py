@@ -188,12 +188,12 @@ def test_every_strategy_and_every_knob_has_a_reason() -> None:
 
 @pytest.mark.slow
 def test_each_objective_is_minimal() -> None:
-    plans = {goal: found("vit-base/16", "4x8xH100", global_batch=256, minimize=goal).plan for goal in
+    plans = {goal: found("vit-base/16", "2x8xH100", global_batch=256, minimize=goal).plan for goal in
              ("time", "nodes", "cost", "memory")}  # fmt: skip
     times = {goal: plan.time for goal, plan in plans.items()}
     seconds = {goal: time.likely_s for goal, time in times.items() if time is not None}
     assert seconds["time"] == min(seconds.values())
-    assert plans["nodes"].cluster.nodes == 1
+    assert (plans["time"].cluster.nodes, plans["nodes"].cluster.nodes) == (2, 1)
     cost = {goal: seconds[goal] * plan.cluster.nodes for goal, plan in plans.items()}
     assert cost["cost"] <= cost["time"]
     assert plans["memory"].prediction.peak_bytes == min(plan.prediction.peak_bytes for plan in plans.values())

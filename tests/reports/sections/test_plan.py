@@ -7,10 +7,7 @@ import hashlib
 import itertools
 import json
 import re
-import shutil
-import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -140,37 +137,26 @@ def test_every_table_and_picture_has_its_provenance(page: Page, report_page: Pat
 
 
 @pytest.mark.slow
-def test_run_without_measurement_shows_its_steps_and_the_prediction(tmp_path: Path, capsys: Captured) -> None:
+def test_a_report_of_an_earlier_versions_run_without_measurement_shows_its_steps_and_is_drawn(
+    tmp_path: Path, capsys: Captured
+) -> None:
     plan_folder(tmp_path / "plan")
     path = run_folder(tmp_path / "plan", "001")
     (path / "memory" / "rank_0.json").unlink()
-    for folder in (tmp_path / "plan", path):
-        assert run(["report", str(folder), "--out", str(tmp_path / "x.html"), "--json", "--force"]) == 0
-        sizes = json.loads(capsys.readouterr().out)["files"]
-        assert sizes == {str(tmp_path / "x.html"): (tmp_path / "x.html").stat().st_size}
-        text = (tmp_path / "x.html").read_text(encoding="utf-8")
-        assert "Memory breakdown" in text and "Training: run 001" in text
-        assert "Predicted and measured memory" not in text
-
-
-@pytest.mark.slow
-def test_run_of_an_earlier_version_has_no_provenance(tmp_path: Path) -> None:
-    plan_folder(tmp_path / "plan")
-    path = run_folder(tmp_path / "plan", "001")
     lines = (path / "metrics.jsonl").read_text().splitlines()
     (path / "metrics.jsonl").write_text("\n".join(lines[1:]))
-    assert run(["report", str(path), "--out", str(tmp_path / "x.html")]) == 0
-    assert "not recorded by the run" in (tmp_path / "x.html").read_text(encoding="utf-8")
-
-
-@pytest.mark.slow
-def test_png_and_svg_are_written(tmp_path: Path, capsys: Captured) -> None:
-    plan_folder(tmp_path / "plan")
-    names = [str(tmp_path / f"x.{suffix}") for suffix in ("html", "png", "svg")]
-    assert run(["report", str(tmp_path / "plan"), "--out", names[0], "--png", names[1], "--svg", names[2]]) == 0
-    assert capsys.readouterr().out.count("wrote ") == 3
-    assert Path(names[1]).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert "host memory" in Path(names[2]).read_text(encoding="utf-8")
+    files = [str(tmp_path / f"x.{suffix}") for suffix in ("html", "png", "svg")]
+    drawn = ["--png", files[1], "--svg", files[2]]
+    for folder, more in ((tmp_path / "plan", drawn), (path, [])):
+        assert run(["report", str(folder), "--out", files[0], "--json", "--force", *more]) == 0
+        sizes = json.loads(capsys.readouterr().out)["files"]
+        assert sizes == {name: Path(name).stat().st_size for name in (files if more else files[:1])}
+        text = Path(files[0]).read_text(encoding="utf-8")
+        assert "Memory breakdown" in text and "Training: run 001" in text
+        assert "Predicted and measured memory" not in text
+        assert "not recorded by the run" in text
+    assert Path(files[1]).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "host memory" in Path(files[2]).read_text(encoding="utf-8")
 
 
 BAD: list[tuple[str, list[str]]] = [
@@ -221,15 +207,3 @@ def test_missing_package_is_named_with_its_install_command(
 def test_help_has_examples(capsys: Captured) -> None:
     assert run(["report", "--help"]) == 0
     assert "translution report plans/small --out" in " ".join(capsys.readouterr().out.split())
-
-
-def test_wheel_includes_the_files_of_the_page(root: Path, tmp_path: Path) -> None:
-    for name in ("planner", "models", "distributed", "reports", "cli", "translution"):
-        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(root / name, tmp_path)
-    program = "from setuptools.build_meta import build_wheel; build_wheel('.')"
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert {f"translution/reports/render/report.{suffix}" for suffix in ("html.j2", "css", "js")} <= names
