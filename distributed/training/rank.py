@@ -7,6 +7,7 @@ LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) give the rank's place.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import sys
 import threading
@@ -74,6 +75,10 @@ def run_rank(trainer: Trainer, work: Callable[[], None]) -> None:
     # DeepSpeed 0.19.8 calls functions that torch 2.13 has renamed, and torch warns at every call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     process_memory.return_freed_blocks()
+    import deepspeed.runtime.engine  # noqa: F401  # before the next line
+
+    # What is imported lives as long as the process: DeepSpeed's garbage collections need not go through it.
+    gc.freeze()
     trainer.stop.expect()
     end_with_launcher()
     rank, plan = trainer.engine.rank, trainer.plan

@@ -6,10 +6,17 @@ import gc
 
 import cpuinfo
 
-from translution.distributed.training.deepspeed_fixes import answer_for_processor, import_muon_uncompiled
+from translution.distributed.training.deepspeed_fixes import (
+    answer_for_processor,
+    ask_numa_once,
+    import_muon_uncompiled,
+    leave_compiler_out,
+)
 
 import_muon_uncompiled()
+leave_compiler_out()
 answer_for_processor()
+ask_numa_once()
 cpuinfo.get_cpu_info()
 # When DeepSpeed collects garbage, a fork would go through all that is imported here, and copy the memory of it.
 gc.collect()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import cpuinfo
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from translution.distributed.training.deepspeed_fixes import (
     answer_for_processor,
+    ask_numa_once,
     is_aligned,
     read_file,
     settled_collectives,
@@ -69,6 +71,22 @@ def test_the_answer_for_this_processor_compiles_the_same_op(monkeypatch: pytest.
     assert (builder.cpu_arch(), builder.simd_width()) != expected
     answer_for_processor()
     assert (builder.cpu_arch(), builder.simd_width()) == expected
+
+
+def test_the_cores_of_numa_nodes_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import numa
+
+    asked = list[list[str]]()
+    text = b"available: 3 nodes (0-2)\nnode 0 cpus: 0 1\nnode 1 cpus: 2 3\nnode 2 cpus:\n"
+    patched = SimpleNamespace(**vars(subprocess) | {"check_output": lambda words: asked.append(words) or text})
+    monkeypatch.setattr(numa, "subprocess", patched)
+    monkeypatch.setattr(numa, "get_numa_cores", getattr(numa.get_numa_cores, "__wrapped__", numa.get_numa_cores))
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    for _ in range(2):
+        ask_numa_once()
+        assert get_accelerator().device_count() == 2
+    assert asked == [["numactl", "--hardware"]]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
