@@ -20,6 +20,9 @@ time py-cpuinfo starts a process that takes over a second. The patch reads the t
 
 `ask_numa_once`: on CPU ranks, DeepSpeed starts `numactl` for every bucket of gradients that it reduces.
 
+`probe_one_op`: to join CPU ranks, DeepSpeed needs to know whether one op can be compiled here, and asks it of all: for
+that of NVMe it compiles and links a program.
+
 `import_muon_uncompiled`: every ZeRO optimizer of DeepSpeed imports Muon's module, which hands three functions to
 torch's compiler and so imports that: a second of processor time for each rank, though plans have no Muon.
 
@@ -54,10 +57,11 @@ from .swap_checksums import CheckedHandle, SwapChecksums
 BLOCK_BYTES = 4096
 """Largest block size of a drive in bytes; buffers are page-aligned."""
 _PATCHED = "_translution_patched"
+_COMMUNICATION_OP = "deepspeed_shm_comm"
 _LEFT_OUT = torch.optim.Optimizer.zero_grad.__code__
 """Code of the functions that torch leaves out of what it compiles."""
-_WITHOUT_GRADIENTS = torch.optim.SGD.step.__code__
-"""Code of the steps of torch's optimizers, which break a compiled graph."""
+_WITHOUT_GRADIENTS = "_use_grad"
+"""Name of the code of torch's optimizers around a step, which breaks a compiled graph."""
 _SETTLE_SECONDS, _COPIES_SECONDS = 0.0002, 0.002
 _LONGEST_SETTLE_SECONDS = 2.0
 _EXCHANGES = ("all_reduce", "all_to_all_single", "all_gather_single", "all_gather_into_tensor")
@@ -96,6 +100,20 @@ def ask_numa_once() -> None:
         numa.get_numa_cores = functools.cache(numa.get_numa_cores)
 
 
+def probe_one_op() -> None:
+    """Let DeepSpeed know of the op with which CPU ranks communicate, and of no other, whether it can be compiled here.
+
+    Source: DeepSpeed 0.19.8, ops/__init__.py (`_probe_compatible_ops`), comm/torch.py (`build_shm_op`).
+    """
+    import deepspeed.ops
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+    from deepspeed.ops.op_builder.builder import probe_is_compatible
+
+    if "__compatible_ops__" not in vars(deepspeed.ops):
+        found = {name: probe_is_compatible(op) for name, op in ALL_OPS.items() if name == _COMMUNICATION_OP}
+        deepspeed.ops.__compatible_ops__ = found
+
+
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon without torch's compiler, which the first call of its functions would need.
 
@@ -118,17 +136,17 @@ def leave_compiler_out() -> None:
     Source: torch 2.13, _compile.py (`_disable_dynamo`), compiler/__init__.py (`disable`), optim/optimizer.py
     (`_use_grad_for_differentiable`); DeepSpeed 0.19.8, runtime/compiler.py and runtime/zero/parameter_offload.py.
     """
-    torch.compiler.disable = _as_it_is
-    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "deepspeed"]
+    torch.compiler.disable = _as_it_is  # type: ignore[assignment]
+    modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "deepspeed"]
     owners: list[Any] = [torch.optim.Optimizer, *modules]
     owners += [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
     for value in (value for owner in owners for value in vars(owner).values()):
-        if getattr(value, "__code__", None) is _LEFT_OUT:
+        if getattr(value, "__code__", None) is _LEFT_OUT and hasattr(value, "__wrapped__"):
             # Where `_disable_dynamo` looks for what the compiler has made of the function.
             value.__wrapped__.__dict__["__dynamo_disable"] = value.__wrapped__
     for optimizer in torch.optim.Optimizer.__subclasses__():
-        step = vars(optimizer).get("step")
-        if getattr(step, "__code__", None) is _WITHOUT_GRADIENTS:
+        step: Any = vars(optimizer).get("step")
+        if getattr(getattr(step, "__code__", None), "co_name", "") == _WITHOUT_GRADIENTS:
             optimizer.step = torch.no_grad()(step.__wrapped__)  # type: ignore[method-assign]
 
 

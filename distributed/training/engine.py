@@ -30,6 +30,7 @@ from .deepspeed_fixes import (
     import_muon_uncompiled,
     leave_compiler_out,
     patch_nvme_optimizers,
+    probe_one_op,
 )
 from .relation_groups import RelationMesh, average_over_group, compare_replicas, complete_norms
 from .swap_checksums import SwapChecksums
@@ -122,6 +123,8 @@ class Engine:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         elif "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_towards(os.environ.get("MASTER_ADDR", ""))):
             os.environ["GLOO_SOCKET_IFNAME"] = name
+        if not cuda:
+            probe_one_op()
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=COLLECTIVE_LIMIT)
         if self.plan.parallel.relation > 1:
             self.mesh = RelationMesh(self.plan.parallel.relation)

@@ -17,6 +17,7 @@ from translution.distributed.training.deepspeed_fixes import (
     answer_for_processor,
     ask_numa_once,
     is_aligned,
+    probe_one_op,
     read_file,
     settled_collectives,
 )
@@ -87,6 +88,24 @@ def test_the_cores_of_numa_nodes_are_asked_for_once(monkeypatch: pytest.MonkeyPa
         ask_numa_once()
         assert get_accelerator().device_count() == 2
     assert asked == [["numactl", "--hardware"]]
+
+
+def test_only_the_op_of_communication_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed.ops
+    from deepspeed.comm.torch import build_shm_op
+    from deepspeed.ops.op_builder import builder
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    probed = list[str]()
+    monkeypatch.setattr(builder, "probe_is_compatible", lambda op: probed.append(op.NAME) or True)
+    monkeypatch.setattr(ShareMemCommBuilder, "load", lambda _: "loaded")
+    monkeypatch.setitem(vars(deepspeed.ops), "__compatible_ops__", {})
+    assert build_shm_op() is None
+    del deepspeed.ops.__compatible_ops__
+    for _ in range(2):
+        probe_one_op()
+        assert build_shm_op() == "loaded"
+    assert probed == [ShareMemCommBuilder.NAME]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
