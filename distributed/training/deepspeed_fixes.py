@@ -136,6 +136,8 @@ def leave_compiler_out() -> None:
     Source: torch 2.13, _compile.py (`_disable_dynamo`), compiler/__init__.py (`disable`), optim/optimizer.py
     (`_use_grad_for_differentiable`); DeepSpeed 0.19.8, runtime/compiler.py and runtime/zero/parameter_offload.py.
     """
+    if torch.compiler.disable is _as_it_is:
+        return
     torch.compiler.disable = _as_it_is  # type: ignore[assignment]
     modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "deepspeed"]
     owners: list[Any] = [torch.optim.Optimizer, *modules]
