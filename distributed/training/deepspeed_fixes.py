@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import operator
 import platform
 import sys
@@ -70,6 +71,16 @@ _COLLECTIVES = (
     "all_gather", "all_gather_base", "all_gather_coalesced", "all_gather_into_tensor", "all_reduce",
     "all_reduce_coalesced", "all_to_all_single", "broadcast", "reduce", "reduce_scatter", "reduce_scatter_tensor",
 )  # fmt: skip
+
+
+def freeze_imports() -> None:
+    """Import DeepSpeed, and keep garbage collections, of which it makes some, from going through all that is imported.
+
+    What is imported lives as long as the process. Call it before the first tensor.
+    """
+    import deepspeed.runtime.engine  # noqa: F401  # imported for the effect of loading
+
+    gc.freeze()
 
 
 def answer_for_processor(path: Path = Path("/proc/cpuinfo")) -> None:

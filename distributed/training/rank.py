@@ -7,7 +7,6 @@ LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) give the rank's place.
 from __future__ import annotations
 
 import faulthandler
-import gc
 import os
 import sys
 import threading
@@ -33,6 +32,7 @@ from ..runs.watchdog import LAUNCHER_PID, end_with_launcher
 from ..system import filesystem, process_memory
 from ..system.environment import own_path
 from ..system.packages import check_training_packages
+from .deepspeed_fixes import freeze_imports
 from .failure import describe_failure
 from .trainer import Trainer
 
@@ -75,10 +75,7 @@ def run_rank(trainer: Trainer, work: Callable[[], None]) -> None:
     # DeepSpeed 0.19.8 calls functions that torch 2.13 has renamed, and torch warns at every call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     process_memory.return_freed_blocks()
-    import deepspeed.runtime.engine  # noqa: F401  # before the next line
-
-    # What is imported lives as long as the process: DeepSpeed's garbage collections need not go through it.
-    gc.freeze()
+    freeze_imports()
     trainer.stop.expect()
     end_with_launcher()
     rank, plan = trainer.engine.rank, trainer.plan
