@@ -53,6 +53,7 @@ def load_libraries() -> None:
     """Load the parts of torch and DeepSpeed that load on first use, so that a run's measurement excludes them."""
     import deepspeed.runtime.zero.stage3
     import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401  # imported for the effect of loading
+    import torch._dynamo  # otherwise the first block that is recomputed does
 
     for dtype in (torch.float32, torch.bfloat16):
         parts = torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.LayerNorm(64)

@@ -1,4 +1,4 @@
-"""All patches that training makes to DeepSpeed 0.19.8; no other module of training or checkpoints makes any.
+"""All patches that training makes to DeepSpeed 0.19.8 and torch; no other module of training or checkpoints makes any.
 
 `patch_nvme_optimizers` fixes two faults of optimizers on NVMe.
 
@@ -18,8 +18,16 @@ element of the rank with AdamW. The patch releases them as soon as they are copi
 time py-cpuinfo starts a process that takes over a second. The patch reads the two values that DeepSpeed uses from
 /proc/cpuinfo; on another processor than x86-64 it keeps py-cpuinfo's first answer.
 
+`ask_numa_once`: on CPU ranks, DeepSpeed starts `numactl` for every bucket of gradients that it reduces.
+
+`probe_one_op`: to join CPU ranks, DeepSpeed needs to know whether one op can be compiled here, and asks it of all: for
+that of NVMe it compiles and links a program.
+
 `import_muon_uncompiled`: every ZeRO optimizer of DeepSpeed imports Muon's module, which hands three functions to
 torch's compiler and so imports that: a second of processor time for each rank, though plans have no Muon.
+
+`leave_compiler_out`: optimizers and hooks import torch's compiler only to tell it to leave them out: another second
+and 150 MB of each rank, though plans compile nothing.
 
 `settled_collectives`: gloo frees a collective's tensors in its own thread at a random later time. While memory is
 traced, each collective ends only once they are free.
@@ -32,8 +40,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import operator
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +58,11 @@ from .swap_checksums import CheckedHandle, SwapChecksums
 BLOCK_BYTES = 4096
 """Largest block size of a drive in bytes; buffers are page-aligned."""
 _PATCHED = "_translution_patched"
+_COMMUNICATION_OP = "deepspeed_shm_comm"
+_LEFT_OUT = torch.optim.Optimizer.zero_grad.__code__
+"""Code of the functions that torch leaves out of what it compiles."""
+_WITHOUT_GRADIENTS = "_use_grad"
+"""Name of the code of torch's optimizers around a step, which breaks a compiled graph."""
 _SETTLE_SECONDS, _COPIES_SECONDS = 0.0002, 0.002
 _LONGEST_SETTLE_SECONDS = 2.0
 _EXCHANGES = ("all_reduce", "all_to_all_single", "all_gather_single", "all_gather_into_tensor")
@@ -56,6 +71,16 @@ _COLLECTIVES = (
     "all_gather", "all_gather_base", "all_gather_coalesced", "all_gather_into_tensor", "all_reduce",
     "all_reduce_coalesced", "all_to_all_single", "broadcast", "reduce", "reduce_scatter", "reduce_scatter_tensor",
 )  # fmt: skip
+
+
+def freeze_imports() -> None:
+    """Import DeepSpeed, and keep garbage collections, of which it makes some, from going through all that is imported.
+
+    What is imported lives as long as the process. Call it before the first tensor.
+    """
+    import deepspeed.runtime.engine  # noqa: F401  # imported for the effect of loading
+
+    gc.freeze()
 
 
 def answer_for_processor(path: Path = Path("/proc/cpuinfo")) -> None:
@@ -74,6 +99,32 @@ def answer_for_processor(path: Path = Path("/proc/cpuinfo")) -> None:
         cpuinfo.get_cpu_info = functools.cache(ask)
 
 
+def ask_numa_once() -> None:
+    """Let DeepSpeed ask for the cores of the NUMA nodes once per process.
+
+    Source: DeepSpeed 0.19.8, utils/numa.py, accelerator/cpu_accelerator.py (`device_count`), runtime/zero/stage3.py and
+    runtime/comm/coalesced_collectives.py (`reduce_scatter_coalesced`).
+    """
+    from deepspeed.utils import numa
+
+    if not hasattr(numa.get_numa_cores, "cache_info"):
+        numa.get_numa_cores = functools.cache(numa.get_numa_cores)
+
+
+def probe_one_op() -> None:
+    """Let DeepSpeed know of the op with which CPU ranks communicate, and of no other, whether it can be compiled here.
+
+    Source: DeepSpeed 0.19.8, ops/__init__.py (`_probe_compatible_ops`), comm/torch.py (`build_shm_op`).
+    """
+    import deepspeed.ops
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+    from deepspeed.ops.op_builder.builder import probe_is_compatible
+
+    if "__compatible_ops__" not in vars(deepspeed.ops):
+        found = {name: probe_is_compatible(op) for name, op in ALL_OPS.items() if name == _COMMUNICATION_OP}
+        deepspeed.ops.__compatible_ops__ = found
+
+
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon without torch's compiler, which the first call of its functions would need.
 
@@ -86,6 +137,35 @@ def import_muon_uncompiled() -> None:
         import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  # imported for the effect of loading
     finally:
         compiler.compile = compile_
+
+
+def leave_compiler_out() -> None:
+    """Let optimizers and DeepSpeed's hooks run without torch's compiler, for the rest of this process.
+
+    They do the same as before, for nothing is compiled. Blocks that torch recomputes still import the compiler.
+
+    Source: torch 2.13, _compile.py (`_disable_dynamo`), compiler/__init__.py (`disable`), optim/optimizer.py
+    (`_use_grad_for_differentiable`); DeepSpeed 0.19.8, runtime/compiler.py and runtime/zero/parameter_offload.py.
+    """
+    if torch.compiler.disable is _as_it_is:
+        return
+    torch.compiler.disable = _as_it_is  # type: ignore[assignment]
+    modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "deepspeed"]
+    owners: list[Any] = [torch.optim.Optimizer, *modules]
+    owners += [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
+    for value in (value for owner in owners for value in vars(owner).values()):
+        if getattr(value, "__code__", None) is _LEFT_OUT and hasattr(value, "__wrapped__"):
+            # Where `_disable_dynamo` looks for what the compiler has made of the function.
+            value.__wrapped__.__dict__["__dynamo_disable"] = value.__wrapped__
+    for optimizer in torch.optim.Optimizer.__subclasses__():
+        step: Any = vars(optimizer).get("step")
+        if getattr(getattr(step, "__code__", None), "co_name", "") == _WITHOUT_GRADIENTS:
+            optimizer.step = torch.no_grad()(step.__wrapped__)  # type: ignore[method-assign]
+
+
+def _as_it_is(function: Any = None, *_: object, **__: object) -> Any:
+    """Stand in for `torch.compiler.disable`: return the function, or a decorator that returns it."""
+    return _as_it_is if function is None else function
 
 
 def _described_processor(path: Path) -> dict[str, object] | None:

@@ -23,7 +23,15 @@ from ..system.compiled_ops import has_gpu_compiler
 from ..system.network import interface_towards
 from ..system.nvme_swap import SwapFolder
 from ..system.op_process import simplify_gpu_architectures
-from .deepspeed_fixes import answer_for_processor, check_swap_files, import_muon_uncompiled, patch_nvme_optimizers
+from .deepspeed_fixes import (
+    answer_for_processor,
+    ask_numa_once,
+    check_swap_files,
+    import_muon_uncompiled,
+    leave_compiler_out,
+    patch_nvme_optimizers,
+    probe_one_op,
+)
 from .relation_groups import RelationMesh, average_over_group, compare_replicas, complete_norms
 from .swap_checksums import SwapChecksums
 
@@ -115,6 +123,8 @@ class Engine:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         elif "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_towards(os.environ.get("MASTER_ADDR", ""))):
             os.environ["GLOO_SOCKET_IFNAME"] = name
+        if not cuda:
+            probe_one_op()
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=COLLECTIVE_LIMIT)
         if self.plan.parallel.relation > 1:
             self.mesh = RelationMesh(self.plan.parallel.relation)
@@ -141,6 +151,8 @@ class Engine:
         import deepspeed
 
         self.progress.move(Phase.INIT)
+        answer_for_processor()
+        ask_numa_once()
         if self.plan.zero.uses_nvme and checks_swap():
             self.swap_checksums = check_swap_files(self.rank)
         torch.manual_seed(self.plan.training.seed)
@@ -164,8 +176,8 @@ class Engine:
         torch.manual_seed(self.plan.training.seed + 1 + self.rank)
         model, self.model = self.model, None
         assert model is not None
-        answer_for_processor()
         import_muon_uncompiled()
+        leave_compiler_out()
         simplify_gpu_architectures()
         if self.plan.zero.offload_optimizer.device == "nvme":
             patch_nvme_optimizers()

@@ -32,6 +32,7 @@ from ..runs.watchdog import LAUNCHER_PID, end_with_launcher
 from ..system import filesystem, process_memory
 from ..system.environment import own_path
 from ..system.packages import check_training_packages
+from .deepspeed_fixes import freeze_imports
 from .failure import describe_failure
 from .trainer import Trainer
 
@@ -74,6 +75,7 @@ def run_rank(trainer: Trainer, work: Callable[[], None]) -> None:
     # DeepSpeed 0.19.8 calls functions that torch 2.13 has renamed, and torch warns at every call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     process_memory.return_freed_blocks()
+    freeze_imports()
     trainer.stop.expect()
     end_with_launcher()
     rank, plan = trainer.engine.rank, trainer.plan

@@ -22,6 +22,7 @@ PRELOADED = [
     "setuptools.command.build_ext",
     "programs.processor",
 ]
+TESTS = Path(__file__).resolve().parents[1]
 _context: list[ForkServerContext] = []
 _kept: list[dict[str, object]] = []
 """What scripts leave behind. Freeing DistributedDataParallel while gloo's thread ends its last reduction hangs: the one
@@ -44,8 +45,10 @@ def context(environment: Mapping[str, str]) -> ForkServerContext:
     if not _context:
         made = multiprocessing.get_context("forkserver")
         made.set_forkserver_preload(PRELOADED)
-        # The C library reads GLIBC_TUNABLES when a process starts; forks that measure their process run without.
-        with environment_of(environment):
+        # The C library reads GLIBC_TUNABLES when a process starts; forks that measure their process run without. The
+        # fork server of Python 3.11 does not have this process's module path and keeps silent about what it lacks.
+        path = os.pathsep.join(filter(None, [str(TESTS), environment.get("PYTHONPATH")]))
+        with environment_of({**environment, "PYTHONPATH": path}):
             os.environ.pop("GLIBC_TUNABLES", None)
             multiprocessing.forkserver.ensure_running()  # type: ignore[attr-defined]
         _context.append(made)
@@ -63,11 +66,13 @@ def run(arguments: list[str], environment: dict[str, str], log: str) -> None:
     """Run the arguments in the forked process."""
     import torch
 
+    missing = set(PRELOADED) - set(sys.modules)
     os.environ.clear()
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
+    assert not missing, f"the fork server could not import {missing}"
     # torch read OMP_NUM_THREADS when the fork server imported it.
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if arguments[0] == "-m":

@@ -90,8 +90,11 @@ def test_a_rank_of_a_group_that_shares_out_the_relations_holds_what_is_predicted
         assert measured <= predicted < 1.15 * measured, phase
 
 
-def test_a_rank_of_a_larger_world_holds_what_is_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rank_of_a_larger_world_holds_what_is_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rank 3 of 8 GPU ranks, with 1 and 2 of 4 layers; one core is enough."""
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # The rank tells in its log what it imports.
     folder = tmp_path / "plan"
     plan = write_plan(folder, eight_ranks("cuda"), precision="bf16")
     assert run_cli(["rehearse", str(folder), "--rank", "3", "--layers", "2", "--json"]) == 0
@@ -116,6 +119,9 @@ def test_a_rank_of_a_larger_world_holds_what_is_predicted(tmp_path: Path, capsys
     shown = capsys.readouterr().out
     assert "REHEARSAL: every value was meaningless; only memory was real." in shown
     assert "extrapolated from 2 layers and 1" in shown
+    log = "".join(path.read_text() for path in (folder / "runs").rglob("*.log"))
+    assert "torch.optim" in log
+    assert "torch._dynamo" not in log
 
 
 @pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -IS
 """A compiler like g++ that compiles all files of an op as one: torch's headers take longer than everything else.
 
 The tests set it as CXX. Ninja asks for every object of an op; the first one that its build file names becomes the whole
@@ -7,12 +7,18 @@ op, and the others become empty.
 
 from __future__ import annotations
 
-import re
-import subprocess
+import os
 import sys
-from pathlib import Path
 
 COMPILER = "g++"
+if __name__ == "__main__" and "-c" not in sys.argv:
+    # Every rank asks for the version, and the imports below take longer than the answer.
+    os.execvp(COMPILER, [COMPILER, *sys.argv[1:]])
+
+import re  # noqa: E402
+import subprocess  # noqa: E402
+from pathlib import Path  # noqa: E402
+
 FAST = ["-g0", "-O1"]
 """Debug information and optimization take a third of the time, and tests need neither."""
 _OBJECT = re.compile(r"^build (\S+): compile (\S+)$", re.MULTILINE)

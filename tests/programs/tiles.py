@@ -1,6 +1,7 @@
-"""Run by every rank: three steps under ZeRO-3, counting the tiles that are gathered at the same time.
+"""Run by every rank: steps under ZeRO-3, counting the tiles that are gathered at the same time.
 
-DeepSpeed records the order of modules in the first pass, and prefetches and reuses parameters from the second on.
+DeepSpeed records the order of modules in the first pass, and prefetches and reuses parameters from the second on. In
+Triton's interpreter, where a step takes seconds, that pass is the last of two; otherwise there are three.
 
 usage: tiles.py PLAN_FOLDER RUN_FOLDER OUT
 """
@@ -8,6 +9,7 @@ usage: tiles.py PLAN_FOLDER RUN_FOLDER OUT
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from translution.models.ops import grouped
 from translution.models.ops.fused import tile as fused
 from translution.planner.plans.plan import load_plan
 
-STEPS = 3
+STEPS = 2 if "TRITON_INTERPRET" in os.environ else 3
 
 
 def main(plan_folder: Path, run: Path, out: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import cpuinfo
 import pytest
@@ -14,7 +15,9 @@ import torch
 
 from translution.distributed.training.deepspeed_fixes import (
     answer_for_processor,
+    ask_numa_once,
     is_aligned,
+    probe_one_op,
     read_file,
     settled_collectives,
 )
@@ -69,6 +72,40 @@ def test_the_answer_for_this_processor_compiles_the_same_op(monkeypatch: pytest.
     assert (builder.cpu_arch(), builder.simd_width()) != expected
     answer_for_processor()
     assert (builder.cpu_arch(), builder.simd_width()) == expected
+
+
+def test_the_cores_of_numa_nodes_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import numa
+
+    asked = list[list[str]]()
+    text = b"available: 3 nodes (0-2)\nnode 0 cpus: 0 1\nnode 1 cpus: 2 3\nnode 2 cpus:\n"
+    patched = SimpleNamespace(**vars(subprocess) | {"check_output": lambda words: asked.append(words) or text})
+    monkeypatch.setattr(numa, "subprocess", patched)
+    monkeypatch.setattr(numa, "get_numa_cores", getattr(numa.get_numa_cores, "__wrapped__", numa.get_numa_cores))
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    for _ in range(2):
+        ask_numa_once()
+        assert get_accelerator().device_count() == 2
+    assert asked == [["numactl", "--hardware"]]
+
+
+def test_only_the_op_of_communication_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed.ops
+    from deepspeed.comm.torch import build_shm_op
+    from deepspeed.ops.op_builder import builder
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    probed = list[str]()
+    monkeypatch.setattr(builder, "probe_is_compatible", lambda op: probed.append(op.NAME) or True)
+    monkeypatch.setattr(ShareMemCommBuilder, "load", lambda _: "loaded")
+    monkeypatch.setitem(vars(deepspeed.ops), "__compatible_ops__", {})
+    assert build_shm_op() is None
+    del deepspeed.ops.__compatible_ops__
+    for _ in range(2):
+        probe_one_op()
+        assert build_shm_op() == "loaded"
+    assert probed == [ShareMemCommBuilder.NAME]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
