@@ -31,6 +31,7 @@ LOW = {"operator": "alpha", "c1": 16, "c2": 24}
 # A rank's partition of a tile is offloaded to NVMe only from 1 MiB on.
 SWAPPED = {"model": TINY | {"dim": 256, "depth": 2, "heads": 4}, "tile": 16}
 BF16 = {"precision": "bf16"}
+WIDE_GRADIENTS = {"precision": "bf16", "grad_accum_dtype": "fp32"}
 CASES: dict[str, dict[str, Any]] = {
     "0-bf16": {"stage": 0, **BF16, "model": WIDE | LOW},
     "0-8bit": {"stage": 0, "adam": "8bit", "model": WIDE | LOW},
@@ -52,13 +53,19 @@ CASES: dict[str, dict[str, Any]] = {
     "3-bf16-hpz": {"stage": 3, **BF16, "nodes": 2, "zero_overrides": {"hpz_ranks": 2}},
     "3-bf16-states": {"stage": 3, "bf16_master": True, "bf16_states": True, **BF16},
     "3-8bit": {"stage": 3, **BF16, "adam": "8bit"},
-    "2-cpu-optimizer": {"stage": 2, "offload": "cpu-optimizer", **BF16},
+    # Gradients accumulate in fp32: in buffers of all parameters, of a rank's share, and with the optimizer on the host.
+    "1-wide": {"stage": 1, "accumulation": 2, **WIDE_GRADIENTS, "model": WIDE | LOW},
+    "2-cpu-optimizer": {"stage": 2, "offload": "cpu-optimizer", "accumulation": 2, **WIDE_GRADIENTS},
+    "1-cpu-optimizer": {"stage": 1, "offload": "cpu-optimizer", **WIDE_GRADIENTS, "model": WIDE | LOW},
+    # Recomputed blocks, and many samples: the peak is in a block, while the first buckets are reduced.
+    "2-block": {"stage": 2, "micro_batch": 32, "model": WIDE | LOW | {"checkpointing": "block"}},
     "3-cpu-optimizer": {"offload": "cpu-optimizer", "accumulation": 2, "grad_accum_dtype": "fp32", **BF16},
     "3-cpu": {"offload": "cpu", **BF16},
     "3-nvme-optimizer": {"offload": "nvme-optimizer", **BF16, **SWAPPED},
     "3-nvme": {"offload": "nvme", **BF16, **SWAPPED},
     # Two owners of 25 and 24 relations, without and with a replica of each.
     "1-relation": {"stage": 1, "relation_parallel": 2, "offload": "cpu-optimizer", **BF16, "model": WIDE | LOW | ODD},
+    "2-relation": {"stage": 2, "relation_parallel": 2, "accumulation": 2, **WIDE_GRADIENTS, "model": WIDE | ODD},
     "3-relation": {
         "stage": 3,
         "relation_parallel": 2,
