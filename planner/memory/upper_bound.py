@@ -356,7 +356,7 @@ def _stages_1_and_2(terms: _Terms, bounds: WeightsBound) -> None:
         bounds.add_transient(2 * share * wide + terms.states(share) + _copied_states(terms, share))
     gathered = replicas * share * width if terms.on_cpu else 0
     bounds.running = running
-    bounds.elsewhere = max(update, gathered, share * (width + wide), elements * width)
+    bounds.elsewhere = max(update, gathered, share * (width + wide))
     # The full model is built on the host before anything else exists.
     made = elements * (FP32_BYTES + width) + (0 if terms.on_cpu else replicas * share * width)
     if terms.on_cpu:
