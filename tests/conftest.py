@@ -18,7 +18,7 @@ import torch
 from helpers import chance
 from helpers.browser import Browser, find_browser
 from helpers.fake_ops import FakeOps
-from helpers.report_folders import MALICIOUS, experiment_folder, plan_folder, run_folder
+from helpers.report_folders import MALICIOUS, built_once, experiment_folder, plan_folder, run_folder
 from helpers.runs import forked_ranks, has_libaio
 from xdist.scheduler import LoadScopeScheduling
 
@@ -282,7 +282,10 @@ def forked_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report next to its plan folder: a malicious name and three runs; the second is the newest measured one."""
-    folder = tmp_path_factory.mktemp("report")
+    return built_once(tmp_path_factory, "report", build_report) / "report.html"
+
+
+def build_report(folder: Path) -> None:
     plan_folder(folder / "plan", name=MALICIOUS)
     for number, name in enumerate(("001", "002", "003")):
         path = run_folder(folder / "plan", name, more=1000 * number)
@@ -290,7 +293,6 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "memory" / "rank_0.json").unlink()
     os.utime(path, (9, 9))
     assert run(["report", str(folder / "plan"), "--out", str(folder / "report.html")]) == 0
-    return folder / "report.html"
 
 
 @pytest.fixture(scope="module")
@@ -311,9 +313,12 @@ def browser(chromium: Browser) -> Browser:
 @pytest.fixture(scope="session")
 def gallery_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with all sections, as page, Markdown and JSON, about models that are searched in seconds."""
+    return built_once(tmp_path_factory, "gallery", build_gallery)
+
+
+def build_gallery(folder: Path) -> None:
     from translution.reports import builder
 
-    folder = tmp_path_factory.mktemp("gallery")
     plan_folder(folder / "plan", name=MALICIOUS)
     run_folder(folder / "plan", "001")
     experiment_folder(folder / "experiments" / "shift")
@@ -330,4 +335,3 @@ def gallery_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(builder, "growth_points", few)
         patch.setattr(builder, "thresholds", functools.partial(builder.thresholds, axes=("depth",)))
         assert run(words) == 0
-    return folder

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from translution.distributed.experiments.definitions import find_experiment
 from translution.distributed.experiments.runner import ExperimentResult, Trial
@@ -79,3 +85,18 @@ def experiment_folder(folder: Path, name: str = "shift", *, quick: bool = False)
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(result.model_dump_json(indent=2))
     return result
+
+
+def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
+    """Return a folder that the first worker of pytest-xdist builds, for which the others wait; tests only read it."""
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = shared / name, shared / f"{name}-done"
+    with (shared / f"{name}-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            build(folder)
+            done.touch()
+    return folder
