@@ -30,7 +30,7 @@ POLL_SECONDS = 0.2
 STACKS_SECONDS = 1.0
 """Seconds in which ranks print their stacks."""
 HUNG_SECONDS = 20.0
-"""Seconds in which ranks that were asked to save, because one hung, must begin another phase; saving may take longer."""
+"""Seconds in which ranks that were asked to save, because one hung, must begin a phase; saving may take longer."""
 _WAIT_MESSAGE_SECONDS = 15.0
 """Seconds between two messages about what a stopping run waits for."""
 

@@ -10,7 +10,46 @@ from dataclasses import replace
 
 from ...config.model import ModelSpec
 from ..core import Gradients, ModuleParams, Storage, Tape, Tensor
-from .ops import GRADIENTS, TEMPORARY, DtypeSizes, cast, layer_norm, weight_gradients
+from .ops import GRADIENTS, TEMPORARY, WEIGHT_GRADIENTS, DtypeSizes, accumulate_gradients, cast, weight_gradients
+
+
+def layer_norm(
+    tape: Tape,
+    x: Tensor,
+    rows: int,
+    width: int,
+    weights: ModuleParams,
+    sizes: DtypeSizes,
+    *,
+    copies: int = 0,
+    statistics: int = 2,
+) -> Tensor:
+    """Apply a norm to (rows, width) in one kernel; saves its input, and the statistics of each row.
+
+    Args:
+        tape, x, weights, sizes: as in `linear`.
+        rows, width: shape of the input.
+        copies: bytes of a contiguous copy of the gradient; 0 unless the gradient is a view of a larger tensor.
+        statistics: statistics of a row: mean and deviation of LayerNorm, the deviation of RMSNorm.
+    """
+    tape.hooks.fetch(weights, backward=False)
+    out = tape.new(rows * width * sizes.value)
+    saved = (x.storage, tape.new(statistics * rows * sizes.statistic), *tape.kept_weights(weights))
+    tape.hooks.release(weights, backward=False)
+    wanted = x.node is not None
+
+    def backward(grad: Storage) -> Gradients:
+        tape.hooks.fetch(weights, backward=True)
+        given = tape.new(rows * width * sizes.value, GRADIENTS) if wanted else None
+        copy = tape.new(copies, TEMPORARY)
+        block = tape.new(statistics * sizes.threads * width * sizes.accumulator, TEMPORARY)
+        accumulate_gradients(
+            tape, weights, [tape.new(numel * sizes.parameter, WEIGHT_GRADIENTS) for numel in weights.numels]
+        )
+        del copy, block
+        return (given,)
+
+    return tape.result(out, (x,), backward, saved)
 
 
 def norm(
