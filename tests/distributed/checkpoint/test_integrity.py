@@ -213,7 +213,8 @@ def test_a_run_with_a_damaged_checkpoint_is_not_resumed(tmp_path: Path, capsys: 
         assert run_cli(command) == 2
         error = capsys.readouterr().err
         assert f"{damaged.name}: its content is not what was saved: the checkpoint is damaged; there is no" in error
-        assert error.count("\n") == 1
+        # With a torch older than that of new plans a note is above.
+        assert [line.partition(":")[0] for line in error.splitlines() if "note: torch " not in line] == ["translution"]
     shutil.copytree(run, longer / "runs" / "by-hand")
     with pytest.raises(AssertionError, match=r"optim_states.pt: its content is not what was saved"):
         run_plan(longer, 1)
