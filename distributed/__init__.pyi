@@ -12,3 +12,4 @@ from .runs.mode import RunMode as RunMode
 from .runs.status import RankStatus as RankStatus
 from .runs.status import RunStatus as RunStatus
 from .runs.status import read_run_status as read_run_status
+from .system.network import leave_process_group as leave_process_group

@@ -97,12 +97,13 @@ FAULTS = (
 """All faults, in the order of the table."""
 
 
-def run_fault(fault: Fault, folder: Path) -> Outcome:
-    """Make a fault in an empty folder, and remove the folder."""
+def run_fault(fault: Fault, folder: Path, *, keep: bool = False) -> Outcome:
+    """Make a fault in an empty folder, and remove the folder unless it is to be kept."""
     try:
         return fault.make(folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def to_markdown(rows: Sequence[tuple[Fault, Outcome]], made: Provenance) -> str:

@@ -28,6 +28,7 @@ from ..launcher.local_processes import run_processes
 from ..runs.watchdog import end_with_launcher
 from ..system.compiled_ops import NVME_OPS, prepare_ops
 from ..system.environment import check_gpus, check_packages, free_port, launch_environment
+from ..system.network import leave_process_group
 
 _RATES: TypeAdapter[MeasuredRates] = TypeAdapter(MeasuredRates)
 _LOG, _PROGRESS = "calibrate.log", "progress"
@@ -211,4 +212,4 @@ def calibrate_rank(folder: Path, device: str, nvme_path: Path | None, *, quick: 
         write_text(folder / f"rates_{rank}.json", rates.model_dump_json())
         torch.distributed.barrier()
     finally:
-        torch.distributed.destroy_process_group()
+        leave_process_group()

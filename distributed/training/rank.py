@@ -31,6 +31,7 @@ from ..runs.rank_watch import RankWatch, limits_of_environment
 from ..runs.watchdog import LAUNCHER_PID, end_with_launcher
 from ..system import filesystem, process_memory
 from ..system.environment import own_path
+from ..system.network import leave_process_group
 from ..system.packages import check_training_packages
 from .deepspeed_fixes import freeze_imports
 from .failure import describe_failure
@@ -95,9 +96,7 @@ def run_rank(trainer: Trainer, work: Callable[[], None]) -> None:
         for folder in trainer.engine.swap_folders.values():
             folder.remove()
         filesystem.remove_shared_buffers(os.environ.get("MASTER_PORT", ""), rank)
-        # Otherwise a gloo process may abort at exit after success.
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_process_group()
 
 
 def report_failure(trainer: Trainer, error: BaseException) -> None:

@@ -81,6 +81,7 @@ PUBLIC: dict[str, list[str]] = {
         "TokenMeta",
         "find_experiment",
         "launch",
+        "leave_process_group",
         "prepare_images",
         "prepare_tokens",
         "read_run_status",

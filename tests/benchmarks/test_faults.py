@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,14 @@ def test_no_damage_of_a_checkpoint_is_resumed(tmp_path: Path) -> None:
 
 
 def problems(fault: Any, folder: Path) -> list[str]:
-    """Make a fault; return what is wrong, but not how long it took: other tests run here."""
-    found = fault.problems(table.run_fault(fault, folder / fault.name))
-    return [problem for problem in found if not problem.startswith("it took")]
+    """Make a fault; return what is wrong but not how long it took, since other tests run here, and the ends of all logs."""
+    trial = folder / fault.name
+    found = fault.problems(table.run_fault(fault, trial, keep=True))
+    found = [problem for problem in found if not problem.startswith("it took")]
+    if found:
+        found += [f"{path.name}: {path.read_text(errors='replace')[-3000:]}" for path in sorted(trial.rglob("*.log"))]
+    shutil.rmtree(trial, ignore_errors=True)
+    return found
 
 
 def test_what_is_wrong_with_an_outcome_is_told() -> None:
