@@ -42,7 +42,7 @@ def test_no_damage_of_a_checkpoint_is_resumed(tmp_path: Path) -> None:
 
 
 def problems(fault: Any, folder: Path) -> list[str]:
-    """Make a fault; return what is wrong but not how long it took, since other tests run here, and the ends of all logs."""
+    """Make a fault; return what is wrong, but for how long it took while other tests run, and the ends of all logs."""
     trial = folder / fault.name
     found = fault.problems(table.run_fault(fault, trial, keep=True))
     found = [problem for problem in found if not problem.startswith("it took")]
