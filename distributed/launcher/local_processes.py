@@ -14,6 +14,8 @@ from typing import Any
 from translution.planner.common import InputError, RunFailedError, read_json
 
 from ..runs.folder import LOG, METRICS, log_path
+from ..runs.heartbeat import control_path
+from ..runs.progress import HEARTBEAT_SECONDS, STACKS_REQUEST, read_progress
 from ..runs.rank_watch import RankWatch
 from ..runs.status import RankStatus, read_statuses, resume_hint
 from ..runs.watchdog import LAUNCHER_PID
@@ -27,8 +29,8 @@ SAVE_SECONDS = 3600.0
 POLL_SECONDS = 0.2
 """Seconds between two looks at the processes and the metrics file."""
 
-STACKS_SECONDS = 1.0
-"""Seconds in which ranks print their stacks."""
+_STACKS_SECONDS = 1.0
+"""Seconds in which a rank prints its stacks after a signal."""
 HUNG_SECONDS = 20.0
 """Seconds in which ranks that were asked to save, because one hung, must begin a phase; saving may take longer."""
 _WAIT_MESSAGE_SECONDS = 15.0
@@ -182,14 +184,42 @@ def _save_hung(process: subprocess.Popen[bytes], watch: RankWatch, hang: str, on
         True if all have ended by themselves.
     """
     on_message(f"{hang}; the ranks are asked to save and end")
-    for status in _group_ranks(process, watch.run):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(status.pid, signal.SIGUSR2)
-            os.kill(status.pid, signal.SIGCONT)
-    time.sleep(STACKS_SECONDS)
+    _print_stacks(process, watch.run)
     if not _ask(process, watch.run, signal.SIGUSR1):
         return False
     return wait_for_moves(process, watch)
+
+
+def _print_stacks(process: subprocess.Popen[bytes], run: Path) -> None:
+    """Let all ranks print their stacks to their logs, those too that a signal has stopped.
+
+    Each is asked by a file, at which its heartbeat's thread looks. A signal, whose handler reads frames that other threads
+    may be changing, would end a rank that runs Python; so it is sent only to ranks that have no heartbeat, because a call
+    keeps Python's lock.
+    """
+    statuses = list(_group_ranks(process, run))
+    before = {status.rank: _heartbeat(run, status.rank) for status in statuses}
+    with contextlib.suppress(OSError):
+        control_path(run, STACKS_REQUEST).touch()
+    _send(statuses, signal.SIGCONT)
+    time.sleep(2 * HEARTBEAT_SECONDS)
+    silent = [status for status in statuses if _heartbeat(run, status.rank) == before[status.rank]]
+    if silent:
+        _send(silent, signal.SIGUSR2)
+        time.sleep(_STACKS_SECONDS)
+
+
+def _heartbeat(run: Path, rank: int) -> int:
+    """Return the number of a rank's heartbeats; 0 for a rank that has not started."""
+    progress = read_progress(run, rank)
+    return progress.heartbeat if progress else 0
+
+
+def _send(statuses: Sequence[RankStatus], number: int) -> None:
+    """Send a signal to ranks of this machine."""
+    for status in statuses:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(status.pid, number)
 
 
 def wait_for_moves(process: subprocess.Popen[bytes], watch: RankWatch) -> bool:

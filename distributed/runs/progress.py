@@ -101,7 +101,11 @@ class Progress:
         self._lock = threading.Lock()
 
     def open(self, run: Path, rank: int) -> None:
-        """Create the file and begin the heartbeats; on SIGUSR2 the process prints its threads' stacks to its log."""
+        """Create the file and begin the heartbeats, whose thread prints all stacks to the rank's log when it is asked to.
+
+        So does SIGUSR2, for a process without heartbeats: its handler needs no lock of Python, and so may end a process
+        that runs Python.
+        """
         self._path, self._rank = progress_path(run, rank), rank
         try:
             self._path.parent.mkdir(exist_ok=True)
