@@ -101,10 +101,10 @@ class Progress:
         self._lock = threading.Lock()
 
     def open(self, run: Path, rank: int) -> None:
-        """Create the file and begin the heartbeats, whose thread prints all stacks to the rank's log when it is asked to.
+        """Create the file and begin the heartbeats, whose thread prints all stacks to the log when it is asked to.
 
-        So does SIGUSR2, for a process without heartbeats: its handler needs no lock of Python, and so may end a process
-        that runs Python.
+        SIGUSR2 prints them without a heartbeat. Its handler needs no lock of Python, so it may end a process that runs
+        Python.
         """
         self._path, self._rank = progress_path(run, rank), rank
         try:
