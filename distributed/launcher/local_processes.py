@@ -193,9 +193,9 @@ def _save_hung(process: subprocess.Popen[bytes], watch: RankWatch, hang: str, on
 def _print_stacks(process: subprocess.Popen[bytes], run: Path) -> None:
     """Let all ranks print their stacks to their logs, those too that a signal has stopped.
 
-    Each is asked by a file, at which its heartbeat's thread looks. A signal's handler reads frames that other threads may be
-    changing, and so may end a rank that runs Python. It is sent only to ranks without a heartbeat, where a call keeps
-    Python's lock.
+    Each is asked by a file, at which its heartbeat's thread looks. A signal's handler reads frames that other threads
+    may be changing, and so may end a rank that runs Python. It is sent only to ranks without a heartbeat: there, a call
+    keeps Python's lock.
     """
     statuses = list(_group_ranks(process, run))
     before = {status.rank: _heartbeat(run, status.rank) for status in statuses}

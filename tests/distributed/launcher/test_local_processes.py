@@ -77,6 +77,7 @@ run, rank, progress.HEARTBEAT_SECONDS = Path(sys.argv[1]), int(sys.argv[2]), flo
 progress.Progress().open(run, rank)
 status.write_status(run, status.RankStatus(rank=rank, state="training", pid=os.getpid()))
 threading.Thread(target=lambda: [time.sleep(0.2) for _ in range(10**6)], daemon=True).start()
+threading.Thread(target=lambda: os._exit(len(sys.stdin.read())), daemon=True).start()
 def deep(levels):
     return deep(levels - 1) + 1 if levels else len(json.dumps({"a": [1, {"b": 2}]}))
 print("runs", flush=True)
@@ -95,9 +96,9 @@ def test_a_stopped_rank_prints_its_stacks_and_goes_on(tmp_path: Path, monkeypatc
     try:
         for rank, heartbeat_seconds in enumerate(("600", "0.02")):
             words = [sys.executable, "-c", RANK, str(tmp_path), str(rank), heartbeat_seconds]
-            group = ranks[0].pid if ranks else 0
+            group, pipe = ranks[0].pid if ranks else 0, subprocess.PIPE
             with log_path(tmp_path, rank).open("wb") as log:
-                ranks.append(subprocess.Popen(words, process_group=group, stdout=subprocess.PIPE, stderr=log))
+                ranks.append(subprocess.Popen(words, process_group=group, stdin=pipe, stdout=pipe, stderr=log))
         for process in ranks:
             assert process.stdout is not None
             assert process.stdout.readline() == b"runs\n"
