@@ -57,9 +57,19 @@ STARTS_RANKS = (
     "tests/docs/test_integrations.py",
     "tests/docs/test_pages.py",
     "tests/distributed/checkpoint/test_weights.py",
+    "tests/distributed/training/test_relation_groups.py",
 )
 """Tests that start ranks. In one session they run last; they wait for DeepSpeed's ops, which compile for minutes."""
-LONGEST = ("test_pages", "test_kills", "test_hosts", "test_offload", "test_slurm", "test_gpu_check", "test_reshard")
+LONGEST = (
+    "test_pages",
+    "test_kills",
+    "test_hosts",
+    "test_offload",
+    "test_slurm",
+    "test_gpu_check",
+    "test_reshard",
+    "test_relation_groups",
+)
 """Files of such tests that take longest as a whole or have the longest tests: they begin first."""
 COMPILING = "TRANSLUTION_TESTS_COMPILING"
 """Environment variable: a file that exists while ops compile."""

@@ -190,7 +190,7 @@ def test_norms_of_sub_groups_are_added_up_once(
 
 
 def test_ranks_that_share_out_the_relations_train_as_one_rank(tmp_path: Path) -> None:
-    """Three starts of ranks serve all checks."""
+    """Three starts of ranks serve all checks, of thirty runs: while other tests run it takes a minute."""
     weights = tmp_path / "network.safetensors"
     torch.manual_seed(1)
     tensors = {name: value.detach() for name, value in build(parse_model_spec(UNEVEN)).named_parameters()}
