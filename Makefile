@@ -17,8 +17,8 @@ demo: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
 
 # Tests that start ranks begin when DeepSpeed's ops are compiled, which takes minutes; then half of the workers run them.
-# One worker more than there are cores keeps two cores busy; with two more, the ranks' processes disturb each other so much
-# that all takes an eighth longer. At most eight.
+# One worker more than there are cores keeps two cores busy; with two more, the ranks disturb each other, and
+# all takes an eighth longer. At most eight.
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores < 8 ? cores + 1 : 8 )))
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist load --no-loadscope-reorder
 FAST := --ignore tests/integration --ignore tests/browser --ignore tests/docs --ignore tests/scripts \
