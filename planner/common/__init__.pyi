@@ -27,6 +27,7 @@ from .provenance import Provenance as Provenance
 from .provenance import make_provenance as make_provenance
 from .provenance import processor as processor
 from .schema import Schema as Schema
+from .schema import build_schemas as build_schemas
 from .schema import parse_json as parse_json
 from .schema import stored_as as stored_as
 from .schema import validate as validate

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from translution.planner.common import InputError, usable_cores
+from translution.planner.common import InputError, build_schemas, usable_cores
 
 from .choice import Choice, ChoiceError, parse_choice
 from .connections import ConnectionLimits, connection_settings
@@ -203,6 +203,7 @@ def make_app(searches: SearchPool, hosts: Iterable[str] = (), *, any_address: bo
         any_address: accept any IP address as host.
     """
     handlers = _Routes(searches)
+    build_schemas()  # Requests are answered in threads.
     # Read the catalog and compile the templates now, not during the first request.
     start = Choice()
     render_page(PageChoice(start), Answer(start, costs_of(start), Outcome(state="searching")), None)
