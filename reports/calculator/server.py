@@ -203,10 +203,10 @@ def make_app(searches: SearchPool, hosts: Iterable[str] = (), *, any_address: bo
         any_address: accept any IP address as host.
     """
     handlers = _Routes(searches)
-    build_schemas()  # Requests are answered in threads.
     # Read the catalog and compile the templates now, not during the first request.
     start = Choice()
     render_page(PageChoice(start), Answer(start, costs_of(start), Outcome(state="searching")), None)
+    build_schemas()  # Of all modules that are loaded by now: requests are answered in threads.
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
