@@ -27,6 +27,7 @@ from common import describe_run, seconds_once, write_report
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from translution.distributed import leave_process_group
 from translution.distributed.system import free_port, launch_environment
 from translution.distributed.training import Trainer
 from translution.models import build
@@ -152,7 +153,7 @@ def run_rank(small: bool, repeats: int, out: Path) -> None:
     found["relation"]["bytes"] = [count + ours.replicated_bytes() for count in found["relation"]["bytes"]]
     if dist.get_rank() == 0:
         out.write_text(json.dumps({"losses": losses, "turns": found, "tile_relations": plan.tile_relations}))
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def _on_all_ranks(turn: Callable[[], Tensor]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from translution.distributed import leave_process_group
 from translution.planner import load_model, make_plan
 from translution.planner.common import TRAINING_PHASES, Phase, TranslutionError, format_bytes
 from translution.planner.config import TrainingSpec
@@ -243,7 +244,7 @@ def overhead_steps(device: str, on_row: Callable[[dict[str, Any]], None]) -> Non
             }
         )
         before, held = after, now
-    torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 def _in_use(device: str, *, context: bool) -> int | None:

@@ -61,8 +61,10 @@ def wait_without_limit() -> None:
     """
     from torch.distributed import distributed_c10d
 
+    # torch 2.15 has made it public.
+    set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
     for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(COLLECTIVE_LIMIT, group)
+        set_timeout(COLLECTIVE_LIMIT, group)
 
 
 def has_top5(model: ModelSpec) -> bool:

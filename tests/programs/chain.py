@@ -20,6 +20,7 @@ import torch
 from helpers.runs import write_plan
 from torch import Tensor
 
+from translution.distributed import leave_process_group
 from translution.distributed.checkpoint.manifest import newest_checkpoint
 from translution.distributed.checkpoint.reshard import load_resharded
 from translution.distributed.checkpoint.save_load import save_checkpoint
@@ -203,7 +204,7 @@ def main(folder: Path, *chains: str) -> None:
     for name in chains or CHAINS:
         results[name] = run_chain(folder, name)
         (folder / "results.json").write_text(json.dumps(results, indent=1))
-    torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from translution.distributed import leave_process_group
 from translution.distributed.data.base import Samples
 from translution.distributed.fsdp2 import batch_loss, build_sharded, join_ranks, learning_rate, make_optimizer
 from translution.distributed.fsdp2.steps import training_steps
@@ -107,7 +108,7 @@ def main() -> None:
         gc.collect()  # A network refers to itself.
     if torch.distributed.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

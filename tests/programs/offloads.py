@@ -9,6 +9,7 @@ import gc
 import sys
 from pathlib import Path
 
+from translution.distributed import leave_process_group
 from translution.distributed.runs.folder import make_run_folders
 from translution.distributed.training.trainer import Trainer
 from translution.planner.plans.plan import load_plan
@@ -28,6 +29,5 @@ def main(folders: list[Path]) -> None:
 
 if __name__ == "__main__":
     main([Path(folder) for folder in sys.argv[1:]])
-    import torch
 
-    torch.distributed.destroy_process_group()
+    leave_process_group()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from translution.distributed import leave_process_group
 from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.loaders import load_samples
 from translution.distributed.training.trainer import Trainer
@@ -42,7 +43,7 @@ def main(plan_folder: Path, run: Path, out: Path) -> None:
     except FloatingPointError as error:
         out.with_suffix(f".{engine.rank}").write_text(str(error))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from translution.distributed import leave_process_group
 from translution.models import AlphaTranslution, Translution, build
 from translution.models.relation_parallel import (
     average_table_gradients,
@@ -245,7 +246,7 @@ def main() -> None:
     results["errors"] = errors(dist.group.WORLD)
     results["text"] = str(Translution(DIM, HEADS, length=5, relation_group=dist.group.WORLD).tables).splitlines()[1]
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

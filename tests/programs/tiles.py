@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from translution.distributed import leave_process_group
 from translution.distributed.data.batching import micro_batches
 from translution.distributed.data.loaders import load_samples
 from translution.distributed.training.trainer import Trainer
@@ -85,7 +86,7 @@ def main(plan_folder: Path, run: Path, out: Path) -> None:
         torch.save(grads, out.with_suffix(".pt"))
         out.write_text(json.dumps({"tiles": len(tiles), "kernels": sorted(set(kernels)), **gathered}))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

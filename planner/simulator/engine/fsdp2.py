@@ -93,6 +93,8 @@ class Fsdp2Engine(SimulatedEngine):
         """Buffer of the newest gather in forward, which the next one frees."""
         self.last_reduce: Storage | None = None
         """Input of the newest reduction, which the next one frees."""
+        self.last_copy: Storage | None = None
+        """gloo's copy of the newest collective's input or output, which its thread frees before the next one."""
 
     # Building.
     def build(self) -> None:
@@ -136,9 +138,8 @@ class Fsdp2Engine(SimulatedEngine):
             self.in_backward, self.last_gather = True, None
         if group.full is not None:
             return
-        copy = None
         if group.ahead is None:
-            group.ahead, copy = self._gather(group)
+            group.ahead = self._gather(group)
         buffer, group.ahead = group.ahead, None
         # A block is gathered for backward before it is recomputed.
         in_forward = not backward and not (self.in_backward and group in self.blocks)
@@ -148,29 +149,33 @@ class Fsdp2Engine(SimulatedEngine):
         group.full = Storage(self.memory.device, GATHERED, group.padded * self.width)
         if in_forward:
             self.last_gather = buffer
-        # gloo's thread frees its copy at some time before the module runs.
-        del buffer, copy
+        del buffer
         group.missing = len(group.modules)
         if backward and self.config.zero.prefetch_bucket_elements:
             self._prefetch(group)
 
-    def _gather(self, group: ShardedGroup) -> tuple[Storage, Storage | None]:
-        """Return the buffer of a gather, and the copy into which gloo gathers."""
+    def _gather(self, group: ShardedGroup) -> Storage:
+        """Return the buffer of a gather."""
         memory, size = self.memory, group.padded * self.width
-        narrow = None
+        narrow = self.last_copy = None
         if self.width != FP32_BYTES:
             narrow = Storage(memory.device, GATHER_COPIES, group.share * self.width)
         buffer = Storage(memory.device, GATHER_COPIES, size)
-        copy = Storage(memory.device, BACKEND_COPIES, size) if memory.uses_gloo else None
+        self._copy(size)
         del narrow
-        return buffer, copy
+        return buffer
+
+    def _copy(self, size_bytes: int) -> None:
+        """Hold the copy with which gloo works until the next collective: its thread frees it at some time before."""
+        if self.memory.uses_gloo:
+            self.last_copy = Storage(self.memory.device, BACKEND_COPIES, size_bytes)
 
     def _prefetch(self, group: ShardedGroup) -> None:
         """Start the gather of the group that ran before this one in forward."""
         place = next((number for number, each in enumerate(self.order) if each is group), 0)
         before = self.order[place - 1] if place else None
         if before is not None and before.full is None and before.ahead is None:
-            before.ahead, _ = self._gather(before)
+            before.ahead = self._gather(before)
 
     def release(self, weights: ModuleParams, *, backward: bool) -> None:
         """Free a tile after forward, and a block when its last module has run; backward frees both with gradients."""
@@ -196,12 +201,11 @@ class Fsdp2Engine(SimulatedEngine):
     def _reduce(self, group: ShardedGroup) -> None:
         memory, size = self.memory, group.padded * self.width
         group.full = None
-        self.last_reduce = None
+        self.last_reduce = self.last_copy = None
         self.last_reduce = Storage(memory.device, REDUCE_COPIES, size)
         group.waiting.clear()
         reduced: Storage | None = Storage(memory.device, SHARED_GRADIENTS, group.share * self.width)
-        if memory.uses_gloo:
-            memory.add_transient((memory.device, BACKEND_COPIES, size))
+        self._copy(size)
         if self.width != FP32_BYTES:
             reduced = Storage(memory.device, SHARED_GRADIENTS, group.share * FP32_BYTES)
         if group.gradient is None:
@@ -211,7 +215,7 @@ class Fsdp2Engine(SimulatedEngine):
     def finish(self) -> None:
         """Reduce the gradients of the rest of the network, and free what the last collectives used."""
         self._reduce(self.root)
-        self.last_reduce = self.last_gather = None
+        self.last_reduce = self.last_copy = self.last_gather = None
         self.in_backward = False
         self.order.clear()
         for group in self.groups:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from translution.distributed import leave_process_group
 from translution.distributed.profiling.allocation_tracer import SavedTensorCounter, count_every_allocation
 from translution.distributed.profiling.single_process import measure_passes, random_samples
 from translution.distributed.training.deepspeed_fixes import settled_collectives
@@ -80,7 +81,7 @@ def main() -> None:
     with settled_collectives():
         results = [measure(dist.group.WORLD, case, how) for case, how in CASES]
     (Path(sys.argv[1]) / f"{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

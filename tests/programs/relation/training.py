@@ -19,6 +19,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils import groups
 
+from translution.distributed import leave_process_group
 from translution.distributed.data.base import Samples
 from translution.distributed.profiling.recorder import RunPhase, run_phase
 from translution.distributed.runs.folder import CHECKPOINT, make_run_folders, set_first_weights
@@ -122,7 +123,7 @@ def main() -> None:
         gc.collect()  # An engine refers to itself.
     name = f"ranks_{dist.get_world_size()}_rank_{dist.get_rank()}.json"
     (out / name).write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":
