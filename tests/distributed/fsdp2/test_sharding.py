@@ -35,7 +35,7 @@ from translution.planner.plans.plan import Plan, load_plan
 
 needs_two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
 LEAST = 1.0 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15) else 0.97
-"""torch 2.15 reduces gradients in another way: in bf16, backward takes up to 3% more on CPU ranks than with torch 2.13."""
+"""With torch 2.15, which reduces gradients in another way, backward in bf16 takes up to 3% more on CPU ranks."""
 CASES: list[dict[str, Any]] = [
     {"accumulation": 2},
     {"precision": "bf16"},
