@@ -29,7 +29,7 @@ test: system-packages $(VENV)/.dev
 
 # Without the tests that start ranks or a browser, build documentation or packages, run scripts or benchmarks, or are slow.
 quick: $(VENV)/.dev
-	$(PYTEST) $(FAST)
+	$(PYTEST) $(FAST) -m "not slow and not ranks"
 
 # The tests that draw their cases at random, with a new seed and many more cases.
 SEED ?= $(shell date +%s)

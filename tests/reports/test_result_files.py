@@ -27,6 +27,7 @@ def refused(words: list[str], folder: Path, capsys: Captured) -> str:
     return captured.err
 
 
+@pytest.mark.ranks
 def test_a_report_replaces_its_own_files_with_force_and_never_a_picture_of_somebody_else(
     tmp_path: Path, capsys: Captured
 ) -> None:

@@ -196,6 +196,7 @@ def test_the_launcher_tells_the_ranks_what_it_has_verified(tmp_path: Path) -> No
     assert not is_verified(tmp_path, save(tmp_path / "checkpoint", 6))
 
 
+@pytest.mark.ranks
 def test_a_run_with_a_damaged_checkpoint_is_not_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the launcher, nor by ranks that start without one; and the command that verifies finds it too."""
     folder = write_plan(tmp_path / "plan", 1, steps=2, final_checkpoint=True)

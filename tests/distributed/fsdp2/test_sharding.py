@@ -107,6 +107,7 @@ def ratios(plan: Plan, found: dict[str, Any]) -> dict[str, float]:
     return {phase: plan.prediction.bytes_of(phase) / found["peaks"][phase] for phase in phases}
 
 
+@pytest.mark.ranks
 @needs_two_cores
 def test_two_ranks_train_like_one_process_and_hold_what_is_predicted(root: Path, tmp_path: Path) -> None:
     folders = [digits_plan(root, tmp_path / str(number), **case) for number, case in enumerate(CASES)]
@@ -127,6 +128,7 @@ def test_two_ranks_train_like_one_process_and_hold_what_is_predicted(root: Path,
         assert all(LEAST <= value <= 1.05 for value in ratio.values()), (case, ratio)
 
 
+@pytest.mark.ranks
 @needs_two_cores
 def test_a_plan_folder_trains_through_torchrun_and_resumes(root: Path, tmp_path: Path) -> None:
     folder, run = digits_plan(root, tmp_path / "plan", steps=4, checkpoint_steps=2), tmp_path / "run"

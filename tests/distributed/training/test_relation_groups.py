@@ -189,6 +189,7 @@ def test_norms_of_sub_groups_are_added_up_once(
         optimizer._model_parallel_all_reduce(norm, None)
 
 
+@pytest.mark.ranks
 def test_ranks_that_share_out_the_relations_train_as_one_rank(tmp_path: Path) -> None:
     """Three starts of ranks serve all checks, of thirty runs: while other tests run it takes a minute."""
     weights = tmp_path / "network.safetensors"

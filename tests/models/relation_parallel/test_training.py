@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers.runs import run_ranks_of
 from programs import relation_ranks as program
 from programs.relation_ranks import BATCH, CASES, DIM, HEADS
@@ -32,6 +33,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.ranks
 def test_ranks_that_share_out_relations_equal_one_process(tmp_path: Path) -> None:
     """One start of four ranks serves all checks."""
     run_ranks_of([program.__file__, tmp_path], 4, tmp_path / "log")

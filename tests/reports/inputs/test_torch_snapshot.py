@@ -138,6 +138,7 @@ def test_shared_lists_do_not_multiply(tmp_path: Path) -> None:
         read_snapshot(tmp_path / "x")
 
 
+@pytest.mark.ranks
 def test_report_lays_the_snapshot_over_the_prediction(tmp_path: Path, capsys: Captured) -> None:
     training = TrainingSpec(precision="bf16", data="synthetic", steps=4)
     plan = make_plan(preset("vit-tiny/56"), load_cluster("1xH100"), training)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers.runs import run_ranks_of
 from programs.measuring import relation_memory as program
@@ -38,6 +39,7 @@ def predicted(case: dict[str, Any], how: str, rank: int) -> Replay:
     return replay(spec, program.BATCH, sizes, program.TILE, share=share)
 
 
+@pytest.mark.ranks
 def test_peaks_and_saved_bytes_of_ranks_that_share_out_relations_are_predicted(tmp_path: Path) -> None:
     """One start of three ranks, which own different numbers of relations and pairs."""
     run_ranks_of([program.__file__, tmp_path], RANKS, tmp_path / "log")
