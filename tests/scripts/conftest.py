@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
@@ -36,8 +37,8 @@ def bundle_script() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="session")
-def package_index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with all packages that pip and uv find: both have no network."""
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with packages."""
     folder = tmp_path_factory.mktemp("index")
     write_installed(folder, "packaging")
     write_wheel(folder, "pydantic", "2.2", ["core-lib"])
@@ -48,13 +49,25 @@ def package_index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         write_wheel(folder, "small-lib", version)
     for version in ("0.19.8", "0.20.0"):
         write_sdist(folder, "deepspeed", version, SETUP.format(version=version))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def package_index(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """That folder as all that pip and uv find, without a network, in the tests of one module."""
+    with only_from(packages, tmp_path_factory.mktemp("uv")):
+        yield packages
+
+
+@contextlib.contextmanager
+def only_from(folder: Path, cache: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(folder)}.items():
             patch.setenv(f"PIP_{name}", value)
             patch.setenv(f"UV_{name}", value)
         patch.setenv("UV_OFFLINE", "1")
-        patch.setenv("UV_CACHE_DIR", str(tmp_path_factory.mktemp("uv")))
-        yield folder
+        patch.setenv("UV_CACHE_DIR", str(cache))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +88,7 @@ def names_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def made_bundle(
     bundle_script: ModuleType,
-    package_index: Path,
+    packages: Path,
     tiny_project: Path,
     names_file: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -83,5 +96,6 @@ def made_bundle(
     """A bundle for the Python that runs the tests."""
     folder = tmp_path_factory.mktemp("made") / "offline"
     words = ["--project", str(tiny_project), "--without", str(names_file), "--python", PYTHON, "--out", str(folder)]
-    assert bundle_script.main(words) == 0
+    with only_from(packages, tmp_path_factory.mktemp("uv")):
+        assert bundle_script.main(words) == 0
     return folder
