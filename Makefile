@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 
 # Tests that start ranks begin when DeepSpeed's ops are compiled, which takes minutes; then half of the workers run them.
 # One worker more than there are cores keeps two cores busy; with two more, the ranks disturb each other, and
-# all takes an eighth longer. At most eight.
+# all takes a seventh longer. At most eight.
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores < 8 ? cores + 1 : 8 )))
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist load --no-loadscope-reorder
 FAST := --ignore tests/integration --ignore tests/browser --ignore tests/docs --ignore tests/scripts \

@@ -14,8 +14,7 @@ from typing import Any
 from translution.planner.common import InputError, RunFailedError, read_json
 
 from ..runs.folder import LOG, METRICS, log_path
-from ..runs.heartbeat import control_path
-from ..runs.progress import HEARTBEAT_SECONDS, STACKS_REQUEST, read_progress
+from ..runs.progress import HEARTBEAT_SECONDS, read_progress, request_stacks
 from ..runs.rank_watch import RankWatch
 from ..runs.status import RankStatus, read_statuses, resume_hint
 from ..runs.watchdog import LAUNCHER_PID
@@ -199,8 +198,7 @@ def _print_stacks(process: subprocess.Popen[bytes], run: Path) -> None:
     """
     statuses = list(_group_ranks(process, run))
     before = {status.rank: _heartbeat(run, status.rank) for status in statuses}
-    with contextlib.suppress(OSError):
-        control_path(run, STACKS_REQUEST).touch()
+    request_stacks(run)
     _send(statuses, signal.SIGCONT)
     time.sleep(2 * HEARTBEAT_SECONDS)
     silent = [status for status in statuses if _heartbeat(run, status.rank) == before[status.rank]]

@@ -15,8 +15,8 @@ from translution.planner.common import RunFailedError
 
 from ..remote.ssh import SSH_ARGUMENTS, Ssh, run_on_hosts
 from ..runs.folder import LOG, METRICS
-from ..runs.heartbeat import control_path, keep_heartbeat, request_stop
-from ..runs.progress import HEARTBEAT_SECONDS, STACKS_REQUEST, RankProgress
+from ..runs.heartbeat import keep_heartbeat, request_stop
+from ..runs.progress import HEARTBEAT_SECONDS, RankProgress, request_stacks
 from ..runs.rank_watch import RankWatch
 from ..runs.status import read_statuses, resume_hint
 from ..system.compiled_ops import OnMessage
@@ -140,8 +140,7 @@ def _failed(run: Path, offset: int) -> int:
 def _save_hung(process: subprocess.Popen[bytes], watch: RankWatch, signal_rank: SignalRank) -> None:
     """Let ranks print their stacks after one of them hung, and save if they still can; kill the one that cannot."""
     hung = watch.hung
-    with contextlib.suppress(OSError):
-        control_path(watch.run, STACKS_REQUEST).touch()
+    request_stacks(watch.run)
     if hung is not None:
         signal_rank(hung, "CONT")
     time.sleep(2 * HEARTBEAT_SECONDS)

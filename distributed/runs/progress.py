@@ -45,6 +45,12 @@ _PHASES: dict[str, str] = {
 """Phases as messages name them, where they have other names there."""
 
 
+def request_stacks(run: Path) -> None:
+    """Ask all ranks to print their stacks to their logs; they see it at their next heartbeat."""
+    with contextlib.suppress(OSError):
+        control_path(run, STACKS_REQUEST).touch()
+
+
 class RankProgress(Schema):
     """What a rank was last doing."""
 
