@@ -54,7 +54,9 @@ def build_sharded(plan: Plan, mesh: DeviceMesh) -> nn.Module:
         mesh: the ranks, in one dimension.
     """
     dtype = MODEL_DTYPES[plan.training.precision]
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype)
+    narrow = None if dtype == torch.float32 else dtype
+    # Without `reduce_dtype`, torch 2.15 reduces in the parameters' fp32.
+    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=narrow)
 
     def shard(module: nn.Module) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy)
