@@ -132,13 +132,15 @@ def test_every_dtype_equals_the_reference(kind: type[Any], dtype: torch.dtype) -
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("batch", "length"), [(17, 2), (3, 7), (16, 3)])
 def test_blocks_smaller_than_a_relation_equal_the_reference(
-    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+    batch: int, length: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Samples of a pair in several blocks, pairs in one block, and a pair that fills a block."""
     monkeypatch.setattr(configs, "_INTERPRETED", (SMALL,))
     more: dict[str, Any] = {"c1": 8, "c2": 8, "roles": "qv"} if deterministic else {"head_dim": 12}
     kind = AlphaTranslution if deterministic else Translution
-    check(kind, 24, 2, torch.float32, deterministic=deterministic, batch=17, length=2, **more)
+    check(kind, 24, 2, torch.float32, deterministic=deterministic, batch=batch, length=length, **more)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -47,6 +47,8 @@ _INTERPRETED = (KernelConfig(64, 32, 64, 4, 1),)
 """For the interpreter, whose time is the number of programs."""
 _PROJECTIONS = (
     KernelConfig(128, 64, 128, 8, 3, registers=128),
+    KernelConfig(128, 64, 256, 16, 3, registers=128),
+    KernelConfig(128, 64, 256, 8, 3),
     KernelConfig(128, 64, 128, 8, 4),
     KernelConfig(64, 64, 128, 4, 3, registers=168),
     KernelConfig(128, 64, 64, 4, 3, registers=168),
@@ -54,11 +56,12 @@ _PROJECTIONS = (
 _GRADIENTS = (
     KernelConfig(64, 128, 128, 8, 3),
     KernelConfig(64, 128, 256, 8, 3),
+    KernelConfig(64, 128, 256, 8, 4),
     KernelConfig(64, 64, 128, 4, 3),
-    KernelConfig(64, 128, 128, 8, 4, registers=128),
 )
 _INPUTS = (
     KernelConfig(128, 128, 64, 8, 3, registers=128),
+    KernelConfig(128, 256, 64, 16, 3, registers=128),
     KernelConfig(128, 256, 64, 8, 3),
     KernelConfig(256, 128, 64, 8, 3),
     KernelConfig(64, 128, 64, 4, 3, registers=168),

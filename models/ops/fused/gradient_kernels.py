@@ -89,6 +89,23 @@ def gradient_rows(
     return tl.load(grads_ptr + rows[:, None] * (HEADS * D) + columns[None, :], mask=mask, other=0.0)
 
 
+@triton.jit
+def token_rows(tokens_ptr, pair, sample, exists, tokens):
+    """Rows (BLOCK_M,) of a source (b·n, c) that pairs in samples read, 64-bit.
+
+    ``tokens_ptr`` is the list of query or of key tokens.
+    """
+    return (sample * tokens + tl.load(tokens_ptr + pair, mask=exists, other=0)).to(tl.int64)
+
+
+@triton.jit
+def next_rows(pair, sample, batch, BLOCK_M: tl.constexpr):
+    """Pairs and samples of the rows ``BLOCK_M`` later."""
+    sample += BLOCK_M % batch
+    over = sample >= batch
+    return pair + BLOCK_M // batch + over.to(tl.int32), tl.where(over, sample - batch, sample)
+
+
 @triton.jit(do_not_specialize=["start", "first_row"])
 def matrix_gradients_kernel(
     table_grads_ptr,
@@ -121,16 +138,24 @@ def matrix_gradients_kernel(
     group = tl.program_id(0) % GROUPS
     c = (tl.program_id(0) // GROUPS) % C_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     block_ptr = blocks_ptr + (start + tl.program_id(0) // (GROUPS * C_BLOCKS)) * 4
-    total = tl.zeros((BLOCK_C, HP * DP), tl.float32)
-    for begin in range(0, tl.load(block_ptr + 2), BLOCK_M):
-        m, exists, sample, query, key = block_rows(block_ptr, begin, queries_ptr, keys_ptr, batch, BLOCK_M)
-        grads = gradient_rows(grads_ptr, first_row, block_ptr, m, exists, group, batch, HEADS, D, HP, DP)
-        rows = sample * tokens + (query if BY_QUERY else key)
-        x = tl.load(
-            rows_ptr + rows[:, None].to(tl.int64) * C + c[None, :], mask=exists[:, None] & (c < C)[None, :], other=0.0
-        )
-        total = add_product(tl.trans(x), grads, total, PRECISION)
+    count, first_pair = tl.load(block_ptr + 2), tl.load(block_ptr + 3)
+    tokens_ptr = queries_ptr if BY_QUERY else keys_ptr
     _, columns, in_heads = head_columns(group, HEADS, D, HP, DP)
+    within = tl.arange(0, BLOCK_M)
+    pair, sample = first_pair + within // batch, within % batch
+    grads_at = grads_ptr + (first_pair.to(tl.int64) * batch - first_row + within)[:, None] * E + columns[None, :]
+    rows = token_rows(tokens_ptr, pair, sample, within < count, tokens)
+    total = tl.zeros((BLOCK_C, HP * DP), tl.float32)
+    for begin in range(0, count, BLOCK_M):
+        exists = begin + within < count
+        x = tl.load(rows_ptr + rows[:, None] * C + c[None, :], mask=exists[:, None] & (c < C)[None, :], other=0.0)
+        grads = tl.load(grads_at, mask=exists[:, None] & in_heads[None, :], other=0.0)
+        # The next rows are found here, not where they are read: loads that wait for another load of their own
+        # iteration start one iteration before the product, others two. Adding a step needs no division.
+        pair, sample = next_rows(pair, sample, batch, BLOCK_M)
+        rows = token_rows(tokens_ptr, pair, sample, begin + BLOCK_M + within < count, tokens)
+        grads_at += BLOCK_M * E
+        total = add_product(tl.trans(x), grads, total, PRECISION)
     target = table_grads_ptr + tl.load(block_ptr).to(tl.int64) * (C * E) + c[:, None] * E + columns[None, :]
     tl.store(target, total.to(table_grads_ptr.dtype.element_ty), mask=(c < C)[:, None] & in_heads[None, :])
 
