@@ -160,9 +160,7 @@ def compile_for_gpu(name: str, arguments: Sequence[Any], constants: dict[str, An
     # Torch aligns its tensors; without that, loads are not asynchronous.
     aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(signature.values()) if kind.startswith("*")}
     values = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    options |= {} if config.registers is None else {"maxnreg": config.registers}
-    return triton.compile(ASTSource(kernel, signature, values, aligned), target=H100, options=options)
+    return triton.compile(ASTSource(kernel, signature, values, aligned), target=H100, options=config.options)
 
 
 def programs_per_sm(code: Code, config: KernelConfig, shared_bytes: int) -> int:

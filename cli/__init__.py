@@ -23,7 +23,8 @@ def main() -> None:
         from .main import run
 
         code = run(sys.argv[1:])
-        gc.freeze()
+        if "triton" not in sys.modules:  # Triton 3.9 prints what is not collected at exit.
+            gc.freeze()
     except KeyboardInterrupt:
         # While a module is imported; `run` answers a later one itself.
         print("translution: error: interrupted", file=sys.stderr)

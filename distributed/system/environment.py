@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shutil
 import socket
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from translution.planner.common import InputError, MissingPackageError, usable_cores
 from translution.planner.hardware import ClusterSpec
-from translution.planner.plans import HUGE_PAGES, Plan
+from translution.planner.plans import HUGE_PAGES, TESTED_TORCH, Plan
 
 from .compiled_ops import needed_ops
 from .packages import check_training_packages
@@ -73,14 +74,20 @@ def check_packages(ops: Sequence[str]) -> None:
 
 
 def version_warnings(plan: Plan) -> list[str]:
-    """Return a sentence for each package whose installed version differs from the plan's."""
+    """Return a sentence for each package that is not of the plan's version, nor one of torch that was tested."""
     import importlib.metadata
+
+    def is_tested(torch_version: str) -> bool:
+        oldest, newest = TESTED_TORCH
+        return oldest <= tuple(map(int, re.findall(r"\d+", torch_version)[:2])) <= newest
 
     texts = []
     for package, made_for in (("deepspeed", plan.deepspeed_version), ("torch", plan.torch_version)):
         try:
             found = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
+            continue
+        if package == "torch" and is_tested(found) and is_tested(made_for):
             continue
         if not f"{found}.".startswith(f"{made_for}."):
             texts.append(f"{package} {found} is installed; the plan was made for {made_for}")

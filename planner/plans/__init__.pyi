@@ -10,6 +10,7 @@ from .folder import RUNS as RUNS
 from .folder import environment_variables as environment_variables
 from .folder import write_plan_folder as write_plan_folder
 from .plan import PLAN_FILE as PLAN_FILE
+from .plan import TESTED_TORCH as TESTED_TORCH
 from .plan import EditedPlanWarning as EditedPlanWarning
 from .plan import Plan as Plan
 from .plan import dump_plan as dump_plan

@@ -31,6 +31,8 @@ from .evaluation import EvaluationPlan
 SCHEMA_VERSION: Literal[2] = 2
 PLAN_FILE = "plan.json"
 DEEPSPEED_VERSION, TORCH_VERSION = "0.19.8", "2.13"
+TESTED_TORCH = ((2, 11), (2, 15))
+"""Oldest and newest torch that runs and their predicted memory were tested with."""
 
 
 class Plan(Schema):

@@ -217,7 +217,10 @@ def test_the_configurations_that_were_timed_are_recorded(parts: Any, monkeypatch
     key = ("logits_kernel", (("ADD", True),), (torch.bfloat16,), torch.device("cpu"), (768, 768, 12), 3)
     configs.choose_config(key, offered, lambda config, **_: None, timed=True)
     rows = kernel_profile.tuning_rows()
-    assert [(row["rows"], row["registers"], row["seconds"]) for row in rows] == [(128, 128, 0.25), (128, None, None)]
+    assert [(row["rows"], row["columns"], row["registers"], row["seconds"]) for row in rows] == [
+        (offered[0].rows, offered[0].columns, offered[0].registers, 0.25),
+        (offered[1].rows, offered[1].columns, offered[1].registers, None),
+    ]
     first = {"kernel": "logits_kernel", "constants": "ADD=True", "widths": [768, 768, 12], "size_class": 3}
     assert rows[0].items() >= first.items()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import stat
 import subprocess
@@ -146,3 +147,17 @@ def test_other_package_versions_give_a_warning() -> None:
     assert len(texts) == 2
     assert "the plan was made for 0.18" in texts[0]
     assert "2.1" in texts[1]
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "tested"),
+    [("2.10.1", False), ("2.11.0", True), ("2.15.0+cu132", True), ("2.16.0.dev20270101", False), ("3.0.0", False)],
+)
+def test_tested_versions_of_torch_give_no_warning(
+    torch_version: str, tested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = {"torch": torch_version, "deepspeed": "0.19.8"}
+    plan = make_plan(preset("vit-tiny/56"), local_cpu_cluster(1), TrainingSpec(data="synthetic"))
+    monkeypatch.setattr(importlib.metadata, "version", installed.__getitem__)
+    expected = [] if tested else [f"torch {torch_version} is installed; the plan was made for 2.13"]
+    assert version_warnings(plan) == expected

@@ -35,6 +35,12 @@ class KernelConfig:
     registers: int | None = None
     """Limit of the registers of a thread, so that more programs run at a time; None leaves it to the compiler."""
 
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's options of a launch. Multiplies and adds are one instruction, whatever Triton's version does."""
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
+
 
 class Launch(Protocol):
     """Runs a kernel with a configuration, or only compiles it."""

@@ -50,10 +50,9 @@ def launch_kernel(
     module = kernels if hasattr(kernels, kernel) else gradient_kernels
     device = next(x.device for x in arguments if isinstance(x, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        function, options = getattr(module, kernel), {"num_warps": config.warps, "num_stages": config.stages}
-        options |= {} if config.registers is None else {"maxnreg": config.registers}
+        function = getattr(module, kernel)
         run = partial(function.warmup, grid=(programs,)) if only_compile else function[(programs,)]
-        run(*arguments, **constants, **options)
+        run(*arguments, **constants, **config.options)
 
 
 def product_precision(device: torch.device) -> str:

@@ -111,6 +111,7 @@ def test_the_reference_and_tiles_that_are_gathered_one_by_one_stay_modules(way: 
     assert "translution.attend" not in recorder.names()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch 2.15 reads it there itself
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), [CASES[0], CASES[1], CASES[4]], ids=str)
 def test_the_custom_operator_passes_torchs_own_check(kind: type[Any], options: dict[str, Any]) -> None:

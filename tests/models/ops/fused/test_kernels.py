@@ -28,12 +28,12 @@ def test_interpreted_kernels_equal_the_reference(root: Path) -> None:
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_a_gpu_and_keeps_its_tensor_cores_busy(root: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(root / "benchmarks" / "kernel_code.py"), "--first", "--json", "--roles", "kv"]
     command += ["--dtypes", *(dtypes := ("bfloat16", "float16", "float32", "tf32"))]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stdout + done.stderr
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     kernels = {"logits", "projected_gradients", "values", "matrix_gradients", "input_gradients", "plain_gradients"}
     for dtype in dtypes:
