@@ -34,6 +34,7 @@ from helpers.packages.timm import load_timm
 from helpers.runs import run_ranks_of
 
 from translution.cli.main import run
+from translution.distributed import leave_process_group
 from translution.distributed.calibration import run as calibrate
 from translution.distributed.experiments import runner as experiment
 from translution.models import build, to_published
@@ -297,7 +298,10 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
         script.write_text(text)
         run_ranks_of([script], 1, tmp_path / "log")
     else:
-        exec(compile(text, page, "exec"), {"__name__": "page"})
+        try:
+            exec(compile(text, page, "exec"), {"__name__": "page"})
+        finally:
+            leave_process_group()  # Lightning leaves that to the end of its process.
 
 
 @pytest.mark.parametrize("kind", ELSEWHERE)
