@@ -71,6 +71,7 @@ _INPUTS = (
     KernelConfig(128, 256, 64, 8, 3),
     KernelConfig(256, 128, 64, 8, 3),
     KernelConfig(64, 128, 64, 4, 3, registers=168),
+    KernelConfig(128, 64, 64, 4, 3, registers=168),
 )
 CANDIDATES: dict[str, tuple[KernelConfig, ...]] = {
     "logits_kernel": _PROJECTIONS,
