@@ -105,14 +105,22 @@ def _shares(spec: ModelSpec, widths: DtypeSizes, ranks: int) -> tuple[GroupShare
     return tuple(GroupShare(spec.geometry, ranks, place, on_cpu) for place in places)
 
 
-def _activations(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind, ranks: int) -> tuple[int, int]:
-    """Bytes of a micro-batch's activations on the device and on the host."""
+@lru_cache(maxsize=1024)
+def activation_bytes(
+    spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind = "whole", relation_ranks: int = 1
+) -> tuple[int, int]:
+    """Bytes of a micro-batch's activations on the device and on the host.
+
+    A replay takes milliseconds. Its peak is not linear in the batch: scratch memory grows until it reaches its limit.
+    """
     kept = spec.depth * batch * spec.tokens * spec.dim * widths.value
     away = kept if spec.checkpointing == "offload" else 0
     if spec.depth <= DEEP or len(set(spec.layer_operators)) > 1:
-        return _replayed(spec, batch, widths, loss, ranks), away
+        return _replayed(spec, batch, widths, loss, relation_ranks), away
     shallow, deep = (
-        _replayed(spec.model_copy(update={"depth": depth, "relative_layers": "all"}), batch, widths, loss, ranks)
+        _replayed(
+            spec.model_copy(update={"depth": depth, "relative_layers": "all"}), batch, widths, loss, relation_ranks
+        )
         for depth in (SHALLOW, DEEP)
     )
     # A block saves at least its input; in a shallow network the head's peak may hide it.
@@ -120,32 +128,11 @@ def _activations(spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind
     return deep + ceil(each * (spec.depth - DEEP)), away
 
 
-@lru_cache(maxsize=1024)
-def activation_bytes(
-    spec: ModelSpec, batch: int, widths: DtypeSizes, loss: LossKind = "whole", relation_ranks: int = 1
-) -> tuple[int, int]:
-    """Bytes of a micro-batch's activations on the device and on the host, interpolated between powers of four.
-
-    A replay takes milliseconds, and its peak grows almost linearly with the batch, unless the loss is chunked, or the
-    scratch memory reaches its limit early because a rank computes pairs of other ranks' samples.
-    """
-    if loss == "chunked" or relation_ranks > 1:
-        return _activations(spec, batch, widths, loss, relation_ranks)
-    low = 1
-    while low * 4 <= batch:
-        low *= 4
-    first = _activations(spec, low, widths, loss, relation_ranks)
-    if batch == low:
-        return first
-    second = _activations(spec, low * 4, widths, loss, relation_ranks)
-    share = (batch - low) / (3 * low)
-    between = [round(a + share * (b - a)) for a, b in zip(first, second, strict=True)]
-    return between[0], between[1]
-
-
 @lru_cache(maxsize=256)
-def _buffers(spec: ModelSpec, widths: DtypeSizes, ranks: int) -> int:
-    return max(SimulatedNetwork(spec, 1, widths, share=share).buffer_bytes for share in _shares(spec, widths, ranks))
+def _buffers(spec: ModelSpec, batch: int, widths: DtypeSizes, ranks: int) -> int:
+    """Bytes of the network's buffers; on a GPU the lists of a kernel's blocks grow with the batch."""
+    shares = _shares(spec, widths, ranks)
+    return max(SimulatedNetwork(spec, batch, widths, share=share).buffer_bytes for share in shares)
 
 
 @lru_cache(maxsize=512)
@@ -174,14 +161,14 @@ def bound_batch(run: RunConfig) -> BatchBound:
         run: gives model, device, training and ZeRO stage.
     """
     model, training = run.model, run.training
-    sizes = DtypeSizes.of_training(training, run.cluster.device, stage=run.zero.stage)
+    sizes = DtypeSizes.of_run(run)
     samples = sample_bytes(model, training.loss_kind) * training.micro_batch
     ranks = run.parallel.relation
     on_device, on_host = activation_bytes(model, training.micro_batch, sizes, training.loss_kind, ranks)
     return BatchBound(
         on_device + samples + SLACK_BYTES,
         on_host + samples * training.gradient_accumulation_steps,
-        _buffers(model, sizes, ranks),
+        _buffers(model, training.micro_batch, sizes, ranks),
         model.checkpointing == "block",
     )
 
@@ -209,6 +196,11 @@ def bound_weights(run: RunConfig) -> WeightsBound:
         # What torch's checkpoint recomputes holds the gathered weights of the block until backward has used them.
         bounds.recomputing = block_weight_elements(run.model) * terms.width
         bounds.running, bounds.elsewhere = _running(terms), _updating(terms)
+        if run.training.precision == "fp16":  # A byte for each gradient: whether it has overflowed.
+            if terms.offloaded:
+                bounds.add_transient(v.partition_numel)
+            else:
+                bounds.elsewhere = max(bounds.elsewhere, v.partition_numel)
     if ranks > 1:
         # A gradient that is averaged over the group is in two tensors.
         bounds.running += largest * terms.width

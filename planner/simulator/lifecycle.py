@@ -106,8 +106,7 @@ def simulate(
             the first of `largest_places`.
     """
     training, cluster = run.training, run.cluster
-    sizes = DtypeSizes.of_training(training, cluster.device, threads, stage=run.zero.stage)
-    sizes = replace(sizes, fused=cluster.has_fused_kernels)
+    sizes = DtypeSizes.of_run(run, threads)
     if rehearsed:
         # Products that are not computed need no scratch; the operator runs as on the device that it stands for.
         own = DtypeSizes.of_training(training, "cpu", threads, packs=False, stage=run.zero.stage)
@@ -161,10 +160,8 @@ def simulate_evaluation(run: RunConfig, batch: int, rank: int | None = None, *, 
         rank: number of the rank; None is the rank that holds the most.
         place: as in `simulate`.
     """
-    device = run.cluster.device
-    sizes = DtypeSizes.of_training(run.training, device, 1, stage=run.zero.stage)
-    sizes = replace(sizes, fused=run.cluster.has_fused_kernels)
-    memory = RankMemory(device)
+    sizes = DtypeSizes.of_run(run)
+    memory = RankMemory(run.cluster.device)
     share = _share(run, memory, rank, place)
     network = SimulatedNetwork(run.model, batch, sizes, run.tile_relations, loss=run.training.loss, share=share)
     network.host = memory.host

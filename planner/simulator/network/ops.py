@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ...config.run_config import RunConfig
 from ...config.training import TrainingSpec
 from ..core import Backward, Gradients, ModuleParams, Storage, Tape, Tensor
 
@@ -67,6 +68,12 @@ class DtypeSizes:
         if training.torch_autocast:
             return replace(cls.autocast(device, threads, packs=packs), recasts=stage == 3)
         return cls.of(training.dtype_bytes, device, threads, packs=packs)
+
+    @classmethod
+    def of_run(cls, run: RunConfig, threads: int = 1) -> DtypeSizes:
+        """Return the sizes for a run on its own device."""
+        sizes = cls.of_training(run.training, run.cluster.device, threads, stage=run.zero.stage)
+        return replace(sizes, fused=run.cluster.has_fused_kernels)
 
     @property
     def casts(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.chance import examples
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from translution.cli.main import run
@@ -247,9 +247,13 @@ LLAMA = {"norm": "rms", "ffn": "swiglu", "bias": False}
     st.sampled_from(["translution", "alpha", "attention"]),
     st.integers(1, 12),
     st.sampled_from([1, 3]),
-    st.sampled_from(["fp32", "bf16", "autocast"]),
+    st.sampled_from(["fp32", "bf16", "fp16", "autocast"]),
     st.booleans(),
 )
+@example("vit-tiny/56", "1xH200", (0, "none"), "none", "translution", 2, 1, "bf16", False)
+@example("vit-base/32", "8xA100-80", (3, "none"), "block", "translution", 8, 1, "bf16", False)
+@example("vit-base/32", "8xA100-80", (3, "none"), "offload", "translution", 8, 1, "fp16", False)
+@example("vit-small/32", "4xRTX4090", (3, "nvme"), "none", "alpha", 33, 1, "fp16", False)
 def test_closed_forms_are_never_below_the_estimate(
     model: str,
     cluster: str,
