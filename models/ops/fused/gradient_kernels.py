@@ -90,7 +90,7 @@ def gradient_rows(
 
 
 @triton.jit
-def token_rows(tokens_ptr, pair, sample, exists, tokens):
+def source_rows(tokens_ptr, pair, sample, exists, tokens):
     """Rows (BLOCK_M,) of a source (b·n, c) that pairs in samples read, 64-bit.
 
     ``tokens_ptr`` is the list of query or of key tokens.
@@ -144,7 +144,7 @@ def matrix_gradients_kernel(
     within = tl.arange(0, BLOCK_M)
     pair, sample = first_pair + within // batch, within % batch
     grads_at = grads_ptr + (first_pair.to(tl.int64) * batch - first_row + within)[:, None] * E + columns[None, :]
-    rows = token_rows(tokens_ptr, pair, sample, within < count, tokens)
+    rows = source_rows(tokens_ptr, pair, sample, within < count, tokens)
     total = tl.zeros((BLOCK_C, HP * DP), tl.float32)
     for begin in range(0, count, BLOCK_M):
         exists = begin + within < count
@@ -153,7 +153,7 @@ def matrix_gradients_kernel(
         # The next rows are found here, not where they are read: loads that wait for another load of their own
         # iteration start one iteration before the product, others two. Adding a step needs no division.
         pair, sample = next_rows(pair, sample, batch, BLOCK_M)
-        rows = token_rows(tokens_ptr, pair, sample, begin + BLOCK_M + within < count, tokens)
+        rows = source_rows(tokens_ptr, pair, sample, begin + BLOCK_M + within < count, tokens)
         grads_at += BLOCK_M * E
         total = add_product(tl.trans(x), grads, total, PRECISION)
     target = table_grads_ptr + tl.load(block_ptr).to(tl.int64) * (C * E) + c[:, None] * E + columns[None, :]

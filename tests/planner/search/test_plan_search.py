@@ -234,7 +234,6 @@ MODELS = ("vit-tiny/56", "vit-small/32", "gpt-mini/160", "vit-base/32")
 STRATEGIES = [(0, "none"), (1, "none"), (2, "none"), (2, "cpu-optimizer")]
 STRATEGIES += [(3, offload) for offload in ("none", "cpu-optimizer", "cpu", "nvme-optimizer", "nvme")]
 
-
 LLAMA = {"norm": "rms", "ffn": "swiglu", "bias": False}
 
 

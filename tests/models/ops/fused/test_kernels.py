@@ -30,7 +30,14 @@ def test_interpreted_kernels_equal_the_reference(root: Path) -> None:
 def test_every_kernel_compiles_for_a_gpu_and_keeps_its_tensor_cores_busy(root: Path, tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(root / "benchmarks" / "kernel_code.py"), "--first", "--json", "--roles", "kv"]
+    command = [
+        sys.executable,
+        str(root / "tests" / "programs" / "kernel_code.py"),
+        "--first",
+        "--json",
+        "--roles",
+        "kv",
+    ]
     command += ["--dtypes", *(dtypes := ("bfloat16", "float16", "float32", "tf32"))]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stdout + done.stderr

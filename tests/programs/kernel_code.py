@@ -1,7 +1,7 @@
 """Compile the fused kernels for an H100, which need not be there, and show what their code asks of it.
 
-    python benchmarks/kernel_code.py
-    python benchmarks/kernel_code.py --first --dtypes float16 tf32 --json
+    python tests/programs/kernel_code.py
+    python tests/programs/kernel_code.py --first --dtypes float16 tf32 --json
 
 A layer is called on the CPU with a launch that compiles instead of running, so kernels get the arguments and constants
 that a GPU gives them. The code is read with the disassembler that comes with Triton.
