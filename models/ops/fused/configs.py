@@ -63,6 +63,7 @@ _GRADIENTS = (
     KernelConfig(64, 128, 128, 8, 3),
     KernelConfig(64, 128, 256, 8, 3),
     KernelConfig(64, 128, 256, 8, 4),
+    KernelConfig(64, 128, 128, 8, 4),
     KernelConfig(64, 64, 128, 4, 3),
 )
 _INPUTS = (
