@@ -59,6 +59,8 @@ class Code:
     """Of a thread: registers that did not fit."""
     products: int
     """Instructions for the tensor cores in all its code."""
+    instructions: int
+    """Of a thread, in the first loop with products; in all its code where there is none."""
     issue: float | None
     """Time to issue the instructions over the time of the products; None without products of half-precision numbers."""
 
@@ -89,8 +91,8 @@ def text(row: dict[str, Any]) -> str:
     return (
         f"{row['kernel']} {flags} {row['dtype']} ({sizes}{limit}): {row['registers']} registers, "
         f"{row['spilled_bytes']} bytes spilled, {row['shared_bytes'] / 1024:.0f} KiB shared, "
-        f"{row['programs_per_sm']} programs an SM, {row['products']} products"
-        + ("" if issue is None else f", issue {issue:.0%}")
+        f"{row['programs_per_sm']} programs an SM, {row['products']} products, "
+        f"{row['instructions']} instructions" + ("" if issue is None else f", issue {issue:.0%}")
     )
 
 
@@ -189,6 +191,7 @@ def read_code(cubin: bytes, warps: int) -> Code:
         numbers["REG"],
         numbers["STACK"],
         sum(line.startswith(("HGMMA", "HMMA")) for line in code),
+        len(loop),
         len(loop) * warps / 4 / clocks if clocks else None,
     )
 
