@@ -250,7 +250,6 @@ LLAMA = {"norm": "rms", "ffn": "swiglu", "bias": False}
     st.booleans(),
 )
 @example("vit-tiny/56", "1xH200", (0, "none"), "none", "translution", 2, 1, "bf16", False)
-@example("vit-base/32", "8xA100-80", (3, "none"), "block", "translution", 8, 1, "bf16", False)
 @example("vit-base/32", "8xA100-80", (3, "none"), "offload", "translution", 8, 1, "fp16", False)
 @example("vit-small/32", "4xRTX4090", (3, "nvme"), "none", "alpha", 33, 1, "fp16", False)
 def test_closed_forms_are_never_below_the_estimate(
